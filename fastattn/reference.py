@@ -1,0 +1,240 @@
+"""What attention means, in plain NumPy: read this first.
+
+`attention` here is the formula itself, on whole matrices and in a wider type than the fast backends: float64 for
+float32 arguments, longdouble for float64. It supports every option they do, and is what they are tested against.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fastattn.problem import Problem, as_operands, check_flag, check_out, describe, seed_from
+
+__all__ = ["attention", "keep_mask", "philox"]
+
+
+def attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    attn_mask: ArrayLike | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool | str = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    return_lse: bool = False,
+    return_weights: bool = False,
+    rng: int | np.random.Generator | None = None,
+    out: NDArray[Any] | None = None,
+) -> Any:
+    """Scaled dot-product attention, softmax(query keyᵀ · scale + mask) value.
+
+    Parameters
+    ----------
+    query : array_like, shape (..., Hq, Lq, D)
+    key : array_like, shape (..., Hk, Lk, D)
+    value : array_like, shape (..., Hk, Lk, Dv)
+    attn_mask : array_like, broadcasting to (..., Hq, Lq, Lk), optional
+        Boolean, where True takes part, or floating, which is added to the scores.
+    dropout_p : float
+        Probability that a weight becomes 0; those that stay are multiplied by 1 / (1 - dropout_p).
+    is_causal : bool or "bottom-right"
+        True: query i looks at the keys up to i. "bottom-right": up to i + Lk - Lq.
+    scale : float, optional
+        Factor of query · key, 1/sqrt(D) unless given.
+    enable_gqa : bool
+        Let query head h read key head h // (Hq / Hk).
+    return_lse, return_weights : bool
+        Return the log-sum-exp of the scores, and the weights, as well.
+    rng : int or numpy.random.Generator, optional
+        What decides which weights are dropped.
+    out : ndarray, shape (..., Hq, Lq, Dv), optional
+        Where to write the result; it may overlap the arguments.
+
+    Returns
+    -------
+    out : ndarray, shape (..., Hq, Lq, Dv)
+    lse : ndarray, shape (..., Hq, Lq)
+        If asked for.
+    weights : ndarray, shape (..., Hq, Lq, Lk)
+        If asked for; after dropout.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `fastattn.problem` says, which checks all arguments.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastattn import reference
+    >>> query, key, value = np.eye(2), np.eye(3, 2), np.arange(3.0)[:, None]
+    >>> reference.attention(query, key, value, is_causal=True, return_weights=True)[1].round(2)
+    array([[1.  , 0.  , 0.  ],
+           [0.33, 0.67, 0.  ]])
+    """
+    problem, (q, k, v, mask) = describe(
+        *as_operands(query, key, value, attn_mask), dropout_p, is_causal, scale, enable_gqa
+    )
+    out = check_out(out, problem)
+    return_lse = check_flag("return_lse", return_lse)
+    return_weights = check_flag("return_weights", return_weights)
+    seed = seed_from(rng, draw=problem.dropout_p > 0)
+
+    # inf and NaN are values like others here, and no reason for a warning
+    with np.errstate(all="ignore"):
+        wide: Any = np.float64 if problem.dtype == np.float32 else np.longdouble
+        scores = problem.scale * (q.astype(wide) @ k.astype(wide).swapaxes(-1, -2))
+        if problem.mask_kind == "float":
+            scores = scores + _saturated(mask, problem.dtype)
+        visible = _visible(problem, mask)
+        scores = np.where(visible, scores, -np.inf)
+
+        highest = scores.max(axis=-1, keepdims=True, initial=-np.inf)
+        empty = highest == -np.inf
+        highest = np.where(empty, 0, highest)
+        weights = np.exp(scores - highest)
+        total = weights.sum(axis=-1, keepdims=True)
+        lse = highest + np.log(total)
+        weights = np.where(empty, 0, weights / total)
+
+        if problem.dropout_p > 0:
+            weights = weights * _kept(problem, seed) * problem.keep_scale
+        result = np.where(empty, 0, _weighted_sum(weights, v.astype(wide), visible))
+
+        result = result.astype(problem.dtype).reshape(problem.out_shape)
+        lse = _saturated(lse, problem.dtype).astype(problem.dtype).reshape(problem.lse_shape)
+        weights = weights.astype(problem.dtype).reshape(problem.weights_shape)
+
+    if out is None:
+        out = result
+    else:
+        out[...] = result
+    if not (return_lse or return_weights):
+        return out
+    return (out, *((lse,) if return_lse else ()), *((weights,) if return_weights else ()))
+
+
+def _visible(problem: Problem, mask: NDArray[Any] | None) -> NDArray[np.bool_]:
+    """Say which query may look at which key, shape (..., Lq, Lk); -inf in a floating mask is the same as False."""
+    visible = np.ones((*problem.rows_shape, problem.queries, problem.keys), dtype=bool)
+    if mask is not None:
+        visible &= mask if problem.mask_kind == "bool" else mask != -np.inf
+    if problem.causal_offset is not None:
+        position = np.arange(problem.queries)[:, None] + problem.causal_offset
+        visible &= np.arange(problem.keys) <= position
+    return visible
+
+
+def _saturated(values: Any, dtype: np.dtype[Any]) -> Any:
+    """Hold finite values within the range of `dtype`, so that none becomes infinite there; infinities stay."""
+    limit = np.finfo(dtype).max
+    if np.finfo(values.dtype).max <= limit:
+        return values
+    return np.where(np.isinf(values), values, np.clip(values, -limit, limit))
+
+
+def _weighted_sum(weights: NDArray[Any], value: NDArray[Any], visible: NDArray[np.bool_]) -> NDArray[Any]:
+    """Return weights @ value, but with nothing in it of a value that may not be looked at.
+
+    A weight of 0 is not enough for that: 0 · NaN is NaN. So the keys that have a value which is not finite are taken
+    out of the product, and added one by one to the queries that see them.
+    """
+    finite = np.isfinite(value)
+    result = weights @ np.where(finite, value, 0)
+    for j in np.flatnonzero(~finite.all(axis=tuple(axis for axis in range(value.ndim) if axis != value.ndim - 2))):
+        odd = np.where(finite[..., j, :], 0, value[..., j, :])
+        result += np.where(visible[..., :, j, None], weights[..., :, j, None] * odd[..., None, :], 0)
+    return result
+
+
+def _kept(problem: Problem, seed: int) -> NDArray[np.bool_]:
+    """Say which weights dropout keeps, shape (..., Lq, Lk)."""
+    batch = np.arange(int(np.prod(problem.batch)))[:, None]
+    head = np.arange(problem.heads)
+    kept = keep_mask(seed, batch, head, problem.queries, problem.keys, problem.dropout_p)
+    return kept.reshape(*problem.rows_shape, problem.queries, problem.keys)
+
+
+def keep_mask(
+    seed: int, batch_index: ArrayLike, head_index: ArrayLike, queries: int, keys: int, p: float
+) -> NDArray[np.bool_]:
+    """Say which weights dropout keeps: this depends on seed, batch, head, query and key alone.
+
+    Key j of query i has word j % 4 of the Philox block of the counter (j // 4, i, head, batch) and the key (low half
+    of the seed, high half), all taken modulo 2**32. It is kept if that word is not below round(p · 2**32).
+
+    Parameters
+    ----------
+    seed : int
+        In [0, 2**64).
+    batch_index, head_index : int or array_like of int
+        Position in the flattened batch axes, and number of the query head; they broadcast.
+    queries, keys : int
+        Lq and Lk.
+    p : float
+        Probability that a weight is dropped.
+
+    Returns
+    -------
+    ndarray of bool, shape (..., Lq, Lk)
+        With the axes of the broadcast indices on the left.
+    """
+    batch_index, head_index = np.broadcast_arrays(batch_index, head_index)
+    blocks = -(-keys // 4)
+    words = philox(
+        (
+            np.arange(blocks),
+            np.arange(queries)[:, None],
+            head_index[..., None, None],
+            batch_index[..., None, None],
+        ),
+        (seed & 0xFFFFFFFF, seed >> 32),
+    )
+    words = words.reshape(*words.shape[:-2], 4 * blocks)[..., :keys]
+    return words >= np.uint64(round(p * 2**32))
+
+
+def philox(counter: tuple[ArrayLike, ArrayLike, ArrayLike, ArrayLike], key: tuple[int, int]) -> NDArray[np.uint64]:
+    """Return four random 32-bit words for each counter: Philox4x32-10 [1]_.
+
+    Parameters
+    ----------
+    counter : tuple of four array_like of int
+        The words of the counter, which broadcast, each taken modulo 2**32.
+    key : tuple of two int
+        The words of the key.
+
+    Returns
+    -------
+    ndarray of uint64, shape (..., 4)
+        Numbers below 2**32.
+
+    References
+    ----------
+    .. [1] J. Salmon, M. Moraes, R. Dror and D. Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC11, 2011.
+
+    Examples
+    --------
+    >>> from fastattn.reference import philox
+    >>> [hex(word) for word in philox((0, 0, 0, 0), (0, 0))]
+    ['0x6627e8d5', '0xe169c58d', '0xbc57ac4c', '0x9b00dbd8']
+    """
+    low, half = np.uint64(0xFFFFFFFF), np.uint64(32)
+    # 64-bit integers hold the products of two words whole
+    c0, c1, c2, c3 = np.broadcast_arrays(*(np.asarray(word).astype(np.uint64) & low for word in counter))
+    k0, k1 = key
+    for _ in range(10):
+        product0, product1 = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
+        c0, c1, c2, c3 = (
+            (product1 >> half) ^ c1 ^ np.uint64(k0),
+            product1 & low,
+            (product0 >> half) ^ c3 ^ np.uint64(k1),
+            product0 & low,
+        )
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return np.stack((c0, c1, c2, c3), axis=-1)
