@@ -1,0 +1,158 @@
+"""How far a result may be from the exact one: one policy, derived here and used by every test.
+
+The exact result is the formula evaluated in a wider type, by `fastattn.reference`. Write eps for the spacing of numbers
+at 1 in the type of the call, and A for the largest Σ|q||k| · |scale|, which is how large the terms are whose sum is a
+score. Then:
+
+- A score is a sum of terms of total size A, so that its error is about eps · A. Where a floating mask is added, the sum
+  is rounded once more, at the size of the mask: A of a row grows by the largest \\|mask\\| among the keys that have a
+  weight there. (A mask of -1e9 next to others of 0 costs nothing: the keys it is on have no weight that could be wrong.)
+- A weight is w = exp(s - lse), so its error is w times that of s - lse, and a constant number of roundings for exp, the
+  sum and the division: eps · (8 + A), as w ≤ 1.
+- The result is Σ w v with Σ w = 1: the errors of the weights sum to the same, times the largest value. Hence
+  eps · (8 + A) · max(1, max|v|). A call may also be as wrong as twice PyTorch on the same arguments.
+- The log-sum-exp has the error of the scores, and is rounded at its own size: eps · (8 + A + |lse|).
+- Dropout multiplies weights, and with them their errors, by 1 / (1 - p).
+
+What is not finite must be the same, with one exception: where the exact result is infinite, because a value is, the
+weight of that value may be 0 in the narrower type, and 0 · inf is NaN.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastattn import reference
+from fastattn.problem import Problem, as_operands, describe
+
+Array = NDArray[Any]
+
+#: Roundings of one result that do not depend on the size of the scores: exp, sum, division, products with the values.
+ROUNDINGS = 8
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The exact results of a call, and how far each element of what is computed may be from them."""
+
+    problem: Problem
+    out: Array
+    lse: Array
+    weights: Array
+    out_bound: Array
+    lse_bound: Array
+    weights_bound: Array
+
+
+def expected(query: Any, key: Any, value: Any, attn_mask: Any = None, *, rng: Any = None, **options: Any) -> Expected:
+    """Evaluate a call in a wider type, with the bounds for it.
+
+    Parameters are those of `fastattn.attention`; `options` are dropout_p, is_causal, scale and enable_gqa.
+    """
+    q, k, v, mask = as_operands(query, key, value, attn_mask)
+    problem, operands = describe(q, k, v, mask, **options)
+    limit = np.finfo(problem.dtype).max
+    with np.errstate(all="ignore"):
+        if problem.dtype == np.float32:
+            q, k, v = (array.astype(np.float64) for array in (q, k, v))
+            if mask is not None and mask.dtype == np.float64:
+                mask = np.where(np.isinf(mask), mask, np.clip(mask, -limit, limit))
+        options = {"is_causal": False, "enable_gqa": False} | options | {"scale": problem.scale}
+        out, lse, weights = reference.attention(q, k, v, mask, **options, rng=rng, return_lse=True, return_weights=True)
+        lse = np.where(np.isinf(lse), lse, np.clip(lse, -limit, limit))
+        undropped = weights
+        if problem.dropout_p > 0:
+            undropped = reference.attention(q, k, v, mask, **options | {"dropout_p": 0.0}, return_weights=True)[1]
+
+        eps = float(np.finfo(problem.dtype).eps)
+        size = ROUNDINGS + score_size(operands.query, operands.key, problem.scale)
+        if problem.mask_kind == "float":
+            # not finite: the row is not finite either, or the key has no part in it
+            counts = (undropped > eps**2) & np.isfinite(operands.mask).reshape(undropped.shape)
+            masks = np.where(counts, np.abs(operands.mask, dtype=np.float64).reshape(counts.shape), 0)
+            size = size + np.minimum(masks, limit).max(axis=-1, initial=0)
+        size = np.broadcast_to(size, problem.lse_shape)
+        weight_bound = eps * size * max(1.0, problem.keep_scale)
+        return Expected(
+            problem=problem,
+            out=out,
+            lse=lse,
+            weights=weights,
+            out_bound=(weight_bound * max(1.0, largest(v)))[..., None],
+            lse_bound=eps * (size + np.abs(lse)),
+            weights_bound=weight_bound[..., None],
+        )
+
+
+def score_size(query: Array, key: Array, scale: float) -> float:
+    """Return A, the largest Σ|q||k| · |scale| of the finite values."""
+    query, key = (np.abs(np.where(np.isfinite(array), array, 0), dtype=np.float64) for array in (query, key))
+    return float((query @ key.swapaxes(-1, -2)).max(initial=0) * abs(scale))
+
+
+def largest(values: Array) -> float:
+    """Return the largest magnitude of the finite values, 0 if there are none."""
+    return float(np.abs(np.where(np.isfinite(values), values, 0)).max(initial=0))
+
+
+def check_out(out: Array, wanted: Expected, peer: Array | None = None) -> None:
+    """Assert that a result is right; `peer` is PyTorch's on the same call, whose error may be the yardstick."""
+    bound = wanted.out_bound
+    if peer is not None:
+        error = np.abs(peer.astype(np.float64) - wanted.out)
+        bound = np.maximum(bound, 2 * error[np.isfinite(error)].max(initial=0))
+    _check("out", out, wanted.out, bound, wanted.problem)
+
+
+def check_lse(lse: Array, wanted: Expected) -> None:
+    """Assert that a log-sum-exp is right."""
+    _check("lse", lse, wanted.lse, wanted.lse_bound, wanted.problem)
+
+
+def check_weights(weights: Array, wanted: Expected) -> None:
+    """Assert that weights are right."""
+    _check("weights", weights, wanted.weights, wanted.weights_bound, wanted.problem)
+
+
+def check_all(results: tuple[Array, Array, Array], wanted: Expected) -> None:
+    """Assert that what a call with return_lse and return_weights returned is right."""
+    out, lse, weights = results
+    check_out(out, wanted)
+    check_lse(lse, wanted)
+    check_weights(weights, wanted)
+
+
+def check_call(attention: Any, *args: Any, rng: Any = None, **options: Any) -> tuple[Array, Array, Array]:
+    """Make a call that returns everything, assert that all of it is right, and return it."""
+    results = attention(*args, **options, rng=rng, return_lse=True, return_weights=True)
+    check_all(results, expected(*args, rng=rng, **options))
+    return results
+
+
+def _check(name: str, got: Array, exact: Array, bound: Array, problem: Problem) -> None:
+    assert isinstance(got, np.ndarray), name
+    assert got.dtype == problem.dtype, f"{name}: dtype {got.dtype}, expected {problem.dtype}"
+    assert got.shape == exact.shape, f"{name}: shape {got.shape}, expected {exact.shape}"
+    with np.errstate(all="ignore"):
+        finite, infinite = np.isfinite(exact), np.isinf(exact)
+        fine = np.where(finite, np.abs(got.astype(exact.dtype) - exact) <= bound, np.isnan(exact) & np.isnan(got))
+        fine |= infinite & (got == exact)
+        if name == "out":
+            fine |= infinite & np.isnan(got)
+        else:
+            # a result may overflow where dropout enlarges it, but never these two
+            assert not np.isposinf(exact).any(), name
+    if not fine.all():
+        worst = np.unravel_index(np.argmin(fine), fine.shape)
+        limit = np.broadcast_to(bound, fine.shape)
+        with np.errstate(all="ignore"):
+            excess = np.nanmax(np.where(finite & ~fine, np.abs(got - exact) / limit, 0), initial=0)
+        raise AssertionError(
+            f"{name}: {np.count_nonzero(~fine)} of {fine.size} elements are wrong; the first, at "
+            f"{tuple(map(int, worst))}, is {got[worst]!r}, expected {exact[worst]!r} to within {limit[worst]:.3g}; "
+            f"the worst is {excess:.3g} times its bound away; {problem}"
+        )
