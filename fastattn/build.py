@@ -1,0 +1,118 @@
+"""From a Python function to machine code for one row of the ISA table, by way of Numba and LLVM.
+
+Numba types the functions and lowers them to LLVM IR. Linking, optimisation and code generation happen here, once for the
+whole kernel, and for the row's processor instead of the host's: a forced ISA is then really the one that runs. (Numba
+by itself optimises and compiles every callee on its own before it is inlined, which takes five times as long.)
+"""
+
+from llvmlite import binding as llvm
+from llvmlite import ir
+from numba.core import compiler, types
+from numba.core.codegen import JITCodeLibrary, JITCPUCodegen
+from numba.core.compiler_lock import global_compiler_lock
+from numba.core.registry import cpu_target
+
+from fastattn.isa import Isa
+from fastattn.machine import target_machine
+
+
+class _Library(JITCodeLibrary):
+    """The IR of one function. It is never compiled alone: `emit` links it into the kernel."""
+
+    def finalize(self):
+        self._finalized = True
+
+    def add_llvm_module(self, ll_module):
+        self._final_module.link_in(ll_module)
+
+    def get_pointer_to_function(self, name):
+        return 0
+
+    def reachable(self):
+        """This library and all that it calls."""
+        found, waiting = {}, [self]
+        while waiting:
+            library = waiting.pop()
+            if library not in found:
+                found[library] = None
+                waiting.extend(library._linking_libraries)
+        return list(found)
+
+
+class _Codegen(JITCPUCodegen):
+    _library_class = _Library
+
+    def set_env(self, env_name, env):
+        pass
+
+
+class _swapped_codegen:
+    """Numba's CPU target, for the time of a kernel's compilation, with a code generator that only collects IR."""
+
+    codegen = None
+
+    def __enter__(self):
+        if self.codegen is None:
+            type(self).codegen = _Codegen("fastattn")
+        self.before = cpu_target.target_context._internal_codegen
+        cpu_target.target_context._internal_codegen = self.codegen
+
+    def __exit__(self, *exception):
+        cpu_target.target_context._internal_codegen = self.before
+
+
+def emit(functions, row: Isa) -> bytes:
+    """Object code that exports C functions.
+
+    Parameters
+    ----------
+    functions : dict of str to (function, int)
+        What each exported symbol runs: a Python function that Numba can compile, and the number of its arguments, which
+        are 64-bit integers. Those that return nothing return 0.
+    row : Isa
+        The row of the ISA table to generate code for.
+    """
+    module = llvm.parse_assembly("")
+    with global_compiler_lock:
+        typing, target = cpu_target.typing_context, cpu_target.target_context
+        typing.refresh()
+        target.refresh()
+        flags = compiler.Flags()
+        flags.no_compile = flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
+        flags.error_model = "numpy"
+        libraries = {}
+        with _swapped_codegen():
+            for symbol, (function, count) in functions.items():
+                compiled = compiler.compile_extra(typing, target, function, (types.intp,) * count, None, flags, {})
+                libraries.update(dict.fromkeys(compiled.library.reachable()))
+                module.link_in(llvm.parse_assembly(_entry(compiled.fndesc, target, symbol)))
+        for library in libraries:
+            module.link_in(library._final_module, preserve=True)
+    return _generate(module, row, functions)
+
+
+def _entry(descriptor, target, symbol):
+    """LLVM IR of an exported function: it calls Numba's, whose convention adds a result pointer and a status."""
+    module = ir.Module(symbol)
+    fnty = target.call_conv.get_function_type(descriptor.restype, descriptor.argtypes)
+    callee = ir.Function(module, fnty, descriptor.llvm_func_name)
+    word = ir.IntType(64)
+    entry = ir.Function(module, ir.FunctionType(word, list(fnty.args)[2:]), symbol)
+    builder = ir.IRBuilder(entry.append_basic_block())
+    result, status = builder.alloca(fnty.args[0].pointee), ir.Constant(fnty.args[1], None)  # no kernel raises
+    builder.call(callee, [result, status, *entry.args])
+    builder.ret(builder.load(result) if descriptor.restype in types.integer_domain else ir.Constant(word, 0))
+    return str(module)
+
+
+def _generate(module, row, exported):
+    machine = target_machine(row)
+    for item in (*module.functions, *module.global_variables):
+        if not item.is_declaration and item.name not in exported:
+            item.linkage = "internal"
+    options = llvm.create_pipeline_tuning_options(speed_level=3)
+    # The kernels are vectorised by hand: what LLVM would vectorise or unroll besides are loops over tails.
+    options.loop_unrolling = options.slp_vectorization = options.loop_vectorization = False
+    builder = llvm.create_pass_builder(machine, options)
+    builder.getModulePassManager().run(module, builder)
+    return machine.emit_object(module)

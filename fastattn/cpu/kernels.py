@@ -1,0 +1,136 @@
+"""Compiled kernels, on demand: found in memory, in the cache on disk, or built.
+
+A kernel's file is named by a hash of everything its code depends on: the kernel's name and parameters, the row of the ISA
+table, the versions of Python, Numba and llvmlite, and the source of every module that takes part. So a stale file is
+never looked at. Files appear by an atomic rename, and begin with a checksum of the rest; where no folder can be
+written, kernels are built anew in every process.
+"""
+
+import ctypes
+import hashlib
+import importlib.metadata
+import os
+import platform
+import sys
+import tempfile
+import threading
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+
+from fastattn import machine
+from fastattn.isa import Isa, host
+
+
+class Library:
+    """Compiled functions, as attributes that Python calls with integers, without the GIL.
+
+    ``addresses`` has the address of each, for compiled code to call.
+    """
+
+    def __init__(self, code: bytes, row: Isa, entries: dict[str, int]):
+        self.addresses, self._engine = machine.load(code, row, entries)
+        for name, arguments in entries.items():
+            signature = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * arguments)
+            setattr(self, name, signature(self.addresses[name]))
+
+
+# The functions in each kind of library, and how many integers each takes.
+ENTRIES: dict[str, dict[str, int]] = {
+    "forward": {"task": 3, "alone": 3},
+    "schedule": {"start": 6, "take_part": 3, "cancel": 1, "work": 3},
+}
+
+_loaded: dict[tuple[str, Isa], Library] = {}
+_lock = threading.RLock()
+
+
+@cache
+def cache_folder() -> Path | None:
+    """Where compiled kernels are kept: ``FASTATTN_CACHE_DIR``, or fastattn/ in the user's cache folder.
+
+    None where neither can be written.
+    """
+    named = os.environ.get("FASTATTN_CACHE_DIR")
+    if named:
+        folder = Path(named)
+    elif sys.platform == "win32":
+        folder = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "fastattn"
+    elif sys.platform == "darwin":
+        folder = Path.home() / "Library" / "Caches" / "fastattn"
+    else:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastattn"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except (OSError, RuntimeError):  # RuntimeError: no home folder
+        return None
+
+
+@cache
+def _source_digest() -> bytes:
+    digest = hashlib.sha256()
+    root = files("fastattn")
+    for folder in (root, root / "cpu"):
+        for item in sorted(folder.iterdir(), key=lambda entry: entry.name):
+            if item.name.endswith(".py") and (folder is not root or item.name in ("simd.py", "build.py", "machine.py")):
+                digest.update(item.name.encode() + b"\0" + item.read_bytes())
+    versions = [importlib.metadata.version(name) for name in ("numba", "llvmlite")]
+    digest.update(repr((versions, platform.python_version(), platform.machine(), sys.platform)).encode())
+    return digest.digest()
+
+
+def _path(name: str, row: Isa) -> Path | None:
+    folder = cache_folder()
+    if folder is None:
+        return None
+    digest = hashlib.sha256(_source_digest() + repr((name, row)).encode()).hexdigest()
+    return folder / f"{name}-{row.name}-{digest[:32]}.o"
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    checksum, code = content[:32], content[32:]
+    return code if hashlib.sha256(code).digest() == checksum else None
+
+
+def _write(path: Path, code: bytes) -> None:
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(hashlib.sha256(code).digest() + code)
+        os.replace(file.name, path)
+    except OSError:  # a full or vanished disk: the kernel is in memory all the same
+        pass
+
+
+def library(name: str, row: Isa | None = None) -> Library:
+    """The compiled functions of that name (see `fastattn.cpu.catalogue`) for a row of the ISA table, by default the host's."""
+    row = row or host()
+    found = _loaded.get((name, row))
+    if found is None:
+        with _lock:
+            found = _loaded.get((name, row))
+            if found is None:
+                found = _loaded[name, row] = Library(_code(name, row), row, ENTRIES[name.partition("-")[0]])
+    return found
+
+
+def _code(name: str, row: Isa) -> bytes:
+    path = _path(name, row)
+    code = _read(path) if path else None
+    if code is None:
+        from fastattn.cpu import catalogue  # imports Numba, which a cached kernel does not need
+
+        code = catalogue.build(name, row, ENTRIES[name.partition("-")[0]])
+        if path:
+            _write(path, code)
+    return code
+
+
+def kernel_name(kind: str, dtype: str, tile) -> str:
+    """The name of a kernel for a dtype and a register tile."""
+    return f"{kind}-{dtype}-{tile.rows}x{tile.vectors}"

@@ -1,0 +1,75 @@
+"""What a kernel is told: two records, read by name in the kernels and written by `fastattn.cpu.plan`.
+
+`PLAN` holds what depends on shapes, strides and options alone and is shared by all calls that agree in these; behind it
+in memory stands the table of leading axes (`AXIS`), outermost first. `CALL` holds what is new in every call.
+All strides are in bytes; addresses are integers.
+"""
+
+import numpy as np
+
+i8, f8 = np.int64, np.float64
+
+PLAN = np.dtype(
+    [
+        ("queries", i8),
+        ("keys", i8),
+        ("head_dim", i8),
+        ("value_dim", i8),
+        ("query_row", i8),  # strides of a head's matrices: from row to row, from column to column
+        ("query_column", i8),
+        ("key_row", i8),
+        ("key_column", i8),
+        ("value_row", i8),
+        ("value_column", i8),
+        ("mask_row", i8),
+        ("mask_column", i8),
+        ("out_row", i8),
+        ("out_column", i8),
+        ("mask_kind", i8),  # one of MASK_*
+        ("mask_itemsize", i8),
+        ("causal", i8),  # 1: a query looks at keys up to its own position
+        ("first_position", i8),  # of query 0
+        ("scale", f8),  # times log2(e): scores are kept in base 2
+        ("drop_below", i8),  # an element is dropped if its 32 random bits are below this
+        ("keep_scale", f8),  # 1 / (1 - dropout_p), 0 if nothing is kept
+        ("axes", i8),  # rows of the table of leading axes
+        ("heads", i8),  # length of their last two, the query heads of one batch row
+        ("blocks", i8),  # query blocks per head
+        ("key_block", i8),  # keys taken through the softmax at a time
+        ("group", i8),  # query blocks taken through the keys together
+        ("groups", i8),  # tasks per head
+        ("tasks", i8),
+    ]
+)
+
+AXIS = np.dtype([("size", i8), ("query", i8), ("key", i8), ("value", i8), ("mask", i8), ("out", i8)])
+
+CALL = np.dtype(
+    [
+        ("plan", i8),
+        ("query", i8),
+        ("key", i8),
+        ("value", i8),
+        ("mask", i8),
+        ("out", i8),
+        ("lse", i8),  # 0: not wanted; otherwise contiguous, as are the weights
+        ("weights", i8),
+        ("seed", i8),
+        ("scratch", i8),  # working memory, one piece per participating thread
+        ("scratch_bytes", i8),  # of one piece
+    ]
+)
+
+MASK_NONE, MASK_BOOL, MASK_SAME, MASK_OTHER, MASK_HALF = range(5)
+ALIGNMENT = 64
+
+# The scheduler's shared memory, offsets in bytes: words that different threads write often have cache lines of their own.
+OFFER = 0  # tasks nobody has claimed, and above LIMIT_SHIFT the number of workers that may take part
+PENDING = 64  # tasks nobody has finished
+TASK, CALL_AT, TASKS = 128, 136, 144  # of the current call
+WORKERS = 192  # one line a worker: 1 while it sleeps, or is about to
+WORKER_BYTES = 64
+LIMIT_SHIFT = 48
+TASKS_MASK = (1 << LIMIT_SHIFT) - 1
+
+DONE, MORE, WAITING = 0, 1, 2  # what the caller is told

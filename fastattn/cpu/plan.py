@@ -1,0 +1,127 @@
+"""From a Problem to what the kernels are told: the plan record, the blocking, the split into tasks."""
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fastattn.cpu.layout import (
+    ALIGNMENT,
+    AXIS,
+    CALL,
+    MASK_BOOL,
+    MASK_HALF,
+    MASK_NONE,
+    MASK_OTHER,
+    MASK_SAME,
+    PLAN,
+)
+from fastattn.isa import Isa
+from fastattn.problem import Operands, Problem
+
+GROUP = 8  # query blocks taken through the keys together, at most: their states fill about half a level-2 cache
+TASKS_PER_THREAD = 4  # enough to even out, as long as there are blocks to split into
+TASK_FLOPS = 4e9  # at most, where a group can be made smaller: no thread is away from Python for long
+WORK_ROWS = 1  # rows of a tile that `attend` needs besides the scores: the block's maxima
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """The register tile that a call uses: `rows` x `width` elements of `itemsize` bytes."""
+
+    rows: int
+    vectors: int
+    lanes: int
+    itemsize: int
+
+    @property
+    def width(self) -> int:
+        return self.vectors * self.lanes
+
+
+def choose_tile(row: Isa, dtype: np.dtype, queries: int) -> Tile:
+    """The table's tile; for at most one vector of queries a tall one, one vector wide, that wastes no lanes."""
+    lanes = row.vector_bytes // dtype.itemsize
+    if queries <= lanes:
+        return Tile(row.tall_rows, 1, lanes, dtype.itemsize)
+    return Tile(row.rows, row.vectors, lanes, dtype.itemsize)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What all calls of one description share.
+
+    `record` is the memory that the kernels read; `tasks` and `flops` size the schedule; `scratch_bytes` is the working
+    memory of one thread.
+    """
+
+    problem: Problem
+    tile: Tile
+    record: np.ndarray = field(repr=False)
+    address: int
+    tasks: int
+    flops: float
+    scratch_bytes: int
+
+
+def _mask_kind(mask: np.ndarray | None, dtype: np.dtype) -> int:
+    if mask is None:
+        return MASK_NONE
+    if mask.dtype.kind == "b":
+        return MASK_BOOL
+    if mask.dtype.itemsize == 2:
+        return MASK_HALF
+    return MASK_SAME if mask.dtype == dtype else MASK_OTHER
+
+
+def make_plan(problem: Problem, operands: Operands, out: np.ndarray, row: Isa, threads: int) -> Plan:
+    """Plan the calls that agree with these operands in everything but addresses.
+
+    `out` has the axes of the operands: (*batch, Hk, G, Lq, Dv).
+    """
+    query, key, value, mask = operands
+    tile = choose_tile(row, problem.dtype, problem.queries)
+    lead = query.shape[:-2]
+    heads = math.prod(lead)
+    blocks = -(-problem.queries // tile.width)
+    flops_per_block = 2.0 * tile.width * problem.keys * (problem.head_dim + problem.value_dim)
+    group = max(1, min(GROUP, blocks, int(TASK_FLOPS / max(flops_per_block, 1.0))))
+    while group > 1 and heads * -(-blocks // group) < TASKS_PER_THREAD * threads:
+        group -= 1
+    groups = -(-blocks // group)
+
+    record = np.zeros(PLAN.itemsize + len(lead) * AXIS.itemsize, np.uint8)
+    plan = record[: PLAN.itemsize].view(PLAN)[0]
+    for name, array in (("query", query), ("key", key), ("value", value), ("out", out), ("mask", mask)):
+        if array is not None:
+            plan[name + "_row"], plan[name + "_column"] = array.strides[-2:]
+    plan["queries"], plan["keys"] = problem.queries, problem.keys
+    plan["head_dim"], plan["value_dim"] = problem.head_dim, problem.value_dim
+    plan["mask_kind"] = _mask_kind(mask, problem.dtype)
+    plan["mask_itemsize"] = mask.itemsize if mask is not None else 0
+    plan["causal"] = problem.causal_offset is not None
+    plan["first_position"] = problem.causal_offset or 0
+    plan["scale"] = problem.scale * math.log2(math.e)
+    plan["drop_below"] = problem.drop_threshold
+    plan["keep_scale"] = problem.keep_scale
+    plan["axes"] = len(lead)
+    plan["heads"] = problem.heads
+    plan["key_block"] = row.key_block
+    plan["blocks"], plan["group"], plan["groups"] = blocks, group, groups
+    plan["tasks"] = tasks = heads * groups
+    axes = record[PLAN.itemsize :].view(AXIS)
+    for i, size in enumerate(lead):
+        strides = [array.strides[i] if array is not None else 0 for array in (query, key, value, mask, out)]
+        axes[i] = (size, *strides)
+
+    row_bytes = tile.width * problem.dtype.itemsize
+    state = (problem.head_dim + problem.value_dim + 2) * row_bytes
+    work = (WORK_ROWS + row.key_block) * row_bytes + tile.lanes * tile.lanes * 8
+    scratch_bytes = -(-(group * state + work) // ALIGNMENT) * ALIGNMENT
+    flops = heads * blocks * flops_per_block * (0.5 if problem.causal_offset is not None else 1.0)
+    return Plan(problem, tile, record, record.ctypes.data, tasks, flops, scratch_bytes)
+
+
+def new_call() -> np.ndarray:
+    """A record for one call."""
+    return np.zeros(1, CALL)

@@ -1,0 +1,196 @@
+"""Threads: Python threads that claim tasks inside compiled code, and the calls that open tasks to them.
+
+The protocol is in `fastattn.cpu.claim`. Workers are daemon threads. One that has found nothing for a while sleeps on a
+lock; a call that is worth it wakes the sleepers it wants and works itself. A second call that finds the pool taken runs
+its tasks in its own thread. A forked child has no workers, and starts its own when it needs them.
+"""
+
+import contextlib
+import os
+import threading
+from _thread import allocate_lock
+from contextvars import ContextVar
+
+import numpy as np
+
+from fastattn.cpu.kernels import library
+from fastattn.cpu.layout import DONE, WORKER_BYTES, WORKERS
+
+SPINS = 8000  # rounds of waiting, some 25 ns each, before a worker sleeps
+TURN_FLOPS = 2e9  # work the caller does between two looks at Python's signals
+WORTH_WAKING = 4e6  # operations: below this, waking a worker takes longer than the work
+MOST = 1024  # threads
+
+
+def available_cpus() -> int:
+    """The number of CPUs that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on this platform
+        return os.cpu_count() or 1
+
+
+def _checked(name: str, n: object) -> int:
+    if isinstance(n, bool) or not isinstance(n, (int, np.integer)):
+        raise TypeError(f"{name}: {n!r} of type {type(n).__name__}; expected an int")
+    if not 1 <= n <= MOST:
+        raise ValueError(f"{name}: {n}; expected 1 to {MOST}")
+    return int(n)
+
+
+def _initial() -> int:
+    given = os.environ.get("FASTATTN_NUM_THREADS", "")
+    if not given:
+        return min(available_cpus(), MOST)
+    try:
+        number = int(given)
+    except ValueError:
+        raise ValueError(f"FASTATTN_NUM_THREADS: {given!r}; expected a whole number from 1 to {MOST}") from None
+    return _checked("FASTATTN_NUM_THREADS", number)
+
+
+_threads: int | None = None
+_override: ContextVar[int | None] = ContextVar("fastattn.num_threads", default=None)
+
+
+def get_num_threads() -> int:
+    """The number of threads that a call in this context uses.
+
+    Returns
+    -------
+    int
+        What `num_threads` or `set_num_threads` said, else ``FASTATTN_NUM_THREADS``, else the CPUs this process may use.
+    """
+    global _threads
+    override = _override.get()
+    if override is not None:
+        return override
+    if _threads is None:
+        _threads = _initial()
+    return _threads
+
+
+def set_num_threads(n: int) -> None:
+    """Set the number of threads that calls use from now on, the caller's own included.
+
+    Parameters
+    ----------
+    n : int
+        From 1 to 1024. Results do not depend on it, by a single bit.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If it is not a whole number, or out of range.
+    """
+    global _threads
+    _threads = _checked("n", n)
+
+
+@contextlib.contextmanager
+def num_threads(n: int):
+    """A context in which calls use `n` threads; other Python threads are not concerned.
+
+    Parameters
+    ----------
+    n : int
+        From 1 to 1024.
+
+    Examples
+    --------
+    >>> import fastattn
+    >>> with fastattn.num_threads(1):
+    ...     fastattn.get_num_threads()
+    1
+    """
+    token = _override.set(_checked("n", n))
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+class _Pool:
+    """The workers of one process."""
+
+    def __init__(self):
+        self.taken = allocate_lock()
+        self.memory = np.zeros(WORKERS // 8 + MOST * WORKER_BYTES // 8 + 8, np.int64)
+        address = self.memory.ctypes.data
+        self.address = address + -address % 64
+        self.woken = np.zeros(MOST, np.int64)
+        self.beds: list = []  # a lock per worker: it sleeps by waiting for it
+        self.native = None
+
+    def grow(self, workers):
+        if self.native is None:
+            self.native = library("schedule")
+        while len(self.beds) < workers:
+            bed = allocate_lock()
+            bed.acquire()
+            thread = threading.Thread(
+                target=_live, args=(self.native.work, self.address, len(self.beds), bed), name="fastattn", daemon=True
+            )
+            thread.start()
+            self.beds.append(bed)
+
+    def run(self, task, call, tasks, flops, workers):
+        """Run tasks with up to `workers` others; the pool must be taken."""
+        self.grow(workers)
+        native = self.native
+        most = max(1, int(TURN_FLOPS * tasks / flops))
+        try:
+            count = native.start(self.address, task, call, tasks, workers, self.woken.ctypes.data)
+            for worker in self.woken[:count].tolist():
+                self.beds[worker].release()
+            while native.take_part(self.address, most, SPINS) != DONE:
+                pass
+        except BaseException:  # Ctrl-C: withdraw the tasks, since what they write to is about to be given up
+            self._cancel()
+            raise
+
+    def _cancel(self):
+        while True:
+            try:
+                self.native.cancel(self.address)
+                return
+            except KeyboardInterrupt:
+                continue
+
+
+def _live(work, pool, worker, bed):
+    while True:
+        work(pool, worker, SPINS)
+        bed.acquire()
+
+
+_pool = _Pool()
+
+
+def _forget():
+    global _pool
+    _pool = _Pool()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
+
+
+def run(kernels, call: int, tasks: int, flops: float, threads: int) -> None:
+    """Run a call's tasks, on up to `threads` threads, and return when all are done."""
+    workers = min(threads, tasks) - 1
+    pool = _pool
+    if workers > 0 and flops >= WORTH_WAKING and pool.taken.acquire(False):
+        try:
+            pool.run(kernels.addresses["task"], call, tasks, flops, workers)
+        finally:
+            pool.taken.release()
+        return
+    step = tasks if flops <= TURN_FLOPS else max(1, int(TURN_FLOPS * tasks / flops))
+    for first in range(0, tasks, step):
+        kernels.alone(call, first, min(first + step, tasks))
+
+
+def concurrency(tasks: int, flops: float, threads: int) -> int:
+    """The number of threads that `run` may use: how many pieces of working memory it needs."""
+    return min(threads, tasks) if flops >= WORTH_WAKING else 1

@@ -1,0 +1,129 @@
+"""Online softmax on a block of scores (Milakov and Gimelshein 2018, arXiv 1805.02867), queries in the lanes.
+
+Scores stand as `scores[j][i]`, key j, query i, in base 2: they were multiplied by log2(e), so that the exponential is
+2^x. For every query the block keeps `m`, to which all exponents refer, and `l`, the sum of the weights so far.
+
+`m` need not be the maximum: softmax is the same for any reference that does not overflow. It follows the maximum only
+when that is more than `SLACK` above it, so that after the first blocks neither `l` nor the output is rescaled.
+"""
+
+from fastattn.simd import (
+    all_zero,
+    exponent_bits,
+    fraction,
+    horner,
+    jit,
+    maximum,
+    scale_by_power,
+    tile_fill,
+    tile_load,
+    tile_store,
+    where_greater,
+)
+
+SLACK = 8.0  # weights grow up to 2^8 before m follows; float32 has 2^127 of room
+MINUS_INFINITY = float("-inf")
+
+
+# Least-maximum fits of the relative error of 2^f with p(0) = 1, lowest power first. Errors before rounding: 9e-8, 3e-18.
+# f in [-1/2, 1/2], for machines that round to the nearest whole number:
+NEAREST_32 = (1.0, 0.6931469775828203, 0.240222420747427, 0.05550733766693795, 0.00967151312733926, 0.0013264720150998596)
+NEAREST_64 = (
+    1.0,
+    0.6931471805599453,
+    0.24022650695910131,
+    0.05550410866482008,
+    0.00961812910759411,
+    0.0013333558146774831,
+    0.00015403530457123798,
+    1.5252733492952222e-05,
+    1.321543527718275e-06,
+    1.0178199636717864e-07,
+    7.073784038835728e-09,
+    4.434762438655448e-10,
+)
+# f in [0, 1), for machines that round down:
+DOWN_32 = (1.0, 0.6931513118202098, 0.240164450039123, 0.05579991339072367, 0.009017030031062538, 0.0018671301746041288)
+DOWN_64 = (
+    1.0,
+    0.6931471805599459,
+    0.24022650695906328,
+    0.0555041086656027,
+    0.009618129099547674,
+    0.0013333558629696792,
+    0.0001540351230621144,
+    1.5253175113806213e-05,
+    1.3208366646027438e-06,
+    1.0253216872493853e-07,
+    6.559511921288243e-09,
+    6.26349575787972e-10,
+)
+# Added to x, these leave round(x) plus the exponent bias in the lowest bits: 1.5 * 2^23 + 127, 1.5 * 2^52 + 1023.
+ROUND_32, ROUND_64 = 12583039.0, 6755399441056767.0
+
+
+@jit
+def exp2(tile, x):
+    """2^x by elements, to 2 units in the last place; 0 for x = -inf and where the result is subnormal, NaN for NaN.
+
+    2^x = 2^n · p(f), n a whole number, f = x - n. AVX-512 has instructions for the fraction (0 for an infinity) and for
+    the scaling; elsewhere adding a large number rounds x, and leaves n where a shift makes it an exponent.
+    """
+    if tile.scalef:
+        if tile.itemsize == 4:
+            return scale_by_power(horner(fraction(x), DOWN_32), x)
+        return scale_by_power(horner(fraction(x), DOWN_64), x)
+    if tile.itemsize == 4:
+        x = maximum(-127.0, x)
+        shifted = x + ROUND_32
+        return horner(x - (shifted - ROUND_32), NEAREST_32) * exponent_bits(shifted)
+    x = maximum(-1023.0, x)
+    shifted = x + ROUND_64
+    return horner(x - (shifted - ROUND_64), NEAREST_64) * exponent_bits(shifted)
+
+
+@jit
+def exponentials(tile, scores, count, shift, total):
+    """scores[j] = 2^(scores[j] - shift) for all keys j of the block; returns total plus their sum over j."""
+    at = scores
+    for _ in range(count):
+        weights = exp2(tile, tile_load(tile.single, at, tile.row_bytes) - shift)
+        tile_store(weights, at, tile.row_bytes)
+        total = total + weights
+        at += tile.row_bytes
+    return total
+
+
+@jit
+def rescale(tile, block, features, factor):
+    """block[p] *= factor for all features p."""
+    at = block
+    for _ in range(features):
+        tile_store(tile_load(tile.single, at, tile.row_bytes) * factor, at, tile.row_bytes)
+        at += tile.row_bytes
+
+
+@jit
+def absorb(tile, scores, count, top, relative, m_at, l_at, out, features):
+    """Turn a block of scores into weights, bring m and l up to date, and rescale the output if m rose.
+
+    `top` is the block's maximum for every query. `relative`: m has been subtracted from the scores, and from top.
+    """
+    zero = tile_fill(tile.single, 0.0)
+    m = tile_load(tile.single, m_at, tile.row_bytes)
+    total = tile_load(tile.single, l_at, tile.row_bytes)
+    current = zero if relative else m
+    # A query that has seen no key yet (l = 0) takes whatever maximum comes, unless that is still -inf.
+    bound = where_greater(total, zero, current + SLACK, MINUS_INFINITY)
+    shift = where_greater(top, bound, top, current)
+    if all_zero(shift - current):
+        if relative:
+            total = exponentials(tile, scores, count, zero, total)
+        else:
+            total = exponentials(tile, scores, count, m, total)
+    else:
+        factor = where_greater(total, zero, exp2(tile, current - shift), 1.0)
+        rescale(tile, out, features, factor)
+        tile_store(m + shift if relative else shift, m_at, tile.row_bytes)
+        total = exponentials(tile, scores, count, shift, total * factor)
+    tile_store(total, l_at, tile.row_bytes)

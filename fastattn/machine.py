@@ -1,0 +1,21 @@
+"""Object code, run: LLVM's view of the processor, and the loader."""
+
+from llvmlite import binding as llvm
+
+from fastattn.isa import Isa
+
+
+def target_machine(row: Isa, jit: bool = False):
+    """LLVM's target machine for a row of the table."""
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    target = llvm.Target.from_triple(llvm.get_process_triple())
+    return target.create_target_machine(cpu=row.cpu, features="", opt=3, reloc="pic", codemodel="default", jit=jit)
+
+
+def load(code: bytes, row: Isa, symbols):
+    """The addresses of functions in object code, by name, and the engine that keeps them alive."""
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target_machine(row, jit=True))
+    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    return {symbol: engine.get_function_address(symbol) for symbol in symbols}, engine
