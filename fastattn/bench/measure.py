@@ -1,0 +1,242 @@
+"""How it is measured: all engines alternate in one process, several rounds, and medians are compared.
+
+A round takes one sample of each engine, and of the machine's peak, in a random order; a machine that grows slower or
+faster in the meantime does so for all of them, so that the ratios *within* a round mean more than those of the totals.
+The table has the median time of an engine, and the median over the rounds of the ratio of two engines.
+
+Thread pools do not stop when a call returns. Their workers spin, for the sake of the next call, and whoever is measured
+next shares the cores with them. On 2 cores, (1, 8, 512, 64) in float32, milliseconds a call, after another engine has
+worked and a pause was made:
+
+==================  ====  ====  ====  =====  =====
+PyTorch, after      none  1 ms  10 ms 50 ms  alone
+==================  ====  ====  ====  =====  =====
+ONNX Runtime        11.7  16.0  12.2  5.9    5.6
+NumPy (OpenBLAS)    15.2  12.0  16.0  10.5   5.6
+OpenVINO            5.7   5.6   5.7   5.3    5.6
+==================  ====  ====  ====  =====  =====
+
+ONNX Runtime is slowed down by PyTorch's workers likewise, for some milliseconds. A subprocess for each engine would
+change nothing, since the cores are the same, and forbidding the engines to spin would make them slower. So each sample
+first waits until this process burns no CPU time any more (`settle`), and then warms the engine up, since a pool
+that has gone to sleep is late for its first call.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+from fastattn.bench.cases import Case, Pace
+from fastattn.bench.peers import ENGINES, OURS, Call, Engine, Unavailable, cores, prepare
+
+__all__ = ["PACE_S", "Effort", "Result", "measure", "peak_of", "sample", "settle"]
+
+PACE_S = 0.020
+"""The pause between two calls of a "paced" case."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much time is spent: `rounds` rounds, in each about `seconds` on each engine."""
+
+    rounds: int = 9
+    seconds: float = 0.08
+
+    @classmethod
+    def quick(cls) -> Effort:
+        """Return what is enough to see whether all of it runs, and roughly how fast."""
+        return cls(rounds=3, seconds=0.03)
+
+
+@dataclass
+class Result:
+    """What was measured of one case.
+
+    Attributes
+    ----------
+    case : Case
+        The case.
+    times : dict of str to list of float
+        Seconds a call, one number per round, for each engine that took part.
+    peaks : list of float
+        GF/s of the register tile, one number per round; empty where that is unknown.
+    absent : dict of str to str
+        Why an engine did not take part.
+
+    Examples
+    --------
+    >>> from fastattn.bench.cases import Case
+    >>> from fastattn.bench.measure import Result
+    >>> times = {"fastattn": [1.0, 2.0, 1.0], "PyTorch": [1.5, 3.0, 1.4], "NumPy": [9.0, 9.0, 9.0]}
+    >>> result = Result(Case("float32", 1, 1, 1000, 250), times, peaks=[2.0, 1.0, 2.0])
+    >>> result.seconds("PyTorch"), result.best_peer, result.ratio("PyTorch"), result.of_peak
+    (1.5, 'PyTorch', 1.5, 0.5)
+    """
+
+    case: Case
+    times: dict[str, list[float]] = field(default_factory=dict)
+    peaks: list[float] = field(default_factory=list)
+    absent: dict[str, str] = field(default_factory=dict)
+
+    def seconds(self, engine: str) -> float:
+        """Return the median time of a call."""
+        return median(self.times[engine])
+
+    def figure(self, engine: str) -> float:
+        """Return what the table shows of an engine: GF/s or microseconds, as the case's `unit` says."""
+        seconds = self.seconds(engine)
+        return self.case.flops / seconds / 1e9 if self.case.unit == "GF/s" else seconds * 1e6
+
+    @property
+    def best_peer(self) -> str | None:
+        """The fastest engine that is neither fastattn nor NumPy, or NumPy if it is alone."""
+        others = [name for name in self.times if name != OURS.name]
+        libraries = [name for name in others if name != "NumPy"] or others
+        return min(libraries, key=self.seconds, default=None)
+
+    def ratio(self, engine: str) -> float | None:
+        """Return how many times faster than this engine fastattn is, or None if one of them did not take part."""
+        if OURS.name not in self.times or engine not in self.times:
+            return None
+        return median(other / own for own, other in zip(self.times[OURS.name], self.times[engine], strict=True))
+
+    @property
+    def of_peak(self) -> float | None:
+        """What part of the peak fastattn reaches."""
+        if OURS.name not in self.times or not self.peaks:
+            return None
+        rates = (self.case.flops / seconds / 1e9 for seconds in self.times[OURS.name])
+        return median(rate / peak for rate, peak in zip(rates, self.peaks, strict=True))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return all of it in the types of JSON."""
+        return {
+            "case": self.case.name,
+            "unit": self.case.unit,
+            "flops": self.case.flops,
+            "seconds": self.times,
+            "peak_gflops": self.peaks,
+            "figures": {name: self.figure(name) for name in self.times},
+            "best_peer": self.best_peer,
+            "ratio": {name: self.ratio(name) for name in self.times if name != OURS.name},
+            "of_peak": self.of_peak,
+            "absent": self.absent,
+        }
+
+
+def settle(limit: float = 1.0) -> None:
+    """Wait until no thread of this process burns CPU time any more, at most `limit` seconds."""
+    step = 0.005
+    deadline = time.perf_counter() + limit
+    while time.perf_counter() < deadline:
+        wall, used = time.perf_counter(), time.process_time()
+        time.sleep(step)
+        if time.process_time() - used < 0.1 * (time.perf_counter() - wall):
+            return
+
+
+def sample(run: Callable[[], Any], pace: Pace, seconds: float) -> float:
+    """Return the time of one call in seconds, from about `seconds` of work.
+
+    Parameters
+    ----------
+    run : callable
+        Makes the call.
+    pace : str
+        How the calls follow each other, see `Case`.
+    seconds : float
+        For how long the calls are made.
+    """
+    clock = time.perf_counter
+    settle()
+    # the first calls after a pause wait for threads to wake up
+    begin = clock()
+    calls = 0
+    while calls < 2 or clock() - begin < seconds / 4:
+        run()
+        calls += 1
+    estimate = (clock() - begin) / calls
+
+    if pace == "tight":
+        count = max(10, math.ceil(seconds / estimate))
+        begin = clock()
+        for _ in range(count):
+            run()
+        return (clock() - begin) / count
+
+    times = []
+    count = max(3, math.ceil(seconds / (estimate + (PACE_S if pace == "paced" else 0))))
+    for _ in range(count):
+        if pace == "paced":
+            time.sleep(PACE_S)
+        begin = clock()
+        run()
+        times.append(clock() - begin)
+    return median(times)
+
+
+def peak_of(case: Case, threads: int) -> Callable[[], float] | None:
+    """Return what measures the peak for a case, in GF/s: what the best register tile reaches from L1."""
+    try:
+        from fastattn.cpu import peak
+    except ImportError:
+        return None
+    return lambda: peak.measure(case.dtype, threads)
+
+
+def measure(
+    case: Case,
+    effort: Effort | None = None,
+    engines: Sequence[Engine] = ENGINES,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Result:
+    """Measure one case: every engine that can do it, in alternation.
+
+    Parameters
+    ----------
+    case : Case
+        What to call.
+    effort : Effort, optional
+        How much time to spend.
+    engines : sequence of Engine
+        Whom to measure.
+    progress : callable
+        Is told what is being done.
+    """
+    effort = effort or Effort()
+    threads = cores()
+    result = Result(case)
+    calls: dict[str, Call] = {}
+    for engine in engines:
+        progress(f"preparing {engine.name}")
+        try:
+            calls[engine.name] = prepare(engine, case, threads)
+            result.times[engine.name] = []
+        except Unavailable as reason:
+            result.absent[engine.name] = str(reason)
+
+    peak = peak_of(case, threads) if case.unit == "GF/s" else None
+    for step in _rounds(effort.rounds, [*calls, *(["peak"] if peak else [])], progress):
+        if step == "peak":
+            settle()
+            assert peak is not None
+            result.peaks.append(peak())
+        else:
+            result.times[step].append(sample(calls[step].run, case.pace, effort.seconds))
+    return result
+
+
+def _rounds(rounds: int, names: list[str], progress: Callable[[str], None]) -> Iterator[str]:
+    """Yield the names, in a new random order in each round."""
+    order = random.Random(0)
+    for number in range(rounds):
+        order.shuffle(names)
+        for name in names:
+            progress(f"round {number + 1} of {rounds}, {name}")
+            yield name

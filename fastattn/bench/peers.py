@@ -1,0 +1,290 @@
+"""Who is measured: fastattn, and the other libraries that compute exact attention on CPUs.
+
+Each engine turns a case into a function without arguments that makes the call, and nothing else: inputs are converted,
+models compiled and outputs allocated beforehand, where the library allows it. Before it is timed, the result of each is
+compared with `fastattn.reference`; an engine that cannot do a case, or does it wrong, is not timed, and says why.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastattn.bench.cases import Arguments, Case
+
+__all__ = ["ENGINES", "OURS", "Call", "Engine", "Unavailable", "check", "cores", "prepare"]
+
+
+class Unavailable(Exception):
+    """Why an engine does not take part in a case."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call that is ready to be timed.
+
+    Attributes
+    ----------
+    run : callable
+        Makes the call.
+    result : callable
+        Returns what the latest call computed, as an array.
+    """
+
+    run: Callable[[], Any]
+    result: Callable[[], NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A library that computes attention.
+
+    Attributes
+    ----------
+    name : str
+        What tables call it.
+    packages : tuple of str
+        What has to be installed.
+    build : callable
+        Makes a `Call` of a case's arguments and a number of threads.
+    """
+
+    name: str
+    packages: tuple[str, ...]
+    build: Callable[[Arguments, int], Call]
+
+    @property
+    def version(self) -> str:
+        """The installed version.
+
+        Raises
+        ------
+        Unavailable
+            If a package is not installed.
+        """
+        try:
+            version, *_ = [importlib.metadata.version(package) for package in self.packages]
+            return version
+        except importlib.metadata.PackageNotFoundError as error:
+            raise Unavailable(f"{error.name} is not installed") from None
+
+
+def cores() -> int:
+    """Return the number of CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check(result: NDArray[Any], arguments: Arguments) -> None:
+    """Compare a result with the reference.
+
+    Raises
+    ------
+    Unavailable
+        If they differ by more than rounding explains.
+    """
+    from fastattn import reference
+
+    # the reference makes the whole score matrix: some query rows of the first and last head are evidence enough
+    length = arguments.query.shape[-2]
+    rows = np.unique(np.linspace(0, length - 1, min(length, 64), dtype=np.intp))
+    below = np.arange(length) <= rows[:, None]
+    limit = 2e-5 if arguments.query.dtype == np.float32 else 1e-12
+    for batch, head in ((0, 0), (-1, -1)):
+        query, key, value = (x[batch, head] for x in (arguments.query, arguments.key, arguments.value))
+        mask = arguments.mask
+        if mask is not None:
+            mask = mask[batch, head if mask.shape[1] > 1 else 0]
+            mask = mask[rows] if len(mask) > 1 else mask
+        if arguments.causal:
+            mask = below
+        expected = reference.attention(query[rows], key, value, mask)
+        error = float(np.abs(result[batch, head][rows].astype(np.float64) - expected).max())
+        if not error <= limit:
+            raise Unavailable(f"its result is off by {error:.1g}, where {limit:.0g} is allowed")
+
+
+def prepare(engine: Engine, case: Case, threads: int) -> Call:
+    """Return the engine's call of a case, after checking its result.
+
+    Raises
+    ------
+    Unavailable
+        If the engine is not installed, refuses the case, or computes something else.
+    """
+    engine.version  # noqa: B018  (raises where a package is missing)
+    try:
+        call = engine.build(case.arguments, threads)
+        call.run()
+        result = call.result()
+    except Unavailable:
+        raise
+    except Exception as error:  # whatever a peer may raise is its reason
+        raise Unavailable(f"{type(error).__name__}: {_first_line(error)}") from None
+    check(result, case.arguments)
+    return call
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:120] if lines else "no message"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# fastattn
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _fastattn(arguments: Arguments, threads: int) -> Call:
+    import fastattn
+
+    fastattn.set_num_threads(threads)
+    latest: list[Any] = [None]
+
+    def run() -> None:
+        latest[0] = fastattn.attention(
+            arguments.query, arguments.key, arguments.value, arguments.mask, is_causal=arguments.causal
+        )
+
+    return Call(run, lambda: latest[0])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# NumPy
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _numpy(arguments: Arguments, threads: int) -> Call:
+    """The formula, as it is usually written; its BLAS has its own threads."""
+    query, key, value, mask = arguments.query, arguments.key, arguments.value, arguments.mask
+    scale = query.dtype.type(1 / np.sqrt(query.shape[-1]))
+    if arguments.causal:
+        mask = np.tri(query.shape[-2], key.shape[-2], dtype=np.bool_)
+    latest: list[Any] = [None]
+
+    def run() -> None:
+        scores = query @ key.swapaxes(-1, -2)
+        scores *= scale
+        if mask is not None:
+            if mask.dtype == np.bool_:
+                scores = np.where(mask, scores, query.dtype.type(-np.inf))
+            else:
+                scores += mask
+        scores -= scores.max(axis=-1, keepdims=True)
+        np.exp(scores, out=scores)
+        scores /= scores.sum(axis=-1, keepdims=True)
+        latest[0] = scores @ value
+
+    return Call(run, lambda: latest[0])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# PyTorch
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _torch(arguments: Arguments, threads: int) -> Call:
+    import torch
+
+    torch.set_num_threads(threads)
+    query, key, value = (torch.from_numpy(x) for x in (arguments.query, arguments.key, arguments.value))
+    mask = None if arguments.mask is None else torch.from_numpy(arguments.mask)
+    attention = torch.nn.functional.scaled_dot_product_attention
+    latest: list[Any] = [None]
+
+    def run() -> None:
+        with torch.no_grad():
+            latest[0] = attention(query, key, value, mask, 0.0, arguments.causal)
+
+    return Call(run, lambda: latest[0].numpy())
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# OpenVINO
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _openvino(arguments: Arguments, threads: int) -> Call:
+    import openvino
+    from openvino import opset13
+
+    arrays = [arguments.query, arguments.key, arguments.value]
+    if arguments.mask is not None:
+        arrays.append(arguments.mask)
+    parameters = [opset13.parameter(x.shape, x.dtype.type) for x in arrays]
+    operation = opset13.scaled_dot_product_attention(*parameters, causal=arguments.causal)
+    compiled = openvino.Core().compile_model(
+        openvino.Model([operation], parameters),
+        "CPU",
+        {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_NUM_THREADS": threads,
+        },
+    )
+    request = compiled.create_infer_request()
+    for index, array in enumerate(arrays):
+        request.set_input_tensor(index, openvino.Tensor(array, shared_memory=True))
+    output = np.empty(arguments.query.shape, compiled.output(0).element_type.to_dtype())
+    request.set_output_tensor(0, openvino.Tensor(output, shared_memory=True))
+    # all that the class's own method would add is work on inputs and outputs, 5 µs that tiny calls would show
+    infer = super(type(request), request).infer
+    return Call(lambda: infer({}, True, False), lambda: output)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# ONNX Runtime
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _onnxruntime(arguments: Arguments, threads: int) -> Call:
+    import onnxruntime
+    from onnx import TensorProto, helper
+
+    names = {"Q": arguments.query, "K": arguments.key, "V": arguments.value}
+    if arguments.mask is not None:
+        # unlike the others it wants every query's row written out
+        wide = (*arguments.mask.shape[:-2], arguments.query.shape[-2], arguments.mask.shape[-1])
+        names["mask"] = np.broadcast_to(arguments.mask, wide).copy()
+    kinds = {"float32": TensorProto.FLOAT, "float64": TensorProto.DOUBLE, "bool": TensorProto.BOOL}
+    node = helper.make_node("Attention", list(names), ["out"], is_causal=int(arguments.causal))
+    graph = helper.make_graph(
+        [node],
+        "attention",
+        [helper.make_tensor_value_info(name, kinds[x.dtype.name], x.shape) for name, x in names.items()],
+        [helper.make_tensor_value_info("out", kinds[arguments.query.dtype.name], arguments.query.shape)],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    # bound inputs and output: faster than run(), which wraps and allocates anew for each call
+    output = np.empty_like(arguments.query)
+    values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(x) for name, x in names.items()}
+    binding = session.io_binding()
+    for name, ort_value in values.items():
+        binding.bind_ortvalue_input(name, ort_value)
+    bound = onnxruntime.OrtValue.ortvalue_from_numpy(output)
+    binding.bind_ortvalue_output("out", bound)
+
+    def run() -> None:
+        session.run_with_iobinding(binding)
+
+    return Call(run, bound.numpy)
+
+
+OURS = Engine("fastattn", ("fastattn",), _fastattn)
+ENGINES: tuple[Engine, ...] = (
+    OURS,
+    Engine("PyTorch", ("torch",), _torch),
+    Engine("OpenVINO", ("openvino",), _openvino),
+    Engine("ONNX Runtime", ("onnxruntime", "onnx"), _onnxruntime),
+    Engine("NumPy", ("numpy",), _numpy),
+)
+"""All engines, ours first."""
