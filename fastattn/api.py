@@ -8,11 +8,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastattn import reference
-from fastattn.cpu.attention import Prepared
+from fastattn.cpu import attention as cpu
 from fastattn.cpu.pool import get_num_threads
 from fastattn.problem import as_operands, check_backend, check_flag, check_out, describe, seed_from
 
 BACKENDS = ("cpu", "reference")
+_REMEMBERED = 1024
+_prepared: dict[Any, cpu.Prepared] = {}
 
 
 def attention(
@@ -31,8 +33,118 @@ def attention(
     out: NDArray[Any] | None = None,
     backend: str | None = None,
 ) -> Any:
-    """Scaled dot-product attention.
+    """Scaled dot-product attention, softmax(query keyᵀ · scale + mask) value.
+
+    A drop-in for ``torch.nn.functional.scaled_dot_product_attention`` on NumPy arrays: exact, blocked, in memory that
+    does not grow with the lengths.
+
+    Parameters
+    ----------
+    query : array_like, shape (..., Hq, Lq, D)
+        float32 or float64, or integers, which compute in float64. The axes before the last two may be missing, and
+        broadcast as in NumPy.
+    key : array_like, shape (..., Hk, Lk, D)
+    value : array_like, shape (..., Hk, Lk, Dv)
+    attn_mask : array_like, broadcasting to (..., Hq, Lq, Lk), optional
+        Boolean, where True takes part, or float16, float32 or float64, added to the scores.
+    dropout_p : float
+        Probability that a weight becomes 0; those that stay are multiplied by 1 / (1 - dropout_p).
+    is_causal : bool or "bottom-right"
+        True: query i looks at the keys up to i. "bottom-right": up to i + Lk - Lq, as in decoding.
+    scale : float, optional
+        Factor of query · key, any finite number, 1/sqrt(D) unless given.
+    enable_gqa : bool
+        Grouped queries: Hq is a multiple of Hk, and query head h reads key head h // (Hq / Hk).
+    return_lse : bool
+        Return the natural logarithm of the sum of exp(score) over the keys as well.
+    return_weights : bool
+        Return the weights as well, after dropout. Only then does a matrix of Lq x Lk exist.
+    rng : int or numpy.random.Generator, optional
+        Decides which weights are dropped: the same set for the same seed, on every backend.
+    out : ndarray, shape (..., Hq, Lq, Dv), optional
+        Where to write the result; it may overlap the arguments, as in ``out=query``.
+    backend : {None, "cpu", "reference"}
+        None is the best one. "reference" is `fastattn.reference.attention`.
+
+    Returns
+    -------
+    out : ndarray, shape (..., Hq, Lq, Dv)
+        Or a tuple of this and of what else was asked for, in this order. A query that may look at no key gives 0.
+    lse : ndarray, shape (..., Hq, Lq)
+        If `return_lse`; -inf for a query that may look at no key.
+    weights : ndarray, shape (..., Hq, Lq, Lk)
+        If `return_weights`.
+
+    Raises
+    ------
+    TypeError
+        If an argument is of a kind or dtype that has no meaning here.
+    ValueError
+        If shapes do not go together, or a number is out of range. The message names the argument.
+
+    Notes
+    -----
+    Results are the same bits at any thread count, for any strides of the same values, and for a row of a batch alone.
+    NaN and infinity in keys and values that a query may not look at do not reach it.
+
+    References
+    ----------
+    .. [1] Vaswani et al., "Attention is all you need", 2017, arXiv 1706.03762.
+    .. [2] Dao et al., "FlashAttention: fast and memory-efficient exact attention with IO-awareness", 2022,
+       arXiv 2205.14135.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn
+    >>> rng = np.random.default_rng(0)
+    >>> query, key, value = rng.standard_normal((3, 1, 8, 16, 64), dtype=np.float32)
+    >>> fastattn.attention(query, key, value, is_causal=True).shape
+    (1, 8, 16, 64)
+    >>> out, weights = fastattn.attention(query, key, value, return_weights=True)
+    >>> np.allclose(weights.sum(-1), 1)
+    True
     """
+    # A call like an earlier one, with plain arguments, finds its plan by what it depends on: no validation is repeated.
+    ndarray = np.ndarray
+    if (
+        type(query) is ndarray
+        and type(key) is ndarray
+        and type(value) is ndarray
+        and (attn_mask is None or type(attn_mask) is ndarray)
+        and (is_causal is False or is_causal is True)
+        and (scale is None or type(scale) is float)
+        and type(enable_gqa) is bool
+        and dropout_p == 0.0
+        and type(dropout_p) is float
+        and type(return_lse) is bool
+        and return_weights is False
+        and rng is None
+        and out is None
+        and backend is None
+    ):
+        plain = (
+            query.shape,
+            query.strides,
+            query.dtype,
+            key.shape,
+            key.strides,
+            key.dtype,
+            value.shape,
+            value.strides,
+            value.dtype,
+            None if attn_mask is None else (attn_mask.shape, attn_mask.strides, attn_mask.dtype),
+            is_causal,
+            scale,
+            enable_gqa,
+            get_num_threads(),
+        )
+        prepared = _prepared.get(plain)
+        if prepared is not None:
+            return cpu.attention(prepared, (query, key, value, attn_mask), 0, None, return_lse, False)
+    else:
+        plain = None
+
     check_backend(backend, BACKENDS)
     if backend == "reference":
         return reference.attention(
@@ -51,21 +163,33 @@ def attention(
         )
     arrays = as_operands(query, key, value, attn_mask)
     problem, operands = describe(*arrays, dropout_p, is_causal, scale, enable_gqa)
-    check_flag("return_lse", return_lse)
-    check_flag("return_weights", return_weights)
+    return_lse = check_flag("return_lse", return_lse)
+    return_weights = check_flag("return_weights", return_weights)
     seed = seed_from(rng, problem.dropout_p > 0)
     check_out(out, problem)
-    result = np.empty(problem.out_shape, problem.dtype) if out is None else out
-    lse = np.empty(problem.lse_shape, problem.dtype) if return_lse else None
-    prepared = Prepared(problem, operands, result, get_num_threads())
-    prepared(
-        operands.query.ctypes.data,
-        operands.key.ctypes.data,
-        operands.value.ctypes.data,
-        0 if operands.mask is None else operands.mask.ctypes.data,
-        result.ctypes.data,
-        0 if lse is None else lse.ctypes.data,
-        seed,
-    )
-    wanted = [result] + ([lse] if return_lse else [])
-    return result if len(wanted) == 1 else tuple(wanted)
+    target = out
+    if out is None or _must_be_apart(out, arrays):
+        target = np.empty(problem.out_shape, problem.dtype)
+    prepared = cpu.prepare(problem, operands, target, get_num_threads())
+    if plain is not None and all(made is given for made, given in zip(arrays, (query, key, value, attn_mask))):
+        if len(_prepared) >= _REMEMBERED:
+            _prepared.clear()
+        _prepared[plain] = prepared
+    results = cpu.attention(prepared, arrays, seed, target, return_lse, return_weights)
+    if out is None or target is out:
+        return results
+    np.copyto(out, target)
+    return (out, *results[1:]) if isinstance(results, tuple) else out
+
+
+def _must_be_apart(out, arrays) -> bool:
+    """Whether the result cannot be written to `out` while the arguments are still read.
+
+    It can if out shares no memory with them, or is the query itself: a block of queries is read before its rows are
+    written.
+    """
+    query, *others = arrays
+    if any(array is not None and np.may_share_memory(out, array) for array in others):
+        return True
+    same = out.ctypes.data == query.ctypes.data and out.shape == query.shape and out.strides == query.strides
+    return not same and np.may_share_memory(out, query)

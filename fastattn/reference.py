@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastattn.problem import Problem, as_operands, check_flag, check_out, describe, seed_from
+from fastattn.problem import Operands, Problem, as_operands, check_flag, check_out, describe, seed_from
 
-__all__ = ["attention", "keep_mask", "philox"]
+__all__ = ["attention", "evaluate", "keep_mask", "philox"]
 
 
 def attention(
@@ -77,9 +77,7 @@ def attention(
     array([[1.  , 0.  , 0.  ],
            [0.33, 0.67, 0.  ]])
     """
-    problem, (q, k, v, mask) = describe(
-        *as_operands(query, key, value, attn_mask), dropout_p, is_causal, scale, enable_gqa
-    )
+    problem, operands = describe(*as_operands(query, key, value, attn_mask), dropout_p, is_causal, scale, enable_gqa)
     out = check_out(out, problem)
     return_lse = check_flag("return_lse", return_lse)
     return_weights = check_flag("return_weights", return_weights)
@@ -87,29 +85,7 @@ def attention(
 
     # inf and NaN are values like others here, and no reason for a warning
     with np.errstate(all="ignore"):
-        wide: Any = np.float64 if problem.dtype == np.float32 else np.longdouble
-        scores = problem.scale * (q.astype(wide) @ k.astype(wide).swapaxes(-1, -2))
-        if problem.mask_kind == "float":
-            scores = scores + _saturated(mask, problem.dtype)
-        visible = _visible(problem, mask)
-        scores = np.where(visible, scores, -np.inf)
-
-        highest = scores.max(axis=-1, keepdims=True, initial=-np.inf)
-        empty = highest == -np.inf
-        highest = np.where(empty, 0, highest)
-        weights = np.exp(scores - highest)
-        total = weights.sum(axis=-1, keepdims=True)
-        lse = highest + np.log(total)
-        weights = np.where(empty, 0, weights / total)
-
-        if problem.dropout_p > 0:
-            weights = weights * _kept(problem, seed) * problem.keep_scale
-        result = np.where(empty, 0, _weighted_sum(weights, v.astype(wide), visible))
-
-        result = result.astype(problem.dtype).reshape(problem.out_shape)
-        lse = _saturated(lse, problem.dtype).astype(problem.dtype).reshape(problem.lse_shape)
-        weights = weights.astype(problem.dtype).reshape(problem.weights_shape)
-
+        result, lse, weights = (array.astype(problem.dtype) for array in evaluate(problem, operands, seed))
     if out is None:
         out = result
     else:
@@ -117,6 +93,50 @@ def attention(
     if not (return_lse or return_weights):
         return out
     return (out, *((lse,) if return_lse else ()), *((weights,) if return_weights else ()))
+
+
+@np.errstate(all="ignore")
+def evaluate(problem: Problem, operands: Operands, seed: int = 0) -> tuple[Any, Any, Any]:
+    """Evaluate the formula in the wider type, and do not round the results to the type of the call.
+
+    Parameters
+    ----------
+    problem : Problem
+    operands : Operands
+    seed : int
+        In [0, 2**64): what decides which weights are dropped.
+
+    Returns
+    -------
+    out : ndarray, shape problem.out_shape
+    lse : ndarray, shape problem.lse_shape
+        Finite ones are within the range of the type of the call.
+    weights : ndarray, shape problem.weights_shape
+    """
+    wide: Any = np.float64 if problem.dtype == np.float32 else np.longdouble
+    query, key, value = (array.astype(wide) for array in operands[:3])
+    scores = problem.scale * (query @ key.swapaxes(-1, -2))
+    if problem.mask_kind == "float":
+        scores = scores + _saturated(operands.mask, problem.dtype)
+    visible = _visible(problem, operands.mask)
+    scores = np.where(visible, scores, -np.inf)
+
+    highest = scores.max(axis=-1, keepdims=True, initial=-np.inf)
+    empty = highest == -np.inf
+    highest = np.where(empty, 0, highest)
+    weights = np.exp(scores - highest)
+    total = weights.sum(axis=-1, keepdims=True)
+    lse = highest + np.log(total)
+    weights = np.where(empty, 0, weights / total)
+
+    if problem.dropout_p > 0:
+        weights = weights * _kept(problem, seed) * problem.keep_scale
+    out = np.where(empty, 0, _weighted_sum(weights, value, visible))
+    return (
+        out.reshape(problem.out_shape),
+        _saturated(lse, problem.dtype).reshape(problem.lse_shape),
+        weights.reshape(problem.weights_shape),
+    )
 
 
 def _visible(problem: Problem, mask: NDArray[Any] | None) -> NDArray[np.bool_]:

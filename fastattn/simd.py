@@ -57,6 +57,11 @@ class TileShape:
         return self.lanes * self.itemsize
 
     @property
+    def buffer_bytes(self):
+        """Room for a square of elements of any dtype."""
+        return 8 * self.lanes * self.lanes
+
+    @property
     def single(self):
         """The same row, once: what a tail of fewer than `rows` rows is made of."""
         return TileShape(self.dtype, self.lanes, 1, self.vectors, self.scalef)
@@ -67,8 +72,18 @@ class TileShape:
         return TileShape(self.dtype, self.lanes, self.lanes, 1, self.scalef)
 
     @property
+    def quad(self):
+        """Four rows of one vector."""
+        return TileShape(self.dtype, self.lanes, 4, 1, self.scalef)
+
+    @property
     def vector(self):
         return TileShape(self.dtype, self.lanes, 1, 1, self.scalef)
+
+    @property
+    def llvm_vector(self):
+        """LLVM's type of one of the tile's vectors."""
+        return _vector(self)
 
 
 class ShapeType(types.Dummy):
@@ -126,8 +141,8 @@ def _constant_shape(context, builder, ty, value):
     return context.get_dummy_value()
 
 
-_INTEGERS = ("scalef", "lanes", "rows", "vectors", "itemsize", "width", "row_bytes", "vector_bytes")
-_SHAPES = ("single", "square", "vector")
+_INTEGERS = ("scalef", "lanes", "rows", "vectors", "itemsize", "width", "row_bytes", "vector_bytes", "buffer_bytes")
+_SHAPES = ("single", "square", "quad", "vector")
 
 
 @infer_getattr
@@ -181,7 +196,7 @@ def _vectors(builder, shape, value):
     return [builder.extract_value(value, i) for i in range(shape.rows * shape.vectors)]
 
 
-def _tile(builder, shape, vectors):
+def make_tile(builder, shape, vectors):
     value = ir.Constant(ir.ArrayType(vectors[0].type, len(vectors)), ir.Undefined)
     for i, vector in enumerate(vectors):
         value = builder.insert_value(value, vector, i)
@@ -224,7 +239,7 @@ def _elementwise(emit, *args):
             for column in range(shape.vectors):
                 picked = [v[(row % s.rows) * s.vectors + column % s.vectors] for v, s in operands]
                 out.append(emit(builder, shape, *picked))
-        return _tile(builder, shape, out)
+        return make_tile(builder, shape, out)
 
     return signature(result, *args), codegen
 
@@ -279,7 +294,7 @@ def horner(typingctx, x, coefficients):
             for coefficient in reversed(splats[:-1]):
                 total = _call(builder, "fmuladd", vector.type, [total, vector, coefficient])
             out.append(total)
-        return _tile(builder, x.shape, out)
+        return make_tile(builder, x.shape, out)
 
     return signature(x, x, coefficients), codegen
 
@@ -409,7 +424,7 @@ def largest_row(typingctx, a):
         best = vectors[: shape.vectors]
         for i in range(shape.vectors, len(vectors)):
             best[i % shape.vectors] = _select_max(builder, shape, vectors[i], best[i % shape.vectors])
-        return _tile(builder, row.shape, best)
+        return make_tile(builder, row.shape, best)
 
     return signature(row, a), codegen
 
@@ -429,7 +444,7 @@ def tile_fill(typingctx, shape, value):
     def codegen(context, builder, sig, values):
         s = shape.shape
         scalar = context.cast(builder, values[1], value, tile.element)
-        return _tile(builder, s, [_splat(builder, scalar, s.lanes)] * (s.rows * s.vectors))
+        return make_tile(builder, s, [_splat(builder, scalar, s.lanes)] * (s.rows * s.vectors))
 
     return signature(tile, shape, value), codegen
 
@@ -446,7 +461,7 @@ def tile_iota(typingctx, shape):
         row = [
             ir.Constant(_vector(s), [float(v * s.lanes + lane) for lane in range(s.lanes)]) for v in range(s.vectors)
         ]
-        return _tile(builder, s, row * s.rows)
+        return make_tile(builder, s, row * s.rows)
 
     return signature(tile, shape), codegen
 
@@ -460,7 +475,7 @@ def tile_row_index(typingctx, shape):
 
     def codegen(context, builder, sig, values):
         s = shape.shape
-        return _tile(
+        return make_tile(
             builder, s, [ir.Constant(_vector(s), [float(i // s.vectors)] * s.lanes) for i in range(s.rows * s.vectors)]
         )
 
@@ -475,7 +490,7 @@ def tile_repeat(typingctx, shape, row):
     tile = TileType(shape.shape)
 
     def codegen(context, builder, sig, values):
-        return _tile(builder, shape.shape, _vectors(builder, row.shape, values[1]) * shape.shape.rows)
+        return make_tile(builder, shape.shape, _vectors(builder, row.shape, values[1]) * shape.shape.rows)
 
     return signature(tile, shape, row), codegen
 
@@ -498,7 +513,7 @@ def tile_load(typingctx, shape, address, row_bytes):
     def codegen(context, builder, sig, values):
         s = shape.shape
         places = _rows(builder, s, values[1], values[2])
-        return _tile(builder, s, [_load(builder, place, _vector(s), s.itemsize) for place in places])
+        return make_tile(builder, s, [_load(builder, place, _vector(s), s.itemsize) for place in places])
 
     return signature(tile, shape, types.intp, types.intp), codegen
 
@@ -514,7 +529,7 @@ def _loader(convert):
         def codegen(context, builder, sig, values):
             s = shape.shape
             starts = [builder.add(values[1], builder.mul(values[2], ir.Constant(values[2].type, r))) for r in range(s.rows)]
-            return _tile(builder, s, [convert(builder, s, start) for start in starts])
+            return make_tile(builder, s, [convert(builder, s, start) for start in starts])
 
         return signature(tile, shape, types.intp, types.intp), codegen
 
@@ -620,7 +635,7 @@ def tile_rank1(typingctx, acc, column, column_stride, row):
             scalar = _splat(builder, _load(builder, place, _element(s), s.itemsize), s.lanes)
             for v in range(s.vectors):
                 out.append(_call(builder, "fmuladd", _vector(s), [scalar, row[v], accumulators[m * s.vectors + v]]))
-        return _tile(builder, s, out)
+        return make_tile(builder, s, out)
 
     return signature(acc, acc, types.intp, types.intp, types.intp), codegen
 
@@ -648,7 +663,7 @@ def tile_transpose(typingctx, tile):
                     swapped[i + half] = builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(i32, n), high))
             rows = swapped
             half //= 2
-        return _tile(builder, s, rows)
+        return make_tile(builder, s, rows)
 
     return signature(tile, tile), codegen
 
@@ -727,3 +742,18 @@ def record_view(dtype):
         return signature(record, types.intp), codegen
 
     return view
+
+
+def stack_memory(size):
+    """An intrinsic that gives the address of `size` bytes, aligned to 64, on the stack of the function it is used in."""
+
+    @intrinsic
+    def memory(typingctx):
+        def codegen(context, builder, sig, values):
+            place = cgutils.alloca_once(builder, ir.ArrayType(ir.IntType(8), size))
+            place.align = 64
+            return builder.ptrtoint(place, ir.IntType(64))
+
+        return signature(types.intp), codegen
+
+    return memory

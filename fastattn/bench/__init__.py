@@ -1,0 +1,112 @@
+"""How fast: fastattn, NumPy and the other libraries that are installed, side by side on this machine.
+
+``python -m fastattn bench`` runs `main`. `fastattn.bench.cases` has what is measured, `fastattn.bench.peers` who,
+`fastattn.bench.measure` how, `fastattn.bench.report` shows it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+__all__ = ["main"]
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m fastattn bench",
+        description="Measure attention on this machine: fastattn, NumPy, and those of PyTorch, OpenVINO and "
+        "ONNX Runtime that are installed. Anything else that runs at the same time spoils the figures.",
+    )
+    parser.add_argument("--quick", action="store_true", help="one case of each group, few rounds: half a minute")
+    parser.add_argument(
+        "--case",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="only cases whose name contains TEXT; may be given several times",
+    )
+    parser.add_argument("--list", action="store_true", help="print the names of the cases, and stop")
+    parser.add_argument("--rounds", type=_positive, metavar="N", help="samples of each engine in each case")
+    parser.add_argument("--threads", type=_positive, metavar="N", help="threads of each engine (default: all cores)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured to FILE")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw a picture (.png, .svg, .pdf; needs matplotlib)")
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, and print the table.
+
+    Parameters
+    ----------
+    argv : sequence of str, optional
+        The arguments of the command line, without the program's name.
+
+    Returns
+    -------
+    int
+        The exit status.
+    """
+    parser = _parser()
+    args = parser.parse_args(argv)
+
+    from fastattn.bench import report
+    from fastattn.bench.cases import CASES, QUICK, select
+    from fastattn.bench.host import this_host
+    from fastattn.bench.measure import Effort, measure
+    from fastattn.demo.terminal import Progress, Style
+
+    try:
+        cases = select(args.case, QUICK if args.quick and not args.case else CASES)
+    except ValueError as error:
+        parser.error(f"--case: {error}")
+    if args.list:
+        print("\n".join(case.name for case in cases))
+        return 0
+    for option, path in (("--json", args.json), ("--plot", args.plot)):
+        if path is not None and not path.absolute().parent.is_dir():
+            parser.error(f"{option}: {path.absolute().parent} is not a folder")
+    if args.plot is not None:
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError:
+            parser.error("--plot: matplotlib is not installed")
+
+    effort = Effort.quick() if args.quick else Effort()
+    if args.rounds:
+        effort = Effort(args.rounds, effort.seconds)
+    host, style = this_host(), Style.of(sys.stdout)
+    engines = list(host.versions)
+    print(host)
+    print(report.header(engines, style), flush=True)
+    results = []
+    for index, case in enumerate(cases):
+        with Progress(f"{index + 1} of {len(cases)}: {case.name}") as progress:
+            results.append(measure(case, effort, threads=args.threads, progress=progress))
+        print(report.line(results[-1], engines, style), flush=True)
+    print("\n".join(report.bars(results, style)))
+    left_out = report.reasons(results)
+    if left_out:
+        print("\n" + style.bold("Not measured"), *left_out, sep="\n  ")
+    if args.json is not None:
+        report.save_json(results, host, args.json)
+    if args.plot is not None:
+        report.save_png(results, host, args.plot)
+    return 0

@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -158,7 +158,7 @@ def sample(run: Callable[[], Any], pace: Pace, seconds: float) -> float:
     # the first calls after a pause wait for threads to wake up
     begin = clock()
     calls = 0
-    while calls < 2 or clock() - begin < seconds / 4:
+    while not calls or clock() - begin < seconds / 4:
         run()
         calls += 1
     estimate = (clock() - begin) / calls
@@ -171,7 +171,7 @@ def sample(run: Callable[[], Any], pace: Pace, seconds: float) -> float:
         return (clock() - begin) / count
 
     times = []
-    count = max(3, math.ceil(seconds / (estimate + (PACE_S if pace == "paced" else 0))))
+    count = max(5, math.ceil(seconds / PACE_S)) if pace == "paced" else math.ceil(seconds / estimate)
     for _ in range(count):
         if pace == "paced":
             time.sleep(PACE_S)
@@ -184,7 +184,7 @@ def sample(run: Callable[[], Any], pace: Pace, seconds: float) -> float:
 def peak_of(case: Case, threads: int) -> Callable[[], float] | None:
     """Return what measures the peak for a case, in GF/s: what the best register tile reaches from L1."""
     try:
-        from fastattn.cpu import peak
+        import fastattn.cpu.peak as peak
     except ImportError:
         return None
     return lambda: peak.measure(case.dtype, threads)
@@ -194,7 +194,8 @@ def measure(
     case: Case,
     effort: Effort | None = None,
     engines: Sequence[Engine] = ENGINES,
-    progress: Callable[[str], None] = lambda text: None,
+    threads: int | None = None,
+    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> Result:
     """Measure one case: every engine that can do it, in alternation.
 
@@ -206,15 +207,17 @@ def measure(
         How much time to spend.
     engines : sequence of Engine
         Whom to measure.
+    threads : int, optional
+        How many threads each of them gets, all cores unless given.
     progress : callable
-        Is told what is being done.
+        Is told how many steps are done, of how many, and what is being done.
     """
     effort = effort or Effort()
-    threads = cores()
+    threads = threads or cores()
     result = Result(case)
     calls: dict[str, Call] = {}
     for engine in engines:
-        progress(f"preparing {engine.name}")
+        progress(0, effort.rounds, f"preparing {engine.name}")
         try:
             calls[engine.name] = prepare(engine, case, threads)
             result.times[engine.name] = []
@@ -222,21 +225,15 @@ def measure(
             result.absent[engine.name] = str(reason)
 
     peak = peak_of(case, threads) if case.unit == "GF/s" else None
-    for step in _rounds(effort.rounds, [*calls, *(["peak"] if peak else [])], progress):
-        if step == "peak":
-            settle()
-            assert peak is not None
-            result.peaks.append(peak())
-        else:
-            result.times[step].append(sample(calls[step].run, case.pace, effort.seconds))
-    return result
-
-
-def _rounds(rounds: int, names: list[str], progress: Callable[[str], None]) -> Iterator[str]:
-    """Yield the names, in a new random order in each round."""
+    names = [*calls, *(["peak"] if peak else [])]
     order = random.Random(0)
-    for number in range(rounds):
+    for number in range(effort.rounds):
         order.shuffle(names)
         for name in names:
-            progress(f"round {number + 1} of {rounds}, {name}")
-            yield name
+            progress(number, effort.rounds, name)
+            if name == "peak" and peak is not None:
+                settle()
+                result.peaks.append(peak())
+            else:
+                result.times[name].append(sample(calls[name].run, case.pace, effort.seconds))
+    return result

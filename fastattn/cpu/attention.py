@@ -1,52 +1,132 @@
-"""The CPU backend: plans are remembered, working memory is reused, kernels are fetched when a call needs them."""
+"""The CPU backend: a call's description, planned once, runs on the addresses of each call."""
+
+from __future__ import annotations
 
 import threading
+from functools import cache
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fastattn.cpu import pool
 from fastattn.cpu.kernels import kernel_name, library
 from fastattn.cpu.layout import ALIGNMENT, CALL
-from fastattn.cpu.plan import Plan, make_plan
+from fastattn.cpu.plan import make_plan
 from fastattn.isa import host
 from fastattn.problem import Operands, Problem
 
+Array = NDArray[Any]
+
+OBJECT_HEADER = object.__basicsize__
 _memory = threading.local()
 
 
-def _scratch(size: int) -> int:
-    """The address of this thread's working memory, of at least `size` bytes."""
+def _scratch(size: int) -> tuple[int, Array]:
+    """This thread's working memory of at least `size` bytes: its address, and what keeps it alive."""
     held = getattr(_memory, "held", None)
-    if held is None or held.size < size + ALIGNMENT:
-        held = _memory.held = np.empty(size + ALIGNMENT, np.uint8)
-        address = held.ctypes.data
-        _memory.address = address + -address % ALIGNMENT
-    return _memory.address
+    if held is None or held[1].size < size + ALIGNMENT:
+        array = np.empty(size + ALIGNMENT, np.uint8)
+        address = array.ctypes.data
+        held = _memory.held = (address + -address % ALIGNMENT, array)
+    return held
 
 
-def split_heads(problem: Problem, array: np.ndarray) -> np.ndarray:
-    """A view of an output array with the axes of the operands, (*batch, Hk, G, ...)."""
+@cache
+def _objects_are_as_expected() -> bool:
+    """Whether an array's address stands where compiled code looks for it, behind the object's header."""
+    import ctypes
+
+    array = np.zeros(3)[1:]
+    return ctypes.c_size_t.from_address(id(array) + OBJECT_HEADER).value == array.ctypes.data
+
+
+def prepare(problem: Problem, operands: Operands, out: Array, threads: int) -> Prepared:
+    """Plan a call; `out` is an array like those that will be written to."""
+    split = _split_heads(problem, out)
+    return Prepared(problem, operands, split, threads)
+
+
+def _split_heads(problem: Problem, array: Array) -> Array:
+    """An output array's view with the axes of the operands, (*batch, Hk, G, ...)."""
     return array.reshape(*problem.rows_shape, *array.shape[-2:])
 
 
 class Prepared:
-    """A description of a call, planned; `__call__` runs it on new addresses."""
+    """All that calls with the same shapes, strides and options share."""
 
-    def __init__(self, problem: Problem, operands: Operands, out: np.ndarray, threads: int):
-        self.plan = plan = make_plan(problem, operands, split_heads(problem, out), host(), threads)
+    def __init__(self, problem: Problem, operands: Operands, out: Array, threads: int):
+        self.problem = problem
+        self.plan = plan = make_plan(problem, operands, out, host(), threads)
         self.threads = pool.concurrency(plan.tasks, plan.flops, threads)
-        self.forward = library(kernel_name("forward", problem.dtype.name, plan.tile))
-        self.scratch_bytes = plan.scratch_bytes
+        self.dtype = problem.dtype.name
+        self.forward = library(kernel_name("forward", self.dtype, plan.tile))
+        self.quick = self.threads == 1 and plan.flops < pool.TURN_FLOPS and _objects_are_as_expected()
         template = np.zeros(1, CALL)
         template["plan"] = plan.address
         template["scratch_bytes"] = plan.scratch_bytes
         self.template = template
 
-    def __call__(self, query: int, key: int, value: int, mask: int, out: int, lse: int, seed: int) -> None:
+    def run(self, query: Array, key: Array, value: Array, mask: Array | None, out: Array, lse: Array | None, seed: int):
+        """Compute `out`, and `lse` if it is given. The arrays are the call's own, not the operands made of them."""
+        plan = self.plan
+        if self.quick:
+            scratch, _ = _scratch(plan.scratch_bytes)
+            mask_id = 0 if mask is None else id(mask)
+            lse_id = 0 if lse is None else id(lse)
+            self.forward.quick(plan.address, id(query), id(key), id(value), mask_id, id(out), lse_id, scratch, seed)
+            return
+        self._run(self.forward, query, key, value, mask, out, lse, None, seed)
+
+    def run_weights(self, query: Array, key: Array, mask: Array | None, weights: Array, seed: int):
+        """Compute the weights; keys that a causal limit hides from a block of queries are not written."""
+        kernels = library(kernel_name("weights", self.dtype, self.plan.tile))
+        self._run(kernels, query, key, None, mask, None, None, weights, seed)
+
+    def _run(self, kernels, query, key, value, mask, out, lse, weights, seed):
         plan = self.plan
         if not plan.tasks:
             return
+        scratch, held = _scratch(self.threads * plan.scratch_bytes)
         call = self.template.copy()
-        words = call.view(np.int64)
-        words[1:] = (query, key, value, mask, out, lse, 0, seed, _scratch(self.threads * self.scratch_bytes), self.scratch_bytes)
-        pool.run(self.forward, words.ctypes.data, plan.tasks, plan.flops, self.threads)
+        fields = call[0]
+        for name, array in (
+            ("query", query),
+            ("key", key),
+            ("value", value),
+            ("mask", mask),
+            ("out", out),
+            ("lse", lse),
+            ("weights", weights),
+        ):
+            if array is not None:
+                fields[name] = array.ctypes.data
+        fields["scratch"] = scratch
+        fields["seed"] = seed - (1 << 64) if seed >= 1 << 63 else seed
+        pool.run(kernels, call.ctypes.data, plan.tasks, plan.flops, self.threads)
+        del held  # alive until here, even if a signal handler's call has replaced it meanwhile
+
+
+def attention(
+    prepared: Prepared,
+    arrays: tuple[Array, Array, Array, Array | None],
+    seed: int,
+    out: Array | None,
+    return_lse: bool,
+    return_weights: bool,
+) -> Any:
+    """Run a prepared call; the results asked for, as `fastattn.attention` returns them."""
+    problem = prepared.problem
+    query, key, value, mask = arrays
+    result = np.empty(problem.out_shape, problem.dtype) if out is None else out
+    lse = np.empty(problem.lse_shape, problem.dtype) if return_lse else None
+    weights = None
+    if return_weights:
+        # zeros where a causal limit leaves keys out
+        make = np.empty if problem.causal_offset is None else np.zeros
+        weights = make(problem.weights_shape, problem.dtype)
+        prepared.run_weights(query, key, mask, weights, seed)
+    prepared.run(query, key, value, mask, result, lse, seed)
+    if lse is None and weights is None:
+        return result
+    return tuple(array for array in (result, lse, weights) if array is not None)

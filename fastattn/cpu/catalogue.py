@@ -2,11 +2,16 @@
 
 from fastattn import build as compiler
 from fastattn.cpu import claim
-from fastattn.cpu.forward import forward_task
+from fastattn.cpu.forward import call_view, forward_task, plan_view
+from fastattn.cpu.layout import CALL
+from fastattn.cpu.weights import weights_task
 from fastattn.isa import Isa
-from fastattn.simd import TileShape, jit
+from fastattn.simd import TileShape, jit, load_i64, stack_memory
 
-TASKS = {"forward": forward_task}
+OBJECT_HEADER = object.__basicsize__
+call_memory = stack_memory(CALL.itemsize)
+
+TASKS = {"forward": forward_task, "weights": weights_task}
 
 
 def build(name: str, row: Isa, entries: dict[str, int]) -> bytes:
@@ -19,7 +24,8 @@ def build(name: str, row: Isa, entries: dict[str, int]) -> bytes:
         rows, vectors = map(int, tile.split("x"))
         lanes = row.vector_bytes // (4 if dtype == "float32" else 8)
         task = jit(TASKS[kind](TileShape(dtype, lanes, rows, vectors, row.scalef)))
-        functions = {"task": task.py_func, "alone": _alone(task)}
+        functions = {"task": task.py_func, "alone": _alone(task), "quick": _quick(task)}
+        functions = {entry: functions[entry] for entry in entries}
     return compiler.emit({entry: (function, entries[entry]) for entry, function in functions.items()}, row)
 
 
@@ -31,3 +37,35 @@ def _alone(task):
             task(call, 0, number)
 
     return alone
+
+
+def _quick(task):
+    """Run a whole call in the calling thread, given the Python objects of its arrays instead of a call record."""
+
+    def quick(plan, query, key, value, mask, out, lse, scratch, seed):
+        memory = call_memory()
+        call = call_view(memory)
+        call.plan = plan
+        call.query = data_address(query)
+        call.key = data_address(key)
+        call.value = data_address(value)
+        call.mask = data_address(mask)
+        call.out = data_address(out)
+        call.lse = data_address(lse)
+        call.weights = 0
+        call.seed = seed
+        call.scratch = scratch
+        call.scratch_bytes = 0
+        for number in range(plan_view(plan).tasks):
+            task(memory, 0, number)
+
+    return quick
+
+
+@jit
+def data_address(array):
+    """Where the elements of a NumPy array object begin, given the object's own address; 0 for no object.
+
+    NumPy's C API fixes that the pointer follows the object header; `fastattn.cpu.attention` checks it once.
+    """
+    return load_i64(array + OBJECT_HEADER) if array != 0 else 0

@@ -15,6 +15,7 @@ operations on the same keys in the same order.
 
 import math
 
+from fastattn.cpu.dropout import drop
 from fastattn.cpu.layout import AXIS, CALL, MASK_BOOL, MASK_NONE, PLAN
 from fastattn.cpu.masks import looks_at, restrict
 from fastattn.cpu.pack import pack_queries, unpack_rows
@@ -129,29 +130,50 @@ def add_values_carefully(tile, plan, weights, count, value, mask, present, posit
 
 
 @jit
-def attend(tile, plan, q, m, l, out, first_query, first_key, key, value, mask, work):
-    """Take one block of queries through one block of keys."""
-    position = plan.first_position + first_query
-    present = min(tile.width, plan.queries - first_query)
+def visible_keys(tile, plan, first_query, first_key):
+    """How many keys of a block some query of the block looks at, and whether some query does not look at some of them."""
     count = min(plan.key_block, plan.keys - first_key)
     partial = plan.mask_kind != MASK_NONE
     if plan.causal:
+        position = plan.first_position + first_query
+        present = min(tile.width, plan.queries - first_query)
         count = min(count, position + present - first_key)
-        if count <= 0:
-            return
         partial = partial or position < first_key + count - 1
-    relative = plan.mask_kind <= MASK_BOOL  # else m may stem from the mask, and be far from the scores
-    top = work
-    buffer = top + tile.row_bytes
-    scores = buffer + tile.lanes * tile.lanes * 8
+    return count, partial
+
+
+@jit
+def scores_of(tile, plan, q, m, relative, partial, count, first_query, first_key, key, mask, work):
+    """The block of scores of some queries with `count` keys, their place; its maximum over the keys at `work`.
+
+    `relative`: less m, from which the sums of products then start.
+    """
+    scores = work + tile.row_bytes + tile.buffer_bytes
     start = tile_fill(tile.single, 0.0)
     if relative:
         start = start - tile_load(tile.single, m, 0)
-    score_block(tile, q, plan.head_dim, key, plan.key_row, plan.key_column, count, start, scores, top)
+    score_block(tile, q, plan.head_dim, key, plan.key_row, plan.key_column, count, start, scores, work)
     if partial:
-        restrict(tile, plan, scores, count, mask, present, position, first_key, top, buffer)
-    absorb(tile, scores, count, tile_load(tile.single, top, 0), relative, m, l, out, plan.value_dim)
+        present = min(tile.width, plan.queries - first_query)
+        position = plan.first_position + first_query
+        restrict(tile, plan, scores, count, mask, present, position, first_key, work, work + tile.row_bytes)
+    return scores
+
+
+@jit
+def attend(tile, plan, seed, head, q, m, out, first_query, first_key, key, value, mask, work):
+    """Take one block of queries through one block of keys."""
+    count, partial = visible_keys(tile, plan, first_query, first_key)
+    if count <= 0:
+        return
+    relative = plan.mask_kind <= MASK_BOOL  # else m may stem from the mask, and be far from the scores
+    scores = scores_of(tile, plan, q, m, relative, partial, count, first_query, first_key, key, mask, work)
+    absorb(tile, scores, count, tile_load(tile.single, work, 0), relative, m, m + tile.row_bytes, out, plan.value_dim)
+    if plan.drop_below > 0:
+        drop(tile, plan, seed, scores, count, head, first_query, first_key)
     if partial:
+        present = min(tile.width, plan.queries - first_query)
+        position = plan.first_position + first_query
         add_values_carefully(tile, plan, scores, count, value, mask, present, position, first_key, out)
     else:
         add_values(tile, scores, count, value, plan.value_row, plan.value_column, out, plan.value_dim)
@@ -233,9 +255,10 @@ def forward_group(tile, call, plan, head, first_query, blocks, scratch):
             attend(
                 tile,
                 plan,
+                call.seed,
+                head,
                 q,
                 m,
-                m + tile.row_bytes,
                 block,
                 first,
                 first_key,

@@ -37,7 +37,8 @@ class Library:
 
 # The functions in each kind of library, and how many integers each takes.
 ENTRIES: dict[str, dict[str, int]] = {
-    "forward": {"task": 3, "alone": 3},
+    "forward": {"task": 3, "alone": 3, "quick": 9},
+    "weights": {"task": 3, "alone": 3},
     "schedule": {"start": 6, "take_part": 3, "cancel": 1, "work": 3},
 }
 
@@ -77,7 +78,8 @@ def _source_digest() -> bytes:
             if item.name.endswith(".py") and (folder is not root or item.name in ("simd.py", "build.py", "machine.py")):
                 digest.update(item.name.encode() + b"\0" + item.read_bytes())
     versions = [importlib.metadata.version(name) for name in ("numba", "llvmlite")]
-    digest.update(repr((versions, platform.python_version(), platform.machine(), sys.platform)).encode())
+    identity = (versions, platform.python_version(), platform.machine(), sys.platform, object.__basicsize__)
+    digest.update(repr(identity).encode())
     return digest.digest()
 
 

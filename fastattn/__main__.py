@@ -1,0 +1,228 @@
+"""The command line: ``python -m fastattn``."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+
+import fastattn
+from fastattn import isa
+from fastattn.api import BACKENDS
+from fastattn.cpu.kernels import cache_folder
+from fastattn.demo import cli
+from fastattn.demo.terminal import Progress, Style, UserError, printable, wrap
+
+__all__ = ["main"]
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with status 2."""
+        self.exit(2, f"{self.prog}: {message} (see --help)\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The commands and their arguments."""
+    parser = Parser(
+        prog="python -m fastattn",
+        description="Exact attention for NumPy arrays, at the speed of the machine.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
+    demo = commands.add_parser(
+        "demo",
+        help="a real sentence encoder: what its heads look at, and semantic search",
+        description="Run all-MiniLM-L6-v2, a real pre-trained sentence encoder, with every attention by fastattn, and "
+        "draw where a word of a sentence looks: bars for the word, and a heat map of the head for all words.",
+    )
+    cli.add_parsers(demo)
+    commands.add_parser(
+        "info",
+        help="this machine, instruction set, threads, cache and versions",
+        description="Print what fastattn found: the machine, its instruction set, threads, the cache folder, versions, "
+        "and which backends there are.",
+    ).set_defaults(run=info)
+    commands.add_parser(
+        "warmup",
+        help="compile all kernels now, not at the first call",
+        description="Compile all kernels for this machine into the cache, so that no first call has to.",
+    ).set_defaults(run=warmup)
+    commands.add_parser("bench", help="measure against NumPy and the peers that are installed", add_help=False)
+    return parser
+
+
+def info(args: argparse.Namespace) -> int:
+    """Print what there is to know about this installation."""
+    style = Style.of(sys.stdout)
+    with Progress("trying the backends"):
+        facts: list[tuple[str, Callable[[], str]]] = [
+            ("fastattn", lambda: fastattn.__version__),
+            ("machine", _machine),
+            ("ISA", _isa),
+            ("cores", _cores),
+            ("threads", lambda: f"{fastattn.get_num_threads()} in a call"),
+            ("cache", _cache),
+            ("versions", _versions),
+            *((f"backend {name}", functools.partial(_backend, name)) for name in BACKENDS),
+        ]
+        rows = [(name, _value_of(fact)) for name, fact in facts]
+    for name, value in rows:
+        lines = wrap(value, style.width - 20)
+        print(style.bold(f"{name:18}"), lines[0])
+        print(*(" " * 19 + line + "\n" for line in lines[1:]), sep="", end="")
+    return 0
+
+
+def _value_of(fact: Callable[[], str]) -> str:
+    """A fact, or why there is none: `info` is for finding out what is wrong."""
+    try:
+        return fact()
+    except Exception as error:  # whatever it is, that is what the user is looking for
+        return f"error: {printable(str(error)) or type(error).__name__}"
+
+
+def _machine() -> str:
+    """The processor's name, as the system and as LLVM call it, and the system's."""
+    from llvmlite import binding as llvm
+
+    names = [platform.processor()]
+    with contextlib.suppress(OSError):
+        if sys.platform == "darwin":
+            names = [subprocess.check_output(["sysctl", "-n", "machdep.cpu.brand_string"], text=True)]
+        elif sys.platform == "linux":
+            lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+            names = [line.partition(":")[2] for line in lines if line.startswith("model name")]
+    name = printable(names[0]) if names else ""
+    known = ", ".join(dict.fromkeys(filter(None, (name, platform.machine(), f"LLVM: {llvm.get_host_cpu_name()}"))))
+    return f"{known}; {platform.system()} {platform.release()}"
+
+
+def _isa() -> str:
+    """The row of the ISA table in use, and the others that would run."""
+    row = isa.host()
+    rest = [other.name for other in isa.TABLE if other is not row and isa.runs_here(other)]
+    why = "FASTATTN_ISA says so" if os.environ.get("FASTATTN_ISA") else "the best that runs here"
+    return f"{row.name}, {why}{'; also ' + ', '.join(rest) if rest else ''}"
+
+
+def _cores() -> str:
+    total = os.cpu_count() or 1
+    try:
+        return f"{len(os.sched_getaffinity(0))} for this process, of {total}"
+    except AttributeError:  # not on this platform
+        return str(total)
+
+
+def _cache() -> str:
+    """The folder of compiled kernels, and what is in it."""
+    folder = cache_folder()
+    if folder is None:
+        return "none: no folder can be written, each process compiles; FASTATTN_CACHE_DIR names one"
+    sizes = [item.stat().st_size for item in folder.glob("*.o")]
+    return f"{folder} ({len(sizes)} kernels, {sum(sizes) / 1e6:.1f} MB)"
+
+
+def _versions() -> str:
+    parts = [f"Python {platform.python_version()}"]
+    for name in ("numpy", "numba", "llvmlite"):
+        try:
+            parts.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            parts.append(f"{name} missing")
+    return ", ".join(parts)
+
+
+def _backend(name: str) -> str:
+    """Whether a backend works, which a small call shows."""
+    ones = np.ones((1, 1), np.float32)
+    try:
+        fastattn.attention(ones, ones, ones, backend=name)
+    except Exception as error:  # any reason is worth printing
+        return f"not available: {printable(str(error)) or type(error).__name__}"
+    return "works" + (", the default" if name == BACKENDS[0] else "")
+
+
+def warmup(args: argparse.Namespace) -> int:
+    """Compile everything, with progress."""
+    start = time.perf_counter()
+    with Progress("compiling") as progress:
+        fastattn.warmup(progress)
+    folder = cache_folder()
+    where = f"kept in {folder}" if folder else "not kept, as no folder can be written: FASTATTN_CACHE_DIR names one"
+    print(f"All kernels for {isa.host().name} are ready, {where} ({time.perf_counter() - start:.1f} s).")
+    return 0
+
+
+def _check_environment() -> None:
+    """Turn environment variables that make no sense into an error of one line."""
+    try:
+        isa.host()
+        fastattn.get_num_threads()
+    except (ValueError, TypeError) as error:
+        raise UserError(str(error)) from error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the exit status is returned.
+
+    Parameters
+    ----------
+    argv : sequence of str, optional
+        The arguments, those of the process unless given.
+
+    Returns
+    -------
+    int
+        0; 2 for what the user can put right, said in one line; 130 after Ctrl-C.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        status = _run(arguments)
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"python -m fastattn: {error}", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        status = 130
+    except (
+        BrokenPipeError
+    ):  # the reader has seen enough; Python's own flush at exit must find a place to write to
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 141
+    return status
+
+
+def _run(arguments: list[str]) -> int:
+    if arguments[:1] == ["bench"]:  # has arguments of its own
+        _check_environment()
+        from fastattn import bench
+
+        code: int = bench.main(arguments[1:])
+        return code
+    parser = build_parser()
+    args = parser.parse_args(arguments)
+    if args.command is None:
+        parser.print_help(sys.stderr)
+        return 2
+    if args.run is not info:  # which is for finding out what is wrong
+        _check_environment()
+    status: int = args.run(args)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,200 @@
+"""How it is shown: lines and bars for a terminal, Markdown for the README, JSON, a picture."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from fastattn.bench.host import Host
+from fastattn.bench.measure import Result
+from fastattn.bench.peers import OURS
+from fastattn.demo.terminal import Style, bar, pad
+
+__all__ = ["bars", "header", "line", "markdown", "reasons", "save_json", "save_png", "with_section", "with_table"]
+
+TABLE_BEGIN, TABLE_END = "<!-- table:begin -->", "<!-- table:end -->"
+_NAME_WIDTH, _NUMBER_WIDTH = 38, 13
+_UNITS = {"GF/s": "GF/s, more is better", "µs": "µs a call, less is better"}
+
+
+def number(value: float) -> str:
+    """Return a figure to about three digits.
+
+    Examples
+    --------
+    >>> from fastattn.bench.report import number
+    >>> [number(x) for x in (7543.21, 198.44, 87.31, 6.5)]
+    ['7543', '198', '87.3', '6.50']
+    """
+    return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
+
+
+def _cell(result: Result, engine: str) -> str:
+    return number(result.figure(engine)) if engine in result.times else "–"
+
+
+def _versus(result: Result) -> str:
+    ratio = result.ratio(result.best_peer) if result.best_peer else None
+    return "–" if ratio is None else f"{ratio:.2f} × {result.best_peer}"
+
+
+def _of_peak(result: Result) -> str:
+    return "–" if result.of_peak is None else f"{result.of_peak:.0%}".replace("%", " %")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Terminal
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def header(engines: Sequence[str], style: Style) -> str:
+    """Return the head of the lines that `line` makes."""
+    names = "".join(pad(name, _NUMBER_WIDTH, right=True) for name in engines)
+    return style.bold(pad("", _NAME_WIDTH) + names + "         of peak   against the best")
+
+
+def line(result: Result, engines: Sequence[str], style: Style) -> str:
+    """Return the figures of a case in one line."""
+    text = pad(result.case.name, _NAME_WIDTH)
+    for name in engines:
+        cell = pad(_cell(result, name), _NUMBER_WIDTH, right=True)
+        text += style.bold(cell) if name == OURS.name else cell
+    return f"{text}  {pad(result.case.unit, 4)}{pad(_of_peak(result), 10, right=True)}   {_versus(result)}"
+
+
+def bars(results: Sequence[Result], style: Style) -> list[str]:
+    """Return a bar for each engine in each case: the longer, the faster; the fastest is full."""
+    lines: list[str] = []
+    width = max(10, style.width - 32)
+    for result in results:
+        if not result.times:
+            continue
+        lines += ["", style.bold(result.case.name)]
+        fastest = min(result.seconds(name) for name in result.times)
+        for name in result.times:
+            drawn = bar(fastest / result.seconds(name), width, style.blocks)
+            figure = pad(number(result.figure(name)), 8, right=True)
+            drawn = style.accent(drawn) if name == OURS.name else style.dim(drawn)
+            lines.append(f"  {pad(name, 13)}{figure} {pad(result.case.unit, 5)} {drawn}")
+    return lines
+
+
+def reasons(results: Sequence[Result]) -> list[str]:
+    """Say which engines were left out, and why."""
+    cases: dict[tuple[str, str], list[str]] = {}
+    for result in results:
+        for name, reason in result.absent.items():
+            cases.setdefault((name, reason), []).append(result.case.name)
+    return [
+        f"{name}: {reason}" + ("" if len(names) == len(results) else f" [{', '.join(names)}]")
+        for (name, reason), names in cases.items()
+    ]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Files
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def markdown(results: Sequence[Result], host: Host) -> str:
+    """Return the tables, one for each unit, and under them the machine and the versions."""
+    engines = list(host.versions)
+    blocks = []
+    for unit, meaning in _UNITS.items():
+        chosen = [result for result in results if result.case.unit == unit]
+        if not chosen:
+            continue
+        rate = unit == "GF/s"
+        head = [meaning, *engines, *(["of peak"] if rate else []), "against the best of the others"]
+        rows = [head, ["---"] + ["---:"] * (len(head) - 2) + ["---"]]
+        for result in chosen:
+            cells = [_cell(result, name) for name in engines]
+            cells[0] = f"**{cells[0]}**"
+            rows.append([result.case.name, *cells, *([_of_peak(result)] if rate else []), _versus(result)])
+        blocks.append("\n".join("| " + " | ".join(row) + " |" for row in rows))
+    return "\n\n".join([*blocks, f"Measured on {host}."])
+
+
+def with_table(text: str, table: str) -> str:
+    """Return a text with the table put between its two markers.
+
+    Raises
+    ------
+    ValueError
+        If the markers are not there.
+    """
+    before, begin, rest = text.partition(TABLE_BEGIN)
+    _, end, after = rest.partition(TABLE_END)
+    if not begin or not end:
+        raise ValueError(f"the text has no {TABLE_BEGIN} … {TABLE_END}")
+    return f"{before}{begin}\n{table}\n{end}{after}"
+
+
+def with_section(text: str, machine: str, table: str) -> str:
+    """Return a text in which the machine's section holds the table; those of other machines stay as they are.
+
+    Examples
+    --------
+    >>> from fastattn.bench.report import with_section
+    >>> text = with_section("# Benchmarks", "Zen 3", "old")
+    >>> text = with_section(text, "Zen 4", "other")
+    >>> print(with_section(text, "Zen 3", "new"))
+    # Benchmarks
+    <BLANKLINE>
+    <!-- machine:begin Zen 3 -->
+    ## Zen 3
+    <BLANKLINE>
+    new
+    <!-- machine:end -->
+    <BLANKLINE>
+    <!-- machine:begin Zen 4 -->
+    ## Zen 4
+    <BLANKLINE>
+    other
+    <!-- machine:end -->
+    <BLANKLINE>
+    """
+    begin, end = f"<!-- machine:begin {machine} -->", "<!-- machine:end -->"
+    section = f"{begin}\n## {machine}\n\n{table}\n{end}"
+    pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+    if pattern.search(text):
+        return pattern.sub(lambda match: section, text, count=1)
+    return f"{text.rstrip()}\n\n{section}\n"
+
+
+def save_json(results: Sequence[Result], host: Host, path: Path) -> None:
+    """Write all that was measured."""
+    content = {"host": asdict(host), "results": [result.as_dict() for result in results]}
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def save_png(results: Sequence[Result], host: Host, path: Path) -> None:
+    """Draw how fast each engine is in each case, relative to the fastest peer.
+
+    Raises
+    ------
+    ImportError
+        If matplotlib is not installed.
+    """
+    from matplotlib.figure import Figure
+
+    engines = [name for name in host.versions if any(name in result.times for result in results)]
+    figure = Figure(figsize=(9, 0.6 + 0.13 * (len(engines) + 1.5) * len(results)), layout="constrained")
+    axes = figure.subplots()
+    for index, name in enumerate(engines):
+        places, lengths = [], []
+        for row, result in enumerate(results):
+            if name in result.times and result.best_peer:
+                places.append(row + 0.8 * (index / len(engines) - 0.5))
+                lengths.append(result.seconds(result.best_peer) / result.seconds(name))
+        axes.barh(places, lengths, height=0.8 / len(engines), align="edge", label=name)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(results)), [result.case.name for result in results])
+    axes.invert_yaxis()
+    axes.set_xlabel("speed, 1 = the fastest of the others")
+    axes.set_title(host.name, fontsize="medium")
+    axes.legend()
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,72 @@
+"""Dropout whose random numbers depend on (seed, batch, head, query, key) alone.
+
+Philox4x32-10 (Salmon, Moraes, Dror and Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3"): a keyed mixing of a
+counter. The counter's words are (key // 4, query, head, batch), the four words of the result belong to four neighbouring
+keys, the mixing key is the seed.
+"""
+
+from llvmlite import ir
+from numba.core import types
+from numba.core.typing.templates import signature
+from numba.extending import intrinsic
+
+from fastattn.simd import ShapeType, TileType, jit, make_tile, tile_load, tile_store
+
+MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
+WEYL = 0x9E3779B9, 0xBB67AE85
+ROUNDS = 10
+LOW_32 = 0xFFFFFFFF
+
+
+@intrinsic
+def keep_rows(typingctx, shape, group, query, head, batch, seed, drop_below):
+    """1 where an element is kept, else 0: a tile of 4 keys, 4 · group and on, by the queries from `query` on."""
+    if not isinstance(shape, ShapeType):
+        return None
+    rows = shape.shape.quad
+    result = TileType(rows)
+
+    def codegen(context, builder, sig, values):
+        word = ir.IntType(64)
+        vector = ir.VectorType(word, rows.lanes)
+        low = ir.Constant(vector, [LOW_32] * rows.lanes)
+        half = ir.Constant(vector, [32] * rows.lanes)
+
+        def splat(value):
+            seeded = builder.insert_element(ir.Constant(vector, ir.Undefined), value, ir.Constant(ir.IntType(32), 0))
+            zeros = ir.Constant(ir.VectorType(ir.IntType(32), rows.lanes), [0] * rows.lanes)
+            return builder.shuffle_vector(seeded, ir.Constant(vector, ir.Undefined), zeros)
+
+        def constant(value):
+            return ir.Constant(vector, [value] * rows.lanes)
+
+        lanes = ir.Constant(vector, list(range(rows.lanes)))
+        counter = [splat(values[1]), builder.add(splat(values[2]), lanes), splat(values[3]), splat(values[4])]
+        c0, c1, c2, c3 = (builder.and_(word_, low) for word_ in counter)
+        seed = splat(values[5])
+        k0, k1 = builder.and_(seed, low), builder.lshr(seed, half)
+        for _ in range(ROUNDS):
+            first, second = builder.mul(c0, constant(MULTIPLIERS[0])), builder.mul(c2, constant(MULTIPLIERS[1]))
+            c0 = builder.xor(builder.xor(builder.lshr(second, half), c1), k0)
+            c2 = builder.xor(builder.xor(builder.lshr(first, half), c3), k1)
+            c1, c3 = builder.and_(second, low), builder.and_(first, low)
+            k0 = builder.and_(builder.add(k0, constant(WEYL[0])), low)
+            k1 = builder.and_(builder.add(k1, constant(WEYL[1])), low)
+        limit = splat(values[6])
+        kept = [builder.icmp_unsigned(">=", random, limit) for random in (c0, c1, c2, c3)]
+        return make_tile(builder, rows, [builder.uitofp(flags, rows.llvm_vector) for flags in kept])
+
+    return signature(result, shape, *[types.int64] * 6), codegen
+
+
+@jit
+def drop(tile, plan, seed, weights, count, head, first_query, first_key):
+    """Set to 0 what dropout takes from a block of weights; first_key is a multiple of 4."""
+    batch, head = head // plan.heads, head % plan.heads
+    for v in range(tile.vectors):
+        query = first_query + v * tile.lanes
+        place = weights + v * tile.vector_bytes
+        for j in range(0, count, 4):
+            keep = keep_rows(tile, (first_key + j) // 4, query, head, batch, seed, plan.drop_below)
+            tile_store(tile_load(tile.quad, place, tile.row_bytes) * keep, place, tile.row_bytes)
+            place += 4 * tile.row_bytes

@@ -1,0 +1,63 @@
+"""The matrix of attention weights, for those who ask for it: two passes over the keys, the second knows the sums."""
+
+from fastattn.cpu.dropout import drop
+from fastattn.cpu.forward import call_view, clear, locate, plan_view, scores_of, visible_keys
+from fastattn.cpu.layout import MASK_BOOL
+from fastattn.cpu.pack import pack_queries, unpack_rows
+from fastattn.cpu.softmax import absorb, exponentials
+from fastattn.simd import jit, load_element, store_element, tile_fill, tile_load
+
+
+@jit
+def weigh_block(tile, call, plan, head, first_query, scratch):
+    """Write the rows of the weights of one block of queries. Keys that none of them looks at are left as they are."""
+    query, key, _, mask, _ = locate(call, plan, head)
+    query += call.query + first_query * plan.query_row
+    key += call.key
+    mask += call.mask + first_query * plan.mask_row
+    present = min(tile.width, plan.queries - first_query)
+    weights = call.weights + (head * plan.queries + first_query) * plan.keys * tile.itemsize
+    q = scratch
+    m = q + plan.head_dim * tile.row_bytes
+    total = m + tile.row_bytes
+    work = total + tile.row_bytes
+    pack_queries(tile, q, query, plan.query_row, plan.query_column, present, plan.head_dim, plan.scale)
+    clear(tile, m, 2)
+    relative = plan.mask_kind <= MASK_BOOL
+    for second in range(2):
+        for first_key in range(0, plan.keys, plan.key_block):
+            count, partial = visible_keys(tile, plan, first_query, first_key)
+            if count <= 0:
+                break
+            keys = key + first_key * plan.key_row
+            masks = mask + first_key * plan.mask_column
+            scores = scores_of(tile, plan, q, m, relative, partial, count, first_query, first_key, keys, masks, work)
+            if not second:
+                absorb(tile, scores, count, tile_load(tile.single, work, 0), relative, m, total, 0, 0)
+                continue
+            zero = tile_fill(tile.single, 0.0)
+            exponentials(tile, scores, count, zero if relative else tile_load(tile.single, m, 0), zero)
+            if plan.drop_below > 0:
+                drop(tile, plan, call.seed, scores, count, head, first_query, first_key)
+            target = weights + first_key * tile.itemsize
+            unpack_rows(tile, scores, total, target, plan.keys * tile.itemsize, tile.itemsize, present, count)
+        if not second:
+            for i in range(tile.width):
+                place = total + i * tile.itemsize
+                sum_ = load_element(tile, place)
+                store_element(tile, place, plan.keep_scale / sum_ if sum_ != 0.0 else 0.0)
+
+
+def weights_task(tile):
+    """The task function of the weights: the same tasks as the forward pass's."""
+
+    def task(call_at, slot, number):
+        call = call_view(call_at)
+        plan = plan_view(call.plan)
+        heads = plan.tasks // plan.groups
+        head = number % heads
+        first = number // heads * plan.group
+        for block in range(first, min(first + plan.group, plan.blocks)):
+            weigh_block(tile, call, plan, head, block * tile.width, call.scratch + slot * call.scratch_bytes)
+
+    return task
