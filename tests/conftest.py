@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 import fastattn
+
+# the modules that tests share, strategies and tolerances: pytest's importlib mode leaves sys.path alone
+sys.path.insert(0, str(Path(__file__).parent))
 
 BACKENDS = ("reference", "cpu")
 

@@ -138,7 +138,7 @@ def shapes(draw: st.DrawFn, empty: bool = False) -> tuple[tuple[int, ...], tuple
     enable_gqa = group > 1 or draw(st.booleans())
     if group > 1:
         # a query of one head, or none, would be a different case: that of broadcasting
-        query_axes = draw(_broadcasting(batch)) + (kv_heads * group,)
+        query_axes = (*draw(_broadcasting(batch)), kv_heads * group)
     else:
         query_axes = draw(_broadcasting((*batch, kv_heads)))
     key_axes, value_axes = draw(_broadcasting((*batch, kv_heads))), draw(_broadcasting((*batch, kv_heads)))
@@ -167,12 +167,14 @@ ODD = (np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-42, 1e15, -1e15)
 
 def numbers(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any, size: float = 1.0) -> Array:
     """Return normally distributed numbers of a size."""
-    return (rng.standard_normal(shape) * size).astype(dtype)
+    with np.errstate(all="ignore"):
+        return (rng.standard_normal(shape) * size).astype(dtype)
 
 
 def with_odd(rng: np.random.Generator, array: Array, which: tuple[float, ...], share: float = 0.02) -> Array:
     """Return the array with some elements replaced by odd ones."""
-    odd = rng.choice(np.array(which), size=array.shape).astype(array.dtype)
+    with np.errstate(all="ignore"):
+        odd = rng.choice(np.array(which), size=array.shape).astype(array.dtype)
     return np.where(rng.random(array.shape) < share, odd, array)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import given
+from strategies import Call, calls, laid_out
 
 from fastattn.problem import (
     MAX_RANK,
@@ -23,7 +24,6 @@ from fastattn.problem import (
     describe,
     seed_from,
 )
-from strategies import Call, calls, laid_out
 
 
 def problem_of(

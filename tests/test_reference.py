@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tolerances
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import Call, calls
 
-import tolerances
 from fastattn import reference
 from fastattn.problem import as_operands, describe
-from strategies import Call, calls
 
 
 def one_by_one(call: Call) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -26,13 +26,13 @@ def one_by_one(call: Call) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     lse = np.zeros((*rows, problem.queries))
     weights = np.zeros((*rows, problem.queries, problem.keys))
     for index in np.ndindex(*rows, problem.queries):
-        *row, i = index
-        q, k, v = operands.query[*row, i], operands.key[*row], operands.value[*row]
+        i = index[-1]
+        q, k, v = operands.query[index], operands.key[index[:-1]], operands.value[index[:-1]]
         looked_at, scores = [], []
         for j in range(problem.keys):
             score = problem.scale * math.fsum(float(a) * float(b) for a, b in zip(q, k[j], strict=True))
             if operands.mask is not None:
-                mask = operands.mask[*index, j]
+                mask = operands.mask[(*index, j)]
                 if mask.dtype == bool:
                     score = score if mask else -math.inf
                 else:
@@ -50,9 +50,9 @@ def one_by_one(call: Call) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         total = math.fsum(math.exp(score - highest) for score in scores)
         lse[index] = highest + math.log(total)
         for j, score in zip(looked_at, scores, strict=True):
-            weights[*index, j] = math.exp(score - highest) / total
+            weights[(*index, j)] = math.exp(score - highest) / total
         for c in range(problem.value_dim):
-            out[*index, c] = math.fsum(weights[*index, j] * float(v[j, c]) for j in looked_at)
+            out[(*index, c)] = math.fsum(weights[(*index, j)] * float(v[j, c]) for j in looked_at)
     return (
         out.reshape(problem.out_shape).astype(problem.dtype),
         lse.reshape(problem.lse_shape).astype(problem.dtype),
@@ -122,7 +122,7 @@ def test_the_tolerances_bite(dtype: Any, which: int) -> None:
     for wrong in (200 * np.finfo(dtype).eps, np.nan, np.inf):
         results = list(plain(query, key, value))
         results[which][7, ...] += wrong
-        with pytest.raises(AssertionError, match="of .* elements are wrong"):
+        with pytest.raises(AssertionError, match=r"of .* elements are wrong"):
             tolerances.check_all((results[0], results[1], results[2]), wanted)
     results = list(plain(query, key, value))
     results[which] = results[which].astype(np.float16)

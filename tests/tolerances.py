@@ -5,8 +5,8 @@ at 1 in the type of the call, and A for the largest Σ|q||k| · |scale|, which i
 score. Then:
 
 - A score is a sum of terms of total size A, so that its error is about eps · A. Where a floating mask is added, the sum
-  is rounded once more, at the size of the mask: A of a row grows by the largest \\|mask\\| among the keys that have a
-  weight there. (A mask of -1e9 next to others of 0 costs nothing: the keys it is on have no weight that could be wrong.)
+  is rounded once more, at the size of the mask: A of a row grows by the largest |mask| among the keys that have a
+  weight there. (A mask of -1e9 next to others of 0 costs nothing: keys under it have no weight that could be wrong.)
 - A weight is w = exp(s - lse), so its error is w times that of s - lse, and a constant number of roundings for exp, the
   sum and the division: eps · (8 + A), as w ≤ 1.
 - The result is Σ w v with Σ w = 1: the errors of the weights sum to the same, times the largest value. Hence
@@ -20,14 +20,14 @@ weight of that value may be 0 in the narrower type, and 0 · inf is NaN.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastattn import reference
-from fastattn.problem import Problem, as_operands, describe
+from fastattn.problem import Problem, as_operands, describe, seed_from
 
 Array = NDArray[Any]
 
@@ -53,28 +53,19 @@ def expected(query: Any, key: Any, value: Any, attn_mask: Any = None, *, rng: An
 
     Parameters are those of `fastattn.attention`; `options` are dropout_p, is_causal, scale and enable_gqa.
     """
-    q, k, v, mask = as_operands(query, key, value, attn_mask)
-    problem, operands = describe(q, k, v, mask, **options)
-    limit = np.finfo(problem.dtype).max
+    problem, operands = describe(*as_operands(query, key, value, attn_mask), **options)
+    out, lse, weights = reference.evaluate(problem, operands, seed_from(rng, draw=problem.dropout_p > 0))
+    undropped = weights
+    if problem.dropout_p > 0:
+        undropped = reference.evaluate(replace(problem, dropout_p=0.0), operands)[2]
     with np.errstate(all="ignore"):
-        if problem.dtype == np.float32:
-            q, k, v = (array.astype(np.float64) for array in (q, k, v))
-            if mask is not None and mask.dtype == np.float64:
-                mask = np.where(np.isinf(mask), mask, np.clip(mask, -limit, limit))
-        options = {"is_causal": False, "enable_gqa": False} | options | {"scale": problem.scale}
-        out, lse, weights = reference.attention(q, k, v, mask, **options, rng=rng, return_lse=True, return_weights=True)
-        lse = np.where(np.isinf(lse), lse, np.clip(lse, -limit, limit))
-        undropped = weights
-        if problem.dropout_p > 0:
-            undropped = reference.attention(q, k, v, mask, **options | {"dropout_p": 0.0}, return_weights=True)[1]
-
         eps = float(np.finfo(problem.dtype).eps)
         size = ROUNDINGS + score_size(operands.query, operands.key, problem.scale)
         if problem.mask_kind == "float":
             # not finite: the row is not finite either, or the key has no part in it
             counts = (undropped > eps**2) & np.isfinite(operands.mask).reshape(undropped.shape)
             masks = np.where(counts, np.abs(operands.mask, dtype=np.float64).reshape(counts.shape), 0)
-            size = size + np.minimum(masks, limit).max(axis=-1, initial=0)
+            size = size + np.minimum(masks, np.finfo(problem.dtype).max).max(axis=-1, initial=0)
         size = np.broadcast_to(size, problem.lse_shape)
         weight_bound = eps * size * max(1.0, problem.keep_scale)
         return Expected(
@@ -82,7 +73,7 @@ def expected(query: Any, key: Any, value: Any, attn_mask: Any = None, *, rng: An
             out=out,
             lse=lse,
             weights=weights,
-            out_bound=(weight_bound * max(1.0, largest(v)))[..., None],
+            out_bound=(weight_bound * max(1.0, largest(operands.value)))[..., None],
             lse_bound=eps * (size + np.abs(lse)),
             weights_bound=weight_bound[..., None],
         )

@@ -1,0 +1,1024 @@
+"""The contract, sentence by sentence: what docs/semantics.md says of `fastattn.attention` has a test of that name here.
+
+Every test runs on every backend. Where a sentence is about all calls rather than one (any shape, any mask), Hypothesis
+tries them in test_properties.py.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import tolerances
+from numpy.typing import NDArray
+from strategies import LAYOUTS, laid_out, with_odd
+
+import fastattn
+from fastattn.reference import keep_mask
+
+Array = NDArray[Any]
+Attention = Callable[..., Any]
+
+INF, NAN = np.inf, np.nan
+dtypes = pytest.mark.parametrize("dtype", [np.float32, np.float64])
+
+#: Lengths (Lq, Lk) that fill vectors, tiles and blocks, that leave a bit over, and that are shorter than any of them.
+LENGTHS = ((1, 1), (5, 3), (48, 64), (65, 130), (100, 300))
+lengths = pytest.mark.parametrize("length", LENGTHS, ids=str)
+
+
+def normal(*shape: int, dtype: Any = np.float32, seed: int = 0) -> Array:
+    """Return normally distributed numbers."""
+    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(dtype)
+
+
+def inputs(
+    length: tuple[int, int] = (7, 9), heads: tuple[int, ...] = (2,), features: int = 16, dtype: Any = np.float32
+) -> tuple[Array, Array, Array]:
+    """Return query, key and value."""
+    queries, keys = length
+    return (
+        normal(*heads, queries, features, dtype=dtype, seed=1),
+        normal(*heads, keys, features, dtype=dtype, seed=2),
+        normal(*heads, keys, features, dtype=dtype, seed=3),
+    )
+
+
+def softmax_attention(query: Array, key: Array, value: Array, scale: float, bias: Any = 0.0) -> Array:
+    """Evaluate the formula in float64 where nothing is masked, with nothing of the project in it."""
+    query, key, value = (array.astype(np.float64) for array in (query, key, value))
+    scores = scale * (query @ key.swapaxes(-1, -2)) + bias
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True) @ value
+
+
+def close(got: Any, wanted: Any, dtype: Any = np.float32) -> None:
+    """Assert that results of usual size agree to a few roundings (see tolerances.py; A is about 16 here)."""
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=100 * np.finfo(dtype).eps)
+
+
+# -- order of operations on a score ------------------------------------------------------------------------------------
+
+
+@dtypes
+@lengths
+def test_scale_is_one_over_root_d_unless_given(attention: Attention, dtype: Any, length: tuple[int, int]) -> None:
+    query, key, value = inputs(length, dtype=dtype)
+    close(attention(query, key, value), softmax_attention(query, key, value, 0.25), dtype)
+
+
+@dtypes
+@pytest.mark.parametrize("scale", [1, -0.5, 0, 0.0, 3, 1e-30, np.float32(0.1)])
+def test_scale_is_any_finite_number(attention: Attention, dtype: Any, scale: Any) -> None:
+    query, key, value = inputs((50, 70), dtype=dtype)
+    tolerances.check_call(attention, query, key, value, scale=scale)
+
+
+def test_scale_zero_gives_the_mean(attention: Attention) -> None:
+    query, key, value = inputs((50, 70))
+    close(attention(query, key, value, scale=0), np.broadcast_to(value.mean(-2, keepdims=True), query.shape))
+
+
+def test_a_negative_scale_prefers_what_is_unlike(attention: Attention) -> None:
+    query, key, value = inputs()
+    close(attention(query, key, value, scale=-0.25), attention(-query, key, value, scale=0.25))
+
+
+@dtypes
+@lengths
+def test_a_floating_mask_is_added_after_the_scale(attention: Attention, dtype: Any, length: tuple[int, int]) -> None:
+    query, key, value = inputs(length, dtype=dtype)
+    mask = normal(2, *length, seed=4)
+    out = attention(query, key, value, mask, scale=0.5)
+    close(out, softmax_attention(query, key, value, 0.5, mask), dtype)
+
+
+@lengths
+def test_true_in_a_boolean_mask_takes_part(attention: Attention, length: tuple[int, int]) -> None:
+    query, key, value = inputs(length)
+    mask = normal(2, *length, seed=4) > 0
+    mask[..., 0] = True
+    wanted = softmax_attention(query, key, value, 0.25, np.where(mask, 0, -INF))
+    close(attention(query, key, value, mask), wanted)
+
+
+@pytest.mark.parametrize("is_causal", [True, "bottom-right"])
+@lengths
+def test_a_key_takes_no_part_where_any_mask_says_no(
+    attention: Attention, length: tuple[int, int], is_causal: Any
+) -> None:
+    query, key, value = inputs(length)
+    causal = np.tri(*length, k=0 if is_causal is True else length[1] - length[0], dtype=bool)
+    allowed = normal(2, *length, seed=4) > 0
+    for mask in (allowed, np.where(allowed, normal(2, *length, seed=5), -INF)):
+        both = causal & mask if mask.dtype == bool else np.where(causal, mask, -INF)
+        results = attention(query, key, value, mask, is_causal=is_causal, return_weights=True, return_lse=True)
+        assert not results[2][~(causal & allowed)].any()
+        tolerances.check_all(results, tolerances.expected(query, key, value, both))
+
+
+@dtypes
+@lengths
+def test_lse_is_the_natural_logarithm_of_the_denominator(
+    attention: Attention, dtype: Any, length: tuple[int, int]
+) -> None:
+    query, key, value = inputs(length, dtype=dtype)
+    scores = 0.25 * (query.astype(np.float64) @ key.astype(np.float64).swapaxes(-1, -2))
+    close(attention(query, key, value, return_lse=True)[1], np.log(np.exp(scores).sum(-1)), dtype)
+
+
+@pytest.mark.parametrize("kind", ["none", "bool", "float", "causal"])
+def test_weights_are_exp_of_score_minus_lse(attention: Attention, kind: str) -> None:
+    query, key, value = inputs((60, 90), dtype=np.float64)
+    scores = 0.25 * (query @ key.swapaxes(-1, -2))
+    mask: Array | None = None
+    if kind == "bool":
+        mask = normal(60, 90) > 0
+        scores = np.where(mask, scores, -INF)
+    elif kind == "float":
+        mask = normal(60, 90)
+        scores = scores + mask
+    elif kind == "causal":
+        scores = np.where(np.tri(60, 90, dtype=bool), scores, -INF)
+    _, lse, weights = attention(
+        query, key, value, mask, is_causal=kind == "causal", return_lse=True, return_weights=True
+    )
+    close(weights, np.exp(scores - lse[..., None]), np.float64)
+    close(weights.sum(-1), 1, np.float64)
+
+
+@dtypes
+@lengths
+@pytest.mark.parametrize("p", [0.1, 0.5, 1])
+def test_dropout_zeroes_weights_and_enlarges_those_it_keeps(
+    attention: Attention, dtype: Any, length: tuple[int, int], p: float
+) -> None:
+    query, key, value = inputs(length, (3, 2), dtype=dtype)
+    weights = attention(query, key, value, return_weights=True)[1]
+    out, lse, dropped = attention(query, key, value, None, p, rng=11, return_weights=True, return_lse=True)
+    kept = keep_mask(11, np.arange(3)[:, None], np.arange(2), *length, p)
+    np.testing.assert_array_equal(dropped != 0, kept & (weights != 0))
+    close(dropped, np.where(kept, weights / (1 - p) if p < 1 else 0, 0), dtype)
+    close(out, dropped.astype(np.float64) @ value, dtype)
+    # the denominator is that of all weights
+    np.testing.assert_array_equal(lse, attention(query, key, value, return_lse=True)[1])
+
+
+def test_what_dropout_keeps_depends_on_seed_batch_head_query_and_key_alone(attention: Attention) -> None:
+    def kept(length: tuple[int, int], features: int = 16, seed: int = 5, **options: Any) -> Array:
+        query, key, value = inputs(length, (2, 4), features)
+        weights = attention(query, key, value, dropout_p=0.5, rng=seed, return_weights=True, **options)[1]
+        return np.asarray(weights != 0)
+
+    large = kept((70, 200))
+    np.testing.assert_array_equal(kept((33, 90)), large[..., :33, :90])
+    np.testing.assert_array_equal(kept((70, 200), features=5), large)
+    causal = np.tri(70, 200, dtype=bool)
+    np.testing.assert_array_equal(kept((70, 200), is_causal=True), large & causal)
+    assert (kept((70, 200), seed=6) != large).any()
+    patterns = {large[b, h].tobytes() for b in range(2) for h in range(4)}
+    assert len(patterns) == 8
+    query, key, value = inputs((70, 200), (2, 4))
+    grouped = attention(query, key[:, :2], value[:, :2], None, 0.5, False, None, True, rng=5, return_weights=True)[1]
+    np.testing.assert_array_equal(grouped != 0, large)
+
+
+def test_dropout_with_an_equal_seed_is_equal(attention: Attention) -> None:
+    query, key, value = inputs((33, 44))
+    first = attention(query, key, value, dropout_p=0.5, rng=2**64 - 1)
+    np.testing.assert_array_equal(first, attention(query, key, value, dropout_p=0.5, rng=2**64 - 1))
+    rng = np.random.default_rng(1)
+    drawn = [attention(query, key, value, dropout_p=0.5, rng=rng) for _ in range(2)]
+    assert (drawn[0] != drawn[1]).any()
+    seed = np.random.default_rng(1).integers(0, 2**64, dtype=np.uint64)
+    np.testing.assert_array_equal(drawn[0], attention(query, key, value, dropout_p=0.5, rng=seed))
+    assert (attention(query, key, value, dropout_p=0.5) != attention(query, key, value, dropout_p=0.5)).any()
+
+
+def test_dropout_of_everything_gives_zero(attention: Attention) -> None:
+    query, key, value = inputs()
+    out, weights = attention(query, key, value, dropout_p=1.0, return_weights=True)
+    assert not out.any()
+    assert not weights.any()
+
+
+def test_a_dropped_key_was_looked_at(attention: Attention) -> None:
+    query, key, value = inputs()
+    key[:, 3], value[:, 4] = NAN, NAN
+    assert np.isnan(attention(query, key, value, dropout_p=0.9, rng=0)).all()
+
+
+@dtypes
+@lengths
+def test_out_is_the_weights_times_the_values(attention: Attention, dtype: Any, length: tuple[int, int]) -> None:
+    query, key, value = inputs(length, dtype=dtype)
+    out, weights = attention(query, key, value, return_weights=True)
+    close(out, weights @ value, dtype)
+
+
+def test_what_was_asked_for_comes_back_in_order(attention: Attention) -> None:
+    query, key, value = inputs((7, 9))
+    out = attention(query, key, value)
+    assert isinstance(out, np.ndarray)
+    shapes = {"return_lse": (2, 7), "return_weights": (2, 7, 9)}
+    for flag, shape in shapes.items():
+        both = attention(query, key, value, **{flag: True})
+        assert isinstance(both, tuple)
+        assert [array.shape for array in both] == [out.shape, shape]
+    everything = attention(query, key, value, return_lse=True, return_weights=True)
+    assert [array.shape for array in everything] == [out.shape, *shapes.values()]
+
+
+# -- positions ---------------------------------------------------------------------------------------------------------
+
+
+@dtypes
+@lengths
+def test_causal_keeps_keys_up_to_the_query(attention: Attention, dtype: Any, length: tuple[int, int]) -> None:
+    query, key, value = inputs(length, dtype=dtype)
+    weights = tolerances.check_call(attention, query, key, value, is_causal=True)[2]
+    np.testing.assert_array_equal(weights != 0, np.broadcast_to(np.tri(*length, dtype=bool), weights.shape))
+
+
+@dtypes
+@pytest.mark.parametrize("length", [*LENGTHS, (130, 65), (300, 100), (4, 3)], ids=str)
+def test_causal_bottom_right_ends_with_the_last_query_at_the_last_key(
+    attention: Attention, dtype: Any, length: tuple[int, int]
+) -> None:
+    query, key, value = inputs(length, dtype=dtype)
+    weights = tolerances.check_call(attention, query, key, value, is_causal="bottom-right")[2]
+    kept = np.tri(*length, k=length[1] - length[0], dtype=bool)
+    np.testing.assert_array_equal(weights != 0, np.broadcast_to(kept, weights.shape))
+    assert (weights[:, -1] != 0).all()
+
+
+def test_one_new_query_at_the_end_sees_all_keys(attention: Attention) -> None:
+    query, key, value = inputs((1, 200))
+    np.testing.assert_array_equal(attention(query, key, value, is_causal="bottom-right"), attention(query, key, value))
+
+
+# -- a query that may look at no key -----------------------------------------------------------------------------------
+
+
+def assert_empty(results: tuple[Array, Array, Array], rows: Any = slice(None)) -> None:
+    """Assert that these rows of (out, lse, weights) are those of queries that may look at no key."""
+    out, lse, weights = results
+    assert not out[..., rows, :].any()
+    assert not weights[..., rows, :].any()
+    assert np.isneginf(lse[..., rows]).all()
+
+
+@dtypes
+@lengths
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_an_empty_row_is_zero(attention: Attention, dtype: Any, length: tuple[int, int], kind: str) -> None:
+    query, key, value = inputs(length, dtype=dtype)
+    everything = np.zeros(length, bool) if kind == "bool" else np.full(length, -INF, dtype)
+    assert_empty(attention(query, key, value, everything, return_lse=True, return_weights=True))
+    some = np.ones(length, bool) if kind == "bool" else np.zeros(length, dtype)
+    some[::3] = everything[::3]
+    results = tolerances.check_call(attention, query, key, value, some)
+    assert_empty(results, slice(0, None, 3))
+
+
+def test_an_empty_row_of_a_causal_mask_is_zero(attention: Attention) -> None:
+    query, key, value = inputs((150, 70))
+    results = tolerances.check_call(attention, query, key, value, is_causal="bottom-right")
+    assert_empty(results, slice(80))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"is_causal": True}, {"is_causal": "bottom-right"}, {"dropout_p": 0.5}], ids=str
+)
+def test_no_keys_is_the_same_case(attention: Attention, options: dict[str, Any]) -> None:
+    query, key, value = inputs((7, 0))
+    for mask in (None, np.ones((7, 0), bool), np.zeros((1, 0), np.float32), np.array(True)):
+        results = attention(query, key, value, mask, **options, return_lse=True, return_weights=True)
+        assert [array.shape for array in results] == [(2, 7, 16), (2, 7), (2, 7, 0)]
+        assert_empty(results)
+
+
+def test_an_empty_row_is_zero_whatever_its_values(attention: Attention) -> None:
+    query, key, value = inputs((70, 90))
+    mask = np.ones((70, 90), bool)
+    mask[11] = False
+    query[:, 11] = NAN
+    value[:, 5] = NAN
+    value[:, 6] = INF
+    results = attention(query, key, value, mask, return_lse=True, return_weights=True)
+    assert_empty(results, 11)
+    assert np.isnan(results[0][:, 12]).all()
+
+
+@dtypes
+@lengths
+@pytest.mark.parametrize("mask_dtype", [np.float16, np.float32, np.float64])
+def test_a_row_of_the_lowest_number_gives_the_mean(
+    attention: Attention, dtype: Any, length: tuple[int, int], mask_dtype: Any
+) -> None:
+    query, key, value = inputs(length, dtype=dtype)
+    mask = np.zeros(length, mask_dtype)
+    # float16's lowest is only 65504: next to it the scores of float64 still count
+    mask[::2] = np.finfo(mask_dtype).min
+    scale = 0 if mask_dtype == np.float16 else None
+    out, lse, weights = attention(query, key, value, mask, scale=scale, return_lse=True, return_weights=True)
+    mean = np.broadcast_to(value.mean(-2, keepdims=True, dtype=np.float64), out.shape)
+    close(out[:, ::2], mean[:, ::2], dtype)
+    close(weights[:, ::2], 1 / length[1], dtype)
+    assert np.isfinite(lse).all()
+    other = attention(query, key, value, scale=scale)
+    close(out[:, 1::2], other[:, 1::2], dtype)
+
+
+@dtypes
+def test_the_lowest_number_on_some_keys_leaves_them_out(attention: Attention, dtype: Any) -> None:
+    query, key, value = inputs((60, 90), dtype=dtype)
+    mask = np.zeros(90, dtype)
+    mask[40:] = np.finfo(dtype).min
+    close(attention(query, key, value, mask), attention(query, key[:, :40], value[:, :40]), dtype)
+
+
+@pytest.mark.parametrize("length", [(5, 3), (48, 64), (65, 130), (100, 700)], ids=str)
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+@pytest.mark.parametrize("kind", ["bool", "float", "padding", "causal", "bottom-right"])
+@pytest.mark.parametrize("where", ["key", "value", "both"])
+def test_what_is_masked_never_leaks(
+    attention: Attention, length: tuple[int, int], bad: float, kind: str, where: str
+) -> None:
+    queries, keys = length
+    query, key, value = inputs(length)
+    rng = np.random.default_rng(0)
+    options: dict[str, Any] = {}
+    mask: Array | None = None
+    if kind == "padding":
+        visible = np.broadcast_to(np.arange(keys) < keys // 2, length)
+        mask = visible[:1]
+    elif kind in ("causal", "bottom-right"):
+        options["is_causal"] = True if kind == "causal" else kind
+        visible = np.tri(queries, keys, k=0 if kind == "causal" else keys - queries, dtype=bool)
+    else:
+        visible = rng.random(length) < 0.5
+        mask = visible if kind == "bool" else np.where(visible, np.float32(0), np.float32(-INF))
+    clean = attention(query, key, value, mask, **options, return_lse=True, return_weights=True)
+
+    # one bad key each time: whoever does not see it must not change by a bit, whoever does must show it
+    for j in sorted({0, 1, keys // 2, keys - 2, keys - 1}):
+        bad_key, bad_value = key.copy(), value.copy()
+        if where != "value":
+            bad_key[:, j] = bad
+        if where != "key":
+            bad_value[:, j, ::3] = bad
+        results = attention(query, bad_key, bad_value, mask, **options, return_lse=True, return_weights=True)
+        blind = ~visible[:, j]
+        for name, result, wanted in zip(("out", "lse", "weights"), results, clean, strict=True):
+            np.testing.assert_array_equal(result[:, blind], wanted[:, blind], err_msg=f"{name}, key {j}")
+        tolerances.check_all(results, tolerances.expected(query, bad_key, bad_value, mask, **options))
+
+
+def test_minus_infinity_in_a_mask_is_the_same_as_false(attention: Attention) -> None:
+    query, key, value = inputs((70, 130))
+    visible = np.random.default_rng(0).random((70, 130)) < 0.5
+    visible[3] = False
+    key[:, 100], value[:, 101] = NAN, INF
+    visible[:, 100:102] = False
+    with_false = attention(query, key, value, visible, return_lse=True, return_weights=True)
+    for dtype in (np.float16, np.float32, np.float64):
+        mask = np.where(visible, 0, -INF).astype(dtype)
+        with_inf = attention(query, key, value, mask, return_lse=True, return_weights=True)
+        for one, other in zip(with_false, with_inf, strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+@dtypes
+@lengths
+def test_nan_in_a_query_makes_its_row_nan_and_no_other(
+    attention: Attention, dtype: Any, length: tuple[int, int]
+) -> None:
+    query, key, value = inputs(length, dtype=dtype)
+    clean = attention(query, key, value, return_lse=True, return_weights=True)
+    row = length[0] // 2
+    query[0, row, 3] = NAN
+    for result, wanted in zip(attention(query, key, value, return_lse=True, return_weights=True), clean, strict=True):
+        assert np.isnan(result[0, row]).all()
+        np.testing.assert_array_equal(np.delete(result[0], row, 0), np.delete(wanted[0], row, 0))
+        np.testing.assert_array_equal(result[1], wanted[1])
+
+
+@dtypes
+@lengths
+def test_nan_in_a_key_makes_all_rows_nan_that_see_it(attention: Attention, dtype: Any, length: tuple[int, int]) -> None:
+    query, key, value = inputs(length, dtype=dtype)
+    key[0, length[1] // 2, 3] = NAN
+    out, lse, weights = attention(query, key, value, return_lse=True, return_weights=True)
+    for result in (out, lse, weights):
+        assert np.isnan(result[0]).all()
+        assert np.isfinite(result[1]).all()
+
+
+@dtypes
+@lengths
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_what_is_odd_in_a_value_shows_in_its_feature(
+    attention: Attention, dtype: Any, length: tuple[int, int], bad: float
+) -> None:
+    query, key, value = inputs(length, dtype=dtype)
+    clean = attention(query, key, value)
+    value[0, length[1] // 2, 3] = bad
+    out = attention(query, key, value)
+    np.testing.assert_array_equal(out[0, :, 3], np.full(length[0], bad))
+    np.testing.assert_array_equal(np.delete(out, 3, -1), np.delete(clean, 3, -1))
+    np.testing.assert_array_equal(out[1], clean[1])
+
+
+def test_infinities_of_both_signs_make_nan(attention: Attention) -> None:
+    query, key, value = inputs((30, 70))
+    value[:, 3], value[:, 60] = INF, -INF
+    assert np.isnan(attention(query, key, value)).all()
+
+
+def test_a_weight_of_zero_does_not_hide_nan(attention: Attention) -> None:
+    query, key, value = np.full((20, 1), 1.0), np.zeros((70, 1)), np.zeros((70, 1))
+    key[5], key[6] = -1e4, 1e4
+    value[5] = NAN
+    out, weights = attention(query, key, value, return_weights=True)
+    assert not weights[:, 5].any()
+    assert np.isnan(out).all()
+
+
+@pytest.mark.parametrize("bad", [NAN, INF])
+def test_nan_or_plus_infinity_in_a_mask_makes_its_row_nan(attention: Attention, bad: float) -> None:
+    query, key, value = inputs((60, 90))
+    mask = np.zeros((60, 90), np.float32)
+    clean = attention(query, key, value, mask)
+    mask[7, 50] = bad
+    out, lse, weights = attention(query, key, value, mask, return_lse=True, return_weights=True)
+    assert all(np.isnan(result[:, 7]).all() for result in (out, lse, weights))
+    np.testing.assert_array_equal(np.delete(out, 7, 1), np.delete(clean, 7, 1))
+
+
+@dtypes
+@lengths
+def test_a_score_of_plus_infinity_makes_its_row_nan(attention: Attention, dtype: Any, length: tuple[int, int]) -> None:
+    query, key, value = inputs(length, dtype=dtype)
+    query, key = np.abs(query), np.abs(key)
+    row = length[0] // 2
+    query[0, row, 0] = INF
+    out, lse, weights = attention(query, key, value, return_lse=True, return_weights=True)
+    for result in (out, lse, weights):
+        assert np.isnan(result[0, row]).all()
+        assert np.isfinite(np.delete(result[0], row, 0)).all()
+        assert np.isfinite(result[1]).all()
+
+
+def test_scores_that_are_all_minus_infinity_are_an_empty_row(attention: Attention) -> None:
+    query, key, value = inputs((60, 90))
+    query, key = np.abs(query), -np.abs(key)
+    query[:, 7] = INF
+    results = attention(query, key, value, return_lse=True, return_weights=True)
+    assert_empty(results, 7)
+    assert np.isfinite(results[1][:, 8]).all()
+
+
+def test_a_float64_mask_in_a_float32_call_saturates(attention: Attention) -> None:
+    query, key, value = inputs((60, 90))
+    lowest = np.full(90, -1e300)
+    out, lse = attention(query, key, value, lowest, return_lse=True)
+    close(out, np.broadcast_to(value.mean(-2, keepdims=True), out.shape))
+    assert np.isfinite(lse).all()
+    highest = np.zeros((60, 90))
+    highest[:, 70] = 1e300
+    out, lse, weights = attention(query, key, value, highest, return_lse=True, return_weights=True)
+    np.testing.assert_array_equal(out, np.broadcast_to(value[:, 70:71], out.shape))
+    assert np.isfinite(lse).all()
+    assert (weights[..., 70] == 1).all()
+    some = np.zeros(90)
+    some[:30] = -1e300
+    close(attention(query, key, value, some), attention(query, key[:, 30:], value[:, 30:]))
+
+
+# -- shapes and types --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("query", "key", "value", "out"),
+    [
+        ((5, 3), (7, 3), (7, 2), (5, 2)),
+        ((4, 5, 3), (4, 7, 3), (4, 7, 2), (4, 5, 2)),
+        ((2, 4, 5, 3), (2, 4, 7, 3), (2, 4, 7, 2), (2, 4, 5, 2)),
+        ((3, 2, 4, 5, 3), (3, 2, 4, 7, 3), (3, 2, 4, 7, 2), (3, 2, 4, 5, 2)),
+        ((4, 5, 3), (7, 3), (7, 2), (4, 5, 2)),
+        ((5, 3), (4, 7, 3), (1, 7, 2), (4, 5, 2)),
+        ((2, 1, 4, 5, 3), (3, 1, 7, 3), (4, 7, 2), (2, 3, 4, 5, 2)),
+        ((1, 1, 5, 3), (3, 4, 7, 3), (4, 7, 2), (3, 4, 5, 2)),
+    ],
+)
+def test_leading_axes_broadcast_as_in_numpy(attention: Attention, query: Any, key: Any, value: Any, out: Any) -> None:
+    arrays = normal(*query), normal(*key), normal(*value)
+    result = attention(*arrays)
+    assert result.shape == out
+    full = [np.broadcast_to(array, (*out[:-2], *array.shape[-2:])).copy() for array in arrays]
+    np.testing.assert_array_equal(result, attention(*full))
+    close(result, softmax_attention(*full, 1 / math.sqrt(3)))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (70,), (60, 1), (60, 70), (3, 1, 70), (1, 60, 70), (2, 1, 1, 70)])
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_masks_broadcast_as_in_numpy(attention: Attention, shape: tuple[int, ...], kind: str) -> None:
+    query, key, value = inputs((60, 70), (2, 3))
+    mask: Array = np.asarray(normal(*shape, 1)[..., 0])
+    mask = np.asarray(mask > -0.5) if kind == "bool" else mask
+    result = attention(query, key, value, mask)
+    np.testing.assert_array_equal(result, attention(query, key, value, np.broadcast_to(mask, (2, 3, 60, 70)).copy()))
+
+
+@pytest.mark.parametrize("mask", [True, False, 0.5, [True, False, True], [[0.0], [1.0]]])
+def test_masks_may_be_array_likes(attention: Attention, mask: Any) -> None:
+    query, key, value = inputs((2, 3))
+    np.testing.assert_array_equal(attention(query, key, value, mask), attention(query, key, value, np.array(mask)))
+
+
+@pytest.mark.parametrize("mask_dtype", [np.int64, np.int8, np.uint8])
+def test_masks_of_integers_are_refused(attention: Attention, mask_dtype: Any) -> None:
+    with pytest.raises(TypeError, match=r"attn_mask: .*boolean"):
+        attention(*inputs(), np.ones((7, 9), mask_dtype))
+
+
+@dtypes
+@pytest.mark.parametrize("mask_dtype", [np.bool_, np.float16, np.float32, np.float64])
+def test_masks_take_no_part_in_promotion(attention: Attention, dtype: Any, mask_dtype: Any) -> None:
+    query, key, value = inputs(dtype=dtype)
+    results = attention(query, key, value, np.ones((7, 9), mask_dtype), return_lse=True, return_weights=True)
+    assert [result.dtype for result in results] == [dtype] * 3
+
+
+@pytest.mark.parametrize("shape", [(), (3,)])
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_rank_is_two_at_least(attention: Attention, shape: tuple[int, ...], which: int) -> None:
+    arrays = [normal(3, 3) for _ in range(3)]
+    arrays[which] = np.ones(shape, np.float32)
+    with pytest.raises(ValueError, match=("query", "key", "value")[which] + ": .* rank"):
+        attention(*arrays)
+
+
+def test_head_counts_differ_only_with_enable_gqa(attention: Attention) -> None:
+    query, key, value = normal(2, 6, 5, 3), normal(2, 2, 7, 3), normal(2, 2, 7, 3)
+    with pytest.raises(ValueError, match=r"key: .*enable_gqa=True"):
+        attention(query, key, value)
+    assert attention(query, key, value, enable_gqa=True).shape == (2, 6, 5, 3)
+    with pytest.raises(ValueError, match=r"key: .*multiple"):
+        attention(query[:, :5], key, value, enable_gqa=True)
+
+
+@dtypes
+@pytest.mark.parametrize("heads", [(2, 1), (6, 2), (8, 1), (4, 4), (12, 3)], ids=str)
+@pytest.mark.parametrize("length", [(1, 130), (7, 60), (65, 90)], ids=str)
+def test_query_head_h_reads_key_head_h_over_group(
+    attention: Attention, dtype: Any, heads: tuple[int, int], length: tuple[int, int]
+) -> None:
+    hq, hk = heads
+    query = normal(2, hq, length[0], 16, dtype=dtype)
+    key, value = normal(2, hk, length[1], 16, dtype=dtype, seed=2), normal(2, hk, length[1], 16, dtype=dtype, seed=3)
+    out, lse, weights = tolerances.check_call(attention, query, key, value, enable_gqa=True, is_causal="bottom-right")
+    for h in range(hq):
+        alone = (query[:, h], key[:, h // (hq // hk)], value[:, h // (hq // hk)])
+        wanted = tolerances.expected(*(array[:, None] for array in alone), is_causal="bottom-right")
+        tolerances.check_all((out[:, h : h + 1], lse[:, h : h + 1], weights[:, h : h + 1]), wanted)
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 7, 9), (2, 2, 7, 9), (2, 1, 1, 7, 9), (1, 1, 1, 1, 1)])
+def test_a_mask_may_not_enlarge_the_batch(attention: Attention, shape: tuple[int, ...]) -> None:
+    query, key, value = inputs(heads=(1, 2) if shape[0] != 2 else (1, 1))
+    with pytest.raises(ValueError, match=r"attn_mask: shape .* broadcasts to"):
+        attention(query, key, value, np.ones(shape, bool))
+
+
+@dtypes
+@lengths
+def test_without_features_every_score_is_zero(attention: Attention, dtype: Any, length: tuple[int, int]) -> None:
+    query, key = np.ones((2, length[0], 0), dtype), np.ones((2, length[1], 0), dtype)
+    value = normal(2, length[1], 5, dtype=dtype)
+    out, lse, weights = attention(query, key, value, return_lse=True, return_weights=True)
+    close(out, np.broadcast_to(value.mean(-2, keepdims=True, dtype=np.float64), out.shape), dtype)
+    close(lse, math.log(length[1]), dtype)
+    close(weights, 1 / length[1], dtype)
+
+
+@pytest.mark.parametrize(
+    ("query", "key", "value", "out"),
+    [
+        ((2, 0, 3), (2, 7, 3), (2, 7, 4), (2, 0, 4)),
+        ((2, 5, 3), (2, 7, 3), (2, 7, 0), (2, 5, 0)),
+        ((0, 2, 5, 3), (0, 2, 7, 3), (0, 2, 7, 4), (0, 2, 5, 4)),
+        ((0, 5, 3), (0, 7, 3), (0, 7, 4), (0, 5, 4)),
+        ((2, 0, 0), (2, 0, 0), (2, 0, 0), (2, 0, 0)),
+        ((2, 5, 0), (2, 0, 0), (2, 0, 4), (2, 5, 4)),
+    ],
+)
+@pytest.mark.parametrize("is_causal", [False, True, "bottom-right"])
+def test_any_axis_may_be_of_length_zero(
+    attention: Attention, query: Any, key: Any, value: Any, out: Any, is_causal: Any
+) -> None:
+    arrays = normal(*query), normal(*key), normal(*value)
+    results = tolerances.check_call(attention, *arrays, is_causal=is_causal)
+    assert results[0].shape == out
+
+
+@pytest.mark.parametrize("dropout_p", [-0.1, 1.1, NAN])
+def test_dropout_is_a_probability(attention: Attention, dropout_p: float) -> None:
+    with pytest.raises(ValueError, match=r"dropout_p: .*\[0, 1\]"):
+        attention(*inputs(), dropout_p=dropout_p)
+
+
+def test_array_likes_are_accepted(attention: Attention) -> None:
+    class Wrapped:
+        def __init__(self, array: Array) -> None:
+            self.array = array
+
+        def __array__(self, dtype: Any = None, copy: Any = None) -> Array:
+            return self.array
+
+    query, key, value = inputs(dtype=np.float64)
+    wanted = attention(query, key, value)
+    np.testing.assert_array_equal(attention(query.tolist(), key.tolist(), value.tolist()), wanted)
+    np.testing.assert_array_equal(attention(Wrapped(query), Wrapped(key), Wrapped(value)), wanted)
+    np.testing.assert_array_equal(attention(query[0].tolist(), Wrapped(key[0]), tuple(value[0])), wanted[0])
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.int8, np.uint8, np.uint64, bool])
+def test_integers_compute_in_float64(attention: Attention, dtype: Any) -> None:
+    query, key, value = (np.random.default_rng(i).integers(0, 2, (2, 7, 5)).astype(dtype) for i in range(3))
+    results = attention(query, key, value, return_lse=True, return_weights=True)
+    assert [result.dtype for result in results] == [np.float64] * 3
+    wanted = attention(*(array.astype(np.float64) for array in (query, key, value)))
+    np.testing.assert_array_equal(results[0], wanted)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize("other", [np.float64, np.int8, np.int64, ">f4"])
+def test_mixed_dtypes_promote_as_in_numpy(attention: Attention, which: int, other: Any) -> None:
+    arrays = [np.round(array) for array in inputs()]
+    arrays[which] = arrays[which].astype(other)
+    out = attention(*arrays)
+    common = np.result_type(*arrays)
+    assert out.dtype == common
+    np.testing.assert_array_equal(out, attention(*(array.astype(common) for array in arrays)))
+
+
+def test_small_floats_are_not_supported_yet(attention: Attention) -> None:
+    query, key, value = inputs()
+    with pytest.raises(TypeError, match="query: dtype float16 is not supported yet"):
+        attention(query.astype(np.float16), key, value)
+    bfloat16 = pytest.importorskip("ml_dtypes").bfloat16
+    with pytest.raises(TypeError, match="value: dtype bfloat16 is not supported yet"):
+        attention(query, key, value.astype(bfloat16))
+
+
+def test_float64_is_float64_throughout(attention: Attention) -> None:
+    query, key, value = inputs((70, 130), dtype=np.float64)
+    query[..., 0] += 1e-12
+    close(attention(query, key, value), softmax_attention(query, key, value, 0.25), np.float64)
+
+
+@pytest.mark.parametrize("dtype", [complex, object, "U3", np.longdouble, "M8[s]"])
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_other_dtypes_are_refused(attention: Attention, dtype: Any, which: int) -> None:
+    arrays: list[Any] = list(inputs())
+    arrays[which] = np.ones(arrays[which].shape, dtype)
+    with pytest.raises(TypeError, match=("query", "key", "value")[which] + ": dtype .* is not supported"):
+        attention(*arrays)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "word"),
+    [
+        ({"scale": INF}, ValueError, "scale"),
+        ({"scale": "1"}, TypeError, "scale"),
+        ({"is_causal": "top"}, ValueError, "is_causal"),
+        ({"is_causal": None}, TypeError, "is_causal"),
+        ({"enable_gqa": 1}, TypeError, "enable_gqa"),
+        ({"return_lse": 1}, TypeError, "return_lse"),
+        ({"return_weights": None}, TypeError, "return_weights"),
+        ({"dropout_p": "0"}, TypeError, "dropout_p"),
+        ({"rng": -1}, ValueError, "rng"),
+        ({"rng": 0.5}, TypeError, "rng"),
+        ({"out": np.zeros((2, 7, 16))}, TypeError, "out"),
+        ({"out": np.zeros((2, 7, 15), np.float32)}, ValueError, "out"),
+        ({"out": np.broadcast_to(np.float32(0), (2, 7, 16))}, ValueError, "out"),
+        ({"out": [0]}, TypeError, "out"),
+    ],
+)
+def test_options_that_are_refused(
+    attention: Attention, options: dict[str, Any], kind: type[Exception], word: str
+) -> None:
+    with pytest.raises(kind, match=f"^{word}: .*expected"):
+        attention(*inputs(), **options)
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"backend: 'abacus' .*'cpu'.*'reference'|backend: .*'reference'.*'cpu'"):
+        fastattn.attention(*inputs(), backend="abacus")
+
+
+def test_no_backend_is_the_best_one() -> None:
+    query, key, value = inputs()
+    np.testing.assert_array_equal(
+        fastattn.attention(query, key, value), fastattn.attention(query, key, value, backend="cpu")
+    )
+
+
+def test_positional_order_is_that_of_pytorch(attention: Attention) -> None:
+    query, key, value = normal(4, 7, 16), normal(2, 9, 16), normal(2, 9, 16)
+    mask = normal(7, 9)
+    by_position = attention(query, key, value, mask, 0.0, True, 0.5, True)
+    by_name = attention(
+        query=query, key=key, value=value, attn_mask=mask, dropout_p=0.0, is_causal=True, scale=0.5, enable_gqa=True
+    )
+    np.testing.assert_array_equal(by_position, by_name)
+    with pytest.raises(TypeError):
+        attention(query, key, value, mask, 0.0, True, 0.5, True, True)
+
+
+@dtypes
+@pytest.mark.parametrize("scale", [1, 1e-3])
+def test_scores_of_1e36_are_finite_work(attention: Attention, dtype: Any, scale: float) -> None:
+    query, key, value = inputs((60, 130), dtype=dtype)
+    query, key = query * dtype(3e17), key * dtype(3e17)
+    lse = tolerances.check_call(attention, query, key, value, scale=scale)[1]
+    assert np.abs(lse).max() > 1e36 * scale
+    # one key wins by far: the result is its value
+    key[:, 77] = 0
+    key[:, 77, 0] = np.abs(key).max() * 30
+    query[..., 0] = 1e18
+    out = attention(query, key, value, scale=1e-2)
+    np.testing.assert_array_equal(out, np.broadcast_to(value[:, 77:78], out.shape))
+
+
+# -- what a call leaves alone ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_inputs_are_never_written_to(attention: Attention, layout: str) -> None:
+    arrays = [laid_out(array, layout) for array in (*inputs((33, 70)), normal(33, 70, seed=4))]
+    before = [array.tobytes() for array in arrays]
+    attention(*arrays, is_causal=True, dropout_p=0.2, return_lse=True, return_weights=True)
+    assert [array.tobytes() for array in arrays] == before
+
+
+@dtypes
+@pytest.mark.parametrize("length", [(1, 1), (9, 9), (65, 65), (200, 200), (500, 500)], ids=str)
+@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_out_may_be_an_input(
+    attention: Attention, dtype: Any, length: tuple[int, int], which: int, is_causal: bool
+) -> None:
+    arrays = inputs(length, (2, 2), dtype=dtype)
+    wanted = attention(*arrays, is_causal=is_causal)
+    out = attention(*arrays, is_causal=is_causal, out=arrays[which])
+    assert out is arrays[which]
+    np.testing.assert_array_equal(out, wanted)
+
+
+@pytest.mark.parametrize("shift", [(0, 3), (1, 0), (5, 5)], ids=str)
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_out_may_overlap_an_input(attention: Attention, shift: tuple[int, int], which: int) -> None:
+    place = normal(2, 210, 32)
+    arrays = list(inputs((200, 200)))
+    arrays[which] = place[:, 5:205, 8:24]
+    wanted = attention(*arrays)
+    out = place[:, 5 - shift[0] : 205 - shift[0], 8 - shift[1] : 24 - shift[1]]
+    np.testing.assert_array_equal(attention(*arrays, out=out), wanted)
+
+
+def test_out_may_overlap_the_mask(attention: Attention) -> None:
+    query, key, value = inputs((200, 200), (1,), 200)
+    mask = normal(1, 200, 200)
+    wanted = attention(query, key, value, mask)
+    np.testing.assert_array_equal(attention(query, key, value, mask, out=mask), wanted)
+
+
+def test_out_may_be_one_array_with_all_inputs(attention: Attention) -> None:
+    array = normal(2, 150, 16)
+    wanted = attention(array, array, array)
+    np.testing.assert_array_equal(attention(array, array, array, out=array), wanted)
+    heads = normal(4, 150, 16)
+    shared = heads[:1]
+    wanted = attention(heads, shared, shared)
+    np.testing.assert_array_equal(attention(heads, shared, shared, out=heads), wanted)
+
+
+@dtypes
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout not in ("read-only", "byte-swapped")])
+def test_out_may_have_any_strides(attention: Attention, dtype: Any, layout: str) -> None:
+    query, key, value = inputs((65, 70), (2, 3), dtype=dtype)
+    wanted = attention(query, key, value, is_causal=True)
+    out = laid_out(np.full(wanted.shape, NAN, dtype), layout)
+    lies_in = out if out.base is None else out.base
+    assert attention(query, key, value, is_causal=True, out=out) is out
+    np.testing.assert_array_equal(out, wanted)
+    if layout in ("every second", "every third feature", "inside NaN"):
+        # nothing around it was touched
+        assert np.count_nonzero(~np.isnan(lies_in)) == wanted.size
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_out_with_lse_and_weights(attention: Attention, rank: int) -> None:
+    query, key, value = inputs((33, 70), (2,) * (rank - 2))
+    wanted = attention(query, key, value, return_lse=True, return_weights=True)
+    out = np.empty_like(query)
+    results = attention(query, key, value, out=out, return_lse=True, return_weights=True)
+    assert results[0] is out
+    for result, want in zip(results, wanted, strict=True):
+        np.testing.assert_array_equal(result, want)
+
+
+def test_no_call_warns(attention: Attention) -> None:
+    rng = np.random.default_rng(0)
+    odd = (NAN, INF, -INF, 1e-42, 0.0, 3e38, -3e38)
+    with warnings.catch_warnings(), np.errstate(all="warn"):
+        warnings.simplefilter("error")
+        for array in (np.zeros((60, 5)), np.full((60, 5), INF), np.full((60, 5), NAN), np.full((60, 5), 1e300)):
+            attention(array, array, array, return_lse=True, return_weights=True)
+        for dtype in (np.float32, np.float64):
+            arrays = [with_odd(rng, array, odd, 0.1) for array in inputs((60, 60), dtype=dtype)]
+            for mask in (None, np.full(60, -INF), np.full(60, -1e300), with_odd(rng, np.zeros((60, 60)), odd, 0.1)):
+                for dropout_p in (0, 0.5, 1):
+                    attention(*arrays, mask, dropout_p, return_lse=True, return_weights=True)
+        # a signalling NaN, which NumPy itself warns of when it is cast
+        signalling = np.full((60, 5), 0x7FA00000, np.uint32).view(np.float32)
+        attention(signalling, np.zeros((60, 5)), np.zeros((60, 5)), np.zeros(60, np.float32))
+
+
+def test_no_call_changes_the_floating_point_settings(attention: Attention) -> None:
+    before = np.geterr()
+    query, key, value = inputs()
+    attention(query, key, value)
+    assert np.geterr() == before
+    # denormal numbers are still numbers: no flushing to zero has been left on
+    assert np.float32(1e-38) * np.float32(0.1) > 0
+
+
+# -- the same answer every time ----------------------------------------------------------------------------------------
+
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {},
+    {"is_causal": True},
+    {"is_causal": "bottom-right", "scale": -0.3},
+    {"dropout_p": 0.3, "rng": 3},
+)
+SHAPES = (((2, 6), (2, 2), (1, 130)), ((3, 4), (3, 4), (65, 300)), ((1, 2), (1, 1), (600, 700)))
+
+
+def grouped(shape: Any, dtype: Any) -> tuple[Array, Array, Array]:
+    query_heads, key_heads, (queries, keys) = shape
+    return (
+        normal(*query_heads, queries, 24, dtype=dtype, seed=1),
+        normal(*key_heads, keys, 24, dtype=dtype, seed=2),
+        normal(*key_heads, keys, 24, dtype=dtype, seed=3),
+    )
+
+
+def assert_same(one: Any, other: Any) -> None:
+    """Assert that results are the same bits."""
+    for first, second in zip(one, other, strict=True):
+        assert first.tobytes() == second.tobytes()
+
+
+@dtypes
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_same_bits_at_any_thread_count(
+    cpu_attention: Attention, dtype: Any, options: dict[str, Any], shape: Any
+) -> None:
+    arrays = grouped(shape, dtype)
+    mask = normal(*arrays[0].shape[-2:-1], arrays[1].shape[-2], seed=4)
+    options = {**options, "enable_gqa": True, "return_lse": True, "return_weights": True}
+    for args in (arrays, (*arrays, mask), (*arrays, mask > 0)):
+        with fastattn.num_threads(1):
+            alone = cpu_attention(*args, **options)
+        for threads in (2, 3, 7):
+            with fastattn.num_threads(threads):
+                for _ in range(3):
+                    assert_same(cpu_attention(*args, **options), alone)
+
+
+@dtypes
+@pytest.mark.parametrize("options", OPTIONS[:-1], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_same_bits_in_any_batch(cpu_attention: Attention, dtype: Any, options: dict[str, Any], shape: Any) -> None:
+    query, key, value = (np.concatenate([array, array[::-1], array]) for array in grouped(shape, dtype))
+    mask = normal(len(query), 1, query.shape[-2], key.shape[-2], seed=4)
+    options = {**options, "enable_gqa": True, "return_lse": True, "return_weights": True}
+    for masks in (None, mask, mask > 0):
+        together = cpu_attention(query, key, value, masks, **options)
+        for b in range(len(query)):
+            row = None if masks is None else masks[b]
+            assert_same([result[b] for result in together], cpu_attention(query[b], key[b], value[b], row, **options))
+
+
+@dtypes
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_same_bits_in_any_memory_layout(
+    cpu_attention: Attention, dtype: Any, options: dict[str, Any], layout: str
+) -> None:
+    arrays = grouped(SHAPES[1], dtype)
+    masks = normal(4, 65, 300, seed=4), normal(4, 65, 300, seed=4) > 0
+    options = {**options, "enable_gqa": True, "return_lse": True, "return_weights": True}
+    for mask in masks:
+        wanted = cpu_attention(*arrays, mask, **options)
+        for which in range(4):
+            args = [*arrays, mask]
+            args[which] = laid_out(args[which], layout)
+            assert_same(cpu_attention(*args, **options), wanted)
+        assert_same(cpu_attention(*(laid_out(array, layout) for array in (*arrays, mask)), **options), wanted)
+
+
+def test_the_same_bits_of_broadcast_and_repeated_arrays(cpu_attention: Attention) -> None:
+    query, key, value = normal(2, 3, 65, 24), normal(65, 24, seed=1), normal(65, 24, seed=2)
+    full = [np.broadcast_to(array, query.shape) for array in (key, value)]
+    wanted = cpu_attention(query, *(array.copy() for array in full))
+    assert_same([cpu_attention(query, *full)], [wanted])
+    assert_same([cpu_attention(query, key, value)], [wanted])
+    one = np.broadcast_to(np.float32(0.7), query.shape)
+    assert_same([cpu_attention(one, *full)], [cpu_attention(one.copy(), *full)])
+    mask = np.broadcast_to(normal(65), (2, 3, 65, 65))
+    assert_same([cpu_attention(query, *full, mask)], [cpu_attention(query, *full, mask.copy())])
+
+
+def test_the_same_bits_whatever_else_is_asked_for(cpu_attention: Attention) -> None:
+    query, key, value = grouped(SHAPES[2], np.float32)
+    out = cpu_attention(query, key, value, is_causal=True)
+    with_lse = cpu_attention(query, key, value, is_causal=True, return_lse=True)
+    with_both = cpu_attention(query, key, value, is_causal=True, return_lse=True, return_weights=True)
+    assert_same([out], with_lse[:1])
+    assert_same(with_lse, with_both[:2])
+
+
+# -- coming from ... ---------------------------------------------------------------------------------------------------
+
+
+def torch_attention(query: Array, key: Array, value: Array, mask: Array | None, options: dict[str, Any]) -> Array:
+    """Call PyTorch's scaled_dot_product_attention, its causal mask made part of the mask where there is one."""
+    torch = pytest.importorskip("torch")
+    options = dict(options)
+    is_causal = options.pop("is_causal", False)
+    lengths = query.shape[-2], key.shape[-2]
+    if is_causal and (mask is not None or is_causal == "bottom-right"):
+        causal = np.tri(*lengths, k=0 if is_causal is True else lengths[1] - lengths[0], dtype=bool)
+        if mask is None:
+            mask = causal
+        else:
+            mask = causal & mask if mask.dtype == bool else np.where(causal, mask, -INF).astype(mask.dtype)
+        is_causal = False
+    arrays = [torch.from_numpy(array) for array in (query, key, value)]
+    return np.asarray(
+        torch.nn.functional.scaled_dot_product_attention(
+            *arrays, None if mask is None else torch.from_numpy(mask), is_causal=is_causal, **options
+        )
+    )
+
+
+@dtypes
+@pytest.mark.parametrize("length", [(1, 1), (8, 8), (1, 300), (100, 60), (130, 150)], ids=str)
+@pytest.mark.parametrize("features", [5, 64, 128])
+@pytest.mark.parametrize("kind", ["none", "bool", "float"])
+@pytest.mark.parametrize("is_causal", [False, True, "bottom-right"])
+def test_coming_from_pytorch(
+    attention: Attention, dtype: Any, length: tuple[int, int], features: int, kind: str, is_causal: Any
+) -> None:
+    query, key, value = inputs(length, (2, 2), features, dtype=dtype)
+    mask = None if kind == "none" else normal(2, *length, dtype=dtype, seed=4)
+    mask = mask > 0 if mask is not None and kind == "bool" else mask
+    options = {"is_causal": is_causal, "scale": 0.2}
+    peer = torch_attention(query, key, value, mask, options)
+    wanted = tolerances.expected(query, key, value, mask, **options)
+    tolerances.check_out(attention(query, key, value, mask, **options), wanted, peer)
+    # and PyTorch means the same
+    tolerances.check_out(peer, wanted, peer)
+
+
+@dtypes
+def test_coming_from_pytorch_with_groups(attention: Attention, dtype: Any) -> None:
+    query, key, value = grouped(((2, 6), (2, 2), (50, 70)), dtype)
+    peer = torch_attention(query, key, value, None, {"enable_gqa": True, "is_causal": True})
+    wanted = tolerances.expected(query, key, value, enable_gqa=True, is_causal=True)
+    tolerances.check_out(attention(query, key, value, is_causal=True, enable_gqa=True), wanted, peer)
+    np.testing.assert_allclose(peer, wanted.out, atol=1e-5)
+
+
+def test_coming_from_jax_and_flash_attention_axes_are_swapped_without_a_copy(attention: Attention) -> None:
+    query, key, value = (normal(2, 33, 4, 16, seed=i).swapaxes(-3, -2) for i in range(3))
+    out = attention(query, key, value)
+    close(out, softmax_attention(query, key, value, 0.25))
+
+
+def test_coming_from_torch_tensors(attention: Attention) -> None:
+    torch = pytest.importorskip("torch")
+    arrays = inputs()
+    np.testing.assert_array_equal(attention(*map(torch.from_numpy, arrays)), attention(*arrays))
+    with pytest.raises(TypeError, match=r"query: .*Tensor.*requires grad"):
+        attention(torch.zeros(3, 4, requires_grad=True), *arrays[1:])
