@@ -49,7 +49,7 @@ class Case:
     Examples
     --------
     >>> from fastattn.bench.cases import Case
-    >>> case = Case("float32", 1, 8, 512, 64, causal=True)
+    >>> case = Case("float32 causal", 1, 8, 512, 64, causal=True)
     >>> case.name, case.flops
     ('float32 causal (1,8,512,64)', 268435456)
     """

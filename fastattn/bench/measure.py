@@ -32,10 +32,12 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
+import fastattn
 from fastattn.bench.cases import Case, Pace
 from fastattn.bench.peers import ENGINES, OURS, Call, Engine, Unavailable, cores, prepare
+from fastattn.cpu import peak
 
-__all__ = ["PACE_S", "Effort", "Result", "measure", "peak_of", "sample", "settle"]
+__all__ = ["PACE_S", "Effort", "Result", "measure", "sample", "settle"]
 
 PACE_S = 0.020
 """The pause between two calls of a "paced" case."""
@@ -181,19 +183,10 @@ def sample(run: Callable[[], Any], pace: Pace, seconds: float) -> float:
     return median(times)
 
 
-def peak_of(case: Case, threads: int) -> Callable[[], float] | None:
-    """Return what measures the peak for a case, in GF/s: what the best register tile reaches from L1."""
-    try:
-        import fastattn.cpu.peak as peak
-    except ImportError:
-        return None
-    return lambda: peak.measure(case.dtype, threads)
-
-
 def measure(
     case: Case,
     effort: Effort | None = None,
-    engines: Sequence[Engine] = ENGINES,
+    engines: Sequence[Engine] | None = None,
     threads: int | None = None,
     progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> Result:
@@ -205,8 +198,8 @@ def measure(
         What to call.
     effort : Effort, optional
         How much time to spend.
-    engines : sequence of Engine
-        Whom to measure.
+    engines : sequence of Engine, optional
+        Whom to measure, all of them unless given.
     threads : int, optional
         How many threads each of them gets, all cores unless given.
     progress : callable
@@ -214,6 +207,16 @@ def measure(
     """
     effort = effort or Effort()
     threads = threads or cores()
+    threads_before = fastattn.get_num_threads()
+    try:
+        return _measure(case, effort, ENGINES if engines is None else engines, threads, progress)
+    finally:
+        fastattn.set_num_threads(threads_before)
+
+
+def _measure(
+    case: Case, effort: Effort, engines: Sequence[Engine], threads: int, progress: Callable[[int, int, str], None]
+) -> Result:
     result = Result(case)
     calls: dict[str, Call] = {}
     for engine in engines:
@@ -224,16 +227,15 @@ def measure(
         except Unavailable as reason:
             result.absent[engine.name] = str(reason)
 
-    peak = peak_of(case, threads) if case.unit == "GF/s" else None
-    names = [*calls, *(["peak"] if peak else [])]
+    names = [*calls, *(["peak"] if case.unit == "GF/s" else [])]
     order = random.Random(0)
     for number in range(effort.rounds):
         order.shuffle(names)
         for name in names:
             progress(number, effort.rounds, name)
-            if name == "peak" and peak is not None:
+            if name == "peak":
                 settle()
-                result.peaks.append(peak())
+                result.peaks.append(peak.measure(case.dtype, threads, seconds=effort.seconds))
             else:
                 result.times[name].append(sample(calls[name].run, case.pace, effort.seconds))
     return result

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+import fastattn
+from fastattn import reference
 from fastattn.bench.cases import Arguments, Case
 
 __all__ = ["ENGINES", "OURS", "Call", "Engine", "Unavailable", "check", "cores", "prepare"]
@@ -50,7 +52,7 @@ class Engine:
     name : str
         What tables call it.
     packages : tuple of str
-        What has to be installed.
+        What has to be installed; none for fastattn itself, which runs from its sources, too.
     build : callable
         Makes a `Call` of a case's arguments and a number of threads.
     """
@@ -68,6 +70,8 @@ class Engine:
         Unavailable
             If a package is not installed.
         """
+        if not self.packages:
+            return fastattn.__version__
         try:
             version, *_ = [importlib.metadata.version(package) for package in self.packages]
             return version
@@ -88,8 +92,6 @@ def check(result: NDArray[Any], arguments: Arguments) -> None:
     Unavailable
         If they differ by more than rounding explains.
     """
-    from fastattn import reference
-
     # the reference makes the whole score matrix: some query rows of the first and last head are evidence enough
     length = arguments.query.shape[-2]
     rows = np.unique(np.linspace(0, length - 1, min(length, 64), dtype=np.intp))
@@ -141,8 +143,6 @@ def _first_line(error: Exception) -> str:
 
 
 def _fastattn(arguments: Arguments, threads: int) -> Call:
-    import fastattn
-
     fastattn.set_num_threads(threads)
     latest: list[Any] = [None]
 
@@ -280,7 +280,7 @@ def _onnxruntime(arguments: Arguments, threads: int) -> Call:
     return Call(run, bound.numpy)
 
 
-OURS = Engine("fastattn", ("fastattn",), _fastattn)
+OURS = Engine("fastattn", (), _fastattn)
 ENGINES: tuple[Engine, ...] = (
     OURS,
     Engine("PyTorch", ("torch",), _torch),
