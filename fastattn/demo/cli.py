@@ -47,7 +47,7 @@ def add_parsers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layer", type=number("layer", 6), help="layer, 0 to 5 (default: where it looks most sharply)")
     parser.add_argument("--head", type=number("head", 12), help="head, 0 to 11 (default: which looks most sharply)")
     parser.set_defaults(run=demo)
-    commands = parser.add_subparsers(title="more", metavar="", dest="more")
+    commands = parser.add_subparsers(title="and", metavar="search", dest="more")
     finder = commands.add_parser(
         "search",
         help="rank the sentences of text files by their meaning",
@@ -185,17 +185,16 @@ def picture(words: Sequence[Word], weights: NDArray[np.float64], looks: Sequence
         rest = ", ".join(f"{1 - sum(row[kept]):.2f}" for row in rows)
         lines.append(style.dim(f"  and {len(words) - len(kept)} words less looked at, together {rest}"))
     first = looks[0]
+    title = f"Layer {first.layer}, head {first.head}"
     lines.append("")
     square = heat_map([each.text for each in words], weights[first.layer, first.head].tolist(), style, word)
     if square is None:  # too many words for a square: the row alone
-        lines += [style.bold(f"Layer {first.layer}, head {first.head}"), ""]
+        lines += [f"{title}, the row alone:", ""]
         lines += shaded_text([(w.gap, w.text, float(x)) for w, x in zip(words, rows[0], strict=True)], style)
     else:
-        lines += wrap(
-            f"Layer {first.layer}, head {first.head}, all words: who looks (row) at what (column)", style.width
-        )
+        lines += wrap(f"{title}, all words: who looks (row) at what (column)", style.width)
         lines += square
-    lines += ["", "  " + legend(style)]
+    lines += ["", *legend(style)]
     return lines
 
 
@@ -218,9 +217,8 @@ def search(args: argparse.Namespace) -> int:
     for place, (index, cosine) in enumerate(ranked, start=1):
         sentence = sentences[index]
         drawn = style.accent(pad(bar(cosine, 10, style.blocks), 10))
-        print(
-            f"\n{place:2}  {style.bold(f'{cosine:.2f}')} {drawn} {style.dim(f'{printable(sentence.file)}:{sentence.line}')}"
-        )
+        where = style.dim(f"{printable(sentence.file)}:{sentence.line}")
+        print(f"\n{place:2}  {style.bold(f'{cosine:.2f}')} {drawn} {where}")
         print(*wrap(sentence.text, style.width, "    "), sep="\n")
     sys.stdout.flush()
 
@@ -233,8 +231,12 @@ def search(args: argparse.Namespace) -> int:
         ("whole model", timing.fast, timing.plain),
         ("attention alone", timing.fast_attention, timing.plain_attention),
     ):
-        print(f"  {label:15}{1e3 * fast:7.3f} ms{1e3 * plain:7.3f} ms{plain / fast:6.2f} {cross}")
+        print(f"  {label:15}{_duration(fast):>10}{_duration(plain):>10}{plain / fast:7.1f} {cross}")
     return 0
+
+
+def _duration(seconds: float) -> str:
+    return f"{1e6 * seconds:.0f} µs" if seconds < 1e-3 else f"{1e3 * seconds:.1f} ms"
 
 
 def load_model() -> MiniLM:

@@ -27,6 +27,7 @@ __all__ = [
     "LAYERS",
     "MAX_TOKENS",
     "Attend",
+    "Floats",
     "MiniLM",
     "fast_attention",
     "gelu",
@@ -56,14 +57,15 @@ def fast_attention(query: Floats, key: Floats, value: Floats, attn_mask: NDArray
 
 def plain_attention(query: Floats, key: Floats, value: Floats, attn_mask: NDArray[np.bool_] | None = None) -> Floats:
     """Attention as one writes it in NumPy, to compare with."""
-    weights = query @ key.swapaxes(-1, -2)
+    weights: Floats = query @ key.swapaxes(-1, -2)
     weights *= 1 / math.sqrt(query.shape[-1])
     if attn_mask is not None:
         np.copyto(weights, -np.inf, where=~attn_mask)
     weights -= weights.max(axis=-1, keepdims=True)
     np.exp(weights, out=weights)
     weights /= weights.sum(axis=-1, keepdims=True)
-    return weights @ value
+    out: Floats = np.matmul(weights, value)
+    return out
 
 
 def recording_attention(weights: list[Floats]) -> Attend:
@@ -201,9 +203,8 @@ class MiniLM:
         x = layer_norm(self.words[ids] + self.positions[:length], *self.norm)  # (B, L, E)
         for layer in self.layers:
             qkv = (x @ layer.qkv.T + layer.qkv_bias).reshape(batch, length, 3, HEADS, -1)
-            query, key, value = qkv.transpose(
-                2, 0, 3, 1, 4
-            )  # three views (B, H, L, D) into one array: nothing is copied
+            # Three views of shape (B, H, L, D) into one array: fastattn reads them where they lie
+            query, key, value = qkv.transpose(2, 0, 3, 1, 4)
             context = attend(query, key, value, key_padding).swapaxes(1, 2).reshape(batch, length, -1)
             x = layer_norm(x + (context @ layer.output.T + layer.output_bias), *layer.output_norm)
             inner = gelu(x @ layer.up.T + layer.up_bias)

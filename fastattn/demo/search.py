@@ -13,18 +13,20 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fastattn.demo.minilm import Attend, MiniLM, batches, fast_attention, plain_attention
+from fastattn.demo.minilm import Attend, Floats, MiniLM, batches, fast_attention, plain_attention
 from fastattn.demo.terminal import UserError, printable
 
 __all__ = ["Sentence", "Timing", "compare", "read_sentences", "split_sentences"]
 
-#: A sentence ends at . ! ? or …, perhaps with closing quotes or brackets, before white space and what may begin another.
+FEWEST_ROUNDS, MOST_ROUNDS = 3, 25
+#: A sentence ends at . ! ? or …, perhaps with closing quotes or brackets, before a space and what may begin another.
 _END = re.compile(r"[.!?…]+[\"'”’»)\]]*\s+(?=[\"'“‘«(\[¿¡—–-]*[^\W_a-z])|[。！？]+[」』）]*")
 _ABBREVIATION = re.compile(
     r"(?:^|[\s(\[\"'“‘])(?:[A-Z]|Mr|Mrs|Ms|Dr|Prof|St|Sr|Jr|vs|etc|cf|e\.g|i\.e|Fig|Eq|No|Vol|pp?|ca|al|approx)\.$"
 )
+_HEADING = re.compile(r"\s*#{1,6}\s+(?=\S)")
 #: A heading, an item of a list or a quotation begins a paragraph of its own.
-_NEW_PARAGRAPH = re.compile(r"\s*(?:#+\s|[-*+•]\s|\d+[.)]\s|>\s|```|={3,}|-{3,})")
+_NEW_PARAGRAPH = re.compile(r"\s*(?:#{1,6}\s|[-*+•]\s|\d+[.)]\s|>\s|```|={3,}|-{3,})")
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def split_sentences(text: str) -> Iterator[tuple[int, str]]:
 
     Examples
     --------
-    >>> list(split_sentences("Dr. Who slept. It was\\nlate!\\n\\nA heading"))
+    >>> list(split_sentences("Dr. Who slept. It was\\nlate!\\n\\n# A heading"))
     [(1, 'Dr. Who slept.'), (1, 'It was late!'), (4, 'A heading')]
     """
     paragraph: list[str] = []
@@ -61,7 +63,10 @@ def split_sentences(text: str) -> Iterator[tuple[int, str]]:
         if paragraph and (not line.strip() or _NEW_PARAGRAPH.match(line)):
             yield from _split_paragraph("\n".join(paragraph), first)
             paragraph = []
-        if line.strip():
+        heading = _HEADING.match(line)
+        if heading:
+            yield from _split_paragraph(line[heading.end() :], number)
+        elif line.strip():
             if not paragraph:
                 first = number
             paragraph.append(line)
@@ -116,50 +121,68 @@ def compare(
     sentences: Sequence[str],
     progress: Callable[[int, int], None] | None = None,
     sample: int = 128,
-    seconds: float = 4.0,
+    seconds: float = 3.0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Timing:
     """Time the model on fastattn and on plain NumPy attention, alternately, on the same batches of sentences.
 
-    At most `sample` sentences are taken, evenly from all. Each batch is run by both in turn, and who is first alternates;
-    after about `seconds`, but three rounds at least, the medians of the rounds are taken.
+    At most `sample` sentences are taken, evenly from all. Each batch is run by both in turn, and who is first
+    alternates; after `seconds`, but three rounds at least, the medians of the rounds are taken.
     """
-    step = max(1, len(sentences) // sample)
-    encoded = [encoding.ids for encoding in model.tokenizer.encode_batch(list(sentences[::step][:sample]))]
+    chosen = np.unique(np.linspace(0, len(sentences) - 1, min(sample, len(sentences))).astype(int))
+    encoded = [encoding.ids for encoding in model.tokenizer.encode_batch([sentences[index] for index in chosen])]
     work = [[encoded[index] for index in batch] for batch in batches([len(ids) for ids in encoded])]
-    ways: tuple[Attend, Attend] = (fast_attention, plain_attention)
-    totals: tuple[list[float], list[float]] = ([], [])
-    inside: tuple[list[float], list[float]] = ([], [])
-    rounds = 3
-    began = clock()
-    done = -1  # the first round warms up
-    while done < rounds:
-        sums = [[0.0, 0.0], [0.0, 0.0]]
+    watches = (_Stopwatch(fast_attention, clock), _Stopwatch(plain_attention, clock))
+
+    def run_all(turn: int) -> None:
         for number, batch in enumerate(work):
-            for way in (0, 1) if (done + number) % 2 else (1, 0):
-                spent, attend = sums[way], ways[way]
+            for watch in watches if (turn + number) % 2 else reversed(watches):
+                watch.run(model, batch)
 
-                def timed(
-                    *arguments: object, spent: list[float] = spent, attend: Attend = attend
-                ) -> NDArray[np.float32]:
-                    start = clock()
-                    out = attend(*arguments)  # type: ignore[arg-type]
-                    spent[1] += clock() - start
-                    return out
-
-                start = clock()
-                model.embed_batch(batch, timed)
-                spent[0] += clock() - start
+    run_all(0)  # warms up
+    for watch in watches:
+        watch.new_round(keep=False)
+    began, elapsed, done = clock(), 0.0, 0
+    while done < FEWEST_ROUNDS or (done < MOST_ROUNDS and elapsed < seconds):
         done += 1
-        if done == 0:
-            began = clock()
-            continue
-        for way in (0, 1):
-            totals[way].append(sums[way][0] / len(encoded))
-            inside[way].append(sums[way][1] / len(encoded))
-        if done == 1:
-            rounds = int(min(max(3, seconds / max(clock() - began, 1e-3)), 25))
+        run_all(done)
+        for watch in watches:
+            watch.new_round()
+        elapsed = clock() - began
         if progress is not None:
-            progress(done, rounds)
-    median = statistics.median
-    return Timing(len(encoded), median(totals[0]), median(totals[1]), median(inside[0]), median(inside[1]))
+            progress(done, max(done, FEWEST_ROUNDS, min(MOST_ROUNDS, int(done * seconds / max(elapsed, 1e-9)))))
+    (fast, fast_inside), (plain, plain_inside) = (watch.medians(len(encoded)) for watch in watches)
+    return Timing(len(encoded), fast, plain, fast_inside, plain_inside)
+
+
+class _Stopwatch:
+    """Times the model on one attention, and the attention in it."""
+
+    def __init__(self, attend: Attend, clock: Callable[[], float]) -> None:
+        self.attend, self.clock = attend, clock
+        self.whole: list[float] = []  # of each round
+        self.inside: list[float] = []
+        self.whole_sum = self.inside_sum = 0.0
+
+    def new_round(self, keep: bool = True) -> None:
+        """Keep the sums of the round that ends, or forget them."""
+        if keep:
+            self.whole.append(self.whole_sum)
+            self.inside.append(self.inside_sum)
+        self.whole_sum = self.inside_sum = 0.0
+
+    def run(self, model: MiniLM, batch: Sequence[Sequence[int]]) -> None:
+        """Run the model on a batch."""
+        start = self.clock()
+        model.embed_batch(batch, self._timed)
+        self.whole_sum += self.clock() - start
+
+    def _timed(self, query: Floats, key: Floats, value: Floats, attn_mask: NDArray[np.bool_] | None) -> Floats:
+        start = self.clock()
+        out = self.attend(query, key, value, attn_mask)
+        self.inside_sum += self.clock() - start
+        return out
+
+    def medians(self, sentences: int) -> tuple[float, float]:
+        """Seconds for one sentence, in the whole model and in the attention."""
+        return statistics.median(self.whole) / sentences, statistics.median(self.inside) / sentences

@@ -59,7 +59,7 @@ class Style:
         """Colours on a terminal only, and never under a non-empty ``NO_COLOR``; ``COLUMNS`` overrides the width."""
         colour = is_terminal(stream, environ) and not environ.get("NO_COLOR")
         try:
-            "▏█░·×ᵀ".encode(stream.encoding or "ascii")
+            "▏█░·×µ…▸".encode(stream.encoding or "ascii")
             blocks = True
         except (UnicodeEncodeError, LookupError):
             blocks = False
@@ -183,7 +183,7 @@ def bar_table(
     mark: int | None = None,
     top: float | None = None,
 ) -> list[str]:
-    """Bar charts of weights between 0 and 1 over the same labels, side by side where they fit and one below another if not.
+    """Bar charts of weights over the same labels, side by side where they fit, one below another where not.
 
     Parameters
     ----------
@@ -209,14 +209,8 @@ def bar_table(
             lines += [*([""] if lines else []), *bar_table(labels, [column], style, mark, top)]
         return lines
     bar_width = min(40, column_width - 7)  # two spaces, 0.00, a space
-    lines = [
-        (
-            " " * (label_width + 2)
-            + "".join(
-                "  " + style.bold(title) + " " * (column_width - 2 - display_width(title)) for title, _ in columns
-            )
-        ).rstrip()
-    ]
+    titles = [style.bold(title) + " " * (column_width - 2 - display_width(title)) for title, _ in columns]
+    lines = ["  ".join([" " * (label_width + 2), *titles]).rstrip()]
     for row, label in enumerate(labels):
         line = ("▸ " if style.blocks else "> ") if row == mark else "  "
         line += style.bold(pad(label, label_width)) if row == mark else pad(label, label_width)
@@ -280,18 +274,23 @@ def _cell(weight: float, width: int, style: Style) -> str:
     return shade * (width - 1) + " " if width >= 4 else shade * width
 
 
-def legend(style: Style) -> str:
-    """What the shades of a heat map mean, in one line."""
+def legend(style: Style) -> list[str]:
+    """What the shades of a heat map mean: from which weight each begins."""
     marks = [f"{limit:.2f}".removeprefix("0") for limit in LEVELS]
     if style.colour:
-        return "".join(style.shade(limit, f" {mark} ") for limit, mark in zip(LEVELS, marks, strict=True))
-    shades = _BLOCK_SHADES if style.blocks else _ASCII_SHADES
-    first = [index for index in range(1, len(shades)) if shades[index] != shades[index - 1]]
-    return "   ".join(f"{shades[index] * 2} {marks[index - 1]}" for index in first)
+        entries = [style.shade(limit, f" {mark} ") for limit, mark in zip(LEVELS, marks, strict=True)]
+        gap, width = "", 5
+    else:
+        shades = _BLOCK_SHADES if style.blocks else _ASCII_SHADES
+        levels = [level for level in range(1, len(shades)) if shades[level] != shades[level - 1]]
+        entries = [f"{shades[level] * 2} {marks[level - 1]}" for level in levels]
+        gap, width = "  ", 8
+    each = max(1, (style.width - 2 + len(gap)) // width)  # on a line
+    return ["  " + gap.join(entries[start : start + each]) for start in range(0, len(entries), each)]
 
 
 def shaded_text(words: Sequence[tuple[str, str, float]], style: Style, indent: str = "  ") -> list[str]:
-    """A sentence whose words stand on backgrounds that say their weights; without colours, with the larger weights written.
+    """A sentence on a background that says the words' weights; without colours, the larger weights are written.
 
     Parameters
     ----------

@@ -66,18 +66,16 @@ def join_pieces(text: str, encoding: Any) -> list[Word]:
     for piece, (token, (start, stop), special) in enumerate(
         zip(encoding.tokens, encoding.offsets, encoding.special_tokens_mask, strict=True)
     ):
-        if special:
-            if token != "[UNK]":
-                words.append(Word(token, range(piece, piece + 1)))
-                spans.append((-1, -1))
-                continue
+        if special and token != "[UNK]":
+            words.append(Word(token, range(piece, piece + 1)))
+            spans.append((-1, -1))
+            continue
         begin, last = spans[-1] if spans else (-1, -1)
         joined = begin >= 0 and start <= last and (token.startswith("##") or _holds_together(text, begin, start))
         if joined:
             spans[-1] = (begin, max(last, stop))
-            words[-1] = Word(
-                printable(text[begin : max(last, stop)]), range(words[-1].pieces.start, piece + 1), words[-1].gap
-            )
+            pieces = range(words[-1].pieces.start, piece + 1)
+            words[-1] = Word(printable(text[slice(*spans[-1])]), pieces, words[-1].gap)
         else:
             gap = " " if start > end or end == 0 else ""
             words.append(Word(printable(text[start:stop]) or token, range(piece, piece + 1), gap))
@@ -144,9 +142,10 @@ def sharpest(
 ) -> list[Look]:
     """Find the heads that look most sharply from a word, or, if none is given, the word with the sharpest look.
 
-    A look is as sharp as the largest weight that one other word gets. Not counted is a look at the same word elsewhere, at
-    punctuation, at the marks [CLS] and [SEP], where heads rest that find nothing, and at the word next door, which many
-    heads look at whatever it says. Where a text is too short for that, the neighbours count, and at last everything.
+    A look is as sharp as the largest weight that one other word gets. Not counted is a look at the same word
+    elsewhere, at punctuation, at the marks [CLS] and [SEP], where heads rest that find nothing, and at the word next
+    door, which many heads look at whatever it says. Where a text is too short for that, the neighbours count, and at
+    last everything.
 
     Parameters
     ----------
@@ -163,27 +162,19 @@ def sharpest(
     list of Look
         The sharpest first, all from the same word.
     """
-    size = len(words)
-    spelled = np.array([w.text.casefold() for w in words])
-    plain = np.array([not w.is_mark for w in words])
-    other = plain & (spelled[:, None] != spelled)
-    distance = np.abs(np.arange(size)[:, None] - np.arange(size))
-    who = plain if word is None else np.arange(size) == word
-    everything = np.ones((size, size), bool)
-    allowed = next(
-        choice
-        for choice in (
-            other & (distance > 1) & who[:, None],
-            other & who[:, None],
-            everything & who[:, None],
-            everything,
-        )
-        if choice.any()
+    spelled = np.array([each.text.casefold() for each in words])
+    plain = np.array([not each.is_mark for each in words])
+    place = np.arange(len(words))
+    who = (plain if word is None else place == word)[:, None]
+    other = who & plain & (spelled[:, None] != spelled)
+    apart = other & (np.abs(place[:, None] - place) > 1)
+    allowed = next((choice for choice in (apart, other, who & np.ones_like(apart)) if choice.any()), ~apart)
+
+    at = np.ix_(
+        np.arange(weights.shape[0]) if layers is None else np.asarray(layers),
+        np.arange(weights.shape[1]) if heads is None else np.asarray(heads),
     )
     considered = np.full(weights.shape, -1.0)
-    at = np.ix_(
-        range(weights.shape[0]) if layers is None else layers, range(weights.shape[1]) if heads is None else heads
-    )
     considered[at] = np.where(allowed, weights[at], -1.0)
     best = considered.max(axis=-1)  # (layers, heads, words)
     if word is None:
