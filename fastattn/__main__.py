@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import functools
 import importlib.metadata
+import io
 import os
 import platform
 import subprocess
@@ -97,7 +98,7 @@ def _value_of(fact: Callable[[], str]) -> str:
 
 def _machine() -> str:
     """The processor's name, as the system and as LLVM call it, and the system's."""
-    from llvmlite import binding as llvm
+    from llvmlite import binding as llvm  # type: ignore[import-untyped, unused-ignore]
 
     names = [platform.processor()]
     with contextlib.suppress(OSError):
@@ -190,6 +191,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 2 for what the user can put right, said in one line; 130 after Ctrl-C.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a character shows ? in its place
     try:
         status = _run(arguments)
         sys.stdout.flush()
@@ -198,9 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = 2
     except KeyboardInterrupt:
         status = 130
-    except (
-        BrokenPipeError
-    ):  # the reader has seen enough; Python's own flush at exit must find a place to write to
+    except BrokenPipeError:  # the reader has seen enough; Python's own flush at exit must find a place to write to
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
     return status
