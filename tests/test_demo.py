@@ -1,0 +1,452 @@
+"""The demo: the encoder against the same model in transformers, words, sentences, and the pictures in the terminal."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import warnings
+from collections.abc import Sequence
+from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastattn.demo import cli, minilm, search, terminal, words
+from fastattn.demo.terminal import Progress, Style, UserError
+
+SENTENCES = [
+    cli.TEXT,
+    "Yes.",
+    "A kitten naps on the sofa, unbelievably quietly.",
+    "The trophy didn't fit into the suitcase because it was too big, which nobody had expected on such a day.",
+]
+PLAIN = Style(colour=False, blocks=True, width=80)
+ASCII = Style(colour=False, blocks=False, width=80)
+COLOUR = Style(colour=True, blocks=True, width=80)
+ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
+
+
+@pytest.fixture(scope="module")
+def model() -> minilm.MiniLM:
+    """Return the encoder."""
+    for name, why in (
+        ("safetensors", "reads the demo's weights"),
+        ("tokenizers", "cuts the demo's text into word pieces"),
+    ):
+        pytest.importorskip(name, reason=f"{name}, which {why}, is not installed")
+    try:
+        return minilm.MiniLM.load()
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def theirs() -> Any:
+    """Return the same model in transformers, with its own tokenizer."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pytest.importorskip("torch", reason="PyTorch, the oracle of this test, is not installed")
+        reason = "transformers, the oracle of this test, is not installed"
+        transformers = pytest.importorskip("transformers", reason=reason)
+        try:
+            folder = minilm.model_folder()
+        except UserError as error:
+            pytest.skip(str(error))
+        model = transformers.AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
+        return SimpleNamespace(model=model, tokenizer=transformers.AutoTokenizer.from_pretrained(folder))
+
+
+def run_theirs(theirs: Any, sentences: Sequence[str]) -> Any:
+    """Run transformers on a padded batch: ids, mask, unit vectors, and weights of shape (layers, B, heads, L, L)."""
+    import torch
+
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        inputs = theirs.tokenizer(list(sentences), padding=True, return_tensors="pt")
+        outputs = theirs.model(**inputs, output_attentions=True)
+    mask = inputs["attention_mask"].numpy().astype(bool)
+    mean = (outputs.last_hidden_state.numpy() * mask[..., None]).sum(axis=1) / mask.sum(axis=1, keepdims=True)
+    unit = mean / np.linalg.norm(mean, axis=-1, keepdims=True)
+    weights = np.stack([layer.numpy() for layer in outputs.attentions])
+    return SimpleNamespace(ids=inputs["input_ids"].numpy(), mask=mask, unit=unit, weights=weights)
+
+
+class TestModel:
+    def test_embeddings_are_those_of_transformers(self, model: minilm.MiniLM, theirs: Any) -> None:
+        expected = run_theirs(theirs, SENTENCES).unit
+        np.testing.assert_allclose(model.embed(SENTENCES), expected, rtol=0, atol=1e-5)
+
+    @pytest.mark.parametrize("sentence", SENTENCES)
+    def test_weights_of_all_72_heads_are_those_of_transformers(
+        self, model: minilm.MiniLM, theirs: Any, sentence: str
+    ) -> None:
+        expected = run_theirs(theirs, [sentence])
+        ids = model.encode(sentence).ids
+        assert ids == expected.ids[0].tolist()
+        weights = model.attention_weights(ids)
+        assert weights.shape[:2] == (minilm.LAYERS, minilm.HEADS)
+        np.testing.assert_allclose(weights, expected.weights[:, 0], rtol=0, atol=1e-5)
+
+    def test_weights_in_a_padded_batch_are_those_of_transformers(self, model: minilm.MiniLM, theirs: Any) -> None:
+        expected = run_theirs(theirs, SENTENCES)
+        weights: list[minilm.Floats] = []
+        model.hidden(expected.ids, expected.mask, minilm.recording_attention(weights))
+        for ours, others in zip(weights, expected.weights, strict=True):
+            real = np.broadcast_to(
+                expected.mask[:, None, :, None], others.shape
+            )  # padding looks too, but nobody reads it
+            np.testing.assert_allclose(ours[real], others[real], rtol=0, atol=1e-5)
+            assert not ours[np.broadcast_to(~expected.mask[:, None, None, :], ours.shape)].any()
+
+    @pytest.mark.parametrize(("layer", "head", "weight"), [(3, 1, 0.68), (5, 11, 0.67)])
+    def test_it_is_the_animal(self, model: minilm.MiniLM, layer: int, head: int, weight: float) -> None:
+        encoding = model.encode(cli.TEXT)
+        row = model.attention_weights(encoding.ids)[layer, head, encoding.tokens.index("it")]
+        assert encoding.tokens[int(row.argmax())] == "animal"
+        assert round(float(row.max()), 2) == weight
+
+    def test_padding_changes_nothing(self, model: minilm.MiniLM) -> None:
+        together = model.embed(SENTENCES)
+        for sentence, vector in zip(SENTENCES, together, strict=True):
+            np.testing.assert_allclose(model.embed([sentence])[0], vector, rtol=0, atol=1e-6)
+
+    def test_plain_attention_gives_the_same(self, model: minilm.MiniLM) -> None:
+        plain = model.embed(SENTENCES, minilm.plain_attention)
+        np.testing.assert_allclose(model.embed(SENTENCES), plain, rtol=0, atol=1e-6)
+
+    def test_vectors_are_of_length_one(self, model: minilm.MiniLM) -> None:
+        np.testing.assert_allclose(np.linalg.norm(model.embed(SENTENCES), axis=1), 1, rtol=1e-6)
+
+    def test_meaning_decides(self, model: minilm.MiniLM) -> None:
+        cat, kitten, tax = model.embed(["A cat sleeps.", "The kitten is taking a nap.", "Taxes are due in May."])
+        assert cat @ kitten > 0.5 > 0.2 > cat @ tax
+
+    def test_long_text_is_cut(self, model: minilm.MiniLM) -> None:
+        encoding = model.encode("word " * 1000)
+        assert len(encoding.ids) == minilm.MAX_TOKENS
+        assert encoding.overflowing
+
+    def test_progress_ends_with_all(self, model: minilm.MiniLM) -> None:
+        seen: list[tuple[int, int]] = []
+        model.embed(["Yes."] * 70, progress=lambda done, total: seen.append((done, total)))
+        assert seen == [(32, 70), (64, 70), (70, 70)]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "cannot read the model"), (b"no tensors", "cannot read the model")]
+)
+def test_load_refuses_a_broken_folder(tmp_path: Path, content: bytes | None, message: str) -> None:
+    pytest.importorskip("safetensors", reason="safetensors, which reads the demo's weights, is not installed")
+    pytest.importorskip("tokenizers", reason="tokenizers, which the demo needs, is not installed")
+    if content is not None:
+        (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        minilm.MiniLM.load(tmp_path)
+
+
+def test_gelu_is_exact_to_float32() -> None:
+    x = np.linspace(-12, 12, 100_001, dtype=np.float32)
+    phi = np.array([(1 + math.erf(value / math.sqrt(2))) / 2 for value in x.tolist()])
+    result = minilm.gelu(x.copy())
+    assert np.abs(result - x * phi).max() < 5e-7 * 6
+    nonzero = np.abs(x) > 1e-3
+    assert np.abs((result / np.where(nonzero, x, 1) - phi)[nonzero]).max() < 5e-7
+
+
+def test_layer_norm_is_the_formula() -> None:
+    rng = np.random.default_rng(1)
+    x, gain, bias = (rng.standard_normal(shape).astype(np.float32) for shape in ((3, 5, 384), 384, 384))
+    mean, variance = x.mean(axis=-1, keepdims=True), x.var(axis=-1, keepdims=True)
+    expected = (x - mean) / np.sqrt(variance + 1e-12) * gain + bias
+    np.testing.assert_allclose(minilm.layer_norm(x.copy(), gain, bias), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_batches_hold_every_sentence_once_and_like_lengths_together() -> None:
+    lengths = np.random.default_rng(2).integers(1, 100, 70).tolist()
+    found = list(minilm.batches(lengths))
+    assert sorted(index for batch in found for index in batch) == list(range(70))
+    assert [lengths[index] for batch in found for index in batch] == sorted(lengths)
+
+
+class TestWords:
+    def test_pieces_join_to_words_as_written(self, model: minilm.MiniLM) -> None:
+        text = "Unbelievable: isn't the well-known 'caf\u00e9' re-opened, e.g. by 東京?"
+        joined = words.join_pieces(text, model.encode(text))
+        expected = "[CLS] Unbelievable : isn't the well-known ' caf\u00e9 ' re-opened , e . g . by 東 京 ? [SEP]"
+        assert " ".join(word.text for word in joined) == expected
+        pieces = [piece for word in joined for piece in word.pieces]
+        assert pieces == list(range(len(model.encode(text).ids)))
+        inner = joined[1:-1]
+        assert "".join(word.gap + word.text for word in inner).strip() == text
+
+    def test_weights_between_words_add_up(self) -> None:
+        rng = np.random.default_rng(3)
+        pieces = rng.random((2, 3, 5, 5))
+        pieces /= pieces.sum(axis=-1, keepdims=True)
+        joined = [words.Word("a", range(1)), words.Word("b", range(1, 4)), words.Word("c", range(4, 5))]
+        merged = words.in_words(pieces, joined)
+        assert merged.shape == (2, 3, 3, 3)
+        np.testing.assert_allclose(merged.sum(axis=-1), 1)
+        np.testing.assert_allclose(merged[0, 0, 0, 1], pieces[0, 0, 0, 1:4].sum())
+        np.testing.assert_allclose(merged[0, 0, 1, 2], pieces[0, 0, 1:4, 4].mean())
+
+    @pytest.mark.parametrize(("wanted", "index"), [("the", 2), ("The", 0), ("THE:2", 2), ("end:1", 3), (" cat ", 1)])
+    def test_find_word(self, wanted: str, index: int) -> None:
+        assert words.find_word(sentence("The cat the end"), wanted) == index
+
+    @pytest.mark.parametrize("wanted", ["dog", "the:3", "the:0", "", "\x1b[31m"])
+    def test_unknown_word_lists_the_known(self, wanted: str) -> None:
+        with pytest.raises(UserError, match="its words are: The, cat, the, end$") as caught:
+            words.find_word(sentence("The cat the end ."), wanted)
+        assert str(caught.value).isprintable()
+
+    def test_sharpest_leaves_out_neighbours_marks_and_the_same_word(self) -> None:
+        text = sentence("[CLS] the cat saw the dog . [SEP]")
+        weights = np.zeros((2, 2, 8, 8))
+        weights[0, 0, 1, 4] = weights[0, 0, 2, 0] = weights[0, 1, 2, 3] = weights[1, 1, 5, 6] = 1.0
+        weights[1, 0, 2, 5] = 0.6
+        weights[1, 1, 2, 4] = 0.4
+        weights[0, 1, 5, 2] = 0.5
+        assert words.sharpest(weights, text) == [words.Look(1, 0, 2, 5, 0.6), words.Look(1, 1, 2, 4, 0.4)]
+        assert words.sharpest(weights, text, word=5, count=1) == [words.Look(0, 1, 5, 2, 0.5)]
+        assert words.sharpest(weights, text, layers=[1], heads=[1]) == [words.Look(1, 1, 2, 4, 0.4)]
+
+    @pytest.mark.parametrize("text", ["[CLS] one [SEP]", "[CLS] one two [SEP]", "[CLS] . [SEP]"])
+    def test_sharpest_finds_something_in_short_texts(self, text: str) -> None:
+        size = len(text.split())
+        looks = words.sharpest(np.full((6, 12, size, size), 1 / size), sentence(text))
+        assert len(looks) == 2
+
+    def test_the_heads_of_the_demo_are_among_the_sharpest(self, model: minilm.MiniLM) -> None:
+        encoding = model.encode(cli.TEXT)
+        joined = words.join_pieces(cli.TEXT, encoding)
+        weights = words.in_words(model.attention_weights(encoding.ids), joined)
+        looks = words.sharpest(weights, joined, words.find_word(joined, "it"), count=3)
+        assert set(cli.SHOWCASE) < {(look.layer, look.head) for look in looks}
+
+
+def sentence(text: str) -> list[words.Word]:
+    """Return words of one piece each."""
+    return [words.Word(word, range(index, index + 1)) for index, word in enumerate(text.split())]
+
+
+class TestSentences:
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            ("One. Two! Three?", ["One.", "Two!", "Three?"]),
+            ('He said "Stop." Then he left.', ['He said "Stop."', "Then he left."]),
+            ("Mr. J. Smith, e.g. at 3.5 euros. Nobody knew.", ["Mr. J. Smith, e.g. at 3.5 euros.", "Nobody knew."]),
+            ("Broken\nover lines. And\non.", ["Broken over lines.", "And on."]),
+            ("# Title\ntext\n- item one\n- item two\n\nlast", ["Title", "text", "- item one", "- item two", "last"]),
+            ("...\n\n***\n\n", []),
+            ("Über alles. Élan vital. 7 dwarfs.", ["Über alles.", "Élan vital.", "7 dwarfs."]),
+            ("吾輩は猫である。名前はまだ無い。", ["吾輩は猫である。", "名前はまだ無い。"]),
+            ("a\x1b[31mb\x07 c", ["a [31mb c"]),
+        ],
+    )  # fmt: skip
+    def test_split(self, text: str, expected: list[str]) -> None:
+        assert [found for _, found in search.split_sentences(text)] == expected
+
+    def test_lines_are_where_sentences_begin(self) -> None:
+        text = "\n\nOne. Two\nhas more. \nThree\n\n# Four\nFive"
+        assert [line for line, _ in search.split_sentences(text)] == [3, 3, 5, 7, 8]
+
+    def test_read_skips_the_byte_order_mark_and_takes_any_line_end(self, tmp_path: Path) -> None:
+        file = tmp_path / "text"
+        file.write_bytes(b"\xef\xbb\xbfOne.\r\n\r\nTwo.")
+        assert [(found.text, found.line) for found in search.read_sentences([str(file)])] == [("One.", 1), ("Two.", 3)]
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            (b"", "no sentence"),
+            (b"\n...\n", "no sentence"),
+            (b"\xff\xfe", "UTF-8"),
+            (b"PK\0\1", "zero bytes"),
+            (None, "No such file"),
+        ],
+    )
+    def test_read_refuses(self, tmp_path: Path, content: bytes | None, message: str) -> None:
+        file = tmp_path / "text"
+        if content is not None:
+            file.write_bytes(content)
+        with pytest.raises(UserError, match=message) as caught:
+            search.read_sentences([str(file)])
+        assert "\n" not in str(caught.value)
+
+    def test_read_refuses_folders_and_strange_names(self, tmp_path: Path) -> None:
+        for name in (str(tmp_path), "a\0b", "\udcff"):
+            with pytest.raises(UserError, match="cannot read"):
+                search.read_sentences([name])
+
+    def test_rank(self) -> None:
+        vectors = np.eye(3, dtype=np.float32)
+        ranked = search.rank(vectors, np.array([0.6, 0.8, 0.0], np.float32), 2)
+        assert [index for index, _ in ranked] == [1, 0]
+        assert [round(cosine, 3) for _, cosine in ranked] == [0.8, 0.6]
+
+    def test_compare_alternates_and_takes_medians(self) -> None:
+        order: list[str] = []
+
+        class Stub:
+            tokenizer = SimpleNamespace(encode_batch=lambda texts: [SimpleNamespace(ids=[1] * len(t)) for t in texts])
+
+            def embed_batch(self, batch: Any, attend: Any) -> None:
+                order.append(attend.__self__.attend.__name__)
+
+        ticks = count()
+        timing = search.compare(Stub(), ["a", "bb", "ccc"], clock=lambda: float(next(ticks)), seconds=0)  # type: ignore[arg-type]
+        assert timing == search.Timing(3, 1 / 3, 1 / 3, 0.0, 0.0)
+        first, second = order[:2]
+        assert {first, second} == {"fast_attention", "plain_attention"}
+        assert order == [first, second, second, first] * 2  # one round to warm up, and three
+
+
+class TestPictures:
+    @pytest.mark.parametrize("width", [1, 7, 40])
+    @pytest.mark.parametrize("fraction", [-0.1, 0.0, 0.001, 0.33, 0.999, 1.0, 1.7])
+    def test_bar_is_as_long_as_its_fraction(self, fraction: float, width: int) -> None:
+        length = min(max(fraction, 0), 1) * width
+        assert abs(len(terminal.bar(fraction, width, blocks=False)) - length) <= 0.5
+        drawn = terminal.bar(fraction, width)
+        assert math.floor(length) <= len(drawn) <= width
+        assert len(drawn) - length < 1
+
+    def test_bar_table(self) -> None:
+        lines = terminal.bar_table(["one", "two"], [("left", [0.5, 1.0]), ("right", [0.25, 0.0])], PLAIN, mark=1)
+        assert lines[0].split() == ["left", "right"]
+        assert lines[1].split() == ["one", "0.50", "█" * 15, "0.25", "█" * 7 + "▌"]
+        assert lines[2].split() == ["▸", "two", "1.00", "█" * 30, "0.00"]
+        assert lines[0].index("right") == lines[1].index("0.25") == lines[2].index("0.00")
+
+    def test_bar_tables_are_stacked_in_a_narrow_terminal_on_one_scale(self) -> None:
+        narrow = Style(width=40)
+        lines = terminal.bar_table(["one"], [("left", [1.0]), ("right", [0.5])], narrow)
+        assert [line.strip()[:5].strip() for line in lines] == ["left", "one", "", "right", "one"]
+        assert lines[1].count("█") == 2 * lines[4].count("█")
+
+    @pytest.mark.parametrize("style", [PLAIN, ASCII, COLOUR])
+    @pytest.mark.parametrize("width", [24, 40, 80, 120])
+    @pytest.mark.parametrize("labels", [["a", "bb", "ccc"], ["[CLS]", "unbelievable", "東京", "café", ".", "[SEP]"]])
+    def test_nothing_is_wider_than_the_terminal(self, style: Style, width: int, labels: list[str]) -> None:
+        style = Style(style.colour, style.blocks, width)
+        weights = np.full((len(labels), len(labels)), 1 / len(labels)).tolist()
+        lines = terminal.heat_map(labels, weights, style, mark=1) or []
+        assert lines
+        lines += terminal.bar_table(labels, [("x", weights[0]), ("y", weights[1])], style, 0)
+        lines += terminal.legend(style)
+        lines += terminal.shaded_text([(" ", label, 0.4) for label in labels], style)
+        for line in lines:
+            assert terminal.display_width(ESCAPE.sub("", line)) <= width
+            assert style.colour or "\x1b" not in line
+
+    def test_heat_map_has_a_row_for_each_word_and_shades_by_weight(self) -> None:
+        lines = terminal.heat_map(["who", "what"], [[0.9, 0.1], [0.0, 0.3]], PLAIN, mark=0)
+        assert lines == [
+            "       who   what",
+            "▸ who  █████ ░░░░░",
+            "  what       ▒▒▒▒▒",
+        ]
+
+    def test_heat_map_writes_the_weights_on_colours(self) -> None:
+        lines = terminal.heat_map(["who", "what"], [[0.9, 1.0], [0.04, 0.3]], COLOUR) or []
+        assert ESCAPE.sub("", lines[1]).split() == ["who", ".90", "1.0"]
+        assert ESCAPE.sub("", lines[2]).split() == ["what", ".30"]
+
+    def test_heat_map_in_narrow_columns_has_labels_written_downwards(self) -> None:
+        lines = terminal.heat_map(["abc", "[D]"], [[0, 1], [1, 0]], Style(width=8)) or []
+        assert lines == ["      a", "      b", "      cD", "  abc  █", "  [D] █"]
+
+    def test_heat_map_of_many_words_is_none(self) -> None:
+        assert terminal.heat_map(["x"] * 60, np.zeros((60, 60)).tolist(), PLAIN) is None
+
+    def test_legend_names_every_shade(self) -> None:
+        assert terminal.legend(PLAIN) == ["  ·· .05  ░░ .10  ▒▒ .20  ▓▓ .35  ██ .50"]
+        assert "".join(terminal.legend(ASCII)).isascii()
+        assert ESCAPE.sub("", "".join(terminal.legend(COLOUR))).split() == [".05", ".10", ".20", ".35", ".50", ".75"]
+
+    def test_shaded_text_keeps_the_sentence(self) -> None:
+        parts = [("", "Don't", 0.0), (" ", "stop", 0.68), ("", ".", 0.01)]
+        assert terminal.shaded_text(parts, PLAIN) == ["  Don't stop(.68)."]
+        assert ESCAPE.sub("", "".join(terminal.shaded_text(parts, COLOUR))) == "  Don't stop."
+
+    def test_picture_of_a_long_text_shows_the_row_alone_and_the_best_bars(self) -> None:
+        text = sentence(" ".join(f"w{index}" for index in range(100)))
+        weights = np.full((6, 12, 100, 100), 0.001)
+        weights[..., 7] = 0.9
+        lines = cli.picture(text, weights, [words.Look(0, 0, 50, 7, 0.9)], PLAIN)
+        assert sum(line.lstrip("▸ ").startswith("w") and "0." in line for line in lines) == cli.MAX_BARS
+        assert any("76 words less looked at" in line for line in lines)
+        assert any("w7(.90)" in line for line in lines)
+
+    def test_wrap(self) -> None:
+        assert terminal.wrap("aa bb cc", 5) == ["aa bb", "cc"]
+        assert terminal.wrap("abcdefgh", 5, "  ") == ["  abc", "  def", "  gh"]
+        assert terminal.wrap("東京東京", 5) == ["東京", "東京"]
+        assert terminal.wrap("", 5) == []
+
+    def test_printable_has_no_controls(self) -> None:
+        assert terminal.printable("a\x1b[2J\n\tb\u202e\x9b c") == "a [2J b c"
+
+
+class Screen(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    encoding = "utf-8"
+
+    def isatty(self) -> bool:
+        """Return True."""
+        return True
+
+
+class TestStyle:
+    @pytest.mark.parametrize(
+        ("stream", "environ", "colour"),
+        [
+            (Screen(), {}, True),
+            (Screen(), {"NO_COLOR": ""}, True),
+            (Screen(), {"NO_COLOR": "0"}, False),
+            (Screen(), {"TERM": "dumb"}, False),
+            (io.StringIO(), {}, False),
+        ],
+    )
+    def test_colours_are_for_terminals_that_want_them(self, stream: Any, environ: dict[str, str], colour: bool) -> None:
+        assert Style.of(stream, environ).colour is colour
+
+    @pytest.mark.parametrize(
+        ("encoding", "blocks"), [("utf-8", True), ("ascii", False), ("latin-1", False), ("x", False)]
+    )
+    def test_blocks_are_for_encodings_that_have_them(self, encoding: str, blocks: bool) -> None:
+        stream = Screen()
+        stream.encoding = encoding
+        assert Style.of(stream, {}).blocks is blocks
+
+    def test_progress_is_one_line_that_goes_away(self) -> None:
+        screen, ticks = Screen(), count()
+        with Progress("reading", screen, lambda: float(next(ticks)), {}) as progress:
+            progress(1, 4)
+            progress(2, 4, "file\n")
+        text = screen.getvalue()
+        assert "\n" not in text
+        assert "1/4, 3 s left" in text
+        assert "2/4, 2 s left  file" in text
+        assert text.endswith("\r\x1b[K")
+
+    def test_progress_is_not_shown_more_than_ten_times_a_second(self) -> None:
+        screen = Screen()
+        with Progress("reading", screen, lambda: 0.0, {}) as progress:
+            for done in range(1000):
+                progress(done, 1000)
+            progress(1000, 1000)
+        assert screen.getvalue().count("\r") == 3
+
+    def test_progress_is_silent_where_nobody_looks(self) -> None:
+        stream = io.StringIO()
+        with Progress("reading", stream) as progress:
+            progress(1, 2)
+        assert stream.getvalue() == ""
