@@ -48,6 +48,10 @@ class Call:
     def __repr__(self) -> str:
         return f"<call {self.line}>"
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """Have Hypothesis print the line, and not the arrays."""
+        printer.text(repr(self))
+
 
 # -- layouts -----------------------------------------------------------------------------------------------------------
 
@@ -183,10 +187,10 @@ def random_mask(rng: np.random.Generator, shape: tuple[int, ...], kind: str, dty
     if kind == "bool":
         return rng.random(shape) < rng.choice((0.1, 0.5, 0.95))
     if kind == "bool, few rows":
-        return np.broadcast_to(rng.random((*shape[:-1], 1) if shape else ()) < 0.5, shape).copy()
+        return np.broadcast_to(rng.random((*shape[:-1], 1)[: len(shape)]) < 0.5, shape).copy()
     if kind == "padding":
         keys = shape[-1] if shape else 1
-        return np.broadcast_to(np.arange(keys) < rng.integers(0, keys + 1), shape).copy()
+        return np.broadcast_to((np.arange(keys) < rng.integers(0, keys + 1)).reshape(shape[-1:]), shape).copy()
     values = rng.standard_normal(shape) * 3
     if kind == "float, -inf":
         values = np.where(rng.random(shape) < 0.4, -np.inf, values)

@@ -79,6 +79,26 @@ def test_the_same_bits_in_any_layout_and_at_any_thread_count(
         assert result.tobytes() == want.tobytes()
 
 
+@given(call=calls(any_layout=False))
+def test_calls_like_earlier_ones(cpu_attention: Attention, call: Call) -> None:
+    # without a backend named, and with nothing but arrays, a call that is like an earlier one takes a shorter way
+    for options in (call.options, call.options | {"return_lse": True}):
+        wanted = [cpu_attention(*call.args, **options)]
+        with_new_values = [None if a is None else np.roll(a, 1) for a in call.args]
+        wanted.append(cpu_attention(*with_new_values, **options))
+        unaligned = [None if a is None else laid_out(a, "unaligned") for a in call.args]
+        wanted.append(wanted[0])
+        for _ in range(2):
+            for args, want in zip((call.args, with_new_values, unaligned), wanted, strict=True):
+                assert _bits(fastattn.attention(*args, **options)) == _bits(want)
+        with fastattn.num_threads(3):
+            assert _bits(fastattn.attention(*call.args, **options)) == _bits(wanted[0])
+
+
+def _bits(results: Any) -> list[bytes]:
+    return [array.tobytes() for array in (results if isinstance(results, tuple) else (results,))]
+
+
 @given(call=calls(any_layout=False), data=st.data())
 def test_out_anywhere(cpu_attention: Attention, call: Call, data: st.DataObject) -> None:
     wanted = cpu_attention(*call.args, **call.options)

@@ -12,6 +12,8 @@ score. Then:
 - The result is Σ w v with Σ w = 1: the errors of the weights sum to the same, times the largest value. Hence
   eps · (8 + A) · max(1, max|v|). A call may also be as wrong as twice PyTorch on the same arguments.
 - The log-sum-exp has the error of the scores, and is rounded at its own size: eps · (8 + A + |lse|).
+- Weights are never negative and sum to 1, however large the scores and their errors: whatever A says, no weight is
+  above 1 and no result further from 0 than the largest value, but for the constant number of roundings.
 - Dropout multiplies weights, and with them their errors, by 1 / (1 - p).
 
 What is not finite must be the same, with one exception: where the exact result is infinite, because a value is, the
@@ -46,6 +48,8 @@ class Expected:
     out_bound: Array
     lse_bound: Array
     weights_bound: Array
+    largest_weight: float
+    largest_out: float
 
 
 def expected(query: Any, key: Any, value: Any, attn_mask: Any = None, *, rng: Any = None, **options: Any) -> Expected:
@@ -68,6 +72,7 @@ def expected(query: Any, key: Any, value: Any, attn_mask: Any = None, *, rng: An
             size = size + np.minimum(masks, np.finfo(problem.dtype).max).max(axis=-1, initial=0)
         size = np.broadcast_to(size, problem.lse_shape)
         weight_bound = eps * size * max(1.0, problem.keep_scale)
+        most = max(1.0, problem.keep_scale) * (1 + ROUNDINGS * eps)
         return Expected(
             problem=problem,
             out=out,
@@ -76,6 +81,10 @@ def expected(query: Any, key: Any, value: Any, attn_mask: Any = None, *, rng: An
             out_bound=(weight_bound * max(1.0, largest(operands.value)))[..., None],
             lse_bound=eps * (size + np.abs(lse)),
             weights_bound=weight_bound[..., None],
+            largest_weight=most,
+            largest_out=most * problem.keys * largest(operands.value)
+            if problem.dropout_p
+            else most * largest(operands.value),
         )
 
 
@@ -97,6 +106,8 @@ def check_out(out: Array, wanted: Expected, peer: Array | None = None) -> None:
         error = np.abs(peer.astype(np.float64) - wanted.out)
         bound = np.maximum(bound, 2 * error[np.isfinite(error)].max(initial=0))
     _check("out", out, wanted.out, bound, wanted.problem)
+    odd = ~np.isfinite(wanted.out)
+    assert (odd | (np.abs(out) <= wanted.largest_out)).all(), f"out: {np.nanmax(np.abs(out))} is above all values"
 
 
 def check_lse(lse: Array, wanted: Expected) -> None:
@@ -107,6 +118,8 @@ def check_lse(lse: Array, wanted: Expected) -> None:
 def check_weights(weights: Array, wanted: Expected) -> None:
     """Assert that weights are right."""
     _check("weights", weights, wanted.weights, wanted.weights_bound, wanted.problem)
+    fine = np.isnan(wanted.weights) | ((weights >= 0) & (weights <= wanted.largest_weight))
+    assert fine.all(), f"weights: {weights[~fine][0]} is none"
 
 
 def check_all(results: tuple[Array, Array, Array], wanted: Expected) -> None:
