@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -210,10 +212,23 @@ class TestDemo:
 def test_ctrl_c_is_quiet_and_status_130(tmp_path: Path) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    # The FIFO opens when the command opens it to read, which then waits for text
-    with process("demo", "search", "query", str(fifo), **pipes) as running, fifo.open("wb"):
-        running.send_signal(signal.SIGINT)
+    deadline = time.monotonic() + 60
+    with process("demo", "search", "query", str(fifo), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        writer = None
+        try:
+            while writer is None and running.poll() is None and time.monotonic() < deadline:
+                try:
+                    writer = os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)  # opens once the command reads
+                except OSError:
+                    time.sleep(0.02)
+            while running.poll() is None and time.monotonic() < deadline:
+                running.send_signal(signal.SIGINT)  # again, should it have come just before the command waits for text
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    running.wait(2)
+        finally:
+            running.kill()
+            if writer is not None:
+                os.close(writer)
         out, err = running.communicate()
     assert (running.returncode, out, err) == (130, b"", b"")
 

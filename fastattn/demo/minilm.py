@@ -200,16 +200,18 @@ class MiniLM:
         batch, length = ids.shape
         # No token looks at padding: one boolean row of keys for all heads and all queries of a sentence
         key_padding = None if mask.all() else mask[:, None, None, :]
-        x = layer_norm(self.words[ids] + self.positions[:length], *self.norm)  # (B, L, E)
+        x = layer_norm(self.words[ids] + self.positions[:length], *self.norm).reshape(batch * length, -1)  # (B · L, E)
         for layer in self.layers:
-            qkv = (x @ layer.qkv.T + layer.qkv_bias).reshape(batch, length, 3, HEADS, -1)
+            qkv = linear(x, layer.qkv, layer.qkv_bias).reshape(batch, length, 3, HEADS, -1)
             # Three views of shape (B, H, L, D) into one array: fastattn reads them where they lie
             query, key, value = qkv.transpose(2, 0, 3, 1, 4)
-            context = attend(query, key, value, key_padding).swapaxes(1, 2).reshape(batch, length, -1)
-            x = layer_norm(x + (context @ layer.output.T + layer.output_bias), *layer.output_norm)
-            inner = gelu(x @ layer.up.T + layer.up_bias)
-            x = layer_norm(x + (inner @ layer.down.T + layer.down_bias), *layer.down_norm)
-        return x
+            context = attend(query, key, value, key_padding).swapaxes(1, 2).reshape(x.shape)
+            x += linear(context, layer.output, layer.output_bias)
+            x = layer_norm(x, *layer.output_norm)
+            inner = gelu(linear(x, layer.up, layer.up_bias))
+            x += linear(inner, layer.down, layer.down_bias)
+            x = layer_norm(x, *layer.down_norm)
+        return x.reshape(batch, length, -1)
 
     def attention_weights(self, ids: Sequence[int]) -> Floats:
         """All weights of one sentence, of shape (layers, heads, L, L): [layer][head][who looks][at what]."""
@@ -274,6 +276,13 @@ def batches(lengths: Sequence[int], sentences: int = 32) -> Iterator[list[int]]:
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     for start in range(0, len(order), sentences):
         yield order[start : start + sentences]
+
+
+def linear(x: Floats, matrix: Floats, bias: Floats) -> Floats:
+    """A linear map of each row of `x`; the matrix is [out][in]."""
+    y: Floats = x @ matrix.T
+    y += bias
+    return y
 
 
 def layer_norm(x: Floats, gain: Floats, bias: Floats) -> Floats:
