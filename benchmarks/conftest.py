@@ -44,7 +44,7 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[[Case, E
             rounds = max(3, math.ceil(seconds / PACE_S))
             benchmark.pedantic(call.run, setup=lambda: time.sleep(PACE_S), rounds=rounds, warmup_rounds=1)
         else:
-            benchmark.pedantic(call.run, rounds=max(3, math.ceil(seconds / estimate)), warmup_rounds=1)
+            benchmark.pedantic(call.run, rounds=math.ceil(seconds / estimate))
         if case.unit == "GF/s" and benchmark.stats is not None:
             benchmark.extra_info["gflops"] = case.flops / benchmark.stats.stats.median / 1e9
 

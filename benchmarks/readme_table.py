@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with Progress(f"{index + 1} of {len(cases)}: {case.name}") as progress:
             results.append(measure(case, Effort(rounds=args.rounds), progress=progress))
         print(report.line(results[-1], engines, style), flush=True)
+    print(report.disturbance(results) or "Nothing else ran meanwhile.")
     table = report.markdown(results, host)
     if not args.no_readme:
         args.readme.write_text(report.with_table(args.readme.read_text("utf-8"), table), "utf-8")

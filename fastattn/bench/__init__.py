@@ -105,6 +105,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     left_out = report.reasons(results)
     if left_out:
         print("\n" + style.bold("Not measured"), *left_out, sep="\n  ")
+    disturbance = report.disturbance(results)
+    if disturbance:
+        print("\n" + style.bold(disturbance))
     if args.json is not None:
         report.save_json(results, host, args.json)
     if args.plot is not None:

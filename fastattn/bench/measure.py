@@ -20,15 +20,21 @@ ONNX Runtime is slowed down by PyTorch's workers likewise, for some milliseconds
 change nothing, since the cores are the same, and forbidding the engines to spin would make them slower. So each sample
 first waits until this process burns no CPU time any more (`settle`), and then warms the engine up, since a pool
 that has gone to sleep is late for its first call.
+
+Other processes, and other guests of the same host, take the cores at times, which Linux counts. A sample during which
+they took a good part of a core is taken again, whosever it is (`undisturbed`).
 """
 
 from __future__ import annotations
 
 import math
+import os
 import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -37,10 +43,12 @@ from fastattn.bench.cases import Case, Pace
 from fastattn.bench.peers import ENGINES, OURS, Call, Engine, Unavailable, cores, prepare
 from fastattn.cpu import peak
 
-__all__ = ["PACE_S", "Effort", "Result", "measure", "sample", "settle"]
+__all__ = ["PACE_S", "Effort", "Result", "measure", "others_seconds", "sample", "settle", "undisturbed"]
 
 PACE_S = 0.020
 """The pause between two calls of a "paced" case."""
+_DISTURBED = 0.25  # cores that others take; less cannot be told from the clock ticks in which Linux counts
+_ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,8 @@ class Result:
         GF/s of the register tile, one number per round; empty where that is unknown.
     absent : dict of str to str
         Why an engine did not take part.
+    others : list of float
+        How many cores other processes took, one number for each of all the samples.
 
     Examples
     --------
@@ -85,6 +95,7 @@ class Result:
     times: dict[str, list[float]] = field(default_factory=dict)
     peaks: list[float] = field(default_factory=list)
     absent: dict[str, str] = field(default_factory=dict)
+    others: list[float] = field(default_factory=list)
 
     def seconds(self, engine: str) -> float:
         """Return the median time of a call."""
@@ -129,18 +140,19 @@ class Result:
             "ratio": {name: self.ratio(name) for name in self.times if name != OURS.name},
             "of_peak": self.of_peak,
             "absent": self.absent,
+            "others_cores": self.others,
         }
 
 
 def settle(limit: float = 1.0) -> None:
     """Wait until no thread of this process burns CPU time any more, at most `limit` seconds."""
-    step = 0.005
+    quiet = 0
     deadline = time.perf_counter() + limit
-    while time.perf_counter() < deadline:
+    while quiet < 2 and time.perf_counter() < deadline:
         wall, used = time.perf_counter(), time.process_time()
-        time.sleep(step)
-        if time.process_time() - used < 0.1 * (time.perf_counter() - wall):
-            return
+        time.sleep(0.005)
+        burnt = (time.process_time() - used) / (time.perf_counter() - wall)
+        quiet = quiet + 1 if burnt < 0.1 else 0  # once may only mean that the spinning thread was not scheduled
 
 
 def sample(run: Callable[[], Any], pace: Pace, seconds: float) -> float:
@@ -183,6 +195,41 @@ def sample(run: Callable[[], Any], pace: Pace, seconds: float) -> float:
     return median(times)
 
 
+def others_seconds() -> float:
+    """Return the CPU time that has been used so far by all but this process, other guests of the host included.
+
+    Only Linux says; elsewhere it is always 0.
+    """
+    try:
+        words = Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()
+        user, nice, system, _idle, _iowait, irq, softirq, steal = (int(word) for word in words[1:9])
+    except (OSError, ValueError):
+        return 0.0
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK") - time.process_time()
+
+
+def undisturbed(take: Callable[[], float]) -> tuple[float, float]:
+    """Take a sample, and take it again if others took the cores meanwhile, a few times at most.
+
+    Returns
+    -------
+    value : float
+        The least disturbed sample.
+    cores : float
+        How many cores the others took meanwhile.
+    """
+    samples: list[tuple[float, float]] = []
+    while len(samples) < _ATTEMPTS:
+        begin, before = time.perf_counter(), others_seconds()
+        value = take()
+        used = (others_seconds() - before) / (time.perf_counter() - begin)
+        samples.append((max(0.0, used), value))
+        if used < _DISTURBED:
+            break
+    used, value = min(samples, key=lambda one: one[0])
+    return value, used
+
+
 def measure(
     case: Case,
     effort: Effort | None = None,
@@ -214,11 +261,17 @@ def measure(
         fastattn.set_num_threads(threads_before)
 
 
+def _peak(case: Case, threads: int, seconds: float) -> float:
+    settle()
+    return peak.measure(case.dtype, threads, seconds)
+
+
 def _measure(
     case: Case, effort: Effort, engines: Sequence[Engine], threads: int, progress: Callable[[int, int, str], None]
 ) -> Result:
     result = Result(case)
     calls: dict[str, Call] = {}
+    takes: dict[str, Callable[[], float]]
     for engine in engines:
         progress(0, effort.rounds, f"preparing {engine.name}")
         try:
@@ -227,15 +280,16 @@ def _measure(
         except Unavailable as reason:
             result.absent[engine.name] = str(reason)
 
-    names = [*calls, *(["peak"] if case.unit == "GF/s" else [])]
+    takes = {name: partial(sample, call.run, case.pace, effort.seconds) for name, call in calls.items()}
+    if case.unit == "GF/s":
+        takes["peak"] = partial(_peak, case, threads, effort.seconds)
+    names = list(takes)
     order = random.Random(0)
     for number in range(effort.rounds):
         order.shuffle(names)
         for name in names:
             progress(number, effort.rounds, name)
-            if name == "peak":
-                settle()
-                result.peaks.append(peak.measure(case.dtype, threads, seconds=effort.seconds))
-            else:
-                result.times[name].append(sample(calls[name].run, case.pace, effort.seconds))
+            value, used = undisturbed(takes[name])
+            (result.peaks if name == "peak" else result.times[name]).append(value)
+            result.others.append(used)
     return result

@@ -13,7 +13,18 @@ from fastattn.bench.measure import Result
 from fastattn.bench.peers import OURS
 from fastattn.demo.terminal import Style, bar, pad
 
-__all__ = ["bars", "header", "line", "markdown", "reasons", "save_json", "save_png", "with_section", "with_table"]
+__all__ = [
+    "bars",
+    "disturbance",
+    "header",
+    "line",
+    "markdown",
+    "reasons",
+    "save_json",
+    "save_png",
+    "with_section",
+    "with_table",
+]
 
 TABLE_BEGIN, TABLE_END = "<!-- table:begin -->", "<!-- table:end -->"
 _NAME_WIDTH, _NUMBER_WIDTH = 38, 13
@@ -92,6 +103,15 @@ def reasons(results: Sequence[Result]) -> list[str]:
         f"{name}: {reason}" + ("" if len(names) == len(results) else f" [{', '.join(names)}]")
         for (name, reason), names in cases.items()
     ]
+
+
+def disturbance(results: Sequence[Result]) -> str | None:
+    """Say so if other processes took the cores while all this was measured."""
+    used = [cores for result in results for cores in result.others]
+    share = sum(used) / len(used) if used else 0.0
+    if share < 0.1:
+        return None
+    return f"Other processes took {share:.1f} cores meanwhile: figures may be too low, and ratios wrong."
 
 
 # --------------------------------------------------------------------------------------------------------------------
