@@ -72,6 +72,11 @@ class TileShape:
         return TileShape(self.dtype, self.lanes, self.lanes, 1, self.scalef)
 
     @property
+    def panel(self):
+        """A square of as many elements as the tile has rows: what is packed at a time."""
+        return TileShape(self.dtype, self.rows, self.rows, 1)
+
+    @property
     def quad(self):
         """Four rows of one vector."""
         return TileShape(self.dtype, self.lanes, 4, 1, self.scalef)
@@ -142,7 +147,7 @@ def _constant_shape(context, builder, ty, value):
 
 
 _INTEGERS = ("scalef", "lanes", "rows", "vectors", "itemsize", "width", "row_bytes", "vector_bytes", "buffer_bytes")
-_SHAPES = ("single", "square", "quad", "vector")
+_SHAPES = ("single", "square", "panel", "quad", "vector")
 
 
 @infer_getattr
@@ -728,6 +733,20 @@ def store_element(typingctx, shape, address, value):
         return context.get_dummy_value()
 
     return signature(types.none, shape, types.intp, value), codegen
+
+
+@intrinsic
+def prefetch(typingctx, address):
+    """Ask for the cache line at `address`, which may be anywhere, to be brought near."""
+
+    def codegen(context, builder, sig, values):
+        i32, byte = ir.IntType(32), ir.IntType(8).as_pointer()
+        fnty = ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32])
+        fn = cgutils.get_or_insert_function(builder.module, fnty, "llvm.prefetch.p0")
+        builder.call(fn, [builder.inttoptr(values[0], byte), ir.Constant(i32, 0), ir.Constant(i32, 3), ir.Constant(i32, 1)])
+        return context.get_dummy_value()
+
+    return signature(types.none, types.intp), codegen
 
 
 def record_view(dtype):

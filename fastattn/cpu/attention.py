@@ -79,7 +79,7 @@ class Prepared:
         self._run(self.forward, query, key, value, mask, out, lse, None, seed)
 
     def run_weights(self, query: Array, key: Array, mask: Array | None, weights: Array, seed: int):
-        """Compute the weights; keys that a causal limit hides from a block of queries are not written."""
+        """Compute the weights."""
         kernels = library(kernel_name("weights", self.dtype, self.plan.tile))
         self._run(kernels, query, key, None, mask, None, None, weights, seed)
 
@@ -122,9 +122,7 @@ def attention(
     lse = np.empty(problem.lse_shape, problem.dtype) if return_lse else None
     weights = None
     if return_weights:
-        # zeros where a causal limit leaves keys out
-        make = np.empty if problem.causal_offset is None else np.zeros
-        weights = make(problem.weights_shape, problem.dtype)
+        weights = np.empty(problem.weights_shape, problem.dtype)
         prepared.run_weights(query, key, mask, weights, seed)
     prepared.run(query, key, value, mask, result, lse, seed)
     if lse is None and weights is None:

@@ -1,12 +1,15 @@
 """What can be compiled: from the name of a library to the functions in it."""
 
+import numpy as np
+
 from fastattn import build as compiler
 from fastattn.cpu import claim
 from fastattn.cpu.forward import call_view, forward_task, plan_view
 from fastattn.cpu.layout import CALL
+from fastattn.cpu.tiles import product
 from fastattn.cpu.weights import weights_task
 from fastattn.isa import Isa
-from fastattn.simd import TileShape, jit, load_i64, stack_memory
+from fastattn.simd import TileShape, jit, load_i64, stack_memory, tile_fill, tile_store
 
 OBJECT_HEADER = object.__basicsize__
 call_memory = stack_memory(CALL.itemsize)
@@ -20,13 +23,29 @@ def build(name: str, row: Isa, entries: dict[str, int]) -> bytes:
     if kind == "schedule":
         functions = {entry: getattr(claim, entry) for entry in entries}
     else:
-        dtype, tile = parameters
-        rows, vectors = map(int, tile.split("x"))
-        lanes = row.vector_bytes // (4 if dtype == "float32" else 8)
-        task = jit(TASKS[kind](TileShape(dtype, lanes, rows, vectors, row.scalef)))
-        functions = {"task": task.py_func, "alone": _alone(task), "quick": _quick(task)}
-        functions = {entry: functions[entry] for entry in entries}
+        dtype, size = parameters
+        rows, vectors = map(int, size.split("x"))
+        tile = TileShape(dtype, row.vector_bytes // np.dtype(dtype).itemsize, rows, vectors, row.scalef)
+        functions = {"run": _peak(tile)} if kind == "peak" else _attention(TASKS[kind](tile), entries)
     return compiler.emit({entry: (function, entries[entry]) for entry, function in functions.items()}, row)
+
+
+def _peak(tile):
+    """The micro-kernel alone, over and over."""
+
+    def run(a, b, out, count, repeats):
+        for _ in range(repeats):
+            acc = product(tile_fill(tile, 0.0), a, count * tile.itemsize, tile.itemsize, b, tile.row_bytes, count)
+            tile_store(acc, out, tile.row_bytes)
+
+    return run
+
+
+def _attention(function, entries):
+    """A task function, and the ways to run it in the calling thread."""
+    task = jit(function)
+    functions = {"task": function, "alone": _alone(task), "quick": _quick(task)}
+    return {entry: functions[entry] for entry in entries}
 
 
 def _alone(task):

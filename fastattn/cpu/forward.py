@@ -18,7 +18,7 @@ import math
 from fastattn.cpu.dropout import drop
 from fastattn.cpu.layout import AXIS, CALL, MASK_BOOL, MASK_NONE, PLAN
 from fastattn.cpu.masks import looks_at, restrict
-from fastattn.cpu.pack import pack_queries, unpack_rows
+from fastattn.cpu.pack import pack_keys, pack_queries, pack_values, unpack_rows
 from fastattn.cpu.softmax import MINUS_INFINITY, absorb
 from fastattn.cpu.tiles import product
 from fastattn.simd import (
@@ -38,10 +38,11 @@ from fastattn.simd import (
 axis_view, call_view, plan_view = record_view(AXIS), record_view(CALL), record_view(PLAN)
 AXIS_BYTES, PLAN_BYTES = AXIS.itemsize, PLAN.itemsize
 LN_2 = 0.6931471805599453
+PACK_FROM = 3  # query blocks in a group: for fewer, packing keys and values costs more than it brings
 
 
 @jit
-def score_block(tile, q, features, key, key_row, key_column, count, start, scores, top):
+def score_block(tile, q, features, key, key_panel, key_row, key_column, count, start, scores, top):
     """scores[j][i] = start[i] + key[j] · q[i] for `count` keys; their maximum over j goes to `top`."""
     best = tile_fill(tile.single, MINUS_INFINITY)
     initial = tile_repeat(tile, start)
@@ -50,7 +51,7 @@ def score_block(tile, q, features, key, key_row, key_column, count, start, score
         acc = product(initial, key, key_row, key_column, q, tile.row_bytes, features)
         tile_store(acc, scores, tile.row_bytes)
         best = maximum(largest_row(acc), best)
-        key += tile.rows * key_row
+        key += key_panel
         scores += tile.rows * tile.row_bytes
     for _ in range(whole, count):
         row = product(start, key, key_row, key_column, q, tile.row_bytes, features)
@@ -62,14 +63,14 @@ def score_block(tile, q, features, key, key_row, key_column, count, start, score
 
 
 @jit
-def add_values(tile, weights, count, value, value_row, value_column, out, features):
+def add_values(tile, weights, count, value, value_panel, value_row, value_column, out, features):
     """out[p][i] += Σ_j value[j][p] · weights[j][i]."""
     whole = features - features % tile.rows
     for _ in range(0, whole, tile.rows):
         acc = tile_load(tile, out, tile.row_bytes)
         acc = product(acc, value, value_column, value_row, weights, tile.row_bytes, count)
         tile_store(acc, out, tile.row_bytes)
-        value += tile.rows * value_column
+        value += value_panel
         out += tile.rows * tile.row_bytes
     for _ in range(whole, features):
         row = tile_load(tile.single, out, tile.row_bytes)
@@ -97,36 +98,29 @@ def is_finite(tile, value, value_column, features):
 
 
 @jit
-def add_values_carefully(tile, plan, weights, count, value, mask, present, position, first_key, out):
+def add_values_carefully(tile, plan, weights, count, source, value, panel, row, column, mask, present, ahead, out):
     """`add_values` for a block in which some query may not look at some key: 0 · NaN must not reach it.
 
     Rows of values that are finite throughout take the fast way; in the others a query is added where it may look.
+    `source` is the block's first row of values in the user's array, `value` the same for the micro-kernel.
     """
     start = 0
     for j in range(count + 1):
-        row = value + j * plan.value_row
-        if j < count and is_finite(tile, row, plan.value_column, plan.value_dim):
+        at = source + j * plan.value_row
+        if j < count and is_finite(tile, at, plan.value_column, plan.value_dim):
             continue
-        add_values(
-            tile,
-            weights + start * tile.row_bytes,
-            j - start,
-            value + start * plan.value_row,
-            plan.value_row,
-            plan.value_column,
-            out,
-            plan.value_dim,
-        )
+        rows = value + start * row
+        add_values(tile, weights + start * tile.row_bytes, j - start, rows, panel, row, column, out, plan.value_dim)
         start = j + 1
         if j == count:
             break
         for i in range(present):
-            if looks_at(tile, plan, mask, i, j, position - first_key):
+            if looks_at(tile, plan, mask, i, j, ahead):
                 weight = load_element(tile, weights + j * tile.row_bytes + i * tile.itemsize)
                 for p in range(plan.value_dim):
                     place = out + p * tile.row_bytes + i * tile.itemsize
-                    product_ = load_element(tile, row + p * plan.value_column) * weight
-                    store_element(tile, place, load_element(tile, place) + product_)
+                    element = load_element(tile, at + p * plan.value_column)
+                    store_element(tile, place, load_element(tile, place) + element * weight)
 
 
 @jit
@@ -143,8 +137,8 @@ def visible_keys(tile, plan, first_query, first_key):
 
 
 @jit
-def scores_of(tile, plan, q, m, relative, partial, count, first_query, first_key, key, mask, work):
-    """The block of scores of some queries with `count` keys, their place; its maximum over the keys at `work`.
+def scores_of(tile, plan, q, m, relative, partial, count, first_query, first_key, key, panel, row, column, mask, work):
+    """The block of scores of some queries with `count` keys: their place; their maximum over the keys at `work`.
 
     `relative`: less m, from which the sums of products then start.
     """
@@ -152,31 +146,12 @@ def scores_of(tile, plan, q, m, relative, partial, count, first_query, first_key
     start = tile_fill(tile.single, 0.0)
     if relative:
         start = start - tile_load(tile.single, m, 0)
-    score_block(tile, q, plan.head_dim, key, plan.key_row, plan.key_column, count, start, scores, work)
+    score_block(tile, q, plan.head_dim, key, panel, row, column, count, start, scores, work)
     if partial:
         present = min(tile.width, plan.queries - first_query)
         position = plan.first_position + first_query
         restrict(tile, plan, scores, count, mask, present, position, first_key, work, work + tile.row_bytes)
     return scores
-
-
-@jit
-def attend(tile, plan, seed, head, q, m, out, first_query, first_key, key, value, mask, work):
-    """Take one block of queries through one block of keys."""
-    count, partial = visible_keys(tile, plan, first_query, first_key)
-    if count <= 0:
-        return
-    relative = plan.mask_kind <= MASK_BOOL  # else m may stem from the mask, and be far from the scores
-    scores = scores_of(tile, plan, q, m, relative, partial, count, first_query, first_key, key, mask, work)
-    absorb(tile, scores, count, tile_load(tile.single, work, 0), relative, m, m + tile.row_bytes, out, plan.value_dim)
-    if plan.drop_below > 0:
-        drop(tile, plan, seed, scores, count, head, first_query, first_key)
-    if partial:
-        present = min(tile.width, plan.queries - first_query)
-        position = plan.first_position + first_query
-        add_values_carefully(tile, plan, scores, count, value, mask, present, position, first_key, out)
-    else:
-        add_values(tile, scores, count, value, plan.value_row, plan.value_column, out, plan.value_dim)
 
 
 @jit
@@ -230,11 +205,23 @@ def forward_group(tile, call, plan, head, first_query, blocks, scratch):
     lse = call.lse
     if lse != 0:
         lse += head * plan.queries * tile.itemsize
-    # The state of a block: queries, output, m, l. Behind the states, the working memory of `attend`.
+    # The state of a block: queries, output, m, l. Behind the states: packed keys, packed values, scores.
     q_bytes, out_bytes = plan.head_dim * tile.row_bytes, plan.value_dim * tile.row_bytes
     state_bytes = q_bytes + out_bytes + 2 * tile.row_bytes
-    work = scratch + blocks * state_bytes
+    packed_keys = scratch + blocks * state_bytes
+    packed = blocks >= PACK_FROM
+    work = packed_keys
+    key_panel, key_row, key_column = tile.rows * plan.key_row, plan.key_row, plan.key_column
+    value_panel, value_row, value_column = tile.rows * plan.value_column, plan.value_row, plan.value_column
+    packed_values = packed_keys
+    if packed:
+        panel_row = tile.rows * tile.itemsize
+        key_panel, key_row, key_column = plan.head_dim * panel_row, tile.itemsize, panel_row
+        value_panel, value_row, value_column = plan.key_block * panel_row, panel_row, tile.itemsize
+        packed_values += (plan.key_block + tile.rows) // tile.rows * key_panel
+        work = packed_values + (plan.value_dim + tile.rows - 1) // tile.rows * value_panel
 
+    relative = plan.mask_kind <= MASK_BOOL  # else m may stem from the mask, and be far from the scores
     end = plan.keys
     if plan.causal:
         last = min(first_query + blocks * tile.width, plan.queries) - 1
@@ -247,26 +234,37 @@ def forward_group(tile, call, plan, head, first_query, blocks, scratch):
         pack_queries(tile, state, source, plan.query_row, plan.query_column, present, plan.head_dim, plan.scale)
         clear(tile, state + q_bytes, plan.value_dim + 2)
     for first_key in range(0, end, plan.key_block):
+        keys, values = key + first_key * plan.key_row, value + first_key * plan.value_row
+        keys_at, values_at = keys, values
+        if packed:
+            keys_at, values_at = packed_keys, packed_values
+            count = min(plan.key_block, end - first_key)
+            pack_keys(tile, keys_at, keys, plan.key_row, plan.key_column, count, plan.head_dim)
+            pack_values(tile, values_at, values, plan.value_row, plan.value_column, count, plan.value_dim, value_panel)
         for b in range(blocks):
             first = first_query + b * tile.width
+            count, partial = visible_keys(tile, plan, first, first_key)
+            if count <= 0:
+                continue
             q = scratch + b * state_bytes
             block = q + q_bytes
             m = block + out_bytes
-            attend(
-                tile,
-                plan,
-                call.seed,
-                head,
-                q,
-                m,
-                block,
-                first,
-                first_key,
-                key + first_key * plan.key_row,
-                value + first_key * plan.value_row,
-                mask + first * plan.mask_row + first_key * plan.mask_column,
-                work,
+            masks = mask + first * plan.mask_row + first_key * plan.mask_column
+            scores = scores_of(
+                tile, plan, q, m, relative, partial, count, first, first_key, keys_at, key_panel, key_row, key_column, masks, work
             )
+            top = tile_load(tile.single, work, 0)
+            absorb(tile, scores, count, top, relative, m, m + tile.row_bytes, block, plan.value_dim)
+            if plan.drop_below > 0:
+                drop(tile, plan, call.seed, scores, count, head, first, first_key)
+            if partial:
+                present = min(tile.width, plan.queries - first)
+                ahead = plan.first_position + first - first_key
+                add_values_carefully(
+                    tile, plan, scores, count, values, values_at, value_panel, value_row, value_column, masks, present, ahead, block
+                )
+            else:
+                add_values(tile, scores, count, values_at, value_panel, value_row, value_column, block, plan.value_dim)
     for b in range(blocks):
         first = first_query + b * tile.width
         block = scratch + b * state_bytes + q_bytes

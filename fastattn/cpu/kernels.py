@@ -39,6 +39,7 @@ class Library:
 ENTRIES: dict[str, dict[str, int]] = {
     "forward": {"task": 3, "alone": 3, "quick": 9},
     "weights": {"task": 3, "alone": 3},
+    "peak": {"run": 5},
     "schedule": {"start": 6, "take_part": 3, "cancel": 1, "work": 3},
 }
 
@@ -136,3 +137,28 @@ def _code(name: str, row: Isa) -> bytes:
 def kernel_name(kind: str, dtype: str, tile) -> str:
     """The name of a kernel for a dtype and a register tile."""
     return f"{kind}-{dtype}-{tile.rows}x{tile.vectors}"
+
+
+def warmup(progress=None) -> None:
+    """Compile every kernel for this machine, or load it from the cache, so that no later call waits.
+
+    Parameters
+    ----------
+    progress : callable, optional
+        Called as ``progress(done, total, label)`` before each kernel, and once at the end.
+
+    Examples
+    --------
+    >>> import fastattn
+    >>> fastattn.warmup()  # doctest: +SKIP
+    """
+    row = host()
+    sizes = ((row.rows, row.vectors), (row.tall_rows, 1))
+    names = ["schedule"]
+    names += [f"{k}-{d}-{r}x{v}" for d in ("float32", "float64") for k in ("forward", "weights") for r, v in sizes]
+    for done, name in enumerate(names):
+        if progress is not None:
+            progress(done, len(names), name)
+        library(name, row)
+    if progress is not None:
+        progress(len(names), len(names), "")

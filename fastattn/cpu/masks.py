@@ -89,11 +89,13 @@ def hide(tile, scores, bias):
 
 @jit
 def add_mask(tile, kind, scores, mask):
-    """Scores in base 2 under a square of the mask, both with queries in the lanes."""
+    """Scores in base 2 under a square of the mask, both with queries in the lanes. Sums of finite numbers stay finite."""
     if kind == MASK_BOOL:
         return hide(tile, scores, mask)
     bias = where_greater(INFINITY, absolute(mask), saturate(tile, mask * LOG2_E), mask)
-    return hide(tile, saturate(tile, scores + bias), bias)
+    biased = scores + bias
+    largest = maximum(absolute(scores), absolute(bias))
+    return hide(tile, where_greater(INFINITY, largest, saturate(tile, biased), biased), bias)
 
 
 @jit

@@ -1,6 +1,13 @@
 """Queries into the lanes, results out of them: transposes between row-major matrices and blocks.
 
 A *block* holds one tile width of queries, transposed: `block[p][i]` is feature p of query i, rows `row_bytes` apart.
+
+Keys and values are read in place by the micro-kernel if few queries want them. Otherwise a block of keys is packed once
+for a group of query blocks, in panels of as many rows as the tile has, which the micro-kernel then reads straight on:
+
+    keys[j / rows][p][j % rows]        values[p / rows][j][p % rows]
+
+Read in place, rows whose length is a power of two fall into few sets of the first-level cache.
 """
 
 from fastattn.simd import (
@@ -51,3 +58,44 @@ def unpack_rows(tile, block, factors, target, row, column, present, features):
             for p in range(done, features):
                 element = load_element(tile, lanes_at + p * tile.row_bytes + i * tile.itemsize) * one
                 store_element(tile, rows_at + i * row + p * column, element)
+
+
+@jit
+def pack_keys(tile, target, source, row, column, count, features):
+    """target[j / rows][p][j % rows] = source[j][p]."""
+    rows, panel_row = tile.rows, tile.rows * tile.itemsize
+    for j in range(0, count, rows):
+        height = min(rows, count - j)
+        p = 0
+        if height == rows and column == tile.itemsize:
+            while p + rows <= features:
+                square = tile_load(tile.panel, source + p * column, row)
+                tile_store(tile_transpose(square), target + p * panel_row, panel_row)
+                p += rows
+        for q in range(p, features):
+            for r in range(height):
+                element = load_element(tile, source + r * row + q * column)
+                store_element(tile, target + q * panel_row + r * tile.itemsize, element)
+        source += rows * row
+        target += features * panel_row
+
+
+@jit
+def pack_values(tile, target, source, row, column, count, features, panel_bytes):
+    """target[p / rows][j][p % rows] = source[j][p], panels `panel_bytes` apart."""
+    rows, panel_row = tile.rows, tile.rows * tile.itemsize
+    for j in range(0, count, rows):
+        height = min(rows, count - j)
+        p = 0
+        place = target
+        if height == rows and column == tile.itemsize:
+            while p + rows <= features:
+                tile_store(tile_load(tile.panel, source + p * column, row), place, panel_row)
+                p += rows
+                place += panel_bytes
+        for q in range(p, features):
+            place = target + q // rows * panel_bytes + q % rows * tile.itemsize
+            for r in range(height):
+                store_element(tile, place + r * panel_row, load_element(tile, source + r * row + q * column))
+        source += rows * row
+        target += rows * panel_row

@@ -19,7 +19,7 @@ from fastattn.cpu.layout import (
 from fastattn.isa import Isa
 from fastattn.problem import Operands, Problem
 
-GROUP = 8  # query blocks taken through the keys together, at most: their states fill about half a level-2 cache
+GROUP_BYTES = 192 << 10  # state of the query blocks taken through the keys together: part of a level-2 cache
 TASKS_PER_THREAD = 4  # enough to even out, as long as there are blocks to split into
 TASK_FLOPS = 4e9  # at most, where a group can be made smaller: no thread is away from Python for long
 WORK_ROWS = 1  # rows of a tile that `attend` needs besides the scores: the block's maxima
@@ -85,7 +85,9 @@ def make_plan(problem: Problem, operands: Operands, out: np.ndarray, row: Isa, t
     heads = math.prod(lead)
     blocks = -(-problem.queries // tile.width)
     flops_per_block = 2.0 * tile.width * problem.keys * (problem.head_dim + problem.value_dim)
-    group = max(1, min(GROUP, blocks, int(TASK_FLOPS / max(flops_per_block, 1.0))))
+    row_bytes = tile.width * problem.dtype.itemsize
+    state = (problem.head_dim + problem.value_dim + 2) * row_bytes
+    group = max(1, min(GROUP_BYTES // state, blocks, int(TASK_FLOPS / max(flops_per_block, 1.0))))
     while group > 1 and heads * -(-blocks // group) < TASKS_PER_THREAD * threads:
         group -= 1
     groups = -(-blocks // group)
@@ -114,9 +116,9 @@ def make_plan(problem: Problem, operands: Operands, out: np.ndarray, row: Isa, t
         strides = [array.strides[i] if array is not None else 0 for array in (query, key, value, mask, out)]
         axes[i] = (size, *strides)
 
-    row_bytes = tile.width * problem.dtype.itemsize
-    state = (problem.head_dim + problem.value_dim + 2) * row_bytes
     work = (WORK_ROWS + row.key_block) * row_bytes + tile.lanes * tile.lanes * 8
+    packed = (row.key_block + tile.rows) * (problem.head_dim + problem.value_dim + tile.rows) * problem.dtype.itemsize
+    work += packed
     scratch_bytes = -(-(group * state + work) // ALIGNMENT) * ALIGNMENT
     flops = heads * blocks * flops_per_block * (0.5 if problem.causal_offset is not None else 1.0)
     return Plan(problem, tile, record, record.ctypes.data, tasks, flops, scratch_bytes)

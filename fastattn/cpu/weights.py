@@ -10,7 +10,7 @@ from fastattn.simd import jit, load_element, store_element, tile_fill, tile_load
 
 @jit
 def weigh_block(tile, call, plan, head, first_query, scratch):
-    """Write the rows of the weights of one block of queries. Keys that none of them looks at are left as they are."""
+    """Write the rows of the weights of one block of queries."""
     query, key, _, mask, _ = locate(call, plan, head)
     query += call.query + first_query * plan.query_row
     key += call.key
@@ -24,23 +24,31 @@ def weigh_block(tile, call, plan, head, first_query, scratch):
     pack_queries(tile, q, query, plan.query_row, plan.query_column, present, plan.head_dim, plan.scale)
     clear(tile, m, 2)
     relative = plan.mask_kind <= MASK_BOOL
+    zero = tile_fill(tile.single, 0.0)
+    scores = work + tile.row_bytes + tile.buffer_bytes
+    row, column = plan.key_row, plan.key_column
+    panel = tile.rows * row
     for second in range(2):
         for first_key in range(0, plan.keys, plan.key_block):
             count, partial = visible_keys(tile, plan, first_query, first_key)
-            if count <= 0:
-                break
-            keys = key + first_key * plan.key_row
+            keys = key + first_key * row
             masks = mask + first_key * plan.mask_column
-            scores = scores_of(tile, plan, q, m, relative, partial, count, first_query, first_key, keys, masks, work)
+            if count > 0:
+                scores_of(
+                    tile, plan, q, m, relative, partial, count, first_query, first_key, keys, panel, row, column, masks, work
+                )
             if not second:
-                absorb(tile, scores, count, tile_load(tile.single, work, 0), relative, m, total, 0, 0)
+                if count > 0:
+                    absorb(tile, scores, count, tile_load(tile.single, work, 0), relative, m, total, 0, 0)
                 continue
-            zero = tile_fill(tile.single, 0.0)
+            count = max(count, 0)
             exponentials(tile, scores, count, zero if relative else tile_load(tile.single, m, 0), zero)
             if plan.drop_below > 0:
                 drop(tile, plan, call.seed, scores, count, head, first_query, first_key)
+            width = min(plan.key_block, plan.keys - first_key)
+            clear(tile, scores + count * tile.row_bytes, width - count)
             target = weights + first_key * tile.itemsize
-            unpack_rows(tile, scores, total, target, plan.keys * tile.itemsize, tile.itemsize, present, count)
+            unpack_rows(tile, scores, total, target, plan.keys * tile.itemsize, tile.itemsize, present, width)
         if not second:
             for i in range(tile.width):
                 place = total + i * tile.itemsize

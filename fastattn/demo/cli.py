@@ -217,7 +217,8 @@ def search(args: argparse.Namespace) -> int:
     for place, (index, cosine) in enumerate(ranked, start=1):
         sentence = sentences[index]
         drawn = style.accent(pad(bar(cosine, 10, style.blocks), 10))
-        where = style.dim(f"{printable(sentence.file)}:{sentence.line}")
+        where = f"{printable(sentence.file)}:{sentence.line}"
+        where = style.dim(where[max(0, len(where) - (style.width - 20)) :])  # its end says more
         print(f"\n{place:2}  {style.bold(f'{cosine:.2f}')} {drawn} {where}")
         print(*wrap(sentence.text, style.width, "    "), sep="\n")
     sys.stdout.flush()

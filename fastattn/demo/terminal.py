@@ -364,7 +364,8 @@ class Progress:
         self.last = now
         elapsed = now - self.started
         left = elapsed / done * (total - done) if done else 0.0
-        drawn = pad(bar(done / max(total, 1), 20, self.style.blocks), 20)
+        length = max(4, min(20, self.style.width // 8))
+        drawn = pad(bar(done / max(total, 1), length, self.style.blocks), length)
         track = f"{drawn}{'▏' if self.style.blocks else '|'}"
         rest = f", {_duration(left)} left" if done and left >= 1 else ""
         detail = f"  {printable(str(label))}" if label else ""
