@@ -74,6 +74,8 @@ def laid_out(array: Array, layout: str) -> Array:
     """Return an array of the same values that lies in memory another way; what lies around it is NaN (or True)."""
     array = np.asarray(array)
     rank = array.ndim
+    inside: Any
+    view: Array
     around: Any = np.nan if array.dtype.kind == "f" else True
     if layout == "contiguous":
         return array.copy()
@@ -90,10 +92,12 @@ def laid_out(array: Array, layout: str) -> Array:
         if rank and layout == "every third feature":
             steps[-1] = 3
         place = np.full([n * step for n, step in zip(array.shape, steps, strict=True)], around, array.dtype)
-        view = place[(..., *(slice(None, None, step) for step in steps))]
+        inside = (..., *(slice(None, None, step) for step in steps))
+        view = place[inside]
     elif layout == "inside NaN":
         place = np.full([n + 3 for n in array.shape], around, array.dtype)
-        view = place[(..., *(slice(1, 1 + n) for n in array.shape))]
+        inside = (..., *(slice(1, 1 + n) for n in array.shape))
+        view = place[inside]
     elif layout == "unaligned":
         place = np.empty(array.nbytes + 1, np.uint8)
         view = place[1:].view(array.dtype).reshape(array.shape)
@@ -106,6 +110,13 @@ def laid_out(array: Array, layout: str) -> Array:
         return view
     view[...] = array
     return view
+
+
+def repeated(array: Array) -> Array:
+    """Return an array in which all of the longest axis is the first of it, and lies in the same place."""
+    if not array.size or not array.ndim:
+        return array
+    return np.broadcast_to(array.take([0], int(np.argmax(array.shape))), array.shape)
 
 
 layouts = st.sampled_from(LAYOUTS)
@@ -185,7 +196,7 @@ def with_odd(rng: np.random.Generator, array: Array, which: tuple[float, ...], s
 def random_mask(rng: np.random.Generator, shape: tuple[int, ...], kind: str, dtype: Any) -> Array:
     """Return a mask of a kind: see `MASKS`."""
     if kind == "bool":
-        return rng.random(shape) < rng.choice((0.1, 0.5, 0.95))
+        return np.asarray(rng.random(shape) < rng.choice((0.1, 0.5, 0.95)))
     if kind == "bool, few rows":
         return np.broadcast_to(rng.random((*shape[:-1], 1)[: len(shape)]) < 0.5, shape).copy()
     if kind == "padding":
@@ -239,7 +250,7 @@ def calls(
     dtype = draw(DTYPES)
     size = draw(st.sampled_from(sizes))
     rng = np.random.default_rng(seed := draw(SEEDS))
-    arrays = [
+    arrays: list[Any] = [
         numbers(rng, shape, dtype, of)
         for shape, of in zip((query_shape, key_shape, value_shape), SIZES[size], strict=True)
     ]
@@ -250,7 +261,7 @@ def calls(
     options: dict[str, Any] = {"enable_gqa": enable_gqa, "is_causal": draw(causal), "scale": draw(scales)}
     mask, mask_kind = None, draw(st.sampled_from(masks))
     if mask_kind is not None:
-        scores = describe(*arrays, **options)[0].weights_shape
+        scores = describe(arrays[0], arrays[1], arrays[2], **options)[0].weights_shape
         mask_dtype = draw(st.sampled_from((np.float16, np.float32, np.float64)))
         mask = random_mask(rng, draw(_broadcasting(scores)), mask_kind, mask_dtype)
     if dropout:
@@ -259,10 +270,12 @@ def calls(
 
     names = ["contiguous"] * 4
     if any_layout:
-        names = [draw(layouts) for _ in range(4)]
-        arrays = [laid_out(array, name) for array, name in zip(arrays, names, strict=False)]
-        mask = None if mask is None else laid_out(mask, names[3])
+        names = [draw(st.one_of(layouts, st.just("stride 0"))) for _ in range(4)]
+        *arrays, mask = (
+            array if array is None else repeated(array) if name == "stride 0" else laid_out(array, name)
+            for array, name in zip((*arrays, mask), names, strict=True)
+        )
     described = " ".join(str(array.shape) for array in arrays) + f" {np.dtype(dtype)} {size} seed {seed}"
     if mask is not None:
         described += f", mask {mask_kind} {mask.dtype} {mask.shape}"
-    return Call(*arrays, mask, options, f"{described}, {options}, layouts {names}")
+    return Call(arrays[0], arrays[1], arrays[2], mask, options, f"{described}, {options}, layouts {names}")

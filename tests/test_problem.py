@@ -31,8 +31,8 @@ def problem_of(
 ) -> Problem:
     """Describe a call on arrays of these shapes."""
     mask = options.pop("attn_mask", None)
-    shapes = (query, key, key if value is None else value)
-    return describe(*as_operands(*map(np.zeros, shapes), mask), **options)[0]
+    arrays = np.zeros(query), np.zeros(key), np.zeros(key if value is None else value)
+    return describe(*as_operands(*arrays, mask), **options)[0]
 
 
 def refused(message: str, kind: type[Exception] = ValueError) -> Any:
@@ -329,7 +329,7 @@ def test_what_fails_to_become_an_array() -> None:
             raise RuntimeError("detach it first")
 
     with refused("value: .*Broken.* expected an array_like: detach it first", TypeError):
-        as_operands([[1.0]], [[1.0]], Broken())  # type: ignore[arg-type]
+        as_operands([[1.0]], [[1.0]], Broken())
 
 
 def test_a_long_argument_is_told_in_few_words() -> None:

@@ -17,7 +17,7 @@ import fastattn
 Attention = Callable[..., Any]
 
 #: For the tests that everything else rests on: more examples than the profile gives.
-MANY = 4 * settings.default.max_examples
+MANY = 4 * settings().max_examples
 
 
 def check(attention: Attention, call: Call) -> None:

@@ -53,7 +53,7 @@ def softmax_attention(query: Array, key: Array, value: Array, scale: float, bias
     query, key, value = (array.astype(np.float64) for array in (query, key, value))
     scores = scale * (query @ key.swapaxes(-1, -2)) + bias
     weights = np.exp(scores - scores.max(-1, keepdims=True))
-    return weights / weights.sum(-1, keepdims=True) @ value
+    return np.asarray(weights / weights.sum(-1, keepdims=True) @ value)
 
 
 def close(got: Any, wanted: Any, dtype: Any = np.float32) -> None:
@@ -534,7 +534,7 @@ def test_leading_axes_broadcast_as_in_numpy(attention: Attention, query: Any, ke
     assert result.shape == out
     full = [np.broadcast_to(array, (*out[:-2], *array.shape[-2:])).copy() for array in arrays]
     np.testing.assert_array_equal(result, attention(*full))
-    close(result, softmax_attention(*full, 1 / math.sqrt(3)))
+    close(result, softmax_attention(full[0], full[1], full[2], scale=1 / math.sqrt(3)))
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (70,), (60, 1), (60, 70), (3, 1, 70), (1, 60, 70), (2, 1, 1, 70)])

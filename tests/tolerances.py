@@ -64,8 +64,8 @@ def expected(query: Any, key: Any, value: Any, attn_mask: Any = None, *, rng: An
         undropped = reference.evaluate(replace(problem, dropout_p=0.0), operands)[2]
     with np.errstate(all="ignore"):
         eps = float(np.finfo(problem.dtype).eps)
-        size = ROUNDINGS + score_size(operands.query, operands.key, problem.scale)
-        if problem.mask_kind == "float":
+        size: Any = ROUNDINGS + score_size(operands.query, operands.key, problem.scale)
+        if operands.mask is not None and problem.mask_kind == "float":
             # not finite: the row is not finite either, or the key has no part in it
             counts = (undropped > eps**2) & np.isfinite(operands.mask).reshape(undropped.shape)
             masks = np.where(counts, np.abs(operands.mask, dtype=np.float64).reshape(counts.shape), 0)
@@ -132,7 +132,7 @@ def check_all(results: tuple[Array, Array, Array], wanted: Expected) -> None:
 
 def check_call(attention: Any, *args: Any, rng: Any = None, **options: Any) -> tuple[Array, Array, Array]:
     """Make a call that returns everything, assert that all of it is right, and return it."""
-    results = attention(*args, **options, rng=rng, return_lse=True, return_weights=True)
+    results: tuple[Array, Array, Array] = attention(*args, **options, rng=rng, return_lse=True, return_weights=True)
     check_all(results, expected(*args, rng=rng, **options))
     return results
 
