@@ -47,9 +47,10 @@ class Isa:
     scalef: bool = False
 
 
-_X86_V3 = ("avx2", "fma", "f16c", "bmi2")
+_X86_V3 = ("avx2", "fma", "f16c", "bmi", "bmi2", "lzcnt", "movbe", "popcnt")
+_X86_V4 = (*_X86_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
 TABLE = (
-    Isa("avx512", "x86-64-v4", (*_X86_V3, "avx512f", "avx512dq", "avx512vl", "avx512bw"), 64, 8, 2, 8, 128, scalef=True),
+    Isa("avx512", "x86-64-v4", _X86_V4, 64, 8, 2, 8, 128, scalef=True),
     Isa("avx2", "x86-64-v3", _X86_V3, 32, 4, 2, 8, 128),
     Isa("generic", "", (), 16, 4, 2, 8, 128),
 )

@@ -708,6 +708,19 @@ load_f64, store_f64 = _scalar_access(types.float64)
 
 
 @intrinsic
+def as_element(typingctx, shape, value):
+    """A number, rounded to the shape's dtype."""
+    if not (isinstance(shape, ShapeType) and isinstance(value, types.Number)):
+        return None
+    element = TileType(shape.shape).element
+
+    def codegen(context, builder, sig, values):
+        return context.cast(builder, values[1], value, element)
+
+    return signature(element, shape, value), codegen
+
+
+@intrinsic
 def load_element(typingctx, shape, address):
     """The scalar of the shape's dtype at `address`."""
     if not isinstance(shape, ShapeType):

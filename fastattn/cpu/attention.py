@@ -88,6 +88,7 @@ class Prepared:
         if not plan.tasks:
             return
         scratch, held = _scratch(self.threads * plan.scratch_bytes)
+        _memory.held = None  # a signal handler's call in this thread, while this one runs, needs memory of its own
         call = self.template.copy()
         fields = call[0]
         for name, array in (
@@ -104,7 +105,7 @@ class Prepared:
         fields["scratch"] = scratch
         fields["seed"] = seed - (1 << 64) if seed >= 1 << 63 else seed
         pool.run(kernels, call.ctypes.data, plan.tasks, plan.flops, self.threads)
-        del held  # alive until here, even if a signal handler's call has replaced it meanwhile
+        _memory.held = scratch, held
 
 
 def attention(

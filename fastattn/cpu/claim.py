@@ -4,6 +4,9 @@ One atomic word, the offer, holds the number of tasks left and the number of wor
 it by one owns a task, of the call that is current at that moment: the call's fields were written before the offer, and
 stay until its last task is done. A late worker finds nothing and harms nothing. `pending` counts the tasks not finished;
 the caller waits for it alone, so for workers that hold a task and for no others.
+
+A call takes the pool and gives it back in here too, under its own address: wherever a signal may interrupt Python code,
+`cancel` can tell whether the call had the pool.
 """
 
 from fastattn.cpu.atomics import (
@@ -21,7 +24,9 @@ from fastattn.cpu.layout import (
     LIMIT_SHIFT,
     MORE,
     OFFER,
+    OWNER,
     PENDING,
+    TAKEN,
     TASK,
     TASKS,
     TASKS_MASK,
@@ -47,7 +52,12 @@ def claim_one(pool, worker):
 
 
 def start(pool, task, call, tasks, limit, woken):
-    """Open a call to `limit` workers. Writes the indices of those that sleep, to be woken, to `woken`; returns how many."""
+    """Open a call to `limit` workers, unless another has the pool (TAKEN).
+
+    Writes the indices of those that sleep, to be woken, to `woken`; returns how many.
+    """
+    if not atomic_replace(pool + OWNER, 0, call):
+        return TAKEN
     store_i64(pool + TASK, task)
     store_i64(pool + CALL_AT, call)
     store_i64(pool + TASKS, tasks)
@@ -74,17 +84,21 @@ def take_part(pool, most, spins):
         return MORE
     for _ in range(spins):
         if atomic_load(pool + PENDING) == 0:
+            atomic_store(pool + OWNER, 0)
             return DONE
         pause()
     return WAITING
 
 
-def cancel(pool):
-    """Withdraw what nobody has claimed and wait for what somebody has."""
+def cancel(pool, call):
+    """If the call has the pool: withdraw what nobody has claimed, wait for what somebody has, give the pool back."""
+    if atomic_load(pool + OWNER) != call:
+        return DONE
     left = atomic_exchange(pool + OFFER, 0) & TASKS_MASK
     atomic_add(pool + PENDING, -left)
     while atomic_load(pool + PENDING) != 0:
         pause()
+    atomic_store(pool + OWNER, 0)
     return DONE
 
 
@@ -92,6 +106,7 @@ def work(pool, worker, spins):
     """A worker's life between two sleeps: run tasks; when none came for `spins` rounds, lie down and return."""
     idle = 0
     asleep = pool + WORKERS + worker * WORKER_BYTES
+    atomic_store(asleep, 0)  # who woke it has done so already, except after a call was interrupted
     while True:
         if claim_one(pool, worker):
             idle = 0

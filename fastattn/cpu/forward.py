@@ -161,7 +161,7 @@ def finish(tile, plan, m, l, block, out, lse, present):
         total = load_element(tile, l + i * tile.itemsize)
         if lse != 0 and i < present:
             reference = load_element(tile, m + i * tile.itemsize)
-            value = (reference + math.log2(total)) * LN_2 if total != 0.0 else MINUS_INFINITY
+            value = reference * (LN_2 * plan.unit) + math.log(total) if total != 0.0 else MINUS_INFINITY
             store_element(tile, lse + i * tile.itemsize, value)
         store_element(tile, l + i * tile.itemsize, plan.keep_scale / total if total != 0.0 else 0.0)
     unpack_rows(tile, block, l, out, plan.out_row, plan.out_column, present, plan.value_dim)
@@ -254,7 +254,7 @@ def forward_group(tile, call, plan, head, first_query, blocks, scratch):
                 tile, plan, q, m, relative, partial, count, first, first_key, keys_at, key_panel, key_row, key_column, masks, work
             )
             top = tile_load(tile.single, work, 0)
-            absorb(tile, scores, count, top, relative, m, m + tile.row_bytes, block, plan.value_dim)
+            absorb(tile, scores, count, top, relative, plan.unit, m, m + tile.row_bytes, block, plan.value_dim)
             if plan.drop_below > 0:
                 drop(tile, plan, call.seed, scores, count, head, first, first_key)
             if partial:

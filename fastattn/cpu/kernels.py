@@ -40,11 +40,13 @@ ENTRIES: dict[str, dict[str, int]] = {
     "forward": {"task": 3, "alone": 3, "quick": 9},
     "weights": {"task": 3, "alone": 3},
     "peak": {"run": 5},
-    "schedule": {"start": 6, "take_part": 3, "cancel": 1, "work": 3},
+    "schedule": {"start": 6, "take_part": 3, "cancel": 2, "work": 3},
 }
 
 _loaded: dict[tuple[str, Isa], Library] = {}
 _lock = threading.RLock()
+if hasattr(os, "register_at_fork"):  # a fork waits for a compilation to end: a child could never finish it
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
 @cache
@@ -54,15 +56,15 @@ def cache_folder() -> Path | None:
     None where neither can be written.
     """
     named = os.environ.get("FASTATTN_CACHE_DIR")
-    if named:
-        folder = Path(named)
-    elif sys.platform == "win32":
-        folder = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "fastattn"
-    elif sys.platform == "darwin":
-        folder = Path.home() / "Library" / "Caches" / "fastattn"
-    else:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastattn"
     try:
+        if named:
+            folder = Path(named)
+        elif sys.platform == "win32":
+            folder = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "fastattn"
+        elif sys.platform == "darwin":
+            folder = Path.home() / "Library" / "Caches" / "fastattn"
+        else:
+            folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastattn"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return folder
@@ -104,8 +106,13 @@ def _read(path: Path) -> bytes | None:
 def _write(path: Path, code: bytes) -> None:
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(hashlib.sha256(code).digest() + code)
-        os.replace(file.name, path)
+            try:
+                file.write(hashlib.sha256(code).digest() + code)
+                file.close()
+                os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
     except OSError:  # a full or vanished disk: the kernel is in memory all the same
         pass
 

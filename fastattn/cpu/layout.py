@@ -29,7 +29,8 @@ PLAN = np.dtype(
         ("mask_itemsize", i8),
         ("causal", i8),  # 1: a query looks at keys up to its own position
         ("first_position", i8),  # of query 0
-        ("scale", f8),  # times log2(e): scores are kept in base 2
+        ("scale", f8),  # of the scores, times log2(e) where they are kept in base 2
+        ("unit", f8),  # what turns a difference of scores into base 2: log2(e) under a float mask, else 1
         ("drop_below", i8),  # an element is dropped if its 32 random bits are below this
         ("keep_scale", f8),  # 1 / (1 - dropout_p), 0 if nothing is kept
         ("axes", i8),  # rows of the table of leading axes
@@ -67,9 +68,11 @@ ALIGNMENT = 64
 OFFER = 0  # tasks nobody has claimed, and above LIMIT_SHIFT the number of workers that may take part
 PENDING = 64  # tasks nobody has finished
 TASK, CALL_AT, TASKS = 128, 136, 144  # of the current call
+OWNER = 152  # the address of the call that has the pool, 0 if none has
 WORKERS = 192  # one line a worker: 1 while it sleeps, or is about to
 WORKER_BYTES = 64
 LIMIT_SHIFT = 48
 TASKS_MASK = (1 << LIMIT_SHIFT) - 1
 
 DONE, MORE, WAITING = 0, 1, 2  # what the caller is told
+TAKEN = -1  # another call has the pool

@@ -31,7 +31,6 @@ from fastattn.simd import (
     where_greater,
 )
 
-LOG2_E = 1.4426950408889634
 INFINITY = float("inf")
 MINUS_INFINITY = float("-inf")
 HALF_MINUS_INFINITY = 0xFC00
@@ -81,21 +80,20 @@ def saturate(tile, x):
 
 
 @jit
-def hide(tile, scores, bias):
-    """-inf where the bias is -inf, the score, whatever it is, elsewhere."""
+def hide(tile, scores, mask):
+    """-inf where the mask is -inf, the score, whatever it is, elsewhere."""
     lowest = -LARGEST_FLOAT32 if tile.itemsize == 4 else -LARGEST_FLOAT64
-    return where_greater(lowest, bias, MINUS_INFINITY, scores)
+    return where_greater(lowest, mask, MINUS_INFINITY, scores)
 
 
 @jit
 def add_mask(tile, kind, scores, mask):
-    """Scores in base 2 under a square of the mask, both with queries in the lanes. Sums of finite numbers stay finite."""
+    """Scores under a square of the mask, both with queries in the lanes. Sums of finite numbers stay finite."""
     if kind == MASK_BOOL:
         return hide(tile, scores, mask)
-    bias = where_greater(INFINITY, absolute(mask), saturate(tile, mask * LOG2_E), mask)
-    biased = scores + bias
-    largest = maximum(absolute(scores), absolute(bias))
-    return hide(tile, where_greater(INFINITY, largest, saturate(tile, biased), biased), bias)
+    biased = scores + mask
+    largest = maximum(absolute(scores), absolute(mask))
+    return hide(tile, where_greater(INFINITY, largest, saturate(tile, biased), biased), mask)
 
 
 @jit

@@ -11,6 +11,7 @@ Read in place, rows whose length is a power of two fall into few sets of the fir
 """
 
 from fastattn.simd import (
+    as_element,
     jit,
     load_element,
     store_element,
@@ -23,6 +24,8 @@ from fastattn.simd import (
 @jit
 def pack_queries(tile, block, source, row, column, present, features, scale):
     """block[p][i] = source[i][p] * scale for i < present; lanes beyond are 0."""
+    factor = as_element(tile, scale)
+    zero = as_element(tile, 0.0)
     for v in range(tile.vectors):
         first = v * tile.lanes
         lanes_at = block + v * tile.vector_bytes
@@ -31,11 +34,11 @@ def pack_queries(tile, block, source, row, column, present, features, scale):
         if first + tile.lanes <= present and column == tile.itemsize:
             while done + tile.lanes <= features:
                 square = tile_load(tile.square, rows_at + done * column, row)
-                tile_store(tile_transpose(square) * scale, lanes_at + done * tile.row_bytes, tile.row_bytes)
+                tile_store(tile_transpose(square) * factor, lanes_at + done * tile.row_bytes, tile.row_bytes)
                 done += tile.lanes
         for p in range(done, features):
             for i in range(tile.lanes):
-                element = load_element(tile, rows_at + i * row + p * column) * scale if first + i < present else 0.0
+                element = load_element(tile, rows_at + i * row + p * column) * factor if first + i < present else zero
                 store_element(tile, lanes_at + p * tile.row_bytes + i * tile.itemsize, element)
 
 

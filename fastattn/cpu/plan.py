@@ -21,8 +21,9 @@ from fastattn.problem import Operands, Problem
 
 GROUP_BYTES = 192 << 10  # state of the query blocks taken through the keys together: part of a level-2 cache
 TASKS_PER_THREAD = 4  # enough to even out, as long as there are blocks to split into
+LOG2_E = math.log2(math.e)
 TASK_FLOPS = 4e9  # at most, where a group can be made smaller: no thread is away from Python for long
-WORK_ROWS = 1  # rows of a tile that `attend` needs besides the scores: the block's maxima
+WORK_ROWS = 2  # rows of a tile needed besides the scores: maxima, and factors of the weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +104,9 @@ def make_plan(problem: Problem, operands: Operands, out: np.ndarray, row: Isa, t
     plan["mask_itemsize"] = mask.itemsize if mask is not None else 0
     plan["causal"] = problem.causal_offset is not None
     plan["first_position"] = problem.causal_offset or 0
-    plan["scale"] = problem.scale * math.log2(math.e)
+    natural = problem.mask_kind == "float"
+    plan["scale"] = problem.scale * (1.0 if natural else LOG2_E)
+    plan["unit"] = LOG2_E if natural else 1.0
     plan["drop_below"] = problem.drop_threshold
     plan["keep_scale"] = problem.keep_scale
     plan["axes"] = len(lead)

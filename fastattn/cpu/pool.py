@@ -8,13 +8,15 @@ its tasks in its own thread. A forked child has no workers, and starts its own w
 import contextlib
 import os
 import threading
-from _thread import allocate_lock
+from _thread import LockType, allocate_lock
+from collections.abc import Iterator
 from contextvars import ContextVar
+from typing import Any
 
 import numpy as np
 
-from fastattn.cpu.kernels import library
-from fastattn.cpu.layout import DONE, WORKER_BYTES, WORKERS
+from fastattn.cpu.kernels import Library, library
+from fastattn.cpu.layout import DONE, TAKEN, WORKER_BYTES, WORKERS
 
 SPINS = 8000  # rounds of waiting, some 25 ns each, before a worker sleeps
 TURN_FLOPS = 2e9  # work the caller does between two looks at Python's signals
@@ -88,7 +90,7 @@ def set_num_threads(n: int) -> None:
 
 
 @contextlib.contextmanager
-def num_threads(n: int):
+def num_threads(n: int) -> Iterator[None]:
     """A context in which calls use `n` threads; other Python threads are not concerned.
 
     Parameters
@@ -113,61 +115,79 @@ def num_threads(n: int):
 class _Pool:
     """The workers of one process."""
 
-    def __init__(self):
-        self.taken = allocate_lock()
+    def __init__(self) -> None:
         self.memory = np.zeros(WORKERS // 8 + MOST * WORKER_BYTES // 8 + 8, np.int64)
         address = self.memory.ctypes.data
         self.address = address + -address % 64
         self.woken = np.zeros(MOST, np.int64)
-        self.beds: list = []  # a lock per worker: it sleeps by waiting for it
-        self.native = None
+        self.beds: list[LockType] = []  # one per worker: it sleeps by waiting for it
+        self.growing = threading.RLock()  # a signal handler may call while this very thread grows the pool
+        self.native: Any = None
 
-    def grow(self, workers):
-        if self.native is None:
-            self.native = library("schedule")
-        while len(self.beds) < workers:
-            bed = allocate_lock()
-            bed.acquire()
-            thread = threading.Thread(
-                target=_live, args=(self.native.work, self.address, len(self.beds), bed), name="fastattn", daemon=True
-            )
-            thread.start()
-            self.beds.append(bed)
+    def grow(self, workers: int) -> None:
+        """Have at least so many workers, or as many as the system allows."""
+        if len(self.beds) >= workers:
+            return
+        with self.growing:
+            if self.native is None:
+                self.native = library("schedule")
+            while len(self.beds) < workers:
+                bed = allocate_lock()
+                bed.acquire()
+                # First the list, which gives the worker its number: no interruption may make two of the same.
+                self.beds.append(bed)
+                try:
+                    threading.Thread(target=_live, args=(self, bed), name="fastattn", daemon=True).start()
+                except RuntimeError:  # too many threads, or the interpreter is about to exit: tasks do not wait for it
+                    return
 
-    def run(self, task, call, tasks, flops, workers):
-        """Run tasks with up to `workers` others; the pool must be taken."""
+    def run(self, task: int, call: int, tasks: int, flops: float, workers: int) -> bool:
+        """Run tasks with up to `workers` others; False if another call has the pool."""
         self.grow(workers)
         native = self.native
         most = max(1, int(TURN_FLOPS * tasks / flops))
         try:
-            count = native.start(self.address, task, call, tasks, workers, self.woken.ctypes.data)
+            count = native.start(self.address, task, call, tasks, min(workers, len(self.beds)), self.woken.ctypes.data)
+            if count == TAKEN:
+                return False
             for worker in self.woken[:count].tolist():
-                self.beds[worker].release()
+                _wake(self.beds[worker])
             while native.take_part(self.address, most, SPINS) != DONE:
                 pass
         except BaseException:  # Ctrl-C: withdraw the tasks, since what they write to is about to be given up
-            self._cancel()
+            self._cancel(call)
             raise
+        return True
 
-    def _cancel(self):
+    def _cancel(self, call: int) -> None:
         while True:
             try:
-                self.native.cancel(self.address)
+                self.native.cancel(self.address, call)
+                # `start` may have counted on wake-ups that were not reached. For all others it is a false alarm.
+                for bed in self.beds:
+                    _wake(bed)
                 return
             except KeyboardInterrupt:
                 continue
 
 
-def _live(work, pool, worker, bed):
+def _wake(bed: LockType) -> None:
+    with contextlib.suppress(RuntimeError):  # not locked: it has been woken, and has yet to notice
+        bed.release()
+
+
+def _live(pool: _Pool, bed: LockType) -> None:
+    """A worker's life. Its frame keeps the shared memory and the compiled code alive, also while the interpreter exits."""
+    work, worker = pool.native.work, pool.beds.index(bed)
     while True:
-        work(pool, worker, SPINS)
+        work(pool.address, worker, SPINS)
         bed.acquire()
 
 
 _pool = _Pool()
 
 
-def _forget():
+def _forget() -> None:
     global _pool
     _pool = _Pool()
 
@@ -176,15 +196,10 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)
 
 
-def run(kernels, call: int, tasks: int, flops: float, threads: int) -> None:
+def run(kernels: Library, call: int, tasks: int, flops: float, threads: int) -> None:
     """Run a call's tasks, on up to `threads` threads, and return when all are done."""
     workers = min(threads, tasks) - 1
-    pool = _pool
-    if workers > 0 and flops >= WORTH_WAKING and pool.taken.acquire(False):
-        try:
-            pool.run(kernels.addresses["task"], call, tasks, flops, workers)
-        finally:
-            pool.taken.release()
+    if workers > 0 and flops >= WORTH_WAKING and _pool.run(kernels.addresses["task"], call, tasks, flops, workers):
         return
     step = tasks if flops <= TURN_FLOPS else max(1, int(TURN_FLOPS * tasks / flops))
     for first in range(0, tasks, step):

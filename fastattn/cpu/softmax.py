@@ -1,7 +1,8 @@
 """Online softmax on a block of scores (Milakov and Gimelshein 2018, arXiv 1805.02867), queries in the lanes.
 
-Scores stand as `scores[j][i]`, key j, query i, in base 2: they were multiplied by log2(e), so that the exponential is
-2^x. For every query the block keeps `m`, to which all exponents refer, and `l`, the sum of the weights so far.
+Scores stand as `scores[j][i]`, key j, query i, in base 2: the queries were multiplied by log2(e), so that the exponential
+is 2^x. (Under a float mask they stay in base e, as finfo.min times log2(e) is no number; `unit` is log2(e) then, else 1.)
+For every query the block keeps `m`, to which all exponents refer, and `l`, the sum of the weights so far.
 
 `m` need not be the maximum: softmax is the same for any reference that does not overflow. It follows the maximum only
 when that is more than `SLACK` above it, so that after the first blocks neither `l` nor the output is rescaled.
@@ -83,11 +84,11 @@ def exp2(tile, x):
 
 
 @jit
-def exponentials(tile, scores, count, shift, total):
-    """scores[j] = 2^(scores[j] - shift) for all keys j of the block; returns total plus their sum over j."""
+def exponentials(tile, scores, count, shift, unit, total):
+    """scores[j] = 2^((scores[j] - shift) · unit) for all keys j of the block; returns total plus their sum over j."""
     at = scores
     for _ in range(count):
-        weights = exp2(tile, tile_load(tile.single, at, tile.row_bytes) - shift)
+        weights = exp2(tile, (tile_load(tile.single, at, tile.row_bytes) - shift) * unit)
         tile_store(weights, at, tile.row_bytes)
         total = total + weights
         at += tile.row_bytes
@@ -104,10 +105,11 @@ def rescale(tile, block, features, factor):
 
 
 @jit
-def absorb(tile, scores, count, top, relative, m_at, l_at, out, features):
+def absorb(tile, scores, count, top, relative, unit, m_at, l_at, out, features):
     """Turn a block of scores into weights, bring m and l up to date, and rescale the output if m rose.
 
-    `top` is the block's maximum for every query. `relative`: m has been subtracted from the scores, and from top.
+    `top` is the block's maximum for every query. `relative`: m has been subtracted from the scores, and from top, and
+    scores are in base 2; otherwise they are times `unit`.
     """
     zero = tile_fill(tile.single, 0.0)
     m = tile_load(tile.single, m_at, tile.row_bytes)
@@ -118,12 +120,12 @@ def absorb(tile, scores, count, top, relative, m_at, l_at, out, features):
     shift = where_greater(top, bound, top, current)
     if all_zero(shift - current):
         if relative:
-            total = exponentials(tile, scores, count, zero, total)
+            total = exponentials(tile, scores, count, zero, 1.0, total)
         else:
-            total = exponentials(tile, scores, count, m, total)
+            total = exponentials(tile, scores, count, m, unit, total)
     else:
-        factor = where_greater(total, zero, exp2(tile, current - shift), 1.0)
+        factor = where_greater(total, zero, exp2(tile, (current - shift) * unit), 1.0)
         rescale(tile, out, features, factor)
         tile_store(m + shift if relative else shift, m_at, tile.row_bytes)
-        total = exponentials(tile, scores, count, shift, total * factor)
+        total = exponentials(tile, scores, count, shift, unit, total * factor)
     tile_store(total, l_at, tile.row_bytes)

@@ -2,10 +2,21 @@
 
 from fastattn.cpu.dropout import drop
 from fastattn.cpu.forward import call_view, clear, locate, plan_view, scores_of, visible_keys
-from fastattn.cpu.layout import MASK_BOOL
 from fastattn.cpu.pack import pack_queries, unpack_rows
 from fastattn.cpu.softmax import absorb, exponentials
-from fastattn.simd import jit, load_element, store_element, tile_fill, tile_load
+from fastattn.simd import jit, minimum, tile_fill, tile_load, tile_store, where_greater
+
+TINY = 1e-30  # a sum of weights is 0, or at least about 1
+
+
+@jit
+def normalise(tile, weights, count, total):
+    """Divide a block by the sums; no weight exceeds 1, and those of a query that looks at no key are 0."""
+    divisor = where_greater(TINY, total, 1.0, total)
+    for _ in range(count):
+        share = minimum(1.0, tile_load(tile.single, weights, 0) / divisor)
+        tile_store(share, weights, 0)
+        weights += tile.row_bytes
 
 
 @jit
@@ -20,10 +31,11 @@ def weigh_block(tile, call, plan, head, first_query, scratch):
     q = scratch
     m = q + plan.head_dim * tile.row_bytes
     total = m + tile.row_bytes
-    work = total + tile.row_bytes
+    factors = total + tile.row_bytes
+    work = factors + tile.row_bytes
+    tile_store(tile_fill(tile.single, plan.keep_scale), factors, 0)
     pack_queries(tile, q, query, plan.query_row, plan.query_column, present, plan.head_dim, plan.scale)
     clear(tile, m, 2)
-    relative = plan.mask_kind <= MASK_BOOL
     zero = tile_fill(tile.single, 0.0)
     scores = work + tile.row_bytes + tile.buffer_bytes
     row, column = plan.key_row, plan.key_column
@@ -35,25 +47,22 @@ def weigh_block(tile, call, plan, head, first_query, scratch):
             masks = mask + first_key * plan.mask_column
             if count > 0:
                 scores_of(
-                    tile, plan, q, m, relative, partial, count, first_query, first_key, keys, panel, row, column, masks, work
+                    tile, plan, q, m, False, partial, count, first_query, first_key, keys, panel, row, column, masks, work
                 )
             if not second:
                 if count > 0:
-                    absorb(tile, scores, count, tile_load(tile.single, work, 0), relative, m, total, 0, 0)
+                    top = tile_load(tile.single, work, 0)
+                    absorb(tile, scores, count, top, False, plan.unit, m, total, 0, 0)
                 continue
             count = max(count, 0)
-            exponentials(tile, scores, count, zero if relative else tile_load(tile.single, m, 0), zero)
+            exponentials(tile, scores, count, tile_load(tile.single, m, 0), plan.unit, zero)
             if plan.drop_below > 0:
                 drop(tile, plan, call.seed, scores, count, head, first_query, first_key)
             width = min(plan.key_block, plan.keys - first_key)
             clear(tile, scores + count * tile.row_bytes, width - count)
+            normalise(tile, scores, width, tile_load(tile.single, total, 0))
             target = weights + first_key * tile.itemsize
-            unpack_rows(tile, scores, total, target, plan.keys * tile.itemsize, tile.itemsize, present, width)
-        if not second:
-            for i in range(tile.width):
-                place = total + i * tile.itemsize
-                sum_ = load_element(tile, place)
-                store_element(tile, place, plan.keep_scale / sum_ if sum_ != 0.0 else 0.0)
+            unpack_rows(tile, scores, factors, target, plan.keys * tile.itemsize, tile.itemsize, present, width)
 
 
 def weights_task(tile):
