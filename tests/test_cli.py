@@ -221,10 +221,11 @@ def test_ctrl_c_is_quiet_and_status_130(tmp_path: Path) -> None:
                     writer = os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)  # opens once the command reads
                 except OSError:
                     time.sleep(0.02)
+            time.sleep(0.3)
             while running.poll() is None and time.monotonic() < deadline:
                 running.send_signal(signal.SIGINT)  # again, should it have come just before the command waits for text
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    running.wait(2)
+                    running.wait(15)
         finally:
             running.kill()
             if writer is not None:
