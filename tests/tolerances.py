@@ -4,16 +4,18 @@ The exact result is the formula evaluated in a wider type, by `fastattn.referenc
 at 1 in the type of the call, and A for the largest Σ|q||k| · |scale|, which is how large the terms are whose sum is a
 score. Then:
 
-- A score is a sum of terms of total size A, so that its error is about eps · A. Where a floating mask is added, the sum
+- A score is a sum of D terms of total size A. Its error is about eps · A where roundings cancel, and eps/2 · D · A at the
+  worst (Higham, "Accuracy and stability of numerical algorithms", section 3.1), which terms that are all alike come
+  near. The first is the promise for results, the second what a log-sum-exp or a single weight is held to. Where a floating mask is added, the sum
   is rounded once more, at the size of the mask: A of a row grows by the largest |mask| among the keys that have a
   weight there. (A mask of -1e9 next to others of 0 costs nothing: keys under it have no weight that could be wrong.)
 - A weight is w = exp(s - lse), so its error is w times that of s - lse, and a constant number of roundings for exp, the
   sum and the division: eps · (8 + A), as w ≤ 1.
 - The result is Σ w v with Σ w = 1: the errors of the weights sum to the same, times the largest value. Hence
   eps · (8 + A) · max(1, max|v|). A call may also be as wrong as twice PyTorch on the same arguments.
-- The log-sum-exp has the error of the scores, and is rounded at its own size: eps · (8 + A + |lse|).
+- The log-sum-exp has the error of the scores, and is rounded at its own size: eps · (8 + D/2 · A + |lse|).
 - Weights are never negative and sum to 1, however large the scores and their errors: whatever A says, no weight is
-  above 1 and no result further from 0 than the largest value, but for the constant number of roundings.
+  above 1 and no result further from 0 than the largest value, but for the roundings of two sums over Lk keys.
 - Dropout multiplies weights, and with them their errors, by 1 / (1 - p).
 
 What is not finite must be the same, with one exception: where the exact result is infinite, because a value is, the
@@ -64,27 +66,29 @@ def expected(query: Any, key: Any, value: Any, attn_mask: Any = None, *, rng: An
         undropped = reference.evaluate(replace(problem, dropout_p=0.0), operands)[2]
     with np.errstate(all="ignore"):
         eps = float(np.finfo(problem.dtype).eps)
-        size: Any = ROUNDINGS + score_size(operands.query, operands.key, problem.scale)
+        terms = score_size(operands.query, operands.key, problem.scale)
+        size: Any = ROUNDINGS + terms
         if operands.mask is not None and problem.mask_kind == "float":
             # not finite: the row is not finite either, or the key has no part in it
             counts = (undropped > eps**2) & np.isfinite(operands.mask).reshape(undropped.shape)
             masks = np.where(counts, np.abs(operands.mask, dtype=np.float64).reshape(counts.shape), 0)
             size = size + np.minimum(masks, np.finfo(problem.dtype).max).max(axis=-1, initial=0)
         size = np.broadcast_to(size, problem.lse_shape)
+        out_bound = eps * size * max(1.0, problem.keep_scale) * max(1.0, largest(operands.value))
+        size = size + terms * max(0.0, problem.head_dim / 2 - 1)
         weight_bound = eps * size * max(1.0, problem.keep_scale)
         most = max(1.0, problem.keep_scale) * (1 + ROUNDINGS * eps)
+        most_out = most * (1 + problem.keys * eps) * largest(operands.value)
         return Expected(
             problem=problem,
             out=out,
             lse=lse,
             weights=weights,
-            out_bound=(weight_bound * max(1.0, largest(operands.value)))[..., None],
+            out_bound=out_bound[..., None],
             lse_bound=eps * (size + np.abs(lse)),
             weights_bound=weight_bound[..., None],
             largest_weight=most,
-            largest_out=most * problem.keys * largest(operands.value)
-            if problem.dropout_p
-            else most * largest(operands.value),
+            largest_out=most_out * (problem.keys if problem.dropout_p else 1),
         )
 
 

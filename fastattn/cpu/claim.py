@@ -2,8 +2,8 @@
 
 One atomic word, the offer, holds the number of tasks left and the number of workers that may take part. Whoever lowers
 it by one owns a task, of the call that is current at that moment: the call's fields were written before the offer, and
-stay until its last task is done. A late worker finds nothing and harms nothing. `pending` counts the tasks not finished;
-the caller waits for it alone, so for workers that hold a task and for no others.
+stay until its last task is done. A late worker finds nothing and harms nothing. `pending` counts the tasks that are not
+finished; the caller waits for it alone, so for workers that hold a task and for no others.
 
 A call takes the pool and gives it back in here too, under its own address: wherever a signal may interrupt Python code,
 `cancel` can tell whether the call had the pool.

@@ -164,6 +164,9 @@ def finish(tile, plan, m, l, block, out, lse, present):
             value = reference * (LN_2 * plan.unit) + math.log(total) if total != 0.0 else MINUS_INFINITY
             store_element(tile, lse + i * tile.itemsize, value)
         store_element(tile, l + i * tile.itemsize, plan.keep_scale / total if total != 0.0 else 0.0)
+        if total == 0.0:  # no key, or none with a score above -inf: 0 even where a value it has looked at is NaN
+            for p in range(plan.value_dim):
+                store_element(tile, block + p * tile.row_bytes + i * tile.itemsize, 0.0)
     unpack_rows(tile, block, l, out, plan.out_row, plan.out_column, present, plan.value_dim)
 
 

@@ -1,8 +1,8 @@
 """Compiled kernels, on demand: found in memory, in the cache on disk, or built.
 
-A kernel's file is named by a hash of everything its code depends on: the kernel's name and parameters, the row of the ISA
-table, the versions of Python, Numba and llvmlite, and the source of every module that takes part. So a stale file is
-never looked at. Files appear by an atomic rename, and begin with a checksum of the rest; where no folder can be
+A kernel's file is named by a hash of everything its code depends on: the kernel's name and parameters, the row of the
+ISA table, the versions of Python, Numba and llvmlite, and the source of every module that takes part. So a stale file
+is never looked at. Files appear by an atomic rename, and begin with a checksum of the rest; where no folder can be
 written, kernels are built anew in every process.
 """
 
@@ -118,7 +118,7 @@ def _write(path: Path, code: bytes) -> None:
 
 
 def library(name: str, row: Isa | None = None) -> Library:
-    """The compiled functions of that name (see `fastattn.cpu.catalogue`) for a row of the ISA table, by default the host's."""
+    """The compiled functions of that name (see `fastattn.cpu.catalogue`) for a row of the ISA table, or the host's."""
     row = row or host()
     found = _loaded.get((name, row))
     if found is None:

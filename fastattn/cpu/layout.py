@@ -64,7 +64,7 @@ CALL = np.dtype(
 MASK_NONE, MASK_BOOL, MASK_SAME, MASK_OTHER, MASK_HALF = range(5)
 ALIGNMENT = 64
 
-# The scheduler's shared memory, offsets in bytes: words that different threads write often have cache lines of their own.
+# The scheduler's shared memory, offsets in bytes: words that different threads write often have lines of their own.
 OFFER = 0  # tasks nobody has claimed, and above LIMIT_SHIFT the number of workers that may take part
 PENDING = 64  # tasks nobody has finished
 TASK, CALL_AT, TASKS = 128, 136, 144  # of the current call

@@ -177,7 +177,7 @@ def _wake(bed: LockType) -> None:
 
 
 def _live(pool: _Pool, bed: LockType) -> None:
-    """A worker's life. Its frame keeps the shared memory and the compiled code alive, also while the interpreter exits."""
+    """A worker's life. Its frame keeps shared memory and compiled code alive, also while the interpreter exits."""
     work, worker = pool.native.work, pool.beds.index(bed)
     while True:
         work(pool.address, worker, SPINS)
