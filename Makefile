@@ -20,7 +20,7 @@ STAMP := $(VENV)/stamps
 .PHONY: help demo test bench bench-table lint format dev clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
 demo: $(STAMP)/demo
 	$(BIN)/python -m fastattn demo $(ARGS)
