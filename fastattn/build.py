@@ -1,9 +1,12 @@
 """From a Python function to machine code for one row of the ISA table, by way of Numba and LLVM.
 
-Numba types the functions and lowers them to LLVM IR. Linking, optimisation and code generation happen here, once for the
-whole kernel, and for the row's processor instead of the host's: a forced ISA is then really the one that runs. (Numba
-by itself optimises and compiles every callee on its own before it is inlined, which takes five times as long.)
+Numba types the functions and lowers them to LLVM IR. Linking, optimisation and code generation happen here, once for
+the whole kernel, and for the row's processor instead of the host's: a forced ISA is then really the one that runs.
+(Numba by itself optimises and compiles every callee on its own before it is inlined, which takes five times as long.)
 """
+
+from collections.abc import Callable, Container
+from typing import Any
 
 from llvmlite import binding as llvm
 from llvmlite import ir
@@ -19,18 +22,19 @@ from fastattn.machine import target_machine
 class _Library(JITCodeLibrary):
     """The IR of one function. It is never compiled alone: `emit` links it into the kernel."""
 
-    def finalize(self):
+    def finalize(self) -> None:
         self._finalized = True
 
-    def add_llvm_module(self, ll_module):
+    def add_llvm_module(self, ll_module: Any) -> None:
         self._final_module.link_in(ll_module)
 
-    def get_pointer_to_function(self, name):
+    def get_pointer_to_function(self, name: str) -> int:
         return 0
 
-    def reachable(self):
+    def reachable(self) -> list["_Library"]:
         """This library and all that it calls."""
-        found, waiting = {}, [self]
+        found: dict[_Library, None] = {}
+        waiting = [self]
         while waiting:
             library = waiting.pop()
             if library not in found:
@@ -42,26 +46,26 @@ class _Library(JITCodeLibrary):
 class _Codegen(JITCPUCodegen):
     _library_class = _Library
 
-    def set_env(self, env_name, env):
+    def set_env(self, env_name: str, env: Any) -> None:
         pass
 
 
 class _swapped_codegen:
     """Numba's CPU target, for the time of a kernel's compilation, with a code generator that only collects IR."""
 
-    codegen = None
+    codegen: Any = None
 
-    def __enter__(self):
+    def __enter__(self) -> None:
         if self.codegen is None:
             type(self).codegen = _Codegen("fastattn")
         self.before = cpu_target.target_context._internal_codegen
         cpu_target.target_context._internal_codegen = self.codegen
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         cpu_target.target_context._internal_codegen = self.before
 
 
-def emit(functions, row: Isa) -> bytes:
+def emit(functions: dict[str, tuple[Callable[..., Any], int]], row: Isa) -> bytes:
     """Object code that exports C functions.
 
     Parameters
@@ -80,7 +84,7 @@ def emit(functions, row: Isa) -> bytes:
         flags = compiler.Flags()
         flags.no_compile = flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
         flags.error_model = "numpy"
-        libraries = {}
+        libraries: dict[_Library, None] = {}
         with _swapped_codegen():
             for symbol, (function, count) in functions.items():
                 compiled = compiler.compile_extra(typing, target, function, (types.intp,) * count, None, flags, {})
@@ -91,7 +95,7 @@ def emit(functions, row: Isa) -> bytes:
     return _generate(module, row, functions)
 
 
-def _entry(descriptor, target, symbol):
+def _entry(descriptor: Any, target: Any, symbol: str) -> str:
     """LLVM IR of an exported function: it calls Numba's, whose convention adds a result pointer and a status."""
     module = ir.Module(symbol)
     fnty = target.call_conv.get_function_type(descriptor.restype, descriptor.argtypes)
@@ -105,7 +109,7 @@ def _entry(descriptor, target, symbol):
     return str(module)
 
 
-def _generate(module, row, exported):
+def _generate(module: Any, row: Isa, exported: Container[str]) -> bytes:
     machine = target_machine(row)
     for item in (*module.functions, *module.global_variables):
         if not item.is_declaration and item.name not in exported:
@@ -115,4 +119,5 @@ def _generate(module, row, exported):
     options.loop_unrolling = options.slp_vectorization = options.loop_vectorization = False
     builder = llvm.create_pass_builder(machine, options)
     builder.getModulePassManager().run(module, builder)
-    return machine.emit_object(module)
+    code: bytes = machine.emit_object(module)
+    return code

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastattn.cpu import pool
-from fastattn.cpu.kernels import kernel_name, library
+from fastattn.cpu.kernels import Library, kernel_name, library
 from fastattn.cpu.layout import ALIGNMENT, CALL
 from fastattn.cpu.plan import make_plan
 from fastattn.isa import host
@@ -67,7 +67,9 @@ class Prepared:
         template["scratch_bytes"] = plan.scratch_bytes
         self.template = template
 
-    def run(self, query: Array, key: Array, value: Array, mask: Array | None, out: Array, lse: Array | None, seed: int):
+    def run(
+        self, query: Array, key: Array, value: Array, mask: Array | None, out: Array, lse: Array | None, seed: int
+    ) -> None:
         """Compute `out`, and `lse` if it is given. The arrays are the call's own, not the operands made of them."""
         plan = self.plan
         if self.quick:
@@ -78,12 +80,23 @@ class Prepared:
             return
         self._run(self.forward, query, key, value, mask, out, lse, None, seed)
 
-    def run_weights(self, query: Array, key: Array, mask: Array | None, weights: Array, seed: int):
+    def run_weights(self, query: Array, key: Array, mask: Array | None, weights: Array, seed: int) -> None:
         """Compute the weights."""
         kernels = library(kernel_name("weights", self.dtype, self.plan.tile))
         self._run(kernels, query, key, None, mask, None, None, weights, seed)
 
-    def _run(self, kernels, query, key, value, mask, out, lse, weights, seed):
+    def _run(
+        self,
+        kernels: Library,
+        query: Array,
+        key: Array,
+        value: Array | None,
+        mask: Array | None,
+        out: Array | None,
+        lse: Array | None,
+        weights: Array | None,
+        seed: int,
+    ) -> None:
         plan = self.plan
         if not plan.tasks:
             return

@@ -26,6 +26,7 @@ from fastattn.simd import (
     jit,
     largest_row,
     load_element,
+    load_u8,
     maximum,
     record_view,
     store_element,
@@ -42,9 +43,8 @@ PACK_FROM = 3  # query blocks in a group: for fewer, packing keys and values cos
 
 
 @jit
-def score_block(tile, q, features, key, key_panel, key_row, key_column, count, start, scores, top):
-    """scores[j][i] = start[i] + key[j] · q[i] for `count` keys; their maximum over j goes to `top`."""
-    best = tile_fill(tile.single, MINUS_INFINITY)
+def score_block(tile, q, features, key, key_panel, key_row, key_column, count, start, scores, best):
+    """scores[j][i] = start[i] + key[j] · q[i] for `count` keys; returns the maximum of `best` and of them over j."""
     initial = tile_repeat(tile, start)
     whole = count - count % tile.rows
     for _ in range(0, whole, tile.rows):
@@ -59,7 +59,7 @@ def score_block(tile, q, features, key, key_panel, key_row, key_column, count, s
         best = maximum(row, best)
         key += key_row
         scores += tile.row_bytes
-    tile_store(best, top, 0)
+    return best
 
 
 @jit
@@ -98,12 +98,20 @@ def is_finite(tile, value, value_column, features):
 
 
 @jit
-def add_values_carefully(tile, plan, weights, count, source, value, panel, row, column, mask, present, ahead, out):
-    """`add_values` for a block in which some query may not look at some key: 0 · NaN must not reach it.
+def add_visible_values(
+    tile, plan, weights, count, safe, source, value, panel, row, column, mask, present, ahead, out
+):
+    """`add_values` for a block in which some query may not look at a key from `safe` on: 0 · NaN must not reach it.
 
-    Rows of values that are finite throughout take the fast way; in the others a query is added where it may look.
     `source` is the block's first row of values in the user's array, `value` the same for the micro-kernel.
     """
+    start = safe
+    while start < count and is_finite(tile, source + start * plan.value_row, plan.value_column, plan.value_dim):
+        start += 1
+    if start == count:
+        add_values(tile, weights, count, value, panel, row, column, out, plan.value_dim)
+        return
+    # Rows of values that are finite throughout take the fast way; in the others a query is added where it may look.
     start = 0
     for j in range(count + 1):
         at = source + j * plan.value_row
@@ -124,20 +132,31 @@ def add_values_carefully(tile, plan, weights, count, source, value, panel, row, 
 
 
 @jit
-def visible_keys(tile, plan, first_query, first_key):
-    """How many keys of a block some query of the block looks at, and whether some query does not look at some of them."""
+def visible_keys(tile, plan, first_query, first_key, mask):
+    """How many keys of a block the queries of a block look at, and how many of these, from the first, all look at.
+
+    The second is a multiple of what `restrict` takes at a time, unless it is all.
+    """
     count = min(plan.key_block, plan.keys - first_key)
-    partial = plan.mask_kind != MASK_NONE
+    safe = count
     if plan.causal:
         position = plan.first_position + first_query
         present = min(tile.width, plan.queries - first_query)
-        count = min(count, position + present - first_key)
-        partial = partial or position < first_key + count - 1
-    return count, partial
+        count = max(0, min(count, position + present - first_key))
+        safe = max(0, min(count, position + 1 - first_key))
+    if plan.mask_kind != MASK_NONE:
+        safe = 0
+        if plan.mask_kind == MASK_BOOL and plan.mask_row == 0:
+            while count > 0 and load_u8(mask + (count - 1) * plan.mask_column) == 0:
+                count -= 1  # padding, usually
+    if safe < count:
+        step = max(tile.lanes, tile.rows)
+        safe -= safe % step
+    return count, safe
 
 
 @jit
-def scores_of(tile, plan, q, m, relative, partial, count, first_query, first_key, key, panel, row, column, mask, work):
+def scores_of(tile, plan, q, m, relative, count, safe, first_query, first_key, key, panel, row, column, mask, work):
     """The block of scores of some queries with `count` keys: their place; their maximum over the keys at `work`.
 
     `relative`: less m, from which the sums of products then start.
@@ -146,11 +165,20 @@ def scores_of(tile, plan, q, m, relative, partial, count, first_query, first_key
     start = tile_fill(tile.single, 0.0)
     if relative:
         start = start - tile_load(tile.single, m, 0)
-    score_block(tile, q, plan.head_dim, key, panel, row, column, count, start, scores, work)
-    if partial:
+    best = tile_fill(tile.single, MINUS_INFINITY)
+    best = score_block(tile, q, plan.head_dim, key, panel, row, column, safe, start, scores, best)
+    if safe < count:
+        tile_store(best, work, 0)
+        key += safe // tile.rows * panel
+        rest = scores + safe * tile.row_bytes
+        score_block(tile, q, plan.head_dim, key, panel, row, column, count - safe, start, rest, best)
         present = min(tile.width, plan.queries - first_query)
         position = plan.first_position + first_query
-        restrict(tile, plan, scores, count, mask, present, position, first_key, work, work + tile.row_bytes)
+        mask += safe * plan.mask_column
+        buffer = work + tile.row_bytes
+        restrict(tile, plan, rest, count - safe, mask, present, position, first_key + safe, work, buffer)
+    else:
+        tile_store(best, work, 0)
     return scores
 
 
@@ -246,25 +274,25 @@ def forward_group(tile, call, plan, head, first_query, blocks, scratch):
             pack_values(tile, values_at, values, plan.value_row, plan.value_column, count, plan.value_dim, value_panel)
         for b in range(blocks):
             first = first_query + b * tile.width
-            count, partial = visible_keys(tile, plan, first, first_key)
-            if count <= 0:
+            masks = mask + first * plan.mask_row + first_key * plan.mask_column
+            count, safe = visible_keys(tile, plan, first, first_key, masks)
+            if count == 0:
                 continue
             q = scratch + b * state_bytes
             block = q + q_bytes
             m = block + out_bytes
-            masks = mask + first * plan.mask_row + first_key * plan.mask_column
             scores = scores_of(
-                tile, plan, q, m, relative, partial, count, first, first_key, keys_at, key_panel, key_row, key_column, masks, work
+                tile, plan, q, m, relative, count, safe, first, first_key, keys_at, key_panel, key_row, key_column, masks, work
             )
             top = tile_load(tile.single, work, 0)
             absorb(tile, scores, count, top, relative, plan.unit, m, m + tile.row_bytes, block, plan.value_dim)
             if plan.drop_below > 0:
                 drop(tile, plan, call.seed, scores, count, head, first, first_key)
-            if partial:
+            if safe < count:
                 present = min(tile.width, plan.queries - first)
                 ahead = plan.first_position + first - first_key
-                add_values_carefully(
-                    tile, plan, scores, count, values, values_at, value_panel, value_row, value_column, masks, present, ahead, block
+                add_visible_values(
+                    tile, plan, scores, count, safe, values, values_at, value_panel, value_row, value_column, masks, present, ahead, block
                 )
             else:
                 add_values(tile, scores, count, values_at, value_panel, value_row, value_column, block, plan.value_dim)

@@ -19,7 +19,6 @@ from fastattn.simd import (
     store_f64,
     store_u8,
     store_u16,
-    tile_fill,
     tile_iota,
     tile_load,
     tile_load_bool,
@@ -98,7 +97,7 @@ def add_mask(tile, kind, scores, mask):
 
 @jit
 def restrict(tile, plan, scores, count, mask, present, position, first_key, top, buffer):
-    """Apply the mask and the causal limit to a block of scores; leave its maximum over the keys in `top`.
+    """Apply the mask and the causal limit to a block of scores; raise `top` to its maximum over the keys.
 
     `mask` is the address of the mask's element for the block's first query and first key, `position` the position of
     that query, `present` the number of queries in the block.
@@ -109,7 +108,7 @@ def restrict(tile, plan, scores, count, mask, present, position, first_key, top,
     distance = tile_iota(tile.square) - index
     for v in range(tile.vectors):
         rows = min(lanes, present - v * lanes)
-        best = tile_fill(tile.vector, MINUS_INFINITY)
+        best = tile_load(tile.vector, top + v * tile.vector_bytes, 0)
         for j in range(0, count, lanes):
             columns = min(lanes, count - j)
             place = scores + j * tile.row_bytes + v * tile.vector_bytes

@@ -42,19 +42,18 @@ def weigh_block(tile, call, plan, head, first_query, scratch):
     panel = tile.rows * row
     for second in range(2):
         for first_key in range(0, plan.keys, plan.key_block):
-            count, partial = visible_keys(tile, plan, first_query, first_key)
             keys = key + first_key * row
             masks = mask + first_key * plan.mask_column
+            count, safe = visible_keys(tile, plan, first_query, first_key, masks)
             if count > 0:
                 scores_of(
-                    tile, plan, q, m, False, partial, count, first_query, first_key, keys, panel, row, column, masks, work
+                    tile, plan, q, m, False, count, safe, first_query, first_key, keys, panel, row, column, masks, work
                 )
             if not second:
                 if count > 0:
                     top = tile_load(tile.single, work, 0)
                     absorb(tile, scores, count, top, False, plan.unit, m, total, 0, 0)
                 continue
-            count = max(count, 0)
             exponentials(tile, scores, count, tile_load(tile.single, m, 0), plan.unit, zero)
             if plan.drop_below > 0:
                 drop(tile, plan, call.seed, scores, count, head, first_query, first_key)
