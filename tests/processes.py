@@ -23,6 +23,7 @@ def start(code: str, root: Path = PACKAGE.parent, **changes: str | None) -> subp
     """Start Python on some code."""
     return subprocess.Popen(
         [sys.executable, "-c", code],
+        cwd=root,  # where -c looks first
         env=environment(root, **changes),
         text=True,
         stdin=subprocess.PIPE,
