@@ -1,0 +1,263 @@
+"""The cache of compiled kernels: never stale, shared by processes, done without where it cannot be; what it saves."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import processes
+import pytest
+
+from fastattn import isa
+from fastattn.cpu import kernels
+
+CALL = """
+import sys
+import numpy as np
+import fastattn
+arrays = np.random.default_rng(0).standard_normal((3, 1, 2, 40, 16), dtype=np.float32)
+right = np.allclose(fastattn.attention(*arrays), fastattn.attention(*arrays, backend="reference"), atol=1e-5)
+print("right" if right else "wrong")
+"""
+NO_NUMBA = """
+assert "numba" not in sys.modules
+"""
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a cache folder that one small call has filled."""
+    folder = tmp_path_factory.mktemp("cache") / "made" / "on demand"
+    assert processes.run(CALL, FASTATTN_CACHE_DIR=str(folder)) == "right\n"
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return an empty cache folder, used in this process."""
+    monkeypatch.setattr(kernels, "cache_folder", lambda: tmp_path)
+    return tmp_path
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# -- what is compiled, and what a call loads ---------------------------------------------------------------------------
+
+
+def test_a_small_call_compiles_one_kernel(filled: Path) -> None:
+    (name,) = names(filled)
+    assert name.startswith(f"forward-float32-{isa.host().rows}x{isa.host().vectors}-{isa.host().name}-")
+
+
+def test_threads_add_the_scheduler(filled: Path) -> None:
+    code = "from fastattn.cpu import pool\npool.WORTH_WAKING = 0\n" + CALL
+    assert processes.run(code, FASTATTN_CACHE_DIR=str(filled), FASTATTN_NUM_THREADS="2") == "right\n"
+    scheduler, forward = sorted(names(filled), key=lambda name: name.startswith("forward-"))
+    assert scheduler.startswith("schedule-")
+    assert forward.startswith("forward-")
+
+
+def test_a_cached_call_does_without_numba(filled: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in filled.iterdir()}
+    assert processes.run(CALL + NO_NUMBA, FASTATTN_CACHE_DIR=str(filled)) == "right\n"
+    assert {path: path.stat().st_mtime_ns for path in filled.iterdir()} == before
+
+
+def test_import_and_first_call_are_quick(filled: Path) -> None:
+    """In seconds of CPU time, which other processes do not change much; the best of three."""
+    code = """
+import time, numpy as np
+start = time.process_time()
+import fastattn
+imported = time.process_time()
+arrays = np.zeros((3, 1, 2, 40, 16), np.float32)
+fastattn.attention(*arrays)
+print(imported - start, time.process_time() - imported)
+"""
+    runs = [processes.run(code, FASTATTN_CACHE_DIR=str(filled)).split() for _ in range(3)]
+    imports, calls = (min(map(float, column)) for column in zip(*runs, strict=True))
+    assert imports <= 0.3
+    assert calls <= 0.5
+
+
+def test_import_loads_little() -> None:
+    assert (
+        processes.run("import sys, fastattn\nprint({'numba', 'torch', 'matplotlib'} & set(sys.modules))") == "set()\n"
+    )
+
+
+# -- never stale -------------------------------------------------------------------------------------------------------
+
+
+def test_an_edited_kernel_is_compiled_again(filled: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "fastattn"
+    shutil.copytree(processes.PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    before = names(filled)
+    assert processes.run(CALL + NO_NUMBA, tmp_path, FASTATTN_CACHE_DIR=str(filled)) == "right\n"
+    assert names(filled) == before, "the same sources elsewhere are the same kernels"
+    softmax = copy / "cpu" / "softmax.py"
+    text = softmax.read_text()
+    softmax.write_text(
+        text + "\nNEAREST_32 = DOWN_32 = (1.0, 0.0)\n"
+    )  # a module's constant, which Numba does not watch
+    assert processes.run(CALL, tmp_path, FASTATTN_CACHE_DIR=str(filled)) == "wrong\n"
+    assert len(names(filled)) == len(before) + 1
+    softmax.write_text(text)
+    assert processes.run(CALL + NO_NUMBA, tmp_path, FASTATTN_CACHE_DIR=str(filled)) == "right\n"
+
+
+def imported_by(module: str, found: set[str]) -> set[str]:
+    """Add the package's modules that a module imports, and that those do, to `found`."""
+    path = processes.PACKAGE.parent.joinpath(*module.split(".")).with_suffix(".py")
+    if module not in found and path.exists():
+        found.add(module)
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("fastattn"):
+                imported_by(node.module, found)
+                for alias in node.names:
+                    imported_by(f"{node.module}.{alias.name}", found)
+    return found
+
+
+def test_every_module_that_takes_part_is_in_the_name(tmp_path: Path) -> None:
+    """All that compiling imports, except the ISA table, of which the row is in the name."""
+    modules = sorted(imported_by("fastattn.cpu.catalogue", set()) - {"fastattn.isa"})
+    assert {"fastattn.simd", "fastattn.build", "fastattn.cpu.softmax", "fastattn.cpu.claim"} <= set(modules)
+    shutil.copytree(processes.PACKAGE, tmp_path / "fastattn", ignore=shutil.ignore_patterns("__pycache__"))
+    code = f"""
+from pathlib import Path
+from fastattn.cpu.kernels import _source_digest
+digests = [_source_digest.__wrapped__()]
+for module in {modules}:
+    path = Path({str(tmp_path)!r}, *module.split(".")).with_suffix(".py")
+    path.write_bytes(path.read_bytes() + b"#")
+    digests.append(_source_digest.__wrapped__())
+print(len(digests) == len(set(digests)))
+"""
+    assert processes.run(code, tmp_path) == "True\n"
+
+
+def test_the_row_and_the_kernel_are_in_the_name(folder: Path) -> None:
+    row = isa.host()
+    changed = [
+        ("forward-float32-4x2", row),
+        ("forward-float64-4x2", row),
+        ("forward-float32-8x1", row),
+        ("forward-float32-4x2", replace(row, cpu="other")),
+        ("forward-float32-4x2", replace(row, scalef=not row.scalef)),
+        ("forward-float32-4x2", replace(row, key_block=row.key_block + 1)),
+    ]
+    assert len({kernels._path(*each) for each in changed}) == len(changed)
+
+
+@pytest.mark.parametrize("package", ["numba", "llvmlite"])
+def test_versions_are_in_the_name(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    digest = kernels._source_digest.__wrapped__
+    before = digest()
+    version = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.1" if name == package else version(name))
+    assert digest() != before
+
+
+# -- shared, and damaged -----------------------------------------------------------------------------------------------
+
+
+def test_processes_fill_it_at_once(tmp_path: Path) -> None:
+    code = """
+import sys
+from fastattn.cpu.kernels import library
+from fastattn.cpu import catalogue
+print("ready", flush=True)
+sys.stdin.readline()
+library("schedule")
+"""
+    started = [processes.start(code, FASTATTN_CACHE_DIR=str(tmp_path)) for _ in range(3)]
+    for process in started:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in started:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    for process in started:
+        processes.finish(process)
+    (name,) = names(tmp_path)
+    assert name.startswith("schedule-")
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda b: b"", lambda b: b[:20], lambda b: b[:-1], lambda b: b[:99] + b"!" + b[100:]]
+)
+def test_a_damaged_file_is_replaced(folder: Path, damage: object) -> None:
+    code = kernels._code("schedule", isa.host())
+    (path,) = folder.iterdir()
+    content = path.read_bytes()
+    assert callable(damage)
+    path.write_bytes(damage(content))
+    assert kernels._read(path) is None
+    kernels._code("schedule", isa.host())
+    assert names(folder) == [path.name]
+    assert len(path.read_bytes()) == len(content)
+    again = kernels._read(path)
+    assert again is not None
+    assert len(again) == len(code)
+
+
+# -- nowhere to write --------------------------------------------------------------------------------------------------
+
+
+def test_without_a_folder_it_works_uncached(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    assert processes.run(CALL, FASTATTN_CACHE_DIR=str(file / "below")) == "right\n"
+    assert file.read_text() == ""
+
+
+@pytest.mark.parametrize("place", ["/proc/fastattn", "/dev/null", "x" * 5000])
+def test_a_folder_that_cannot_be(monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    monkeypatch.setattr(kernels.os, "environ", {"FASTATTN_CACHE_DIR": place})
+    assert kernels.cache_folder.__wrapped__() is None
+
+
+def test_a_folder_that_vanishes(folder: Path) -> None:
+    path = folder / "gone" / "schedule.o"
+    kernels._write(path, b"code")
+    assert kernels._read(path) is None
+
+
+def test_a_full_disk_leaves_nothing_behind(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(kernels.os, "replace", full)
+    kernels._write(folder / "schedule.o", b"code")
+    assert names(folder) == []
+
+
+def test_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no HOME, the user's entry in the password file says; where there is neither, nothing is cached."""
+    code = "from fastattn.cpu.kernels import cache_folder\nprint(cache_folder())"
+    printed = processes.run(code, HOME=None, XDG_CACHE_HOME=None, FASTATTN_CACHE_DIR=None)
+    assert printed.strip().endswith("fastattn") or printed == "None\n"
+
+    def unknown() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(kernels.os, "environ", {})
+    monkeypatch.setattr(Path, "home", unknown)
+    assert kernels.cache_folder.__wrapped__() is None
+
+
+def test_the_folder_is_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels.sys, "platform", "linux")
+    monkeypatch.setattr(kernels.os, "environ", {"XDG_CACHE_HOME": str(tmp_path)})
+    assert kernels.cache_folder.__wrapped__() == tmp_path / "fastattn"
+    monkeypatch.setattr(
+        kernels.os, "environ", {"XDG_CACHE_HOME": str(tmp_path), "FASTATTN_CACHE_DIR": str(tmp_path / "x")}
+    )
+    assert kernels.cache_folder.__wrapped__() == tmp_path / "x"

@@ -1,0 +1,199 @@
+"""The ISA table: which row a process uses, and that the row's instructions are really the ones in the kernels."""
+
+from __future__ import annotations
+
+import platform
+import re
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import broad
+import numpy as np
+import processes
+import pytest
+
+from fastattn import api, build, isa, machine
+from fastattn.cpu import attention as cpu
+from fastattn.cpu import catalogue, kernels, pool
+
+ROWS = {row.name: row for row in isa.TABLE}
+on_x86 = pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="these are x86 instructions")
+PRINT_HOST = "from fastattn.isa import host; print(host().name)"
+
+
+# -- which row ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def _host_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(isa, "host", isa.host.__wrapped__)
+
+
+def test_the_first_row_that_runs_here_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FASTATTN_ISA", raising=False)
+    assert isa.host() is next(row for row in isa.TABLE if isa.runs_here(row))
+    for count in range(len(isa.TABLE)):
+        features = frozenset(isa.TABLE[count].needs)
+        monkeypatch.setattr(isa, "host_features", lambda features=features: features)
+        assert isa.host() is isa.TABLE[count]
+
+
+def test_a_machine_without_features_runs_the_last_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FASTATTN_ISA", raising=False)
+
+    def unknown() -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr(isa.llvm, "get_host_cpu_features", unknown)
+    monkeypatch.setattr(isa, "host_features", isa.host_features.__wrapped__)
+    assert isa.host().name == "generic"
+
+
+@pytest.mark.parametrize("name", ["avx1024", "AVX2", "avx2 ", "0"])
+def test_an_unknown_row_is_refused_with_the_list(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("FASTATTN_ISA", name)
+    message = f"FASTATTN_ISA={name!r} is unknown, expected one of avx512, avx2, generic"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        isa.host()
+
+
+def test_a_row_that_does_not_run_here_is_refused_with_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTATTN_ISA", "avx512")
+    features = frozenset(ROWS["avx512"].needs) - {"avx512dq", "fma"}
+    monkeypatch.setattr(isa, "host_features", lambda: features)
+    with pytest.raises(ValueError, match="^FASTATTN_ISA=avx512: this .* machine lacks avx512dq, fma$"):
+        isa.host()
+
+
+def test_a_call_is_refused_too() -> None:
+    assert processes.run(
+        """
+import numpy as np, fastattn
+try:
+    fastattn.attention(*np.zeros((3, 2, 2), np.float32))
+except ValueError as error:
+    print(error)
+""",
+        FASTATTN_ISA="sse9",
+    ).startswith("FASTATTN_ISA='sse9' is unknown")
+
+
+@pytest.mark.parametrize("row", [row for row in isa.TABLE if isa.runs_here(row)], ids=lambda row: row.name)
+def test_a_row_can_be_forced(row: isa.Isa) -> None:
+    assert processes.run(PRINT_HOST, FASTATTN_ISA=row.name) == row.name + "\n"
+
+
+def test_needs_cover_what_llvm_may_use() -> None:
+    """A row needs every feature that its processor model lets LLVM use and that vector code could contain."""
+    assert set(ROWS["avx2"].needs) <= set(ROWS["avx512"].needs)
+    for row in ROWS.values():
+        assert row.vector_bytes % 16 == 0
+        for itemsize in (4, 8):
+            lanes = row.vector_bytes // itemsize
+            assert row.key_block % lanes == 0
+            assert row.key_block % 4 == 0  # dropout draws for four keys at a time
+
+
+# -- the instructions --------------------------------------------------------------------------------------------------
+
+
+@cache
+def assembly(name: str, dtype: str = "float32") -> list[str]:
+    """Return the lines of the forward pass's assembly for a row of the table, with LLVM's comments."""
+    row = ROWS[name]
+
+    def assembler(row: isa.Isa) -> Any:
+        target = machine.target_machine(row)
+        target.set_asm_verbosity(True)
+        target.emit_object = lambda module: target.emit_assembly(module).encode()
+        return target
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "target_machine", assembler)
+        code = catalogue.build(f"forward-{dtype}-{row.rows}x{row.vectors}", row, {"task": 3})
+    return code.decode().splitlines()
+
+
+def instructions(lines: list[str]) -> str:
+    """Return the lines that are instructions, without comments."""
+    return "\n".join(line.split("#")[0].rstrip() for line in lines if re.match(r"\t[a-z]", line))
+
+
+def loops(lines: list[str]) -> list[list[str]]:
+    """Return the lines of every innermost loop: from a label to a jump back to it, with no other label between."""
+    found, start, label = [], 0, None
+    for number, line in enumerate(lines):
+        if match := re.match(r"(\.L\w+):", line):
+            start, label = number, match[1]
+        elif (match := re.match(r"\tj\w+\t(\.L\w+)", line)) and match[1] == label:
+            found.append(lines[start + 1 : number + 1])
+    return found
+
+
+@on_x86
+def test_avx512_is_avx512() -> None:
+    code = instructions(assembly("avx512"))
+    for mnemonic in ("vfmadd", "vscalefps", "vreduceps"):
+        assert re.search(rf"\t{mnemonic}\w*\t.*%zmm", code), mnemonic
+
+
+@on_x86
+def test_avx2_is_avx2_and_no_more() -> None:
+    code = instructions(assembly("avx2"))
+    assert re.search(r"\tvfmadd\w+ps\t.*%ymm", code)
+    assert "zmm" not in code
+    assert not re.search(r"%[xy]mm(1[6-9]|2\d|3[01])\b|%k[0-7]\b|\{", code)
+
+
+@on_x86
+def test_generic_is_the_baseline() -> None:
+    code = instructions(assembly("generic"))
+    assert re.search(r"\tmulps\t.*%xmm", code)
+    assert re.search(r"\taddps\t.*%xmm", code)
+    assert not re.search(r"%[yz]mm", code)
+    assert not re.search(r"\tv[a-z]", code)
+
+
+@on_x86
+@pytest.mark.parametrize("name", ROWS)
+def test_the_micro_kernel_stays_in_registers(name: str) -> None:
+    """In the loops with most multiply-adds, those of the two products, no vector goes to the stack."""
+    row = ROWS[name]
+    multiply = r"\tmulps\t" if name == "generic" else r"\tvfmadd\w+ps\t"
+    found = 0
+    for loop in loops(assembly(name)):
+        if sum(bool(re.match(multiply, line)) for line in loop) < row.rows * row.vectors:
+            continue
+        found += 1
+        text = "\n".join(loop)
+        assert not re.search(r"(16|32|64)-byte (Folded )?(Spill|Reload)", text), text
+        assert not re.search(r"\(%rsp.*%[xyz]mm|%[xyz]mm.*\(%rsp", text), text
+    assert found >= 2
+
+
+# -- the results -------------------------------------------------------------------------------------------------------
+
+
+def test_sixteen_lanes_on_any_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AVX-512's lanes, tile and blocks, in whatever vectors this machine has."""
+    here = isa.host()
+    row = replace(ROWS["avx512"], name="wide", cpu=here.cpu, needs=here.needs, scalef=here.scalef)
+    monkeypatch.setattr(cpu, "host", lambda: row)
+    monkeypatch.setattr(kernels, "host", lambda: row)
+    monkeypatch.setattr(api, "_prepared", {})
+    monkeypatch.setattr(pool, "WORTH_WAKING", 0)
+    assert broad.check((np.float32,)) == 16
+    assert any(loaded is row for _, loaded in kernels._loaded)
+
+
+@pytest.mark.parametrize("row", [row for row in isa.TABLE if isa.runs_here(row)], ids=lambda row: row.name)
+def test_every_row_that_runs_here_is_right(row: isa.Isa) -> None:
+    dtypes = "np.float32, np.float64" if row is isa.host() else "np.float32,"
+    code = f"""
+import numpy as np, broad
+from fastattn.cpu import pool
+pool.WORTH_WAKING = 0
+print(broad.check(({dtypes})))
+"""
+    assert int(processes.run(code, FASTATTN_ISA=row.name)) == 16 * dtypes.count("np.")
