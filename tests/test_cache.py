@@ -55,7 +55,7 @@ def test_a_small_call_compiles_one_kernel(filled: Path) -> None:
 
 
 def test_threads_add_the_scheduler(filled: Path) -> None:
-    code = "from fastattn.cpu import pool\npool.WORTH_WAKING = 0\n" + CALL
+    code = "from fastattn.cpu import pool\npool.WORTH_SHARING = pool.WORTH_WAKING = 0\n" + CALL
     assert processes.run(code, FASTATTN_CACHE_DIR=str(filled), FASTATTN_NUM_THREADS="2") == "right\n"
     scheduler, forward = sorted(names(filled), key=lambda name: name.startswith("forward-"))
     assert scheduler.startswith("schedule-")

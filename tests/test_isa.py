@@ -158,15 +158,17 @@ def test_generic_is_the_baseline() -> None:
 @on_x86
 @pytest.mark.parametrize("name", ROWS)
 def test_the_micro_kernel_stays_in_registers(name: str) -> None:
-    """In the loops with most multiply-adds, those of the two products, no vector goes to the stack."""
+    """In the loops of the two products, those that broadcast and multiply-add, no vector goes to the stack."""
     row = ROWS[name]
-    multiply = r"\tmulps\t" if name == "generic" else r"\tvfmadd\w+ps\t"
+    multiply, broadcast = r"\tvfmadd\w+ps\t", r"\tvbroadcastss\t.*\(|\{1to16\}"
+    if name == "generic":
+        multiply, broadcast = r"\tmulps\t", r"\tshufps\t\$0,"
     found = 0
     for loop in loops(assembly(name)):
-        if sum(bool(re.match(multiply, line)) for line in loop) < row.rows * row.vectors:
+        text = "\n".join(loop)
+        if len(re.findall(multiply, text)) < row.rows * row.vectors or len(re.findall(broadcast, text)) < row.rows:
             continue
         found += 1
-        text = "\n".join(loop)
         assert not re.search(r"(16|32|64)-byte (Folded )?(Spill|Reload)", text), text
         assert not re.search(r"\(%rsp.*%[xyz]mm|%[xyz]mm.*\(%rsp", text), text
     assert found >= 2
@@ -182,7 +184,8 @@ def test_sixteen_lanes_on_any_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "host", lambda: row)
     monkeypatch.setattr(kernels, "host", lambda: row)
     monkeypatch.setattr(api, "_prepared", {})
-    monkeypatch.setattr(pool, "WORTH_WAKING", 0)
+    for name in ("WORTH_SHARING", "WORTH_WAKING"):
+        monkeypatch.setattr(pool, name, 0)
     assert broad.check((np.float32,)) == 16
     assert any(loaded is row for _, loaded in kernels._loaded)
 
@@ -193,7 +196,7 @@ def test_every_row_that_runs_here_is_right(row: isa.Isa) -> None:
     code = f"""
 import numpy as np, broad
 from fastattn.cpu import pool
-pool.WORTH_WAKING = 0
+pool.WORTH_SHARING = pool.WORTH_WAKING = 0
 print(broad.check(({dtypes})))
 """
     assert int(processes.run(code, FASTATTN_ISA=row.name)) == 16 * dtypes.count("np.")

@@ -33,7 +33,8 @@ def inputs(*shape: int, dtype: Any = np.float32, seed: int = 0) -> tuple[Array, 
 
 @pytest.fixture
 def _any_work_is_worth_waking(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool, "WORTH_WAKING", 0)
+    for name in ("WORTH_SHARING", "WORTH_WAKING"):
+        monkeypatch.setattr(pool, name, 0)
     monkeypatch.setattr(api, "_prepared", {})
 
 
@@ -362,7 +363,7 @@ import os, signal, sys, threading, time
 import numpy as np
 import fastattn
 from fastattn.cpu import pool
-pool.WORTH_WAKING = 0
+pool.WORTH_SHARING = pool.WORTH_WAKING = 0
 fastattn.set_num_threads(3)
 rng = np.random.default_rng(0)
 query, key, value = rng.standard_normal((3, 1, 4, 300, 32), dtype=np.float32)
