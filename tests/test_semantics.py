@@ -781,14 +781,14 @@ def test_inputs_are_never_written_to(attention: Attention, layout: str) -> None:
 
 
 @dtypes
-@pytest.mark.parametrize("length", [(1, 1), (9, 9), (65, 65), (200, 200), (500, 500)], ids=str)
+@pytest.mark.parametrize("length", [(1, 1), (9, 9), (65, 65), (200, 200), (400, 400)], ids=str)
 @pytest.mark.parametrize("which", [0, 1, 2])
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_out_may_be_an_input(
     attention: Attention, dtype: Any, length: tuple[int, int], which: int, is_causal: bool
 ) -> None:
     for flags in ({}, {"return_lse": True, "return_weights": True}):
-        arrays = inputs(length, (2, 2), dtype=dtype)
+        arrays = inputs(length, (1, 2), dtype=dtype)
         wanted = attention(*arrays, is_causal=is_causal, **flags)
         results = attention(*arrays, is_causal=is_causal, **flags, out=arrays[which])
         out = results[0] if flags else results

@@ -6,9 +6,10 @@ score. Then:
 
 - A score is a sum of D terms of total size A. Its error is about eps · A where roundings cancel, and eps/2 · D · A at the
   worst (Higham, "Accuracy and stability of numerical algorithms", section 3.1), which terms that are all alike come
-  near. The first is the promise for results, the second what a log-sum-exp or a single weight is held to. Where a floating mask is added, the sum
-  is rounded once more, at the size of the mask: A of a row grows by the largest |mask| among the keys that have a
-  weight there. (A mask of -1e9 next to others of 0 costs nothing: keys under it have no weight that could be wrong.)
+  near. The first is the promise for results, the second what a log-sum-exp or a single weight is held to. Where a
+  floating mask is added, the sum is rounded once more, at the size of the mask: A of a row grows by the largest |mask|
+  among the keys that have a weight there. (A mask of -1e9 next to others of 0 costs nothing: keys under it have no
+  weight that could be wrong.)
 - A weight is w = exp(s - lse), so its error is w times that of s - lse, and a constant number of roundings for exp, the
   sum and the division: eps · (8 + A), as w ≤ 1.
 - The result is Σ w v with Σ w = 1: the errors of the weights sum to the same, times the largest value. Hence
