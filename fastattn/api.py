@@ -167,11 +167,13 @@ def attention(
     return_weights = check_flag("return_weights", return_weights)
     seed = seed_from(rng, problem.dropout_p > 0)
     check_out(out, problem)
-    target = out
     if out is None or _must_be_apart(out, arrays):
         target = np.empty(problem.out_shape, problem.dtype)
+    else:
+        target = out
     prepared = cpu.prepare(problem, operands, target, get_num_threads())
-    if plain is not None and all(made is given for made, given in zip(arrays, (query, key, value, attn_mask))):
+    given = (query, key, value, attn_mask)
+    if plain is not None and all(array is its for array, its in zip(arrays, given, strict=True)):
         if len(_prepared) >= _REMEMBERED:
             _prepared.clear()
         _prepared[plain] = prepared
@@ -182,13 +184,14 @@ def attention(
     return (out, *results[1:]) if isinstance(results, tuple) else out
 
 
-def _must_be_apart(out, arrays) -> bool:
+def _must_be_apart(out: NDArray[Any], arrays: tuple[NDArray[Any] | None, ...]) -> bool:
     """Whether the result cannot be written to `out` while the arguments are still read.
 
     It can if out shares no memory with them, or is the query itself: a block of queries is read before its rows are
     written.
     """
     query, *others = arrays
+    assert query is not None
     if any(array is not None and np.may_share_memory(out, array) for array in others):
         return True
     same = out.ctypes.data == query.ctypes.data and out.shape == query.shape and out.strides == query.strides
