@@ -1,0 +1,81 @@
+"""Working memory does not grow with the lengths: 64 MiB at most for 131,072 keys."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import processes
+import pytest
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's /proc")
+
+MEBIBYTE = 1 << 20
+LENGTH = 131_072
+
+MEASURE = """
+import numpy as np
+import fastattn
+
+def kibibytes(field):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith(field))
+
+def growth(call):
+    "The peak of resident memory during a call above what it was before, in MiB."
+    with open("/proc/self/clear_refs", "w") as reset:
+        reset.write("5")  # the peak is what it is now
+    before = kibibytes("VmRSS:")
+    call()
+    return (kibibytes("VmHWM:") - before) / 1024
+
+def case(queries, keys):
+    rng = np.random.default_rng(0)
+    key, value = rng.standard_normal((2, 1, 1, keys, 64), dtype=np.float32)
+    query = rng.standard_normal((1, 1, queries, 64), dtype=np.float32)
+    out = np.zeros_like(query)
+    options = {"is_causal": "bottom-right"}
+    boolean = np.arange(keys) % 5 != 0
+    return [
+        lambda: fastattn.attention(query, key, value, **options),
+        lambda: fastattn.attention(query, key, value, rng.standard_normal(keys, dtype=np.float32), **options),
+        lambda: fastattn.attention(query, key, value, boolean, **options),
+        lambda: fastattn.attention(query, key, value, boolean, **options, out=out),
+        lambda: fastattn.attention(query, key, value, **options, return_lse=True, dropout_p=0.1, rng=1),
+        lambda: fastattn.attention(query[..., ::-1], key[..., ::-1], value[..., ::-1], **options),
+        lambda: fastattn.attention(query, key, value, boolean, **options, out=query),
+    ]
+"""
+
+
+def growths(queries: int, which: str, timeout: float = 120) -> list[float]:
+    code = f"""
+for call in case({min(queries, 200)}, 200){which}:
+    call()  # compiled, and loaded
+print(*[growth(call) for call in case({queries}, {LENGTH}){which}])
+"""
+    return [float(number) for number in processes.run(MEASURE + code, timeout=timeout).split()]
+
+
+def test_few_queries_with_many_keys() -> None:
+    """The last queries of a long causal call: the keys, and the masks over them, are all there."""
+    grown = growths(256, "[:]")
+    assert len(grown) == 7
+    assert max(grown) < 32, grown
+
+
+def test_the_measure_sees_a_copy() -> None:
+    code = f"""
+keys = np.ones({LENGTH * 64}, np.float32)
+print(growth(lambda: keys.copy()))
+"""
+    assert float(processes.run(MEASURE + code)) >= 31
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("FASTATTN_SLOW" not in os.environ, reason="takes minutes; FASTATTN_SLOW=1 runs it")
+@pytest.mark.parametrize("which", [0, 1, 2, 3])
+def test_as_many_queries_as_keys(which: int) -> None:
+    (grown,) = growths(LENGTH, f"[{which}:{which + 1}]", timeout=1000)
+    output = 0 if which == 3 else LENGTH * 64 * 4 / MEBIBYTE
+    assert grown < 64 + output, grown
