@@ -4,8 +4,8 @@ The exact result is the formula evaluated in a wider type, by `fastattn.referenc
 at 1 in the type of the call, and A for the largest Σ|q||k| · |scale|, which is how large the terms are whose sum is a
 score. Then:
 
-- A score is a sum of D terms of total size A. Its error is about eps · A where roundings cancel, and eps/2 · D · A at the
-  worst (Higham, "Accuracy and stability of numerical algorithms", section 3.1), which terms that are all alike come
+- A score is a sum of D terms of total size A. Its error is about eps · A where roundings cancel, and eps/2 · D · A at
+  the worst (Higham, "Accuracy and stability of numerical algorithms", section 3.1), which terms that are all alike come
   near. The first is the promise for results, the second what a log-sum-exp or a single weight is held to. Where a
   floating mask is added, the sum is rounded once more, at the size of the mask: A of a row grows by the largest |mask|
   among the keys that have a weight there. (A mask of -1e9 next to others of 0 costs nothing: keys under it have no
