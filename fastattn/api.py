@@ -13,7 +13,6 @@ from fastattn.cpu.pool import get_num_threads
 from fastattn.problem import as_operands, check_backend, check_flag, check_out, describe, seed_from
 
 BACKENDS = ("cpu", "reference")
-_REMEMBERED = 1024
 _prepared: dict[Any, cpu.Prepared] = {}
 
 
@@ -174,7 +173,7 @@ def attention(
     prepared = cpu.prepare(problem, operands, target, get_num_threads())
     given = (query, key, value, attn_mask)
     if plain is not None and all(array is its for array, its in zip(arrays, given, strict=True)):
-        if len(_prepared) >= _REMEMBERED:
+        if len(_prepared) >= cpu.REMEMBERED:
             _prepared.clear()
         _prepared[plain] = prepared
     results = cpu.attention(prepared, arrays, seed, target, return_lse, return_weights)

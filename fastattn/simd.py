@@ -18,8 +18,8 @@ from numba import njit
 from numba.core import cgutils, types
 from numba.core.imputils import lower_builtin, lower_constant, lower_getattr
 from numba.core.typing.templates import AbstractTemplate, AttributeTemplate, infer_getattr, infer_global, signature
-from numba.np.numpy_support import from_dtype
 from numba.extending import intrinsic, models, register_model, typeof_impl
+from numba.np.numpy_support import from_dtype
 
 # --------------------------------------------------------------------------------------------------------------------
 # Types
@@ -216,7 +216,9 @@ def _call(builder, name, vector, args):
 
 
 def _offset(builder, address, offset):
-    return address if isinstance(offset, int) and offset == 0 else builder.add(address, ir.Constant(address.type, offset))
+    return (
+        address if isinstance(offset, int) and offset == 0 else builder.add(address, ir.Constant(address.type, offset))
+    )
 
 
 def _elementwise(emit, *args):
@@ -533,7 +535,9 @@ def _loader(convert):
 
         def codegen(context, builder, sig, values):
             s = shape.shape
-            starts = [builder.add(values[1], builder.mul(values[2], ir.Constant(values[2].type, r))) for r in range(s.rows)]
+            starts = [
+                builder.add(values[1], builder.mul(values[2], ir.Constant(values[2].type, r))) for r in range(s.rows)
+            ]
             return make_tile(builder, s, [convert(builder, s, start) for start in starts])
 
         return signature(tile, shape, types.intp, types.intp), codegen
@@ -636,7 +640,9 @@ def tile_rank1(typingctx, acc, column, column_stride, row):
         row = [_load(builder, _offset(builder, values[3], v * step), _vector(s), s.itemsize) for v in range(s.vectors)]
         out = []
         for m in range(s.rows):
-            place = values[1] if m == 0 else builder.add(values[1], builder.mul(values[2], ir.Constant(values[2].type, m)))
+            place = (
+                values[1] if m == 0 else builder.add(values[1], builder.mul(values[2], ir.Constant(values[2].type, m)))
+            )
             scalar = _splat(builder, _load(builder, place, _element(s), s.itemsize), s.lanes)
             for v in range(s.vectors):
                 out.append(_call(builder, "fmuladd", _vector(s), [scalar, row[v], accumulators[m * s.vectors + v]]))
@@ -756,7 +762,9 @@ def prefetch(typingctx, address):
         i32, byte = ir.IntType(32), ir.IntType(8).as_pointer()
         fnty = ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32])
         fn = cgutils.get_or_insert_function(builder.module, fnty, "llvm.prefetch.p0")
-        builder.call(fn, [builder.inttoptr(values[0], byte), ir.Constant(i32, 0), ir.Constant(i32, 3), ir.Constant(i32, 1)])
+        builder.call(
+            fn, [builder.inttoptr(values[0], byte), ir.Constant(i32, 0), ir.Constant(i32, 3), ir.Constant(i32, 1)]
+        )
         return context.get_dummy_value()
 
     return signature(types.none, types.intp), codegen

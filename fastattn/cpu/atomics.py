@@ -72,7 +72,9 @@ def pause(typingctx):
 
     def codegen(context, builder, sig, values):
         if builder.module.triple.startswith(("x86", "i386", "i686")):
-            fn = cgutils.get_or_insert_function(builder.module, ir.FunctionType(ir.VoidType(), []), "llvm.x86.sse2.pause")
+            fn = cgutils.get_or_insert_function(
+                builder.module, ir.FunctionType(ir.VoidType(), []), "llvm.x86.sse2.pause"
+            )
             builder.call(fn, [])
         return context.get_dummy_value()
 

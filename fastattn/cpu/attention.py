@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from functools import cache
 from typing import Any
@@ -19,6 +20,7 @@ from fastattn.problem import Operands, Problem
 Array = NDArray[Any]
 
 OBJECT_HEADER = object.__basicsize__
+REMEMBERED = 1024  # plans
 _memory = threading.local()
 
 
@@ -34,17 +36,40 @@ def _scratch(size: int) -> tuple[int, Array]:
 
 @cache
 def _objects_are_as_expected() -> bool:
-    """Whether an array's address stands where compiled code looks for it, behind the object's header."""
-    import ctypes
-
+    """Whether an array's address stands behind the object's header, as NumPy's C API has it."""
     array = np.zeros(3)[1:]
     return ctypes.c_size_t.from_address(id(array) + OBJECT_HEADER).value == array.ctypes.data
 
 
+def _place(array: Array | None) -> int:
+    """Where an array's address stands in memory, for compiled code to read; 0 for None.
+
+    Asking an array for its address takes longer than computing a small call, so this is the place in the object itself.
+    """
+    return 0 if array is None else id(array) + OBJECT_HEADER
+
+
+_prepared: dict[Any, Prepared] = {}
+
+
 def prepare(problem: Problem, operands: Operands, out: Array, threads: int) -> Prepared:
-    """Plan a call; `out` is an array like those that will be written to."""
-    split = _split_heads(problem, out)
-    return Prepared(problem, operands, split, threads)
+    """Plan a call, or find the plan of one like it; `out` is an array like those that will be written to."""
+    mask = operands.mask
+    key = (
+        problem,
+        operands.query.strides,
+        operands.key.strides,
+        operands.value.strides,
+        None if mask is None else (mask.strides, mask.dtype),
+        out.strides,
+        threads,
+    )
+    prepared = _prepared.get(key)
+    if prepared is None:
+        if len(_prepared) >= REMEMBERED:
+            _prepared.clear()
+        prepared = _prepared[key] = Prepared(problem, operands, _split_heads(problem, out), threads)
+    return prepared
 
 
 def _split_heads(problem: Problem, array: Array) -> Array:
@@ -59,66 +84,50 @@ class Prepared:
         self.problem = problem
         self.plan = plan = make_plan(problem, operands, out, host(), threads)
         self.threads = pool.concurrency(plan.tasks, plan.flops, threads)
-        self.dtype = problem.dtype.name
-        self.forward = library(kernel_name("forward", self.dtype, plan.tile))
-        self.quick = self.threads == 1 and plan.flops < pool.TURN_FLOPS and _objects_are_as_expected()
-        template = np.zeros(1, CALL)
-        template["plan"] = plan.address
-        template["scratch_bytes"] = plan.scratch_bytes
-        self.template = template
+        self.forward = library(kernel_name("forward", problem.dtype.name, plan.tile))
 
     def run(
-        self, query: Array, key: Array, value: Array, mask: Array | None, out: Array, lse: Array | None, seed: int
-    ) -> None:
-        """Compute `out`, and `lse` if it is given. The arrays are the call's own, not the operands made of them."""
-        plan = self.plan
-        if self.quick:
-            scratch, _ = _scratch(plan.scratch_bytes)
-            mask_id = 0 if mask is None else id(mask)
-            lse_id = 0 if lse is None else id(lse)
-            self.forward.quick(plan.address, id(query), id(key), id(value), mask_id, id(out), lse_id, scratch, seed)
-            return
-        self._run(self.forward, query, key, value, mask, out, lse, None, seed)
-
-    def run_weights(self, query: Array, key: Array, mask: Array | None, weights: Array, seed: int) -> None:
-        """Compute the weights."""
-        kernels = library(kernel_name("weights", self.dtype, self.plan.tile))
-        self._run(kernels, query, key, None, mask, None, None, weights, seed)
-
-    def _run(
         self,
         kernels: Library,
+        seed: int,
         query: Array,
         key: Array,
-        value: Array | None,
-        mask: Array | None,
-        out: Array | None,
-        lse: Array | None,
-        weights: Array | None,
-        seed: int,
+        value: Array | None = None,
+        mask: Array | None = None,
+        out: Array | None = None,
+        lse: Array | None = None,
+        weights: Array | None = None,
     ) -> None:
+        """Run one kind of kernels. The arrays are the call's own, not the operands made of them."""
         plan = self.plan
         if not plan.tasks:
             return
-        scratch, held = _scratch(self.threads * plan.scratch_bytes)
-        _memory.held = None  # a signal handler's call in this thread, while this one runs, needs memory of its own
-        call = self.template.copy()
-        fields = call[0]
-        for name, array in (
-            ("query", query),
-            ("key", key),
-            ("value", value),
-            ("mask", mask),
-            ("out", out),
-            ("lse", lse),
-            ("weights", weights),
-        ):
-            if array is not None:
-                fields[name] = array.ctypes.data
-        fields["scratch"] = scratch
-        fields["seed"] = seed - (1 << 64) if seed >= 1 << 63 else seed
-        pool.run(kernels, call.ctypes.data, plan.tasks, plan.flops, self.threads)
-        _memory.held = scratch, held
+        places: Any = (
+            id(query) + OBJECT_HEADER,
+            id(key) + OBJECT_HEADER,
+            _place(value),
+            _place(mask),
+            _place(out),
+            _place(lse),
+            _place(weights),
+        )
+        if not _objects_are_as_expected():
+            arrays = (query, key, value, mask, out, lse, weights)
+            cells = np.array([0 if array is None else array.ctypes.data for array in arrays], np.uint64)
+            places = cells.ctypes.data + 8 * np.arange(len(arrays))
+        if plan.flops < pool.TURN_FLOPS and not (self.threads > 1 and pool.is_worth_sharing(plan.flops)):
+            scratch, _ = _scratch(plan.scratch_bytes)
+            kernels.quick(plan.address, scratch, plan.scratch_bytes, seed, *places)
+        else:
+            scratch, held = _scratch(self.threads * plan.scratch_bytes)
+            _memory.held = None  # a signal handler's call in this thread, while this one runs, needs memory of its own
+            call = np.empty(1, CALL)
+            at = call.ctypes.data
+            kernels.fill(at, plan.address, scratch, plan.scratch_bytes, seed, *places)
+            pool.run(kernels, at, plan.tasks, plan.flops, self.threads)
+            _memory.held = scratch, held
+        if self.threads > 1:
+            pool.note_call()
 
 
 def attention(
@@ -137,8 +146,9 @@ def attention(
     weights = None
     if return_weights:
         weights = np.empty(problem.weights_shape, problem.dtype)
-        prepared.run_weights(query, key, mask, weights, seed)
-    prepared.run(query, key, value, mask, result, lse, seed)
+        kernels = library(kernel_name("weights", problem.dtype.name, prepared.plan.tile))
+        prepared.run(kernels, seed, query, key, mask=mask, weights=weights)
+    prepared.run(prepared.forward, seed, query, key, value, mask, result, lse)
     if lse is None and weights is None:
         return result
     return tuple(array for array in (result, lse, weights) if array is not None)

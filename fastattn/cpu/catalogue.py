@@ -11,7 +11,6 @@ from fastattn.cpu.weights import weights_task
 from fastattn.isa import Isa
 from fastattn.simd import TileShape, jit, load_i64, stack_memory, tile_fill, tile_store
 
-OBJECT_HEADER = object.__basicsize__
 call_memory = stack_memory(CALL.itemsize)
 
 TASKS = {"forward": forward_task, "weights": weights_task}
@@ -26,7 +25,7 @@ def build(name: str, row: Isa, entries: dict[str, int]) -> bytes:
         dtype, size = parameters
         rows, vectors = map(int, size.split("x"))
         tile = TileShape(dtype, row.vector_bytes // np.dtype(dtype).itemsize, rows, vectors, row.scalef)
-        functions = {"run": _peak(tile)} if kind == "peak" else _attention(TASKS[kind](tile), entries)
+        functions = {"run": _peak(tile)} if kind == "peak" else _attention(TASKS[kind](tile))
     return compiler.emit({entry: (function, entries[entry]) for entry, function in functions.items()}, row)
 
 
@@ -41,11 +40,10 @@ def _peak(tile):
     return run
 
 
-def _attention(function, entries):
+def _attention(function):
     """A task function, and the ways to run it in the calling thread."""
     task = jit(function)
-    functions = {"task": function, "alone": _alone(task), "quick": _quick(task)}
-    return {entry: functions[entry] for entry in entries}
+    return {"task": function, "alone": _alone(task), "quick": _quick(task), "fill": fill.py_func}
 
 
 def _alone(task):
@@ -59,32 +57,35 @@ def _alone(task):
 
 
 def _quick(task):
-    """Run a whole call in the calling thread, given the Python objects of its arrays instead of a call record."""
+    """Run a whole call in the calling thread, on a call record of its own; takes what `fill` takes."""
 
-    def quick(plan, query, key, value, mask, out, lse, scratch, seed):
-        memory = call_memory()
-        call = call_view(memory)
-        call.plan = plan
-        call.query = data_address(query)
-        call.key = data_address(key)
-        call.value = data_address(value)
-        call.mask = data_address(mask)
-        call.out = data_address(out)
-        call.lse = data_address(lse)
-        call.weights = 0
-        call.seed = seed
-        call.scratch = scratch
-        call.scratch_bytes = 0
+    def quick(plan, scratch, scratch_bytes, seed, query, key, value, mask, out, lse, weights):
+        call = call_memory()
+        fill(call, plan, scratch, scratch_bytes, seed, query, key, value, mask, out, lse, weights)
         for number in range(plan_view(plan).tasks):
-            task(memory, 0, number)
+            task(call, 0, number)
 
     return quick
 
 
 @jit
-def data_address(array):
-    """Where the elements of a NumPy array object begin, given the object's own address; 0 for no object.
+def fill(at, plan, scratch, scratch_bytes, seed, query, key, value, mask, out, lse, weights):
+    """Write a call record, given for each array the place where its address stands, or 0."""
+    call = call_view(at)
+    call.plan = plan
+    call.scratch = scratch
+    call.scratch_bytes = scratch_bytes
+    call.seed = seed
+    call.query = address_at(query)
+    call.key = address_at(key)
+    call.value = address_at(value)
+    call.mask = address_at(mask)
+    call.out = address_at(out)
+    call.lse = address_at(lse)
+    call.weights = address_at(weights)
 
-    NumPy's C API fixes that the pointer follows the object header; `fastattn.cpu.attention` checks it once.
-    """
-    return load_i64(array + OBJECT_HEADER) if array != 0 else 0
+
+@jit
+def address_at(place):
+    """The address that stands in memory at `place`; 0 for no place."""
+    return load_i64(place) if place != 0 else 0

@@ -28,6 +28,7 @@ from fastattn.simd import (
     load_element,
     load_u8,
     maximum,
+    prefetch,
     record_view,
     store_element,
     tile_fill,
@@ -38,6 +39,7 @@ from fastattn.simd import (
 
 axis_view, call_view, plan_view = record_view(AXIS), record_view(CALL), record_view(PLAN)
 AXIS_BYTES, PLAN_BYTES = AXIS.itemsize, PLAN.itemsize
+LINE = 64  # bytes of a cache line
 LN_2 = 0.6931471805599453
 PACK_FROM = 3  # query blocks in a group: for fewer, packing keys and values costs more than it brings
 
@@ -98,9 +100,7 @@ def is_finite(tile, value, value_column, features):
 
 
 @jit
-def add_visible_values(
-    tile, plan, weights, count, safe, source, value, panel, row, column, mask, present, ahead, out
-):
+def add_visible_values(tile, plan, weights, count, safe, source, value, panel, row, column, mask, present, ahead, out):
     """`add_values` for a block in which some query may not look at a key from `safe` on: 0 · NaN must not reach it.
 
     `source` is the block's first row of values in the user's array, `value` the same for the micro-kernel.
@@ -199,6 +199,14 @@ def finish(tile, plan, m, l, block, out, lse, present):
 
 
 @jit
+def prefetch_rows(rows, row, count, length):
+    """Ask for `count` rows of `length` bytes."""
+    for j in range(count):
+        for offset in range(0, length, LINE):
+            prefetch(rows + j * row + offset)
+
+
+@jit
 def clear(tile, at, rows):
     """Fill rows with 0."""
     for _ in range(rows):
@@ -257,6 +265,9 @@ def forward_group(tile, call, plan, head, first_query, blocks, scratch):
     if plan.causal:
         last = min(first_query + blocks * tile.width, plan.queries) - 1
         end = min(end, plan.first_position + last + 1)
+    # The first keys and values come while the queries are packed: a call after a pause finds nothing in the caches.
+    prefetch_rows(key, plan.key_row, min(plan.key_block, end), plan.head_dim * tile.itemsize)
+    prefetch_rows(value, plan.value_row, min(plan.key_block, end), plan.value_dim * tile.itemsize)
     for b in range(blocks):
         first = first_query + b * tile.width
         state = scratch + b * state_bytes
@@ -282,7 +293,21 @@ def forward_group(tile, call, plan, head, first_query, blocks, scratch):
             block = q + q_bytes
             m = block + out_bytes
             scores = scores_of(
-                tile, plan, q, m, relative, count, safe, first, first_key, keys_at, key_panel, key_row, key_column, masks, work
+                tile,
+                plan,
+                q,
+                m,
+                relative,
+                count,
+                safe,
+                first,
+                first_key,
+                keys_at,
+                key_panel,
+                key_row,
+                key_column,
+                masks,
+                work,
             )
             top = tile_load(tile.single, work, 0)
             absorb(tile, scores, count, top, relative, plan.unit, m, m + tile.row_bytes, block, plan.value_dim)
@@ -290,9 +315,22 @@ def forward_group(tile, call, plan, head, first_query, blocks, scratch):
                 drop(tile, plan, call.seed, scores, count, head, first, first_key)
             if safe < count:
                 present = min(tile.width, plan.queries - first)
-                ahead = plan.first_position + first - first_key
+                offset = plan.first_position + first - first_key
                 add_visible_values(
-                    tile, plan, scores, count, safe, values, values_at, value_panel, value_row, value_column, masks, present, ahead, block
+                    tile,
+                    plan,
+                    scores,
+                    count,
+                    safe,
+                    values,
+                    values_at,
+                    value_panel,
+                    value_row,
+                    value_column,
+                    masks,
+                    present,
+                    offset,
+                    block,
                 )
             else:
                 add_values(tile, scores, count, values_at, value_panel, value_row, value_column, block, plan.value_dim)

@@ -14,9 +14,11 @@ import platform
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastattn import machine
 from fastattn.isa import Isa, host
@@ -34,11 +36,15 @@ class Library:
             signature = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * arguments)
             setattr(self, name, signature(self.addresses[name]))
 
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Callable[..., int]: ...
+
 
 # The functions in each kind of library, and how many integers each takes.
 ENTRIES: dict[str, dict[str, int]] = {
-    "forward": {"task": 3, "alone": 3, "quick": 9},
-    "weights": {"task": 3, "alone": 3},
+    "forward": {"task": 3, "alone": 3, "quick": 11, "fill": 12},
+    "weights": {"task": 3, "alone": 3, "quick": 11, "fill": 12},
     "peak": {"run": 5},
     "schedule": {"start": 6, "take_part": 3, "cancel": 2, "work": 3},
 }

@@ -6,21 +6,25 @@ its tasks in its own thread. A forked child has no workers, and starts its own w
 """
 
 import contextlib
+import ctypes
 import os
 import threading
+import time
 from _thread import LockType, allocate_lock
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
 
 from fastattn.cpu.kernels import Library, library
-from fastattn.cpu.layout import DONE, TAKEN, WORKER_BYTES, WORKERS
+from fastattn.cpu.layout import DONE, TAKEN, WAITING, WORKER_BYTES, WORKERS
 
 SPINS = 8000  # rounds of waiting, some 25 ns each, before a worker sleeps
 TURN_FLOPS = 2e9  # work the caller does between two looks at Python's signals
-WORTH_WAKING = 4e6  # operations: below this, waking a worker takes longer than the work
+WORTH_SHARING = 4e6  # operations: below this, sharing the work with a worker that is awake brings nothing
+WORTH_WAKING = 4e7  # and below this, with one that has to be woken
+WARM = 1_000_000  # nanoseconds after a call in which workers are taken to be awake, or the next call to be near
 MOST = 1024  # threads
 
 
@@ -122,6 +126,7 @@ class _Pool:
         self.woken = np.zeros(MOST, np.int64)
         self.beds: list[LockType] = []  # one per worker: it sleeps by waiting for it
         self.growing = threading.RLock()  # a signal handler may call while this very thread grows the pool
+        self.threads: list[threading.Thread] = []
         self.native: Any = None
 
     def grow(self, workers: int) -> None:
@@ -137,7 +142,9 @@ class _Pool:
                 # First the list, which gives the worker its number: no interruption may make two of the same.
                 self.beds.append(bed)
                 try:
-                    threading.Thread(target=_live, args=(self, bed), name="fastattn", daemon=True).start()
+                    thread = threading.Thread(target=_live, args=(self, bed), name="fastattn", daemon=True)
+                    self.threads.append(thread)
+                    thread.start()
                 except RuntimeError:  # too many threads, or the interpreter is about to exit: tasks do not wait for it
                     return
 
@@ -150,14 +157,33 @@ class _Pool:
             count = native.start(self.address, task, call, tasks, min(workers, len(self.beds)), self.woken.ctypes.data)
             if count == TAKEN:
                 return False
-            for worker in self.woken[:count].tolist():
-                _wake(self.beds[worker])
-            while native.take_part(self.address, most, SPINS) != DONE:
-                pass
+            if count:
+                cpu = _current_cpu()
+                for worker in self.woken[:count].tolist():
+                    self._avoid(worker, cpu)
+                    _wake(self.beds[worker])
+            while (state := native.take_part(self.address, most, SPINS)) != DONE:
+                if state == WAITING:
+                    _yield()  # to the worker that we wait for, if it waits for this CPU
         except BaseException:  # Ctrl-C: withdraw the tasks, since what they write to is about to be given up
             self._cancel(call)
             raise
         return True
+
+    def _avoid(self, worker: int, cpu: int) -> None:
+        """Let a sleeping worker wake up on another CPU than the caller's, where it would wait for the caller to end.
+
+        Schedulers like to wake a thread where its waker runs; on small machines it may stay there for milliseconds.
+        """
+        thread = self.threads[worker].native_id if worker < len(self.threads) else None
+        if cpu < 0 or thread is None:
+            return
+        try:
+            allowed = os.sched_getaffinity(0)
+            if len(allowed) > 1:
+                os.sched_setaffinity(thread, allowed - {cpu})
+        except OSError:  # a sandbox may forbid it
+            pass
 
     def _cancel(self, call: int) -> None:
         while True:
@@ -184,7 +210,19 @@ def _live(pool: _Pool, bed: LockType) -> None:
         bed.acquire()
 
 
+def _find_current_cpu() -> Callable[[], int]:
+    """The C library's sched_getcpu, or where there is none, or no way to move a thread, a function that gives -1."""
+    if hasattr(os, "sched_setaffinity"):
+        with contextlib.suppress(OSError, AttributeError):
+            function: Callable[[], int] = ctypes.CDLL(None).sched_getcpu
+            return function
+    return lambda: -1
+
+
+_current_cpu = _find_current_cpu()
+_yield: Callable[[], object] = getattr(os, "sched_yield", lambda: time.sleep(0))
 _pool = _Pool()
+_last_call = 0  # when, in nanoseconds
 
 
 def _forget() -> None:
@@ -199,13 +237,24 @@ if hasattr(os, "register_at_fork"):
 def run(kernels: Library, call: int, tasks: int, flops: float, threads: int) -> None:
     """Run a call's tasks, on up to `threads` threads, and return when all are done."""
     workers = min(threads, tasks) - 1
-    if workers > 0 and flops >= WORTH_WAKING and _pool.run(kernels.addresses["task"], call, tasks, flops, workers):
+    if workers > 0 and _pool.run(kernels.addresses["task"], call, tasks, flops, workers):
         return
     step = tasks if flops <= TURN_FLOPS else max(1, int(TURN_FLOPS * tasks / flops))
     for first in range(0, tasks, step):
         kernels.alone(call, first, min(first + step, tasks))
 
 
+def is_worth_sharing(flops: float) -> bool:
+    """Whether to share work: much of it always is, less only while workers are awake or will be wanted again soon."""
+    return flops >= WORTH_WAKING or time.perf_counter_ns() - _last_call < WARM
+
+
+def note_call() -> None:
+    """Remember when the last call ended that could have been shared."""
+    global _last_call
+    _last_call = time.perf_counter_ns()
+
+
 def concurrency(tasks: int, flops: float, threads: int) -> int:
     """The number of threads that `run` may use: how many pieces of working memory it needs."""
-    return min(threads, tasks) if flops >= WORTH_WAKING else 1
+    return min(threads, tasks) if flops >= WORTH_SHARING else 1

@@ -28,7 +28,14 @@ MINUS_INFINITY = float("-inf")
 
 # Least-maximum fits of the relative error of 2^f with p(0) = 1, lowest power first. Errors before rounding: 9e-8, 3e-18.
 # f in [-1/2, 1/2], for machines that round to the nearest whole number:
-NEAREST_32 = (1.0, 0.6931469775828203, 0.240222420747427, 0.05550733766693795, 0.00967151312733926, 0.0013264720150998596)
+NEAREST_32 = (
+    1.0,
+    0.6931469775828203,
+    0.240222420747427,
+    0.05550733766693795,
+    0.00967151312733926,
+    0.0013264720150998596,
+)
 NEAREST_64 = (
     1.0,
     0.6931471805599453,

@@ -1,0 +1,160 @@
+"""Ways to break the kernels, each with the tests that must notice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One edit: in `file` of the package, `old`, which stands there exactly once, becomes `new`.
+
+    `tests` is what pytest is given, a file of tests and an expression for its -k.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, str]
+
+
+MUTATIONS = (
+    Mutation(
+        "the causal limit is off by one",
+        "cpu/masks.py",
+        "distance + (ahead + 0.5)",
+        "distance + (ahead - 0.5)",
+        ("test_semantics.py", "test_causal_keeps_keys_up_to_the_query and cpu"),
+    ),
+    Mutation(
+        "the causal limit cuts a key off the last block",
+        "cpu/forward.py",
+        "end = min(end, plan.first_position + last + 1)",
+        "end = min(end, plan.first_position + last)",
+        ("test_semantics.py", "test_causal_keeps_keys_up_to_the_query and cpu"),
+    ),
+    Mutation(
+        "the output is not rescaled when the maximum rises",
+        "cpu/softmax.py",
+        "rescale(tile, out, features, factor)",
+        "rescale(tile, out, 0, factor)",
+        ("test_properties.py", "test_a_maximum_that_keeps_rising_or_never_does"),
+    ),
+    Mutation(
+        "the sum is not rescaled when the maximum rises",
+        "cpu/softmax.py",
+        "shift, unit, total * factor)",
+        "shift, unit, total)",
+        ("test_properties.py", "test_a_maximum_that_keeps_rising_or_never_does"),
+    ),
+    Mutation(
+        "the last queries of a vector are not written",
+        "cpu/pack.py",
+        "for i in range(min(tile.lanes, present - first)):",
+        "for i in range(min(tile.lanes, present - first - 1)):",
+        ("test_semantics.py", "test_out_is_the_weights_times_the_values and cpu"),
+    ),
+    Mutation(
+        "the lanes behind the last query are written",
+        "cpu/pack.py",
+        "        if first + tile.lanes <= present and column == tile.itemsize:\n"
+        "            while done + tile.lanes <= features:\n"
+        "                square = tile_load(tile.square, lanes_at",
+        "        if column == tile.itemsize:\n"
+        "            while done + tile.lanes <= features:\n"
+        "                square = tile_load(tile.square, lanes_at",
+        ("test_semantics.py", "test_out_may and cpu"),
+    ),
+    Mutation(
+        "keys behind the last one take part",
+        "cpu/masks.py",
+        "square = where_greater(columns - 0.5, index, square, MINUS_INFINITY)",
+        "square = where_greater(columns + 0.5, index, square, MINUS_INFINITY)",
+        ("test_semantics.py", "test_a_floating_mask_is_added_after_the_scale and cpu"),
+    ),
+    Mutation(
+        "the tail of the features of the values is left out",
+        "cpu/forward.py",
+        "for _ in range(whole, features):",
+        "for _ in range(whole, features - 1):",
+        ("test_isa.py", "test_sixteen_lanes_on_any_machine"),
+    ),
+    Mutation(
+        "sums with a mask overflow",
+        "cpu/masks.py",
+        "where_greater(INFINITY, largest, saturate(tile, biased), biased)",
+        "biased",
+        ("test_semantics.py", "test_a_row_of_the_lowest_number_gives_the_mean and cpu"),
+    ),
+    Mutation(
+        "NaN in a masked value leaks",
+        "cpu/forward.py",
+        "if j < count and is_finite(tile, at, plan.value_column, plan.value_dim):",
+        "if j < count:",
+        ("test_semantics.py", "test_what_is_masked_never_leaks and cpu"),
+    ),
+    Mutation(
+        "the log-sum-exp is in base 2",
+        "cpu/forward.py",
+        "LN_2 = 0.6931471805599453",
+        "LN_2 = 1.0",
+        ("test_semantics.py", "test_lse_is_the_natural_logarithm_of_the_denominator and cpu"),
+    ),
+    Mutation(
+        "dropout does not enlarge what it keeps",
+        "cpu/forward.py",
+        "plan.keep_scale / total",
+        "1.0 / total",
+        ("test_isa.py", "test_every_row_that_runs_here_is_right and generic"),
+    ),
+    Mutation(
+        "a constant of Philox is wrong",
+        "cpu/dropout.py",
+        "MULTIPLIERS = 0xD2511F53, 0xCD9E8D57",
+        "MULTIPLIERS = 0xD2511F53, 0xCD9E8D59",
+        ("test_semantics.py", "test_dropout_zeroes_weights_and_enlarges_those_it_keeps and cpu"),
+    ),
+    Mutation(
+        "a query head reads the next key head",
+        "cpu/forward.py",
+        "key += index * strides.key",
+        "key += (index + 1) % strides.size * strides.key",
+        ("test_semantics.py", "test_query_head_h_reads_key_head_h_over_group and cpu"),
+    ),
+    Mutation(
+        "the rows of a mask are taken for its columns",
+        "cpu/masks.py",
+        "at = mask + v * lanes * row + j * column",
+        "at = mask + v * lanes * column + j * column",
+        ("test_semantics.py", "test_a_floating_mask_is_added_after_the_scale and cpu"),
+    ),
+    Mutation(
+        "2^x is off in its seventh digit",
+        "cpu/softmax.py",
+        "0.6931469775828203",
+        "0.6931459775828203",
+        ("test_simd.py", "test_exp2_is_right_to_two_units and float32x4"),
+    ),
+    Mutation(
+        "two threads may claim the same task",
+        "cpu/claim.py",
+        "if atomic_replace(pool + OFFER, offer, offer - 1):",
+        "if atomic_exchange(pool + OFFER, offer - 1) != 0:",
+        ("test_threads.py", "test_every_task_runs_once"),
+    ),
+    Mutation(
+        "tasks are counted from one",
+        "cpu/claim.py",
+        "number = load_i64(pool + TASKS) - (offer & TASKS_MASK)",
+        "number = load_i64(pool + TASKS) - (offer & TASKS_MASK) + 1",
+        ("test_threads.py", "test_every_task_runs_once"),
+    ),
+    Mutation(
+        "the caller does not wait for the others",
+        "cpu/claim.py",
+        "if atomic_load(pool + PENDING) == 0:\n            atomic_store(pool + OWNER, 0)",
+        "if atomic_load(pool + PENDING) >= 0:\n            atomic_store(pool + OWNER, 0)",
+        ("test_threads.py", "test_every_task_runs_once"),
+    ),
+)
