@@ -26,7 +26,7 @@ def build(name: str, row: Isa, entries: dict[str, int]) -> bytes:
         rows, vectors = map(int, size.split("x"))
         tile = TileShape(dtype, row.vector_bytes // np.dtype(dtype).itemsize, rows, vectors, row.scalef)
         functions = {"run": _peak(tile)} if kind == "peak" else _attention(TASKS[kind](tile))
-    return compiler.emit({entry: (function, entries[entry]) for entry, function in functions.items()}, row)
+    return compiler.emit({entry: (functions[entry], count) for entry, count in entries.items()}, row)
 
 
 def _peak(tile):

@@ -1,8 +1,8 @@
 """Dropout whose random numbers depend on (seed, batch, head, query, key) alone.
 
 Philox4x32-10 (Salmon, Moraes, Dror and Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3"): a keyed mixing of a
-counter. The counter's words are (key // 4, query, head, batch), the four words of the result belong to four neighbouring
-keys, the mixing key is the seed.
+counter. The counter's words are (key // 4, query, head, batch), the four words of the result belong to four
+neighbouring keys, the mixing key is the seed.
 """
 
 from llvmlite import ir

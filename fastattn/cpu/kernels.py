@@ -82,10 +82,10 @@ def cache_folder() -> Path | None:
 def _source_digest() -> bytes:
     digest = hashlib.sha256()
     root = files("fastattn")
-    for folder in (root, root / "cpu"):
-        for item in sorted(folder.iterdir(), key=lambda entry: entry.name):
-            if item.name.endswith(".py") and (folder is not root or item.name in ("simd.py", "build.py", "machine.py")):
-                digest.update(item.name.encode() + b"\0" + item.read_bytes())
+    sources = [root / "build.py", root / "machine.py", *(root / "simd").iterdir(), *(root / "cpu").iterdir()]
+    for item in sorted(sources, key=str):
+        if item.name.endswith(".py"):
+            digest.update(item.name.encode() + b"\0" + item.read_bytes())
     versions = [importlib.metadata.version(name) for name in ("numba", "llvmlite")]
     identity = (versions, platform.python_version(), platform.machine(), sys.platform, object.__basicsize__)
     digest.update(repr(identity).encode())

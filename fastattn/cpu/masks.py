@@ -72,7 +72,7 @@ def gather_mask(tile, kind, itemsize, at, row, column, rows, columns, buffer):
 
 @jit
 def saturate(tile, x):
-    """x, with what is beyond the finite numbers of the tile's dtype (an infinity, not NaN) brought back to the largest."""
+    """x, an infinity brought back to the largest finite number of the tile's dtype; NaN stays."""
     if tile.itemsize == 4:
         return maximum(-LARGEST_FLOAT32, minimum(LARGEST_FLOAT32, x))
     return maximum(-LARGEST_FLOAT64, minimum(LARGEST_FLOAT64, x))

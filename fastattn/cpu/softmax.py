@@ -1,8 +1,8 @@
 """Online softmax on a block of scores (Milakov and Gimelshein 2018, arXiv 1805.02867), queries in the lanes.
 
-Scores stand as `scores[j][i]`, key j, query i, in base 2: the queries were multiplied by log2(e), so that the exponential
-is 2^x. (Under a float mask they stay in base e, as finfo.min times log2(e) is no number; `unit` is log2(e) then, else 1.)
-For every query the block keeps `m`, to which all exponents refer, and `l`, the sum of the weights so far.
+Scores stand as `scores[j][i]`, key j, query i, in base 2: the queries were multiplied by log2(e), so that the
+exponential is 2^x. (Under a float mask they stay in base e, as finfo.min times log2(e) is no number; `unit` is log2(e)
+then, else 1.) For every query the block keeps `m`, to which all exponents refer, and `l`, the sum of the weights.
 
 `m` need not be the maximum: softmax is the same for any reference that does not overflow. It follows the maximum only
 when that is more than `SLACK` above it, so that after the first blocks neither `l` nor the output is rescaled.
@@ -26,7 +26,7 @@ SLACK = 8.0  # weights grow up to 2^8 before m follows; float32 has 2^127 of roo
 MINUS_INFINITY = float("-inf")
 
 
-# Least-maximum fits of the relative error of 2^f with p(0) = 1, lowest power first. Errors before rounding: 9e-8, 3e-18.
+# Least-maximum fits of the relative error of 2^f with p(0) = 1, lowest power first: 9e-8 and 3e-18 before rounding.
 # f in [-1/2, 1/2], for machines that round to the nearest whole number:
 NEAREST_32 = (
     1.0,
@@ -72,7 +72,7 @@ ROUND_32, ROUND_64 = 12583039.0, 6755399441056767.0
 
 @jit
 def exp2(tile, x):
-    """2^x by elements, to 2 units in the last place; 0 for x = -inf and where the result is subnormal, NaN for NaN.
+    """2^x by elements, to 2.1 units in the last place; 0 for x = -inf and where the result is subnormal, NaN for NaN.
 
     2^x = 2^n · p(f), n a whole number, f = x - n. AVX-512 has instructions for the fraction (0 for an infinity) and for
     the scaling; elsewhere adding a large number rounds x, and leaves n where a shift makes it an exponent.

@@ -1,0 +1,181 @@
+"""Arithmetic on tiles in registers."""
+
+import operator
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.core.imputils import lower_builtin
+from numba.core.typing.templates import AbstractTemplate, infer_global, signature
+from numba.extending import intrinsic
+
+from fastattn.simd.tile import (
+    TileType,
+    bits_of,
+    call_llvm,
+    elementwise,
+    integers_of,
+    make_tile,
+    splat,
+    vector_of,
+    vectors_of,
+)
+
+
+def _register_operator(op, emit):
+    @infer_global(op)
+    class Template(AbstractTemplate):
+        def generic(self, args, kws):
+            typed = elementwise(emit, *args)
+            return typed and typed[0]
+
+    def lower(context, builder, sig, values):
+        return elementwise(emit, *sig.args)[1](context, builder, sig, values)
+
+    for left, right in ((TileType, TileType), (TileType, types.Number), (types.Number, TileType)):
+        lower_builtin(op, left, right)(lower)
+
+
+_register_operator(operator.add, lambda builder, shape, a, b: builder.fadd(a, b))
+_register_operator(operator.sub, lambda builder, shape, a, b: builder.fsub(a, b))
+_register_operator(operator.mul, lambda builder, shape, a, b: builder.fmul(a, b))
+_register_operator(operator.truediv, lambda builder, shape, a, b: builder.fdiv(a, b))
+
+
+@intrinsic
+def fma(typingctx, a, b, c):
+    """a * b + c, fused where the machine can."""
+    return elementwise(lambda builder, shape, *v: call_llvm(builder, "fmuladd", v[0].type, v), a, b, c)
+
+
+@intrinsic
+def horner(typingctx, x, coefficients):
+    """The polynomial with these coefficients (a tuple of floats, lowest power first) at x."""
+    if not (isinstance(x, TileType) and isinstance(coefficients, types.UniTuple)):
+        return None
+
+    def codegen(context, builder, sig, values):
+        scalars = cgutils.unpack_tuple(builder, values[1], coefficients.count)
+        lanes = x.shape.lanes
+        splats = [splat(builder, context.cast(builder, c, coefficients.dtype, x.element), lanes) for c in scalars]
+        out = []
+        for vector in vectors_of(builder, x.shape, values[0]):
+            total = splats[-1]
+            for coefficient in reversed(splats[:-1]):
+                total = call_llvm(builder, "fmuladd", vector.type, [total, vector, coefficient])
+            out.append(total)
+        return make_tile(builder, x.shape, out)
+
+    return signature(x, x, coefficients), codegen
+
+
+def select_max(builder, shape, a, b):
+    return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+
+@intrinsic
+def maximum(typingctx, a, b):
+    """The greater of two; b where either is NaN (x86's own rule, one instruction)."""
+    return elementwise(select_max, a, b)
+
+
+@intrinsic
+def minimum(typingctx, a, b):
+    """The lesser of two; b where either is NaN."""
+    return elementwise(lambda builder, shape, a, b: builder.select(builder.fcmp_ordered("<", a, b), a, b), a, b)
+
+
+@intrinsic
+def where_greater(typingctx, a, b, yes, no):
+    """yes where a > b, else no (also where either is NaN)."""
+
+    def emit(builder, shape, a, b, yes, no):
+        return builder.select(builder.fcmp_ordered(">", a, b), yes, no)
+
+    return elementwise(emit, a, b, yes, no)
+
+
+@intrinsic
+def absolute(typingctx, a):
+    """|a|."""
+    return elementwise(lambda builder, shape, a: call_llvm(builder, "fabs", a.type, [a]), a)
+
+
+@intrinsic
+def exponent_bits(typingctx, a):
+    """The bits of a, moved up so that its lowest bits become the exponent of a power of two."""
+
+    def emit(builder, shape, a):
+        integers = integers_of(shape)
+        shift = ir.Constant(integers, [23 if shape.itemsize == 4 else 52] * shape.lanes)
+        return builder.bitcast(builder.shl(builder.bitcast(a, integers), shift), a.type)
+
+    return elementwise(emit, a)
+
+
+def _avx512(builder, shape, name, args):
+    """Call a masked AVX-512 instruction with all lanes taken and the current rounding."""
+    mask, i32 = ir.IntType(max(8, shape.lanes)), ir.IntType(32)
+    kind = "ps" if shape.itemsize == 4 else "pd"
+    merged = ir.Constant(vector_of(shape), [0.0] * shape.lanes)
+    args = [*args, merged, ir.Constant(mask, -1), ir.Constant(i32, 4)]
+    fnty = ir.FunctionType(vector_of(shape), [arg.type for arg in args])
+    name = f"llvm.x86.avx512.mask.{name}.{kind}.512"
+    return builder.call(cgutils.get_or_insert_function(builder.module, fnty, name), args)
+
+
+@intrinsic
+def fraction(typingctx, a):
+    """a - floor(a), 0 for an infinity (AVX-512's vreduce); only where the shape says `scalef`."""
+
+    def emit(builder, shape, a):
+        if not shape.scalef:
+            return a
+        return _avx512(builder, shape, "reduce", [a, ir.Constant(ir.IntType(32), 1)])  # 1: towards -inf
+
+    return elementwise(emit, a)
+
+
+@intrinsic
+def scale_by_power(typingctx, a, b):
+    """a * 2^floor(b) (AVX-512's vscalef); only where the shape says `scalef`."""
+    return elementwise(lambda builder, s, a, b: _avx512(builder, s, "scalef", [a, b]) if s.scalef else a, a, b)
+
+
+def _reduce_or(builder, shape, flags):
+    name = f"llvm.vector.reduce.or.v{shape.lanes}i{8 * shape.itemsize}"
+    fnty = ir.FunctionType(bits_of(shape), [flags.type])
+    return builder.call(cgutils.get_or_insert_function(builder.module, fnty, name), [flags])
+
+
+@intrinsic
+def all_zero(typingctx, a):
+    """True if every element of the tile is 0; False if one is NaN."""
+    if not isinstance(a, TileType):
+        return None
+
+    def codegen(context, builder, sig, values):
+        shape = a.shape
+        flags = ir.Constant(integers_of(shape), [0] * shape.lanes)
+        for vector in vectors_of(builder, shape, values[0]):
+            other = builder.fcmp_unordered("!=", vector, ir.Constant(vector.type, [0.0] * shape.lanes))
+            flags = builder.or_(flags, builder.sext(other, flags.type))
+        return builder.icmp_unsigned("==", _reduce_or(builder, shape, flags), ir.Constant(bits_of(shape), 0))
+
+    return signature(types.boolean, a), codegen
+
+
+@intrinsic
+def largest_row(typingctx, a):
+    """The maximum over the rows of a tile: one row."""
+    if not isinstance(a, TileType):
+        return None
+    shape, row = a.shape, TileType(a.shape.single)
+
+    def codegen(context, builder, sig, values):
+        vectors = vectors_of(builder, shape, values[0])
+        best = vectors[: shape.vectors]
+        for i in range(shape.vectors, len(vectors)):
+            best[i % shape.vectors] = select_max(builder, shape, vectors[i], best[i % shape.vectors])
+        return make_tile(builder, row.shape, best)
+
+    return signature(row, a), codegen

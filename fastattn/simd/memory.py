@@ -1,0 +1,384 @@
+"""Tiles and scalars, to and from memory: made, loaded, converted, stored, transposed."""
+
+import numpy as np
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.core.typing.templates import signature
+from numba.extending import intrinsic
+from numba.np.numpy_support import from_dtype
+
+from fastattn.simd.tile import (
+    ShapeType,
+    TileType,
+    call_llvm,
+    element_of,
+    load_from,
+    make_tile,
+    pointer_to,
+    shifted,
+    splat,
+    vector_of,
+    vectors_of,
+)
+
+
+@intrinsic
+def tile_fill(typingctx, shape, value):
+    """A tile whose elements are all `value`."""
+    if not (isinstance(shape, ShapeType) and isinstance(value, types.Number)):
+        return None
+    tile = TileType(shape.shape)
+
+    def codegen(context, builder, sig, values):
+        s = shape.shape
+        scalar = context.cast(builder, values[1], value, tile.element)
+        return make_tile(builder, s, [splat(builder, scalar, s.lanes)] * (s.rows * s.vectors))
+
+    return signature(tile, shape, value), codegen
+
+
+@intrinsic
+def tile_iota(typingctx, shape):
+    """A row 0, 1, 2, … over its lanes, repeated in every row."""
+    if not isinstance(shape, ShapeType):
+        return None
+    tile = TileType(shape.shape)
+
+    def codegen(context, builder, sig, values):
+        s = shape.shape
+        row = [
+            ir.Constant(vector_of(s), [float(v * s.lanes + lane) for lane in range(s.lanes)]) for v in range(s.vectors)
+        ]
+        return make_tile(builder, s, row * s.rows)
+
+    return signature(tile, shape), codegen
+
+
+@intrinsic
+def tile_row_index(typingctx, shape):
+    """A tile whose row r is filled with r."""
+    if not isinstance(shape, ShapeType):
+        return None
+    tile = TileType(shape.shape)
+
+    def codegen(context, builder, sig, values):
+        s = shape.shape
+        return make_tile(
+            builder,
+            s,
+            [ir.Constant(vector_of(s), [float(i // s.vectors)] * s.lanes) for i in range(s.rows * s.vectors)],
+        )
+
+    return signature(tile, shape), codegen
+
+
+@intrinsic
+def tile_repeat(typingctx, shape, row):
+    """A tile whose rows are all `row`."""
+    if not (isinstance(shape, ShapeType) and isinstance(row, TileType)):
+        return None
+    tile = TileType(shape.shape)
+
+    def codegen(context, builder, sig, values):
+        return make_tile(builder, shape.shape, vectors_of(builder, row.shape, values[1]) * shape.shape.rows)
+
+    return signature(tile, shape, row), codegen
+
+
+def _rows(builder, shape, address, row_bytes):
+    """The address of each vector of a tile in memory."""
+    for row in range(shape.rows):
+        start = address if row == 0 else builder.add(address, builder.mul(row_bytes, ir.Constant(address.type, row)))
+        for v in range(shape.vectors):
+            yield shifted(builder, start, v * shape.lanes * shape.itemsize)
+
+
+@intrinsic
+def tile_load(typingctx, shape, address, row_bytes):
+    """The tile at `address`, its rows `row_bytes` apart; no alignment is asked."""
+    if not isinstance(shape, ShapeType):
+        return None
+    tile = TileType(shape.shape)
+
+    def codegen(context, builder, sig, values):
+        s = shape.shape
+        places = _rows(builder, s, values[1], values[2])
+        return make_tile(builder, s, [load_from(builder, place, vector_of(s), s.itemsize) for place in places])
+
+    return signature(tile, shape, types.intp, types.intp), codegen
+
+
+def _loader(convert):
+    """An intrinsic like `tile_load` whose vectors come from `convert(builder, shape, address)`."""
+
+    def typed(shape):
+        if not isinstance(shape, ShapeType):
+            return None
+        tile = TileType(shape.shape)
+
+        def codegen(context, builder, sig, values):
+            s = shape.shape
+            starts = [
+                builder.add(values[1], builder.mul(values[2], ir.Constant(values[2].type, r))) for r in range(s.rows)
+            ]
+            return make_tile(builder, s, [convert(builder, s, start) for start in starts])
+
+        return signature(tile, shape, types.intp, types.intp), codegen
+
+    return typed
+
+
+def _load_bool(builder, shape, address):
+    flags = load_from(builder, address, ir.VectorType(ir.IntType(8), shape.lanes), 1)
+    taken = builder.icmp_unsigned("!=", flags, ir.Constant(flags.type, [0] * shape.lanes))
+    vector = vector_of(shape)
+    return builder.select(
+        taken,
+        ir.Constant(vector, [0.0] * shape.lanes),
+        ir.Constant(vector, [float("-inf")] * shape.lanes),
+    )
+
+
+def _load_half(builder, shape, address):
+    # By integer operations, which every machine has: exponent and fraction move to float32's place, the product with
+    # 2**112 corrects the exponent (and normalises subnormals); infinities and NaNs get all exponent bits.
+    lanes, i32 = shape.lanes, ir.IntType(32)
+    ints, floats = ir.VectorType(i32, lanes), ir.VectorType(ir.FloatType(), lanes)
+
+    def constant(value):
+        return ir.Constant(ints, [value] * lanes)
+
+    half = builder.zext(load_from(builder, address, ir.VectorType(ir.IntType(16), lanes), 1), ints)
+    sign = builder.shl(builder.and_(half, constant(0x8000)), constant(16))
+    moved = builder.shl(builder.and_(half, constant(0x7FFF)), constant(13))
+    scaled = builder.fmul(builder.bitcast(moved, floats), ir.Constant(floats, [2.0**112] * lanes))
+    special = builder.icmp_unsigned("==", builder.and_(half, constant(0x7C00)), constant(0x7C00))
+    bits = builder.select(special, builder.or_(moved, constant(0x7F800000)), builder.bitcast(scaled, ints))
+    value = builder.bitcast(builder.or_(bits, sign), floats)
+    return value if shape.itemsize == 4 else builder.fpext(value, vector_of(shape))
+
+
+def _load_other(builder, shape, address):
+    """float64 for a float32 tile, saturating so that finite stays finite, and float32 for a float64 tile."""
+    if shape.itemsize == 8:
+        return builder.fpext(
+            load_from(builder, address, ir.VectorType(ir.FloatType(), shape.lanes), 4), vector_of(shape)
+        )
+    value = load_from(builder, address, ir.VectorType(ir.DoubleType(), shape.lanes), 8)
+    vector, lanes = value.type, shape.lanes
+    largest = float(np.finfo(np.float32).max)
+    low, high = ir.Constant(vector, [-largest] * lanes), ir.Constant(vector, [largest] * lanes)
+    infinity = ir.Constant(vector, [float("inf")] * lanes)
+    clamped = builder.select(builder.fcmp_ordered("<", value, low), low, value)
+    clamped = builder.select(builder.fcmp_ordered(">", value, high), high, clamped)
+    finite = builder.fcmp_ordered("<", call_llvm(builder, "fabs", vector, [value]), infinity)
+    return builder.fptrunc(builder.select(finite, clamped, value), vector_of(shape))
+
+
+@intrinsic
+def tile_load_bool(typingctx, shape, address, row_bytes):
+    """Boolean bytes as scores to add: 0 where True, -inf where False. One vector in a row."""
+    return _loader(_load_bool)(shape)
+
+
+@intrinsic
+def tile_load_half(typingctx, shape, address, row_bytes):
+    """float16 values. One vector in a row."""
+    return _loader(_load_half)(shape)
+
+
+@intrinsic
+def tile_load_other(typingctx, shape, address, row_bytes):
+    """Values of the other floating dtype, float64 or float32, saturating. One vector in a row."""
+    return _loader(_load_other)(shape)
+
+
+@intrinsic
+def tile_store(typingctx, tile, address, row_bytes):
+    """Write a tile to `address`, its rows `row_bytes` apart."""
+    if not isinstance(tile, TileType):
+        return None
+
+    def codegen(context, builder, sig, values):
+        s = tile.shape
+        places = _rows(builder, s, values[1], values[2])
+        for vector, place in zip(vectors_of(builder, s, values[0]), places, strict=True):
+            builder.store(vector, pointer_to(builder, place, vector_of(s)), align=s.itemsize)
+        return context.get_dummy_value()
+
+    return signature(types.none, tile, types.intp, types.intp), codegen
+
+
+@intrinsic
+def tile_rank1(typingctx, acc, column, column_stride, row):
+    """acc + column ⊗ row: element m of the column is a scalar at `column + m * column_stride`, row is a row in memory.
+
+    This is the micro-kernel's whole inner step: rows + vectors loads and rows × vectors multiply-adds.
+    """
+    if not isinstance(acc, TileType):
+        return None
+
+    def codegen(context, builder, sig, values):
+        s = acc.shape
+        accumulators = vectors_of(builder, s, values[0])
+        step = s.lanes * s.itemsize
+        row = [
+            load_from(builder, shifted(builder, values[3], v * step), vector_of(s), s.itemsize)
+            for v in range(s.vectors)
+        ]
+        out = []
+        for m in range(s.rows):
+            place = (
+                values[1] if m == 0 else builder.add(values[1], builder.mul(values[2], ir.Constant(values[2].type, m)))
+            )
+            scalar = splat(builder, load_from(builder, place, element_of(s), s.itemsize), s.lanes)
+            for v in range(s.vectors):
+                out.append(
+                    call_llvm(builder, "fmuladd", vector_of(s), [scalar, row[v], accumulators[m * s.vectors + v]])
+                )
+        return make_tile(builder, s, out)
+
+    return signature(acc, acc, types.intp, types.intp, types.intp), codegen
+
+
+@intrinsic
+def tile_transpose(typingctx, tile):
+    """The transpose of a square tile (`lanes` rows of one vector), in log2(lanes) rounds of register shuffles."""
+    if not (isinstance(tile, TileType) and tile.shape == tile.shape.square):
+        return None
+
+    def codegen(context, builder, sig, values):
+        s, n = tile.shape, tile.shape.lanes
+        rows = vectors_of(builder, s, values[0])
+        i32 = ir.IntType(32)
+        # Each round swaps the off-diagonal halves of every block of 2h x 2h elements.
+        half = n // 2
+        while half:
+            swapped = list(rows)
+            low = [lane if lane % (2 * half) < half else n + lane - half for lane in range(n)]
+            high = [lane + half if lane % (2 * half) < half else n + lane for lane in range(n)]
+            for i in range(n):
+                if i % (2 * half) < half:
+                    a, b = rows[i], rows[i + half]
+                    swapped[i] = builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(i32, n), low))
+                    swapped[i + half] = builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(i32, n), high))
+            rows = swapped
+            half //= 2
+        return make_tile(builder, s, rows)
+
+    return signature(tile, tile), codegen
+
+
+def _scalar_access(ty):
+    """Intrinsics that load and store one scalar of a Numba type at an address."""
+
+    @intrinsic
+    def load(typingctx, address):
+        def codegen(context, builder, sig, values):
+            pointer = pointer_to(builder, values[0], context.get_data_type(ty))
+            return context.unpack_value(builder, ty, pointer) if ty is types.boolean else builder.load(pointer, align=1)
+
+        return signature(ty, types.intp), codegen
+
+    @intrinsic
+    def store(typingctx, address, value):
+        def codegen(context, builder, sig, values):
+            builder.store(values[1], pointer_to(builder, values[0], context.get_data_type(ty)), align=1)
+            return context.get_dummy_value()
+
+        return signature(types.none, types.intp, ty), codegen
+
+    return load, store
+
+
+load_u8, store_u8 = _scalar_access(types.uint8)
+load_u16, store_u16 = _scalar_access(types.uint16)
+load_i64, store_i64 = _scalar_access(types.int64)
+load_f32, store_f32 = _scalar_access(types.float32)
+load_f64, store_f64 = _scalar_access(types.float64)
+
+
+@intrinsic
+def as_element(typingctx, shape, value):
+    """A number, rounded to the shape's dtype."""
+    if not (isinstance(shape, ShapeType) and isinstance(value, types.Number)):
+        return None
+    element = TileType(shape.shape).element
+
+    def codegen(context, builder, sig, values):
+        return context.cast(builder, values[1], value, element)
+
+    return signature(element, shape, value), codegen
+
+
+@intrinsic
+def load_element(typingctx, shape, address):
+    """The scalar of the shape's dtype at `address`."""
+    if not isinstance(shape, ShapeType):
+        return None
+    result = TileType(shape.shape).element
+
+    def codegen(context, builder, sig, values):
+        return load_from(builder, values[1], element_of(shape.shape), shape.shape.itemsize)
+
+    return signature(result, shape, types.intp), codegen
+
+
+@intrinsic
+def store_element(typingctx, shape, address, value):
+    """Write a number to `address` as a scalar of the shape's dtype."""
+    if not (isinstance(shape, ShapeType) and isinstance(value, types.Number)):
+        return None
+    element = TileType(shape.shape).element
+
+    def codegen(context, builder, sig, values):
+        pointer = pointer_to(builder, values[1], element_of(shape.shape))
+        builder.store(context.cast(builder, values[2], value, element), pointer, align=shape.shape.itemsize)
+        return context.get_dummy_value()
+
+    return signature(types.none, shape, types.intp, value), codegen
+
+
+@intrinsic
+def prefetch(typingctx, address):
+    """Ask for the cache line at `address`, which may be anywhere, to be brought near."""
+
+    def codegen(context, builder, sig, values):
+        i32, byte = ir.IntType(32), ir.IntType(8).as_pointer()
+        fnty = ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32])
+        fn = cgutils.get_or_insert_function(builder.module, fnty, "llvm.prefetch.p0")
+        builder.call(
+            fn, [builder.inttoptr(values[0], byte), ir.Constant(i32, 0), ir.Constant(i32, 3), ir.Constant(i32, 1)]
+        )
+        return context.get_dummy_value()
+
+    return signature(types.none, types.intp), codegen
+
+
+def record_view(dtype):
+    """An intrinsic that sees the memory at an address as a record of a structured NumPy dtype."""
+    record = from_dtype(np.dtype(dtype))
+
+    @intrinsic
+    def view(typingctx, address):
+        def codegen(context, builder, sig, values):
+            return builder.inttoptr(values[0], context.get_value_type(record))
+
+        return signature(record, types.intp), codegen
+
+    return view
+
+
+def stack_memory(size):
+    """An intrinsic that gives the address of `size` bytes, aligned to 64, on its function's stack."""
+
+    @intrinsic
+    def memory(typingctx):
+        def codegen(context, builder, sig, values):
+            place = cgutils.alloca_once(builder, ir.ArrayType(ir.IntType(8), size))
+            place.align = 64
+            return builder.ptrtoint(place, ir.IntType(64))
+
+        return signature(types.intp), codegen
+
+    return memory
