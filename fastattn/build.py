@@ -2,7 +2,7 @@
 
 Numba types the functions and lowers them to LLVM IR. Linking, optimisation and code generation happen here, once for
 the whole kernel, and for the row's processor instead of the host's: a forced ISA is then really the one that runs.
-(Numba by itself optimises and compiles every callee on its own before it is inlined, which takes five times as long.)
+(Numba by itself optimises and compiles every callee on its own before it is inlined, which takes three times as long.)
 """
 
 from collections.abc import Callable, Container

@@ -1,9 +1,9 @@
 """The forward pass: FlashAttention's loop order on blocks of queries in the lanes (Dao et al. 2022, arXiv 2205.14135).
 
 A task is a group of query blocks of one head. The group goes through the keys together, one block of keys at a time, so
-that K and V are fetched once for all of it:
+that K and V are fetched, and packed, once for all of it:
 
-    for each block of keys:                       K and V rows in their natural layout, read in place
+    for each block of keys:                       packed in panels, or where few queries want it, read in place
         for each query block of the group:        its state stays in the second-level cache
             scores[j][i] = key[j] · q[i]          q[p][i]: the queries, transposed, times scale · log2(e)
             scores[j][i] = 2^(scores[j][i] - m[i])
@@ -83,39 +83,32 @@ def add_values(tile, weights, count, value, value_panel, value_row, value_column
 
 
 @jit
-def is_finite(tile, value, value_column, features):
-    """Whether a row of values holds neither NaN nor infinity (x · 0 = 0 only for a finite x)."""
-    done = 0
-    if value_column == tile.itemsize:
-        sums = tile_fill(tile.vector, 0.0)
-        while done + tile.lanes <= features:
-            sums = sums + tile_load(tile.vector, value + done * value_column, 0) * 0.0
-            done += tile.lanes
-        if not all_zero(sums):
-            return False
-    for p in range(done, features):
-        if load_element(tile, value + p * value_column) * 0.0 != 0.0:
-            return False
-    return True
+def are_finite(tile, plan, value, count):
+    """Whether `count` rows of values hold neither NaN nor infinity (x · 0 = 0 only for a finite x)."""
+    sums = tile_fill(tile.vector, 0.0)
+    vectors = plan.value_dim // tile.lanes if plan.value_column == tile.itemsize else 0
+    for j in range(count):
+        row = value + j * plan.value_row
+        for v in range(vectors):
+            sums = sums + tile_load(tile.vector, row + v * tile.vector_bytes, 0) * 0.0
+        for p in range(vectors * tile.lanes, plan.value_dim):
+            if load_element(tile, row + p * plan.value_column) * 0.0 != 0.0:
+                return False
+    return all_zero(sums)
 
 
 @jit
-def add_visible_values(tile, plan, weights, count, safe, source, value, panel, row, column, mask, present, ahead, out):
-    """`add_values` for a block in which some query may not look at a key from `safe` on: 0 · NaN must not reach it.
+def add_visible_values(tile, plan, weights, count, source, value, panel, row, column, mask, present, ahead, out):
+    """`add_values` for a block with values that are not finite and queries that may not look at some key.
 
-    `source` is the block's first row of values in the user's array, `value` the same for the micro-kernel.
+    There 0 · NaN must not reach a query. `source` is the block's first row of values in the user's array, `value` the
+    same for the micro-kernel.
     """
-    start = safe
-    while start < count and is_finite(tile, source + start * plan.value_row, plan.value_column, plan.value_dim):
-        start += 1
-    if start == count:
-        add_values(tile, weights, count, value, panel, row, column, out, plan.value_dim)
-        return
     # Rows of values that are finite throughout take the fast way; in the others a query is added where it may look.
     start = 0
     for j in range(count + 1):
         at = source + j * plan.value_row
-        if j < count and is_finite(tile, at, plan.value_column, plan.value_dim):
+        if j < count and are_finite(tile, plan, at, 1):
             continue
         rows = value + start * row
         add_values(tile, weights + start * tile.row_bytes, j - start, rows, panel, row, column, out, plan.value_dim)
@@ -283,6 +276,9 @@ def forward_group(tile, call, plan, head, first_query, blocks, scratch):
             count = min(plan.key_block, end - first_key)
             pack_keys(tile, keys_at, keys, plan.key_row, plan.key_column, count, plan.head_dim)
             pack_values(tile, values_at, values, plan.value_row, plan.value_column, count, plan.value_dim, value_panel)
+        finite = True
+        if plan.causal or plan.mask_kind != MASK_NONE:
+            finite = are_finite(tile, plan, values, min(plan.key_block, end - first_key))
         for b in range(blocks):
             first = first_query + b * tile.width
             masks = mask + first * plan.mask_row + first_key * plan.mask_column
@@ -313,7 +309,7 @@ def forward_group(tile, call, plan, head, first_query, blocks, scratch):
             absorb(tile, scores, count, top, relative, plan.unit, m, m + tile.row_bytes, block, plan.value_dim)
             if plan.drop_below > 0:
                 drop(tile, plan, call.seed, scores, count, head, first, first_key)
-            if safe < count:
+            if not finite and safe < count:
                 present = min(tile.width, plan.queries - first)
                 offset = plan.first_position + first - first_key
                 add_visible_values(
@@ -321,7 +317,6 @@ def forward_group(tile, call, plan, head, first_query, blocks, scratch):
                     plan,
                     scores,
                     count,
-                    safe,
                     values,
                     values_at,
                     value_panel,
