@@ -102,21 +102,23 @@ def test_an_edited_kernel_is_compiled_again(filled: Path, tmp_path: Path) -> Non
     assert names(filled) == before, "the same sources elsewhere are the same kernels"
     softmax = copy / "cpu" / "softmax.py"
     text = softmax.read_text()
-    softmax.write_text(
-        text + "\nNEAREST_32 = DOWN_32 = (1.0, 0.0)\n"
-    )  # a module's constant, which Numba does not watch
+    # a constant of the module, which Numba by itself does not watch
+    softmax.write_text(text + "\nNEAREST_32 = DOWN_32 = (1.0, 0.0)\n")
     assert processes.run(CALL, tmp_path, FASTATTN_CACHE_DIR=str(filled)) == "wrong\n"
     assert len(names(filled)) == len(before) + 1
     softmax.write_text(text)
     assert processes.run(CALL + NO_NUMBA, tmp_path, FASTATTN_CACHE_DIR=str(filled)) == "right\n"
 
 
-def imported_by(module: str, found: set[str]) -> set[str]:
-    """Add the package's modules that a module imports, and that those do, to `found`."""
-    path = processes.PACKAGE.parent.joinpath(*module.split(".")).with_suffix(".py")
-    if module not in found and path.exists():
-        found.add(module)
-        for node in ast.walk(ast.parse(path.read_text())):
+def imported_by(module: str, found: dict[str, Path]) -> dict[str, Path]:
+    """Add the package's modules that a module imports, and that those do, to `found`, with their files."""
+    place = Path(*module.split("."))
+    for path in (place.with_suffix(".py"), place / "__init__.py"):
+        source = processes.PACKAGE.parent / path
+        if module in ("fastattn", *found) or not source.exists():
+            continue
+        found[module] = path
+        for node in ast.walk(ast.parse(source.read_text())):
             if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("fastattn"):
                 imported_by(node.module, found)
                 for alias in node.names:
@@ -126,15 +128,16 @@ def imported_by(module: str, found: set[str]) -> set[str]:
 
 def test_every_module_that_takes_part_is_in_the_name(tmp_path: Path) -> None:
     """All that compiling imports, except the ISA table, of which the row is in the name."""
-    modules = sorted(imported_by("fastattn.cpu.catalogue", set()) - {"fastattn.isa"})
+    modules = imported_by("fastattn.cpu.catalogue", {})
+    del modules["fastattn.isa"]
     assert {"fastattn.simd", "fastattn.build", "fastattn.cpu.softmax", "fastattn.cpu.claim"} <= set(modules)
     shutil.copytree(processes.PACKAGE, tmp_path / "fastattn", ignore=shutil.ignore_patterns("__pycache__"))
     code = f"""
 from pathlib import Path
 from fastattn.cpu.kernels import _source_digest
 digests = [_source_digest.__wrapped__()]
-for module in {modules}:
-    path = Path({str(tmp_path)!r}, *module.split(".")).with_suffix(".py")
+for path in {[str(path) for path in modules.values()]}:
+    path = Path({str(tmp_path)!r}, path)
     path.write_bytes(path.read_bytes() + b"#")
     digests.append(_source_digest.__wrapped__())
 print(len(digests) == len(set(digests)))

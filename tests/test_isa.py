@@ -184,6 +184,7 @@ def test_sixteen_lanes_on_any_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "host", lambda: row)
     monkeypatch.setattr(kernels, "host", lambda: row)
     monkeypatch.setattr(api, "_prepared", {})
+    monkeypatch.setattr(cpu, "_prepared", {})
     for name in ("WORTH_SHARING", "WORTH_WAKING"):
         monkeypatch.setattr(pool, name, 0)
     assert broad.check((np.float32,)) == 16

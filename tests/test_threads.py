@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 import fastattn
 from fastattn import api
+from fastattn.cpu import attention as cpu
 from fastattn.cpu import pool
 from fastattn.cpu.kernels import Library, library
 from fastattn.isa import host
@@ -36,6 +37,7 @@ def _any_work_is_worth_waking(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WORTH_SHARING", "WORTH_WAKING"):
         monkeypatch.setattr(pool, name, 0)
     monkeypatch.setattr(api, "_prepared", {})
+    monkeypatch.setattr(cpu, "_prepared", {})
 
 
 # -- how many ----------------------------------------------------------------------------------------------------------
