@@ -1,14 +1,18 @@
-"""Working memory does not grow with the lengths: 64 MiB at most for 131,072 keys."""
+"""Working memory does not grow with the lengths: 64 MiB at most for 131,072 keys. And nobody else's is written to."""
 
 from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
+import numpy as np
 import processes
 import pytest
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's /proc")
+import fastattn
+
+on_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's /proc")
 
 MEBIBYTE = 1 << 20
 LENGTH = 131_072
@@ -57,6 +61,7 @@ print(*[growth(call) for call in case({queries}, {LENGTH}){which}])
     return [float(number) for number in processes.run(MEASURE + code, timeout=timeout).split()]
 
 
+@on_linux
 def test_few_queries_with_many_keys() -> None:
     """The last queries of a long causal call: the keys, and the masks over them, are all there."""
     grown = growths(256, "[:]")
@@ -64,6 +69,7 @@ def test_few_queries_with_many_keys() -> None:
     assert max(grown) < 32, grown
 
 
+@on_linux
 def test_the_measure_sees_a_copy() -> None:
     code = f"""
 keys = np.ones({LENGTH * 64}, np.float32)
@@ -72,6 +78,7 @@ print(growth(lambda: keys.copy()))
     assert float(processes.run(MEASURE + code)) >= 31
 
 
+@on_linux
 @pytest.mark.slow
 @pytest.mark.skipif("FASTATTN_SLOW" not in os.environ, reason="takes minutes; FASTATTN_SLOW=1 runs it")
 @pytest.mark.parametrize("which", [0, 1, 2, 3])
@@ -79,3 +86,17 @@ def test_as_many_queries_as_keys(which: int) -> None:
     (grown,) = growths(LENGTH, f"[{which}:{which + 1}]", timeout=1000)
     output = 0 if which == 3 else LENGTH * 64 * 4 / MEBIBYTE
     assert grown < 64 + output, grown
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("queries", [1, 7, 15, 17, 33, 70])
+def test_nothing_but_out_is_written(dtype: Any, queries: int) -> None:
+    """All lengths here leave lanes of the last vector, and features of the last tile, without a place in `out`."""
+    query, key, value = np.random.default_rng(0).standard_normal((3, 2, queries, 19)).astype(dtype)
+    for features in (19, 16, 3):
+        around = np.full((2, queries + 40, features + 2), 7, dtype)
+        out = around[:, 20:-20, :features]
+        fastattn.attention(query, key, value[..., :features], out=out)
+        np.testing.assert_array_equal(out, fastattn.attention(query, key, value[..., :features]))
+        out[:] = 7
+        assert (around == 7).all()
