@@ -6,7 +6,7 @@ from fastattn import build as compiler
 from fastattn.cpu import claim
 from fastattn.cpu.forward import call_view, forward_task, plan_view
 from fastattn.cpu.layout import CALL
-from fastattn.cpu.tiles import product
+from fastattn.cpu.tiles import packed_product
 from fastattn.cpu.weights import weights_task
 from fastattn.isa import Isa
 from fastattn.simd import TileShape, jit, load_i64, stack_memory, tile_fill, tile_store
@@ -24,7 +24,10 @@ def build(name: str, row: Isa, entries: dict[str, int]) -> bytes:
     else:
         dtype, size = parameters
         rows, vectors = map(int, size.split("x"))
-        tile = TileShape(dtype, row.vector_bytes // np.dtype(dtype).itemsize, rows, vectors, row.scalef)
+        # A tall tile is for few queries, and the weights' kernel takes blocks one by one: too few to pack keys for them.
+        packed = kind == "forward" and vectors > 1
+        lanes = row.vector_bytes // np.dtype(dtype).itemsize
+        tile = TileShape(dtype, lanes, rows, vectors, row.scalef, packed)
         functions = {"run": _peak(tile)} if kind == "peak" else _attention(TASKS[kind](tile))
     return compiler.emit({entry: (functions[entry], count) for entry, count in entries.items()}, row)
 
@@ -34,7 +37,7 @@ def _peak(tile):
 
     def run(a, b, out, count, repeats):
         for _ in range(repeats):
-            acc = product(tile_fill(tile, 0.0), a, count * tile.itemsize, tile.itemsize, b, tile.row_bytes, count)
+            acc = packed_product(tile, tile_fill(tile, 0.0), a, b, count)
             tile_store(acc, out, tile.row_bytes)
 
     return run

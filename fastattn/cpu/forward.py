@@ -20,7 +20,7 @@ from fastattn.cpu.layout import AXIS, CALL, MASK_BOOL, MASK_NONE, PLAN
 from fastattn.cpu.masks import looks_at, restrict
 from fastattn.cpu.pack import pack_keys, pack_queries, pack_values, unpack_rows
 from fastattn.cpu.softmax import MINUS_INFINITY, absorb
-from fastattn.cpu.tiles import product
+from fastattn.cpu.tiles import packed_product, product
 from fastattn.simd import (
     all_zero,
     jit,
@@ -41,7 +41,6 @@ axis_view, call_view, plan_view = record_view(AXIS), record_view(CALL), record_v
 AXIS_BYTES, PLAN_BYTES = AXIS.itemsize, PLAN.itemsize
 LINE = 64  # bytes of a cache line
 LN_2 = 0.6931471805599453
-PACK_FROM = 3  # query blocks in a group: for fewer, packing keys and values costs more than it brings
 
 
 @jit
@@ -50,7 +49,10 @@ def score_block(tile, q, features, key, key_panel, key_row, key_column, count, s
     initial = tile_repeat(tile, start)
     whole = count - count % tile.rows
     for _ in range(0, whole, tile.rows):
-        acc = product(initial, key, key_row, key_column, q, tile.row_bytes, features)
+        if tile.packed:
+            acc = packed_product(tile, initial, key, q, features)
+        else:
+            acc = product(initial, key, key_row, key_column, q, tile.row_bytes, features)
         tile_store(acc, scores, tile.row_bytes)
         best = maximum(largest_row(acc), best)
         key += key_panel
@@ -70,7 +72,10 @@ def add_values(tile, weights, count, value, value_panel, value_row, value_column
     whole = features - features % tile.rows
     for _ in range(0, whole, tile.rows):
         acc = tile_load(tile, out, tile.row_bytes)
-        acc = product(acc, value, value_column, value_row, weights, tile.row_bytes, count)
+        if tile.packed:
+            acc = packed_product(tile, acc, value, weights, count)
+        else:
+            acc = product(acc, value, value_column, value_row, weights, tile.row_bytes, count)
         tile_store(acc, out, tile.row_bytes)
         value += value_panel
         out += tile.rows * tile.row_bytes
@@ -241,12 +246,11 @@ def forward_group(tile, call, plan, head, first_query, blocks, scratch):
     q_bytes, out_bytes = plan.head_dim * tile.row_bytes, plan.value_dim * tile.row_bytes
     state_bytes = q_bytes + out_bytes + 2 * tile.row_bytes
     packed_keys = scratch + blocks * state_bytes
-    packed = blocks >= PACK_FROM
     work = packed_keys
     key_panel, key_row, key_column = tile.rows * plan.key_row, plan.key_row, plan.key_column
     value_panel, value_row, value_column = tile.rows * plan.value_column, plan.value_row, plan.value_column
     packed_values = packed_keys
-    if packed:
+    if tile.packed:
         panel_row = tile.rows * tile.itemsize
         key_panel, key_row, key_column = plan.head_dim * panel_row, tile.itemsize, panel_row
         value_panel, value_row, value_column = plan.key_block * panel_row, panel_row, tile.itemsize
@@ -271,7 +275,7 @@ def forward_group(tile, call, plan, head, first_query, blocks, scratch):
     for first_key in range(0, end, plan.key_block):
         keys, values = key + first_key * plan.key_row, value + first_key * plan.value_row
         keys_at, values_at = keys, values
-        if packed:
+        if tile.packed:
             keys_at, values_at = packed_keys, packed_values
             count = min(plan.key_block, end - first_key)
             pack_keys(tile, keys_at, keys, plan.key_row, plan.key_column, count, plan.head_dim)

@@ -2,8 +2,8 @@
 
 A *block* holds one tile width of queries, transposed: `block[p][i]` is feature p of query i, rows `row_bytes` apart.
 
-Keys and values are read in place by the micro-kernel if few queries want them. Otherwise a block of keys is packed once
-for a group of query blocks, in panels of as many rows as the tile has, which the micro-kernel then reads straight on:
+Keys and values are read in place by the micro-kernel where few queries want them. Elsewhere a block of keys is packed
+once for a group of query blocks, in panels of as many rows as the tile has, which the micro-kernel reads straight on:
 
     keys[j / rows][p][j % rows]        values[p / rows][j][p % rows]
 

@@ -15,7 +15,8 @@ from numba.extending import models, register_model, typeof_impl
 class TileShape:
     """A register tile: `rows` rows of `vectors` vectors of `lanes` elements of a floating dtype.
 
-    `exp2` names how the machine scales by a power of two, see `fastattn.cpu.softmax.exp2`.
+    `scalef`: the machine has AVX-512's instruction for scaling by a power of two. `packed`: the kernel packs the
+    matrices that it takes scalars from.
     """
 
     dtype: str
@@ -23,6 +24,7 @@ class TileShape:
     rows: int
     vectors: int
     scalef: bool = False
+    packed: bool = False
 
     @property
     def itemsize(self):
@@ -131,7 +133,18 @@ def _constant_shape(context, builder, ty, value):
     return context.get_dummy_value()
 
 
-_INTEGERS = ("scalef", "lanes", "rows", "vectors", "itemsize", "width", "row_bytes", "vector_bytes", "buffer_bytes")
+_INTEGERS = (
+    "scalef",
+    "packed",
+    "lanes",
+    "rows",
+    "vectors",
+    "itemsize",
+    "width",
+    "row_bytes",
+    "vector_bytes",
+    "buffer_bytes",
+)
 _SHAPES = ("single", "square", "panel", "quad", "vector")
 
 
