@@ -24,7 +24,7 @@ def build(name: str, row: Isa, entries: dict[str, int]) -> bytes:
     else:
         dtype, size = parameters
         rows, vectors = map(int, size.split("x"))
-        # A tall tile is for few queries, and the weights' kernel takes blocks one by one: too few to pack keys for them.
+        # A tall tile is for few queries, and the weights' kernel takes blocks one by one: too few to pack keys for.
         packed = kind == "forward" and vectors > 1
         lanes = row.vector_bytes // np.dtype(dtype).itemsize
         tile = TileShape(dtype, lanes, rows, vectors, row.scalef, packed)

@@ -21,6 +21,8 @@ from fastattn.problem import Operands, Problem
 
 GROUP_BYTES = 192 << 10  # state of the query blocks taken through the keys together: part of a level-2 cache
 TASKS_PER_THREAD = 4  # enough to even out, as long as there are blocks to split into
+PACKED_BYTES = 128 << 10  # packed keys and values of a block, at most: the other part of a level-2 cache
+LEAST_KEYS = 32  # in a block, however large they are
 LOG2_E = math.log2(math.e)
 TASK_FLOPS = 4e9  # at most, where a group can be made smaller: no thread is away from Python for long
 WORK_ROWS = 2  # rows of a tile needed besides the scores: maxima, and factors of the weights
@@ -46,6 +48,17 @@ def choose_tile(row: Isa, dtype: np.dtype, queries: int) -> Tile:
     if queries <= lanes:
         return Tile(row.tall_rows, 1, lanes, dtype.itemsize)
     return Tile(row.rows, row.vectors, lanes, dtype.itemsize)
+
+
+def choose_key_block(row: Isa, problem: Problem) -> int:
+    """The table's number of keys, halved until their packed rows leave room in the level-2 cache."""
+    key_block = row.key_block
+    while (
+        key_block > LEAST_KEYS
+        and key_block * (problem.head_dim + problem.value_dim) * problem.dtype.itemsize > PACKED_BYTES
+    ):
+        key_block //= 2
+    return key_block
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +124,7 @@ def make_plan(problem: Problem, operands: Operands, out: np.ndarray, row: Isa, t
     plan["keep_scale"] = problem.keep_scale
     plan["axes"] = len(lead)
     plan["heads"] = problem.heads
-    plan["key_block"] = row.key_block
+    plan["key_block"] = key_block = choose_key_block(row, problem)
     plan["blocks"], plan["group"], plan["groups"] = blocks, group, groups
     plan["tasks"] = tasks = heads * groups
     axes = record[PLAN.itemsize :].view(AXIS)
@@ -119,8 +132,8 @@ def make_plan(problem: Problem, operands: Operands, out: np.ndarray, row: Isa, t
         strides = [array.strides[i] if array is not None else 0 for array in (query, key, value, mask, out)]
         axes[i] = (size, *strides)
 
-    work = (WORK_ROWS + row.key_block) * row_bytes + tile.lanes * tile.lanes * 8
-    packed = (row.key_block + tile.rows) * (problem.head_dim + problem.value_dim + tile.rows) * problem.dtype.itemsize
+    work = (WORK_ROWS + key_block) * row_bytes + tile.lanes * tile.lanes * 8
+    packed = (key_block + tile.rows) * (problem.head_dim + problem.value_dim + tile.rows) * problem.dtype.itemsize
     work += packed
     scratch_bytes = -(-(group * state + work) // ALIGNMENT) * ALIGNMENT
     flops = heads * blocks * flops_per_block * (0.5 if problem.causal_offset is not None else 1.0)
