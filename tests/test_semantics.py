@@ -342,7 +342,7 @@ def test_the_lowest_number_on_some_keys_leaves_them_out(attention: Attention, dt
     close(attention(query, key, value, mask), attention(query, key[:, :40], value[:, :40]), dtype)
 
 
-@pytest.mark.parametrize("length", [(5, 3), (48, 64), (65, 130), (100, 700)], ids=str)
+@pytest.mark.parametrize("length", [(5, 3), (48, 64), (65, 130), (100, 400)], ids=str)
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 @pytest.mark.parametrize("kind", ["bool", "float", "padding", "causal", "bottom-right"])
 @pytest.mark.parametrize("where", ["key", "value", "both"])
@@ -998,7 +998,7 @@ def torch_attention(query: Array, key: Array, value: Array, mask: Array | None, 
 
 
 @dtypes
-@pytest.mark.parametrize("length", [(1, 1), (8, 8), (1, 300), (100, 60), (130, 150)], ids=str)
+@pytest.mark.parametrize("length", [(1, 1), (8, 8), (1, 300), (70, 60), (65, 150)], ids=str)
 @pytest.mark.parametrize("features", [5, 64, 128])
 @pytest.mark.parametrize("kind", ["none", "bool", "float"])
 @pytest.mark.parametrize("is_causal", [False, True, "bottom-right"])
