@@ -8,7 +8,6 @@ import numpy as np
 from fastattn.cpu.layout import (
     ALIGNMENT,
     AXIS,
-    CALL,
     MASK_BOOL,
     MASK_HALF,
     MASK_NONE,
@@ -132,14 +131,8 @@ def make_plan(problem: Problem, operands: Operands, out: np.ndarray, row: Isa, t
         strides = [array.strides[i] if array is not None else 0 for array in (query, key, value, mask, out)]
         axes[i] = (size, *strides)
 
-    work = (WORK_ROWS + key_block) * row_bytes + tile.lanes * tile.lanes * 8
+    scores = (WORK_ROWS + key_block) * row_bytes + tile.lanes * tile.lanes * 8
     packed = (key_block + tile.rows) * (problem.head_dim + problem.value_dim + tile.rows) * problem.dtype.itemsize
-    work += packed
-    scratch_bytes = -(-(group * state + work) // ALIGNMENT) * ALIGNMENT
+    scratch_bytes = -(-(group * state + packed + scores) // ALIGNMENT) * ALIGNMENT
     flops = heads * blocks * flops_per_block * (0.5 if problem.causal_offset is not None else 1.0)
     return Plan(problem, tile, record, record.ctypes.data, tasks, flops, scratch_bytes)
-
-
-def new_call() -> np.ndarray:
-    """A record for one call."""
-    return np.zeros(1, CALL)
