@@ -5,12 +5,14 @@ the whole kernel, and for the row's processor instead of the host's: a forced IS
 (Numba by itself optimises and compiles every callee on its own before it is inlined, which takes three times as long.)
 """
 
-from collections.abc import Callable, Container
+import gc
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from llvmlite import binding as llvm
 from llvmlite import ir
-from numba.core import compiler, types
+from numba.core import types
 from numba.core.codegen import JITCodeLibrary, JITCPUCodegen
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.registry import cpu_target
@@ -50,6 +52,18 @@ class _Codegen(JITCPUCodegen):
         pass
 
 
+@contextmanager
+def _collector_at_rest() -> Iterator[None]:
+    """No garbage collection meanwhile: it takes a tenth of the time, to find that what a compiler makes is in use."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 class _swapped_codegen:
     """Numba's CPU target, for the time of a kernel's compilation, with a code generator that only collects IR."""
 
@@ -65,29 +79,28 @@ class _swapped_codegen:
         cpu_target.target_context._internal_codegen = self.before
 
 
-def emit(functions: dict[str, tuple[Callable[..., Any], int]], row: Isa) -> bytes:
+def emit(functions: dict[str, tuple[Any, int]], row: Isa) -> bytes:
     """Object code that exports C functions.
 
     Parameters
     ----------
     functions : dict of str to (function, int)
-        What each exported symbol runs: a Python function that Numba can compile, and the number of its arguments, which
-        are 64-bit integers. Those that return nothing return 0.
+        What each exported symbol runs: a function under `fastattn.simd.jit`, and the number of its arguments, which are
+        64-bit integers. Those that return nothing return 0.
     row : Isa
         The row of the ISA table to generate code for.
     """
     module = llvm.parse_assembly("")
-    with global_compiler_lock:
+    with global_compiler_lock, _collector_at_rest():
         typing, target = cpu_target.typing_context, cpu_target.target_context
         typing.refresh()
         target.refresh()
-        flags = compiler.Flags()
-        flags.no_compile = flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
-        flags.error_model = "numpy"
         libraries: dict[_Library, None] = {}
         with _swapped_codegen():
             for symbol, (function, count) in functions.items():
-                compiled = compiler.compile_extra(typing, target, function, (types.intp,) * count, None, flags, {})
+                arguments = (types.intp,) * count
+                function.compile(arguments)
+                compiled = function.overloads[arguments]
                 libraries.update(dict.fromkeys(compiled.library.reachable()))
                 module.link_in(llvm.parse_assembly(_entry(compiled.fndesc, target, symbol)))
         for library in libraries:

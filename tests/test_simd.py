@@ -96,7 +96,7 @@ def functions(dtype: str, lanes: int) -> dict[str, tuple[Callable[..., Any], int
             s.tile_store(exp2(tile, s.tile_load(tile.vector, source + i, 0)), out + i, 0)
 
     return {
-        f"{function.__name__}_{dtype}_{lanes}": (function, function.__code__.co_argcount)
+        f"{function.__name__}_{dtype}_{lanes}": (s.jit(function), function.__code__.co_argcount)
         for function in (arithmetic, making, all_zero, transpose, load_bool, load_half, load_other, power)
     }
 

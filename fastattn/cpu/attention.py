@@ -84,7 +84,8 @@ class Prepared:
         self.problem = problem
         self.plan = plan = make_plan(problem, operands, out, host(), threads)
         self.threads = pool.concurrency(plan.tasks, plan.flops, threads)
-        self.forward = library(kernel_name("forward", problem.dtype.name, plan.tile))
+        kind = "masked" if problem.mask_kind != "none" or problem.dropout_p > 0 else "forward"
+        self.forward = library(kernel_name(kind, problem.dtype.name, plan.tile))
 
     def run(
         self,

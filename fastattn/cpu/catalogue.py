@@ -13,21 +13,23 @@ from fastattn.simd import TileShape, jit, load_i64, stack_memory, tile_fill, til
 
 call_memory = stack_memory(CALL.itemsize)
 
-TASKS = {"forward": forward_task, "weights": weights_task}
+# What attention is compiled for: the forward pass without and with a mask or dropout, and the weights. A kernel for all of
+# it would make a first call wait for what it does not use.
+TASKS = {"forward": forward_task, "masked": forward_task, "weights": weights_task}
 
 
 def build(name: str, row: Isa, entries: dict[str, int]) -> bytes:
     """Object code of the library `name`: "schedule", or kind-dtype-ROWSxVECTORS."""
     kind, *parameters = name.split("-")
     if kind == "schedule":
-        functions = {entry: getattr(claim, entry) for entry in entries}
+        functions = {entry: jit(getattr(claim, entry)) for entry in entries}
     else:
         dtype, size = parameters
         rows, vectors = map(int, size.split("x"))
         # A tall tile is for few queries, and the weights' kernel takes blocks one by one: too few to pack keys for.
-        packed = kind == "forward" and vectors > 1
+        packed = kind != "weights" and vectors > 1
         lanes = row.vector_bytes // np.dtype(dtype).itemsize
-        tile = TileShape(dtype, lanes, rows, vectors, row.scalef, packed)
+        tile = TileShape(dtype, lanes, rows, vectors, row.scalef, packed, masked=kind != "forward")
         functions = {"run": _peak(tile)} if kind == "peak" else _attention(TASKS[kind](tile))
     return compiler.emit({entry: (functions[entry], count) for entry, count in entries.items()}, row)
 
@@ -35,6 +37,7 @@ def build(name: str, row: Isa, entries: dict[str, int]) -> bytes:
 def _peak(tile):
     """The micro-kernel alone, over and over."""
 
+    @jit
     def run(a, b, out, count, repeats):
         for _ in range(repeats):
             acc = packed_product(tile, tile_fill(tile, 0.0), a, b, count)
@@ -43,15 +46,15 @@ def _peak(tile):
     return run
 
 
-def _attention(function):
+def _attention(task):
     """A task function, and the ways to run it in the calling thread."""
-    task = jit(function)
-    return {"task": function, "alone": _alone(task), "quick": _quick(task), "fill": fill.py_func}
+    return {"task": task, "alone": _alone(task), "quick": _quick(task), "fill": fill}
 
 
 def _alone(task):
     """Run the tasks [first, last) in the calling thread."""
 
+    @jit
     def alone(call, first, last):
         for number in range(first, last):
             task(call, 0, number)
@@ -62,6 +65,7 @@ def _alone(task):
 def _quick(task):
     """Run a whole call in the calling thread, on a call record of its own; takes what `fill` takes."""
 
+    @jit
     def quick(plan, scratch, scratch_bytes, seed, query, key, value, mask, out, lse, weights):
         call = call_memory()
         fill(call, plan, scratch, scratch_bytes, seed, query, key, value, mask, out, lse, weights)

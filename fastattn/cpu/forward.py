@@ -142,7 +142,7 @@ def visible_keys(tile, plan, first_query, first_key, mask):
         present = min(tile.width, plan.queries - first_query)
         count = max(0, min(count, position + present - first_key))
         safe = max(0, min(count, position + 1 - first_key))
-    if plan.mask_kind != MASK_NONE:
+    if tile.masked and plan.mask_kind != MASK_NONE:
         safe = 0
         if plan.mask_kind == MASK_BOOL and plan.mask_row == 0:
             while count > 0 and load_u8(mask + (count - 1) * plan.mask_column) == 0:
@@ -257,7 +257,8 @@ def forward_group(tile, call, plan, head, first_query, blocks, scratch):
         packed_values += (plan.key_block + tile.rows) // tile.rows * key_panel
         work = packed_values + (plan.value_dim + tile.rows - 1) // tile.rows * value_panel
 
-    relative = plan.mask_kind <= MASK_BOOL  # else m may stem from the mask, and be far from the scores
+    relative = not tile.masked or plan.mask_kind <= MASK_BOOL  # else m may stem from the mask, and be far from the scores
+    unit = plan.unit if tile.masked else 1.0
     end = plan.keys
     if plan.causal:
         last = min(first_query + blocks * tile.width, plan.queries) - 1
@@ -281,7 +282,7 @@ def forward_group(tile, call, plan, head, first_query, blocks, scratch):
             pack_keys(tile, keys_at, keys, plan.key_row, plan.key_column, count, plan.head_dim)
             pack_values(tile, values_at, values, plan.value_row, plan.value_column, count, plan.value_dim, value_panel)
         finite = True
-        if plan.causal or plan.mask_kind != MASK_NONE:
+        if plan.causal or (tile.masked and plan.mask_kind != MASK_NONE):
             finite = are_finite(tile, plan, values, min(plan.key_block, end - first_key))
         for b in range(blocks):
             first = first_query + b * tile.width
@@ -310,8 +311,8 @@ def forward_group(tile, call, plan, head, first_query, blocks, scratch):
                 work,
             )
             top = tile_load(tile.single, work, 0)
-            absorb(tile, scores, count, top, relative, plan.unit, m, m + tile.row_bytes, block, plan.value_dim)
-            if plan.drop_below > 0:
+            absorb(tile, scores, count, top, relative, unit, m, m + tile.row_bytes, block, plan.value_dim)
+            if tile.masked and plan.drop_below > 0:
                 drop(tile, plan, call.seed, scores, count, head, first, first_key)
             if not finite and safe < count:
                 present = min(tile.width, plan.queries - first)
@@ -345,6 +346,7 @@ def forward_group(tile, call, plan, head, first_query, blocks, scratch):
 def forward_task(tile):
     """The task function of the forward pass for a register tile."""
 
+    @jit
     def task(call_at, slot, number):
         call = call_view(call_at)
         plan = plan_view(call.plan)

@@ -42,9 +42,11 @@ class Library:
 
 
 # The functions in each kind of library, and how many integers each takes.
+ATTENTION = {"task": 3, "alone": 3, "quick": 11, "fill": 12}
 ENTRIES: dict[str, dict[str, int]] = {
-    "forward": {"task": 3, "alone": 3, "quick": 11, "fill": 12},
-    "weights": {"task": 3, "alone": 3, "quick": 11, "fill": 12},
+    "forward": ATTENTION,
+    "masked": ATTENTION,
+    "weights": ATTENTION,
     "peak": {"run": 5},
     "schedule": {"start": 6, "take_part": 3, "cancel": 2, "work": 3},
 }
@@ -168,7 +170,7 @@ def warmup(progress=None) -> None:
     row = host()
     sizes = ((row.rows, row.vectors), (row.tall_rows, 1))
     names = ["schedule"]
-    names += [f"{k}-{d}-{r}x{v}" for d in ("float32", "float64") for k in ("forward", "weights") for r, v in sizes]
+    names += [f"{k}-{d}-{r}x{v}" for d in ("float32", "float64") for k in ("forward", "masked", "weights") for r, v in sizes]
     for done, name in enumerate(names):
         if progress is not None:
             progress(done, len(names), name)

@@ -113,7 +113,7 @@ def restrict(tile, plan, scores, count, mask, present, position, first_key, top,
             columns = min(lanes, count - j)
             place = scores + j * tile.row_bytes + v * tile.vector_bytes
             square = tile_load(tile.square, place, tile.row_bytes)
-            if kind != MASK_NONE and rows > 0:
+            if tile.masked and kind != MASK_NONE and rows > 0:
                 at = mask + v * lanes * row + j * column
                 if column == itemsize and rows == lanes and columns == lanes:
                     values = load_mask(tile, kind, at, row)
@@ -135,9 +135,9 @@ def looks_at(tile, plan, mask, query, key, position):
     """Whether one query of a block may look at one key; indices are relative to `mask` and `position`."""
     if plan.causal and position + query < key:
         return False
-    at = mask + query * plan.mask_row + key * plan.mask_column
-    if plan.mask_kind == MASK_NONE:
+    if not tile.masked or plan.mask_kind == MASK_NONE:
         return True
+    at = mask + query * plan.mask_row + key * plan.mask_column
     if plan.mask_kind == MASK_BOOL:
         return load_u8(at) != 0
     if plan.mask_kind == MASK_HALF:

@@ -125,6 +125,7 @@ class _Pool:
         self.address = address + -address % 64
         self.woken = np.zeros(MOST, np.int64)
         self.beds: list[LockType] = []  # one per worker: it sleeps by waiting for it
+        self.avoided: list[int] = []  # one per worker: the CPU that it keeps off, -1 for none
         self.growing = threading.RLock()  # a signal handler may call while this very thread grows the pool
         self.threads: list[threading.Thread] = []
         self.native: Any = None
@@ -140,6 +141,7 @@ class _Pool:
                 bed = allocate_lock()
                 bed.acquire()
                 # First the list, which gives the worker its number: no interruption may make two of the same.
+                self.avoided.append(-1)
                 self.beds.append(bed)
                 try:
                     thread = threading.Thread(target=_live, args=(self, bed), name="fastattn", daemon=True)
@@ -160,7 +162,8 @@ class _Pool:
             if count:
                 cpu = _current_cpu()
                 for worker in self.woken[:count].tolist():
-                    self._avoid(worker, cpu)
+                    if self.avoided[worker] != cpu:
+                        self._avoid(worker, cpu)
                     _wake(self.beds[worker])
             while (state := native.take_part(self.address, most, SPINS)) != DONE:
                 if state == WAITING:
@@ -175,6 +178,7 @@ class _Pool:
 
         Schedulers like to wake a thread where its waker runs; on small machines it may stay there for milliseconds.
         """
+        self.avoided[worker] = cpu
         thread = self.threads[worker].native_id if worker < len(self.threads) else None
         if cpu < 0 or thread is None:
             return
@@ -198,8 +202,10 @@ class _Pool:
 
 
 def _wake(bed: LockType) -> None:
-    with contextlib.suppress(RuntimeError):  # not locked: it has been woken, and has yet to notice
+    try:
         bed.release()
+    except RuntimeError:  # not locked: it has been woken, and has yet to notice
+        pass
 
 
 def _live(pool: _Pool, bed: LockType) -> None:

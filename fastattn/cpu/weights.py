@@ -67,6 +67,7 @@ def weigh_block(tile, call, plan, head, first_query, scratch):
 def weights_task(tile):
     """The task function of the weights: the same tasks as the forward pass's."""
 
+    @jit
     def task(call_at, slot, number):
         call = call_view(call_at)
         plan = plan_view(call.plan)

@@ -22,6 +22,7 @@ from fastattn.simd.arithmetic import (
     scale_by_power,
     where_greater,
 )
+from fastattn.simd.compiler import jit
 from fastattn.simd.memory import (
     as_element,
     load_element,
@@ -55,7 +56,6 @@ from fastattn.simd.tile import (
     ShapeType,
     TileShape,
     TileType,
-    jit,
     make_tile,
 )
 

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from llvmlite import ir
-from numba import njit
 from numba.core import cgutils, types
 from numba.core.imputils import lower_constant, lower_getattr
 from numba.core.typing.templates import AttributeTemplate, infer_getattr, signature
@@ -15,8 +14,9 @@ from numba.extending import models, register_model, typeof_impl
 class TileShape:
     """A register tile: `rows` rows of `vectors` vectors of `lanes` elements of a floating dtype.
 
-    `scalef`: the machine has AVX-512's instruction for scaling by a power of two. `packed`: the kernel packs the
-    matrices that it takes scalars from.
+    What it says is known while a kernel is compiled, and branches on it are decided then. `scalef`: the machine has
+    AVX-512's instruction for scaling by a power of two. `packed`: the kernel packs the matrices that it takes scalars
+    from. `masked`: its calls may have a mask, or dropout.
     """
 
     dtype: str
@@ -25,6 +25,7 @@ class TileShape:
     vectors: int
     scalef: bool = False
     packed: bool = False
+    masked: bool = False
 
     @property
     def itemsize(self):
@@ -136,6 +137,7 @@ def _constant_shape(context, builder, ty, value):
 _INTEGERS = (
     "scalef",
     "packed",
+    "masked",
     "lanes",
     "rows",
     "vectors",
@@ -243,6 +245,3 @@ def elementwise(emit, *args):
         return make_tile(builder, shape, out)
 
     return signature(result, *args), codegen
-
-
-jit = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
