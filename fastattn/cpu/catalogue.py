@@ -13,8 +13,8 @@ from fastattn.simd import TileShape, jit, load_i64, stack_memory, tile_fill, til
 
 call_memory = stack_memory(CALL.itemsize)
 
-# What attention is compiled for: the forward pass without and with a mask or dropout, and the weights. A kernel for all of
-# it would make a first call wait for what it does not use.
+# What attention is compiled for: the forward pass without and with a mask or dropout, and the weights. A kernel for all
+# of it would make a first call wait for what it does not use.
 TASKS = {"forward": forward_task, "masked": forward_task, "weights": weights_task}
 
 

@@ -205,6 +205,17 @@ def prefetch_rows(rows, row, count, length):
 
 
 @jit
+def prefetch_share(tile, plan, key, value, next_key, end, share, shares):
+    """Ask for one of `shares` equal parts of the keys and values of the block that begins at `next_key`."""
+    count = min(plan.key_block, end - next_key)
+    step = (count + shares - 1) // shares
+    first = next_key + share * step
+    step = min(step, next_key + count - first)
+    prefetch_rows(key + first * plan.key_row, plan.key_row, step, plan.head_dim * tile.itemsize)
+    prefetch_rows(value + first * plan.value_row, plan.value_row, step, plan.value_dim * tile.itemsize)
+
+
+@jit
 def clear(tile, at, rows):
     """Fill rows with 0."""
     for _ in range(rows):
@@ -290,6 +301,7 @@ def forward_group(tile, call, plan, head, first_query, blocks, scratch):
             count, safe = visible_keys(tile, plan, first, first_key, masks)
             if count == 0:
                 continue
+            prefetch_share(tile, plan, key, value, first_key + plan.key_block, end, b, blocks)
             q = scratch + b * state_bytes
             block = q + q_bytes
             m = block + out_bytes

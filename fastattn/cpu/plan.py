@@ -18,7 +18,7 @@ from fastattn.cpu.layout import (
 from fastattn.isa import Isa
 from fastattn.problem import Operands, Problem
 
-GROUP_BYTES = 192 << 10  # state of the query blocks taken through the keys together: part of a level-2 cache
+GROUP_BYTES = 512 << 10  # state of the query blocks taken through the keys together, which the packing is shared by
 TASKS_PER_THREAD = 4  # enough to even out, as long as there are blocks to split into
 PACKED_BYTES = 128 << 10  # packed keys and values of a block, at most: the other part of a level-2 cache
 LEAST_KEYS = 32  # in a block, however large they are

@@ -202,10 +202,8 @@ class _Pool:
 
 
 def _wake(bed: LockType) -> None:
-    try:
+    with contextlib.suppress(RuntimeError):  # not locked: it has been woken, and has yet to notice
         bed.release()
-    except RuntimeError:  # not locked: it has been woken, and has yet to notice
-        pass
 
 
 def _live(pool: _Pool, bed: LockType) -> None:

@@ -1,8 +1,8 @@
 """Numba's compiler, cut down to what a kernel needs: `jit`, and compile-time branches on a `TileShape`.
 
 Most of Numba's passes serve arrays, closures and parallel loops, which kernels do not have. Without them a kernel is
-typed and lowered in half the time. One pass is new: an ``if`` whose condition depends on a shape alone is decided before
-anything is typed, so that what another kind of machine, or of call, would need costs nothing here.
+typed and lowered in half the time. One pass is new: an ``if`` whose condition depends on a shape alone is decided
+before anything is typed, so that what another kind of machine, or of call, would need costs nothing here.
 """
 
 import operator

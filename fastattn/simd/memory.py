@@ -348,7 +348,7 @@ def prefetch(typingctx, address):
         fnty = ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32])
         fn = cgutils.get_or_insert_function(builder.module, fnty, "llvm.prefetch.p0")
         builder.call(
-            fn, [builder.inttoptr(values[0], byte), ir.Constant(i32, 0), ir.Constant(i32, 3), ir.Constant(i32, 1)]
+            fn, [builder.inttoptr(values[0], byte), ir.Constant(i32, 0), ir.Constant(i32, 2), ir.Constant(i32, 1)]
         )
         return context.get_dummy_value()
 
