@@ -7,6 +7,7 @@ transposed in registers, so that it meets the scores with queries in the lanes.
 from fastattn.cpu.layout import MASK_BOOL, MASK_HALF, MASK_NONE, MASK_OTHER, MASK_SAME
 from fastattn.simd import (
     absolute,
+    all_finite,
     jit,
     largest_row,
     load_f32,
@@ -91,6 +92,8 @@ def add_mask(tile, kind, scores, mask):
     if kind == MASK_BOOL:
         return hide(tile, scores, mask)
     biased = scores + mask
+    if all_finite(scores + maximum(mask, -LARGEST_FLOAT32 if tile.itemsize == 4 else -LARGEST_FLOAT64)):
+        return biased  # nearly always: the mask's -inf, if any, is the only one
     largest = maximum(absolute(scores), absolute(mask))
     return hide(tile, where_greater(INFINITY, largest, saturate(tile, biased), biased), mask)
 

@@ -11,6 +11,7 @@ Memory is addressed by plain integers (byte addresses), strides are in bytes, as
 
 from fastattn.simd.arithmetic import (
     absolute,
+    all_finite,
     all_zero,
     exponent_bits,
     fma,
@@ -64,6 +65,7 @@ __all__ = [
     "TileShape",
     "TileType",
     "absolute",
+    "all_finite",
     "all_zero",
     "as_element",
     "exponent_bits",

@@ -147,6 +147,14 @@ def _reduce_or(builder, shape, flags):
     return builder.call(cgutils.get_or_insert_function(builder.module, fnty, name), [flags])
 
 
+def _all_bits_zero(builder, shape, vectors):
+    """Whether integers, in vectors, are all 0."""
+    flags = vectors[0]
+    for vector in vectors[1:]:
+        flags = builder.or_(flags, vector)
+    return builder.icmp_unsigned("==", _reduce_or(builder, shape, flags), ir.Constant(bits_of(shape), 0))
+
+
 @intrinsic
 def all_zero(typingctx, a):
     """True if every element of the tile is 0; False if one is NaN."""
@@ -155,11 +163,23 @@ def all_zero(typingctx, a):
 
     def codegen(context, builder, sig, values):
         shape = a.shape
-        flags = ir.Constant(integers_of(shape), [0] * shape.lanes)
-        for vector in vectors_of(builder, shape, values[0]):
-            other = builder.fcmp_unordered("!=", vector, ir.Constant(vector.type, [0.0] * shape.lanes))
-            flags = builder.or_(flags, builder.sext(other, flags.type))
-        return builder.icmp_unsigned("==", _reduce_or(builder, shape, flags), ir.Constant(bits_of(shape), 0))
+        zero = ir.Constant(vector_of(shape), [0.0] * shape.lanes)
+        others = [builder.fcmp_unordered("!=", v, zero) for v in vectors_of(builder, shape, values[0])]
+        return _all_bits_zero(builder, shape, [builder.sext(other, integers_of(shape)) for other in others])
+
+    return signature(types.boolean, a), codegen
+
+
+@intrinsic
+def all_finite(typingctx, a):
+    """Whether no element of the tile is infinite or NaN: for them alone a - a is not 0."""
+    if not isinstance(a, TileType):
+        return None
+
+    def codegen(context, builder, sig, values):
+        shape = a.shape
+        differences = [builder.fsub(v, v) for v in vectors_of(builder, shape, values[0])]
+        return _all_bits_zero(builder, shape, [builder.bitcast(d, integers_of(shape)) for d in differences])
 
     return signature(types.boolean, a), codegen
 
