@@ -302,6 +302,9 @@ def forward_group(tile, call, plan, head, first_query, blocks, scratch):
             if count == 0:
                 continue
             prefetch_share(tile, plan, key, value, first_key + plan.key_block, end, b, blocks)
+            if tile.masked and plan.mask_row != 0:
+                below = masks + tile.width * plan.mask_row
+                prefetch_rows(below, plan.mask_row, tile.width, plan.key_block * plan.mask_itemsize)
             q = scratch + b * state_bytes
             block = q + q_bytes
             m = block + out_bytes
