@@ -160,7 +160,7 @@ def test_generic_is_the_baseline() -> None:
 def test_the_micro_kernel_stays_in_registers(name: str) -> None:
     """In the loops of the two products, those that broadcast and multiply-add, no vector goes to the stack."""
     row = ROWS[name]
-    multiply, broadcast = r"\tvfmadd\w+ps\t", r"\tvbroadcastss\t[^.]*\(%r(?!ip)|\{1to16\}"  # not of constants
+    multiply, broadcast = r"\tvfmadd\w+ps\t", r"\tvbroadcastss\t[^.\n]*\(%r(?!ip)|\{1to16\}"  # not of constants
     if name == "generic":
         multiply, broadcast = r"\tmulps\t", r"\tshufps\t\$0,"
     found = 0

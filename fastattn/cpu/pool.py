@@ -23,7 +23,7 @@ from fastattn.cpu.layout import DONE, TAKEN, WAITING, WORKER_BYTES, WORKERS
 SPINS = 8000  # rounds of waiting, some 25 ns each, before a worker sleeps
 TURN_FLOPS = 2e9  # work the caller does between two looks at Python's signals
 WORTH_SHARING = 4e6  # operations: below this, sharing the work with a worker that is awake brings nothing
-WORTH_WAKING = 4e7  # and below this, with one that has to be woken
+WORTH_WAKING = 12e6  # and below this, with one that has to be woken
 WARM = 1_000_000  # nanoseconds after a call in which workers are taken to be awake, or the next call to be near
 MOST = 1024  # threads
 
