@@ -213,7 +213,9 @@ def counting() -> Library:
     """Return a task that counts how often it ran, by number and by slot, and sees when a slot is used twice at once."""
     from fastattn import build
     from fastattn.cpu.atomics import atomic_add, atomic_exchange, pause
+    from fastattn.simd import jit
 
+    @jit
     def task(call, slot, number):  # type: ignore[no-untyped-def]
         if atomic_exchange(call + BUSY + 8 * slot, 1) != 0:
             atomic_add(call + FAULTS, 1)
