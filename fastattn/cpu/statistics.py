@@ -71,9 +71,7 @@ def _record(top_k: int = 0, **arrays: Array) -> Array:
     return record
 
 
-def _run(
-    kind: str, plan: Plan, operands: Operands, threads: int, record: Array, weights: Array | None = None
-) -> None:
+def _run(kind: str, plan: Plan, operands: Operands, threads: int, record: Array, weights: Array | None = None) -> None:
     kernels = library(kernel_name(kind, plan.problem.dtype.name, plan.tile))
     threads = pool.concurrency(plan.tasks, plan.flops, threads)
     run(plan, threads, kernels, 0, operands.query, operands.key, mask=operands.mask, out=record, weights=weights)
