@@ -6,6 +6,8 @@ from fastattn import build as compiler
 from fastattn.cpu import claim
 from fastattn.cpu.forward import call_view, forward_task, plan_view
 from fastattn.cpu.layout import CALL
+from fastattn.cpu.received import received_task
+from fastattn.cpu.summary import chosen_task, summary_task
 from fastattn.cpu.tiles import packed_product
 from fastattn.cpu.weights import weights_task
 from fastattn.isa import Isa
@@ -13,9 +15,17 @@ from fastattn.simd import TileShape, jit, load_i64, stack_memory, tile_fill, til
 
 call_memory = stack_memory(CALL.itemsize)
 
-# What attention is compiled for: the forward pass without and with a mask or dropout, and the weights. A kernel for all
-# of it would make a first call wait for what it does not use.
-TASKS = {"forward": forward_task, "masked": forward_task, "weights": weights_task}
+# What is compiled for attention and what is asked of its weights. The forward pass without a mask or dropout is a
+# kernel of its own: one for all of it would make a first call wait for what it does not use.
+TASKS = {
+    "forward": forward_task,
+    "masked": forward_task,
+    "weights": weights_task,
+    "summary": summary_task,
+    "received": received_task,
+    "chosen": chosen_task,
+}
+IN_PLACE = ("weights", "chosen")  # take blocks of queries one by one: too few to pack keys for
 
 
 def build(name: str, row: Isa, entries: dict[str, int]) -> bytes:
@@ -26,8 +36,7 @@ def build(name: str, row: Isa, entries: dict[str, int]) -> bytes:
     else:
         dtype, size = parameters
         rows, vectors = map(int, size.split("x"))
-        # A tall tile is for few queries, and the weights' kernel takes blocks one by one: too few to pack keys for.
-        packed = kind != "weights" and vectors > 1
+        packed = kind not in IN_PLACE and vectors > 1  # a tall tile is for few queries
         lanes = row.vector_bytes // np.dtype(dtype).itemsize
         tile = TileShape(dtype, lanes, rows, vectors, row.scalef, packed, masked=kind != "forward")
         functions = {"run": _peak(tile)} if kind == "peak" else _attention(TASKS[kind](tile))

@@ -268,7 +268,8 @@ def forward_group(tile, call, plan, head, first_query, blocks, scratch):
         packed_values += (plan.key_block + tile.rows) // tile.rows * key_panel
         work = packed_values + (plan.value_dim + tile.rows - 1) // tile.rows * value_panel
 
-    relative = not tile.masked or plan.mask_kind <= MASK_BOOL  # else m may stem from the mask, and be far from the scores
+    # Under a float mask m may stem from the mask, and be far from the scores.
+    relative = not tile.masked or plan.mask_kind <= MASK_BOOL
     unit = plan.unit if tile.masked else 1.0
     end = plan.keys
     if plan.causal:

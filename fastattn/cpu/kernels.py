@@ -42,11 +42,9 @@ class Library:
 
 
 # The functions in each kind of library, and how many integers each takes.
-ATTENTION = {"task": 3, "alone": 3, "quick": 11, "fill": 12}
+ATTENTION = ("forward", "masked", "weights", "summary", "received", "chosen")
 ENTRIES: dict[str, dict[str, int]] = {
-    "forward": ATTENTION,
-    "masked": ATTENTION,
-    "weights": ATTENTION,
+    **{kind: {"task": 3, "alone": 3, "quick": 11, "fill": 12} for kind in ATTENTION},
     "peak": {"run": 5},
     "schedule": {"start": 6, "take_part": 3, "cancel": 2, "work": 3},
 }
@@ -170,7 +168,7 @@ def warmup(progress=None) -> None:
     row = host()
     sizes = ((row.rows, row.vectors), (row.tall_rows, 1))
     names = ["schedule"]
-    names += [f"{k}-{d}-{r}x{v}" for d in ("float32", "float64") for k in ("forward", "masked", "weights") for r, v in sizes]
+    names += [f"{k}-{d}-{r}x{v}" for d in ("float32", "float64") for k in ATTENTION for r, v in sizes]
     for done, name in enumerate(names):
         if progress is not None:
             progress(done, len(names), name)
