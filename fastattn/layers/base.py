@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
-from numpy.typing import DTypeLike
+from numpy.typing import ArrayLike, DTypeLike
 
-from fastattn.problem import FLOAT32, FLOAT64, Array, Shape, _said
+from fastattn.problem import FLOAT32, FLOAT64, Array, Shape, _as_array, _as_plain, _check_operand_dtype, _said
 
-__all__ = ["Layer", "check_dtype", "check_size", "generator_from"]
+__all__ = ["Layer", "as_inputs", "check_dtype", "check_shape_fits", "check_size", "generator_from", "linear"]
 
 INSTALL = "pip install safetensors"
 Self = TypeVar("Self", bound="Layer")
@@ -203,6 +203,67 @@ class Layer(ABC):
         given = ", ".join(f"{name}={getattr(self, name)!r}" for name in self.arguments)
         lines = [f"  {name}: {shape}" for name, shape in self._parameters.values()]
         return "\n".join([f"{type(self).__name__}({given}, dtype={self.dtype})", *lines])
+
+
+# -- arguments of calls ------------------------------------------------------------------------------------------------
+
+
+def as_inputs(dtype: np.dtype[Any] | None, /, **given: ArrayLike) -> list[Array]:
+    """Make arrays of one dtype of what a layer is called with.
+
+    Parameters
+    ----------
+    dtype : numpy.dtype or None
+        That of the layer's parameters, which has a part in the common dtype.
+    **given : array_like
+        The arguments, under their names. Where one object is given twice, it comes back as one array.
+
+    Returns
+    -------
+    list of ndarray
+        float32 or float64; what is so already comes back as it is.
+
+    Raises
+    ------
+    TypeError
+        For a dtype that has no meaning here, and for what cannot be made an array.
+    ValueError
+        For nested sequences of unequal lengths.
+    """
+    arrays = {name: _as_array(name, array) for name, array in given.items()}
+    for name, array in arrays.items():
+        _check_operand_dtype(name, array.dtype)
+    common = np.result_type(*arrays.values(), *([] if dtype is None else [dtype]))
+    common = FLOAT64 if common.kind in "biu" else common.newbyteorder("=")
+    converted: dict[int, Array] = {}
+    for name, array in arrays.items():
+        if id(given[name]) not in converted:
+            converted[id(given[name])] = _as_plain(array, common)
+    return [converted[id(one)] for one in given.values()]
+
+
+def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
+    """Map each row of `x`, shape (..., n), by a matrix of shape (m, n): one product of NumPy's BLAS for all rows."""
+    with np.errstate(all="ignore"):
+        y: Array = x.reshape(-1, x.shape[-1]) @ weight.T
+        if bias is not None:
+            y += bias
+    return y.reshape(*x.shape[:-1], len(weight))
+
+
+def check_shape_fits(name: str, shape: Shape, full: Shape) -> None:
+    """Check that an argument broadcasts to a shape, and does not enlarge it.
+
+    Raises
+    ------
+    ValueError
+        If it does not.
+    """
+    fits = len(shape) <= len(full) and all(
+        own in (1, other) for own, other in zip(reversed(shape), reversed(full), strict=False)
+    )
+    if not fits:
+        raise ValueError(f"{name}: shape {shape}; expected one that broadcasts to {full}")
 
 
 # -- arguments of constructors -----------------------------------------------------------------------------------------
