@@ -3,9 +3,10 @@
 from fastattn.api import attention
 from fastattn.cpu.kernels import warmup
 from fastattn.cpu.pool import get_num_threads, num_threads, set_num_threads
-from fastattn.layers import MultiHeadAttention, rotary, sinusoidal_positions
+from fastattn.layers import LuongAttention, MultiHeadAttention, rotary, sinusoidal_positions
 
 __all__ = [
+    "LuongAttention",
     "MultiHeadAttention",
     "attention",
     "get_num_threads",

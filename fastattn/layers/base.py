@@ -17,7 +17,17 @@ from numpy.typing import ArrayLike, DTypeLike
 
 from fastattn.problem import FLOAT32, FLOAT64, Array, Shape, _as_array, _as_plain, _check_operand_dtype, _said
 
-__all__ = ["Layer", "as_inputs", "check_dtype", "check_shape_fits", "check_size", "generator_from", "linear"]
+__all__ = [
+    "Layer",
+    "as_inputs",
+    "check_choice",
+    "check_dtype",
+    "check_shape_fits",
+    "check_size",
+    "common_batch",
+    "generator_from",
+    "linear",
+]
 
 INSTALL = "pip install safetensors"
 Self = TypeVar("Self", bound="Layer")
@@ -242,6 +252,28 @@ def as_inputs(dtype: np.dtype[Any] | None, /, **given: ArrayLike) -> list[Array]
     return [converted[id(one)] for one in given.values()]
 
 
+def common_batch(arrays: list[Array], features: tuple[int, int, int]) -> Shape:
+    """Return the axes of query, key and value before the last two, broadcast.
+
+    Raises
+    ------
+    ValueError
+        If they do not broadcast, or the last two axes do not go with each other, or with the features of a layer.
+    """
+    for name, array, expected in zip(("query", "key", "value"), arrays, features, strict=True):
+        if array.ndim < 2 or array.shape[-1] != expected:
+            raise ValueError(f"{name}: shape {array.shape}; expected (..., length, {expected})")
+    query, key, value = (array.shape for array in arrays)
+    if key[-2] != value[-2]:
+        raise ValueError(f"value: shape {value}; expected length {key[-2]} on axis -2, as key of shape {key}")
+    try:
+        return np.broadcast_shapes(query[:-2], key[:-2], value[:-2])
+    except ValueError:
+        raise ValueError(
+            f"query, key, value: shapes {query}, {key}, {value}; expected the axes before the last two to broadcast"
+        ) from None
+
+
 def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
     """Map each row of `x`, shape (..., n), by a matrix of shape (m, n): one product of NumPy's BLAS for all rows."""
     with np.errstate(all="ignore"):
@@ -308,6 +340,22 @@ def check_dtype(given: DTypeLike) -> np.dtype[Any]:
     if given is None or dtype not in (FLOAT32, FLOAT64):
         raise TypeError(f"dtype: {_said(given)}; expected float32 or float64")
     return dtype.newbyteorder("=")
+
+
+def check_choice(name: str, given: object, choices: tuple[str, ...]) -> str:
+    """Return one of some words.
+
+    Raises
+    ------
+    TypeError
+        If it is not a string.
+    ValueError
+        If it is another one.
+    """
+    if isinstance(given, str) and given in choices:
+        return given
+    kind = ValueError if isinstance(given, str) else TypeError
+    raise kind(f"{name}: {_said(given)}; expected one of {', '.join(map(repr, choices))}")
 
 
 def check_size(name: str, given: object, least: int = 1) -> int:

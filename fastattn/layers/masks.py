@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -45,14 +47,18 @@ def as_key_mask(key_mask: ArrayLike | None, keys: Shape) -> Array | None:
     return mask
 
 
-def combine(mask: Array | None, key_mask: Array | None) -> Array | None:
-    """Return one mask of two that broadcast with each other: a boolean one hides keys under the other as well."""
-    if mask is None or key_mask is None:
-        return key_mask if mask is None else mask
+@overload
+def combine(visible: Array, mask: Array | None) -> Array: ...
+@overload
+def combine(visible: Array | None, mask: Array | None) -> Array | None: ...
+def combine(visible: Array | None, mask: Array | None) -> Array | None:
+    """Return one mask of a boolean one and any other, which broadcast: what either hides is hidden."""
+    if visible is None or mask is None:
+        return mask if visible is None else visible
     if mask.dtype.kind == "b":
-        both: Array = mask & key_mask
+        both: Array = mask & visible
     else:
-        both = np.where(key_mask, mask, mask.dtype.type(-np.inf))
+        both = np.where(visible, mask, mask.dtype.type(-np.inf))
     return both
 
 

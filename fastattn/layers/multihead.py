@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from fastattn.api import attention
-from fastattn.layers.base import Layer, as_inputs, check_size, linear
+from fastattn.layers.base import Layer, as_inputs, check_size, common_batch, linear
 from fastattn.layers.masks import as_key_mask, as_mask, combine, per_head
 from fastattn.problem import Array, Shape, check_flag
 
@@ -202,16 +202,16 @@ class MultiHeadAttention(Layer):
             key = query
         if value is None:
             value = key
-        inputs = as_inputs(self.dtype, query=query, key=key, value=value)
-        batch = _batch(inputs, (self.embed_dim, self.kdim, self.vdim))
-        queries, keys = inputs[0].shape[-2], inputs[1].shape[-2]
+        arrays = as_inputs(self.dtype, query=query, key=key, value=value)
+        batch = common_batch(arrays, (self.embed_dim, self.kdim, self.vdim))
+        queries, keys = arrays[0].shape[-2], arrays[1].shape[-2]
         mask = combine(
-            as_mask(attn_mask, (*batch, self.num_heads, queries, keys)),
             per_head(as_key_mask(key_mask, (*batch, keys))),
+            as_mask(attn_mask, (*batch, self.num_heads, queries, keys)),
         )
         return_weights = check_flag("return_weights", return_weights)
 
-        q, k, v = self._project(*inputs)
+        q, k, v = self._project(*arrays)
         # The context has the heads next to each other, in memory as well: the last projection takes it as it lies
         context = np.empty((*batch, queries, self.num_heads, self.head_dim), q.dtype)
         results = attention(
@@ -252,19 +252,3 @@ class MultiHeadAttention(Layer):
         else:
             (q, k), (v,) = project(query, 0, 1), project(value, 2, 2)
         return q, k, v
-
-
-def _batch(inputs: list[Array], features: tuple[int, int, int]) -> Shape:
-    """Check that shapes go with each other and with the layer, and return the axes of the batch."""
-    for name, array, expected in zip(("query", "key", "value"), inputs, features, strict=True):
-        if array.ndim < 2 or array.shape[-1] != expected:
-            raise ValueError(f"{name}: shape {array.shape}; expected (..., length, {expected})")
-    query, key, value = (array.shape for array in inputs)
-    if key[-2] != value[-2]:
-        raise ValueError(f"value: shape {value}; expected length {key[-2]} on axis -2, as key of shape {key}")
-    try:
-        return np.broadcast_shapes(query[:-2], key[:-2], value[:-2])
-    except ValueError:
-        raise ValueError(
-            f"query, key, value: shapes {query}, {key}, {value}; expected the axes before the last two to broadcast"
-        ) from None
