@@ -26,7 +26,7 @@ __all__ = ["Windows", "attend_windows", "find_windows"]
 
 REACH = 32  # the windows of a block begin within so many keys
 SIZES = (1, 8, 16, 32)  # a block is padded to the next of these: few calls, and few queries that are computed twice
-CHUNK_BYTES = 1 << 20  # gathered keys and values of one call: part of a cache
+CHUNK_BYTES = 2 << 20  # gathered keys and values of one call
 
 #: (query, key, value, mask, return_weights) -> (out, lse, weights or None)
 Attend: TypeAlias = Callable[[Array, Array, Array, "Array | None", bool], "tuple[Array, Array, Array | None]"]
@@ -100,14 +100,12 @@ def attend_windows(
     batch, queries, keys = query.shape[:-2], query.shape[-2], key.shape[-2]
     out = np.zeros((*batch, queries, value.shape[-1]), query.dtype)
     weights = np.zeros((*batch, queries, keys), query.dtype) if return_weights else None
-    key_bytes = (key.shape[-1] + value.shape[-1]) * query.dtype.itemsize
-    for rows in _chunks(windows, queries, key_bytes):
-        # rows: numbers of queries in (*batch, Lq), shape (blocks, size)
+    key_bytes = (key.shape[-1] + (value.shape[-1] if value is not key else 0)) * query.dtype.itemsize
+    for rows, first, width in _chunks(windows, queries, key_bytes):
         *element, i = np.unravel_index(rows, (*batch, queries))
         start, stop = windows.start[(*element, i)], windows.stop[(*element, i)]
-        first = start.min(axis=1)
-        j = first[:, None] + np.arange((stop.max(axis=1) - first).max())  # (blocks, slab)
-        inside = (start[..., None] <= j[:, None, :]) & (j[:, None, :] < stop[..., None])  # (blocks, size, slab)
+        j = first[:, None] + np.arange(width)  # (blocks, width of the slabs)
+        inside = (start[..., None] <= j[:, None, :]) & (j[:, None, :] < stop[..., None])  # (blocks, size, width)
         j = np.minimum(j, keys - 1)
         at_key = (*(index[:, :1] for index in element), j)
         at_score = (*(index[..., None] for index in (*element, i)), j[:, None, :])
@@ -146,10 +144,11 @@ def _attend_scaled(
         return out * factor, None if weights is None else weights * factor
 
 
-def _chunks(windows: Windows, queries: int, key_bytes: int) -> Iterator[Array]:
-    """Yield blocks of queries for one call each: the numbers of the queries, shape (blocks, size).
+def _chunks(windows: Windows, queries: int, key_bytes: int) -> Iterator[tuple[Array, Array, int]]:
+    """Yield the blocks of one call each: their queries, (blocks, size), the first key of each, and how many there are.
 
-    Which queries are a block depends on their own sentence alone. Those without a key are in none.
+    A query is given by its number in (*batch, Lq). Which queries are a block depends on their own sentence alone.
+    Those without a key are in none.
     """
     start, stop = windows.start.ravel(), windows.stop.ravel()
     rows = np.flatnonzero(start < stop)
@@ -165,12 +164,17 @@ def _chunks(windows: Windows, queries: int, key_bytes: int) -> Iterator[Array]:
     nth = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
     counts = np.minimum(np.repeat(lengths, pieces) - nth * SIZES[-1], SIZES[-1])
     begins = np.repeat(begins, pieces) + nth * SIZES[-1]
+    first = np.minimum.reduceat(start[rows], begins)
+    widths = np.maximum.reduceat(stop[rows], begins) - first
 
-    slab = int((stop - start).max()) + REACH
-    step = max(1, CHUNK_BYTES // (slab * max(key_bytes, 1)))
     for smaller, size in zip((0, *SIZES), SIZES, strict=False):
         of_size = np.flatnonzero((smaller < counts) & (counts <= size))
+        if not of_size.size:
+            continue
+        width = int(widths[of_size].max())
+        step = max(1, CHUNK_BYTES // (width * max(key_bytes, 1)))
         for at in range(0, len(of_size), step):
-            chunk = of_size[at : at + step]
+            blocks = of_size[at : at + step]
             # a block that is smaller repeats its last query
-            yield rows[begins[chunk, None] + np.minimum(np.arange(size), counts[chunk, None] - 1)]
+            members = np.minimum(np.arange(size), counts[blocks, None] - 1)
+            yield rows[begins[blocks, None] + members], first[blocks], width
