@@ -241,7 +241,10 @@ class MultiHeadAttention(Layer):
                 weight = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)[first]
             y = linear(x, weight, None if self.in_proj_bias is None else self.in_proj_bias[rows])
             parts = np.split(y, [end - ends[first] for end in ends[first + 1 : last + 1]], axis=-1)
-            return [part.reshape(*part.shape[:-1], -1, self.head_dim).swapaxes(-2, -3) for part in parts]
+            return [
+                part.reshape(*part.shape[:-1], part.shape[-1] // self.head_dim, self.head_dim).swapaxes(-2, -3)
+                for part in parts
+            ]
 
         if self.in_proj_weight is None or (query is not key and key is not value):
             q, k, v = (project(x, i, i)[0] for i, x in enumerate((query, key, value)))

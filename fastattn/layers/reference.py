@@ -55,7 +55,9 @@ def multi_head_attention(
     heads = []
     for x, matrix, bias in zip((q, k, v), matrices, biases, strict=True):
         projected = x @ matrix.T + bias
-        heads.append(projected.reshape(*x.shape[:-1], -1, layer.head_dim).swapaxes(-2, -3))  # (B, H, L, D)
+        heads.append(
+            projected.reshape(*x.shape[:-1], len(matrix) // layer.head_dim, layer.head_dim).swapaxes(-2, -3)
+        )  # (B, H, L, D)
     group = layer.num_heads // layer.num_kv_heads
     q, k, v = heads[0], *(np.repeat(array, group, axis=-3) for array in heads[1:])
 
