@@ -423,6 +423,17 @@ def test_a_mask_of_keys_is_not_expanded() -> None:
     assert peak < 16 * x.nbytes < length * length
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_same_bits_in_any_layout(layout: str) -> None:
+    rng = np.random.default_rng(0)
+    layer, x, y = MultiHeadAttention(64, 4, rng=0), *rng.standard_normal((2, 3, 70, 64), dtype=np.float32)
+    assert np.array_equal(layer(laid_out(x, layout)), layer(x))
+    assert np.array_equal(layer(laid_out(x, layout), laid_out(y, layout)), layer(x, y))
+    other = copy.deepcopy(layer)
+    other.in_proj_weight = laid_out(layer.in_proj_weight, layout)
+    assert np.array_equal(other(x), layer(x))
+
+
 def test_the_same_bits_at_any_thread_count() -> None:
     layer = MultiHeadAttention(64, 4, rng=0)
     x = np.random.default_rng(0).standard_normal((4, 300, 64), dtype=np.float32)

@@ -46,8 +46,8 @@ class Layer(ABC):
     Notes
     -----
     A parameter is an ndarray attribute: read it, write into it, assign another one. What is assigned is checked, and
-    converted to the dtype of the layer. A parameter called ``out_proj.weight`` in a state dict is the attribute
-    ``out_proj_weight``.
+    converted to the dtype of the layer and to C order. A parameter called ``out_proj.weight`` in a state dict is the
+    attribute ``out_proj_weight``.
     """
 
     #: Names of the constructor's arguments but for rng and dtype: with them a layer of the same shapes can be made.
@@ -98,7 +98,7 @@ class Layer(ABC):
         if array.shape != shape:
             raise ValueError(f"{name}: shape {array.shape}; expected {shape}")
         with np.errstate(all="ignore"):
-            converted = array.astype(self.dtype, copy=not array.flags.aligned)
+            converted = array.astype(self.dtype, order="C", copy=not array.flags.aligned)
             if array.dtype.itemsize > self.dtype.itemsize and (np.isinf(converted) & np.isfinite(array)).any():
                 raise ValueError(
                     f"{name}: the largest magnitude is {np.abs(array).max()}; expected one that {self.dtype} holds"
@@ -164,8 +164,7 @@ class Layer(ABC):
             raise ImportError(f"saving a layer needs safetensors, not installed here: {INSTALL}") from error
         arguments = {name: getattr(self, name) for name in self.arguments}
         metadata = {"layer": type(self).__name__, "arguments": json.dumps(arguments)}
-        # safetensors writes the memory of an array as it lies
-        save_file({name: np.ascontiguousarray(a) for name, a in self.state_dict().items()}, path, metadata=metadata)
+        save_file(self.state_dict(), path, metadata=metadata)
 
     @classmethod
     def load(cls: type[Self], path: str | os.PathLike[str]) -> Self:
@@ -276,8 +275,10 @@ def common_batch(arrays: list[Array], features: tuple[int, int, int]) -> Shape:
 
 def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
     """Map each row of `x`, shape (..., n), by a matrix of shape (m, n): one product of NumPy's BLAS for all rows."""
+    # BLAS takes transposed rows as well, but may round otherwise: a layout of the same values gives the same bits
+    rows = np.ascontiguousarray(x).reshape(-1, x.shape[-1])
     with np.errstate(all="ignore"):
-        y: Array = x.reshape(-1, x.shape[-1]) @ weight.T
+        y: Array = rows @ weight.T
         if bias is not None:
             y += bias
     return y.reshape(*x.shape[:-1], len(weight))
