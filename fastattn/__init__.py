@@ -1,5 +1,6 @@
 """Exact attention for NumPy at the speed of the hardware."""
 
+from fastattn.additive import additive_attention
 from fastattn.api import attention
 from fastattn.cpu.kernels import warmup
 from fastattn.cpu.pool import get_num_threads, num_threads, set_num_threads
@@ -8,6 +9,7 @@ from fastattn.layers import LuongAttention, MultiHeadAttention, rotary, sinusoid
 __all__ = [
     "LuongAttention",
     "MultiHeadAttention",
+    "additive_attention",
     "attention",
     "get_num_threads",
     "num_threads",

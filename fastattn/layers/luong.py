@@ -7,6 +7,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+from fastattn.additive import additive_attention
 from fastattn.api import attention
 from fastattn.layers.base import Layer, as_inputs, check_choice, check_shape_fits, check_size, common_batch, linear
 from fastattn.layers.masks import as_mask, combine
@@ -261,8 +262,6 @@ class LuongAttention(Layer):
         """Return result, log-sum-exp and weights of projected queries and keys."""
         options: dict[str, Any] = {"return_lse": True, "return_weights": return_weights}
         if self.score == "concat":
-            from fastattn.additive import additive_attention
-
             vector = self.score_vector.astype(query.dtype, copy=False)
             results = additive_attention(query, key, value, vector, mask, **options)
         else:
