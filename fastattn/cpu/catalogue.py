@@ -24,8 +24,10 @@ TASKS = {
     "summary": summary_task,
     "received": received_task,
     "chosen": chosen_task,
+    "additive": forward_task,
+    "additive_weights": weights_task,
 }
-IN_PLACE = ("weights", "chosen")  # take blocks of queries one by one: too few to pack keys for
+IN_PLACE = ("weights", "chosen", "additive_weights")  # take blocks of queries one by one: too few to pack keys for
 
 
 def build(name: str, row: Isa, entries: dict[str, int]) -> bytes:
@@ -38,7 +40,8 @@ def build(name: str, row: Isa, entries: dict[str, int]) -> bytes:
         rows, vectors = map(int, size.split("x"))
         packed = kind not in IN_PLACE and vectors > 1  # a tall tile is for few queries
         lanes = row.vector_bytes // np.dtype(dtype).itemsize
-        tile = TileShape(dtype, lanes, rows, vectors, row.scalef, packed, masked=kind != "forward")
+        masked, additive = kind != "forward", kind.startswith("additive")
+        tile = TileShape(dtype, lanes, rows, vectors, row.scalef, packed, masked, additive)
         functions = {"run": _peak(tile)} if kind == "peak" else _attention(TASKS[kind](tile))
     return compiler.emit({entry: (functions[entry], count) for entry, count in entries.items()}, row)
 
@@ -75,9 +78,9 @@ def _quick(task):
     """Run a whole call in the calling thread, on a call record of its own; takes what `fill` takes."""
 
     @jit
-    def quick(plan, scratch, scratch_bytes, seed, query, key, value, mask, out, lse, weights):
+    def quick(plan, scratch, scratch_bytes, seed, query, key, value, mask, out, lse, weights, weight):
         call = call_memory()
-        fill(call, plan, scratch, scratch_bytes, seed, query, key, value, mask, out, lse, weights)
+        fill(call, plan, scratch, scratch_bytes, seed, query, key, value, mask, out, lse, weights, weight)
         for number in range(plan_view(plan).tasks):
             task(call, 0, number)
 
@@ -85,7 +88,7 @@ def _quick(task):
 
 
 @jit
-def fill(at, plan, scratch, scratch_bytes, seed, query, key, value, mask, out, lse, weights):
+def fill(at, plan, scratch, scratch_bytes, seed, query, key, value, mask, out, lse, weights, weight):
     """Write a call record, given for each array the place where its address stands, or 0."""
     call = call_view(at)
     call.plan = plan
@@ -99,6 +102,7 @@ def fill(at, plan, scratch, scratch_bytes, seed, query, key, value, mask, out, l
     call.out = address_at(out)
     call.lse = address_at(lse)
     call.weights = address_at(weights)
+    call.weight = address_at(weight)
 
 
 @jit

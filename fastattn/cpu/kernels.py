@@ -42,9 +42,9 @@ class Library:
 
 
 # The functions in each kind of library, and how many integers each takes.
-ATTENTION = ("forward", "masked", "weights", "summary", "received", "chosen")
+ATTENTION = ("forward", "masked", "weights", "summary", "received", "chosen", "additive", "additive_weights")
 ENTRIES: dict[str, dict[str, int]] = {
-    **{kind: {"task": 3, "alone": 3, "quick": 11, "fill": 12} for kind in ATTENTION},
+    **{kind: {"task": 3, "alone": 3, "quick": 12, "fill": 13} for kind in ATTENTION},
     "peak": {"run": 5},
     "schedule": {"start": 6, "take_part": 3, "cancel": 2, "work": 3},
 }

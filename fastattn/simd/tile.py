@@ -16,7 +16,7 @@ class TileShape:
 
     What it says is known while a kernel is compiled, and branches on it are decided then. `scalef`: the machine has
     AVX-512's instruction for scaling by a power of two. `packed`: the kernel packs the matrices that it takes scalars
-    from. `masked`: its calls may have a mask, or dropout.
+    from. `masked`: its calls may have a mask, or dropout. `additive`: its scores are those of additive attention.
     """
 
     dtype: str
@@ -26,6 +26,7 @@ class TileShape:
     scalef: bool = False
     packed: bool = False
     masked: bool = False
+    additive: bool = False
 
     @property
     def itemsize(self):
@@ -138,6 +139,7 @@ _INTEGERS = (
     "scalef",
     "packed",
     "masked",
+    "additive",
     "lanes",
     "rows",
     "vectors",
