@@ -64,6 +64,28 @@ def _collector_at_rest() -> Iterator[None]:
             gc.enable()
 
 
+@contextmanager
+def _remembered_operators() -> Iterator[None]:
+    """Numba's typing context, with a memory of what it has found out about operators and intrinsics on given types."""
+    typing = cpu_target.typing_context
+    resolve, known = typing.resolve_function_type, {}
+
+    def resolve_once(function: Any, args: Any, kws: Any) -> Any:
+        if kws or not isinstance(function, types.Function):
+            return resolve(function, args, kws)
+        key = function, tuple(args)
+        found = known.get(key)
+        if found is None:
+            found = known[key] = resolve(function, args, kws)
+        return found
+
+    typing.resolve_function_type = resolve_once
+    try:
+        yield
+    finally:
+        del typing.resolve_function_type
+
+
 class _swapped_codegen:
     """Numba's CPU target, for the time of a kernel's compilation, with a code generator that only collects IR."""
 
@@ -96,7 +118,7 @@ def emit(functions: dict[str, tuple[Any, int]], row: Isa) -> bytes:
         typing.refresh()
         target.refresh()
         libraries: dict[_Library, None] = {}
-        with _swapped_codegen():
+        with _swapped_codegen(), _remembered_operators():
             for symbol, (function, count) in functions.items():
                 arguments = (types.intp,) * count
                 function.compile(arguments)

@@ -8,7 +8,7 @@ before anything is typed, so that what another kind of machine, or of call, woul
 import operator
 
 from numba import njit
-from numba.core import ir
+from numba.core import ir, types
 from numba.core.analysis import compute_cfg_from_blocks
 from numba.core.compiler import CompilerBase
 from numba.core.compiler_machinery import FunctionPass, PassManager, register_pass
@@ -100,4 +100,15 @@ class KernelCompiler(CompilerBase):
         return [manager]
 
 
-jit = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, pipeline_class=KernelCompiler)
+_njit = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, pipeline_class=KernelCompiler)
+
+
+def jit(function):
+    """A function for kernels: compiled as part of those that call it.
+
+    Numba would compile it again for every integer constant that it is given somewhere; here constants are integers.
+    """
+    dispatcher = _njit(function)
+    template = dispatcher.get_call_template
+    dispatcher.get_call_template = lambda args, kws: template(tuple(types.unliteral(arg) for arg in args), kws)
+    return dispatcher
