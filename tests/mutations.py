@@ -167,8 +167,8 @@ MUTATIONS = (
     Mutation(
         "of equal scores the later key stays",
         "cpu/top.py",
-        "(a == b and a_key > b_key)",
-        "(a == b and a_key < b_key)",
+        "((a == b) & (a_key > b_key))",
+        "((a == b) & (a_key < b_key))",
         ("test_summary.py", "test_ties_go_to_the_lower_index and cpu and float32"),
     ),
     Mutation(
