@@ -367,6 +367,17 @@ def test_rows_are_taken_some_at_a_time_where_their_masks_are_made(monkeypatch: p
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("queries", [1, 40])
+def test_weights_of_a_query_with_nan_are_nan_with_lse_too(backend: str, queries: int) -> None:
+    query, key = np.ones((queries, 4), np.float32), np.ones((50, 4), np.float32)
+    query[0, 1] = np.inf
+    lse = fastattn.attention(query, key, key, is_causal=True, return_lse=True, backend=backend)[1]
+    for given_lse in (None, lse):
+        weights = fastattn.attention_weights(query, key, is_causal=True, lse=given_lse, backend=backend)
+        assert np.isnan(weights[0]).all()
+        assert not np.isnan(weights[1:]).any()
+
+
 def test_the_greatest_weights_are_those_of_attention_weights() -> None:
     query, key = np.random.default_rng(0).standard_normal((2, 1, 100, 16)).astype(np.float32)
     summary = fastattn.attention_summary(query, key, top_k=5)
