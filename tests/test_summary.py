@@ -85,12 +85,22 @@ def test_summary_of_axes_of_length_zero(backend: str, call: Call, top_k: int) ->
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("kind", [None, "bool", "padding", "float, -inf"])
 @pytest.mark.parametrize("is_causal", [False, True, "bottom-right"])
-@pytest.mark.parametrize("length", [(3, 777), (385, 1030), (1000, 65)], ids=str)
+@pytest.mark.parametrize("length", [(3, 777), (150, 530), (300, 65)], ids=str)
 def test_summary_of_many_blocks(dtype: Any, kind: str | None, is_causal: Any, length: Any) -> None:
     rng = np.random.default_rng(length)
     query, key = (numbers(rng, (heads, n, 33), dtype) for heads, n in zip((2, 1), length, strict=True))
     mask = None if kind is None else random_mask(rng, (2, *length), kind, np.float32)
     check_summary((query, key, mask), {"is_causal": is_causal, "enable_gqa": True})
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("height", [-60, 60, 300])
+def test_summary_of_scores_that_keep_rising(dtype: Any, height: float) -> None:
+    """Each block raises m, by a little or by much, or none but the first does."""
+    query, key = np.ones((1, 70, 8), dtype), np.zeros((1, 1000, 8), dtype)
+    key[0, :, 0] = np.linspace(0, height, 1000)
+    for is_causal in (False, "bottom-right"):
+        check_summary((query, key, None), {"scale": 1, "is_causal": is_causal})
 
 
 @given(
@@ -355,6 +365,17 @@ def test_rows_are_taken_some_at_a_time_where_their_masks_are_made(monkeypatch: p
     calls.clear()
     fastattn.attention_weights(query, key, mask[0], rows=rows, columns=0)  # no mask of its own for each row
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("queries", [1, 40])
+def test_weights_of_a_query_with_nan_are_nan_with_lse_too(backend: str, queries: int) -> None:
+    query, key = np.ones((queries, 4), np.float32), np.ones((50, 4), np.float32)
+    query[0, 1] = np.inf
+    lse = fastattn.attention(query, key, key, is_causal=True, return_lse=True, backend=backend)[1]
+    for given_lse in (None, lse):
+        weights = fastattn.attention_weights(query, key, is_causal=True, lse=given_lse, backend=backend)
+        assert np.isnan(weights[0]).all()
+        assert not np.isnan(weights[1:]).any()
 
 
 def test_the_greatest_weights_are_those_of_attention_weights() -> None:

@@ -47,12 +47,13 @@ def sums(problem: Problem, operands: Operands, threads: int) -> tuple[Array, Arr
 def sums_from(problem: Problem, lse: Array) -> tuple[Array, Array]:
     """Return the same, made of log-sum-exps: exp(score - lse) is 2^((score - m) · unit).
 
-    A query that looks at no key has an lse of -inf, and weights of 0: as 2^-inf, whatever its scores.
+    A query that looks at no key has an lse of -inf, and weights of 0: as 2^-inf, whatever its scores. One whose lse is
+    NaN has weights of NaN, those of hidden keys included, whose score l alone meets.
     """
     unit = 1.0 if problem.mask_kind == "float" else LN_2
     with np.errstate(all="ignore"):
         m = (np.where(lse == -np.inf, np.inf, lse) / unit).astype(problem.dtype)
-    return np.ascontiguousarray(m), np.ones(m.shape, m.dtype)
+        return np.ascontiguousarray(m), np.where(np.isnan(m), m, np.ones(1, m.dtype))
 
 
 def weigh(problem: Problem, operands: Operands, threads: int, m: Array, l: Array) -> Array:

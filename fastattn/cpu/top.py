@@ -63,7 +63,7 @@ def lowest_bit(typingctx, bits):
 
 @jit
 def is_worse(a, a_key, b, b_key):
-    return a < b or (a == b and a_key > b_key)
+    return (a < b) | ((a == b) & (a_key > b_key))  # without branches, which nobody could foresee
 
 
 @jit
@@ -78,8 +78,8 @@ def sift_down(tile, scores, keys, k, score, key):
         if child + 1 < k:
             other = load_element(tile, scores + (child + 1) * tile.itemsize)
             other_key = load_i64(keys + (child + 1) * WORD)
-            if is_worse(other, other_key, best, best_key):
-                child, best, best_key = child + 1, other, other_key
+            child += is_worse(other, other_key, best, best_key)
+            best, best_key = load_element(tile, scores + child * tile.itemsize), load_i64(keys + child * WORD)
         if not is_worse(best, best_key, score, key):
             break
         store_element(tile, scores + place * tile.itemsize, best)
