@@ -15,7 +15,7 @@ anything, changes no bit of another key's score.
 Layouts, features padded with 0 to a multiple of four vectors:
 
     block of queries      exps, raws [p][i], or for few queries [i][p]
-                          factors[p] = -2 weight[p], weight[p], sums of weights, the largest |query|, some vectors of room
+                          factors[p] = -2 weight[p], weight[p], sums of weights, the largest |query|, and room
     block of keys         largest |key| [j], raws [j][p], exps in panels [j / rows][p][j % rows], or for few [j][p]
 """
 
@@ -314,7 +314,7 @@ def load_few_keys(tile, plan, keys, source, count):
 
 @jit
 def near_lanes(shape, features, exps, row_bytes, q, factors, sums):
-    """The scores of one query and the next keys (as many as the shape has rows), lane by lane, which are to be summed."""
+    """The scores of one query and the next keys, in lanes that are to be summed."""
     total = tile_repeat(shape, tile_load(shape.vector, sums, 0))
     step = shape.vector_bytes
     for offset in range(0, features * shape.itemsize, 2 * step):
