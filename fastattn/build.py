@@ -68,7 +68,8 @@ def _collector_at_rest() -> Iterator[None]:
 def _remembered_operators() -> Iterator[None]:
     """Numba's typing context, with a memory of what it has found out about operators and intrinsics on given types."""
     typing = cpu_target.typing_context
-    resolve, known = typing.resolve_function_type, {}
+    resolve = typing.resolve_function_type
+    known: dict[Any, Any] = {}
 
     def resolve_once(function: Any, args: Any, kws: Any) -> Any:
         if kws or not isinstance(function, types.Function):
