@@ -200,7 +200,7 @@ def heads(
 
     limit = max(LEAST_FIELDS, int(PIXELS * side))
     fields = {
-        _draw_map(drawn, layer.at(x), colormap, top, (x, y))
+        _draw_map(drawn, layer.at(x), colormap, top, limit, (x, y))
         for y, layer in enumerate(layers)
         for x in range(layer.lead[0])
     }

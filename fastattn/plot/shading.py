@@ -48,8 +48,9 @@ class ShadedText:
     about: str
 
     def lines(self, style: Style) -> list[str]:
-        """The text in a terminal of this style, and below it what the shades mean."""
-        return [*shaded_text(self.words, style, indent="", top=self.vmax), "", *legend(style, self.vmax)]
+        """The text in a terminal of this style, and below it what the shades or the numbers mean."""
+        below = [f"{self.about}, shades from", *legend(style, self.vmax)] if style.colour else [self.about]
+        return [*shaded_text(self.words, style, indent="", top=self.vmax), "", *below]
 
     def __str__(self) -> str:
         return "\n".join(self.lines(Style.of(sys.stdout)))
