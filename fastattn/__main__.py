@@ -23,7 +23,7 @@ from fastattn import isa
 from fastattn.api import BACKENDS
 from fastattn.cpu.kernels import cache_folder
 from fastattn.demo import cli
-from fastattn.demo.terminal import Progress, Style, UserError, printable, wrap
+from fastattn.terminal import Progress, Style, UserError, printable, wrap
 
 __all__ = ["main"]
 
