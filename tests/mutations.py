@@ -205,6 +205,8 @@ MUTATIONS = (
         "total = load_rows(tile, out.l, head * plan.queries + first_query, present, factors)",
         "total = load_rows(tile, out.l, head * plan.queries, present, factors)",
         ("test_summary.py", "test_the_greatest_weights_are_those_of_attention_weights"),
+    ),
+    Mutation(
         "denominators are used beyond their reach",
         "cpu/additive.py",
         "REACH_32, REACH_64 = 21.0, 170.0",
