@@ -92,7 +92,7 @@ block_of_scores = by_shape(lambda shape: additive.scorer(shape) if shape.additiv
 
 
 @jit
-def add_values(tile, weights, count, value, value_panel, value_row, value_column, out, features):
+def add_values(tile, plan, weights, count, value, value_panel, value_row, value_column, out, features):
     """out[p][i] += Σ_j value[j][p] · weights[j][i]."""
     whole = features - features % tile.rows
     for _ in range(0, whole, tile.rows):
@@ -110,6 +110,9 @@ def add_values(tile, weights, count, value, value_panel, value_row, value_column
         tile_store(row, out, tile.row_bytes)
         value += value_column
         out += tile.row_bytes
+
+
+values_of = by_shape(lambda shape: additive.adder_of_values(shape, add_values) if shape.additive else add_values)
 
 
 @jit
@@ -141,7 +144,9 @@ def add_visible_values(tile, plan, weights, count, source, value, panel, row, co
         if j < count and are_finite(tile, plan, at, 1):
             continue
         rows = value + start * row
-        add_values(tile, weights + start * tile.row_bytes, j - start, rows, panel, row, column, out, plan.value_dim)
+        add_values(
+            tile, plan, weights + start * tile.row_bytes, j - start, rows, panel, row, column, out, plan.value_dim
+        )
         start = j + 1
         if j == count:
             break
@@ -354,7 +359,18 @@ def forward_group(tile, call, plan, head, first_query, blocks, scratch):
                     block,
                 )
             else:
-                add_values(tile, scores, count, values_at, value_panel, value_row, value_column, block, plan.value_dim)
+                values_of(
+                    tile,
+                    plan,
+                    scores,
+                    count,
+                    values_at,
+                    value_panel,
+                    value_row,
+                    value_column,
+                    block,
+                    plan.value_dim,
+                )
     for b in range(blocks):
         first = first_query + b * tile.width
         block = scratch + b * state_bytes + q_bytes
