@@ -237,8 +237,8 @@ MUTATIONS = (
     Mutation(
         "infinite weights go into denominators",
         "cpu/additive.py",
-        "allowed = allowed and abs(weight) <= reach",
-        "allowed = allowed or abs(weight) <= reach",
+        "allowed = largest_of(tile, place, tile.lanes) <= reach",
+        "allowed = largest_of(tile, place, tile.lanes) >= 0.0",
         ("test_additive.py", "test_what_is_not_finite"),
     ),
 )

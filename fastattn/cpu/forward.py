@@ -115,6 +115,19 @@ def add_values(tile, weights, count, value, value_panel, value_row, value_column
 
 
 @jit
+def add_all_values(tile, plan, weights, count, value, value_panel, value_row, value_column, out):
+    """`add_values` for all features; in additive attention few queries, of which most lanes would be empty, go ahead."""
+    done = 0
+    if tile.additive:
+        if tile.vectors == 1 and value_column == tile.itemsize:
+            done = plan.value_dim - plan.value_dim % (tile.quad.rows * tile.lanes)
+            additive.add_values(tile, plan, weights, count, value, value_row, out, done)
+    value += done * value_column
+    out += done * tile.row_bytes
+    add_values(tile, weights, count, value, value_panel, value_row, value_column, out, plan.value_dim - done)
+
+
+@jit
 def are_finite(tile, plan, value, count):
     """Whether `count` rows of values hold neither NaN nor infinity (x · 0 = 0 only for a finite x)."""
     sums = tile_fill(tile.vector, 0.0)
@@ -373,7 +386,7 @@ def forward_group(tile, call, plan, head, first_query, blocks, scratch):
                     block,
                 )
             else:
-                add_values(tile, scores, count, values_at, value_panel, value_row, value_column, block, plan.value_dim)
+                add_all_values(tile, plan, scores, count, values_at, value_panel, value_row, value_column, block)
     for b in range(blocks):
         first = first_query + b * tile.width
         block = scratch + b * state_bytes + q_bytes
