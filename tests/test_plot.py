@@ -63,6 +63,13 @@ def colour_at(drawn: Any, ax: Any, x: float, y: float) -> Any:
     return drawn[int(row), int(column)].astype(int)
 
 
+def darkest_near(drawn: Any, ax: Any, x: float, y: float) -> float:
+    """Return the lightness of the darkest pixel at a place or beside it: where a field of one pixel may be."""
+    column, row = (int(place) for place in ax.transData.transform((x, y)))
+    near = drawn[row - 1 : row + 2, column - 1 : column + 2].reshape(-1, 3)
+    return min(lightness(to_hex(pixel / 255)) for pixel in near)
+
+
 def close_to(pixel: Any, colour: str, by: int = 4) -> bool:
     return bool(np.abs(pixel - np.round(255 * np.array(to_rgb(colour)))).max() <= by)
 
@@ -148,8 +155,11 @@ class TestWeights:
         assert fields.shape[0] <= limits[0]
         assert fields.shape[1] <= limits[1]
         for (row, column), field in np.ndenumerate(fields):
-            cells = weights[row * height : (row + 1) * height, column * width : (column + 1) * width]
-            np.testing.assert_array_equal(field, cells.max())
+            top, bottom = (place * shape[0] // fields.shape[0] for place in (row, row + 1))
+            left, right = (place * shape[1] // fields.shape[1] for place in (column, column + 1))
+            np.testing.assert_array_equal(field, weights[top:bottom, left:right].max())
+            assert height - 1 <= bottom - top <= height
+            assert width - 1 <= right - left <= width
         summary = summary_of(weights, shape[1])
         np.testing.assert_array_equal(as_weights(summary).pooled(*limits)[0], fields)
 
@@ -307,6 +317,10 @@ class TestHeatmap:
         assert "token101" not in [label.get_text() for label in shown(ax.xaxis)]
         ax.set(xlim=(99.5, 109.5), ylim=(109.5, 99.5))
         assert [label.get_text() for label in shown(ax.xaxis)] == [f"token{place}" for place in range(100, 110)]
+        drawn = pixels(ax)
+        area = ax.get_window_extent()
+        assert (drawn[: int(area.y0) - 1] == 255).all()  # nothing is drawn below
+        assert close_to(colour_at(drawn, ax, 105, 105), colours.shade(1))
 
     def test_a_title_finds_its_place(self) -> None:
         ax = plot.heatmap(softmax_like(13, 13), WORDS)
@@ -321,8 +335,7 @@ class TestHeatmap:
         ax = plot.heatmap(weights)
         drawn = pixels(ax)
         assert drawn.shape[0] < 1500
-        darkest = lightness(to_hex(colour_at(drawn, ax, 2002, 1001) / 255))
-        assert darkest < 60
+        assert darkest_near(drawn, ax, 2002, 1001) < 20
         assert close_to(colour_at(drawn, ax, 2100, 1001), "#ffffff")
         assert "largest of 6 × 6 cells" in ax.child_axes[0].get_ylabel()
 
@@ -348,7 +361,7 @@ class TestHeatmap:
         ax = plot.heatmap(summary)
         drawn = pixels(ax)
         assert close_to(colour_at(drawn, ax, length * 0.25, length * 0.75), "#ffffff")
-        assert lightness(to_hex(colour_at(drawn, ax, length * 0.5, length * 0.5) / 255)) < 70
+        assert darkest_near(drawn, ax, length * 0.5, length * 0.5) < 20
 
 
 # -- heads -------------------------------------------------------------------------------------------------------------
@@ -396,7 +409,8 @@ class TestHeads:
         ax = plot.heads(weights)
         drawn = pixels(ax)
         assert max(max(image.get_array().shape) for image in ax.images) <= 50
-        assert lightness(to_hex(colour_at(drawn, ax, 7, 1) / 255)) < 60
+        assert darkest_near(drawn, ax, 7, 1) < 20
+        assert darkest_near(drawn, ax, 6, 1) > 99
         assert "largest of" in ax.child_axes[0].get_ylabel()
 
     def test_a_summary(self) -> None:

@@ -222,10 +222,9 @@ def heads(
 
 def _remark(weights: Weights, fields: set[tuple[int, int]]) -> str:
     """What to say beside the scale: which weights are known, and how many cells a field is the largest of."""
-    height, width = max(fields)
-    if height * width == 1:
+    if fields == {(1, 1)}:
         return weights.known
-    cells = f"{height} × {width} cells" if len(fields) == 1 else "several cells"
+    cells = "{} × {} cells".format(*min(fields)) if len(fields) == 1 else "several cells"
     return f"{weights.known}\n(fields: the largest of {cells})"
 
 
@@ -278,11 +277,10 @@ def _draw_map(
 
     fields, height, width = weights.pooled(*(max(FEWEST_FIELDS, int(72 * side + 1e-6)) for side in reversed(size)))
     if place is None:
-        left, upper, across, down = -0.5, -0.5, float(weights.keys), float(weights.queries)
+        left, right, lower, upper = -0.5, weights.keys - 0.5, weights.queries - 0.5, -0.5
     else:
-        left, upper, across, down = place[0] - HALF, place[1] - HALF, 2 * HALF, 2 * HALF
-    right = left + across * fields.shape[1] * width / weights.keys
-    lower = upper + down * fields.shape[0] * height / weights.queries
+        x, y = place
+        left, right, lower, upper = x - HALF, x + HALF, y + HALF, y - HALF
     # imshow does the same, and looks at the limits of the axes each time
     image = AxesImage(
         ax,
@@ -294,6 +292,8 @@ def _draw_map(
     )
     image.set_data(np.asarray(fields, dtype=np.float64))
     ax.add_image(image)
-    frame = Rectangle((left, upper), across, down, fill=False, edgecolor=FRAME, linewidth=0.0 if place is None else 0.5)
-    image.set_clip_path(ax.add_patch(frame))  # the last fields may reach further than the last cells
+    image.set_clip_path(ax.patch)
+    if place is not None:
+        corner, side = (left, upper), 2 * HALF
+        ax.add_patch(Rectangle(corner, side, side, fill=False, edgecolor=FRAME, linewidth=0.5))
     return height, width
