@@ -2,18 +2,20 @@
 
 `attention` here is the formula itself, on whole matrices and in a wider type than the fast backends: float64 for
 float32 arguments, longdouble for float64. It supports every option they do, and is what they are tested against.
+`attention_weights` and `attention_summary` are what can be read off its weights.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastattn.problem import Operands, Problem, as_operands, check_flag, check_out, describe, seed_from
+from fastattn.selection import Choice, as_selection, check_lse, check_top_k, describe_scores, positions
 
-__all__ = ["attention", "evaluate", "keep_mask", "philox"]
+__all__ = ["AttentionSummary", "attention", "attention_summary", "attention_weights", "evaluate", "keep_mask", "philox"]
 
 
 def attention(
@@ -95,6 +97,121 @@ def attention(
     return (out, *((lse,) if return_lse else ()), *((weights,) if return_weights else ()))
 
 
+def attention_weights(
+    query: ArrayLike,
+    key: ArrayLike,
+    attn_mask: ArrayLike | None = None,
+    is_causal: bool | str = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    rows: Choice = None,
+    columns: Choice = None,
+    lse: ArrayLike | None = None,
+) -> NDArray[Any]:
+    """Return the weights of chosen queries and keys: `fastattn.attention_weights`, cut out of the whole matrix.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastattn import reference
+    >>> reference.attention_weights(np.eye(2), np.eye(3, 2), is_causal=True, rows=-1, columns=slice(0, 2)).round(2)
+    array([[0.33, 0.67]])
+    """
+    problem, operands = describe_scores(query, key, attn_mask, is_causal, scale, enable_gqa)
+    chosen, keys = as_selection("rows", rows, problem.queries), as_selection("columns", columns, problem.keys)
+    with np.errstate(all="ignore"):
+        if lse is None:
+            weights = evaluate(problem, operands)[2]
+        else:
+            scores = _scores(problem, operands, _visible(problem, operands.mask)).reshape(problem.weights_shape)
+            sums = check_lse(lse, problem)[..., None]
+            # of a sum of exp(score) no score takes more than all of it
+            weights = np.minimum(np.exp(scores - np.where(sums == -np.inf, np.inf, sums)), 1)
+    result: NDArray[Any] = weights.astype(problem.dtype)[..., positions(chosen)[:, None], positions(keys)]
+    return result
+
+
+class AttentionSummary(NamedTuple):
+    """What `fastattn.attention_summary` returns.
+
+    Attributes
+    ----------
+    top_weights : ndarray, shape (..., Hq, Lq, top_k)
+        The greatest weights of each query, in falling order. Where there are fewer keys whose score is above -inf, the
+        rest is 0.
+    top_indices : ndarray of int64, shape (..., Hq, Lq, top_k)
+        The keys that these belong to; of equal scores the lower key comes first. -1 where there is none.
+    entropy : ndarray, shape (..., Hq, Lq)
+        -Σ w ln w of the weights of each query, in nats: 0 for one that looks at one key only, or at none.
+    lse : ndarray, shape (..., Hq, Lq)
+        The log-sum-exp of the scores, as `fastattn.attention` returns it.
+    received : ndarray, shape (..., Hq, Lk)
+        The weight that each key receives from the queries of each query head, summed over the queries. With grouped
+        heads, add up those of a group for what the key head receives.
+
+    Notes
+    -----
+    A query with a score of NaN or +inf has weights of NaN: so are its `top_weights`, which have no order and so
+    no keys (-1), its entropy, its lse, and what is received by the keys that it looks at, unless their score is -inf.
+    """
+
+    top_weights: NDArray[Any]
+    top_indices: NDArray[np.int64]
+    entropy: NDArray[Any]
+    lse: NDArray[Any]
+    received: NDArray[Any]
+
+
+def attention_summary(
+    query: ArrayLike,
+    key: ArrayLike,
+    attn_mask: ArrayLike | None = None,
+    is_causal: bool | str = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    top_k: int = 8,
+) -> AttentionSummary:
+    """Return what the weights say in short: `fastattn.attention_summary`, read off the whole matrix.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastattn import reference
+    >>> summary = reference.attention_summary(np.eye(2), np.eye(3, 2), is_causal=True, top_k=2)
+    >>> summary.top_indices
+    array([[ 0, -1],
+           [ 1,  0]])
+    >>> summary.received.round(2)
+    array([1.33, 0.67, 0.  ])
+    """
+    problem, operands = describe_scores(query, key, attn_mask, is_causal, scale, enable_gqa)
+    summary = summarise(problem, operands, check_top_k(top_k))
+    with np.errstate(all="ignore"):
+        return AttentionSummary(*(a if a.dtype == np.int64 else a.astype(problem.dtype) for a in summary))
+
+
+@np.errstate(all="ignore")
+def summarise(problem: Problem, operands: Operands, top_k: int) -> AttentionSummary:
+    """Read the summary off the weights in the wider type, and do not round it to the type of the call."""
+    _, lse, weights = evaluate(problem, operands)
+    scores = _scores(problem, operands, _visible(problem, operands.mask)).reshape(weights.shape)
+
+    top_indices = np.full((*lse.shape, top_k), -1, np.int64)
+    top_weights = np.zeros((*lse.shape, top_k), weights.dtype)
+    best = np.argsort(-scores, axis=-1, kind="stable")[..., :top_k]
+    counts = np.take_along_axis(scores, best, axis=-1) > -np.inf
+    top_indices[..., : best.shape[-1]] = np.where(counts, best, -1)
+    top_weights[..., : best.shape[-1]] = np.where(counts, np.take_along_axis(weights, best, axis=-1), 0)
+    odd = np.isnan(lse)
+    top_indices[odd], top_weights[odd] = -1, np.nan
+
+    entropy = -np.where(weights == 0, 0, weights * np.log(weights)).sum(axis=-1)
+    received = np.where(scores == -np.inf, 0, weights).sum(axis=-2)
+    return AttentionSummary(top_weights, top_indices, entropy, lse, received)
+
+
 @np.errstate(all="ignore")
 def evaluate(problem: Problem, operands: Operands, seed: int = 0) -> tuple[Any, Any, Any]:
     """Evaluate the formula in the wider type, and do not round the results to the type of the call.
@@ -113,14 +230,8 @@ def evaluate(problem: Problem, operands: Operands, seed: int = 0) -> tuple[Any, 
         Finite ones are within the range of the type of the call.
     weights : ndarray, shape problem.weights_shape
     """
-    wide: Any = np.float64 if problem.dtype == np.float32 else np.longdouble
-    query, key, value = (array.astype(wide) for array in operands[:3])
-    scores = problem.scale * (query @ key.swapaxes(-1, -2))
-    if problem.mask_kind == "float":
-        scores = scores + _saturated(operands.mask, problem.dtype)
     visible = _visible(problem, operands.mask)
-    scores = np.where(visible, scores, -np.inf)
-
+    scores = _scores(problem, operands, visible)
     highest = scores.max(axis=-1, keepdims=True, initial=-np.inf)
     empty = highest == -np.inf
     highest = np.where(empty, 0, highest)
@@ -131,12 +242,21 @@ def evaluate(problem: Problem, operands: Operands, seed: int = 0) -> tuple[Any, 
 
     if problem.dropout_p > 0:
         weights = weights * _kept(problem, seed) * problem.keep_scale
-    out = np.where(empty, 0, _weighted_sum(weights, value, visible))
+    out = np.where(empty, 0, _weighted_sum(weights, operands.value.astype(weights.dtype), visible))
     return (
         out.reshape(problem.out_shape),
         _saturated(lse, problem.dtype).reshape(problem.lse_shape),
         weights.reshape(problem.weights_shape),
     )
+
+
+def _scores(problem: Problem, operands: Operands, visible: NDArray[np.bool_]) -> Any:
+    """Return the scores in the wider type, shape (*problem.rows_shape, Lq, Lk), -inf where a query may not look."""
+    wide: Any = np.float64 if problem.dtype == np.float32 else np.longdouble
+    scores = problem.scale * (operands.query.astype(wide) @ operands.key.astype(wide).swapaxes(-1, -2))
+    if problem.mask_kind == "float":
+        scores = scores + _saturated(operands.mask, problem.dtype)
+    return np.where(visible, scores, -np.inf)
 
 
 def _visible(problem: Problem, mask: NDArray[Any] | None) -> NDArray[np.bool_]:

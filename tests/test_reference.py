@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import Call, calls
 
-from fastattn import reference
+from fastattn import reference, selection
 from fastattn.problem import as_operands, describe
 
 
@@ -85,11 +85,18 @@ def test_it_computes_in_a_wider_type(dtype: Any) -> None:
     np.testing.assert_array_equal(out, wide.astype(dtype))
 
 
-def test_it_imports_nothing_but_numpy_and_problem() -> None:
-    tree = ast.parse(Path(reference.__file__).read_text(encoding="utf-8"))
+def imports(file: str) -> set[str | None]:
+    tree = ast.parse(Path(file).read_text(encoding="utf-8"))
     found = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    found |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    assert found == {"__future__", "typing", "numpy", "numpy.typing", "fastattn.problem"}
+    return found | {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+
+
+def test_it_imports_nothing_but_numpy_and_the_checks_of_arguments() -> None:
+    own = {"fastattn.problem", "fastattn.selection"}
+    assert imports(reference.__file__) == {"__future__", "typing", "numpy", "numpy.typing"} | own
+    assert {name for name in imports(selection.__file__) if name and name.startswith("fastattn")} == {
+        "fastattn.problem"
+    }
 
 
 # -- the tolerances ----------------------------------------------------------------------------------------------------

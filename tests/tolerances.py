@@ -165,3 +165,45 @@ def _check(name: str, got: Array, exact: Array, bound: Array, problem: Problem) 
             f"{tuple(map(int, worst))}, is {got[worst]!r}, expected {exact[worst]!r} to within {limit[worst]:.3g}; "
             f"the worst is {excess:.3g} times its bound away; {problem}"
         )
+
+
+def check_summary(summary: Any, exact: Any, wanted: Expected) -> None:
+    """Assert that an AttentionSummary is right; `exact` is the one that `reference.summarise` reads off the weights.
+
+    With d the error of a score that a single weight is held to:
+
+    - The r-th greatest weight moves no further than any weight does.
+    - The entropy has the derivatives -w (ln w + H), whose sizes add up to 2 H at most, and H is at most ln Lk. It is
+      computed as ln l - ln 2 · Σ 2^x x / l, of terms of no more than 8 + 2 · log2 Lk, which are rounded.
+    - A weight changes by a factor of up to exp(2 d), since its score and the log-sum-exp do by d each. What a key
+      receives is a sum of Lq of them.
+    """
+    problem = wanted.problem
+    eps = float(np.finfo(problem.dtype).eps)
+    with np.errstate(all="ignore"):
+        error = wanted.weights_bound.astype(np.float64)
+        most = np.log2(max(2, problem.keys))
+        entropy_bound = error[..., 0] * (1 + 2 * most) + eps * ROUNDINGS * (8 + 2 * most)
+        weights = np.where(np.isfinite(wanted.weights), wanted.weights, 0).astype(np.float64)
+        moved = np.minimum(1.0, weights * np.expm1(np.minimum(2 * error, 700.0)) + np.finfo(problem.dtype).tiny)
+        received_bound = moved.sum(axis=-2) + eps * (ROUNDINGS + problem.queries) * weights.sum(axis=-2)
+    check_lse(summary.lse, wanted)
+    _check("entropy", summary.entropy, exact.entropy, entropy_bound, problem)
+    _check("received", summary.received, exact.received, received_bound, problem)
+    _check("top_weights", summary.top_weights, exact.top_weights, error, problem)
+
+    entropy, top, indices = summary.entropy, summary.top_weights, summary.top_indices
+    assert (np.isnan(entropy) | ((entropy >= 0) & (entropy <= np.log(max(1, problem.keys)) + entropy_bound))).all()
+    assert indices.dtype == np.int64
+    assert indices.shape == exact.top_indices.shape
+    np.testing.assert_array_equal((indices >= 0).sum(axis=-1), (exact.top_indices >= 0).sum(axis=-1))
+    assert ((top[..., 1:] <= top[..., :-1]) | np.isnan(top[..., 1:])).all()
+    assert (np.isnan(top) | ((top >= 0) & (top <= 1))).all()
+    taken = indices >= 0
+    in_order = np.sort(np.where(taken, indices, -1 - np.arange(indices.shape[-1])), axis=-1)
+    assert (np.diff(in_order, axis=-1) > 0).all(), "a key stands twice"
+    if problem.keys:
+        own = np.take_along_axis(wanted.weights, np.maximum(indices, 0), axis=-1)
+        fine = ~taken | (np.abs(own - top) <= error)
+        assert fine.all(), f"top_indices: {np.count_nonzero(~fine)} are those of other weights"
+    assert not taken[np.isnan(top)].any()

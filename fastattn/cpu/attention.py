@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fastattn.cpu import pool
 from fastattn.cpu.kernels import Library, kernel_name, library
 from fastattn.cpu.layout import ALIGNMENT, CALL
-from fastattn.cpu.plan import make_plan
+from fastattn.cpu.plan import Plan, make_plan
 from fastattn.isa import host
 from fastattn.problem import Operands, Problem
 
@@ -86,48 +86,49 @@ class Prepared:
         self.threads = pool.concurrency(plan.tasks, plan.flops, threads)
         self.forward = library(kernel_name("forward", problem.dtype.name, plan.tile))
 
-    def run(
-        self,
-        kernels: Library,
-        seed: int,
-        query: Array,
-        key: Array,
-        value: Array | None = None,
-        mask: Array | None = None,
-        out: Array | None = None,
-        lse: Array | None = None,
-        weights: Array | None = None,
-    ) -> None:
-        """Run one kind of kernels. The arrays are the call's own, not the operands made of them."""
-        plan = self.plan
-        if not plan.tasks:
-            return
-        places: Any = (
-            id(query) + OBJECT_HEADER,
-            id(key) + OBJECT_HEADER,
-            _place(value),
-            _place(mask),
-            _place(out),
-            _place(lse),
-            _place(weights),
-        )
-        if not _objects_are_as_expected():
-            arrays = (query, key, value, mask, out, lse, weights)
-            cells = np.array([0 if array is None else array.ctypes.data for array in arrays], np.uint64)
-            places = cells.ctypes.data + 8 * np.arange(len(arrays))
-        if plan.flops < pool.TURN_FLOPS and not (self.threads > 1 and pool.is_worth_sharing(plan.flops)):
-            scratch, _ = _scratch(plan.scratch_bytes)
-            kernels.quick(plan.address, scratch, plan.scratch_bytes, seed, *places)
-        else:
-            scratch, held = _scratch(self.threads * plan.scratch_bytes)
-            _memory.held = None  # a signal handler's call in this thread, while this one runs, needs memory of its own
-            call = np.empty(1, CALL)
-            at = call.ctypes.data
-            kernels.fill(at, plan.address, scratch, plan.scratch_bytes, seed, *places)
-            pool.run(kernels, at, plan.tasks, plan.flops, self.threads)
-            _memory.held = scratch, held
-        if self.threads > 1:
-            pool.note_call()
+
+def run(
+    plan: Plan,
+    threads: int,
+    kernels: Library,
+    seed: int,
+    query: Array,
+    key: Array,
+    value: Array | None = None,
+    mask: Array | None = None,
+    out: Array | None = None,
+    lse: Array | None = None,
+    weights: Array | None = None,
+) -> None:
+    """Run a plan's tasks, on arrays whose addresses are those of the operands that it was made for."""
+    if not plan.tasks:
+        return
+    places: Any = (
+        id(query) + OBJECT_HEADER,
+        id(key) + OBJECT_HEADER,
+        _place(value),
+        _place(mask),
+        _place(out),
+        _place(lse),
+        _place(weights),
+    )
+    if not _objects_are_as_expected():
+        arrays = (query, key, value, mask, out, lse, weights)
+        cells = np.array([0 if array is None else array.ctypes.data for array in arrays], np.uint64)
+        places = cells.ctypes.data + 8 * np.arange(len(arrays))
+    if plan.flops < pool.TURN_FLOPS and not (threads > 1 and pool.is_worth_sharing(plan.flops)):
+        scratch, _ = _scratch(plan.scratch_bytes)
+        kernels.quick(plan.address, scratch, plan.scratch_bytes, seed, *places)
+    else:
+        scratch, held = _scratch(threads * plan.scratch_bytes)
+        _memory.held = None  # a signal handler's call in this thread, while this one runs, needs memory of its own
+        call = np.empty(1, CALL)
+        at = call.ctypes.data
+        kernels.fill(at, plan.address, scratch, plan.scratch_bytes, seed, *places)
+        pool.run(kernels, at, plan.tasks, plan.flops, threads)
+        _memory.held = scratch, held
+    if threads > 1:
+        pool.note_call()
 
 
 def attention(
@@ -140,15 +141,16 @@ def attention(
 ) -> Any:
     """Run a prepared call; the results asked for, as `fastattn.attention` returns them."""
     problem = prepared.problem
+    plan, threads = prepared.plan, prepared.threads
     query, key, value, mask = arrays
     result = np.empty(problem.out_shape, problem.dtype) if out is None else out
     lse = np.empty(problem.lse_shape, problem.dtype) if return_lse else None
     weights = None
     if return_weights:
         weights = np.empty(problem.weights_shape, problem.dtype)
-        kernels = library(kernel_name("weights", problem.dtype.name, prepared.plan.tile))
-        prepared.run(kernels, seed, query, key, mask=mask, weights=weights)
-    prepared.run(prepared.forward, seed, query, key, value, mask, result, lse)
+        kernels = library(kernel_name("weights", problem.dtype.name, plan.tile))
+        run(plan, threads, kernels, seed, query, key, mask=mask, weights=weights)
+    run(plan, threads, prepared.forward, seed, query, key, value, mask, result, lse)
     if lse is None and weights is None:
         return result
     return tuple(array for array in (result, lse, weights) if array is not None)

@@ -6,6 +6,8 @@ from fastattn import build as compiler
 from fastattn.cpu import claim
 from fastattn.cpu.forward import call_view, forward_task, plan_view
 from fastattn.cpu.layout import CALL
+from fastattn.cpu.received import received_task
+from fastattn.cpu.summary import chosen_task, summary_task
 from fastattn.cpu.tiles import packed_product
 from fastattn.cpu.weights import weights_task
 from fastattn.isa import Isa
@@ -13,7 +15,14 @@ from fastattn.simd import TileShape, jit, load_i64, stack_memory, tile_fill, til
 
 call_memory = stack_memory(CALL.itemsize)
 
-TASKS = {"forward": forward_task, "weights": weights_task}
+TASKS = {
+    "forward": forward_task,
+    "weights": weights_task,
+    "summary": summary_task,
+    "received": received_task,
+    "chosen": chosen_task,
+}
+IN_PLACE = ("weights", "chosen")  # take blocks of queries one by one: too few to pack keys for
 
 
 def build(name: str, row: Isa, entries: dict[str, int]) -> bytes:
@@ -24,8 +33,7 @@ def build(name: str, row: Isa, entries: dict[str, int]) -> bytes:
     else:
         dtype, size = parameters
         rows, vectors = map(int, size.split("x"))
-        # A tall tile is for few queries, and the weights' kernel takes blocks one by one: too few to pack keys for.
-        packed = kind == "forward" and vectors > 1
+        packed = kind not in IN_PLACE and vectors > 1  # a tall tile is for few queries
         lanes = row.vector_bytes // np.dtype(dtype).itemsize
         tile = TileShape(dtype, lanes, rows, vectors, row.scalef, packed)
         functions = {"run": _peak(tile)} if kind == "peak" else _attention(TASKS[kind](tile))

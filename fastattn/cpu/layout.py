@@ -61,6 +61,21 @@ CALL = np.dtype(
     ]
 )
 
+# Where the summary of a call is kept (`call.out` is the address of this record): contiguous arrays with one element, or
+# `top_k` elements, for each query, and of `received` one for each key, of all heads. 0: not wanted.
+SUMMARY = np.dtype(
+    [
+        ("top_k", i8),
+        ("m", i8),  # of the online softmax, so that a weight is 2^((score - m) · unit) / l
+        ("l", i8),
+        ("lse", i8),
+        ("entropy", i8),
+        ("top_weights", i8),
+        ("top_indices", i8),
+        ("received", i8),
+    ]
+)
+
 MASK_NONE, MASK_BOOL, MASK_SAME, MASK_OTHER, MASK_HALF = range(5)
 ALIGNMENT = 64
 

@@ -1,0 +1,118 @@
+"""The CPU backend of `fastattn.attention_weights` and `fastattn.attention_summary`: plans and runs their kernels."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastattn.cpu import pool
+from fastattn.cpu.attention import run
+from fastattn.cpu.kernels import kernel_name, library
+from fastattn.cpu.layout import ALIGNMENT, PLAN, SUMMARY
+from fastattn.cpu.plan import GROUP_BYTES, TASK_FLOPS, TASKS_PER_THREAD, Plan, make_plan
+from fastattn.isa import host
+from fastattn.problem import Operands, Problem
+
+Array = NDArray[Any]
+
+LN_2 = math.log(2.0)
+MORE_STATE = 2  # rows of a query block's state besides those that the forward pass has too
+QUERY_ROWS = 2  # rows besides the queries of the one query block that a task on keys works on
+
+
+def summarise(problem: Problem, operands: Operands, threads: int, top_k: int) -> tuple[Array, ...]:
+    """Return the fields of an `AttentionSummary`. The value operand is not read."""
+    rows, dtype = problem.lse_shape, problem.dtype
+    plan = _by_queries(problem, operands, threads)
+    m, l, lse, entropy = (np.empty(rows, dtype) for _ in range(4))
+    top_weights, top_indices = np.empty((*rows, top_k), dtype), np.empty((*rows, top_k), np.int64)
+    received = np.empty((*rows[:-1], problem.keys), dtype)
+    record = _record(top_k, m=m, l=l, lse=lse, entropy=entropy, top_weights=top_weights, top_indices=top_indices)
+    _run("summary", plan, operands, threads, record)
+    _run("received", _by_keys(plan, operands, threads), operands, threads, _record(m=m, l=l, received=received))
+    return top_weights, top_indices, entropy, lse, received
+
+
+def sums(problem: Problem, operands: Operands, threads: int) -> tuple[Array, Array]:
+    """Return m and l of every query: its weights are 2^((score - m) · unit) / l."""
+    m, l = (np.empty(problem.lse_shape, problem.dtype) for _ in range(2))
+    _run("summary", _by_queries(problem, operands, threads), operands, threads, _record(m=m, l=l))
+    return m, l
+
+
+def sums_from(problem: Problem, lse: Array) -> tuple[Array, Array]:
+    """Return the same, made of log-sum-exps: exp(score - lse) is 2^((score - m) · unit).
+
+    A query that looks at no key has an lse of -inf, and weights of 0: as 2^-inf, whatever its scores. One whose lse is
+    NaN has weights of NaN, those of hidden keys included, whose score l alone meets.
+    """
+    unit = 1.0 if problem.mask_kind == "float" else LN_2
+    with np.errstate(all="ignore"):
+        m = (np.where(lse == -np.inf, np.inf, lse) / unit).astype(problem.dtype)
+        return np.ascontiguousarray(m), np.where(np.isnan(m), m, np.ones(1, m.dtype))
+
+
+def weigh(problem: Problem, operands: Operands, threads: int, m: Array, l: Array) -> Array:
+    """Return the weights of all queries and keys, for given sums."""
+    weights = np.empty(problem.weights_shape, problem.dtype)
+    _run("chosen", _by_queries(problem, operands, threads), operands, threads, _record(m=m, l=l), weights)
+    return weights
+
+
+def _record(top_k: int = 0, **arrays: Array) -> Array:
+    """Write down where the arrays are."""
+    record = np.zeros(1, SUMMARY)
+    record["top_k"] = top_k
+    for name, array in arrays.items():
+        record[name] = array.ctypes.data
+    return record
+
+
+def _run(kind: str, plan: Plan, operands: Operands, threads: int, record: Array, weights: Array | None = None) -> None:
+    kernels = library(kernel_name(kind, plan.problem.dtype.name, plan.tile))
+    threads = pool.concurrency(plan.tasks, plan.flops, threads)
+    run(plan, threads, kernels, 0, operands.query, operands.key, mask=operands.mask, out=record, weights=weights)
+
+
+def _by_queries(problem: Problem, operands: Operands, threads: int) -> Plan:
+    """Plan tasks that own queries: those of the forward pass, for half of its work."""
+    plan = make_plan(problem, operands, operands.query, host(), threads)  # nothing is written to `out`
+    group = int(plan.record[: PLAN.itemsize].view(PLAN)["group"][0])
+    more = group * MORE_STATE * plan.tile.width * plan.tile.itemsize
+    return replace(plan, flops=plan.flops / 2, scratch_bytes=_aligned(plan.scratch_bytes + more))
+
+
+def _by_keys(plan: Plan, operands: Operands, threads: int) -> Plan:
+    """Plan tasks that own keys, as many blocks of them as stay in the level-2 cache while queries come by."""
+    problem, tile = plan.problem, plan.tile
+    record = plan.record.copy()
+    fields = record[: PLAN.itemsize].view(PLAN)[0]
+    key_block = int(fields["key_block"])
+    heads = math.prod(operands.query.shape[:-2])
+    row_bytes = tile.width * tile.itemsize
+    state = key_block * row_bytes + (key_block + tile.rows) * problem.head_dim * tile.itemsize  # sums, packed keys
+    flops_per_block = 2.0 * key_block * problem.queries * problem.head_dim
+    blocks = -(-problem.keys // key_block)
+    group = max(1, min(GROUP_BYTES // state, blocks, int(TASK_FLOPS / max(flops_per_block, 1.0))))
+    while group > 1 and heads * -(-blocks // group) < TASKS_PER_THREAD * threads:
+        group -= 1
+    groups = -(-blocks // group)
+    fields["blocks"], fields["group"], fields["groups"] = blocks, group, groups
+    fields["tasks"] = tasks = heads * groups
+    # a block of queries, and one of scores with the maxima and the buffer that go with it
+    block = (problem.head_dim + QUERY_ROWS + 1 + key_block) * row_bytes + tile.lanes * tile.lanes * 8
+    return replace(
+        plan,
+        record=record,
+        address=record.ctypes.data,
+        tasks=tasks,
+        scratch_bytes=_aligned(group * state + block),
+    )
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
