@@ -186,11 +186,8 @@ class TestWeights:
         np.testing.assert_allclose([mean.row(query) for query in range(4)], kept.mean(axis=0), rtol=1e-14)
 
     def test_what_attention_summary_returns(self) -> None:
-        summarise = getattr(reference, "attention_summary", None)
-        if summarise is None:
-            pytest.skip("fastattn has no attention_summary")
         x = np.random.default_rng(0).standard_normal((2, 6, 8))
-        summary = summarise(x, x, top_k=6)
+        summary = reference.attention_summary(x, x, top_k=6)
         weights = reference.attention(x, x, x, return_weights=True)[1]
         for head, query in itertools.product(range(2), range(6)):
             np.testing.assert_allclose(as_weights(summary).at(head).row(query), weights[head, query], rtol=1e-12)
@@ -459,6 +456,8 @@ class TestLinks:
         assert {colour for _, _, colour in lines_of(ax)} == set(colours.HEAD_COLOURS)
         texts = [text.get_text() for text in ax.get_legend().get_texts()]
         assert texts == [f"head {head}" for head in range(7)]
+        named = plot.links(weights[:2], names=["3.1", "$5$"]).get_legend().get_texts()
+        assert [text._preprocess_math(text.get_text()) for text in named] == [("3.1", False), ("$5$", False)]
         drawn = pixels(ax)
         heights = sorted(
             segment[0, 1] for segment in ax.collections[0].get_segments() if segment[0, 1] == segment[1, 1]
@@ -795,8 +794,9 @@ STACK = softmax_like(2, 3, 3)
             TypeError,
             "^queries: 'abcd' of type str; expected a sequence of 4 strings",
         ),
-        (lambda: plot.heatmap(SQUARE, ["a"]), ValueError, "^queries: 1 tokens; expected 4, one for each query"),
-        (lambda: plot.heatmap(SQUARE, None, list("abc")), ValueError, "^keys: 3 tokens; expected 4, one for each key"),
+        (lambda: plot.heatmap(SQUARE, ["a"]), ValueError, "^queries: 1 strings; expected 4, one for each query"),
+        (lambda: plot.heatmap(SQUARE, None, list("abc")), ValueError, "^keys: 3 strings; expected 4, one for each key"),
+        (lambda: plot.links(STACK, names=["a"]), ValueError, "^names: 1 strings; expected 2, one for each head"),
         (lambda: plot.links(SQUARE, [1, 2, 3, 4]), TypeError, "^queries: 1 of type int at 0"),
         (lambda: plot.links(SQUARE, query=4), ValueError, "^query: 4; expected the number of one of 4 queries"),
         (lambda: plot.links(SQUARE, query=True), TypeError, "^query: True of type bool"),
@@ -810,7 +810,7 @@ STACK = softmax_like(2, 3, 3)
         (lambda: plot.text(SQUARE, list("abcd"), ax=3), TypeError, "^ax: 3"),
         (lambda: plot.heads([SQUARE, -SQUARE]), ValueError, "^layer 1 of weights: has -"),
         (lambda: plot.text(SQUARE, None), TypeError, "^tokens: None; expected a sequence of 4 strings"),
-        (lambda: plot.text(SQUARE, ["a"]), ValueError, "^tokens: 1 tokens; expected 4"),
+        (lambda: plot.text(SQUARE, ["a"]), ValueError, "^tokens: 1 strings; expected 4"),
         (
             lambda: plot.text(SQUARE[0], list("abcd"), query=0),
             ValueError,
