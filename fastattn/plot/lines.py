@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fastattn.plot.colours import HEAD_COLOURS
-from fastattn.plot.tokens import pair_of_tokens
+from fastattn.plot.tokens import as_tokens, pair_of_tokens
 from fastattn.plot.weights import Head, Summary, as_weights, check_query, check_vmax
 from fastattn.problem import Array
 
@@ -34,6 +34,7 @@ def links(
     *,
     query: int | None = None,
     head: Head = None,
+    names: Sequence[str] | None = None,
     vmax: float | None = None,
     ax: Axes | None = None,
 ) -> Axes:
@@ -53,6 +54,8 @@ def links(
     head : int or tuple of int, optional
         Which part of a stack: the index of the first axis, or of the first few. Needed if there are more axes than
         that of the heads before the last two that are longer than 1.
+    names : sequence of str, length H, optional
+        What to call the heads in the legend, "head 0" and so on unless given.
     vmax : float, optional
         The weight of an opaque line, the largest that is drawn unless given. The opacity is in proportion.
     ax : matplotlib.axes.Axes, optional
@@ -95,9 +98,11 @@ def links(
     rows, columns = pair_of_tokens(queries, keys, (stack.queries, stack.keys))
     only = None if query is None else check_query(query, stack.queries)
     drawn = [stack.at(place) for place in range(stack.lead[0])] if stack.lead else [stack]
-    names = [f"head {place}" for place in range(len(drawn))] if len(drawn) > 1 else []
+    called = as_tokens("names", names, len(drawn), "head")
+    if called is None:
+        called = [f"head {place}" for place in range(len(drawn))] if len(drawn) > 1 else []
     if len(drawn) > len(HEAD_COLOURS):
-        names, drawn = [f"mean of {len(drawn)} heads"], [stack.mean()]
+        called, drawn = [f"mean of {len(drawn)} heads"], [stack.mean()]
     shown = drawn if only is None else [each.only(only) for each in drawn]
     top = check_vmax(vmax, max(each.largest() for each in shown))
     found = [each.pairs(FAINTEST * top) for each in shown]
@@ -122,7 +127,7 @@ def links(
     drawn_on.tick_params(axis="x", length=0, pad=3)
     for title, side in zip(drawn_on.get_xticklabels(), ("right", "left"), strict=True):
         title.set_horizontalalignment(side)
-    _draw_legend(drawn_on, names, any(np.isnan(each[2]).any() for each in found))
+    _draw_legend(drawn_on, called, any(np.isnan(each[2]).any() for each in found))
     if ax is None:
         canvas.fit(drawn_on)
     return drawn_on
@@ -169,7 +174,13 @@ def _draw_legend(ax: Any, names: Sequence[str], nan: bool) -> None:
     """Say below the lines whose they are."""
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], color=c, linewidth=2, label=name) for c, name in zip(HEAD_COLOURS, names, strict=False)]
+    from fastattn.plot import canvas
+
+    texts, families = canvas.drawable(names)
+    handles = [
+        Line2D([], [], color=colour, linewidth=2, label=canvas.verbatim(text) or " ")
+        for colour, text in zip(HEAD_COLOURS, texts, strict=False)
+    ]
     if nan:
         handles.append(Line2D([], [], color=NAN_LINK, linewidth=1, linestyle="dotted", label="NaN"))
     if handles:
@@ -178,7 +189,7 @@ def _draw_legend(ax: Any, names: Sequence[str], nan: bool) -> None:
             loc="upper center",
             bbox_to_anchor=(0.5, 0.0),
             frameon=False,
-            fontsize=8,
+            prop={"size": 8, "family": families},
             ncols=2 if len(handles) > 1 else 1,
             handlelength=1.2,
             columnspacing=1.0,

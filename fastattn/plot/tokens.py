@@ -41,7 +41,7 @@ def as_tokens(name: str, given: object, count: int, what: str) -> list[str] | No
         if not isinstance(token, str):
             raise TypeError(f"{name}: {_said(token)} at {place}; expected a sequence of strings")
     if len(listed) != count:
-        raise ValueError(f"{name}: {len(listed)} tokens; expected {count}, one for each {what}")
+        raise ValueError(f"{name}: {len(listed)} strings; expected {count}, one for each {what}")
     return list(listed)
 
 
