@@ -166,7 +166,7 @@ def attention(
     return_weights = check_flag("return_weights", return_weights)
     seed = seed_from(rng, problem.dropout_p > 0)
     check_out(out, problem)
-    if out is None or _must_be_apart(out, arrays):
+    if out is None or must_be_apart(out, arrays):
         target = np.empty(problem.out_shape, problem.dtype)
     else:
         target = out
@@ -183,7 +183,7 @@ def attention(
     return (out, *results[1:]) if isinstance(results, tuple) else out
 
 
-def _must_be_apart(out: NDArray[Any], arrays: tuple[NDArray[Any] | None, ...]) -> bool:
+def must_be_apart(out: NDArray[Any], arrays: tuple[NDArray[Any] | None, ...]) -> bool:
     """Whether the result cannot be written to `out` while the arguments are still read.
 
     It can if out shares no memory with them, or is the query itself: a block of queries is read before its rows are

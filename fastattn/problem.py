@@ -26,6 +26,7 @@ from numpy.typing import ArrayLike, NDArray
 __all__ = [
     "Operands",
     "Problem",
+    "as_additive_operands",
     "as_operands",
     "check_backend",
     "check_causal",
@@ -34,6 +35,7 @@ __all__ = [
     "check_out",
     "check_scale",
     "describe",
+    "describe_additive",
     "seed_from",
 ]
 
@@ -191,17 +193,44 @@ def as_operands(
         ):
             return query, key, value, mask
 
-    arrays = {"query": _as_array("query", query), "key": _as_array("key", key), "value": _as_array("value", value)}
+    query, key, value = _as_common({"query": query, "key": key, "value": value})
+    return query, key, value, mask
+
+
+def as_additive_operands(
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, weight: ArrayLike, attn_mask: ArrayLike | None = None
+) -> tuple[Array, Array, Array, Array, Array | None]:
+    """Make arrays of the arguments of additive attention, as `as_operands` does of those of attention.
+
+    Parameters
+    ----------
+    query, key, value, weight : array_like
+        All four settle the common dtype.
+    attn_mask : array_like or None
+
+    Returns
+    -------
+    query, key, value, weight : ndarray
+    attn_mask : ndarray or None
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `as_operands`.
+    """
+    mask = None if attn_mask is None else _as_mask(attn_mask)
+    query, key, value, weight = _as_common({"query": query, "key": key, "value": value, "weight": weight})
+    return query, key, value, weight, mask
+
+
+def _as_common(given: dict[str, ArrayLike]) -> list[Array]:
+    """Make arrays of their common dtype of what was given under these names."""
+    arrays = {name: _as_array(name, argument) for name, argument in given.items()}
     for name, array in arrays.items():
         _check_operand_dtype(name, array.dtype)
     common = np.result_type(*arrays.values())
     dtype = FLOAT64 if common.kind in "biu" else common.newbyteorder("=")
-    return (
-        _as_plain(arrays["query"], dtype),
-        _as_plain(arrays["key"], dtype),
-        _as_plain(arrays["value"], dtype),
-        mask,
-    )
+    return [_as_plain(array, dtype) for array in arrays.values()]
 
 
 def _as_array(name: str, given: object) -> Array:
@@ -294,6 +323,66 @@ def describe(
     >>> operands.key.shape
     (2, 2, 4, 7, 64)
     """
+    return _describe(
+        query,
+        key,
+        value,
+        attn_mask,
+        check_dropout(dropout_p),
+        check_causal(is_causal),
+        check_scale(scale),
+        check_flag("enable_gqa", enable_gqa),
+    )
+
+
+def describe_additive(
+    query: Array,
+    key: Array,
+    value: Array,
+    weight: Array,
+    attn_mask: Array | None = None,
+    is_causal: bool | str = False,
+) -> tuple[Problem, Operands]:
+    """Work out what a call of additive attention computes: all of it is attention's, but the scores.
+
+    Parameters
+    ----------
+    query, key, value, weight, attn_mask : ndarray
+        As `as_additive_operands` returns them.
+    is_causal
+        As the user gave it.
+
+    Returns
+    -------
+    problem : Problem
+        Its scale is 1. There are no groups of heads.
+    operands : Operands
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `describe`, and where `weight` has another shape than (D,).
+    """
+    described = _describe(query, key, value, attn_mask, 0.0, check_causal(is_causal), 1.0, None)
+    if weight.shape != query.shape[-1:]:
+        raise ValueError(
+            f"weight: shape {weight.shape}; expected {query.shape[-1:]}, a number for each feature of query of shape "
+            f"{query.shape}"
+        )
+    return described
+
+
+def _describe(
+    query: Array,
+    key: Array,
+    value: Array,
+    attn_mask: Array | None,
+    dropout_p: float,
+    causal: Literal["no", "top-left", "bottom-right"],
+    scale: float | None,
+    enable_gqa: bool | None,
+) -> tuple[Problem, Operands]:
+    """Do the work of `describe` with checked options; `enable_gqa` is None where it is not on offer."""
     problem, plan = _plan(
         query.dtype,
         query.shape,
@@ -301,10 +390,10 @@ def describe(
         value.shape,
         None if attn_mask is None else attn_mask.shape,
         attn_mask is not None and attn_mask.dtype.kind == "b",
-        check_dropout(dropout_p),
-        check_causal(is_causal),
-        check_scale(scale),
-        check_flag("enable_gqa", enable_gqa),
+        dropout_p,
+        causal,
+        scale,
+        enable_gqa,
     )
     return problem, Operands(
         _view(query, plan.query),
@@ -345,7 +434,7 @@ def _plan(
     dropout_p: float,
     causal: Literal["no", "top-left", "bottom-right"],
     scale: float | None,
-    enable_gqa: bool,
+    enable_gqa: bool | None,
 ) -> tuple[Problem, _Plan]:
     for name, shape in (("query", query), ("key", key), ("value", value)):
         if not 2 <= len(shape) <= MAX_RANK:
@@ -403,7 +492,7 @@ def _axes(shape: Shape, problem: Problem, length: int, last: int | None = None, 
     return _Axes(split, None if split == full else full)
 
 
-def _heads(query: Shape, key: Shape, value: Shape, enable_gqa: bool) -> tuple[int, int]:
+def _heads(query: Shape, key: Shape, value: Shape, enable_gqa: bool | None) -> tuple[int, int]:
     """Return the number of query heads and of the key heads that they are grouped on."""
     hq, hk, hv = (shape[-3] if len(shape) > 2 else 1 for shape in (query, key, value))
     if hk != hv and 1 not in (hk, hv):
@@ -416,7 +505,7 @@ def _heads(query: Shape, key: Shape, value: Shape, enable_gqa: bool) -> tuple[in
         return heads, heads
     if enable_gqa:
         wanted = "expected the number of query heads to be a multiple of it"
-    elif kv and hq % kv == 0:
+    elif enable_gqa is not None and kv and hq % kv == 0:
         wanted = f"expected {hq} or 1, or enable_gqa=True, which lets groups of {hq // kv} query heads share one"
     else:
         wanted = f"expected {hq} or 1"

@@ -2,6 +2,7 @@
 
 `attention` here is the formula itself, on whole matrices and in a wider type than the fast backends: float64 for
 float32 arguments, longdouble for float64. It supports every option they do, and is what they are tested against.
+`additive_attention` differs from it in the score alone.
 """
 
 from __future__ import annotations
@@ -11,9 +12,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastattn.problem import Operands, Problem, as_operands, check_flag, check_out, describe, seed_from
+from fastattn.problem import (
+    Operands,
+    Problem,
+    as_additive_operands,
+    as_operands,
+    check_flag,
+    check_out,
+    describe,
+    describe_additive,
+    seed_from,
+)
 
-__all__ = ["attention", "evaluate", "keep_mask", "philox"]
+__all__ = ["additive_attention", "attention", "evaluate", "keep_mask", "philox"]
+
+#: Elements of query + key that additive attention has at a time.
+SUM_ELEMENTS = 1 << 20
 
 
 def attention(
@@ -82,10 +96,79 @@ def attention(
     return_lse = check_flag("return_lse", return_lse)
     return_weights = check_flag("return_weights", return_weights)
     seed = seed_from(rng, draw=problem.dropout_p > 0)
+    return _returned(problem, evaluate(problem, operands, seed), return_lse, return_weights, out)
 
+
+def additive_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    weight: ArrayLike,
+    attn_mask: ArrayLike | None = None,
+    is_causal: bool | str = False,
+    *,
+    return_lse: bool = False,
+    return_weights: bool = False,
+    out: NDArray[Any] | None = None,
+) -> Any:
+    """Additive attention: the score of query i and key j is Σ_d weight[d] · tanh(query[i, d] + key[j, d]).
+
+    Parameters
+    ----------
+    query : array_like, shape (..., Lq, D)
+    key : array_like, shape (..., Lk, D)
+    value : array_like, shape (..., Lk, Dv)
+    weight : array_like, shape (D,)
+    attn_mask : array_like, broadcasting to (..., Lq, Lk), optional
+        Boolean, where True takes part, or floating, which is added to the scores.
+    is_causal : bool or "bottom-right"
+        True: query i looks at the keys up to i. "bottom-right": up to i + Lk - Lq.
+    return_lse, return_weights : bool
+        Return the log-sum-exp of the scores, and the weights, as well.
+    out : ndarray, shape (..., Lq, Dv), optional
+        Where to write the result; it may overlap the arguments.
+
+    Returns
+    -------
+    out : ndarray, shape (..., Lq, Dv)
+    lse : ndarray, shape (..., Lq)
+        If asked for.
+    weights : ndarray, shape (..., Lq, Lk)
+        If asked for.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `fastattn.problem` says, which checks all arguments.
+
+    References
+    ----------
+    .. [1] Bahdanau, Cho and Bengio, "Neural machine translation by jointly learning to align and translate", 2014,
+       arXiv 1409.0473.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastattn import reference
+    >>> query, key, value = np.zeros((1, 2)), np.array([[0, 1], [3, 1]]), np.eye(2)
+    >>> reference.additive_attention(query, key, value, [1, 5]).round(2)
+    array([[0.27, 0.73]])
+    """
+    query, key, value, weight, mask = as_additive_operands(query, key, value, weight, attn_mask)
+    problem, operands = describe_additive(query, key, value, weight, mask, is_causal)
+    out = check_out(out, problem)
+    return_lse = check_flag("return_lse", return_lse)
+    return_weights = check_flag("return_weights", return_weights)
+    return _returned(problem, evaluate(problem, operands, weight=weight), return_lse, return_weights, out)
+
+
+def _returned(
+    problem: Problem, results: tuple[Any, Any, Any], return_lse: bool, return_weights: bool, out: NDArray[Any] | None
+) -> Any:
+    """Return what was asked for of what `evaluate` gave, in the type of the call."""
     # inf and NaN are values like others here, and no reason for a warning
     with np.errstate(all="ignore"):
-        result, lse, weights = (array.astype(problem.dtype) for array in evaluate(problem, operands, seed))
+        result, lse, weights = (array.astype(problem.dtype) for array in results)
     if out is None:
         out = result
     else:
@@ -96,7 +179,9 @@ def attention(
 
 
 @np.errstate(all="ignore")
-def evaluate(problem: Problem, operands: Operands, seed: int = 0) -> tuple[Any, Any, Any]:
+def evaluate(
+    problem: Problem, operands: Operands, seed: int = 0, weight: NDArray[Any] | None = None
+) -> tuple[Any, Any, Any]:
     """Evaluate the formula in the wider type, and do not round the results to the type of the call.
 
     Parameters
@@ -105,6 +190,8 @@ def evaluate(problem: Problem, operands: Operands, seed: int = 0) -> tuple[Any, 
     operands : Operands
     seed : int
         In [0, 2**64): what decides which weights are dropped.
+    weight : ndarray, shape (D,), optional
+        Given, the score is that of additive attention.
 
     Returns
     -------
@@ -115,7 +202,10 @@ def evaluate(problem: Problem, operands: Operands, seed: int = 0) -> tuple[Any, 
     """
     wide: Any = np.float64 if problem.dtype == np.float32 else np.longdouble
     query, key, value = (array.astype(wide) for array in operands[:3])
-    scores = problem.scale * (query @ key.swapaxes(-1, -2))
+    if weight is None:
+        scores = problem.scale * (query @ key.swapaxes(-1, -2))
+    else:
+        scores = _additive_scores(query, key, weight.astype(wide))
     if problem.mask_kind == "float":
         scores = scores + _saturated(operands.mask, problem.dtype)
     visible = _visible(problem, operands.mask)
@@ -137,6 +227,16 @@ def evaluate(problem: Problem, operands: Operands, seed: int = 0) -> tuple[Any, 
         _saturated(lse, problem.dtype).reshape(problem.lse_shape),
         weights.reshape(problem.weights_shape),
     )
+
+
+def _additive_scores(query: NDArray[Any], key: NDArray[Any], weight: NDArray[Any]) -> NDArray[Any]:
+    """Return Σ_d weight[d] · tanh(query[i, d] + key[j, d]), shape (..., Lq, Lk), some features at a time."""
+    scores = np.zeros((*query.shape[:-1], key.shape[-2]), query.dtype)
+    step = max(1, SUM_ELEMENTS // max(1, scores.size))
+    for first in range(0, weight.size, step):
+        part = slice(first, first + step)
+        scores += np.tanh(query[..., :, None, part] + key[..., None, :, part]) @ weight[part]
+    return scores
 
 
 def _visible(problem: Problem, mask: NDArray[Any] | None) -> NDArray[np.bool_]:

@@ -165,3 +165,24 @@ def _check(name: str, got: Array, exact: Array, bound: Array, problem: Problem) 
             f"{tuple(map(int, worst))}, is {got[worst]!r}, expected {exact[worst]!r} to within {limit[worst]:.3g}; "
             f"the worst is {excess:.3g} times its bound away; {problem}"
         )
+
+
+# -- layers ------------------------------------------------------------------------------------------------------------
+
+
+def layer_bound(dtype: Any, score_terms: float, value_terms: float) -> float:
+    """Return how far a result of a layer may be from the exact one.
+
+    A layer multiplies before it attends: queries and keys are sums of products already, and each of the two has an
+    error of eps times the size of its terms, as the score of the two has. With A the size of the terms of a score once
+    all sums in it are multiplied out, its error is 3 eps · A. The result is a weighted mean of sums that may go through
+    one more product: V is the size of its terms, multiplied out as well, and each of the three operations rounds once.
+
+    Parameters
+    ----------
+    dtype
+        Of the computation.
+    score_terms, value_terms : float
+        A and V: what the formula gives for the magnitudes of everything in it.
+    """
+    return float(np.finfo(dtype).eps) * (ROUNDINGS + 3 * score_terms) * max(1.0, value_terms)

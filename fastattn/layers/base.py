@@ -1,0 +1,376 @@
+"""What all layers share: parameters that are plain arrays, their names and shapes, and ways to keep them.
+
+A layer is a class that names its constructor's `arguments`, says in `parameter_shapes` what its parameters are called
+and how large they are, and in `initial` what they start as. The rest is here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike
+
+from fastattn.problem import FLOAT32, FLOAT64, Array, Shape, _as_array, _as_plain, _check_operand_dtype, _said
+
+__all__ = [
+    "Layer",
+    "as_inputs",
+    "check_choice",
+    "check_dtype",
+    "check_shape_fits",
+    "check_size",
+    "common_batch",
+    "generator_from",
+    "linear",
+]
+
+INSTALL = "pip install safetensors"
+Self = TypeVar("Self", bound="Layer")
+
+
+class Layer(ABC):
+    """The base of all layers.
+
+    A subclass's constructor sets its `arguments` as attributes, then calls `start`.
+
+    Attributes
+    ----------
+    dtype : numpy.dtype
+        float32 or float64, of all parameters.
+
+    Notes
+    -----
+    A parameter is an ndarray attribute: read it, write into it, assign another one. What is assigned is checked, and
+    converted to the dtype of the layer and to C order. A parameter called ``out_proj.weight`` in a state dict is the
+    attribute ``out_proj_weight``.
+    """
+
+    #: Names of the constructor's arguments but for rng and dtype: with them a layer of the same shapes can be made.
+    arguments: ClassVar[tuple[str, ...]]
+    dtype: np.dtype[Any]
+    # name of the attribute -> name in a state dict, and shape
+    _parameters: dict[str, tuple[str, Shape]]
+
+    @abstractmethod
+    def parameter_shapes(self) -> dict[str, Shape]:
+        """Return the name and the shape of each parameter, as in a state dict and in its order."""
+
+    @abstractmethod
+    def initial(self, name: str, shape: Shape, generator: np.random.Generator) -> Array:
+        """Return what a parameter is before it has been trained, as float64."""
+
+    def start(self, rng: object, dtype: DTypeLike) -> None:
+        """Make the parameters.
+
+        Parameters
+        ----------
+        rng : int, numpy.random.Generator or None
+            The same number gives the same parameters, in float32 those of float64, rounded.
+        dtype : dtype_like
+            float32 or float64.
+        """
+        self.dtype = check_dtype(dtype)
+        self._parameters = {name.replace(".", "_"): (name, shape) for name, shape in self.parameter_shapes().items()}
+        generator = generator_from(rng)
+        for attribute, (name, shape) in self._parameters.items():
+            setattr(self, attribute, self.initial(name, shape, generator))
+
+    def __setattr__(self, attribute: str, given: Any) -> None:
+        """Check what is assigned to a parameter."""
+        known = self.__dict__.get("_parameters", {}).get(attribute)
+        super().__setattr__(attribute, given if known is None else self._as_parameter(attribute, given, known[1]))
+
+    def _as_parameter(self, name: str, given: object, shape: Shape) -> Array:
+        """Return an array of the layer's dtype: the one given if it is one."""
+        try:
+            array = np.asarray(given)
+        except Exception as error:
+            raise TypeError(
+                f"{name}: {_said(given)} cannot be made an array; expected shape {shape}: {error}"
+            ) from error
+        if array.dtype.kind != "f" or array.dtype.type is np.longdouble:
+            raise TypeError(f"{name}: dtype {array.dtype}; expected float16, float32 or float64")
+        if array.shape != shape:
+            raise ValueError(f"{name}: shape {array.shape}; expected {shape}")
+        with np.errstate(all="ignore"):
+            converted = array.astype(self.dtype, order="C", copy=not array.flags.aligned)
+            if array.dtype.itemsize > self.dtype.itemsize and (np.isinf(converted) & np.isfinite(array)).any():
+                raise ValueError(
+                    f"{name}: the largest magnitude is {np.abs(array).max()}; expected one that {self.dtype} holds"
+                )
+        return converted
+
+    def state_dict(self) -> dict[str, Array]:
+        """Return copies of all parameters, by name.
+
+        Returns
+        -------
+        dict of str to ndarray
+        """
+        return {name: getattr(self, attribute).copy() for attribute, (name, _) in self._parameters.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over all parameters from a state dict; nothing changes if one of them does not fit.
+
+        Parameters
+        ----------
+        state : mapping of str to array_like
+            What `state_dict` returns, with the same names and shapes; PyTorch's tensors are arrays as well. Values are
+            copied, and converted to the dtype of the layer.
+
+        Raises
+        ------
+        TypeError
+            If it is no mapping, or a value is not of a floating dtype.
+        ValueError
+            If a name is missing or unknown, a shape is another one, or a number is too large for the layer's dtype.
+        """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state: {_said(state)}; expected a mapping of names to arrays")
+        names = [name for name, _ in self._parameters.values()]
+        missing = [name for name in names if name not in state]
+        unknown = [name for name in state if name not in names]
+        if missing or unknown:
+            what = [f"without {', '.join(map(repr, missing))}"] * bool(missing)
+            what += [f"with {', '.join(map(repr, unknown))}"] * bool(unknown)
+            raise ValueError(f"state: a mapping {' and '.join(what)}; expected the names {', '.join(map(repr, names))}")
+        loaded = {
+            attribute: self._as_parameter(name, state[name], shape).copy()
+            for attribute, (name, shape) in self._parameters.items()
+        }
+        self.__dict__.update(loaded)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the layer to a safetensors file.
+
+        Parameters
+        ----------
+        path : str or os.PathLike
+            Parameters have the names of the state dict; the constructor's arguments go into the metadata.
+
+        Raises
+        ------
+        ImportError
+            If the package safetensors is not installed.
+        """
+        try:
+            from safetensors.numpy import save_file
+        except ImportError as error:
+            raise ImportError(f"saving a layer needs safetensors, not installed here: {INSTALL}") from error
+        arguments = {name: getattr(self, name) for name in self.arguments}
+        metadata = {"layer": type(self).__name__, "arguments": json.dumps(arguments)}
+        save_file(self.state_dict(), path, metadata=metadata)
+
+    @classmethod
+    def load(cls: type[Self], path: str | os.PathLike[str]) -> Self:
+        """Read a layer that `save` has written.
+
+        Parameters
+        ----------
+        path : str or os.PathLike
+
+        Returns
+        -------
+        Layer
+            One of this class, with the dtype that it was saved with.
+
+        Raises
+        ------
+        ImportError
+            If the package safetensors is not installed.
+        ValueError
+            If the file holds something else. Parameters alone are read with safetensors, and `load_state_dict`.
+        """
+        try:
+            from safetensors import SafetensorError, safe_open
+        except ImportError as error:
+            raise ImportError(f"loading a layer needs safetensors, not installed here: {INSTALL}") from error
+        try:
+            with safe_open(path, framework="np") as file:
+                metadata = file.metadata() or {}
+                names = file.keys()
+                state = {name: file.get_tensor(name) for name in names}
+        except SafetensorError as error:
+            raise ValueError(f"path: {os.fspath(path)} is not a safetensors file: {error}") from error
+        if metadata.get("layer") != cls.__name__:
+            holds = metadata.get("layer", "no layer")
+            raise ValueError(
+                f"path: {os.fspath(path)} holds {holds}; expected a {cls.__name__} that save() has written"
+            )
+        dtype = next(iter(state.values())).dtype if state else FLOAT32
+        constructor: Any = cls
+        layer: Self = constructor(**json.loads(metadata["arguments"]), rng=0, dtype=dtype)
+        layer.load_state_dict(state)
+        return layer
+
+    def __repr__(self) -> str:
+        given = ", ".join(f"{name}={getattr(self, name)!r}" for name in self.arguments)
+        lines = [f"  {name}: {shape}" for name, shape in self._parameters.values()]
+        return "\n".join([f"{type(self).__name__}({given}, dtype={self.dtype})", *lines])
+
+
+# -- arguments of calls ------------------------------------------------------------------------------------------------
+
+
+def as_inputs(dtype: np.dtype[Any] | None, /, **given: ArrayLike) -> list[Array]:
+    """Make arrays of one dtype of what a layer is called with.
+
+    Parameters
+    ----------
+    dtype : numpy.dtype or None
+        That of the layer's parameters, which has a part in the common dtype.
+    **given : array_like
+        The arguments, under their names. Where one object is given twice, it comes back as one array.
+
+    Returns
+    -------
+    list of ndarray
+        float32 or float64; what is so already comes back as it is.
+
+    Raises
+    ------
+    TypeError
+        For a dtype that has no meaning here, and for what cannot be made an array.
+    ValueError
+        For nested sequences of unequal lengths.
+    """
+    arrays = {name: _as_array(name, array) for name, array in given.items()}
+    for name, array in arrays.items():
+        _check_operand_dtype(name, array.dtype)
+    common = np.result_type(*arrays.values(), *([] if dtype is None else [dtype]))
+    common = FLOAT64 if common.kind in "biu" else common.newbyteorder("=")
+    converted: dict[int, Array] = {}
+    for name, array in arrays.items():
+        if id(given[name]) not in converted:
+            converted[id(given[name])] = _as_plain(array, common)
+    return [converted[id(one)] for one in given.values()]
+
+
+def common_batch(arrays: list[Array], features: tuple[int, int, int]) -> Shape:
+    """Return the axes of query, key and value before the last two, broadcast.
+
+    Raises
+    ------
+    ValueError
+        If they do not broadcast, or the last two axes do not go with each other, or with the features of a layer.
+    """
+    for name, array, expected in zip(("query", "key", "value"), arrays, features, strict=True):
+        if array.ndim < 2 or array.shape[-1] != expected:
+            raise ValueError(f"{name}: shape {array.shape}; expected (..., length, {expected})")
+    query, key, value = (array.shape for array in arrays)
+    if key[-2] != value[-2]:
+        raise ValueError(f"value: shape {value}; expected length {key[-2]} on axis -2, as key of shape {key}")
+    try:
+        return np.broadcast_shapes(query[:-2], key[:-2], value[:-2])
+    except ValueError:
+        raise ValueError(
+            f"query, key, value: shapes {query}, {key}, {value}; expected the axes before the last two to broadcast"
+        ) from None
+
+
+def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
+    """Map each row of `x`, shape (..., n), by a matrix of shape (m, n): one product of NumPy's BLAS for all rows."""
+    # BLAS takes transposed rows as well, but may round otherwise: a layout of the same values gives the same bits
+    rows = np.ascontiguousarray(x).reshape(-1, x.shape[-1])
+    with np.errstate(all="ignore"):
+        y: Array = rows @ weight.T
+        if bias is not None:
+            y += bias
+    return y.reshape(*x.shape[:-1], len(weight))
+
+
+def check_shape_fits(name: str, shape: Shape, full: Shape) -> None:
+    """Check that an argument broadcasts to a shape, and does not enlarge it.
+
+    Raises
+    ------
+    ValueError
+        If it does not.
+    """
+    fits = len(shape) <= len(full) and all(
+        own in (1, other) for own, other in zip(reversed(shape), reversed(full), strict=False)
+    )
+    if not fits:
+        raise ValueError(f"{name}: shape {shape}; expected one that broadcasts to {full}")
+
+
+# -- arguments of constructors -----------------------------------------------------------------------------------------
+
+
+def generator_from(rng: object) -> np.random.Generator:
+    """Return a generator of random numbers.
+
+    Parameters
+    ----------
+    rng : int, numpy.random.Generator or None
+        An int is a seed; a Generator is used, and so moves on; None takes its seed from the operating system.
+
+    Raises
+    ------
+    TypeError
+        If `rng` is anything else.
+    ValueError
+        If it is a negative int.
+    """
+    if isinstance(rng, np.random.Generator):
+        return rng
+    if rng is not None and (isinstance(rng, bool) or not isinstance(rng, (int, np.integer))):
+        raise TypeError(f"rng: {_said(rng)}; expected None, a non-negative int or a numpy.random.Generator")
+    if rng is not None and rng < 0:
+        raise ValueError(f"rng: {_said(rng)}; expected None, a non-negative int or a numpy.random.Generator")
+    return np.random.default_rng(None if rng is None else int(rng))
+
+
+def check_dtype(given: DTypeLike) -> np.dtype[Any]:
+    """Return the dtype of a layer, float32 or float64.
+
+    Raises
+    ------
+    TypeError
+        If it is another one, or none.
+    """
+    try:
+        dtype = np.dtype(given)
+    except TypeError:
+        raise TypeError(f"dtype: {_said(given)}; expected float32 or float64") from None
+    if given is None or dtype not in (FLOAT32, FLOAT64):
+        raise TypeError(f"dtype: {_said(given)}; expected float32 or float64")
+    return dtype.newbyteorder("=")
+
+
+def check_choice(name: str, given: object, choices: tuple[str, ...]) -> str:
+    """Return one of some words.
+
+    Raises
+    ------
+    TypeError
+        If it is not a string.
+    ValueError
+        If it is another one.
+    """
+    if isinstance(given, str) and given in choices:
+        return given
+    kind = ValueError if isinstance(given, str) else TypeError
+    raise kind(f"{name}: {_said(given)}; expected one of {', '.join(map(repr, choices))}")
+
+
+def check_size(name: str, given: object, least: int = 1) -> int:
+    """Return a size as an int.
+
+    Raises
+    ------
+    TypeError
+        If it is not a whole number.
+    ValueError
+        If it is below `least`.
+    """
+    if isinstance(given, bool) or not isinstance(given, (int, np.integer)):
+        raise TypeError(f"{name}: {_said(given)}; expected an int of at least {least}")
+    if given < least:
+        raise ValueError(f"{name}: {given}; expected at least {least}")
+    return int(given)

@@ -1,0 +1,67 @@
+"""Masks of layers: of queries and keys, of keys alone, and of both together."""
+
+from __future__ import annotations
+
+from typing import overload
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from fastattn.layers.base import check_shape_fits
+from fastattn.problem import Array, Shape, _as_array, _as_mask
+
+__all__ = ["as_key_mask", "as_mask", "combine", "per_head"]
+
+
+def as_mask(attn_mask: ArrayLike | None, scores: Shape) -> Array | None:
+    """Return an array of a mask that broadcasts to the shape of the scores.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If it is not one that `fastattn.attention` takes.
+    """
+    if attn_mask is None:
+        return None
+    mask = _as_mask(attn_mask)
+    check_shape_fits("attn_mask", mask.shape, scores)
+    return mask
+
+
+def as_key_mask(key_mask: ArrayLike | None, keys: Shape) -> Array | None:
+    """Return an array of a mask that says which keys take part, and broadcasts to (..., Lk).
+
+    Raises
+    ------
+    TypeError
+        If it is not boolean.
+    ValueError
+        If its shape does not broadcast.
+    """
+    if key_mask is None:
+        return None
+    mask = _as_array("key_mask", key_mask)
+    if mask.dtype.kind != "b":
+        raise TypeError(f"key_mask: dtype {mask.dtype}; expected boolean, where True takes part")
+    check_shape_fits("key_mask", mask.shape, keys)
+    return mask
+
+
+@overload
+def combine(visible: Array, mask: Array | None) -> Array: ...
+@overload
+def combine(visible: Array | None, mask: Array | None) -> Array | None: ...
+def combine(visible: Array | None, mask: Array | None) -> Array | None:
+    """Return one mask of a boolean one and any other, which broadcast: what either hides is hidden."""
+    if visible is None or mask is None:
+        return mask if visible is None else visible
+    if mask.dtype.kind == "b":
+        both: Array = mask & visible
+    else:
+        both = np.where(visible, mask, mask.dtype.type(-np.inf))
+    return both
+
+
+def per_head(key_mask: Array | None) -> Array | None:
+    """Give a mask of keys, (..., Lk), the axes of heads and queries: (..., 1, 1, Lk)."""
+    return None if key_mask is None else key_mask[..., None, None, :]

@@ -1,0 +1,144 @@
+"""Where a token stands, told to a model: by sines that are added, or by a rotation of queries and keys."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from fastattn.layers.base import as_inputs, check_dtype, check_shape_fits, check_size
+from fastattn.problem import FLOAT64, Array, _said, check_flag
+
+__all__ = ["rotary", "sinusoidal_positions"]
+
+#: The longest wavelength is 2π times this: the choice of both papers.
+BASE = 10000.0
+
+
+def sinusoidal_positions(length: int, dim: int, *, dtype: DTypeLike = np.float64) -> NDArray[Any]:
+    """Encode positions by sines and cosines of geometrically falling frequencies, to be added to embeddings [1]_.
+
+    Parameters
+    ----------
+    length : int
+        How many positions.
+    dim : int
+        Features of a position. Where it is odd, the last feature is a sine without its cosine.
+    dtype : dtype_like
+        float32 or float64. Angles are computed in float64 either way.
+
+    Returns
+    -------
+    ndarray, shape (length, dim)
+        Feature 2i of position t is sin(t / 10000^(2i / dim)), feature 2i + 1 the cosine of the same angle.
+
+    Raises
+    ------
+    TypeError
+        If an argument is of another kind.
+    ValueError
+        If `length` is negative, or `dim` below 1.
+
+    References
+    ----------
+    .. [1] Vaswani et al., "Attention is all you need", 2017, arXiv 1706.03762, section 3.5.
+
+    Examples
+    --------
+    >>> from fastattn import sinusoidal_positions
+    >>> sinusoidal_positions(3, 4).round(4)
+    array([[ 0.    ,  1.    ,  0.    ,  1.    ],
+           [ 0.8415,  0.5403,  0.01  ,  1.    ],
+           [ 0.9093, -0.4161,  0.02  ,  0.9998]])
+    """
+    length, dim = check_size("length", length, least=0), check_size("dim", dim)
+    result = np.empty((length, dim), check_dtype(dtype))
+    angles = _angles(np.arange(length, dtype=np.float64), dim, BASE)
+    result[:, 0::2] = np.sin(angles)
+    result[:, 1::2] = np.cos(angles[:, : dim // 2])
+    return result
+
+
+def rotary(x: ArrayLike, positions: ArrayLike, *, base: float = BASE, interleaved: bool = False) -> NDArray[Any]:
+    """Rotate pairs of features by angles that grow with the position [1]_.
+
+    The product of a query and a key that have been rotated depends on how far they are apart, and not on where.
+
+    Parameters
+    ----------
+    x : array_like, shape (..., L, D)
+        Queries or keys; D is even. float32, float64, or integers, which compute in float64.
+    positions : array_like, broadcasting to (..., L)
+        Where each row stands: whole or real finite numbers.
+    base : float
+        Pair i turns by position / base^(2i / D).
+    interleaved : bool
+        Which features are a pair: 2i and 2i + 1, as in the paper, GPT-J and Cohere's models; or, by default, i and
+        i + D/2, as in GPT-NeoX, Llama and most others.
+
+    Returns
+    -------
+    ndarray, shape (..., L, D)
+        Of the dtype of `x`. Angles are computed in float64.
+
+    Raises
+    ------
+    TypeError
+        If an argument is of a kind or dtype that has no meaning here.
+    ValueError
+        If D is odd, the positions do not broadcast or are not finite, or `base` is not a positive finite number.
+
+    References
+    ----------
+    .. [1] Su et al., "RoFormer: enhanced transformer with rotary position embedding", 2021, arXiv 2104.09864.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastattn import rotary
+    >>> rotary(np.array([[1.0, 0.0], [1.0, 0.0]]), [0, np.pi / 2]).round(6)
+    array([[1., 0.],
+           [0., 1.]])
+    >>> query, key = np.random.default_rng(0).standard_normal((2, 1, 64))
+    >>> near, far = (rotary(query, [at + 3]) @ rotary(key, [at]).T for at in (0, 1000))
+    >>> np.allclose(near, far)
+    True
+    """
+    (rows,) = as_inputs(None, x=x)
+    (where,) = as_inputs(FLOAT64, positions=positions)
+    dim = rows.shape[-1] if rows.ndim else 0
+    if rows.ndim < 2 or dim % 2:
+        raise ValueError(f"x: shape {rows.shape}; expected (..., length, features), with an even number of features")
+    check_shape_fits("positions", where.shape, rows.shape[:-1])
+    if not np.isfinite(where).all():
+        raise ValueError("positions: some are NaN or infinite; expected finite numbers")
+    base = _check_base(base)
+    first: Any = np.s_[..., : dim // 2]
+    second: Any = np.s_[..., dim // 2 :]
+    if check_flag("interleaved", interleaved):
+        first, second = np.s_[..., 0::2], np.s_[..., 1::2]
+    result = np.empty(rows.shape, rows.dtype)
+    with np.errstate(all="ignore"):
+        angles = _angles(where, dim, base)
+        cosine, sine = np.cos(angles).astype(rows.dtype), np.sin(angles).astype(rows.dtype)
+        result[first] = rows[first] * cosine - rows[second] * sine
+        result[second] = rows[first] * sine + rows[second] * cosine
+    return result
+
+
+def _angles(positions: Array, dim: int, base: float) -> Array:
+    """Return the angle of each position for each pair of features, shape (*positions.shape, (dim + 1) // 2)."""
+    exponents = np.arange(0, dim, 2) / max(dim, 1)
+    angles: Array = positions[..., None] * base**-exponents
+    return angles
+
+
+def _check_base(given: object) -> float:
+    if isinstance(given, bool) or not isinstance(given, numbers.Real):
+        raise TypeError(f"base: {_said(given)}; expected a positive finite number")
+    if not 0 < (number := float(given)) < math.inf:
+        raise ValueError(f"base: {_said(given)}; expected a positive finite number")
+    return number
