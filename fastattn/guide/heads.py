@@ -20,6 +20,7 @@ from fastattn.guide.page import Picture, Step, Table, claim
 from fastattn.guide.pictures import MAP
 
 Pairs = NDArray[np.bool_]  # [who looks][at what], over the words of a sentence
+Floats = NDArray[np.float64]
 
 DETERMINERS = frozenset("a an the some his her its their my your this that those each".split())
 PRONOUNS = frozenset("he she him her his it they them their".split())
@@ -88,15 +89,16 @@ def actors(words: Sequence[str]) -> Pairs:
 def same_word(words: Sequence[str]) -> Pairs:
     """A word, and the same word elsewhere in the sentence; the, of, she and their like apart."""
     spelled = np.array(words)
-    pairs: Pairs = (spelled[:, None] == spelled) & ~distance(words, 0) & ~among(words, FUNCTION_WORDS)[:, None]
+    telling = np.array([word.isalpha() and word not in FUNCTION_WORDS for word in words])
+    pairs: Pairs = (spelled[:, None] == spelled) & ~distance(words, 0) & telling[:, None]
     return pairs
 
 
-def marks(text: str) -> Callable[[Sequence[str]], Pairs]:
-    """Every word, and those that are spelled with these characters alone."""
+def to(*names: str) -> Callable[[Sequence[str]], Pairs]:
+    """Every word, and each of these."""
 
     def pairs(words: Sequence[str]) -> Pairs:
-        return np.broadcast_to([set(word) <= set(text) for word in words], (len(words), len(words)))
+        return np.broadcast_to(among(words, frozenset(names)), (len(words), len(words)))
 
     return pairs
 
@@ -105,31 +107,26 @@ RELATIONS = (
     Relation("the word before", lambda words: distance(words, -1), everything, "any word"),
     Relation("the word after", lambda words: distance(words, 1), everything, "any word"),
     Relation("itself", lambda words: distance(words, 0), everything, "any word"),
-    Relation("[CLS], the mark at the start", marks("[CLS]"), everything, "any word"),
-    Relation("punctuation", marks(",.;:!?\"'-"), everything, "any word"),
-    Relation("the same word elsewhere", same_word, everything, "any word"),
+    Relation("[CLS], at the start", to("[CLS]"), everything, "any word"),
+    Relation("punctuation", to(*",.;:!?\"'"), everything, "any word"),
+    Relation("the same word again", same_word, everything, "any word"),
     Relation(
-        "from a determiner to its noun",
-        nouns,
-        lambda words: distance(words, 1) & ~nouns(words),
-        "the next word, from other words",
+        "determiner to noun", nouns, lambda words: distance(words, 1) & ~nouns(words), "1 word on, elsewhere"
     ),
+    Relation("verb to object", objects, lambda words: distance(words, 2) & ~objects(words), "2 words on, elsewhere"),
     Relation(
-        "from a verb to its object",
-        objects,
-        lambda words: distance(words, 2) & ~objects(words),
-        "two words on, from other words",
-    ),
-    Relation(
-        "from a pronoun to an animal or person",
+        "pronoun to an actor",
         actors,
         lambda words: ~among(words, PRONOUNS)[:, None] & among(words, ACTORS) & ~distance(words, 0),
-        "the same, from other words",
+        "same, other words",
     ),
 )
+#: Those that are drawn.
+DRAWN = ("the word before", "the word after", "[CLS], at the start", "the same word again", "verb to object",
+         "pronoun to an actor")  # fmt: skip
 
 
-def mean_weights(relation: Callable[[Sequence[str]], Pairs], texts: Sequence[tuple[list[str], Any]]) -> tuple[Any, int]:
+def mean_weights(relation: Callable[[Sequence[str]], Pairs], texts: Sequence[tuple[list[str], Floats]]) -> tuple[Floats, int]:
     """Mean weight of the pairs in each head, [layer][head], and the number of pairs."""
     total, count = np.zeros((LAYERS, HEADS)), 0
     for words, weights in texts:
@@ -163,13 +160,18 @@ def steps() -> Iterator[Step]:
     )
     texts = [_read(sentence) for sentence in sentences()]
     chosen, tested = texts[::2], texts[1::2]
-    rows, gains, found = [], {}, {}
+    rows: list[list[str]] = []
+    gains: dict[str, Floats] = {}
+    means: dict[str, float] = {}
+    found: dict[str, tuple[int, int, float, float]] = {}
     for relation in RELATIONS:
         score, control = (mean_weights(pairs, chosen)[0] for pairs in (relation.pairs, relation.control))
         layer, head = divmod(int((score - control).argmax()), HEADS)
         weight, count = mean_weights(relation.pairs, tested)
         other, _ = mean_weights(relation.control, tested)
-        gains[relation.name] = np.clip(sum(mean_weights(relation.pairs, texts)[:1]) - mean_weights(relation.control, texts)[0], 0, 1)
+        every, baseline = (mean_weights(pairs, texts)[0] for pairs in (relation.pairs, relation.control))
+        gains[relation.name] = np.maximum(every - baseline, 0)
+        means[relation.name] = float(weight.mean())
         found[relation.name] = (layer, head, float(weight[layer, head]), float(other[layer, head]))
         rows.append(
             [
@@ -177,15 +179,13 @@ def steps() -> Iterator[Step]:
                 f"{layer}, {head}",
                 f"{weight[layer, head]:.2f}",
                 f"{other[layer, head]:.2f}",
-                f"{weight.mean():.2f}",
                 relation.against,
                 str(count),
             ]
         )
-    yield Table(
-        ["weight to", "layer, head", "in it", "control", "all heads", "the control is", "pairs"], rows, left=True
-    )
-    yield _picture({name: gain for name, gain in gains.items() if name not in ("itself", "punctuation", "from a determiner to its noun")})
+    yield Table(["who looks at what", "head", "weight", "control", "control is", "pairs"], rows, left=True)
+    yield "(Heads are named by layer and number, both from 0, as in the demo.)"
+    yield _picture({name: gains[name] for name in DRAWN})
 
     layer, head, weight, _ = found["the word before"]
     yield claim(
@@ -194,17 +194,17 @@ def steps() -> Iterator[Step]:
         f"weight. The word after has a head as well ({found['the word after'][2]:.0%}). In the first layers a word "
         "finds out what stands beside it.",
     )
-    layer, head, weight, _ = found["[CLS], the mark at the start"]
-    average = float(rows[3][4])
+    layer, head, weight, _ = found["[CLS], at the start"]
+    average = means["[CLS], at the start"]
     yield claim(
         average > 0.25,
         f"*Rest.* A softmax must put its weight somewhere. {average:.0%} of the weight of all heads goes to the mark "
         f"[CLS], in layer {layer}, head {head} even {weight:.0%}. A head that finds nothing to look at in a sentence "
         "looks there. Such tokens are called attention sinks (Clark et al. 2019, Xiao et al. 2023).",
     )
-    layer, head, weight, control = found["the same word elsewhere"]
+    layer, head, weight, control = found["the same word again"]
     yield claim(
-        weight > 5 * control,
+        weight > 4 * control,
         f"*Likeness.* Layer {layer}, head {head} finds the same word elsewhere in the sentence, with a weight of "
         f"{weight:.2f}, where any word gets {control:.2f}.",
     )
@@ -224,7 +224,7 @@ def steps() -> Iterator[Step]:
     )
 
 
-def _read(sentence: str) -> tuple[list[str], NDArray[np.float64]]:
+def _read(sentence: str) -> tuple[list[str], Floats]:
     """The words of a sentence in lower case, and the weights between them in all heads."""
     encoding = model().encode(sentence)
     words: list[Word] = join_pieces(sentence, encoding)
@@ -232,7 +232,7 @@ def _read(sentence: str) -> tuple[list[str], NDArray[np.float64]]:
     return [word.text if word.text in ("[CLS]", "[SEP]") else word.text.casefold() for word in words], weights
 
 
-def _picture(gains: dict[str, Any]) -> Picture:
+def _picture(gains: dict[str, Floats]) -> Picture:
     columns = [str(head) for head in range(HEADS)]
 
     def lines(style: Style) -> list[str]:
