@@ -23,8 +23,8 @@ from fastattn import isa
 from fastattn.api import BACKENDS
 from fastattn.cpu.kernels import cache_folder
 from fastattn.demo import cli
-from fastattn.demo.terminal import Progress, Style, UserError, printable, wrap
-from fastattn.guide import terminal
+from fastattn.guide import cli as guide
+from fastattn.terminal import Progress, Style, UserError, printable, wrap
 
 __all__ = ["main"]
 
@@ -52,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
         "draw where a word of a sentence looks: bars for the word, and a heat map of the head for all words.",
     )
     cli.add_parsers(demo)
-    terminal.add_parser(
+    guide.add_parser(
         commands.add_parser(
             "guide",
             help="what attention is, page by page, measured on real weights",

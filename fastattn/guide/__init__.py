@@ -2,7 +2,7 @@
 
 A page is a module of this package. The first line of its docstring is its title, the rest what it answers; its
 ``steps`` yields paragraphs, pieces of code, tables and pictures, and computes every number in them. The same steps
-become a page in the terminal (`terminal.py`) and one in Markdown with pictures by matplotlib (`markdown.py`), so that
+become a page in the terminal (`cli.py`) and one in Markdown with pictures by matplotlib (`markdown.py`), so that
 the two cannot disagree.
 """
 

@@ -13,7 +13,7 @@ import numpy as np
 
 import fastattn
 from fastattn.demo.minilm import HEADS, LAYERS, Attend, Floats
-from fastattn.demo.terminal import Style, bar_table
+from fastattn.terminal import Style, bar_table
 from fastattn.guide.data import model, sentences
 from fastattn.guide.page import Listing, Picture, Step, Table, claim
 from fastattn.guide.pictures import draw_curves

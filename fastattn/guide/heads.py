@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastattn.demo.minilm import HEADS, LAYERS
-from fastattn.demo.terminal import Style, heat_map, legend
+from fastattn.terminal import Style, heat_map, legend
 from fastattn.demo.words import Word, in_words, join_pieces
 from fastattn.guide.data import model, sentences
 from fastattn.guide.page import Picture, Step, Table, claim

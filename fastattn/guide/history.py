@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from fastattn.demo.terminal import Style, wrap
+from fastattn.terminal import Style, wrap
 from fastattn.guide.page import Picture, Step, Table
 from fastattn.guide.pictures import BLUE, GREEN, ORANGE, RED
 

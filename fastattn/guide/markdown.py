@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fastattn.demo.terminal import UserError
+from fastattn.terminal import UserError
 from fastattn.guide import PAGES, Page, load
 from fastattn.guide.page import Listing, Picture, Step, Table
 

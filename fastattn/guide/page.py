@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from fastattn.demo.terminal import Style
+from fastattn.terminal import Style
 
 __all__ = ["ClaimError", "Listing", "Picture", "Step", "Table", "claim", "duration"]
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastattn.demo.terminal import Style, bar_table, heat_map, legend
+from fastattn.terminal import Style, bar_table, heat_map, legend
 from fastattn.guide.page import Picture
 
 __all__ = ["BLUE", "GREEN", "ORANGE", "RED", "curves", "draw_curves", "draw_map", "links", "weight_map"]

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 import fastattn
 from fastattn.demo.cli import SHOWCASE, TEXT, WORD, picture
 from fastattn.demo.minilm import HEADS, Floats, Layer
-from fastattn.demo.terminal import Style
+from fastattn.terminal import Style
 from fastattn.demo.words import Look, Word, find_word, in_words, join_pieces
 from fastattn.guide.data import hidden_after, model
 from fastattn.guide.page import Listing, Picture, Step, Table, claim

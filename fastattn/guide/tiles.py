@@ -16,7 +16,7 @@ import numpy as np
 
 import fastattn
 from fastattn.demo.minilm import Floats
-from fastattn.demo.terminal import Style, bar_table
+from fastattn.terminal import Style, bar_table
 from fastattn.guide.page import Listing, Picture, Step, Table, claim, duration
 from fastattn.guide.pictures import draw_curves
 

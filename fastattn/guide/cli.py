@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from fastattn.demo.terminal import Style, UserError, display_width, pad, printable, wrap
+from fastattn.terminal import Style, UserError, display_width, pad, printable, wrap
 from fastattn.guide import PAGES, find, load
 from fastattn.guide.page import Listing, Picture, Step, Table
 
