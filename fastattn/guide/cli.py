@@ -8,9 +8,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from fastattn.terminal import Style, UserError, display_width, pad, printable, wrap
 from fastattn.guide import PAGES, find, load
 from fastattn.guide.page import Listing, Picture, Step, Table
+from fastattn.terminal import Style, UserError, display_width, pad, printable, wrap
 
 __all__ = ["add_parser", "guide", "show"]
 

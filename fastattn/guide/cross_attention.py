@@ -5,7 +5,8 @@ How do the words of one sentence find their partners in another, where all stand
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,8 +75,8 @@ def steps() -> Iterator[Step]:
         f"{SCALE:g}. No matrix is learned for this here: a real decoder has its Wq and Wk, and would do better."
     )
     one, other, _ = PAIRS[SHOWN]
-    rows, queries = _vectors(one, 0)
-    columns, keys = _vectors(other, 0)
+    rows, queries = word_vectors(one, 0)
+    columns, keys = word_vectors(other, 0)
     out, weights = cross_attention(queries, keys, keys)
     yield weight_map(
         "cross-attention",
@@ -94,7 +95,7 @@ def steps() -> Iterator[Step]:
     )
 
     yield "## How often is it right?"
-    total = sum(len(_partners(*pair)) for pair in PAIRS)
+    total = sum(len(partners.split()) for _, _, partners in PAIRS)
     yield (
         f"In {len(PAIRS)} pairs of sentences, {total} words have a partner, which we wrote down by hand. A word is "
         "right if its partner gets the greatest weight among the words. The layers give other vectors: at 0 a word's "
@@ -103,7 +104,7 @@ def steps() -> Iterator[Step]:
     )
     hits = {layer: sum(_hits(pair, layer) for pair in PAIRS) for layer in range(LAYERS + 1)}
     place = sum(_hits_by_place(pair) for pair in PAIRS)
-    chance = sum(len(_partners(*pair)) / len(_candidates(pair[1])) for pair in PAIRS)
+    chance = sum(len(partners.split()) / len(_candidates(text)) for _, text, partners in PAIRS)
     yield Table(
         ["keys and queries", f"right, of {total}"],
         [
@@ -133,7 +134,7 @@ def steps() -> Iterator[Step]:
     )
 
 
-def _vectors(text: str, layer: int) -> tuple[list[Word], Floats]:
+def word_vectors(text: str, layer: int) -> tuple[list[Word], Floats]:
     """The words of a text, and a vector of length 1 for each, after so many layers; 0 is the bare word."""
     encoding = model().encode(text)
     words = [word for word in join_pieces(text, encoding) if word.text not in ("[CLS]", "[SEP]")]
@@ -143,31 +144,37 @@ def _vectors(text: str, layer: int) -> tuple[list[Word], Floats]:
     return words, vectors
 
 
-def _partners(one: str, other: str, partners: str) -> list[tuple[int, int]]:
+def _partners(rows: Sequence[Word], columns: Sequence[Word], partners: str) -> list[tuple[int, int]]:
     """The places of partners in the two sentences."""
-    names = [[word.text for word in _vectors(text, 0)[0]] for text in (one, other)]
-    return [
-        (names[0].index(mine), names[1].index(theirs)) for mine, theirs in (each.split(":") for each in partners.split())
-    ]
+    mine, theirs = ([word.text for word in words] for words in (rows, columns))
+    return [(mine.index(one), theirs.index(other)) for one, other in (each.split(":") for each in partners.split())]
 
 
 def _candidates(text: str) -> NDArray[np.intp]:
     """The places of words that are no punctuation."""
-    return np.flatnonzero([not word.is_mark for word in _vectors(text, 0)[0]])
+    return np.flatnonzero([not word.is_mark for word in word_vectors(text, 0)[0]])
 
 
 def _hits(pair: tuple[str, str, str], layer: int) -> int:
     """How many words give their partner the greatest weight."""
-    (_, queries), (_, keys) = (_vectors(text, layer) for text in pair[:2])
+    (rows, queries), (columns, keys) = (word_vectors(text, layer) for text in pair[:2])
     _, weights = cross_attention(queries, keys, keys)
-    candidates = _candidates(pair[1])
-    return sum(candidates[weights[mine, candidates].argmax()] == theirs for mine, theirs in _partners(*pair))
+    return aligned(weights, rows, columns, pair[2])
+
+
+def aligned(weights: NDArray[Any], rows: Sequence[Word], columns: Sequence[Word], partners: str) -> int:
+    """How many words give their partner the greatest weight among the words that are no punctuation."""
+    candidates = np.flatnonzero([not word.is_mark for word in columns])
+    best = candidates[weights[:, candidates].argmax(axis=1)]
+    return sum(best[mine] == theirs for mine, theirs in _partners(rows, columns, partners))
 
 
 def _hits_by_place(pair: tuple[str, str, str]) -> int:
     """How many partners stand at the same place, as a share of the sentence."""
+    rows, columns = (word_vectors(text, 0)[0] for text in pair[:2])
     mine, theirs = (_candidates(text) for text in pair[:2])
     stretch = (len(theirs) - 1) / (len(mine) - 1)
     return sum(
-        theirs[round(int(np.searchsorted(mine, here)) * stretch)] == there for here, there in _partners(*pair)
+        theirs[round(int(np.searchsorted(mine, here)) * stretch)] == there
+        for here, there in _partners(rows, columns, pair[2])
     )

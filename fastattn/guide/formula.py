@@ -13,10 +13,10 @@ import numpy as np
 
 import fastattn
 from fastattn.demo.minilm import HEADS, LAYERS, Attend, Floats
-from fastattn.terminal import Style, bar_table
 from fastattn.guide.data import model, sentences
 from fastattn.guide.page import Listing, Picture, Step, Table, claim
 from fastattn.guide.pictures import draw_curves
+from fastattn.terminal import Style, bar_table
 
 DIMENSIONS = (1, 4, 16, 64, 256, 1024)
 KEYS, QUERIES = 512, 512
@@ -78,7 +78,11 @@ def steps() -> Iterator[Step]:
     yield Table(
         ["d", "variance of q·k", "entropy", "with 1/√d", "gradient", "with 1/√d"],
         [
-            [str(d), *(f"{measured[name][at]:.3g}" for name in ("variance",)), *(f"{measured[name][at]:.2f}" for name in ("entropy", "entropy scaled", "gradient", "gradient scaled"))]
+            [
+                str(d),
+                *(f"{measured[name][at]:.3g}" for name in ("variance",)),
+                *(f"{measured[name][at]:.2f}" for name in ("entropy", "entropy scaled", "gradient", "gradient scaled")),
+            ]
             for at, d in enumerate(DIMENSIONS)
         ],
     )

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from fastattn.terminal import Style, wrap
 from fastattn.guide.page import Picture, Step, Table
 from fastattn.guide.pictures import BLUE, GREEN, ORANGE, RED
+from fastattn.terminal import Style, wrap
 
 
 @dataclass(frozen=True)
@@ -154,4 +154,6 @@ def _picture() -> Picture:
         axes.grid(axis="x", alpha=0.3)
         axes.spines[["left", "right", "top"]].set_visible(False)
 
-    return Picture("history", "Ten years of attention, by the date of the first version on arXiv.", lines, draw, (7.5, 6.2))
+    return Picture(
+        "history", "Ten years of attention, by the date of the first version on arXiv.", lines, draw, (7.5, 6.2)
+    )

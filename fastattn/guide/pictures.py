@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastattn.terminal import Style, bar_table, heat_map, legend
 from fastattn.guide.page import Picture
+from fastattn.terminal import Style, bar_table, heat_map, legend
 
 __all__ = ["BLUE", "GREEN", "ORANGE", "RED", "curves", "draw_curves", "draw_map", "links", "weight_map"]
 

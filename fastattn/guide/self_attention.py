@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 import fastattn
 from fastattn.demo.cli import SHOWCASE, TEXT, WORD, picture
 from fastattn.demo.minilm import HEADS, Floats, Layer
-from fastattn.terminal import Style
 from fastattn.demo.words import Look, Word, find_word, in_words, join_pieces
 from fastattn.guide.data import hidden_after, model
 from fastattn.guide.page import Listing, Picture, Step, Table, claim
 from fastattn.guide.pictures import draw_map, links
+from fastattn.terminal import Style
 
 #: Sentences with an "it", two nouns that it could be, and which one it is.
 PUZZLES = (
@@ -115,7 +115,9 @@ def _weights_of_it(text: str) -> dict[tuple[tuple[int, int], str], float]:
     weights = in_words(model().attention_weights(encoding.ids), words)
     row = find_word(words, "it")
     return {
-        (place, word.text): float(weights[place][row, column]) for place in SHOWCASE for column, word in enumerate(words)
+        (place, word.text): float(weights[place][row, column])
+        for place in SHOWCASE
+        for column, word in enumerate(words)
     }
 
 

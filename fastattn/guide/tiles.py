@@ -16,13 +16,13 @@ import numpy as np
 
 import fastattn
 from fastattn.demo.minilm import Floats
-from fastattn.terminal import Style, bar_table
 from fastattn.guide.page import Listing, Picture, Step, Table, claim, duration
 from fastattn.guide.pictures import draw_curves
+from fastattn.terminal import Style, bar_table
 
 LENGTHS = (256, 512, 1024, 2048)
 D = 64
-BLOCK = 128
+BLOCK = 256
 MEBIBYTE = 1 << 20
 
 
@@ -136,10 +136,7 @@ def steps() -> Iterator[Step]:
     last = LENGTHS[-1]
     yield Table(
         [f"length {last}", "error", "memory", "time"],
-        [
-            [name, f"{error[name]:.0e}", f"{memory[name][-1]:.1f} MiB", duration(seconds[name][-1])]
-            for name in FORMS
-        ],
+        [[name, f"{error[name]:.0e}", f"{memory[name][-1]:.1f} MiB", duration(seconds[name][-1])] for name in FORMS],
     )
     yield _picture(memory, seconds)
     yield claim(
