@@ -1,4 +1,4 @@
-"""Make the pages of this folder and their pictures: ``python docs/guide/build.py [NAME ...]``, all pages if none is named.
+"""Make the pages of this folder and their pictures: ``python docs/guide/build.py [NAME ...]``, all if none is named.
 
 Needs what the demo needs, and matplotlib. The pages themselves are in fastattn/guide/.
 """

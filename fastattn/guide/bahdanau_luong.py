@@ -19,14 +19,15 @@ import fastattn
 from fastattn.guide.cross_attention import PAIRS, SCALE, SHOWN, aligned, word_vectors
 from fastattn.guide.data import fables, hidden_after, model
 from fastattn.guide.page import Listing, Picture, Step, Table, claim, duration
-from fastattn.guide.pictures import MAP, weight_map
+from fastattn.guide.pictures import MAP, curves
 from fastattn.terminal import Style, heat_map, legend
 
 Array = NDArray[Any]
 
 TOKENS = 40  # of each text of the windows
 WINDOW = 4
-LENGTH = 3.0  # of the vectors: how sharp a text looks at itself
+STEPS = (1.6, 0.8, 0.4, 0.2, 0.1, 0.05)
+LENGTH = 2.0  # of the vectors: how sharp a text looks at itself
 
 
 def additive_scores(query: Array, key: Array, weight: Array) -> Array:
@@ -35,7 +36,7 @@ def additive_scores(query: Array, key: Array, weight: Array) -> Array:
     return scores
 
 
-def product_of_tanhs(x: Array, scale: float, step: float = 0.05) -> tuple[Array, Array]:
+def product_of_tanhs(x: Array, scale: float, step: float) -> tuple[Array, Array]:
     """Features and weights with which additive attention computes dot products of vectors of length 1.
 
     tanh(b + z) + tanh(b − z) is 2 tanh(b) + tanh''(b) z² for small z. With z = step · (q + k), summed over the
@@ -84,26 +85,30 @@ def steps() -> Iterator[Step]:
         "product, with two hidden units for each feature:"
     )
     yield Listing.of(product_of_tanhs)
-    (q_features, w), (k_features, _) = (product_of_tanhs(x, SCALE) for x in (query, key))
-    out, additive = fastattn.additive_attention(q_features, k_features, key, w, return_weights=True)
     _, dot = fastattn.attention(query, key, key, scale=SCALE, return_weights=True)
-    difference = float(np.abs(additive - dot).max())
-    yield weight_map(
-        "additive",
-        "Additive attention aligns two sentences, with weights that were not trained but worked out so that the score "
-        "is a dot product. The words and vectors are those of page 6.",
-        [word.text for word in rows],
-        [word.text for word in columns],
-        additive,
-        size=(6.4, 4.0),
+    differences = []
+    for step in STEPS:
+        (q_features, w), (k_features, _) = (product_of_tanhs(x, SCALE, step) for x in (query, key))
+        _, weights = fastattn.additive_attention(q_features, k_features, key, w, return_weights=True)
+        differences.append(float(np.abs(weights - dot).max()))
+    yield (
+        "The query's features are added to the key's inside the tanh, and w is the same for all. On the word vectors "
+        "of [page 6](cross-attention.md), how far are the weights from those of dot-product attention?"
     )
-    hits = aligned(additive, rows, columns, partners)
+    yield curves(
+        "additive",
+        "The smaller the step, the more exactly the additive score is a dot product.",
+        STEPS,
+        {"greatest difference of a weight": differences},
+        labels=("step", "difference"),
+        log="xy",
+    )
+    hits = aligned(weights, rows, columns, partners)
     yield claim(
-        difference < 0.001,
-        f"`fastattn.additive_attention` with these features gives the weights of dot-product attention to within "
-        f"{difference:.4f}, and finds {hits} of the {len(partners.split())} partners of page 6. So the additive score "
-        "can do what the dot product does, if it has hidden units enough, and other things besides. What speaks for "
-        "the dot product is its price.",
+        differences[-1] < 0.001 and differences == sorted(differences, reverse=True),
+        f"At a step of {STEPS[-1]:g} they differ by {differences[-1]:.4f} at most, and {hits} of "
+        f"{len(partners.split())} words find their partner. So the additive score can do what the dot product does, if "
+        "it has hidden units enough, and other things besides. What speaks for the dot product is its price.",
     )
 
     yield "## The price"
@@ -117,9 +122,9 @@ def steps() -> Iterator[Step]:
 
     yield "## Windows"
     yield (
-        "Luong's second idea: a word's partner is often near the same place, so why look at the whole source? *local-m* "
-        f"(monotonic) takes the keys at most D places from the query's own place; here D = {WINDOW}. *local-p* "
-        "(predictive) has a small network say for each query where to look, p, and multiplies the weights by a bell "
+        "Luong's second idea: a word's partner is often near the same place, so why look at the whole source? "
+        f"*local-m* (monotonic) takes the keys at most D places from the query's own place; here D = {WINDOW}. "
+        "*local-p* (predictive) has a small network say for each query where to look, p, and multiplies the weights by a bell "
         "curve around p, exp(−(j − p)² / (2σ²)) with σ = D/2."
     )
     yield (
@@ -260,8 +265,9 @@ def _picture(maps: dict[str, Array]) -> Picture:
 
     def draw(figure: Any) -> None:
         axes = figure.subplots(1, 3, sharey=True)
+        top = max(float(weights.max()) for weights in maps.values())
         for place, (align, weights) in zip(axes, maps.items(), strict=True):
-            image = place.imshow(weights, cmap=MAP, vmin=0, vmax=1)
+            image = place.imshow(weights, cmap=MAP, vmin=0, vmax=top)
             place.set_title(align, fontsize=10)
             place.set_xlabel("key")
             place.spines[:].set_visible(False)

@@ -16,12 +16,12 @@ from fastattn.guide.page import Listing, Step, Table, claim
 from fastattn.guide.pictures import curves
 
 LENGTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-RUNS = 8  # texts of each length
+WORDS = 128  # that are read back at each length, or at least two texts
 
 
 def in_one_vector(places: Floats, words: Floats) -> Floats:
     """Write L words, each marked with its place, into one vector of D numbers; then read each back at its place."""
-    summary = (places * words).sum(axis=0)
+    summary: Floats = (places * words).sum(axis=0)
     return places * summary
 
 
@@ -54,11 +54,11 @@ def steps() -> Iterator[Step]:
     rng = np.random.default_rng(0)
     right: dict[str, list[float]] = {"one vector": [], "attention": []}
     for length in LENGTHS:
-        starts = [run * length % (len(ids) - length) for run in range(RUNS)]
+        starts = range(0, max(2, WORDS // length) * length, length)
         found: dict[str, list[float]] = {name: [] for name in right}
         for start in starts:
             text = ids[start : start + length]
-            places = rng.choice(np.float32([-1, 1]), size=(length, vectors.shape[1]))
+            places = rng.choice(np.array([-1, 1], np.float32), size=(length, vectors.shape[1]))
             for name, read in zip(right, (in_one_vector, by_attention), strict=True):
                 nearest = (read(places, vectors[text]) @ vectors.T).argmax(axis=1)
                 found[name].append(float(np.mean(nearest == text)))
@@ -80,8 +80,8 @@ def steps() -> Iterator[Step]:
     )
     half = next(length for length, share in zip(LENGTHS, right["one vector"], strict=True) if share < 0.5)
     yield claim(
-        right["one vector"][:3] == [1, 1, 1] and min(right["attention"]) == 1 and right["one vector"][-1] < 0.05,
-        f"Up to 4 words all is well. At {half} words more than half are wrong, and at {LENGTHS[-1]} words only "
+        min(right["one vector"][:3]) > 0.95 and min(right["attention"]) == 1 and right["one vector"][-1] < 0.05,
+        f"Up to 4 words hardly any is lost. At {half} words more than half are wrong, and at {LENGTHS[-1]} words only "
         f"{right['one vector'][-1]:.0%} are right. Attention reads all of them at every length.",
     )
     yield (

@@ -44,4 +44,5 @@ def hidden_after(layers: int, ids: Sequence[int]) -> Floats:
     below = copy.copy(model())
     below.layers = below.layers[:layers]
     row = np.asarray(ids)[None]
-    return below.hidden(row, np.ones(row.shape, bool))[0]
+    hidden: Floats = below.hidden(row, np.ones(row.shape, bool))[0]
+    return hidden

@@ -24,15 +24,22 @@ Pairs = NDArray[np.bool_]  # [who looks][at what], over the words of a sentence
 Floats = NDArray[np.float64]
 Text = tuple[list[str], Floats]  # words, and weights between them, [layer][head][who looks][at what]
 
-DETERMINERS = frozenset(["a", "an", "the", "some", "his", "her", "its", "their", "my", "your", "this", "that", "those", "each"])
-PRONOUNS = frozenset(["he", "she", "him", "her", "his", "it", "they", "them", "their"])
+
+def kind(words: str) -> frozenset[str]:
+    """A set of words, from a line of them."""
+    return frozenset(words.split())
+
+
+DETERMINERS = kind("a an the some his her its their my your this that those each")
+PRONOUNS = kind("he she him her his it they them their")
 #: Who acts in the fables.
-ACTORS = frozenset(["crow", "fox", "stork", "hare", "tortoise", "dog", "mouse", "grasshopper", "ants", "sun", "wind", "traveller", "man"])
+ACTORS = kind("crow fox stork hare tortoise dog mouse grasshopper ants sun wind traveller man")
 #: Verbs of the fables that a determiner and an object follow somewhere, as in "found a Pitcher".
-VERBS = frozenset(
-    ["saw", "set", "gave", "did", "caused", "get", "see", "run", "let", "found", "reached", "reach", "quench", "throw", "complete", "unclasped", "won", "wins", "enjoyed", "enjoy", "caught", "have", "had", "show", "lapped", "invited", "took", "spent", "spend", "collect", "wrapped", "hid", "opened", "drying", "stopped"]
+VERBS = kind(
+    "saw set gave did caused get see run let found reached reach quench throw complete unclasped won wins enjoyed "
+    "enjoy caught have had show lapped invited took spent spend collect wrapped hid opened drying stopped"
 )
-FUNCTION_WORDS = DETERMINERS | PRONOUNS | frozenset(["of", "and", "to", "in", "was", "is", "as", "with", "for", "but", "on", "at", "i", "you", "so"])
+FUNCTION_WORDS = DETERMINERS | PRONOUNS | kind("of and to in was is as with for but on at i you so")
 
 
 @dataclass(frozen=True)
@@ -229,7 +236,8 @@ def steps() -> Iterator[Step]:
         f"*Grammar.* Some heads know more than positions. From a verb to its object, head {verb.heads[0]} gives "
         f"{verb.weight:.2f}; to what stands two words on elsewhere, {verb.control:.2f}. Pronouns look at the animals "
         f"and persons of the fable with a weight of {pronoun.weight:.2f} each in head {pronoun.heads[0]}; other words "
-        f"with {pronoun.control:.2f}. (It is the head that found the animal on page 4.) These are tendencies, and no parser: nothing here is near 1.",
+        f"with {pronoun.control:.2f}. (It is the head that found the animal on page 4.) These are tendencies, and no "
+        "parser: nothing here is near 1.",
     )
     yield (
         "Clark et al. (2019) measured the 144 heads of BERT in the same spirit, on annotated text, and found such "
@@ -258,9 +266,15 @@ def _picture(gains: dict[str, Floats]) -> Picture:
         return [*drawn, *legend(style)]
 
     def draw(figure: Any) -> None:
+        from matplotlib.colors import PowerNorm
+
         axes = figure.subplots(2, 3, sharex=True, sharey=True)
         for place, (name, gain) in zip(axes.flat, gains.items(), strict=True):
-            image = place.imshow(gain, cmap=MAP, vmin=0, vmax=1)
+            # small gains are to be seen beside large ones: the scale of colours is that of their roots
+            image = place.imshow(gain, cmap=MAP, norm=PowerNorm(0.5, vmin=0, vmax=1))
+            layer, head = divmod(int(gain.argmax()), HEADS)
+            text = {"color": "black" if gain.max() > 0.3 else "white", "fontsize": 6.5, "ha": "center", "va": "center"}
+            place.text(head, layer, f"{gain.max():.2f}".lstrip("0"), **text)
             place.set_title(name, fontsize=9)
             place.set_xticks(range(0, HEADS, 2))
             place.set_yticks(range(LAYERS))
@@ -271,7 +285,7 @@ def _picture(gains: dict[str, Floats]) -> Picture:
         figure.colorbar(image, ax=axes, label="weight above the control", shrink=0.8)
 
     caption = (
-        "How much more weight each of the 72 heads gives to the pairs of a relation than to those of its control, on "
-        "all sentences. Most heads have nothing to do with most relations; a few stand out."
+        "How much more weight each of the 72 heads gives to a pair of a relation than to one of its control, on "
+        "all sentences. Most heads have nothing to do with most relations; a few stand out. The best is numbered."
     )
     return Picture("heads", caption, lines, draw, (9.0, 3.8))

@@ -31,8 +31,9 @@ STRANDS = {
         Paper(2014, "encoder and decoder", "Cho, van Merriënboer, Gulcehre, Bahdanau, Bougares, Schwenk, Bengio",
               "Learning phrase representations using RNN encoder-decoder for statistical machine translation",
               "1406.1078", "One network reads a phrase into a vector, another writes from it."),
-        Paper(2014, "sequence to sequence", "Sutskever, Vinyals, Le", "Sequence to sequence learning with neural networks",
-              "1409.3215", "The same for whole sentences, with deep LSTMs: one vector for a sentence."),
+        Paper(2014, "sequence to sequence", "Sutskever, Vinyals, Le",
+              "Sequence to sequence learning with neural networks", "1409.3215",
+              "The same for whole sentences, with deep LSTMs: one vector for a sentence."),
         Paper(2014, "the bottleneck measured", "Cho, van Merriënboer, Bahdanau, Bengio",
               "On the properties of neural machine translation: encoder-decoder approaches",
               "1409.1259", "Translations get worse quickly as sentences get longer."),
@@ -55,7 +56,8 @@ STRANDS = {
               "A decomposable attention model for natural language inference",
               "1606.01933", "Two sentences aligned by attention alone, without recurrence."),
         Paper(2017, "the Transformer", "Vaswani, Shazeer, Parmar, Uszkoreit, Jones, Gomez, Kaiser, Polosukhin",
-              "Attention is all you need", "1706.03762", "Scaled dot products, many heads, and nothing else that mixes words."),
+              "Attention is all you need", "1706.03762",
+              "Scaled dot products, many heads, and nothing else that mixes words."),
         Paper(2018, "BERT", "Devlin, Chang, Lee, Toutanova",
               "BERT: pre-training of deep bidirectional transformers for language understanding",
               "1810.04805", "An encoder, trained once on much text, serves many tasks. MiniLM is a small one."),
@@ -93,7 +95,8 @@ STRANDS = {
         Paper(2023, "grouped queries", "Ainslie, Lee-Thorp, de Jong, Zemlyanskiy, Lebrón, Sanghai",
               "GQA: training generalized multi-query transformer models from multi-head checkpoints", "2305.13245",
               "Groups of query heads share a head of keys and values."),
-        Paper(2023, "FlashAttention-2", "Dao", "FlashAttention-2: faster attention with better parallelism and work partitioning",
+        Paper(2023, "FlashAttention-2", "Dao",
+              "FlashAttention-2: faster attention with better parallelism and work partitioning",
               "2307.08691", "Fewer operations that are no products; work divided by queries."),
     ),
 }  # fmt: skip
@@ -141,7 +144,7 @@ def _picture() -> Picture:
         axes = figure.add_subplot()
         height = 0.0
         for (strand, papers), colour in zip(STRANDS.items(), (BLUE, RED, GREEN, ORANGE), strict=True):
-            axes.text(2013.0, height - 0.1, strand, fontsize=9, fontweight="bold", color=colour, va="center")
+            axes.text(2013.0, height - 0.1, strand, fontsize=9, fontweight="bold", va="center")
             for paper in sorted(papers, key=lambda paper: paper.arxiv):
                 height -= 1
                 when = 2000 + int(paper.arxiv[:2]) + (int(paper.arxiv[2:4]) - 0.5) / 12

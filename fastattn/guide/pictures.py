@@ -6,7 +6,7 @@ curves differ in their markers as well.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ def curves(
     name: str,
     caption: str,
     x: Sequence[float],
-    series: dict[str, Sequence[float]],
+    series: Mapping[str, Sequence[float]],
     *,
     labels: tuple[str, str],
     log: str = "",
@@ -39,7 +39,7 @@ def curves(
     ----------
     name, caption : str
     x : sequence of float
-    series : dict of str to sequence of float
+    series : mapping of str to sequence of float
         The height at each x.
     labels : tuple of str
         Of the two axes.
@@ -62,7 +62,7 @@ def curves(
 
 
 def draw_curves(
-    axes: Any, x: Sequence[float], series: dict[str, Sequence[float]], *, labels: tuple[str, str], log: str = ""
+    axes: Any, x: Sequence[float], series: Mapping[str, Sequence[float]], *, labels: tuple[str, str], log: str = ""
 ) -> None:
     """Draw curves on matplotlib's axes."""
     for (label, heights), colour, marker in zip(series.items(), COLOURS, MARKERS, strict=False):
@@ -97,7 +97,10 @@ def weight_map(
         drawn = heat_map(rows, values.tolist(), style, columns=columns)
         if drawn is None:  # no space: for each row, where it looks most
             best = values.argmax(axis=1)
-            return [f"  {row}: {columns[at]} {values[i, at]:.2f}" for i, (row, at) in enumerate(zip(rows, best))]
+            return [
+                f"  {row}: {columns[at]} {values[i, at]:.2f}"
+                for i, (row, at) in enumerate(zip(rows, best, strict=True))
+            ]
         return [*drawn, "", *legend(style)]
 
     def draw(figure: Any) -> None:
@@ -145,6 +148,8 @@ def links(
             )
     for (row, column), weight in np.ndenumerate(weights):
         if weight >= 0.02:
-            axes.plot([0, 1], [-row, -column], color=colour, alpha=min(1.0, float(weight)), linewidth=0.5 + 3 * weight)
+            axes.plot(
+                [0, 1], [-row, -column], color=colour, alpha=min(1.0, 0.15 + float(weight)), linewidth=0.5 + 3 * weight
+            )
     axes.set(xlim=(-0.55, 1.55), ylim=(-max(len(left), len(right)) + 0.4, 0.6))
     axes.axis("off")

@@ -127,9 +127,9 @@ def steps() -> Iterator[Step]:
 
     yield "## Right, small, fast?"
     yield (
-        f"All forms on the same random numbers, float32, D = {D}. The error is the greatest difference from the formula "
-        "in float64. Memory is what NumPy allocates at the peak, the result included. fastattn's own buffers are "
-        "allocated once and kept, and do not count here; they do not grow with the length. Times are medians, "
+        f"All forms on the same random numbers, float32, D = {D}. The error is the greatest difference from the "
+        "formula in float64. Memory is what NumPy allocates at the peak, the result included. fastattn's own "
+        "buffers are allocated once and kept, and do not count here; they do not grow with the length. Times are medians, "
         "taken in turn."
     )
     error, memory, seconds = _measure(rng)
@@ -144,12 +144,13 @@ def steps() -> Iterator[Step]:
         "All of them are exact: no form leaves anything out, and their errors are those of float32's rounding.",
     )
     growth = {name: memory[name][-1] / memory[name][0] for name in FORMS}
-    doublings = LENGTHS[-1] // LENGTHS[0]
+    times = LENGTHS[-1] // LENGTHS[0]
     yield claim(
-        growth["formula"] > 0.6 * doublings**2 and growth["tiles"] < 1.5 * doublings,
-        f"From length {LENGTHS[0]} to {last}, {doublings} times as long, the formula's memory grows {growth['formula']:.0f} "
-        f"times as large. That of the blocks grows with the length, {growth['blocks of keys']:.0f} and "
-        f"{growth['tiles']:.0f} times, and at the end hardly more than the result itself is left.",
+        growth["formula"] > 0.6 * times**2 and growth["tiles"] < times,
+        f"From length {LENGTHS[0]} to {last}, which is {times} times as long, the formula's memory becomes "
+        f"{growth['formula']:.0f} times as large. With blocks of keys it becomes {growth['blocks of keys']:.0f} times "
+        f"as large, with tiles {growth['tiles']:.0f} times. What fastattn leaves, {memory['fastattn'][-1]:.1f} MiB, is "
+        "the result itself.",
     )
 
 
