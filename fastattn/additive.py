@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastattn import reference
-from fastattn.problem import check_backend
+from fastattn.api import BACKENDS, must_be_apart
+from fastattn.cpu import attention as cpu
+from fastattn.cpu.pool import get_num_threads
+from fastattn.problem import as_additive_operands, check_backend, check_flag, check_out, describe_additive
 
-BACKENDS = ("reference",)
+_prepared: dict[Any, cpu.Prepared] = {}
 
 
 def additive_attention(
@@ -88,15 +92,81 @@ def additive_attention(
     >>> fastattn.additive_attention(query, key, value, weight).shape
     (8, 16, 64)
     """
+    # as in `attention`: a call like an earlier one, with plain arguments, finds its plan by what it depends on
+    ndarray = np.ndarray
+    if (
+        type(query) is ndarray
+        and type(key) is ndarray
+        and type(value) is ndarray
+        and type(weight) is ndarray
+        and (attn_mask is None or type(attn_mask) is ndarray)
+        and (is_causal is False or is_causal is True)
+        and type(return_lse) is bool
+        and return_weights is False
+        and out is None
+        and backend is None
+    ):
+        plain = (
+            query.shape,
+            query.strides,
+            query.dtype,
+            key.shape,
+            key.strides,
+            key.dtype,
+            value.shape,
+            value.strides,
+            value.dtype,
+            weight.shape,
+            weight.strides,
+            weight.dtype,
+            None if attn_mask is None else (attn_mask.shape, attn_mask.strides, attn_mask.dtype),
+            is_causal,
+            get_num_threads(),
+        )
+        prepared = _prepared.get(plain)
+        if prepared is not None:
+            return cpu.attention(prepared, (query, key, value, attn_mask), 0, None, return_lse, False, weight)
+    else:
+        plain = None
+
     check_backend(backend, BACKENDS)
-    return reference.additive_attention(
-        query,
-        key,
-        value,
-        weight,
-        attn_mask,
-        is_causal,
-        return_lse=return_lse,
-        return_weights=return_weights,
-        out=out,
-    )
+    if backend == "reference":
+        return reference.additive_attention(
+            query,
+            key,
+            value,
+            weight,
+            attn_mask,
+            is_causal,
+            return_lse=return_lse,
+            return_weights=return_weights,
+            out=out,
+        )
+    query_, key_, value_, weight_, mask_ = as_additive_operands(query, key, value, weight, attn_mask)
+    problem, operands = describe_additive(query_, key_, value_, weight_, mask_, is_causal)
+    weight_ = np.ascontiguousarray(weight_)
+    return_lse = check_flag("return_lse", return_lse)
+    return_weights = check_flag("return_weights", return_weights)
+    check_out(out, problem)
+    arrays = (query_, key_, value_, mask_)
+    if out is None or must_be_apart(out, (*arrays, weight_)):
+        target = np.empty(problem.out_shape, problem.dtype)
+    else:
+        target = out
+    prepared = cpu.prepare(problem, operands, target, get_num_threads(), additive=True)
+    if (
+        plain is not None
+        and query_ is query
+        and key_ is key
+        and value_ is value
+        and weight_ is weight
+        and mask_ is attn_mask
+    ):
+        if len(_prepared) >= cpu.REMEMBERED:
+            _prepared.clear()
+        _prepared[plain] = prepared
+    results = cpu.attention(prepared, arrays, 0, target, return_lse, return_weights, weight_)
+    if out is None or target is out:
+        return results
+    np.copyto(out, target)
+    return (out, *results[1:]) if isinstance(results, tuple) else out

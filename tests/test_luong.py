@@ -216,6 +216,15 @@ def test_a_predicted_window_has_both_ends() -> None:
     assert np.count_nonzero(weights) == 5
 
 
+def test_positions_are_predicted_in_float64() -> None:
+    layer = strong(LuongAttention(6, 6, align="local-p", rng=0))
+    query = np.random.default_rng(0).standard_normal((50, 6), dtype=np.float32)
+    wide = LuongAttention(6, 6, align="local-p", dtype=np.float64)
+    wide.load_state_dict(layer.state_dict())
+    hidden = np.tanh(query.astype(np.float64) @ wide.position_weight.T) @ wide.position_vector
+    assert np.abs(layer._predict(query, np.array([100_000])) - 100_000 / (1 + np.exp(-hidden))).max() <= 1e-9
+
+
 @every_local
 @pytest.mark.parametrize("score", SCORES)
 def test_what_lies_outside_of_the_window_never_shows(score: str, align: str) -> None:

@@ -52,7 +52,7 @@ def _place(array: Array | None) -> int:
 _prepared: dict[Any, Prepared] = {}
 
 
-def prepare(problem: Problem, operands: Operands, out: Array, threads: int) -> Prepared:
+def prepare(problem: Problem, operands: Operands, out: Array, threads: int, additive: bool = False) -> Prepared:
     """Plan a call, or find the plan of one like it; `out` is an array like those that will be written to."""
     mask = operands.mask
     key = (
@@ -63,12 +63,13 @@ def prepare(problem: Problem, operands: Operands, out: Array, threads: int) -> P
         None if mask is None else (mask.strides, mask.dtype),
         out.strides,
         threads,
+        additive,
     )
     prepared = _prepared.get(key)
     if prepared is None:
         if len(_prepared) >= REMEMBERED:
             _prepared.clear()
-        prepared = _prepared[key] = Prepared(problem, operands, _split_heads(problem, out), threads)
+        prepared = _prepared[key] = Prepared(problem, operands, _split_heads(problem, out), threads, additive)
     return prepared
 
 
@@ -80,11 +81,17 @@ def _split_heads(problem: Problem, array: Array) -> Array:
 class Prepared:
     """All that calls with the same shapes, strides and options share."""
 
-    def __init__(self, problem: Problem, operands: Operands, out: Array, threads: int):
+    def __init__(self, problem: Problem, operands: Operands, out: Array, threads: int, additive: bool = False):
         self.problem = problem
-        self.plan = plan = make_plan(problem, operands, out, host(), threads)
+        self.plan = plan = make_plan(problem, operands, out, host(), threads, additive)
         self.threads = pool.concurrency(plan.tasks, plan.flops, threads)
-        self.forward = library(kernel_name("forward", problem.dtype.name, plan.tile))
+        forward, self._weights = ("additive", "additive_weights") if additive else ("forward", "weights")
+        self.forward = library(kernel_name(forward, problem.dtype.name, plan.tile))
+
+    @property
+    def weights(self) -> Library:
+        """The kernels of the matrix of weights, which few calls want."""
+        return library(kernel_name(self._weights, self.problem.dtype.name, self.plan.tile))
 
     def run(
         self,
@@ -97,6 +104,7 @@ class Prepared:
         out: Array | None = None,
         lse: Array | None = None,
         weights: Array | None = None,
+        weight: Array | None = None,
     ) -> None:
         """Run one kind of kernels. The arrays are the call's own, not the operands made of them."""
         plan = self.plan
@@ -110,9 +118,10 @@ class Prepared:
             _place(out),
             _place(lse),
             _place(weights),
+            _place(weight),
         )
         if not _objects_are_as_expected():
-            arrays = (query, key, value, mask, out, lse, weights)
+            arrays = (query, key, value, mask, out, lse, weights, weight)
             cells = np.array([0 if array is None else array.ctypes.data for array in arrays], np.uint64)
             places = cells.ctypes.data + 8 * np.arange(len(arrays))
         if plan.flops < pool.TURN_FLOPS and not (self.threads > 1 and pool.is_worth_sharing(plan.flops)):
@@ -137,8 +146,12 @@ def attention(
     out: Array | None,
     return_lse: bool,
     return_weights: bool,
+    weight: Array | None = None,
 ) -> Any:
-    """Run a prepared call; the results asked for, as `fastattn.attention` returns them."""
+    """Run a prepared call; the results asked for, as `fastattn.attention` returns them.
+
+    `weight` is that of additive attention, contiguous.
+    """
     problem = prepared.problem
     query, key, value, mask = arrays
     result = np.empty(problem.out_shape, problem.dtype) if out is None else out
@@ -146,9 +159,8 @@ def attention(
     weights = None
     if return_weights:
         weights = np.empty(problem.weights_shape, problem.dtype)
-        kernels = library(kernel_name("weights", problem.dtype.name, prepared.plan.tile))
-        prepared.run(kernels, seed, query, key, mask=mask, weights=weights)
-    prepared.run(prepared.forward, seed, query, key, value, mask, result, lse)
+        prepared.run(prepared.weights, seed, query, key, mask=mask, weights=weights, weight=weight)
+    prepared.run(prepared.forward, seed, query, key, value, mask, result, lse, weight=weight)
     if lse is None and weights is None:
         return result
     return tuple(array for array in (result, lse, weights) if array is not None)

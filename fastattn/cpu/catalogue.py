@@ -13,7 +13,12 @@ from fastattn.simd import TileShape, jit, load_i64, stack_memory, tile_fill, til
 
 call_memory = stack_memory(CALL.itemsize)
 
-TASKS = {"forward": forward_task, "weights": weights_task}
+TASKS = {
+    "forward": forward_task,
+    "weights": weights_task,
+    "additive": forward_task,
+    "additive_weights": weights_task,
+}
 
 
 def build(name: str, row: Isa, entries: dict[str, int]) -> bytes:
@@ -25,9 +30,9 @@ def build(name: str, row: Isa, entries: dict[str, int]) -> bytes:
         dtype, size = parameters
         rows, vectors = map(int, size.split("x"))
         # A tall tile is for few queries, and the weights' kernel takes blocks one by one: too few to pack keys for.
-        packed = kind == "forward" and vectors > 1
+        packed = kind in ("forward", "additive") and vectors > 1
         lanes = row.vector_bytes // np.dtype(dtype).itemsize
-        tile = TileShape(dtype, lanes, rows, vectors, row.scalef, packed)
+        tile = TileShape(dtype, lanes, rows, vectors, row.scalef, packed, kind.startswith("additive"))
         functions = {"run": _peak(tile)} if kind == "peak" else _attention(TASKS[kind](tile))
     return compiler.emit({entry: (functions[entry], count) for entry, count in entries.items()}, row)
 
@@ -62,9 +67,9 @@ def _alone(task):
 def _quick(task):
     """Run a whole call in the calling thread, on a call record of its own; takes what `fill` takes."""
 
-    def quick(plan, scratch, scratch_bytes, seed, query, key, value, mask, out, lse, weights):
+    def quick(plan, scratch, scratch_bytes, seed, query, key, value, mask, out, lse, weights, weight):
         call = call_memory()
-        fill(call, plan, scratch, scratch_bytes, seed, query, key, value, mask, out, lse, weights)
+        fill(call, plan, scratch, scratch_bytes, seed, query, key, value, mask, out, lse, weights, weight)
         for number in range(plan_view(plan).tasks):
             task(call, 0, number)
 
@@ -72,7 +77,7 @@ def _quick(task):
 
 
 @jit
-def fill(at, plan, scratch, scratch_bytes, seed, query, key, value, mask, out, lse, weights):
+def fill(at, plan, scratch, scratch_bytes, seed, query, key, value, mask, out, lse, weights, weight):
     """Write a call record, given for each array the place where its address stands, or 0."""
     call = call_view(at)
     call.plan = plan
@@ -86,6 +91,7 @@ def fill(at, plan, scratch, scratch_bytes, seed, query, key, value, mask, out, l
     call.out = address_at(out)
     call.lse = address_at(lse)
     call.weights = address_at(weights)
+    call.weight = address_at(weight)
 
 
 @jit

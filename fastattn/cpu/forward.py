@@ -15,6 +15,7 @@ operations on the same keys in the same order.
 
 import math
 
+from fastattn.cpu import additive
 from fastattn.cpu.dropout import drop
 from fastattn.cpu.layout import AXIS, CALL, MASK_BOOL, MASK_NONE, PLAN
 from fastattn.cpu.masks import looks_at, restrict
@@ -23,6 +24,7 @@ from fastattn.cpu.softmax import MINUS_INFINITY, absorb
 from fastattn.cpu.tiles import packed_product, product
 from fastattn.simd import (
     all_zero,
+    by_shape,
     jit,
     largest_row,
     load_element,
@@ -44,8 +46,25 @@ LN_2 = 0.6931471805599453
 
 
 @jit
-def score_block(tile, q, features, key, key_panel, key_row, key_column, count, start, scores, best):
-    """scores[j][i] = start[i] + key[j] · q[i] for `count` keys; returns the maximum of `best` and of them over j."""
+def load_queries(tile, call, plan, q, source, present, work):
+    """q[p][i] = feature p of query i, times the scale."""
+    pack_queries(tile, q, source, plan.query_row, plan.query_column, present, plan.head_dim, plan.scale)
+
+
+@jit
+def load_keys(tile, plan, target, source, count):
+    """Pack a block of keys, where they are not read in place; where they are then."""
+    if tile.packed:
+        pack_keys(tile, target, source, plan.key_row, plan.key_column, count, plan.head_dim)
+        return target
+    return source
+
+
+@jit
+def score_block(tile, plan, q, key, key_panel, key_row, key_column, first, count, start, scores, best):
+    """scores[j][i] = start[i] + key[first + j] · q[i] for `count` keys; the maximum of `best` and of them over j."""
+    features = plan.head_dim
+    key += first // tile.rows * key_panel
     initial = tile_repeat(tile, start)
     whole = count - count % tile.rows
     for _ in range(0, whole, tile.rows):
@@ -64,6 +83,12 @@ def score_block(tile, q, features, key, key_panel, key_row, key_column, count, s
         key += key_row
         scores += tile.row_bytes
     return best
+
+
+# What a kernel does to queries and keys, and the scores that it makes of them: all that differs in additive attention.
+queries_of = by_shape(lambda shape: additive.loader_of_queries(shape) if shape.additive else load_queries)
+keys_of = by_shape(lambda shape: additive.loader_of_keys(shape) if shape.additive else load_keys)
+block_of_scores = by_shape(lambda shape: additive.scorer(shape) if shape.additive else score_block)
 
 
 @jit
@@ -164,12 +189,11 @@ def scores_of(tile, plan, q, m, relative, count, safe, first_query, first_key, k
     if relative:
         start = start - tile_load(tile.single, m, 0)
     best = tile_fill(tile.single, MINUS_INFINITY)
-    best = score_block(tile, q, plan.head_dim, key, panel, row, column, safe, start, scores, best)
+    best = block_of_scores(tile, plan, q, key, panel, row, column, 0, safe, start, scores, best)
     if safe < count:
         tile_store(best, work, 0)
-        key += safe // tile.rows * panel
         rest = scores + safe * tile.row_bytes
-        score_block(tile, q, plan.head_dim, key, panel, row, column, count - safe, start, rest, best)
+        block_of_scores(tile, plan, q, key, panel, row, column, safe, count - safe, start, rest, best)
         present = min(tile.width, plan.queries - first_query)
         position = plan.first_position + first_query
         mask += safe * plan.mask_column
@@ -243,18 +267,17 @@ def forward_group(tile, call, plan, head, first_query, blocks, scratch):
     if lse != 0:
         lse += head * plan.queries * tile.itemsize
     # The state of a block: queries, output, m, l. Behind the states: packed keys, packed values, scores.
-    q_bytes, out_bytes = plan.head_dim * tile.row_bytes, plan.value_dim * tile.row_bytes
+    q_bytes, out_bytes = plan.query_bytes, plan.value_dim * tile.row_bytes
     state_bytes = q_bytes + out_bytes + 2 * tile.row_bytes
     packed_keys = scratch + blocks * state_bytes
-    work = packed_keys
+    packed_values = packed_keys + plan.key_bytes
+    work = packed_values
     key_panel, key_row, key_column = tile.rows * plan.key_row, plan.key_row, plan.key_column
     value_panel, value_row, value_column = tile.rows * plan.value_column, plan.value_row, plan.value_column
-    packed_values = packed_keys
     if tile.packed:
         panel_row = tile.rows * tile.itemsize
         key_panel, key_row, key_column = plan.head_dim * panel_row, tile.itemsize, panel_row
         value_panel, value_row, value_column = plan.key_block * panel_row, panel_row, tile.itemsize
-        packed_values += (plan.key_block + tile.rows) // tile.rows * key_panel
         work = packed_values + (plan.value_dim + tile.rows - 1) // tile.rows * value_panel
 
     relative = plan.mask_kind <= MASK_BOOL  # else m may stem from the mask, and be far from the scores
@@ -270,15 +293,14 @@ def forward_group(tile, call, plan, head, first_query, blocks, scratch):
         state = scratch + b * state_bytes
         present = min(tile.width, plan.queries - first)
         source = query + first * plan.query_row
-        pack_queries(tile, state, source, plan.query_row, plan.query_column, present, plan.head_dim, plan.scale)
+        queries_of(tile, call, plan, state, source, present, packed_keys)
         clear(tile, state + q_bytes, plan.value_dim + 2)
     for first_key in range(0, end, plan.key_block):
         keys, values = key + first_key * plan.key_row, value + first_key * plan.value_row
-        keys_at, values_at = keys, values
+        count = min(plan.key_block, end - first_key)
+        keys_at, values_at = keys_of(tile, plan, packed_keys, keys, count), values
         if tile.packed:
-            keys_at, values_at = packed_keys, packed_values
-            count = min(plan.key_block, end - first_key)
-            pack_keys(tile, keys_at, keys, plan.key_row, plan.key_column, count, plan.head_dim)
+            values_at = packed_values
             pack_values(tile, values_at, values, plan.value_row, plan.value_column, count, plan.value_dim, value_panel)
         finite = True
         if plan.causal or plan.mask_kind != MASK_NONE:

@@ -42,9 +42,12 @@ class Library:
 
 
 # The functions in each kind of library, and how many integers each takes.
+_CALLS = {"task": 3, "alone": 3, "quick": 12, "fill": 13}
 ENTRIES: dict[str, dict[str, int]] = {
-    "forward": {"task": 3, "alone": 3, "quick": 11, "fill": 12},
-    "weights": {"task": 3, "alone": 3, "quick": 11, "fill": 12},
+    "forward": _CALLS,
+    "weights": _CALLS,
+    "additive": _CALLS,
+    "additive_weights": _CALLS,
     "peak": {"run": 5},
     "schedule": {"start": 6, "take_part": 3, "cancel": 2, "work": 3},
 }
@@ -168,7 +171,8 @@ def warmup(progress=None) -> None:
     row = host()
     sizes = ((row.rows, row.vectors), (row.tall_rows, 1))
     names = ["schedule"]
-    names += [f"{k}-{d}-{r}x{v}" for d in ("float32", "float64") for k in ("forward", "weights") for r, v in sizes]
+    kinds = ("forward", "weights", "additive", "additive_weights")
+    names += [f"{k}-{d}-{r}x{v}" for k in kinds for d in ("float32", "float64") for r, v in sizes]
     for done, name in enumerate(names):
         if progress is not None:
             progress(done, len(names), name)

@@ -40,6 +40,8 @@ PLAN = np.dtype(
         ("group", i8),  # query blocks taken through the keys together
         ("groups", i8),  # tasks per head
         ("tasks", i8),
+        ("query_bytes", i8),  # of a block of queries, as the scores want them
+        ("key_bytes", i8),  # of a block of keys, the same; 0 where keys are read in place
     ]
 )
 
@@ -55,6 +57,7 @@ CALL = np.dtype(
         ("out", i8),
         ("lse", i8),  # 0: not wanted; otherwise contiguous, as are the weights
         ("weights", i8),
+        ("weight", i8),  # of the features, contiguous: additive attention only
         ("seed", i8),
         ("scratch", i8),  # working memory, one piece per participating thread
         ("scratch_bytes", i8),  # of one piece

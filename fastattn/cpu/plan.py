@@ -24,6 +24,8 @@ PACKED_BYTES = 128 << 10  # packed keys and values of a block, at most: the othe
 LEAST_KEYS = 32  # in a block, however large they are
 LOG2_E = math.log2(math.e)
 TASK_FLOPS = 4e9  # at most, where a group can be made smaller: no thread is away from Python for long
+ADDITIVE_FLOPS = 10.0  # what a feature of an additive score takes the time of
+ADDITIVE_GROUP_BYTES = 2 * GROUP_BYTES  # more: there is time to fetch from the next level, and exponentials to save
 WORK_ROWS = 2  # rows of a tile needed besides the scores: maxima, and factors of the weights
 
 
@@ -60,6 +62,21 @@ def choose_key_block(row: Isa, problem: Problem) -> int:
     return key_block
 
 
+def additive_query_bytes(tile: Tile, features: int) -> int:
+    """Room for a block of queries as `fastattn.cpu.additive` lays it out."""
+    padded = _padded(tile, features)
+    return (2 * padded * tile.width + 3 * padded + 8 * tile.lanes) * tile.itemsize
+
+
+def additive_key_bytes(tile: Tile, features: int, key_block: int) -> int:
+    """Room for a block of keys there, through which a block of queries passes as well: it has no more rows."""
+    return (key_block + 2 * tile.lanes + 2 * (key_block + tile.rows) * _padded(tile, features)) * tile.itemsize
+
+
+def _padded(tile: Tile, features: int) -> int:
+    return -(-features // (2 * tile.lanes)) * 2 * tile.lanes
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What all calls of one description share.
@@ -87,20 +104,33 @@ def _mask_kind(mask: np.ndarray | None, dtype: np.dtype) -> int:
     return MASK_SAME if mask.dtype == dtype else MASK_OTHER
 
 
-def make_plan(problem: Problem, operands: Operands, out: np.ndarray, row: Isa, threads: int) -> Plan:
+def make_plan(
+    problem: Problem, operands: Operands, out: np.ndarray, row: Isa, threads: int, additive: bool = False
+) -> Plan:
     """Plan the calls that agree with these operands in everything but addresses.
 
-    `out` has the axes of the operands: (*batch, Hk, G, Lq, Dv).
+    `out` has the axes of the operands: (*batch, Hk, G, Lq, Dv). `additive`: scores are those of additive attention.
     """
     query, key, value, mask = operands
     tile = choose_tile(row, problem.dtype, problem.queries)
     lead = query.shape[:-2]
     heads = math.prod(lead)
     blocks = -(-problem.queries // tile.width)
-    flops_per_block = 2.0 * tile.width * problem.keys * (problem.head_dim + problem.value_dim)
+    feature_flops = ADDITIVE_FLOPS if additive else 2.0
+    flops_per_block = tile.width * problem.keys * (feature_flops * problem.head_dim + 2.0 * problem.value_dim)
     row_bytes = tile.width * problem.dtype.itemsize
-    state = (problem.head_dim + problem.value_dim + 2) * row_bytes
-    group = max(1, min(GROUP_BYTES // state, blocks, int(TASK_FLOPS / max(flops_per_block, 1.0))))
+    key_block = choose_key_block(row, problem)
+    if additive:
+        query_bytes = additive_query_bytes(tile, problem.head_dim)
+        key_bytes = additive_key_bytes(tile, problem.head_dim, key_block)
+        group_bytes = ADDITIVE_GROUP_BYTES
+    else:
+        query_bytes = problem.head_dim * row_bytes
+        panels = (key_block + tile.rows) // tile.rows if tile.vectors > 1 else 0
+        key_bytes = panels * tile.rows * problem.head_dim * problem.dtype.itemsize
+        group_bytes = GROUP_BYTES
+    state = query_bytes + (problem.value_dim + 2) * row_bytes
+    group = max(1, min(group_bytes // state, blocks, int(TASK_FLOPS / max(flops_per_block, 1.0))))
     while group > 1 and heads * -(-blocks // group) < TASKS_PER_THREAD * threads:
         group -= 1
     groups = -(-blocks // group)
@@ -123,7 +153,8 @@ def make_plan(problem: Problem, operands: Operands, out: np.ndarray, row: Isa, t
     plan["keep_scale"] = problem.keep_scale
     plan["axes"] = len(lead)
     plan["heads"] = problem.heads
-    plan["key_block"] = key_block = choose_key_block(row, problem)
+    plan["key_block"] = key_block
+    plan["query_bytes"], plan["key_bytes"] = query_bytes, key_bytes
     plan["blocks"], plan["group"], plan["groups"] = blocks, group, groups
     plan["tasks"] = tasks = heads * groups
     axes = record[PLAN.itemsize :].view(AXIS)
@@ -132,7 +163,7 @@ def make_plan(problem: Problem, operands: Operands, out: np.ndarray, row: Isa, t
         axes[i] = (size, *strides)
 
     scores = (WORK_ROWS + key_block) * row_bytes + tile.lanes * tile.lanes * 8
-    packed = (key_block + tile.rows) * (problem.head_dim + problem.value_dim + tile.rows) * problem.dtype.itemsize
-    scratch_bytes = -(-(group * state + packed + scores) // ALIGNMENT) * ALIGNMENT
+    values = (key_block + tile.rows) * (problem.value_dim + tile.rows) * problem.dtype.itemsize
+    scratch_bytes = -(-(group * state + key_bytes + values + scores) // ALIGNMENT) * ALIGNMENT
     flops = heads * blocks * flops_per_block * (0.5 if problem.causal_offset is not None else 1.0)
     return Plan(problem, tile, record, record.ctypes.data, tasks, flops, scratch_bytes)

@@ -1,8 +1,8 @@
 """The matrix of attention weights, for those who ask for it: two passes over the keys, the second knows the sums."""
 
 from fastattn.cpu.dropout import drop
-from fastattn.cpu.forward import call_view, clear, locate, plan_view, scores_of, visible_keys
-from fastattn.cpu.pack import pack_queries, unpack_rows
+from fastattn.cpu.forward import call_view, clear, keys_of, locate, plan_view, queries_of, scores_of, visible_keys
+from fastattn.cpu.pack import unpack_rows
 from fastattn.cpu.softmax import absorb, exponentials
 from fastattn.simd import jit, minimum, tile_fill, tile_load, tile_store, where_greater
 
@@ -29,12 +29,13 @@ def weigh_block(tile, call, plan, head, first_query, scratch):
     present = min(tile.width, plan.queries - first_query)
     weights = call.weights + (head * plan.queries + first_query) * plan.keys * tile.itemsize
     q = scratch
-    m = q + plan.head_dim * tile.row_bytes
+    m = q + plan.query_bytes
     total = m + tile.row_bytes
     factors = total + tile.row_bytes
-    work = factors + tile.row_bytes
+    packed_keys = factors + tile.row_bytes
+    work = packed_keys + plan.key_bytes
     tile_store(tile_fill(tile.single, plan.keep_scale), factors, 0)
-    pack_queries(tile, q, query, plan.query_row, plan.query_column, present, plan.head_dim, plan.scale)
+    queries_of(tile, call, plan, q, query, present, packed_keys)
     clear(tile, m, 2)
     zero = tile_fill(tile.single, 0.0)
     scores = work + tile.row_bytes + tile.buffer_bytes
@@ -46,6 +47,7 @@ def weigh_block(tile, call, plan, head, first_query, scratch):
             masks = mask + first_key * plan.mask_column
             count, safe = visible_keys(tile, plan, first_query, first_key, masks)
             if count > 0:
+                keys = keys_of(tile, plan, packed_keys, keys, count)
                 scores_of(
                     tile, plan, q, m, False, count, safe, first_query, first_key, keys, panel, row, column, masks, work
                 )

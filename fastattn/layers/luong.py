@@ -273,7 +273,7 @@ class LuongAttention(Layer):
     def _predict(self, query: Array, sources: Array) -> Array:
         """Return the predicted positions S · sigmoid(v_p · tanh(W_p h)), shape (*batch, Lq), in float64."""
         with np.errstate(all="ignore"):
-            hidden = linear(query.astype(FLOAT64), self.position_weight.astype(FLOAT64))
+            hidden = linear(query, self.position_weight.astype(FLOAT64))
             np.tanh(hidden, out=hidden)
             # no matrix product: it would wake BLAS's threads for next to nothing
             drive = np.einsum("...h,h->...", hidden, self.position_vector.astype(FLOAT64))

@@ -8,7 +8,7 @@ from numba import njit
 from numba.core import cgutils, types
 from numba.core.imputils import lower_constant, lower_getattr
 from numba.core.typing.templates import AttributeTemplate, infer_getattr, signature
-from numba.extending import models, register_model, typeof_impl
+from numba.extending import models, overload, register_model, typeof_impl
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class TileShape:
     """A register tile: `rows` rows of `vectors` vectors of `lanes` elements of a floating dtype.
 
     `scalef`: the machine has AVX-512's instruction for scaling by a power of two. `packed`: the kernel packs the
-    matrices that it takes scalars from.
+    matrices that it takes scalars from. `additive`: its scores are those of additive attention.
     """
 
     dtype: str
@@ -25,6 +25,7 @@ class TileShape:
     vectors: int
     scalef: bool = False
     packed: bool = False
+    additive: bool = False
 
     @property
     def itemsize(self):
@@ -246,3 +247,20 @@ def elementwise(emit, *args):
 
 
 jit = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+
+
+def by_shape(choose):
+    """A function for kernels that is one of several jitted ones: `choose(shape)` gives the one for its first argument.
+
+    A branch on an attribute of the shape would do as well, but then each kernel would compile all of them.
+    """
+
+    def chosen(*args):
+        raise NotImplementedError("kernels alone call this")
+
+    @overload(chosen, jit_options={"error_model": "numpy"}, strict=False)
+    def pick(tile, *args):
+        return choose(tile.shape).py_func
+
+    return chosen
+
