@@ -27,7 +27,7 @@ Array = NDArray[Any]
 TOKENS = 40  # of each text of the windows
 WINDOW = 4
 STEPS = (1.6, 0.8, 0.4, 0.2, 0.1, 0.05)
-LENGTH = 2.0  # of the vectors: how sharp a text looks at itself
+LENGTH = 1.6  # of the vectors: how sharp a text looks at itself
 
 
 def additive_scores(query: Array, key: Array, weight: Array) -> Array:
@@ -124,8 +124,8 @@ def steps() -> Iterator[Step]:
     yield (
         "Luong's second idea: a word's partner is often near the same place, so why look at the whole source? "
         f"*local-m* (monotonic) takes the keys at most D places from the query's own place; here D = {WINDOW}. "
-        "*local-p* (predictive) has a small network say for each query where to look, p, and multiplies the weights by a bell "
-        "curve around p, exp(−(j − p)² / (2σ²)) with σ = D/2."
+        "*local-p* (predictive) has a small network say for each query where to look, p, and multiplies the weights "
+        "by a bell curve around p, exp(−(j − p)² / (2σ²)) with σ = D/2."
     )
     yield (
         "We let texts look at themselves: queries and keys are the vectors that go into MiniLM's first layer, which "

@@ -10,38 +10,41 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 import fastattn
-from fastattn.demo.minilm import HEADS, LAYERS, Attend, Floats
+from fastattn.demo.minilm import HEADS, LAYERS, Attend
 from fastattn.guide.data import model, sentences
 from fastattn.guide.page import Listing, Picture, Step, Table, claim
 from fastattn.guide.pictures import draw_curves
 from fastattn.terminal import Style, bar_table
 
+Array = NDArray[Any]
+
 DIMENSIONS = (1, 4, 16, 64, 256, 1024)
 KEYS, QUERIES = 512, 512
 
 
-def attention(query: Floats, key: Floats, value: Floats) -> Floats:
+def attention(query: Array, key: Array, value: Array) -> Array:
     """Scaled dot-product attention, as in Vaswani et al. (2017), equation 1."""
     score = query @ key.T / math.sqrt(query.shape[-1])
-    out: Floats = softmax(score) @ value
+    out: Array = softmax(score) @ value
     return out
 
 
-def softmax(score: Floats) -> Floats:
+def softmax(score: Array) -> Array:
     """exp(score), divided by its sum over the keys; subtracting the maximum changes nothing but avoids overflow."""
     weight = np.exp(score - score.max(axis=-1, keepdims=True))
-    normed: Floats = weight / weight.sum(axis=-1, keepdims=True)
+    normed: Array = weight / weight.sum(axis=-1, keepdims=True)
     return normed
 
 
-def entropy(weight: Floats) -> float:
+def entropy(weight: Array) -> float:
     """How spread out weights are: log(keys) if all are equal, 0 if one key has all. In nats, a mean over queries."""
     return float(-(weight * np.log(np.maximum(weight, 1e-30))).sum(axis=-1).mean())
 
 
-def gradient(weight: Floats) -> float:
+def gradient(weight: Array) -> float:
     """How much the weights still move with the scores: Σ w (1 − w), the trace of softmax's Jacobian."""
     return float((weight * (1 - weight)).sum(axis=-1).mean())
 
@@ -107,7 +110,7 @@ def steps() -> Iterator[Step]:
         "the root in its place. We take it away, and have MiniLM, whose heads have d = 32, read Aesop's fables again:"
     )
     spread: dict[str, float] = {}
-    vectors: list[Floats] = []
+    vectors: list[Array] = []
     for name, scale in (("with 1/√d", None), ("without", 1.0)):
         seen: list[float] = []
         vectors.append(model().embed(sentences(), _recording(seen, scale)))
@@ -125,10 +128,10 @@ def steps() -> Iterator[Step]:
 def _recording(seen: list[float], scale: float | None) -> Attend:
     """Attention that notes the entropy of its weights."""
 
-    def attend(query: Floats, key: Floats, value: Floats, attn_mask: Any) -> Floats:
+    def attend(query: Array, key: Array, value: Array, attn_mask: Any) -> Array:
         out, weights = fastattn.attention(query, key, value, attn_mask, scale=scale, return_weights=True)
         seen.append(entropy(weights))
-        result: Floats = out
+        result: Array = out
         return result
 
     return attend

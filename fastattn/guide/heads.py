@@ -81,7 +81,8 @@ def everything(words: Sequence[str]) -> Pairs:
 def objects(words: Sequence[str]) -> Pairs:
     """A verb, and the word after the determiner that follows the verb."""
     after = np.append(among(words, DETERMINERS)[1:], False)
-    return distance(words, 2) & (among(words, VERBS) & after)[:, None]
+    pairs: Pairs = distance(words, 2) & (among(words, VERBS) & after)[:, None]
+    return pairs
 
 
 def nouns(words: Sequence[str]) -> Pairs:

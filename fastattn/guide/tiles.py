@@ -129,8 +129,8 @@ def steps() -> Iterator[Step]:
     yield (
         f"All forms on the same random numbers, float32, D = {D}. The error is the greatest difference from the "
         "formula in float64. Memory is what NumPy allocates at the peak, the result included. fastattn's own "
-        "buffers are allocated once and kept, and do not count here; they do not grow with the length. Times are medians, "
-        "taken in turn."
+        "buffers are allocated once and kept, and do not count here; they do not grow with the length. Times are "
+        "medians, taken in turn."
     )
     error, memory, seconds = _measure(rng)
     last = LENGTHS[-1]
