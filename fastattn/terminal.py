@@ -28,6 +28,7 @@ __all__ = [
     "pad",
     "printable",
     "shaded_text",
+    "short_number",
     "wrap",
 ]
 
@@ -281,23 +282,37 @@ def _cell(weight: float, width: int, style: Style) -> str:
     return shade * (width - 1) + " " if width >= 4 else shade * width
 
 
-def legend(style: Style) -> list[str]:
-    """What the shades of a heat map mean: from which weight each begins."""
-    marks = [f"{limit:.2f}".removeprefix("0") for limit in LEVELS]
+def short_number(weight: float) -> str:
+    """A weight in few characters: two decimals, of a small one two digits.
+
+    Examples
+    --------
+    >>> short_number(0.683), short_number(1.0), short_number(0.0012), short_number(float("nan"))
+    ('.68', '1.00', '.0012', 'nan')
+    """
+    return (f"{weight:.2g}" if 0 < weight < 0.045 else f"{weight:.2f}").removeprefix("0")
+
+
+def legend(style: Style, top: float = 1.0) -> list[str]:
+    """What the shades mean: from which weight each begins, where the scale ends at `top`."""
+    marks = [short_number(limit * top) for limit in LEVELS]
+    longest = max(map(len, marks))
     if style.colour:
-        entries = [style.shade(limit, f" {mark} ") for limit, mark in zip(LEVELS, marks, strict=True)]
-        gap, width = "", 5
+        entries = [style.shade(limit, f" {mark.ljust(longest)} ") for limit, mark in zip(LEVELS, marks, strict=True)]
+        gap, width = "", longest + 2
     else:
         shades = _BLOCK_SHADES if style.blocks else _ASCII_SHADES
         levels = [level for level in range(1, len(shades)) if shades[level] != shades[level - 1]]
         entries = [f"{shades[level] * 2} {marks[level - 1]}" for level in levels]
-        gap, width = "  ", 8
+        gap, width = "  ", longest + 5
     each = max(1, (style.width - 2 + len(gap)) // width)  # on a line
     return ["  " + gap.join(entries[start : start + each]) for start in range(0, len(entries), each)]
 
 
-def shaded_text(words: Sequence[tuple[str, str, float]], style: Style, indent: str = "  ") -> list[str]:
-    """A sentence on a background that says the words' weights; without colours, the larger weights are written.
+def shaded_text(
+    words: Sequence[tuple[str, str, float]], style: Style, indent: str = "  ", top: float = 1.0
+) -> list[str]:
+    """Text on a background that says the words' weights; without colours, the larger weights are written.
 
     Parameters
     ----------
@@ -306,17 +321,20 @@ def shaded_text(words: Sequence[tuple[str, str, float]], style: Style, indent: s
     style : Style
     indent : str
         What each line begins with.
+    top : float
+        The weight of the strongest shade.
     """
     lines, line, used = [], indent, len(indent)
     for gap, text, weight in words:
         text = cut(text, style.width - len(indent))
-        shown = text if style.colour or weight < LEVELS[0] else text + f"({weight:.2f})".replace("0.", ".")
+        written = weight != weight or (not style.colour and weight >= LEVELS[0] * top)
+        shown = text + f"({short_number(weight)})" if written else text
         if used > len(indent) and used + len(gap) + display_width(shown) > style.width:
             lines.append(line)
             line, used, gap = indent, len(indent), ""
         if used == len(indent):
             gap = ""
-        line += gap + style.shade(weight, shown)
+        line += gap + style.shade(weight / top, shown)
         used += len(gap) + display_width(shown)
     return [*lines, line]
 

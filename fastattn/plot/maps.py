@@ -1,0 +1,276 @@
+"""`heatmap`, a matrix of weights, and `heads`, the matrices of all layers and heads side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from fastattn.plot.tokens import pair_of_tokens
+from fastattn.plot.weights import Head, Summary, Weights, as_weights, check_vmax
+from fastattn.problem import check_flag
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
+
+__all__ = ["heads", "heatmap"]
+
+#: The largest cell, and the longest side of a map, in inches.
+CELL, LONGEST = 0.3, 7.0
+SHORTEST = 1.2
+#: Fields along a side of a map; of a longer one, several cells share a field.
+FIELDS = 512
+#: A small map's side in inches, and its fields: more than it has pixels would be lost.
+HEAD_SIDE, HEAD_FIELDS = 0.7, 64
+FRAME = "0.6"
+
+
+def heatmap(
+    weights: ArrayLike | Summary,
+    queries: Sequence[str] | None = None,
+    keys: Sequence[str] | None = None,
+    *,
+    head: Head = None,
+    vmax: float | None = None,
+    cmap: str | Colormap | None = None,
+    colorbar: bool = True,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw the weights of one head as a map: a row for each query, a column for each key.
+
+    Parameters
+    ----------
+    weights : array_like, shape (..., Lq, Lk), or AttentionSummary
+        What ``attention(..., return_weights=True)`` returns, or for lengths whose matrix would be too large, what
+        `attention_summary` does: its weights are drawn, and all others left white. NaN is drawn in a colour of its own.
+    queries : sequence of str, length Lq, optional
+        The tokens that look, at the left. Where they are too many, they are written smaller, then only every few of
+        them; zooming in brings the others back. Numbers unless given.
+    keys : sequence of str, length Lk, optional
+        The tokens that are looked at, along the top. The same as `queries` unless given, if there are as many.
+    head : int or tuple of int, optional
+        Which head of a stack: the index of the first axis, or of the first few. Needed if one of the axes before
+        the last two is longer than 1.
+    vmax : float, optional
+        The weight of the darkest colour, the largest of the map unless given; the scale begins at 0. Give it to make
+        pictures comparable.
+    cmap : str or matplotlib.colors.Colormap, optional
+        By default white to dark blue, in even steps of lightness.
+    colorbar : bool
+        Whether to draw the scale at the right.
+    ax : matplotlib.axes.Axes, optional
+        Where to draw, on a new figure of pyplot unless given.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+        Query i is centred at y = i, key j at x = j.
+
+    Raises
+    ------
+    ImportError
+        If matplotlib is not installed.
+    TypeError
+        If an argument is of a kind that has no meaning here.
+    ValueError
+        If shapes and numbers of tokens do not go together, if there is more than one head and none is chosen, or if a
+        weight is negative or infinite.
+
+    Notes
+    -----
+    Longer sides than 512 are drawn in fields of several cells, each as dark as the largest weight in it, so that a
+    single large weight does not disappear. The scale then says so.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn
+    >>> from fastattn import plot
+    >>> x = np.random.default_rng(0).standard_normal((3, 8))
+    >>> _, weights = fastattn.attention(x, x, x, return_weights=True)
+    >>> ax = plot.heatmap(weights, ["a", "cat", "sleeps"])
+    >>> [label.get_text() for label in ax.get_yticklabels()]
+    ['a', 'cat', 'sleeps']
+    """
+    from fastattn.plot import canvas
+
+    one = as_weights(weights).head(head)
+    rows, columns = pair_of_tokens(queries, keys, (one.queries, one.keys))
+    top = check_vmax(vmax, one.largest())
+    colormap = canvas.as_colormap(cmap)
+    check_flag("colorbar", colorbar)
+
+    square, cell_x, cell_y = _cells(one.queries, one.keys)
+    if ax is None:
+        beside = canvas.label_inches(rows, cell_y) + 0.4 + (0.8 if colorbar else 0.0)
+        above = canvas.label_inches(columns, cell_x) + 0.4
+        ax = canvas.new_axes(one.keys * cell_x + beside, one.queries * cell_y + above)
+    else:
+        ax = canvas.as_axes(ax)
+        width, height = canvas.size_of(ax)
+        cell_x, cell_y = width / one.keys, height / one.queries
+        square = square and 0.4 < cell_x / cell_y < 2.5
+        if square:
+            cell_x = cell_y = min(cell_x, cell_y)
+
+    height, width = _draw_map(ax, one, colormap, top)
+    ax.set(xlim=(-0.5, one.keys - 0.5), ylim=(one.queries - 0.5, -0.5), xlabel="keys", ylabel="queries")
+    ax.set_aspect("equal" if square else "auto")
+    ax.xaxis.set_label_position("top")
+    ax.xaxis.tick_top()
+    canvas.name_tokens(ax.xaxis, columns, one.keys, cell_x)
+    canvas.name_tokens(ax.yaxis, rows, one.queries, cell_y)
+    ax.spines[:].set(edgecolor=FRAME, linewidth=0.6)
+    if colorbar:
+        remark = one.known if height * width == 1 else f"{one.known}\n(the largest of {height} × {width} cells)"
+        canvas.scale_beside(ax, colormap, top, remark, one.largest() > top, one.has_nan())
+    return ax
+
+
+def heads(
+    weights: ArrayLike | Summary | Sequence[ArrayLike | Summary],
+    *,
+    vmax: float | None = None,
+    cmap: str | Colormap | None = None,
+    colorbar: bool = True,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw the weights of all layers and heads as small maps: a row for each layer, a column for each head.
+
+    Parameters
+    ----------
+    weights : array_like, shape (layers, H, Lq, Lk) or (H, Lq, Lk), or AttentionSummary, or a sequence of either
+        Of a sequence, each element is a layer, (H, Lq, Lk); lengths and numbers of heads may differ from layer to
+        layer. Further axes are allowed if their length is 1, such as a batch of one.
+    vmax : float, optional
+        The weight of the darkest colour in all maps, the largest of them all unless given.
+    cmap : str or matplotlib.colors.Colormap, optional
+        By default white to dark blue, in even steps of lightness.
+    colorbar : bool
+        Whether to draw the scale at the right.
+    ax : matplotlib.axes.Axes, optional
+        Where to draw, on a new figure of pyplot unless given.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+        One for all maps: that of head h in layer l is centred at x = h, y = l, and reaches 0.45 to each side. So
+        ``ax.add_patch(Rectangle((h - 0.5, l - 0.5), 1, 1, fill=False))`` draws a frame around it.
+
+    Raises
+    ------
+    ImportError
+        If matplotlib is not installed.
+    TypeError
+        If an argument is of a kind that has no meaning here.
+    ValueError
+        If there are other axes than those of layers and heads, or if a weight is negative or infinite.
+
+    Notes
+    -----
+    All maps have one scale, so that heads can be compared. Maps of more than 64 queries or keys are drawn in
+    fields of several cells, each as dark as the largest weight in it.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastattn import plot
+    >>> weights = np.random.default_rng(0).dirichlet(np.ones(5), size=(6, 12, 5))  # layers, heads, queries
+    >>> ax = plot.heads(weights)
+    >>> len(ax.images)
+    72
+    """
+    from fastattn.plot import canvas
+
+    layers = _layers(weights)
+    widest = max(layer.lead[0] for layer in layers)
+    top = check_vmax(vmax, max(layer.largest() for layer in layers))
+    colormap = canvas.as_colormap(cmap)
+    check_flag("colorbar", colorbar)
+
+    side = min(HEAD_SIDE, LONGEST / widest, LONGEST / len(layers))
+    if ax is None:
+        ax = canvas.new_axes(widest * side + (1.5 if colorbar else 0.7), len(layers) * side + 0.6)
+    else:
+        ax = canvas.as_axes(ax)
+        width, height = canvas.size_of(ax)
+        side = min(width / widest, height / len(layers))
+
+    pooled = 1
+    for y, layer in enumerate(layers):
+        for x in range(layer.lead[0]):
+            height, width = _draw_map(ax, layer.at(x), colormap, top, (x, y))
+            pooled = max(pooled, height * width)
+    ax.set(xlim=(-0.5, widest - 0.5), ylim=(len(layers) - 0.5, -0.5), aspect="equal", xlabel="head", ylabel="layer")
+    ax.xaxis.set_label_position("top")
+    ax.xaxis.tick_top()
+    canvas.name_numbers(ax.xaxis, widest, side)
+    canvas.name_numbers(ax.yaxis, len(layers), side)
+    ax.spines[:].set_visible(False)
+    if colorbar:
+        remark = layers[0].known + ("\n(fields: the largest of several cells)" if pooled > 1 else "")
+        largest, nan = max(layer.largest() for layer in layers), any(layer.has_nan() for layer in layers)
+        canvas.scale_beside(ax, colormap, top, remark, largest > top, nan)
+    return ax
+
+
+def _layers(given: Any) -> list[Weights]:
+    """The layers of a model, each a stack of heads."""
+    apart = isinstance(given, (list, tuple)) and not hasattr(given, "top_weights")
+    if apart and given and all(hasattr(each, "shape") or hasattr(each, "top_weights") for each in given):
+        layers = []
+        for place, each in enumerate(given):
+            try:
+                layers.append(as_weights(each).without_ones(1))
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"layer {place} of {error}") from error
+    else:
+        stack = as_weights(given).without_ones(2)
+        layers = [stack.at(place) for place in range(stack.lead[0])] if len(stack.lead) == 2 else [stack]
+    return [layer if layer.lead else layer.at((np.newaxis, ...)) for layer in layers]
+
+
+def _cells(queries: int, keys: int) -> tuple[bool, float, float]:
+    """Whether cells are square, and their width and height in inches, so that a figure is neither tiny nor huge."""
+    width, height = min(CELL, LONGEST / keys), min(CELL, LONGEST / queries)
+    cell = min(width, height)
+    if width == height or min(queries, keys) * cell >= SHORTEST:
+        return True, cell, cell
+    return False, width, height
+
+
+def _draw_map(
+    ax: Any, weights: Weights, colormap: Any, vmax: float, place: tuple[int, int] | None = None
+) -> tuple[int, int]:
+    """Draw one head's map in the cells' own coordinates, or, small and framed, around `place`.
+
+    Returns
+    -------
+    height, width : int
+        Of a field, in cells.
+    """
+    limit = FIELDS if place is None else HEAD_FIELDS
+    fields, height, width = weights.pooled(limit, limit)
+    right, bottom = fields.shape[1] * width / weights.keys, fields.shape[0] * height / weights.queries
+    if place is None:
+        left, upper, across, down = -0.5, -0.5, float(weights.keys), float(weights.queries)
+    else:
+        left, upper, across, down = place[0] - 0.45, place[1] - 0.45, 0.9, 0.9
+    image = ax.imshow(
+        np.asarray(fields, dtype=np.float64),
+        cmap=colormap,
+        vmin=0,
+        vmax=vmax,
+        extent=(left, left + right * across, upper + bottom * down, upper),
+        aspect="auto",
+        interpolation="antialiased",
+    )
+    if place is not None:
+        from matplotlib.patches import Rectangle
+
+        frame = Rectangle((left, upper), across, down, fill=False, edgecolor=FRAME, linewidth=0.5)
+        image.set_clip_path(ax.add_patch(frame))  # the last fields may reach further than the last cells
+    return height, width
