@@ -19,7 +19,7 @@ import fastattn
 from fastattn.guide.cross_attention import PAIRS, SCALE, SHOWN, aligned, word_vectors
 from fastattn.guide.data import fables, hidden_after, model
 from fastattn.guide.page import Listing, Picture, Step, Table, claim, duration
-from fastattn.guide.pictures import MAP, curves
+from fastattn.guide.pictures import curves
 from fastattn.terminal import Style, heat_map, legend
 
 Array = NDArray[Any]
@@ -264,18 +264,15 @@ def _picture(maps: dict[str, Array]) -> Picture:
         return [*drawn, *legend(style)]
 
     def draw(figure: Any) -> None:
-        axes = figure.subplots(1, 3, sharey=True)
+        from fastattn import plot
+
         top = max(float(weights.max()) for weights in maps.values())
-        for place, (align, weights) in zip(axes, maps.items(), strict=True):
-            image = place.imshow(weights, cmap=MAP, vmin=0, vmax=top)
-            place.set_title(align, fontsize=10)
-            place.set_xlabel("key")
-            place.spines[:].set_visible(False)
-        axes[0].set_ylabel("query")
-        figure.colorbar(image, ax=axes, label="weight", shrink=0.9)
+        for axes, (align, weights) in zip(figure.subplots(1, 3), maps.items(), strict=True):
+            plot.heatmap(weights, vmax=top, colorbar=align == "local-p", ax=axes)
+            axes.set_title(align, fontsize=11)
 
     caption = (
         "Luong's alignments on one fable that looks at itself. Global: every token may look everywhere. local-m: at a "
         "window around its own place. local-p: around the place that it predicts, with a bell curve."
     )
-    return Picture("windows", caption, lines, draw, (9.0, 3.3))
+    return Picture("windows", caption, lines, draw, (10.0, 3.6))

@@ -17,7 +17,6 @@ from fastattn.demo.minilm import HEADS, LAYERS
 from fastattn.demo.words import Word, in_words, join_pieces
 from fastattn.guide.data import model, sentences
 from fastattn.guide.page import Picture, Step, Table, claim
-from fastattn.guide.pictures import MAP
 from fastattn.terminal import Style, heat_map, legend
 
 Pairs = NDArray[np.bool_]  # [who looks][at what], over the words of a sentence
@@ -269,18 +268,21 @@ def _picture(gains: dict[str, Floats]) -> Picture:
     def draw(figure: Any) -> None:
         from matplotlib.colors import PowerNorm
 
+        from fastattn.plot.canvas import as_colormap
+
+        colours = as_colormap(None)
         axes = figure.subplots(2, 3, sharex=True, sharey=True)
         for place, (name, gain) in zip(axes.flat, gains.items(), strict=True):
             # small gains are to be seen beside large ones: the scale of colours is that of their roots
-            image = place.imshow(gain, cmap=MAP, norm=PowerNorm(0.5, vmin=0, vmax=1))
+            image = place.imshow(gain, cmap=colours, norm=PowerNorm(0.5, vmin=0, vmax=1))
             layer, head = divmod(int(gain.argmax()), HEADS)
-            text = {"color": "black" if gain.max() > 0.3 else "white", "fontsize": 6.5, "ha": "center", "va": "center"}
+            text = {"color": "white" if gain.max() > 0.2 else "black", "fontsize": 6.5, "ha": "center", "va": "center"}
             place.text(head, layer, f"{gain.max():.2f}".lstrip("0"), **text)
             place.set_title(name, fontsize=9)
             place.set_xticks(range(0, HEADS, 2))
             place.set_yticks(range(LAYERS))
             place.tick_params(length=0, labelsize=8)
-            place.spines[:].set_visible(False)
+            place.spines[:].set_color("0.6")
         figure.supxlabel("head", fontsize=9)
         figure.supylabel("layer", fontsize=9)
         figure.colorbar(image, ax=axes, label="weight above the control", shrink=0.8)

@@ -54,7 +54,6 @@ def steps() -> Iterator[Step]:
         list(ASKED),
         list(LEGS),
         weight,
-        numbers=True,
         size=(6.0, 3.2),
     )
     best = [list(LEGS)[index] for index in weight.argmax(axis=1)]

@@ -1,6 +1,6 @@
-"""The pictures of the guide: curves, maps of weights, lines between words; each in a terminal and by matplotlib.
+"""The pictures of the guide: curves, and maps of weights; each in a terminal and by matplotlib.
 
-Colours: cividis for maps, and the palette of Okabe and Ito for curves, which colour-blind people can tell apart;
+Colours: those of `fastattn.plot` for maps, and the palette of Okabe and Ito for curves, which colour-blind people can tell apart;
 curves differ in their markers as well.
 """
 
@@ -15,12 +15,11 @@ from numpy.typing import ArrayLike, NDArray
 from fastattn.guide.page import Picture
 from fastattn.terminal import Style, bar_table, heat_map, legend
 
-__all__ = ["BLUE", "GREEN", "ORANGE", "RED", "curves", "draw_curves", "draw_map", "links", "weight_map"]
+__all__ = ["BLUE", "GREEN", "ORANGE", "RED", "curves", "draw_curves", "weight_map"]
 
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 COLOURS = (BLUE, RED, GREEN, ORANGE)
 MARKERS = "osD^"
-MAP = "cividis"
 
 
 def curves(
@@ -87,10 +86,9 @@ def weight_map(
     columns: Sequence[str],
     weights: ArrayLike,
     *,
-    numbers: bool = False,
     size: tuple[float, float] = (6.0, 4.0),
 ) -> Picture:
-    """A map of weights: each row looks, each column is looked at; `numbers` writes them into the cells."""
+    """A map of weights: each row looks, each column is looked at."""
     values: NDArray[Any] = np.asarray(weights, dtype=np.float64)
 
     def lines(style: Style) -> list[str]:
@@ -104,52 +102,8 @@ def weight_map(
         return [*drawn, "", *legend(style)]
 
     def draw(figure: Any) -> None:
-        axes = figure.add_subplot()
-        image = draw_map(axes, rows, columns, values, numbers=numbers)
-        figure.colorbar(image, ax=axes, label="weight", shrink=0.9)
+        from fastattn import plot
+
+        plot.heatmap(values, rows, columns, ax=figure.add_subplot())
 
     return Picture(name, caption, lines, draw, size)
-
-
-def draw_map(
-    axes: Any, rows: Sequence[str], columns: Sequence[str], values: NDArray[Any], *, numbers: bool = False
-) -> Any:
-    """Draw a map on matplotlib's axes, from 0 to the greatest weight; returns the image."""
-    top = float(values.max())
-    image = axes.imshow(values, cmap=MAP, vmin=0, vmax=top, aspect="auto")
-    axes.set_xticks(range(len(columns)), columns, rotation=0 if max(map(len, columns)) <= 3 else 45, ha="center")
-    if max(map(len, columns)) > 3:
-        for tick in axes.get_xticklabels():
-            tick.set(ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(len(rows)), rows)
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    if numbers:
-        for (row, column), value in np.ndenumerate(values):
-            colour = "black" if value > 0.6 * top else "white"
-            axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
-    return image
-
-
-def links(
-    axes: Any, left: Sequence[str], right: Sequence[str], weights: NDArray[Any], *, colour: str = BLUE, mark: int = -1
-) -> None:
-    """Draw two columns of words on matplotlib's axes, with lines as dark as the weights; the word `mark` in bold."""
-    for side, words in ((0.0, left), (1.0, right)):
-        for place, word in enumerate(words):
-            axes.text(
-                side + (0.02 if side else -0.02),
-                -place,
-                word,
-                ha="left" if side else "right",
-                va="center",
-                fontsize=9,
-                fontweight="bold" if not side and place == mark else "normal",
-            )
-    for (row, column), weight in np.ndenumerate(weights):
-        if weight >= 0.02:
-            axes.plot(
-                [0, 1], [-row, -column], color=colour, alpha=min(1.0, 0.15 + float(weight)), linewidth=0.5 + 3 * weight
-            )
-    axes.set(xlim=(-0.55, 1.55), ylim=(-max(len(left), len(right)) + 0.4, 0.6))
-    axes.axis("off")

@@ -17,7 +17,6 @@ from fastattn.demo.minilm import HEADS, Floats, Layer
 from fastattn.demo.words import Look, Word, find_word, in_words, join_pieces
 from fastattn.guide.data import hidden_after, model
 from fastattn.guide.page import Listing, Picture, Step, Table, claim
-from fastattn.guide.pictures import draw_map, links
 from fastattn.terminal import Style
 
 #: Sentences with an "it", two nouns that it could be, and which one it is.
@@ -129,14 +128,11 @@ def _picture(words: Sequence[Word], weights: NDArray[np.float64], looks: Sequenc
         return picture(words, weights, looks, style)
 
     def draw(figure: Any) -> None:
+        from fastattn import plot
+
         left, right = figure.subplots(1, 2, width_ratios=(0.8, 1.2))
-        row = np.zeros((len(labels), len(labels)))
-        row[look.word] = weights[look.layer, look.head, look.word]
-        links(left, labels, labels, row, mark=look.word)
-        left.set_title(f'"{labels[look.word]}" looks', fontsize=10)
-        image = draw_map(right, labels, labels, weights[look.layer, look.head])
-        right.set_title("who looks (row) at what (column)", fontsize=10)
-        figure.colorbar(image, ax=right, label="weight", shrink=0.8)
+        plot.links(weights[look.layer, look.head], labels, labels, query=look.word, ax=left)
+        plot.heatmap(weights[look.layer, look.head], labels, labels, ax=right)
 
     caption = f"Layer {look.layer}, head {look.head} of MiniLM. The lines are as dark and as thick as the weights."
     return Picture("self-attention", caption, lines, draw, (9.0, 4.2))
