@@ -4,9 +4,10 @@ from fastattn.additive import additive_attention
 from fastattn.api import attention
 from fastattn.cpu.kernels import warmup
 from fastattn.cpu.pool import get_num_threads, num_threads, set_num_threads
-from fastattn.layers import LuongAttention, MultiHeadAttention, rotary, sinusoidal_positions
+from fastattn.layers import BahdanauAttention, LuongAttention, MultiHeadAttention, rotary, sinusoidal_positions
 
 __all__ = [
+    "BahdanauAttention",
     "LuongAttention",
     "MultiHeadAttention",
     "additive_attention",

@@ -17,6 +17,9 @@ score. Then:
 - The log-sum-exp has the error of the scores, and is rounded at its own size: eps · (8 + D/2 · A + |lse|).
 - Weights are never negative and sum to 1, however large the scores and their errors: whatever A says, no weight is
   above 1 and no result further from 0 than the largest value, but for the roundings of two sums over Lk keys.
+- In additive attention the terms of a score are weight · tanh. A is 7 Σ|weight|: the error of one term is at most 7 eps
+  times its weight (2 from that of exp(2q) and exp(2k), which are right to 2 units in the last place each, and change
+  2 / (1 + exp(2q) exp(2k)) by at most half as much; the rest from the roundings of this quotient, which is up to 2).
 - Dropout multiplies weights, and with them their errors, by 1 / (1 - p).
 
 What is not finite must be the same, with one exception: where the exact result is infinite, because a value is, the
@@ -32,10 +35,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastattn import reference
-from fastattn.problem import Problem, as_operands, describe, seed_from
+from fastattn.problem import Problem, as_additive_operands, as_operands, describe, describe_additive, seed_from
 
 Array = NDArray[Any]
 
+#: Roundings of one term of an additive score.
+ADDITIVE_ROUNDINGS = 7
 #: Roundings of one result that do not depend on the size of the scores: exp, sum, division, products with the values.
 ROUNDINGS = 8
 
@@ -55,19 +60,29 @@ class Expected:
     largest_out: float
 
 
-def expected(query: Any, key: Any, value: Any, attn_mask: Any = None, *, rng: Any = None, **options: Any) -> Expected:
+def expected(
+    query: Any, key: Any, value: Any, attn_mask: Any = None, *, weight: Any = None, rng: Any = None, **options: Any
+) -> Expected:
     """Evaluate a call in a wider type, with the bounds for it.
 
-    Parameters are those of `fastattn.attention`; `options` are dropout_p, is_causal, scale and enable_gqa.
+    Parameters are those of `fastattn.attention`; `options` are dropout_p, is_causal, scale and enable_gqa. Given a
+    weight, those of `fastattn.additive_attention`.
     """
-    problem, operands = describe(*as_operands(query, key, value, attn_mask), **options)
-    out, lse, weights = reference.evaluate(problem, operands, seed_from(rng, draw=problem.dropout_p > 0))
+    if weight is None:
+        problem, operands = describe(*as_operands(query, key, value, attn_mask), **options)
+    else:
+        query, key, value, weight, attn_mask = as_additive_operands(query, key, value, weight, attn_mask)
+        problem, operands = describe_additive(query, key, value, weight, attn_mask, **options)
+    out, lse, weights = reference.evaluate(problem, operands, seed_from(rng, draw=problem.dropout_p > 0), weight)
     undropped = weights
     if problem.dropout_p > 0:
         undropped = reference.evaluate(replace(problem, dropout_p=0.0), operands)[2]
     with np.errstate(all="ignore"):
         eps = float(np.finfo(problem.dtype).eps)
-        terms = score_size(operands.query, operands.key, problem.scale)
+        if weight is None:
+            terms = score_size(operands.query, operands.key, problem.scale)
+        else:
+            terms = ADDITIVE_ROUNDINGS * float(np.abs(weight[np.isfinite(weight)], dtype=np.float64).sum())
         size: Any = ROUNDINGS + terms
         if operands.mask is not None and problem.mask_kind == "float":
             # not finite: the row is not finite either, or the key has no part in it

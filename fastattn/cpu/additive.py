@@ -12,15 +12,15 @@ taken, with an exponential for each query, key and feature.
 Which way a key goes depends on its own row and the block of queries. So a key that is masked out, and may hold
 anything, changes no bit of another key's score.
 
-Layouts, P features padded with 0 to a multiple of two vectors:
+Layouts, features padded with 0 to a multiple of four vectors:
 
     block of queries      exps, raws [p][i], or for few queries [i][p]
-                          factors[p] = -2 weight[p], weight[p], sums of weights, the largest |query|, some vectors of room
+                          factors[p] = -2 weight[p], weight[p], sums of weights, the largest |query|, and room
     block of keys         largest |key| [j], raws [j][p], exps in panels [j / rows][p][j % rows], or for few [j][p]
 """
 
 from fastattn.cpu.pack import pack_keys, pack_queries
-from fastattn.cpu.softmax import NEAREST_32, NEAREST_64, ROUND_32, ROUND_64
+from fastattn.cpu.softmax import NEAREST_32, NEAREST_64, ROUND_32, ROUND_64, exp2
 from fastattn.simd import (
     absolute,
     exponent_bits,
@@ -32,8 +32,10 @@ from fastattn.simd import (
     maximum,
     minimum,
     store_element,
+    sum_rows,
     tile_fill,
     tile_load,
+    tile_load_column,
     tile_rank1_reciprocals,
     tile_repeat,
     tile_store,
@@ -44,8 +46,7 @@ PART = 32
 # Of |query| + |key|: the products of two denominators, exp(4 reach), and of one and a weight are below 2^127, 2^1023.
 REACH_32, REACH_64 = 21.0, 170.0
 WEIGHT_REACH_32, WEIGHT_REACH_64 = 2.0**60, 2.0**500
-# tanh is 1 from here on, to the last place.
-SATURATED_32, SATURATED_64 = 10.0, 20.0
+SATURATED = 100.0  # 1 - 2 / (1 + 2^100) is 1
 LOG2_E_TWICE = 2.8853900817779268
 # ln(2) / 2 in two parts, the first so short that its product with a whole number below 2^7, 2^10 is exact.
 HALF_LN2_HIGH_32, HALF_LN2_LOW_32 = 0.3465728759765625, 7.143034101547086e-07
@@ -73,10 +74,11 @@ def exp_twice(tile, x):
 
 @jit
 def tanh(tile, x):
-    """tanh(x) by elements, to an error of some units in the last place of 1; NaN for NaN."""
-    bound = SATURATED_32 if tile.itemsize == 4 else SATURATED_64
-    x = maximum(-bound, minimum(bound, x))
-    return 1.0 - 2.0 / (exp_twice(tile, x) + 1.0)
+    """tanh(x) by elements, to an error of some units in the last place of 1; NaN for NaN.
+
+    Where x is large, and its product with log2(e) wrong by more than that, tanh no longer depends on it.
+    """
+    return 1.0 - 2.0 / (exp2(tile, minimum(SATURATED, x * LOG2_E_TWICE)) + 1.0)
 
 
 # -- rows of queries and keys ------------------------------------------------------------------------------------------
@@ -84,9 +86,9 @@ def tanh(tile, x):
 
 @jit
 def padded(tile, features):
-    """The features with what is added to fill pairs of vectors."""
-    pair = 2 * tile.lanes
-    return (features + pair - 1) // pair * pair
+    """The features with what is added to fill quads of vectors."""
+    quad = tile.quad.rows * tile.lanes
+    return (features + quad - 1) // quad * quad
 
 
 @jit
@@ -110,12 +112,12 @@ def load_rows(tile, source, row, column, count, features, raws, exps, largest):
     row_bytes = length * tile.itemsize
     for j in range(count):
         copy_row(tile, source + j * row, column, features, length, raws)
-        best = tile_fill(tile.vector, 0.0)
-        for offset in range(0, row_bytes, tile.vector_bytes):
-            x = tile_load(tile.vector, raws + offset, 0)
-            tile_store(exp_twice(tile, x), exps + offset, 0)
+        best = tile_fill(tile.quad, 0.0)
+        for offset in range(0, row_bytes, tile.quad.rows * tile.vector_bytes):
+            x = tile_load(tile.quad, raws + offset, tile.vector_bytes)
+            tile_store(exp_twice(tile, x), exps + offset, tile.vector_bytes)
             best = maximum(absolute(x), best)
-        tile_store(best, largest, 0)  # over the numbers of the next keys, which are still to come
+        tile_store(largest_row(best), largest, 0)  # over the numbers of the next keys, which are still to come
         store_element(tile, largest, largest_of(tile, largest, tile.lanes))
         raws += row_bytes
         exps += row_bytes
@@ -246,14 +248,14 @@ def distant_scores(tile, plan, start, raw, q_raws, weights):
     """start + the scores of one key, with a tanh for each query and feature."""
     total = start
     for first in range(0, plan.head_dim, PART):
-        part = tile_fill(tile.single, 0.0)
-        for _ in range(first, min(first + PART, plan.head_dim)):
-            x = tile_load(tile.single, q_raws, 0) + load_element(tile, raw)
-            part = fma(tanh(tile, x), load_element(tile, weights), part)
-            q_raws += tile.row_bytes
-            raw += tile.itemsize
-            weights += tile.itemsize
-        total = total + part
+        part = tile_fill(tile.pair, 0.0)
+        for _ in range(first, min(first + PART, plan.head_dim), 2):
+            x = tile_load(tile.pair, q_raws, tile.row_bytes) + tile_load_column(tile.pair, raw, tile.itemsize)
+            part = fma(tanh(tile, x), tile_load_column(tile.pair, weights, tile.itemsize), part)
+            q_raws += 2 * tile.row_bytes
+            raw += 2 * tile.itemsize
+            weights += 2 * tile.itemsize
+        total = total + sum_rows(part)
     return total
 
 
@@ -311,11 +313,11 @@ def load_few_keys(tile, plan, keys, source, count):
 
 
 @jit
-def near_lanes(shape, length, exps, row_bytes, q, factors, sums):
-    """The scores of one query and the next keys (as many as the shape has rows), lane by lane, which are to be summed."""
+def near_lanes(shape, features, exps, row_bytes, q, factors, sums):
+    """The scores of one query and the next keys, in lanes that are to be summed."""
     total = tile_repeat(shape, tile_load(shape.vector, sums, 0))
     step = shape.vector_bytes
-    for offset in range(0, length * shape.itemsize, 2 * step):
+    for offset in range(0, features * shape.itemsize, 2 * step):
         a = fma(tile_load(shape, exps + offset, row_bytes), tile_load(shape.vector, q + offset, 0), 1.0)
         b = fma(tile_load(shape, exps + offset + step, row_bytes), tile_load(shape.vector, q + offset + step, 0), 1.0)
         factor = tile_load(shape.vector, factors + offset, 0)
@@ -327,11 +329,12 @@ def near_lanes(shape, length, exps, row_bytes, q, factors, sums):
 @jit
 def distant_lanes(tile, length, raw, q_raw, weights):
     """The same for one key, with a tanh for each feature."""
-    total = tile_fill(tile.vector, 0.0)
-    for offset in range(0, length * tile.itemsize, tile.vector_bytes):
-        x = tile_load(tile.vector, raw + offset, 0) + tile_load(tile.vector, q_raw + offset, 0)
-        total = fma(tanh(tile, x), tile_load(tile.vector, weights + offset, 0), total)
-    return total
+    total = tile_fill(tile.quad, 0.0)
+    step = tile.vector_bytes
+    for offset in range(0, length * tile.itemsize, tile.quad.rows * step):
+        x = tile_load(tile.quad, raw + offset, step) + tile_load(tile.quad, q_raw + offset, step)
+        total = fma(tanh(tile, x), tile_load(tile.quad, weights + offset, step), total)
+    return sum_rows(total)
 
 
 @jit
@@ -368,7 +371,7 @@ def score_few(tile, plan, q, keys, panel, row, column, first, count, start, scor
             initial = load_element(tile, starts + i * tile.itemsize)
             place = scores + j * tile.row_bytes + i * tile.itemsize
             if together:
-                acc = near_lanes(tile.quad, length, exps, row_bytes, q + query, factors, sums)
+                acc = near_lanes(tile.quad, plan.head_dim, exps, row_bytes, q + query, factors, sums)
                 tile_store(acc, lanes_at, tile.vector_bytes)
                 for r in range(quad):
                     total = add_lanes(tile, lanes_at + r * tile.vector_bytes, initial)
@@ -377,7 +380,7 @@ def score_few(tile, plan, q, keys, panel, row, column, first, count, start, scor
             for r in range(height):
                 offset = r * row_bytes
                 if load_element(tile, largest + r * tile.itemsize) <= reach:
-                    one = near_lanes(tile.vector, length, exps + offset, row_bytes, q + query, factors, sums)
+                    one = near_lanes(tile.vector, plan.head_dim, exps + offset, row_bytes, q + query, factors, sums)
                 else:
                     one = distant_lanes(tile, length, raws + offset, q_raws + query, weights)
                 tile_store(one, lanes_at, 0)

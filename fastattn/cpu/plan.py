@@ -74,7 +74,7 @@ def additive_key_bytes(tile: Tile, features: int, key_block: int) -> int:
 
 
 def _padded(tile: Tile, features: int) -> int:
-    return -(-features // (2 * tile.lanes)) * 2 * tile.lanes
+    return -(-features // (4 * tile.lanes)) * 4 * tile.lanes
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,10 +31,11 @@ __all__ = [
     "as_axes",
     "as_colormap",
     "drawable",
-    "label_inches",
+    "fit",
     "name_numbers",
     "name_tokens",
     "new_axes",
+    "resize",
     "scale_beside",
     "size_of",
     "verbatim",
@@ -44,6 +45,8 @@ SMALLEST_FONT, LARGEST_FONT = 6.0, 10.0
 LINE = 1.2  # height of a line of text, of the font's size
 CHARACTER = 0.6  # width of a character, of the font's size: a little more than most have
 BAR_INCHES, BAR_GAP_INCHES = 0.12, 0.12
+SHORTEST_BAR, LONGEST_BAR = 0.6, 4.0
+SPACE, PAD = 3.0, 0.05  # around axes, in inches: while they are drawn, and then
 
 #: Fonts that have what most lack, of Chinese, Japanese and Korean writing and of symbols, on Linux, macOS and Windows.
 FALLBACKS = (
@@ -71,11 +74,43 @@ def as_axes(ax: object) -> Any:
 
 
 def new_axes(width: float, height: float) -> Any:
-    """Return the axes of a new figure of pyplot, which becomes its current one, in inches."""
+    """Return axes of this size, in inches, on a new figure of pyplot, which becomes its current one.
+
+    There is space around them for what will be drawn there; `fit` takes away what was not needed.
+    """
     from matplotlib import pyplot
 
-    figure = pyplot.figure(figsize=(width, height), layout="constrained")
-    return figure.add_subplot()
+    ax = pyplot.figure(layout="none").add_subplot()
+    resize(ax, width, height)
+    return ax
+
+
+def resize(ax: Any, width: float, height: float) -> None:
+    """Give axes of `new_axes` another size, in inches."""
+    ax.figure.set_size_inches(width + 2 * SPACE, height + 2 * SPACE)
+    _put(ax.figure, width, height, SPACE, SPACE, SPACE, SPACE)
+
+
+def fit(ax: Any) -> None:
+    """Make the figure of `new_axes` as large as its axes and what is around them, and leave the layout to matplotlib.
+
+    So a title that is added later finds its place.
+    """
+    figure = ax.figure
+    width, height = size_of(ax)
+    inches = figure.dpi_scale_trans.inverted()
+    inner, outer = ax.get_window_extent().transformed(inches), ax.get_tightbbox().transformed(inches)
+    sides = (inner.x0 - outer.x0, inner.y0 - outer.y0, outer.x1 - inner.x1, outer.y1 - inner.y1)
+    left, bottom, right, top = (max(side, 0) + PAD for side in sides)
+    figure.set_size_inches(width + left + right, height + bottom + top)
+    _put(figure, width, height, left, bottom, right, top)
+    # "constrained" does not reckon with axes whose aspect is fixed
+    figure.set_layout_engine("compressed", w_pad=PAD, h_pad=PAD)
+
+
+def _put(figure: Any, width: float, height: float, left: float, bottom: float, right: float, top: float) -> None:
+    across, down = left + width + right, bottom + height + top
+    figure.subplots_adjust(left / across, bottom / down, (left + width) / across, (bottom + height) / down)
 
 
 def size_of(ax: Any) -> tuple[float, float]:
@@ -114,8 +149,9 @@ def scale_beside(ax: Any, colormap: Any, vmax: float, remark: str, overflow: boo
     """
     width, height = size_of(ax)
     place = [1 + BAR_GAP_INCHES / width, 0, BAR_INCHES / width, 1]
-    if height > 4:  # a bar as high as a page helps nobody
-        place[1], place[3] = 1 - 4 / height, 4 / height
+    if not SHORTEST_BAR <= height <= LONGEST_BAR:  # from the upper edge downwards
+        place[3] = min(max(height, SHORTEST_BAR), LONGEST_BAR) / height
+        place[1] = 1 - place[3]
     inset = ax.inset_axes(place)
     bar = ax.figure.colorbar(
         ScalarMappable(Normalize(0, vmax), colormap),
@@ -197,19 +233,14 @@ def name_tokens(axis: Any, tokens: Sequence[str] | None, count: int, inches: flo
 def name_numbers(axis: Any, count: int, inches: float) -> None:
     """Write numbers from 0 along an axis of `count` places: every one if there is space, or round ones."""
     axis.axes.tick_params(axis=axis.axis_name, length=0 if inches > 0.15 else 2, labelsize=8)
-    most = max(1, min(count, int(count * inches / 0.25)))
-    axis.set_major_locator(ticker.MaxNLocator(most if most == count else min(most, 8), integer=True))
+    space = int(count * inches / 0.25)
+    most = count if count <= space else max(1, min(space, 8))
+    axis.set_major_locator(ticker.MaxNLocator(most, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
 
 
 def font_points(inches: float) -> float:
     """Return the size of a font whose lines are this far apart, within what is legible and what is becoming."""
     return min(max(inches * 72 / LINE, SMALLEST_FONT), LARGEST_FONT)
-
-
-def label_inches(tokens: Sequence[str] | None, inches: float) -> float:
-    """Return about how much space the labels of an axis take across it."""
-    longest = 4 if tokens is None else max(display_width(label(token)) for token in tokens)
-    return longest * CHARACTER * font_points(inches) / 72 + 0.1
 
 
 def verbatim(text: str) -> str:

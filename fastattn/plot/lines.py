@@ -22,6 +22,8 @@ __all__ = ["links"]
 FAINTEST = 0.01
 #: Height of a token, and of the whole, in inches.
 TOKEN, TALLEST = 0.22, 12.0
+#: How much of a token's height its lines take, and how wide they are, in points.
+SPREAD, THINNEST_LINE, WIDEST_LINE = 0.6, 0.6, 2.0
 NAN_LINK = "0.35"
 
 
@@ -59,7 +61,8 @@ def links(
     Returns
     -------
     matplotlib.axes.Axes
-        Token i is at y = i on both sides; queries are at x = 0 and keys at x = 1.
+        Token i is at y = i on both sides; queries are at x = 0, and keys at x = 1. Lines of several heads are side by
+        side there, in the order of the heads.
 
     Raises
     ------
@@ -102,43 +105,56 @@ def links(
     longest = max(stack.queries, stack.keys)
     inches = min(TOKEN, TALLEST / longest)
     if ax is None:
-        aside = canvas.label_inches(rows, inches) + canvas.label_inches(columns, inches)
-        ax = canvas.new_axes(max(1.6, min(4.0, 0.5 * longest * inches)) + aside, max(longest, 2) * inches + 0.6)
+        drawn_on = canvas.new_axes(max(1.6, min(4.0, 0.5 * longest * inches)), longest * inches)
     else:
-        ax = canvas.as_axes(ax)
-        inches = canvas.size_of(ax)[1] / longest
+        drawn_on = canvas.as_axes(ax)
+        inches = canvas.size_of(drawn_on)[1] / longest
 
-    _draw_lines(ax, found, only or 0, top, width=min(2.0, max(0.8, 10 * inches)))
-    ax.set(xlim=(0, 1), ylim=(longest - 0.5, -0.5), xticks=[], ylabel="queries")
-    right = ax.secondary_yaxis("right")
-    right.set_ylabel("keys", rotation=270, va="bottom")
-    for axes in (ax, right):
-        axes.spines[:].set_visible(False)
-    canvas.name_tokens(ax.yaxis, rows, stack.queries, inches)
+    _draw_lines(drawn_on, found, only or 0, top, inches)
+    drawn_on.set(xlim=(0, 1), ylim=(longest - 0.5, -0.5))
+    right = drawn_on.secondary_yaxis("right")
+    canvas.name_tokens(drawn_on.yaxis, rows, stack.queries, inches)
     canvas.name_tokens(right.yaxis, columns, stack.keys, inches)
-    _draw_legend(ax, names, any(np.isnan(each[2]).any() for each in found))
-    return ax
+    for axes in (drawn_on, right):
+        axes.spines[:].set_visible(False)
+    drawn_on.xaxis.tick_top()
+    drawn_on.set_xticks([0, 1], ["queries", "keys"], fontsize=8, color="0.35")
+    drawn_on.tick_params(axis="x", length=0, pad=3)
+    for title, side in zip(drawn_on.get_xticklabels(), ("right", "left"), strict=True):
+        title.set_horizontalalignment(side)
+    _draw_legend(drawn_on, names, any(np.isnan(each[2]).any() for each in found))
+    if ax is None:
+        canvas.fit(drawn_on)
+    return drawn_on
 
 
-def _draw_lines(ax: Any, found: Sequence[tuple[Array, Array, Array]], first: int, top: float, width: float) -> None:
-    """Draw the lines of each head, as (queries, keys, weights), in its colour; queries are counted from `first`."""
+def _draw_lines(ax: Any, found: Sequence[tuple[Array, Array, Array]], first: int, top: float, inches: float) -> None:
+    """Draw the lines of each head, as (queries, keys, weights), in its colour; queries are counted from `first`.
+
+    Those of several heads lie side by side at a token, within the part of its height that is `SPREAD`.
+    """
     from matplotlib.collections import LineCollection
     from matplotlib.colors import to_rgb
 
-    ends = np.concatenate([np.stack([queries + first, keys], axis=1) for queries, keys, _ in found])
-    weights = np.concatenate([each for _, _, each in found])
-    colours = np.concatenate(
-        [np.tile(to_rgb(colour), (len(each), 1)) for (_, _, each), colour in zip(found, HEAD_COLOURS, strict=False)]
+    heads = len(found)
+    width = min(WIDEST_LINE, max(THINNEST_LINE, SPREAD * inches * 72 / heads))
+    offsets = SPREAD * ((np.arange(heads) + 0.5) / heads - 0.5)
+    ends = np.concatenate(
+        [
+            np.stack([rows + first, columns], axis=1) + offset
+            for (rows, columns, _), offset in zip(found, offsets, strict=True)
+        ]
     )
-    numbers = np.flatnonzero(~np.isnan(weights))
-    order = numbers[np.argsort(weights[numbers], kind="stable")]  # the strongest on top
+    weights = np.concatenate([each for _, _, each in found])
+    colours = np.repeat([to_rgb(c) for c in HEAD_COLOURS[:heads]], [len(each) for _, _, each in found], axis=0)
+    lost = np.isnan(weights)
+    order = np.argsort(weights, kind="stable")[: np.count_nonzero(~lost)]  # the strongest on top; NaN come last
     opacity = np.minimum(weights[order] / top, 1)
     rgba = np.column_stack([colours[order], opacity])
     ax.add_collection(LineCollection(_segments(ends[order]), colors=rgba, linewidths=width, capstyle="butt"))
-    lost = np.isnan(weights)
     if lost.any():
-        segments = _segments(np.unique(ends[lost], axis=0))
-        ax.add_collection(LineCollection(segments, colors=NAN_LINK, linewidths=0.6 * width, linestyles="dotted"))
+        segments = _segments(ends[lost])
+        ax.add_collection(LineCollection(segments, colors=NAN_LINK, linewidths=THINNEST_LINE, linestyles="dotted"))
 
 
 def _segments(ends: Array) -> Array:

@@ -23,8 +23,8 @@ CELL, LONGEST = 0.3, 7.0
 SHORTEST = 1.2
 #: Fields along a side of a map; of a longer one, several cells share a field.
 FIELDS = 512
-#: A small map's side in inches, and its fields: more than it has pixels would be lost.
-HEAD_SIDE, HEAD_FIELDS = 0.7, 64
+#: A small map's side in inches; it has no more fields than pixels, so that none is lost.
+HEAD_SIDE, PIXELS, LEAST_FIELDS = 0.7, 100, 8
 FRAME = "0.6"
 
 
@@ -105,29 +105,28 @@ def heatmap(
 
     square, cell_x, cell_y = _cells(one.queries, one.keys)
     if ax is None:
-        beside = canvas.label_inches(rows, cell_y) + 0.4 + (0.8 if colorbar else 0.0)
-        above = canvas.label_inches(columns, cell_x) + 0.4
-        ax = canvas.new_axes(one.keys * cell_x + beside, one.queries * cell_y + above)
+        drawn = canvas.new_axes(one.keys * cell_x, one.queries * cell_y)
     else:
-        ax = canvas.as_axes(ax)
-        width, height = canvas.size_of(ax)
+        drawn = canvas.as_axes(ax)
+        width, height = canvas.size_of(drawn)
         cell_x, cell_y = width / one.keys, height / one.queries
         square = square and 0.4 < cell_x / cell_y < 2.5
         if square:
             cell_x = cell_y = min(cell_x, cell_y)
 
-    height, width = _draw_map(ax, one, colormap, top)
-    ax.set(xlim=(-0.5, one.keys - 0.5), ylim=(one.queries - 0.5, -0.5), xlabel="keys", ylabel="queries")
-    ax.set_aspect("equal" if square else "auto")
-    ax.xaxis.set_label_position("top")
-    ax.xaxis.tick_top()
-    canvas.name_tokens(ax.xaxis, columns, one.keys, cell_x)
-    canvas.name_tokens(ax.yaxis, rows, one.queries, cell_y)
-    ax.spines[:].set(edgecolor=FRAME, linewidth=0.6)
+    fields = _draw_map(drawn, one, colormap, top)
+    drawn.set(xlim=(-0.5, one.keys - 0.5), ylim=(one.queries - 0.5, -0.5), xlabel="keys", ylabel="queries")
+    drawn.set_aspect("equal" if square else "auto")
+    drawn.xaxis.set_label_position("top")
+    drawn.xaxis.tick_top()
+    canvas.name_tokens(drawn.xaxis, columns, one.keys, cell_x)
+    canvas.name_tokens(drawn.yaxis, rows, one.queries, cell_y)
+    drawn.spines[:].set(edgecolor=FRAME, linewidth=0.6)
     if colorbar:
-        remark = one.known if height * width == 1 else f"{one.known}\n(the largest of {height} × {width} cells)"
-        canvas.scale_beside(ax, colormap, top, remark, one.largest() > top, one.has_nan())
-    return ax
+        canvas.scale_beside(drawn, colormap, top, _remark(one, {fields}), one.largest() > top, one.has_nan())
+    if ax is None:
+        canvas.fit(drawn)
+    return drawn
 
 
 def heads(
@@ -171,8 +170,8 @@ def heads(
 
     Notes
     -----
-    All maps have one scale, so that heads can be compared. Maps of more than 64 queries or keys are drawn in
-    fields of several cells, each as dark as the largest weight in it.
+    All maps have one scale, so that heads can be compared. A map with more queries or keys than it has pixels, at 100
+    pixels per inch, is drawn in fields of several cells, each as dark as the largest weight in it.
 
     Examples
     --------
@@ -193,28 +192,41 @@ def heads(
 
     side = min(HEAD_SIDE, LONGEST / widest, LONGEST / len(layers))
     if ax is None:
-        ax = canvas.new_axes(widest * side + (1.5 if colorbar else 0.7), len(layers) * side + 0.6)
+        drawn = canvas.new_axes(widest * side, len(layers) * side)
     else:
-        ax = canvas.as_axes(ax)
-        width, height = canvas.size_of(ax)
+        drawn = canvas.as_axes(ax)
+        width, height = canvas.size_of(drawn)
         side = min(width / widest, height / len(layers))
 
-    pooled = 1
-    for y, layer in enumerate(layers):
-        for x in range(layer.lead[0]):
-            height, width = _draw_map(ax, layer.at(x), colormap, top, (x, y))
-            pooled = max(pooled, height * width)
-    ax.set(xlim=(-0.5, widest - 0.5), ylim=(len(layers) - 0.5, -0.5), aspect="equal", xlabel="head", ylabel="layer")
-    ax.xaxis.set_label_position("top")
-    ax.xaxis.tick_top()
-    canvas.name_numbers(ax.xaxis, widest, side)
-    canvas.name_numbers(ax.yaxis, len(layers), side)
-    ax.spines[:].set_visible(False)
+    limit = max(LEAST_FIELDS, int(PIXELS * side))
+    fields = {
+        _draw_map(drawn, layer.at(x), colormap, top, (x, y))
+        for y, layer in enumerate(layers)
+        for x in range(layer.lead[0])
+    }
+    drawn.set(xlim=(-0.5, widest - 0.5), ylim=(len(layers) - 0.5, -0.5), aspect="equal", xlabel="head", ylabel="layer")
+    drawn.xaxis.set_label_position("top")
+    drawn.xaxis.tick_top()
+    canvas.name_numbers(drawn.xaxis, widest, side)
+    canvas.name_numbers(drawn.yaxis, len(layers), side)
+    if len(layers) == 1:  # or no layers, but heads
+        drawn.set(yticks=[], ylabel="")
+    drawn.spines[:].set_visible(False)
     if colorbar:
-        remark = layers[0].known + ("\n(fields: the largest of several cells)" if pooled > 1 else "")
         largest, nan = max(layer.largest() for layer in layers), any(layer.has_nan() for layer in layers)
-        canvas.scale_beside(ax, colormap, top, remark, largest > top, nan)
-    return ax
+        canvas.scale_beside(drawn, colormap, top, _remark(layers[0], fields), largest > top, nan)
+    if ax is None:
+        canvas.fit(drawn)
+    return drawn
+
+
+def _remark(weights: Weights, fields: set[tuple[int, int]]) -> str:
+    """What to say beside the scale: which weights are known, and how many cells a field is the largest of."""
+    height, width = max(fields)
+    if height * width == 1:
+        return weights.known
+    cells = f"{height} × {width} cells" if len(fields) == 1 else "several cells"
+    return f"{weights.known}\n(fields: the largest of {cells})"
 
 
 def _layers(given: Any) -> list[Weights]:
@@ -243,7 +255,7 @@ def _cells(queries: int, keys: int) -> tuple[bool, float, float]:
 
 
 def _draw_map(
-    ax: Any, weights: Weights, colormap: Any, vmax: float, place: tuple[int, int] | None = None
+    ax: Any, weights: Weights, colormap: Any, vmax: float, limit: int = FIELDS, place: tuple[int, int] | None = None
 ) -> tuple[int, int]:
     """Draw one head's map in the cells' own coordinates, or, small and framed, around `place`.
 
@@ -252,25 +264,28 @@ def _draw_map(
     height, width : int
         Of a field, in cells.
     """
-    limit = FIELDS if place is None else HEAD_FIELDS
+    from matplotlib.colors import Normalize
+    from matplotlib.image import AxesImage
+    from matplotlib.patches import Rectangle
+
     fields, height, width = weights.pooled(limit, limit)
-    right, bottom = fields.shape[1] * width / weights.keys, fields.shape[0] * height / weights.queries
     if place is None:
         left, upper, across, down = -0.5, -0.5, float(weights.keys), float(weights.queries)
     else:
         left, upper, across, down = place[0] - 0.45, place[1] - 0.45, 0.9, 0.9
-    image = ax.imshow(
-        np.asarray(fields, dtype=np.float64),
+    right = left + across * fields.shape[1] * width / weights.keys
+    lower = upper + down * fields.shape[0] * height / weights.queries
+    # imshow does the same, and looks at the limits of the axes each time
+    image = AxesImage(
+        ax,
         cmap=colormap,
-        vmin=0,
-        vmax=vmax,
-        extent=(left, left + right * across, upper + bottom * down, upper),
-        aspect="auto",
+        norm=Normalize(0, vmax),
         interpolation="antialiased",
+        origin="upper",
+        extent=(left, right, lower, upper),
     )
-    if place is not None:
-        from matplotlib.patches import Rectangle
-
-        frame = Rectangle((left, upper), across, down, fill=False, edgecolor=FRAME, linewidth=0.5)
-        image.set_clip_path(ax.add_patch(frame))  # the last fields may reach further than the last cells
+    image.set_data(np.asarray(fields, dtype=np.float64))
+    ax.add_image(image)
+    frame = Rectangle((left, upper), across, down, fill=False, edgecolor=FRAME, linewidth=0.0 if place is None else 0.5)
+    image.set_clip_path(ax.add_patch(frame))  # the last fields may reach further than the last cells
     return height, width

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fastattn.plot.colours import ink_on, shade
-from fastattn.plot.tokens import as_tokens, running_text
+from fastattn.plot.tokens import as_tokens, running_text, visible
 from fastattn.plot.weights import Head, Summary, as_weights, check_query, check_vmax
 from fastattn.problem import Array, _as_array
 from fastattn.terminal import Style, legend, shaded_text
@@ -169,7 +169,7 @@ def text(
     >>> print(shaded.lines(Style(colour=False))[0])
     The(.05) cat(.70) sleep(.05)s(.20)
     """
-    values, about = _weights_of_tokens(weights, query, head)
+    values, about = _weights_of_tokens(weights, query, head, tokens)
     named = as_tokens("tokens", tokens, len(values), "key")
     if named is None:
         raise TypeError(f"tokens: None; expected a sequence of {len(values)} strings, one for each key")
@@ -180,7 +180,7 @@ def text(
     return shaded if ax is None else shaded.draw(ax)
 
 
-def _weights_of_tokens(given: Any, query: int | None, head: Head) -> tuple[Array, str]:
+def _weights_of_tokens(given: Any, query: int | None, head: Head, tokens: Any) -> tuple[Array, str]:
     """The weights to show, shape (Lk,), and what they are."""
     if not hasattr(given, "top_weights"):
         given = _as_array("weights", given)
@@ -195,4 +195,5 @@ def _weights_of_tokens(given: Any, query: int | None, head: Head) -> tuple[Array
     if query is None:
         return one.totals(), f"weight received from {one.queries} {'query' if one.queries == 1 else 'queries'}"
     number = check_query(query, one.queries)
-    return one.row(number), f"weight from query {number}{one.known}"
+    name = f", “{visible(tokens[number])}”" if one.queries == one.keys == len(tokens) else ""
+    return one.row(number), f"weight from query {number}{name}{one.known}"

@@ -20,6 +20,7 @@ from fastattn.simd.arithmetic import (
     maximum,
     minimum,
     scale_by_power,
+    sum_rows,
     where_greater,
 )
 from fastattn.simd.memory import (
@@ -43,6 +44,7 @@ from fastattn.simd.memory import (
     tile_iota,
     tile_load,
     tile_load_bool,
+    tile_load_column,
     tile_load_half,
     tile_load_other,
     tile_rank1,
@@ -94,10 +96,12 @@ __all__ = [
     "store_i64",
     "store_u8",
     "store_u16",
+    "sum_rows",
     "tile_fill",
     "tile_iota",
     "tile_load",
     "tile_load_bool",
+    "tile_load_column",
     "tile_load_half",
     "tile_load_other",
     "tile_rank1",

@@ -164,18 +164,29 @@ def all_zero(typingctx, a):
     return signature(types.boolean, a), codegen
 
 
-@intrinsic
-def largest_row(typingctx, a):
-    """The maximum over the rows of a tile: one row."""
+def _over_rows(combine, a):
+    """Signature and lowering of one row made of a tile's by `combine(builder, shape, next, before)`."""
     if not isinstance(a, TileType):
         return None
     shape, row = a.shape, TileType(a.shape.single)
 
     def codegen(context, builder, sig, values):
         vectors = vectors_of(builder, shape, values[0])
-        best = vectors[: shape.vectors]
+        combined = vectors[: shape.vectors]
         for i in range(shape.vectors, len(vectors)):
-            best[i % shape.vectors] = select_max(builder, shape, vectors[i], best[i % shape.vectors])
-        return make_tile(builder, row.shape, best)
+            combined[i % shape.vectors] = combine(builder, shape, vectors[i], combined[i % shape.vectors])
+        return make_tile(builder, row.shape, combined)
 
     return signature(row, a), codegen
+
+
+@intrinsic
+def largest_row(typingctx, a):
+    """The maximum over the rows of a tile: one row."""
+    return _over_rows(select_max, a)
+
+
+@intrinsic
+def sum_rows(typingctx, a):
+    """The sum over the rows of a tile: one row."""
+    return _over_rows(lambda builder, shape, a, b: builder.fadd(a, b), a)

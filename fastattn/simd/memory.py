@@ -108,6 +108,23 @@ def tile_load(typingctx, shape, address, row_bytes):
     return signature(tile, shape, types.intp, types.intp), codegen
 
 
+@intrinsic
+def tile_load_column(typingctx, shape, address, stride):
+    """A tile whose row r is filled with the scalar at `address + r * stride`."""
+    if not isinstance(shape, ShapeType):
+        return None
+    tile = TileType(shape.shape)
+
+    def codegen(context, builder, sig, values):
+        s, rows = shape.shape, []
+        for r in range(s.rows):
+            place = builder.add(values[1], builder.mul(values[2], ir.Constant(values[2].type, r)))
+            rows += [splat(builder, load_from(builder, place, element_of(s), s.itemsize), s.lanes)] * s.vectors
+        return make_tile(builder, s, rows)
+
+    return signature(tile, shape, types.intp, types.intp), codegen
+
+
 def _loader(convert):
     """An intrinsic like `tile_load` whose vectors come from `convert(builder, shape, address)`."""
 

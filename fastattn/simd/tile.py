@@ -65,6 +65,11 @@ class TileShape:
         return TileShape(self.dtype, self.rows, self.rows, 1)
 
     @property
+    def pair(self):
+        """The same row, twice."""
+        return TileShape(self.dtype, self.lanes, 2, self.vectors, self.scalef)
+
+    @property
     def quad(self):
         """Four rows of one vector."""
         return TileShape(self.dtype, self.lanes, 4, 1, self.scalef)
@@ -146,7 +151,7 @@ _INTEGERS = (
     "vector_bytes",
     "buffer_bytes",
 )
-_SHAPES = ("single", "square", "panel", "quad", "vector")
+_SHAPES = ("single", "pair", "square", "panel", "quad", "vector")
 
 
 @infer_getattr
@@ -263,4 +268,3 @@ def by_shape(choose):
         return choose(tile.shape).py_func
 
     return chosen
-
