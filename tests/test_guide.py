@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ UNITS = 3
 SHADES = 6
 
 
-@lru_cache(maxsize=None)
+@cache
 def steps_of(name: str) -> tuple[Step, ...]:
     """Return the steps of a page, which are computed once for all tests."""
     return tuple(guide.load(name).steps())
@@ -112,7 +112,9 @@ def test_the_committed_contents_are_those_that_are_made() -> None:
 def thumbnail(image: Any) -> Any:
     """Return the mean colours of 12 × 20 fields of an image, [row][column][rgb]."""
     pixels = np.asarray(image, dtype=np.float64)[..., :3]
-    rows, columns = (np.linspace(0, size, count + 1).astype(int) for size, count in zip(pixels.shape, (12, 20)))
+    rows, columns = (
+        np.linspace(0, size, count + 1).astype(int) for size, count in zip(pixels.shape[:2], (12, 20), strict=True)
+    )
     sums = np.add.reduceat(np.add.reduceat(pixels, rows[:-1], axis=0), columns[:-1], axis=1)
     return sums / (np.diff(rows)[:, None, None] * np.diff(columns)[None, :, None])
 
@@ -257,7 +259,7 @@ def test_both_ways_of_reading_read_one_word() -> None:
 
 
 class TestRelations:
-    WORDS = "[CLS] the crow saw a fox , and the fox saw her . [SEP]".split()
+    WORDS = ("[CLS]", *["the", "crow", "saw", "a", "fox", ",", "and", "the", "fox", "saw", "her", "."], "[SEP]")
 
     def pairs(self, name: str) -> set[tuple[int, int]]:
         (relation,) = (each for each in heads.RELATIONS if each.name == name)

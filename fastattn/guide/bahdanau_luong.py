@@ -275,4 +275,4 @@ def _picture(maps: dict[str, Array]) -> Picture:
         "Luong's alignments on one fable that looks at itself. Global: every token may look everywhere. local-m: at a "
         "window around its own place. local-p: around the place that it predicts, with a bell curve."
     )
-    return Picture("windows", caption, lines, draw, (10.0, 3.6))
+    return Picture("windows", caption, lines, draw, (10.0, 3.4))

@@ -54,16 +54,12 @@ def steps() -> Iterator[Step]:
     rng = np.random.default_rng(0)
     right: dict[str, list[float]] = {"one vector": [], "attention": []}
     for length in LENGTHS:
-        starts = range(0, max(2, WORDS // length) * length, length)
-        found: dict[str, list[float]] = {name: [] for name in right}
-        for start in starts:
-            text = ids[start : start + length]
-            places = rng.choice(np.array([-1, 1], np.float32), size=(length, vectors.shape[1]))
-            for name, read in zip(right, (in_one_vector, by_attention), strict=True):
-                nearest = (read(places, vectors[text]) @ vectors.T).argmax(axis=1)
-                found[name].append(float(np.mean(nearest == text)))
-        for name in right:
-            right[name].append(float(np.mean(found[name])))
+        texts = ids[: max(2, WORDS // length) * length].reshape(-1, length)
+        places = rng.choice(np.array([-1, 1], np.float32), size=(*texts.shape, vectors.shape[1]))
+        for name, read in zip(right, (in_one_vector, by_attention), strict=True):
+            found = np.concatenate([read(*operands) for operands in zip(places, vectors[texts], strict=True)])
+            nearest = (found @ vectors.T).argmax(axis=1)
+            right[name].append(float(np.mean(nearest == texts.ravel())))
 
     yield (
         f"How many words come back right? For each place we take the nearest of all {len(vectors)} word pieces that "

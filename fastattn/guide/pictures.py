@@ -1,7 +1,7 @@
 """The pictures of the guide: curves, and maps of weights; each in a terminal and by matplotlib.
 
-Colours: those of `fastattn.plot` for maps, and the palette of Okabe and Ito for curves, which colour-blind people can tell apart;
-curves differ in their markers as well.
+Colours: those of `fastattn.plot` for maps, and the palette of Okabe and Ito for curves, which colour-blind people can
+tell apart; curves differ in their markers as well.
 """
 
 from __future__ import annotations
