@@ -210,7 +210,7 @@ def bar_table(
             lines += [*([""] if lines else []), *bar_table(labels, [column], style, mark, top)]
         return lines
     bar_width = min(40, column_width - 7)  # two spaces, 0.00, a space
-    titles = [style.bold(title) + " " * (column_width - 2 - display_width(title)) for title, _ in columns]
+    titles = [style.bold(pad(title, column_width - 2)) for title, _ in columns]
     lines = ["  ".join([" " * (label_width + 2), *titles]).rstrip()]
     for row, label in enumerate(labels):
         line = ("▸ " if style.blocks else "> ") if row == mark else "  "

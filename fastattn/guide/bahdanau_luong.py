@@ -99,8 +99,8 @@ def steps() -> Iterator[Step]:
         "additive",
         "The smaller the step, the more exactly the additive score is a dot product.",
         STEPS,
-        {"greatest difference of a weight": differences},
-        labels=("step", "difference"),
+        {"of any weight": differences},
+        labels=("step", "greatest difference"),
         log="xy",
     )
     hits = aligned(weights, rows, columns, partners)

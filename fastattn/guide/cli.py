@@ -71,7 +71,7 @@ def show(step: Step, style: Style) -> list[str]:
     """The lines of a step."""
     width = min(style.width, PROSE_WIDTH)
     if isinstance(step, str) and step.startswith("#"):
-        return [style.bold(step.lstrip("# "))]
+        return [style.bold(line) for line in wrap(step.lstrip("# "), width)]
     if isinstance(step, str):
         return wrap(_plain(step), width)
     if isinstance(step, Listing):

@@ -6,6 +6,7 @@ How do the words of one sentence find their partners in another, where all stand
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -134,6 +135,7 @@ def steps() -> Iterator[Step]:
     )
 
 
+@cache
 def word_vectors(text: str, layer: int) -> tuple[list[Word], Floats]:
     """The words of a text, and a vector of length 1 for each, after so many layers; 0 is the bare word."""
     encoding = model().encode(text)

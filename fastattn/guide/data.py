@@ -8,11 +8,13 @@ from functools import lru_cache
 from importlib import resources
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fastattn.demo.cli import load_model
-from fastattn.demo.minilm import Floats, MiniLM
+from fastattn.demo.minilm import Floats, MiniLM, batches, recording_attention
+from fastattn.demo.words import Word, in_words, join_pieces
 
-__all__ = ["fables", "hidden_after", "model", "sentences"]
+__all__ = ["fables", "hidden_after", "model", "sentences", "word_weights"]
 
 
 @lru_cache(maxsize=1)
@@ -46,3 +48,20 @@ def hidden_after(layers: int, ids: Sequence[int]) -> Floats:
     row = np.asarray(ids)[None]
     hidden: Floats = below.hidden(row, np.ones(row.shape, bool))[0]
     return hidden
+
+
+def word_weights(texts: Sequence[str]) -> list[tuple[list[Word], NDArray[np.float64]]]:
+    """The words of each text, and the weights between them in all heads, [layer][head][who looks][at what]."""
+    encodings = [model().encode(text) for text in texts]
+    found: dict[int, tuple[list[Word], NDArray[np.float64]]] = {}
+    for batch in batches([len(encoding.ids) for encoding in encodings], 16):
+        longest = max(len(encodings[index].ids) for index in batch)
+        ids = np.array([encodings[index].ids + [0] * (longest - len(encodings[index].ids)) for index in batch])
+        mask = np.array([np.arange(longest) < len(encodings[index].ids) for index in batch])
+        layers: list[Floats] = []
+        model().hidden(ids, mask, recording_attention(layers))
+        for row, index in enumerate(batch):
+            pieces = len(encodings[index].ids)
+            words = join_pieces(texts[index], encodings[index])
+            found[index] = words, in_words(np.stack([layer[row, :, :pieces, :pieces] for layer in layers]), words)
+    return [found[index] for index in range(len(texts))]

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from fastattn.demo.cli import SHOWCASE
 from fastattn.demo.minilm import HEADS, LAYERS
-from fastattn.demo.words import Word, in_words, join_pieces
-from fastattn.guide.data import model, sentences
+from fastattn.demo.words import Word
+from fastattn.guide.data import sentences, word_weights
 from fastattn.guide.page import Picture, Step, Table, claim
 from fastattn.terminal import Style, heat_map, legend
 
@@ -139,7 +139,7 @@ def mean_weights(relation: Callable[[Sequence[str]], Pairs], texts: Sequence[Tex
     for words, weights in texts:
         pairs = relation(words).copy()
         pairs[[0, -1]] = False  # [CLS] and [SEP] look, too, but are no words
-        total += (weights * pairs).sum(axis=(-2, -1))
+        total += weights[..., pairs].sum(axis=-1)
         count += int(pairs.sum())
     return total / max(count, 1), count
 
@@ -195,7 +195,7 @@ def steps() -> Iterator[Step]:
         "that knows about objects. And the best head of 72 looks good by luck alone. So it is chosen on one half of "
         "the sentences and measured on the *other*, both ways round. A weight is that of one pair, on average."
     )
-    texts = [_read(sentence) for sentence in sentences()]
+    texts = [(_in_lower_case(words), weights) for words, weights in word_weights(sentences())]
     found = {relation.name: cross_checked(relation, (texts[::2], texts[1::2])) for relation in RELATIONS}
     rows = [
         [name, " / ".join(each.heads), f"{each.weight:.2f}", f"{each.control:.2f}", each.against, str(each.pairs)]
@@ -246,12 +246,9 @@ def steps() -> Iterator[Step]:
     )
 
 
-def _read(sentence: str) -> Text:
-    """The words of a sentence in lower case, and the weights between them in all heads."""
-    encoding = model().encode(sentence)
-    words: list[Word] = join_pieces(sentence, encoding)
-    weights = in_words(model().attention_weights(encoding.ids), words)
-    return [word.text if word.text in ("[CLS]", "[SEP]") else word.text.casefold() for word in words], weights
+def _in_lower_case(words: Sequence[Word]) -> list[str]:
+    """How words are spelled, but for [CLS] and [SEP] in lower case."""
+    return [word.text if word.text in ("[CLS]", "[SEP]") else word.text.casefold() for word in words]
 
 
 def _picture(gains: dict[str, Floats]) -> Picture:

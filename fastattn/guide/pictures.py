@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastattn.guide.page import Picture
-from fastattn.terminal import Style, bar_table, heat_map, legend
+from fastattn.terminal import Style, bar_table, heat_map, legend, pad, wrap
 
-__all__ = ["BLUE", "GREEN", "ORANGE", "RED", "curves", "draw_curves", "weight_map"]
+__all__ = ["BLUE", "GREEN", "ORANGE", "RED", "curves", "draw_curves", "numbers", "weight_map"]
 
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 COLOURS = (BLUE, RED, GREEN, ORANGE)
@@ -49,8 +49,11 @@ def curves(
     """
 
     def lines(style: Style) -> list[str]:
+        title = f"{labels[1]}, by {labels[0]}"
+        if "y" in log:  # of such numbers bars show the largest only
+            return numbers(title, x, series, style)
         table = bar_table([f"{each:g}" for each in x], list(series.items()), style)
-        return [style.dim(f"  {labels[1]}, by {labels[0]}"), *table]
+        return [style.dim(line) for line in wrap(title, style.width, "  ")] + table
 
     def draw(figure: Any) -> None:
         axes = figure.add_subplot()
@@ -58,6 +61,19 @@ def curves(
         axes.legend(frameon=False)
 
     return Picture(name, caption, lines, draw, size)
+
+
+def numbers(title: str, x: Sequence[float], series: Mapping[str, Sequence[float]], style: Style) -> list[str]:
+    """Curves as numbers, for a terminal: a line for each point, a column for each curve."""
+    width = min(16, (style.width - 8) // len(series) - 2)
+    if width < 9 and len(series) > 1:  # one curve below another
+        return [line for name, curve in series.items() for line in numbers(title, x, {name: curve}, style)]
+    lines = [style.dim(line) for line in wrap(title, style.width, "  ")]
+    lines.append(" " * 8 + "".join("  " + style.bold(pad(name, width, right=True)) for name in series))
+    for at, place in enumerate(x):
+        cells = (pad(f"{heights[at]:.4g}", width + 2, right=True) for heights in series.values())
+        lines.append("  " + pad(f"{place:g}", 6) + "".join(cells))
+    return lines
 
 
 def draw_curves(

@@ -15,7 +15,7 @@ import fastattn
 from fastattn.demo.cli import SHOWCASE, TEXT, WORD, picture
 from fastattn.demo.minilm import HEADS, Floats, Layer
 from fastattn.demo.words import Look, Word, find_word, in_words, join_pieces
-from fastattn.guide.data import hidden_after, model
+from fastattn.guide.data import hidden_after, model, word_weights
 from fastattn.guide.page import Listing, Picture, Step, Table, claim
 from fastattn.terminal import Style
 
@@ -78,8 +78,9 @@ def steps() -> Iterator[Step]:
     )
     rows: list[list[str]] = []
     chosen: list[str] = []
-    for text, one, other, answer in PUZZLES:
-        row = _weights_of_it(text)
+    read = word_weights([text for text, *_ in PUZZLES])
+    for (text, one, other, answer), (its_words, its_weights) in zip(PUZZLES, read, strict=True):
+        row = _of_it(its_words, its_weights)
         seen = [(row[place, one], row[place, other]) for place in SHOWCASE]
         first, second = np.sum(seen, axis=0)
         chosen.append(one if first > second else other)
@@ -107,12 +108,9 @@ def steps() -> Iterator[Step]:
     )
 
 
-def _weights_of_it(text: str) -> dict[tuple[tuple[int, int], str], float]:
+def _of_it(words: Sequence[Word], weights: NDArray[np.float64]) -> dict[tuple[tuple[int, int], str], float]:
     """The weights from "it" to each word in the two heads."""
-    encoding = model().encode(text)
-    words = join_pieces(text, encoding)
-    weights = in_words(model().attention_weights(encoding.ids), words)
-    row = find_word(words, "it")
+    row = find_word(words, WORD)
     return {
         (place, word.text): float(weights[place][row, column])
         for place in SHOWCASE

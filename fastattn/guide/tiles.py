@@ -17,8 +17,8 @@ import numpy as np
 import fastattn
 from fastattn.demo.minilm import Floats
 from fastattn.guide.page import Listing, Picture, Step, Table, claim, duration
-from fastattn.guide.pictures import draw_curves
-from fastattn.terminal import Style, bar_table
+from fastattn.guide.pictures import draw_curves, numbers
+from fastattn.terminal import Style
 
 LENGTHS = (256, 512, 1024, 2048)
 D = 64
@@ -195,11 +195,8 @@ def _picture(memory: dict[str, list[float]], seconds: dict[str, list[float]]) ->
     milliseconds = {name: [1e3 * each for each in times] for name, times in seconds.items()}
 
     def lines(style: Style) -> list[str]:
-        labels = [f"{length:4}" for length in LENGTHS]
-        drawn = [style.dim("  memory in MiB, by length")]
-        drawn += bar_table(labels, [(name, memory[name]) for name in ("formula", "tiles")], style)
-        drawn += ["", style.dim("  time in ms, by length")]
-        return drawn + bar_table(labels, [(name, milliseconds[name]) for name in ("formula", "fastattn")], style)
+        first = numbers("memory in MiB, by length", LENGTHS, memory, style)
+        return [*first, "", *numbers("time in ms, by length", LENGTHS, milliseconds, style)]
 
     def draw(figure: Any) -> None:
         left, right = figure.subplots(1, 2)
