@@ -324,18 +324,26 @@ def shaded_text(
     top : float
         The weight of the strongest shade.
     """
-    lines, line, used = [], indent, len(indent)
+    pieces: list[tuple[str, str, float]] = []
     for gap, text, weight in words:
         text = cut(text, style.width - len(indent))
         written = weight != weight or (not style.colour and weight >= LEVELS[0] * top)
-        shown = text + f"({short_number(weight)})" if written else text
-        if used > len(indent) and used + len(gap) + display_width(shown) > style.width:
+        pieces.append((gap, text + f"({short_number(weight)})" if written else text, weight))
+    lengths = [display_width(text) for _, text, _ in pieces]
+    lines, line, used = [], indent, len(indent)
+    for index, (gap, text, weight) in enumerate(pieces):
+        length = lengths[index]
+        if gap:  # what goes on without a gap stays on the line, if there is space on any
+            end = next((i for i in range(index + 1, len(pieces)) if pieces[i][0]), len(pieces))
+            whole = sum(lengths[index:end])
+            length = whole if whole <= style.width - len(indent) else length
+        if used > len(indent) and used + len(gap) + length > style.width:
             lines.append(line)
             line, used, gap = indent, len(indent), ""
         if used == len(indent):
             gap = ""
-        line += gap + style.shade(weight / top, shown)
-        used += len(gap) + display_width(shown)
+        line += gap + style.shade(weight / top, text)
+        used += len(gap) + lengths[index]
     return [*lines, line]
 
 

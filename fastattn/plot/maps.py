@@ -21,10 +21,10 @@ __all__ = ["heads", "heatmap"]
 #: The largest cell, and the longest side of a map, in inches.
 CELL, LONGEST = 0.3, 7.0
 SHORTEST = 1.2
-#: Fields along a side of a map; of a longer one, several cells share a field.
-FIELDS = 512
-#: A small map's side in inches; it has no more fields than pixels, so that none is lost.
-HEAD_SIDE, PIXELS, LEAST_FIELDS = 0.7, 100, 8
+#: The distance of small maps, in inches, and how far each reaches from its centre, of that distance.
+HEAD_SIDE, HALF = 0.7, 0.45
+#: Fields along a side, however small the map.
+FEWEST_FIELDS = 8
 FRAME = "0.6"
 
 
@@ -81,8 +81,8 @@ def heatmap(
 
     Notes
     -----
-    Longer sides than 512 are drawn in fields of several cells, each as dark as the largest weight in it, so that a
-    single large weight does not disappear. The scale then says so.
+    Where there are more cells than the map has points (1/72 inch), it is drawn in fields of several cells, each as dark
+    as the largest weight in it, so that a single large weight does not disappear. The scale then says so.
 
     Examples
     --------
@@ -114,7 +114,7 @@ def heatmap(
         if square:
             cell_x = cell_y = min(cell_x, cell_y)
 
-    fields = _draw_map(drawn, one, colormap, top)
+    fields = _draw_map(drawn, one, colormap, top, (one.keys * cell_x, one.queries * cell_y))
     drawn.set(xlim=(-0.5, one.keys - 0.5), ylim=(one.queries - 0.5, -0.5), xlabel="keys", ylabel="queries")
     drawn.set_aspect("equal" if square else "auto")
     drawn.xaxis.set_label_position("top")
@@ -170,8 +170,8 @@ def heads(
 
     Notes
     -----
-    All maps have one scale, so that heads can be compared. A map with more queries or keys than it has pixels, at 100
-    pixels per inch, is drawn in fields of several cells, each as dark as the largest weight in it.
+    All maps have one scale, so that heads can be compared. A map with more cells than points (1/72 inch) is drawn in
+    fields of several cells, each as dark as the largest weight in it.
 
     Examples
     --------
@@ -198,9 +198,9 @@ def heads(
         width, height = canvas.size_of(drawn)
         side = min(width / widest, height / len(layers))
 
-    limit = max(LEAST_FIELDS, int(PIXELS * side))
+    size = (2 * HALF * side, 2 * HALF * side)
     fields = {
-        _draw_map(drawn, layer.at(x), colormap, top, (x, y))
+        _draw_map(drawn, layer.at(x), colormap, top, size, (x, y))
         for y, layer in enumerate(layers)
         for x in range(layer.lead[0])
     }
@@ -222,10 +222,9 @@ def heads(
 
 def _remark(weights: Weights, fields: set[tuple[int, int]]) -> str:
     """What to say beside the scale: which weights are known, and how many cells a field is the largest of."""
-    height, width = max(fields)
-    if height * width == 1:
+    if fields == {(1, 1)}:
         return weights.known
-    cells = f"{height} × {width} cells" if len(fields) == 1 else "several cells"
+    cells = "{} × {} cells".format(*min(fields)) if len(fields) == 1 else "several cells"
     return f"{weights.known}\n(fields: the largest of {cells})"
 
 
@@ -255,9 +254,17 @@ def _cells(queries: int, keys: int) -> tuple[bool, float, float]:
 
 
 def _draw_map(
-    ax: Any, weights: Weights, colormap: Any, vmax: float, limit: int = FIELDS, place: tuple[int, int] | None = None
+    ax: Any,
+    weights: Weights,
+    colormap: Any,
+    vmax: float,
+    size: tuple[float, float],
+    place: tuple[int, int] | None = None,
 ) -> tuple[int, int]:
     """Draw one head's map in the cells' own coordinates, or, small and framed, around `place`.
+
+    It has no more fields than points, 1/72 inch, in its width and height, `size` in inches: so a screen has a pixel at
+    least for each field, and none is lost.
 
     Returns
     -------
@@ -268,24 +275,25 @@ def _draw_map(
     from matplotlib.image import AxesImage
     from matplotlib.patches import Rectangle
 
-    fields, height, width = weights.pooled(limit, limit)
+    fields, height, width = weights.pooled(*(max(FEWEST_FIELDS, int(72 * side + 1e-6)) for side in reversed(size)))
     if place is None:
-        left, upper, across, down = -0.5, -0.5, float(weights.keys), float(weights.queries)
+        left, right, lower, upper = -0.5, weights.keys - 0.5, weights.queries - 0.5, -0.5
     else:
-        left, upper, across, down = place[0] - 0.45, place[1] - 0.45, 0.9, 0.9
-    right = left + across * fields.shape[1] * width / weights.keys
-    lower = upper + down * fields.shape[0] * height / weights.queries
+        x, y = place
+        left, right, lower, upper = x - HALF, x + HALF, y + HALF, y - HALF
     # imshow does the same, and looks at the limits of the axes each time
     image = AxesImage(
         ax,
         cmap=colormap,
         norm=Normalize(0, vmax),
-        interpolation="antialiased",
+        interpolation="nearest",
         origin="upper",
         extent=(left, right, lower, upper),
     )
     image.set_data(np.asarray(fields, dtype=np.float64))
     ax.add_image(image)
-    frame = Rectangle((left, upper), across, down, fill=False, edgecolor=FRAME, linewidth=0.0 if place is None else 0.5)
-    image.set_clip_path(ax.add_patch(frame))  # the last fields may reach further than the last cells
+    image.set_clip_path(ax.patch)
+    if place is not None:
+        corner, side = (left, upper), 2 * HALF
+        ax.add_patch(Rectangle(corner, side, side, fill=False, edgecolor=FRAME, linewidth=0.5))
     return height, width

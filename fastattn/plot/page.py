@@ -70,7 +70,7 @@ def draw(shaded: ShadedText, ax: Any) -> Any:
     """Draw shaded text on axes, or on a new figure that is as high as the text needs."""
     texts, families = canvas.drawable([shaded.about + ":", *(word for _, word, _ in shaded.words)])
     about, *texts = texts
-    drawn = canvas.new_axes(WIDTH, 1.0) if ax is None else canvas.as_axes(ax)
+    drawn = canvas.new_axes(WIDTH, 1.0) if ax is None else ax
     width, height = (72 * side for side in canvas.size_of(drawn))
     pen = _Pen(drawn, families)
     gaps = [gap for gap, _, _ in shaded.words]

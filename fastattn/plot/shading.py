@@ -48,8 +48,9 @@ class ShadedText:
     about: str
 
     def lines(self, style: Style) -> list[str]:
-        """The text in a terminal of this style, and below it what the shades mean."""
-        return [*shaded_text(self.words, style, indent="", top=self.vmax), "", *legend(style, self.vmax)]
+        """The text in a terminal of this style, and below it what the shades or the numbers mean."""
+        below = [f"{self.about}, shades from", *legend(style, self.vmax)] if style.colour else [self.about]
+        return [*shaded_text(self.words, style, indent="", top=self.vmax), "", *below]
 
     def __str__(self) -> str:
         return "\n".join(self.lines(Style.of(sys.stdout)))
@@ -89,9 +90,12 @@ class ShadedText:
         -------
         matplotlib.axes.Axes
         """
+        from fastattn.plot import canvas  # before what imports matplotlib: it says what to install
+
+        given = None if ax is None else canvas.as_axes(ax)
         from fastattn.plot import page
 
-        return page.draw(self, ax)
+        return page.draw(self, given)
 
 
 @overload
@@ -169,10 +173,12 @@ def text(
     >>> print(shaded.lines(Style(colour=False))[0])
     The(.05) cat(.70) sleep(.05)s(.20)
     """
-    values, about = _weights_of_tokens(weights, query, head, tokens)
+    values, about, number = _weights_of_tokens(weights, query, head)
     named = as_tokens("tokens", tokens, len(values), "key")
     if named is None:
         raise TypeError(f"tokens: None; expected a sequence of {len(values)} strings, one for each key")
+    if number is not None:
+        about = f"{about}, “{visible(named[number])}”"
     with np.errstate(all="ignore"):
         top = check_vmax(vmax, float(np.fmax.reduce(values, initial=0)))
     words = tuple((gap, word, float(w)) for (gap, word), w in zip(running_text(named), values, strict=True))
@@ -180,20 +186,19 @@ def text(
     return shaded if ax is None else shaded.draw(ax)
 
 
-def _weights_of_tokens(given: Any, query: int | None, head: Head, tokens: Any) -> tuple[Array, str]:
-    """The weights to show, shape (Lk,), and what they are."""
+def _weights_of_tokens(given: Any, query: int | None, head: Head) -> tuple[Array, str, int | None]:
+    """The weights to show, shape (Lk,), what they are, and which of the tokens looks, if it is one of them."""
     if not hasattr(given, "top_weights"):
         given = _as_array("weights", given)
         if given.ndim == 1:
             if query is not None or head is not None:
                 name = "head" if query is None else "query"
                 raise ValueError(
-                    f"{name}: given with weights of shape {given.shape}; expected None, as there is no other"
+                    f"{name}: given with weights of shape {given.shape}; expected None: there are no others"
                 )
-            return as_weights(given[None]).row(0), "weight"
+            return as_weights(given[None]).row(0), "weight", None
     one = as_weights(given).head(head)
     if query is None:
-        return one.totals(), f"weight received from {one.queries} {'query' if one.queries == 1 else 'queries'}"
+        return one.totals(), f"weight received from {one.queries} {'query' if one.queries == 1 else 'queries'}", None
     number = check_query(query, one.queries)
-    name = f", “{visible(tokens[number])}”" if one.queries == one.keys == len(tokens) else ""
-    return one.row(number), f"weight from query {number}{name}{one.known}"
+    return one.row(number), f"weight{one.known}, from query {number}", number if one.queries == one.keys else None

@@ -152,28 +152,32 @@ class Weights:
     def pooled(self, rows: int, columns: int) -> tuple[Array, int, int]:
         """A map of no more than `rows` × `columns` fields, each with the largest weight of a rectangle of cells.
 
-        So a single large weight stays visible where a mean would hide it. NaN wins over every number.
+        So a single large weight stays visible where a mean would hide it. NaN wins over every number. Fields are as
+        even as can be: drawn as if they all had the same size, none is off by a whole cell.
 
         Returns
         -------
         fields : ndarray
         height, width : int
-            Queries and keys of a field; those at the far edges may have fewer.
+            Queries and keys of the largest field.
         """
-        height, width = -(-self.queries // rows), -(-self.keys // columns)
+        top, height = _edges(self.queries, rows)
+        left, width = _edges(self.keys, columns)
         with np.errstate(all="ignore"):
             if self.indices is None:
                 fields = self.values
                 if width > 1:
-                    fields = np.maximum.reduceat(fields, np.arange(0, self.keys, width), axis=1)
+                    fields = np.maximum.reduceat(fields, left, axis=1)
                 if height > 1:
-                    fields = np.maximum.reduceat(fields, np.arange(0, self.queries, height), axis=0)
+                    fields = np.maximum.reduceat(fields, top, axis=0)
                 return fields, height, width
-            fields = np.zeros((-(-self.queries // height), -(-self.keys // width)))
+            fields = np.zeros((len(top), len(left)))
             query, place = np.nonzero(self.indices >= 0)
-            where = (query // height, self.indices[query, place] // width)
-            np.maximum.at(fields, where, self.values[query, place])
-        fields[np.flatnonzero(np.isnan(self.values).any(axis=1)) // height] = np.nan
+            key = self.indices[query, place]
+            row, column = np.searchsorted(top, query, side="right") - 1, np.searchsorted(left, key, side="right") - 1
+            np.maximum.at(fields, (row, column), self.values[query, place])
+        lost = np.flatnonzero(np.isnan(self.values).any(axis=1))
+        fields[np.searchsorted(top, lost, side="right") - 1] = np.nan
         return fields, height, width
 
     def mean(self) -> Weights:
@@ -208,6 +212,13 @@ class Weights:
             np.concatenate([self.indices[rows, places], np.tile(np.arange(self.keys), len(lost))]),
             np.concatenate([self.values[rows, places], np.full(len(lost) * self.keys, np.nan)]),
         )
+
+
+def _edges(length: int, most: int) -> tuple[Array, int]:
+    """Where each of at most `most` fields along a side begins, and how many cells the largest of them has."""
+    size = -(-length // most)
+    fields = -(-length // size)
+    return np.arange(fields) * length // fields, size
 
 
 def as_weights(given: ArrayLike | Summary) -> Weights:
