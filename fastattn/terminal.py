@@ -210,7 +210,7 @@ def bar_table(
             lines += [*([""] if lines else []), *bar_table(labels, [column], style, mark, top)]
         return lines
     bar_width = min(40, column_width - 7)  # two spaces, 0.00, a space
-    titles = [style.bold(title) + " " * (column_width - 2 - display_width(title)) for title, _ in columns]
+    titles = [style.bold(pad(title, column_width - 2)) for title, _ in columns]
     lines = ["  ".join([" " * (label_width + 2), *titles]).rstrip()]
     for row, label in enumerate(labels):
         line = ("▸ " if style.blocks else "> ") if row == mark else "  "
@@ -229,31 +229,38 @@ def bar_table(
 
 
 def heat_map(
-    labels: Sequence[str], weights: Sequence[Sequence[float]], style: Style, mark: int | None = None
+    labels: Sequence[str],
+    weights: Sequence[Sequence[float]],
+    style: Style,
+    mark: int | None = None,
+    columns: Sequence[str] | None = None,
 ) -> list[str] | None:
-    """A square of cells, each row a word that looks, each column a word that is looked at.
+    """A field of cells, each row a word that looks, each column a word that is looked at.
 
     Parameters
     ----------
     labels : sequence of str, length n
-    weights : n sequences of n floats between 0 and 1
+    weights : n sequences of m floats between 0 and 1
     style : Style
     mark : int, optional
         The row to set off.
+    columns : sequence of str, length m, optional
+        The words that are looked at, `labels` unless given.
 
     Returns
     -------
     list of str, or None where it does not fit the terminal
     """
+    columns = labels if columns is None else columns
     label_width = min(max(map(display_width, labels), default=0), max(6, style.width // 5))
-    cell = min(6, (style.width - label_width - 3) // max(1, len(labels)))
-    if cell < 1 or len(labels) > 40:
+    cell = min(6, (style.width - label_width - 3) // max(1, len(columns)))
+    if cell < 1 or len(columns) > 40:
         return None
     margin = " " * (label_width + 3)
     if cell >= 4:
-        lines = [margin + "".join(pad(cut(label.strip("[]") or label, cell - 1), cell) for label in labels).rstrip()]
+        lines = [margin + "".join(pad(cut(label.strip("[]") or label, cell - 1), cell) for label in columns).rstrip()]
     else:  # columns too narrow for a word across: written downwards, to end at the cells
-        names = [cut(label.strip("[]") or label, 8) for label in labels]
+        names = [cut(label.strip("[]") or label, 8) for label in columns]
         height = max(map(len, names))
         lines = [
             (margin + "".join(pad(name.rjust(height)[line], cell) for name in names)).rstrip() for line in range(height)
