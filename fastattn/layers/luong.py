@@ -305,8 +305,12 @@ class LuongAttention(Layer):
             self.window / 2 if self.align == "local-p" else None,
             return_weights,
         )
-        # nobody knows where these look
+        # nobody knows where these look, if there is a key that they may look at
         lost = np.isnan(center) & (sources > 0)
+        if mask is not None:
+            own = np.broadcast_to(mask, (*batch, queries, keys))[lost]
+            within = np.arange(keys) < np.broadcast_to(sources, center.shape)[lost][:, None]
+            lost[lost] = (combine(within, own) if own.dtype.kind == "b" else within & (own != -np.inf)).any(axis=-1)
         out[lost] = np.nan
         if weights is not None:
             weights[lost[..., None] & (np.arange(keys) < sources[..., None])] = np.nan
