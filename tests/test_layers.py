@@ -395,6 +395,14 @@ def test_a_query_without_a_key_gives_the_last_bias() -> None:
     assert layer(x[:0]).shape == (0, 5, 8)
 
 
+@pytest.mark.parametrize("attn_mask", [None, np.ones((5, 5), bool)], ids=["none", "bool"])
+def test_a_key_mask_of_rank_0_is_that_of_all_keys(attn_mask: Array | None) -> None:
+    layer = random_layer(np.random.default_rng(0), 8, 2)
+    x = np.random.default_rng(1).standard_normal((2, 5, 8), dtype=np.float32)
+    assert np.array_equal(layer(x, attn_mask=attn_mask, key_mask=True), layer(x))
+    assert (layer(x, attn_mask=attn_mask, key_mask=np.bool_(False)) == layer.out_proj_bias).all()
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("attn_mask", [None, np.ones((5, 5), bool), np.zeros((5, 5))], ids=["none", "bool", "float"])
 def test_padding_does_not_leak(bad: float, attn_mask: Array | None) -> None:
