@@ -474,6 +474,7 @@ def test_grouped_heads_are_repeated_ones() -> None:
     [
         (((2, 5, 7),), {}, ValueError, "query: shape .2, 5, 7.; expected .*length, 8"),
         (((8,),), {}, ValueError, "query: shape .8,.; expected .*length, 8"),
+        (((1,) * 30 + (8,),), {}, ValueError, "query: shape .* has rank 31; expected 2 to 30"),
         (((5, 8), (6, 3)), {}, ValueError, "key: shape .6, 3.; expected .*length, 8"),
         (((5, 8), (6, 8), (7, 8)), {}, ValueError, "value: shape .7, 8.; expected length 6"),
         (((2, 5, 8), (3, 6, 8)), {}, ValueError, "query, key, value: shapes .* to broadcast"),
