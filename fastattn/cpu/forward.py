@@ -17,10 +17,11 @@ import math
 
 from fastattn.cpu import additive
 from fastattn.cpu.dropout import drop
-from fastattn.cpu.layout import AXIS, CALL, MASK_BOOL, MASK_NONE, PLAN
+from fastattn.cpu.layout import MASK_BOOL, MASK_NONE
 from fastattn.cpu.masks import looks_at, restrict
 from fastattn.cpu.pack import pack_keys, pack_queries, pack_values, unpack_rows
 from fastattn.cpu.softmax import MINUS_INFINITY, absorb
+from fastattn.cpu.tasks import locate
 from fastattn.cpu.tiles import packed_product, product
 from fastattn.simd import (
     all_zero,
@@ -30,7 +31,6 @@ from fastattn.simd import (
     load_u8,
     maximum,
     prefetch,
-    record_view,
     store_element,
     tile_fill,
     tile_load,
@@ -38,8 +38,6 @@ from fastattn.simd import (
     tile_store,
 )
 
-axis_view, call_view, plan_view = record_view(AXIS), record_view(CALL), record_view(PLAN)
-AXIS_BYTES, PLAN_BYTES = AXIS.itemsize, PLAN.itemsize
 LINE = 64  # bytes of a cache line
 LN_2 = 0.6931471805599453
 
@@ -250,26 +248,9 @@ def clear(tile, at, rows):
 
 
 @jit
-def locate(call, plan, head):
-    """Where a head's matrices begin, as offsets from the arrays' addresses: query, key, value, mask, out."""
-    axis = call.plan + PLAN_BYTES + plan.axes * AXIS_BYTES
-    query = key = value = mask = out = 0
-    for _ in range(plan.axes):
-        axis -= AXIS_BYTES
-        strides = axis_view(axis)
-        index = head % strides.size
-        head //= strides.size
-        query += index * strides.query
-        key += index * strides.key
-        value += index * strides.value
-        mask += index * strides.mask
-        out += index * strides.out
-    return query, key, value, mask, out
-
-
-@jit
-def forward_group(tile, call, plan, head, first_query, blocks, scratch):
-    """One task: `blocks` query blocks of one head, from its first query on, through all keys they look at."""
+def forward_group(tile, call, plan, head, first_block, blocks, scratch):
+    """One task: `blocks` query blocks of one head, from `first_block` on, through all keys they look at."""
+    first_query = first_block * tile.width
     query, key, value, mask, out = locate(call, plan, head)
     query += call.query
     key += call.key
@@ -381,23 +362,3 @@ def forward_group(tile, call, plan, head, first_query, blocks, scratch):
         present = min(tile.width, plan.queries - first)
         rows = out + first * plan.out_row
         finish(tile, plan, m, m + tile.row_bytes, block, rows, lse + first * tile.itemsize if lse != 0 else 0, present)
-
-
-def forward_task(tile):
-    """The task function of the forward pass for a register tile."""
-
-    @jit
-    def task(call_at, slot, number):
-        call = call_view(call_at)
-        plan = plan_view(call.plan)
-        heads = plan.tasks // plan.groups
-        head = number % heads
-        part = number // heads
-        if plan.causal:
-            part = plan.groups - 1 - part  # the longest first: they are what others would wait for
-        first = part * plan.group
-        blocks = min(plan.group, plan.blocks - first)
-        scratch = call.scratch + slot * call.scratch_bytes
-        forward_group(tile, call, plan, head, first * tile.width, blocks, scratch)
-
-    return task

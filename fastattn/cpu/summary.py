@@ -17,18 +17,11 @@ taken of a weight, and as x is relative to m nothing large is subtracted. m and 
 
 import math
 
-from fastattn.cpu.forward import (
-    LN_2,
-    call_view,
-    clear,
-    locate,
-    plan_view,
-    scores_of,
-    visible_keys,
-)
+from fastattn.cpu.forward import LN_2, clear, scores_of, visible_keys
 from fastattn.cpu.layout import SUMMARY
 from fastattn.cpu.pack import pack_keys, pack_queries, unpack_rows
 from fastattn.cpu.softmax import MINUS_INFINITY, SLACK, exp2, exponentials
+from fastattn.cpu.tasks import locate
 from fastattn.cpu.top import NOBODY, WORD, clear_heap, keep_top, sort_heap
 from fastattn.cpu.weights import normalise
 from fastattn.simd import (
@@ -149,8 +142,10 @@ def finish(tile, plan, out, state, row, present, buffer):
 
 
 @jit
-def summarise_group(tile, call, plan, out, head, first_query, blocks, scratch):
-    """One task: `blocks` query blocks of one head, from its first query on, through all keys they look at."""
+def summarise_group(tile, call, plan, head, first_block, blocks, scratch):
+    """One task: `blocks` query blocks of one head, from `first_block` on, through all keys they look at."""
+    out = summary_view(call.out)
+    first_query = first_block * tile.width
     query, key, _, mask, _ = locate(call, plan, head)
     query += call.query
     key += call.key
@@ -225,26 +220,6 @@ def summarise_group(tile, call, plan, out, head, first_query, blocks, scratch):
         finish(tile, plan, out, scratch + b * state_bytes + q_bytes, row + first, present, work)
 
 
-def summary_task(tile):
-    """The task function of the summary: the same tasks as the forward pass's."""
-
-    @jit
-    def task(call_at, slot, number):
-        call = call_view(call_at)
-        plan = plan_view(call.plan)
-        heads = plan.tasks // plan.groups
-        head = number % heads
-        part = number // heads
-        if plan.causal:
-            part = plan.groups - 1 - part  # the longest first: they are what others would wait for
-        first = part * plan.group
-        blocks = min(plan.group, plan.blocks - first)
-        scratch = call.scratch + slot * call.scratch_bytes
-        summarise_group(tile, call, plan, summary_view(call.out), head, first * tile.width, blocks, scratch)
-
-    return task
-
-
 @jit
 def load_rows(tile, at, first, present, target):
     """The row of numbers that belong to a block of queries, 1 in the lanes behind the last."""
@@ -290,18 +265,9 @@ def weigh_block(tile, call, plan, out, head, first_query, scratch):
         unpack_rows(tile, scores, factors, target, plan.keys * tile.itemsize, tile.itemsize, present, width)
 
 
-def chosen_task(tile):
-    """The task function of weights whose m and l are known: the same tasks as the forward pass's."""
-
-    @jit
-    def task(call_at, slot, number):
-        call = call_view(call_at)
-        plan = plan_view(call.plan)
-        heads = plan.tasks // plan.groups
-        head = number % heads
-        first = number // heads * plan.group
-        scratch = call.scratch + slot * call.scratch_bytes
-        for block in range(first, min(first + plan.group, plan.blocks)):
-            weigh_block(tile, call, plan, summary_view(call.out), head, block * tile.width, scratch)
-
-    return task
+@jit
+def choose_group(tile, call, plan, head, first_block, blocks, scratch):
+    """One task: the weights of `blocks` query blocks of one head whose m and l are known, from `first_block` on."""
+    out = summary_view(call.out)
+    for block in range(first_block, first_block + blocks):
+        weigh_block(tile, call, plan, out, head, block * tile.width, scratch)
