@@ -19,7 +19,7 @@ from fastattn.cpu import additive
 from fastattn.cpu.dropout import drop
 from fastattn.cpu.layout import MASK_BOOL, MASK_NONE
 from fastattn.cpu.masks import looks_at, restrict
-from fastattn.cpu.pack import pack_keys, pack_queries, pack_values, unpack_rows
+from fastattn.cpu.pack import key_steps, pack_keys, pack_queries, pack_values, unpack_rows, value_steps
 from fastattn.cpu.softmax import MINUS_INFINITY, absorb
 from fastattn.cpu.tasks import locate
 from fastattn.cpu.tiles import packed_product, product
@@ -63,52 +63,53 @@ def load_keys(tile, plan, target, source, count):
 
 
 @jit
-def score_block(tile, plan, q, key, key_panel, key_row, key_column, first, count, start, scores, best):
+def score_block(tile, plan, q, key, first, count, start, scores, best):
     """scores[j][i] = start[i] + key[first + j] · q[i] for `count` keys; the maximum of `best` and of them over j."""
     if tile.additive:
-        return additive.score_block(
-            tile, plan, q, key, key_panel, key_row, key_column, first, count, start, scores, best
-        )
+        return additive.score_block(tile, plan, q, key, first, count, start, scores, best)
     features = plan.head_dim
-    key += first // tile.rows * key_panel
+    panel, row, column = key_steps(tile, plan)
+    key += first // tile.rows * panel
     initial = tile_repeat(tile, start)
     whole = count - count % tile.rows
     for _ in range(0, whole, tile.rows):
         if tile.packed:
             acc = packed_product(tile, initial, key, q, features)
         else:
-            acc = product(initial, key, key_row, key_column, q, tile.row_bytes, features)
+            acc = product(initial, key, row, column, q, tile.row_bytes, features)
         tile_store(acc, scores, tile.row_bytes)
         best = maximum(largest_row(acc), best)
-        key += key_panel
+        key += panel
         scores += tile.rows * tile.row_bytes
     for _ in range(whole, count):
-        row = product(start, key, key_row, key_column, q, tile.row_bytes, features)
-        tile_store(row, scores, tile.row_bytes)
-        best = maximum(row, best)
-        key += key_row
+        one = product(start, key, row, column, q, tile.row_bytes, features)
+        tile_store(one, scores, tile.row_bytes)
+        best = maximum(one, best)
+        key += row
         scores += tile.row_bytes
     return best
 
 
 @jit
-def add_values(tile, weights, count, value, value_panel, value_row, value_column, out, features):
+def add_values(tile, plan, weights, count, value, out):
     """out[p][i] += Σ_j value[j][p] · weights[j][i]."""
+    features = plan.value_dim
+    panel, row, column = value_steps(tile, plan)
     whole = features - features % tile.rows
     for _ in range(0, whole, tile.rows):
         acc = tile_load(tile, out, tile.row_bytes)
         if tile.packed:
             acc = packed_product(tile, acc, value, weights, count)
         else:
-            acc = product(acc, value, value_column, value_row, weights, tile.row_bytes, count)
+            acc = product(acc, value, column, row, weights, tile.row_bytes, count)
         tile_store(acc, out, tile.row_bytes)
-        value += value_panel
+        value += panel
         out += tile.rows * tile.row_bytes
     for _ in range(whole, features):
-        row = tile_load(tile.single, out, tile.row_bytes)
-        row = product(row, value, value_column, value_row, weights, tile.row_bytes, count)
-        tile_store(row, out, tile.row_bytes)
-        value += value_column
+        one = tile_load(tile.single, out, tile.row_bytes)
+        one = product(one, value, column, row, weights, tile.row_bytes, count)
+        tile_store(one, out, tile.row_bytes)
+        value += column
         out += tile.row_bytes
 
 
@@ -128,20 +129,21 @@ def are_finite(tile, plan, value, count):
 
 
 @jit
-def add_visible_values(tile, plan, weights, count, source, value, panel, row, column, mask, present, ahead, out):
+def add_visible_values(tile, plan, weights, count, source, value, mask, present, ahead, out):
     """`add_values` for a block with values that are not finite and queries that may not look at some key.
 
     There 0 · NaN must not reach a query. `source` is the block's first row of values in the user's array, `value` the
     same for the micro-kernel.
     """
     # Rows of values that are finite throughout take the fast way; in the others a query is added where it may look.
+    _, row, _ = value_steps(tile, plan)
     start = 0
     for j in range(count + 1):
         at = source + j * plan.value_row
         if j < count and are_finite(tile, plan, at, 1):
             continue
         rows = value + start * row
-        add_values(tile, weights + start * tile.row_bytes, j - start, rows, panel, row, column, out, plan.value_dim)
+        add_values(tile, plan, weights + start * tile.row_bytes, j - start, rows, out)
         start = j + 1
         if j == count:
             break
@@ -179,7 +181,7 @@ def visible_keys(tile, plan, first_query, first_key, mask):
 
 
 @jit
-def scores_of(tile, plan, q, m, relative, count, safe, first_query, first_key, key, panel, row, column, mask, work):
+def scores_of(tile, plan, q, m, relative, count, safe, first_query, first_key, key, mask, work):
     """The block of scores of some queries with `count` keys: their place; their maximum over the keys at `work`.
 
     `relative`: less m, from which the sums of products then start.
@@ -189,11 +191,11 @@ def scores_of(tile, plan, q, m, relative, count, safe, first_query, first_key, k
     if relative:
         start = start - tile_load(tile.single, m, 0)
     best = tile_fill(tile.single, MINUS_INFINITY)
-    best = score_block(tile, plan, q, key, panel, row, column, 0, safe, start, scores, best)
+    best = score_block(tile, plan, q, key, 0, safe, start, scores, best)
     if safe < count:
         tile_store(best, work, 0)
         rest = scores + safe * tile.row_bytes
-        score_block(tile, plan, q, key, panel, row, column, safe, count - safe, start, rest, best)
+        score_block(tile, plan, q, key, safe, count - safe, start, rest, best)
         present = min(tile.width, plan.queries - first_query)
         position = plan.first_position + first_query
         mask += safe * plan.mask_column
@@ -266,13 +268,9 @@ def forward_group(tile, call, plan, head, first_block, blocks, scratch):
     packed_keys = scratch + blocks * state_bytes
     packed_values = packed_keys + plan.key_bytes
     work = packed_values
-    key_panel, key_row, key_column = tile.rows * plan.key_row, plan.key_row, plan.key_column
-    value_panel, value_row, value_column = tile.rows * plan.value_column, plan.value_row, plan.value_column
+    value_panel, _, _ = value_steps(tile, plan)
     if tile.packed:
-        panel_row = tile.rows * tile.itemsize
-        key_panel, key_row, key_column = plan.head_dim * panel_row, tile.itemsize, panel_row
-        value_panel, value_row, value_column = plan.key_block * panel_row, panel_row, tile.itemsize
-        work = packed_values + (plan.value_dim + tile.rows - 1) // tile.rows * value_panel
+        work += (plan.value_dim + tile.rows - 1) // tile.rows * value_panel
 
     # Under a float mask m may stem from the mask, and be far from the scores.
     relative = not tile.masked or plan.mask_kind <= MASK_BOOL
@@ -300,7 +298,7 @@ def forward_group(tile, call, plan, head, first_block, blocks, scratch):
             pack_values(tile, values_at, values, plan.value_row, plan.value_column, count, plan.value_dim, value_panel)
         finite = True
         if plan.causal or (tile.masked and plan.mask_kind != MASK_NONE):
-            finite = are_finite(tile, plan, values, min(plan.key_block, end - first_key))
+            finite = are_finite(tile, plan, values, count)
         for b in range(blocks):
             first = first_query + b * tile.width
             masks = mask + first * plan.mask_row + first_key * plan.mask_column
@@ -314,23 +312,7 @@ def forward_group(tile, call, plan, head, first_block, blocks, scratch):
             q = scratch + b * state_bytes
             block = q + q_bytes
             m = block + out_bytes
-            scores = scores_of(
-                tile,
-                plan,
-                q,
-                m,
-                relative,
-                count,
-                safe,
-                first,
-                first_key,
-                keys_at,
-                key_panel,
-                key_row,
-                key_column,
-                masks,
-                work,
-            )
+            scores = scores_of(tile, plan, q, m, relative, count, safe, first, first_key, keys_at, masks, work)
             top = tile_load(tile.single, work, 0)
             absorb(tile, scores, count, top, relative, unit, m, m + tile.row_bytes, block, plan.value_dim)
             if tile.masked and plan.drop_below > 0:
@@ -338,23 +320,9 @@ def forward_group(tile, call, plan, head, first_block, blocks, scratch):
             if not finite and safe < count:
                 present = min(tile.width, plan.queries - first)
                 offset = plan.first_position + first - first_key
-                add_visible_values(
-                    tile,
-                    plan,
-                    scores,
-                    count,
-                    values,
-                    values_at,
-                    value_panel,
-                    value_row,
-                    value_column,
-                    masks,
-                    present,
-                    offset,
-                    block,
-                )
+                add_visible_values(tile, plan, scores, count, values, values_at, masks, present, offset, block)
             else:
-                add_values(tile, scores, count, values_at, value_panel, value_row, value_column, block, plan.value_dim)
+                add_values(tile, plan, scores, count, values_at, block)
     for b in range(blocks):
         first = first_query + b * tile.width
         block = scratch + b * state_bytes + q_bytes

@@ -12,9 +12,9 @@ in order, so that each sum has one owner and one order of its terms, and needs n
 
 from fastattn.cpu.forward import clear, scores_of, visible_keys
 from fastattn.cpu.masks import LARGEST_FLOAT32, LARGEST_FLOAT64
-from fastattn.cpu.pack import pack_keys, pack_queries
+from fastattn.cpu.pack import key_steps, pack_keys, pack_queries
 from fastattn.cpu.softmax import MINUS_INFINITY, exp2
-from fastattn.cpu.summary import key_steps, summary_view
+from fastattn.cpu.summary import summary_view
 from fastattn.cpu.tasks import locate
 from fastattn.simd import (
     jit,
@@ -83,10 +83,10 @@ def receive_group(tile, call, plan, head, first_block, blocks, scratch):
     q = state - q_bytes
     packed = state + QUERY_ROWS * tile.row_bytes
     work = packed
-    key_panel, key_row, key_column = key_steps(tile, plan)
     keys, block_bytes = key + start * plan.key_row, plan.key_block * plan.key_row
     if tile.packed:
-        block_bytes = (plan.key_block + tile.rows) // tile.rows * key_panel
+        panel, _, _ = key_steps(tile, plan)
+        block_bytes = (plan.key_block + tile.rows) // tile.rows * panel
         for b in range(blocks):
             first_key = start + b * plan.key_block
             count = min(plan.key_block, end - first_key)
@@ -110,23 +110,8 @@ def receive_group(tile, call, plan, head, first_block, blocks, scratch):
             count, safe = visible_keys(tile, plan, first, first_key, masks)
             if count == 0:
                 continue
-            scores = scores_of(
-                tile,
-                plan,
-                q,
-                state,
-                False,
-                count,
-                safe,
-                first,
-                first_key,
-                keys + b * block_bytes,
-                key_panel,
-                key_row,
-                key_column,
-                masks,
-                work,
-            )
+            at = keys + b * block_bytes
+            scores = scores_of(tile, plan, q, state, False, count, safe, first, first_key, at, masks, work)
             if present < tile.width:
                 leave_out(tile, scores, count, present)
             add_weights(tile, scores, count, plan.unit, state, sums + b * plan.key_block * tile.row_bytes)

@@ -19,7 +19,7 @@ import math
 
 from fastattn.cpu.forward import LN_2, clear, scores_of, visible_keys
 from fastattn.cpu.layout import SUMMARY
-from fastattn.cpu.pack import pack_keys, pack_queries, unpack_rows
+from fastattn.cpu.pack import key_steps, pack_keys, pack_queries, unpack_rows
 from fastattn.cpu.softmax import MINUS_INFINITY, SLACK, exp2, exponentials
 from fastattn.cpu.tasks import locate
 from fastattn.cpu.top import NOBODY, WORD, clear_heap, keep_top, sort_heap
@@ -46,15 +46,6 @@ STATE_ROWS = 4  # of a query block besides the queries: m, l, moment, and the sc
 LOWEST = -2000.0  # an exponent of which 2 to the power is 0 in both dtypes; 0 · LOWEST is 0, unlike 0 · -inf
 INFINITY = float("inf")
 NAN = float("nan")
-
-
-@jit
-def key_steps(tile, plan):
-    """How far apart the micro-kernel finds panels, rows and columns of keys: packed, or as they lie."""
-    if tile.packed:
-        panel_row = tile.rows * tile.itemsize
-        return plan.head_dim * panel_row, tile.itemsize, panel_row
-    return tile.rows * plan.key_row, plan.key_row, plan.key_column
 
 
 @jit
@@ -155,9 +146,9 @@ def summarise_group(tile, call, plan, head, first_block, blocks, scratch):
     state_bytes = q_bytes + STATE_ROWS * tile.row_bytes
     packed = scratch + blocks * state_bytes
     work = packed
-    key_panel, key_row, key_column = key_steps(tile, plan)
     if tile.packed:
-        work += (plan.key_block + tile.rows) // tile.rows * key_panel
+        panel, _, _ = key_steps(tile, plan)
+        work += (plan.key_block + tile.rows) // tile.rows * panel
 
     k = out.top_k
     end = plan.keys
@@ -191,23 +182,7 @@ def summarise_group(tile, call, plan, head, first_block, blocks, scratch):
                 continue
             q = scratch + b * state_bytes
             state = q + q_bytes
-            scores = scores_of(
-                tile,
-                plan,
-                q,
-                state,
-                False,
-                count,
-                safe,
-                first,
-                first_key,
-                keys_at,
-                key_panel,
-                key_row,
-                key_column,
-                masks,
-                work,
-            )
+            scores = scores_of(tile, plan, q, state, False, count, safe, first, first_key, keys_at, masks, work)
             top = tile_load(tile.single, work, 0)
             if k > 0:
                 start = (row + first) * k
@@ -247,16 +222,12 @@ def weigh_block(tile, call, plan, out, head, first_query, scratch):
     tile_store(tile_fill(tile.single, 1.0), factors, 0)
     pack_queries(tile, q, query, plan.query_row, plan.query_column, present, plan.head_dim, plan.scale)
     scores = work + tile.row_bytes + tile.buffer_bytes
-    row, column = plan.key_row, plan.key_column
-    panel = tile.rows * row
     for first_key in range(0, plan.keys, plan.key_block):
-        keys = key + first_key * row
+        keys = key + first_key * plan.key_row
         masks = mask + first_key * plan.mask_column
         count, safe = visible_keys(tile, plan, first_query, first_key, masks)
         if count > 0:
-            scores_of(
-                tile, plan, q, q, False, count, safe, first_query, first_key, keys, panel, row, column, masks, work
-            )
+            scores_of(tile, plan, q, q, False, count, safe, first_query, first_key, keys, masks, work)
         exponentials(tile, scores, count, m, plan.unit, zero)
         width = min(plan.key_block, plan.keys - first_key)
         clear(tile, scores + count * tile.row_bytes, width - count)

@@ -40,18 +40,14 @@ def weigh_block(tile, call, plan, head, first_query, scratch):
     clear(tile, m, 2)
     zero = tile_fill(tile.single, 0.0)
     scores = work + tile.row_bytes + tile.buffer_bytes
-    row, column = plan.key_row, plan.key_column
-    panel = tile.rows * row
     for second in range(2):
         for first_key in range(0, plan.keys, plan.key_block):
-            keys = key + first_key * row
+            keys = key + first_key * plan.key_row
             masks = mask + first_key * plan.mask_column
             count, safe = visible_keys(tile, plan, first_query, first_key, masks)
             if count > 0:
                 keys = load_keys(tile, plan, packed_keys, keys, count)
-                scores_of(
-                    tile, plan, q, m, False, count, safe, first_query, first_key, keys, panel, row, column, masks, work
-                )
+                scores_of(tile, plan, q, m, False, count, safe, first_query, first_key, keys, masks, work)
             if not second:
                 if count > 0:
                     top = tile_load(tile.single, work, 0)
