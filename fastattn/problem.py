@@ -51,8 +51,8 @@ NOT_YET = ("float16", "bfloat16")
 MASK_DTYPES = ("bool", "float16", "float32", "float64")
 PLAIN_MASKS = frozenset(np.dtype(name) for name in MASK_DTYPES)
 
-# NumPy's own limit (64 axes, 32 before NumPy 2), less the axis that splitting the heads into groups adds.
-MAX_RANK = (64 if int(np.__version__.split(".")[0]) >= 2 else 32) - 1
+# NumPy's own limit (32 axes, which is that of np.broadcast still), less the axis that splitting heads into groups adds.
+MAX_RANK = 31
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,7 +117,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a query head reads the next key head",
-        "cpu/forward.py",
+        "cpu/tasks.py",
         "key += index * strides.key",
         "key += (index + 1) % strides.size * strides.key",
         ("test_semantics.py", "test_query_head_h_reads_key_head_h_over_group and cpu"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -209,6 +210,24 @@ def test_a_damaged_file_is_replaced(folder: Path, damage: object) -> None:
     again = kernels._read(path)
     assert again is not None
     assert len(again) == len(code)
+
+
+def test_a_read_only_folder_is_read(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(**options: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(kernels.os, "environ", {"FASTATTN_CACHE_DIR": str(filled)})
+    monkeypatch.setattr(kernels.tempfile, "TemporaryFile", refused)
+    assert kernels.cache_folder.__wrapped__() == filled
+    code = "import tempfile\ntempfile.TemporaryFile = tempfile.NamedTemporaryFile = None\n" + CALL + NO_NUMBA
+    assert processes.run(code, FASTATTN_CACHE_DIR=str(filled)) == "right\n"
+
+
+def test_a_relative_folder_stays_where_it_was(filled: Path) -> None:
+    relative = os.path.relpath(filled, processes.PACKAGE.parent)
+    code = CALL.replace("arrays =", "fastattn.cpu.kernels.cache_folder()\nos.chdir('/')\narrays =", 1)
+    code = "import os\n" + code.replace("import fastattn", "import fastattn.cpu.kernels", 1)
+    assert processes.run(code + NO_NUMBA, FASTATTN_CACHE_DIR=relative) == "right\n"
 
 
 # -- nowhere to write --------------------------------------------------------------------------------------------------

@@ -396,6 +396,14 @@ def test_a_query_without_a_key_gives_the_last_bias() -> None:
     assert layer(x[:0]).shape == (0, 5, 8)
 
 
+@pytest.mark.parametrize("attn_mask", [None, np.ones((5, 5), bool)], ids=["none", "bool"])
+def test_a_key_mask_of_rank_0_is_that_of_all_keys(attn_mask: Array | None) -> None:
+    layer = random_layer(np.random.default_rng(0), 8, 2)
+    x = np.random.default_rng(1).standard_normal((2, 5, 8), dtype=np.float32)
+    assert np.array_equal(layer(x, attn_mask=attn_mask, key_mask=True), layer(x))
+    assert (layer(x, attn_mask=attn_mask, key_mask=np.bool_(False)) == layer.out_proj_bias).all()
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("attn_mask", [None, np.ones((5, 5), bool), np.zeros((5, 5))], ids=["none", "bool", "float"])
 def test_padding_does_not_leak(bad: float, attn_mask: Array | None) -> None:
@@ -467,6 +475,7 @@ def test_grouped_heads_are_repeated_ones() -> None:
     [
         (((2, 5, 7),), {}, ValueError, "query: shape .2, 5, 7.; expected .*length, 8"),
         (((8,),), {}, ValueError, "query: shape .8,.; expected .*length, 8"),
+        (((1,) * 30 + (8,),), {}, ValueError, "query: shape .* has rank 31; expected 2 to 30"),
         (((5, 8), (6, 3)), {}, ValueError, "key: shape .6, 3.; expected .*length, 8"),
         (((5, 8), (6, 8), (7, 8)), {}, ValueError, "value: shape .7, 8.; expected length 6"),
         (((2, 5, 8), (3, 6, 8)), {}, ValueError, "query, key, value: shapes .* to broadcast"),

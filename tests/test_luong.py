@@ -257,6 +257,20 @@ def test_a_query_with_nan_gives_nan_alone(align: str) -> None:
 
 
 @every_local
+@pytest.mark.parametrize(
+    "mask", [np.arange(20) >= 15, np.where(np.arange(20) < 15, -np.inf, 1.0)], ids=["bool", "float"]
+)
+def test_a_query_with_nan_that_may_look_at_no_key_gives_0(align: str, mask: Array) -> None:
+    layer = LuongAttention(4, 4, "dot", align, window=30, rng=0)
+    query, key = np.random.default_rng(0).standard_normal((2, 2, 20, 4), dtype=np.float32)
+    query[:, 3] = np.nan
+    out, weights = layer(query, key, attn_mask=mask, key_lengths=[20, 15], return_weights=True)
+    assert np.isnan(out[0, 3]).all()
+    assert not out[1].any()
+    assert not weights[1].any()
+
+
+@every_local
 @pytest.mark.parametrize("score", SCORES)
 def test_cost_does_not_grow_with_the_keys(score: str, align: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A billion keys in one place of memory: who touched each would not come back."""

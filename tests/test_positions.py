@@ -96,6 +96,7 @@ def test_rotary_positions_broadcast() -> None:
         (lambda: rotary(np.ones((2, 4)), [0, np.nan]), ValueError, "positions: some are NaN or infinite"),
         (lambda: rotary(np.ones((2, 4)), [0, 1], base=0), ValueError, "base: 0 "),
         (lambda: rotary(np.ones((2, 4)), [0, 1], base=math.inf), ValueError, "base: inf"),
+        (lambda: rotary(np.ones((2, 4)), [0, 1], base=10**400), ValueError, "base: 1000.* positive finite"),
         (lambda: rotary(np.ones((2, 4)), [0, 1], base="10"), TypeError, "base: '10'"),
         (lambda: rotary(np.ones((2, 4)), [0, 1], interleaved=1), TypeError, "interleaved: 1"),
     ],

@@ -164,6 +164,11 @@ def test_equal_arguments_that_mean_different_things_are_told_apart() -> None:
         problem_of((5, 3), (7, 3), scale=True)
 
 
+def test_the_highest_rank_is_no_empty_promise() -> None:
+    ones = np.ones((1,) * (MAX_RANK - 2) + (2, 3))
+    assert describe(ones, ones, ones, np.ones((*ones.shape[:-1], 2), bool))[0].out_shape == ones.shape
+
+
 @pytest.mark.parametrize(
     ("query", "key", "value", "message"),
     [

@@ -378,6 +378,15 @@ def test_weights_of_a_query_with_nan_are_nan_with_lse_too(backend: str, queries:
         assert not np.isnan(weights[1:]).any()
 
 
+def test_an_lse_with_nan_concerns_its_own_row_whatever_its_layout(backend: str) -> None:
+    query, key = np.random.default_rng(0).standard_normal((2, 3, 4, 8)).astype(np.float32)
+    lse = fastattn.attention(query, key, key, return_lse=True)[1]
+    lse[1, 2] = np.nan
+    for layout in LAYOUTS:
+        weights = fastattn.attention_weights(query, key, lse=laid_out(lse, layout), backend=backend)
+        assert np.argwhere(np.isnan(weights).any(axis=-1)).tolist() == [[1, 2]]
+
+
 def test_the_greatest_weights_are_those_of_attention_weights() -> None:
     query, key = np.random.default_rng(0).standard_normal((2, 1, 100, 16)).astype(np.float32)
     summary = fastattn.attention_summary(query, key, top_k=5)

@@ -271,7 +271,7 @@ def distant_scores(tile, plan, start, raw, q_raws, weights):
 
 
 @jit
-def score_many(tile, plan, q, keys, panel, row, column, first, count, start, scores, best):
+def score_many(tile, plan, q, keys, first, count, start, scores, best):
     """scores[j][i] = start[i] + the score of query i and key first + j for `count` keys; `best` and their maximum."""
     q_raws, factors, weights, sums, _ = places(tile, plan, q)
     raws, exps = key_places(tile, plan, keys)
@@ -358,7 +358,7 @@ def add_lanes(tile, at, start):
 
 
 @jit
-def score_few(tile, plan, q, keys, panel, row, column, first, count, start, scores, best):
+def score_few(tile, plan, q, keys, first, count, start, scores, best):
     """`score_many` for at most one vector of queries, whose exponentials and products have features in the lanes."""
     q_raws, factors, weights, sums, q_largest = places(tile, plan, q)
     raws, exps = key_places(tile, plan, keys)
@@ -449,8 +449,8 @@ def load_keys(tile, plan, keys, source, count):
 
 
 @jit
-def score_block(tile, plan, q, keys, panel, row, column, first, count, start, scores, best):
+def score_block(tile, plan, q, keys, first, count, start, scores, best):
     """scores[j][i] = start[i] + the score of query i and key first + j for `count` keys; `best` and their maximum."""
     if tile.vectors > 1:
-        return score_many(tile, plan, q, keys, panel, row, column, first, count, start, scores, best)
-    return score_few(tile, plan, q, keys, panel, row, column, first, count, start, scores, best)
+        return score_many(tile, plan, q, keys, first, count, start, scores, best)
+    return score_few(tile, plan, q, keys, first, count, start, scores, best)

@@ -4,12 +4,13 @@ import numpy as np
 
 from fastattn import build as compiler
 from fastattn.cpu import claim
-from fastattn.cpu.forward import call_view, forward_task, plan_view
+from fastattn.cpu.forward import forward_group
 from fastattn.cpu.layout import CALL
-from fastattn.cpu.received import received_task
-from fastattn.cpu.summary import chosen_task, summary_task
+from fastattn.cpu.received import receive_group
+from fastattn.cpu.summary import choose_group, summarise_group
+from fastattn.cpu.tasks import call_view, plan_view, task_function
 from fastattn.cpu.tiles import packed_product
-from fastattn.cpu.weights import weights_task
+from fastattn.cpu.weights import weigh_group
 from fastattn.isa import Isa
 from fastattn.simd import TileShape, jit, load_i64, stack_memory, tile_fill, tile_store
 
@@ -17,15 +18,15 @@ call_memory = stack_memory(CALL.itemsize)
 
 # What is compiled for attention and what is asked of its weights. The forward pass without a mask or dropout is a
 # kernel of its own: one for all of it would make a first call wait for what it does not use.
-TASKS = {
-    "forward": forward_task,
-    "masked": forward_task,
-    "weights": weights_task,
-    "summary": summary_task,
-    "received": received_task,
-    "chosen": chosen_task,
-    "additive": forward_task,
-    "additive_weights": weights_task,
+WORK = {
+    "forward": forward_group,
+    "masked": forward_group,
+    "weights": weigh_group,
+    "summary": summarise_group,
+    "received": receive_group,
+    "chosen": choose_group,
+    "additive": forward_group,
+    "additive_weights": weigh_group,
 }
 IN_PLACE = ("weights", "chosen", "additive_weights")  # take blocks of queries one by one: too few to pack keys for
 
@@ -42,7 +43,10 @@ def build(name: str, row: Isa, entries: dict[str, int]) -> bytes:
         lanes = row.vector_bytes // np.dtype(dtype).itemsize
         masked, additive = kind != "forward", kind.startswith("additive")
         tile = TileShape(dtype, lanes, rows, vectors, row.scalef, packed, masked, additive)
-        functions = {"run": _peak(tile)} if kind == "peak" else _attention(TASKS[kind](tile))
+        if kind == "peak":
+            functions = {"run": _peak(tile)}
+        else:
+            functions = _attention(task_function(tile, WORK[kind], by_keys=kind == "received"))
     return compiler.emit({entry: (functions[entry], count) for entry, count in entries.items()}, row)
 
 

@@ -17,10 +17,11 @@ import math
 
 from fastattn.cpu import additive
 from fastattn.cpu.dropout import drop
-from fastattn.cpu.layout import AXIS, CALL, MASK_BOOL, MASK_NONE, PLAN
+from fastattn.cpu.layout import MASK_BOOL, MASK_NONE
 from fastattn.cpu.masks import looks_at, restrict
-from fastattn.cpu.pack import pack_keys, pack_queries, pack_values, unpack_rows
+from fastattn.cpu.pack import key_steps, pack_keys, pack_queries, pack_values, unpack_rows, value_steps
 from fastattn.cpu.softmax import MINUS_INFINITY, absorb
+from fastattn.cpu.tasks import locate
 from fastattn.cpu.tiles import packed_product, product
 from fastattn.simd import (
     all_zero,
@@ -30,7 +31,6 @@ from fastattn.simd import (
     load_u8,
     maximum,
     prefetch,
-    record_view,
     store_element,
     tile_fill,
     tile_load,
@@ -38,8 +38,6 @@ from fastattn.simd import (
     tile_store,
 )
 
-axis_view, call_view, plan_view = record_view(AXIS), record_view(CALL), record_view(PLAN)
-AXIS_BYTES, PLAN_BYTES = AXIS.itemsize, PLAN.itemsize
 LINE = 64  # bytes of a cache line
 LN_2 = 0.6931471805599453
 
@@ -65,66 +63,60 @@ def load_keys(tile, plan, target, source, count):
 
 
 @jit
-def score_block(tile, plan, q, key, key_panel, key_row, key_column, first, count, start, scores, best):
+def score_block(tile, plan, q, key, first, count, start, scores, best):
     """scores[j][i] = start[i] + key[first + j] · q[i] for `count` keys; the maximum of `best` and of them over j."""
     if tile.additive:
-        return additive.score_block(
-            tile, plan, q, key, key_panel, key_row, key_column, first, count, start, scores, best
-        )
+        return additive.score_block(tile, plan, q, key, first, count, start, scores, best)
     features = plan.head_dim
-    key += first // tile.rows * key_panel
+    panel, row, column = key_steps(tile, plan)
+    key += first // tile.rows * panel
     initial = tile_repeat(tile, start)
     whole = count - count % tile.rows
     for _ in range(0, whole, tile.rows):
         if tile.packed:
             acc = packed_product(tile, initial, key, q, features)
         else:
-            acc = product(initial, key, key_row, key_column, q, tile.row_bytes, features)
+            acc = product(initial, key, row, column, q, tile.row_bytes, features)
         tile_store(acc, scores, tile.row_bytes)
         best = maximum(largest_row(acc), best)
-        key += key_panel
+        key += panel
         scores += tile.rows * tile.row_bytes
     for _ in range(whole, count):
-        row = product(start, key, key_row, key_column, q, tile.row_bytes, features)
-        tile_store(row, scores, tile.row_bytes)
-        best = maximum(row, best)
-        key += key_row
+        one = product(start, key, row, column, q, tile.row_bytes, features)
+        tile_store(one, scores, tile.row_bytes)
+        best = maximum(one, best)
+        key += row
         scores += tile.row_bytes
     return best
 
 
 @jit
-def add_values(tile, weights, count, value, value_panel, value_row, value_column, out, features):
+def add_values(tile, plan, weights, count, value, out):
     """out[p][i] += Σ_j value[j][p] · weights[j][i]."""
+    features = plan.value_dim
+    panel, row, column = value_steps(tile, plan)
+    if tile.additive and tile.vectors == 1 and column == tile.itemsize:  # few queries: most lanes would be empty
+        done = features - features % (tile.quad.rows * tile.lanes)
+        additive.add_values(tile, plan, weights, count, value, row, out, done)
+        value += done * column
+        out += done * tile.row_bytes
+        features -= done
     whole = features - features % tile.rows
     for _ in range(0, whole, tile.rows):
         acc = tile_load(tile, out, tile.row_bytes)
         if tile.packed:
             acc = packed_product(tile, acc, value, weights, count)
         else:
-            acc = product(acc, value, value_column, value_row, weights, tile.row_bytes, count)
+            acc = product(acc, value, column, row, weights, tile.row_bytes, count)
         tile_store(acc, out, tile.row_bytes)
-        value += value_panel
+        value += panel
         out += tile.rows * tile.row_bytes
     for _ in range(whole, features):
-        row = tile_load(tile.single, out, tile.row_bytes)
-        row = product(row, value, value_column, value_row, weights, tile.row_bytes, count)
-        tile_store(row, out, tile.row_bytes)
-        value += value_column
+        one = tile_load(tile.single, out, tile.row_bytes)
+        one = product(one, value, column, row, weights, tile.row_bytes, count)
+        tile_store(one, out, tile.row_bytes)
+        value += column
         out += tile.row_bytes
-
-
-@jit
-def add_all_values(tile, plan, weights, count, value, value_panel, value_row, value_column, out):
-    """`add_values` for all features; in additive attention few queries, of which most lanes would be empty, go ahead."""
-    done = 0
-    if tile.additive:
-        if tile.vectors == 1 and value_column == tile.itemsize:
-            done = plan.value_dim - plan.value_dim % (tile.quad.rows * tile.lanes)
-            additive.add_values(tile, plan, weights, count, value, value_row, out, done)
-    value += done * value_column
-    out += done * tile.row_bytes
-    add_values(tile, weights, count, value, value_panel, value_row, value_column, out, plan.value_dim - done)
 
 
 @jit
@@ -143,20 +135,21 @@ def are_finite(tile, plan, value, count):
 
 
 @jit
-def add_visible_values(tile, plan, weights, count, source, value, panel, row, column, mask, present, ahead, out):
+def add_visible_values(tile, plan, weights, count, source, value, mask, present, ahead, out):
     """`add_values` for a block with values that are not finite and queries that may not look at some key.
 
     There 0 · NaN must not reach a query. `source` is the block's first row of values in the user's array, `value` the
     same for the micro-kernel.
     """
     # Rows of values that are finite throughout take the fast way; in the others a query is added where it may look.
+    _, row, _ = value_steps(tile, plan)
     start = 0
     for j in range(count + 1):
         at = source + j * plan.value_row
         if j < count and are_finite(tile, plan, at, 1):
             continue
         rows = value + start * row
-        add_values(tile, weights + start * tile.row_bytes, j - start, rows, panel, row, column, out, plan.value_dim)
+        add_values(tile, plan, weights + start * tile.row_bytes, j - start, rows, out)
         start = j + 1
         if j == count:
             break
@@ -194,7 +187,7 @@ def visible_keys(tile, plan, first_query, first_key, mask):
 
 
 @jit
-def scores_of(tile, plan, q, m, relative, count, safe, first_query, first_key, key, panel, row, column, mask, work):
+def scores_of(tile, plan, q, m, relative, count, safe, first_query, first_key, key, mask, work):
     """The block of scores of some queries with `count` keys: their place; their maximum over the keys at `work`.
 
     `relative`: less m, from which the sums of products then start.
@@ -204,11 +197,11 @@ def scores_of(tile, plan, q, m, relative, count, safe, first_query, first_key, k
     if relative:
         start = start - tile_load(tile.single, m, 0)
     best = tile_fill(tile.single, MINUS_INFINITY)
-    best = score_block(tile, plan, q, key, panel, row, column, 0, safe, start, scores, best)
+    best = score_block(tile, plan, q, key, 0, safe, start, scores, best)
     if safe < count:
         tile_store(best, work, 0)
         rest = scores + safe * tile.row_bytes
-        score_block(tile, plan, q, key, panel, row, column, safe, count - safe, start, rest, best)
+        score_block(tile, plan, q, key, safe, count - safe, start, rest, best)
         present = min(tile.width, plan.queries - first_query)
         position = plan.first_position + first_query
         mask += safe * plan.mask_column
@@ -263,26 +256,9 @@ def clear(tile, at, rows):
 
 
 @jit
-def locate(call, plan, head):
-    """Where a head's matrices begin, as offsets from the arrays' addresses: query, key, value, mask, out."""
-    axis = call.plan + PLAN_BYTES + plan.axes * AXIS_BYTES
-    query = key = value = mask = out = 0
-    for _ in range(plan.axes):
-        axis -= AXIS_BYTES
-        strides = axis_view(axis)
-        index = head % strides.size
-        head //= strides.size
-        query += index * strides.query
-        key += index * strides.key
-        value += index * strides.value
-        mask += index * strides.mask
-        out += index * strides.out
-    return query, key, value, mask, out
-
-
-@jit
-def forward_group(tile, call, plan, head, first_query, blocks, scratch):
-    """One task: `blocks` query blocks of one head, from its first query on, through all keys they look at."""
+def forward_group(tile, call, plan, head, first_block, blocks, scratch):
+    """One task: `blocks` query blocks of one head, from `first_block` on, through all keys they look at."""
+    first_query = first_block * tile.width
     query, key, value, mask, out = locate(call, plan, head)
     query += call.query
     key += call.key
@@ -298,13 +274,9 @@ def forward_group(tile, call, plan, head, first_query, blocks, scratch):
     packed_keys = scratch + blocks * state_bytes
     packed_values = packed_keys + plan.key_bytes
     work = packed_values
-    key_panel, key_row, key_column = tile.rows * plan.key_row, plan.key_row, plan.key_column
-    value_panel, value_row, value_column = tile.rows * plan.value_column, plan.value_row, plan.value_column
+    value_panel, _, _ = value_steps(tile, plan)
     if tile.packed:
-        panel_row = tile.rows * tile.itemsize
-        key_panel, key_row, key_column = plan.head_dim * panel_row, tile.itemsize, panel_row
-        value_panel, value_row, value_column = plan.key_block * panel_row, panel_row, tile.itemsize
-        work = packed_values + (plan.value_dim + tile.rows - 1) // tile.rows * value_panel
+        work += (plan.value_dim + tile.rows - 1) // tile.rows * value_panel
 
     # Under a float mask m may stem from the mask, and be far from the scores.
     relative = not tile.masked or plan.mask_kind <= MASK_BOOL
@@ -332,7 +304,7 @@ def forward_group(tile, call, plan, head, first_query, blocks, scratch):
             pack_values(tile, values_at, values, plan.value_row, plan.value_column, count, plan.value_dim, value_panel)
         finite = True
         if plan.causal or (tile.masked and plan.mask_kind != MASK_NONE):
-            finite = are_finite(tile, plan, values, min(plan.key_block, end - first_key))
+            finite = are_finite(tile, plan, values, count)
         for b in range(blocks):
             first = first_query + b * tile.width
             masks = mask + first * plan.mask_row + first_key * plan.mask_column
@@ -346,23 +318,7 @@ def forward_group(tile, call, plan, head, first_query, blocks, scratch):
             q = scratch + b * state_bytes
             block = q + q_bytes
             m = block + out_bytes
-            scores = scores_of(
-                tile,
-                plan,
-                q,
-                m,
-                relative,
-                count,
-                safe,
-                first,
-                first_key,
-                keys_at,
-                key_panel,
-                key_row,
-                key_column,
-                masks,
-                work,
-            )
+            scores = scores_of(tile, plan, q, m, relative, count, safe, first, first_key, keys_at, masks, work)
             top = tile_load(tile.single, work, 0)
             absorb(tile, scores, count, top, relative, unit, m, m + tile.row_bytes, block, plan.value_dim)
             if tile.masked and plan.drop_below > 0:
@@ -370,23 +326,9 @@ def forward_group(tile, call, plan, head, first_query, blocks, scratch):
             if not finite and safe < count:
                 present = min(tile.width, plan.queries - first)
                 offset = plan.first_position + first - first_key
-                add_visible_values(
-                    tile,
-                    plan,
-                    scores,
-                    count,
-                    values,
-                    values_at,
-                    value_panel,
-                    value_row,
-                    value_column,
-                    masks,
-                    present,
-                    offset,
-                    block,
-                )
+                add_visible_values(tile, plan, scores, count, values, values_at, masks, present, offset, block)
             else:
-                add_all_values(tile, plan, scores, count, values_at, value_panel, value_row, value_column, block)
+                add_values(tile, plan, scores, count, values_at, block)
     for b in range(blocks):
         first = first_query + b * tile.width
         block = scratch + b * state_bytes + q_bytes
@@ -394,23 +336,3 @@ def forward_group(tile, call, plan, head, first_query, blocks, scratch):
         present = min(tile.width, plan.queries - first)
         rows = out + first * plan.out_row
         finish(tile, plan, m, m + tile.row_bytes, block, rows, lse + first * tile.itemsize if lse != 0 else 0, present)
-
-
-def forward_task(tile):
-    """The task function of the forward pass for a register tile."""
-
-    @jit
-    def task(call_at, slot, number):
-        call = call_view(call_at)
-        plan = plan_view(call.plan)
-        heads = plan.tasks // plan.groups
-        head = number % heads
-        part = number // heads
-        if plan.causal:
-            part = plan.groups - 1 - part  # the longest first: they are what others would wait for
-        first = part * plan.group
-        blocks = min(plan.group, plan.blocks - first)
-        scratch = call.scratch + slot * call.scratch_bytes
-        forward_group(tile, call, plan, head, first * tile.width, blocks, scratch)
-
-    return task

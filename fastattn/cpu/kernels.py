@@ -59,7 +59,7 @@ if hasattr(os, "register_at_fork"):  # a fork waits for a compilation to end: a 
 def cache_folder() -> Path | None:
     """Where compiled kernels are kept: ``FASTATTN_CACHE_DIR``, or fastattn/ in the user's cache folder.
 
-    None where neither can be written.
+    None where that folder can neither be written nor has kernels in it: one filled beforehand may be read-only.
     """
     named = os.environ.get("FASTATTN_CACHE_DIR")
     try:
@@ -71,9 +71,11 @@ def cache_folder() -> Path | None:
             folder = Path.home() / "Library" / "Caches" / "fastattn"
         else:
             folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastattn"
+        folder = folder.absolute()  # the program may go elsewhere
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
+        if not any(folder.glob("*.o")):
+            tempfile.TemporaryFile(dir=folder).close()
+        return folder
     except (OSError, RuntimeError):  # RuntimeError: no home folder
         return None
 

@@ -22,6 +22,24 @@ from fastattn.simd import (
 
 
 @jit
+def key_steps(tile, plan):
+    """How far apart the micro-kernel finds panels, rows and columns of keys: packed, or as they lie."""
+    if tile.packed:
+        panel_row = tile.rows * tile.itemsize
+        return plan.head_dim * panel_row, tile.itemsize, panel_row
+    return tile.rows * plan.key_row, plan.key_row, plan.key_column
+
+
+@jit
+def value_steps(tile, plan):
+    """The same of values, whose panels are of columns."""
+    if tile.packed:
+        panel_row = tile.rows * tile.itemsize
+        return plan.key_block * panel_row, panel_row, tile.itemsize
+    return tile.rows * plan.value_column, plan.value_row, plan.value_column
+
+
+@jit
 def pack_queries(tile, block, source, row, column, present, features, scale):
     """block[p][i] = source[i][p] * scale for i < present; lanes beyond are 0."""
     factor = as_element(tile, scale)

@@ -10,11 +10,12 @@ in order, so that each sum has one owner and one order of its terms, and needs n
     received[j] = Σ_i sums[j][i]                     over the lanes, once
 """
 
-from fastattn.cpu.forward import call_view, clear, locate, plan_view, scores_of, visible_keys
+from fastattn.cpu.forward import clear, scores_of, visible_keys
 from fastattn.cpu.masks import LARGEST_FLOAT32, LARGEST_FLOAT64
-from fastattn.cpu.pack import pack_keys, pack_queries
+from fastattn.cpu.pack import key_steps, pack_keys, pack_queries
 from fastattn.cpu.softmax import MINUS_INFINITY, exp2
-from fastattn.cpu.summary import key_steps, summary_view
+from fastattn.cpu.summary import summary_view
+from fastattn.cpu.tasks import locate
 from fastattn.simd import (
     jit,
     load_element,
@@ -63,8 +64,12 @@ def add_weights(tile, scores, count, unit, state, sums):
 
 
 @jit
-def receive_group(tile, call, plan, out, head, first_block, blocks, scratch):
-    """One task: `blocks` blocks of keys of one head, from `first_block` on, for all queries that look at them."""
+def receive_group(tile, call, plan, head, first_block, blocks, scratch):
+    """One task: `blocks` blocks of keys of one head, from `first_block` on, for all queries that look at them.
+
+    `group`, `groups` and `blocks` of its plan count blocks of keys.
+    """
+    out = summary_view(call.out)
     query, key, _, mask, _ = locate(call, plan, head)
     query += call.query
     key += call.key
@@ -78,10 +83,10 @@ def receive_group(tile, call, plan, out, head, first_block, blocks, scratch):
     q = state - q_bytes
     packed = state + QUERY_ROWS * tile.row_bytes
     work = packed
-    key_panel, key_row, key_column = key_steps(tile, plan)
     keys, block_bytes = key + start * plan.key_row, plan.key_block * plan.key_row
     if tile.packed:
-        block_bytes = (plan.key_block + tile.rows) // tile.rows * key_panel
+        panel, _, _ = key_steps(tile, plan)
+        block_bytes = (plan.key_block + tile.rows) // tile.rows * panel
         for b in range(blocks):
             first_key = start + b * plan.key_block
             count = min(plan.key_block, end - first_key)
@@ -105,23 +110,8 @@ def receive_group(tile, call, plan, out, head, first_block, blocks, scratch):
             count, safe = visible_keys(tile, plan, first, first_key, masks)
             if count == 0:
                 continue
-            scores = scores_of(
-                tile,
-                plan,
-                q,
-                state,
-                False,
-                count,
-                safe,
-                first,
-                first_key,
-                keys + b * block_bytes,
-                key_panel,
-                key_row,
-                key_column,
-                masks,
-                work,
-            )
+            at = keys + b * block_bytes
+            scores = scores_of(tile, plan, q, state, False, count, safe, first, first_key, at, masks, work)
             if present < tile.width:
                 leave_out(tile, scores, count, present)
             add_weights(tile, scores, count, plan.unit, state, sums + b * plan.key_block * tile.row_bytes)
@@ -132,23 +122,3 @@ def receive_group(tile, call, plan, out, head, first_block, blocks, scratch):
             total += load_element(tile, sums + i * tile.itemsize)
         store_element(tile, target + j * tile.itemsize, total)
         sums += tile.row_bytes
-
-
-def received_task(tile):
-    """The task function; `group`, `groups` and `blocks` of its plan count blocks of keys.
-
-    The first keys of a causal call are looked at by the most queries, and so come first.
-    """
-
-    @jit
-    def task(call_at, slot, number):
-        call = call_view(call_at)
-        plan = plan_view(call.plan)
-        heads = plan.tasks // plan.groups
-        head = number % heads
-        first = number // heads * plan.group
-        blocks = min(plan.group, plan.blocks - first)
-        scratch = call.scratch + slot * call.scratch_bytes
-        receive_group(tile, call, plan, summary_view(call.out), head, first, blocks, scratch)
-
-    return task

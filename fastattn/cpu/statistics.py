@@ -52,8 +52,8 @@ def sums_from(problem: Problem, lse: Array) -> tuple[Array, Array]:
     """
     unit = 1.0 if problem.mask_kind == "float" else LN_2
     with np.errstate(all="ignore"):
-        m = (np.where(lse == -np.inf, np.inf, lse) / unit).astype(problem.dtype)
-        return np.ascontiguousarray(m), np.where(np.isnan(m), m, np.ones(1, m.dtype))
+        m = np.ascontiguousarray(np.where(lse == -np.inf, np.inf, lse) / unit, problem.dtype)
+        return m, np.where(np.isnan(m), m, np.ones(1, m.dtype))
 
 
 def weigh(problem: Problem, operands: Operands, threads: int, m: Array, l: Array) -> Array:

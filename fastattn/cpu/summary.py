@@ -17,18 +17,11 @@ taken of a weight, and as x is relative to m nothing large is subtracted. m and 
 
 import math
 
-from fastattn.cpu.forward import (
-    LN_2,
-    call_view,
-    clear,
-    locate,
-    plan_view,
-    scores_of,
-    visible_keys,
-)
+from fastattn.cpu.forward import LN_2, clear, scores_of, visible_keys
 from fastattn.cpu.layout import SUMMARY
-from fastattn.cpu.pack import pack_keys, pack_queries, unpack_rows
+from fastattn.cpu.pack import key_steps, pack_keys, pack_queries, unpack_rows
 from fastattn.cpu.softmax import MINUS_INFINITY, SLACK, exp2, exponentials
+from fastattn.cpu.tasks import locate
 from fastattn.cpu.top import NOBODY, WORD, clear_heap, keep_top, sort_heap
 from fastattn.cpu.weights import normalise
 from fastattn.simd import (
@@ -53,15 +46,6 @@ STATE_ROWS = 4  # of a query block besides the queries: m, l, moment, and the sc
 LOWEST = -2000.0  # an exponent of which 2 to the power is 0 in both dtypes; 0 · LOWEST is 0, unlike 0 · -inf
 INFINITY = float("inf")
 NAN = float("nan")
-
-
-@jit
-def key_steps(tile, plan):
-    """How far apart the micro-kernel finds panels, rows and columns of keys: packed, or as they lie."""
-    if tile.packed:
-        panel_row = tile.rows * tile.itemsize
-        return plan.head_dim * panel_row, tile.itemsize, panel_row
-    return tile.rows * plan.key_row, plan.key_row, plan.key_column
 
 
 @jit
@@ -149,8 +133,10 @@ def finish(tile, plan, out, state, row, present, buffer):
 
 
 @jit
-def summarise_group(tile, call, plan, out, head, first_query, blocks, scratch):
-    """One task: `blocks` query blocks of one head, from its first query on, through all keys they look at."""
+def summarise_group(tile, call, plan, head, first_block, blocks, scratch):
+    """One task: `blocks` query blocks of one head, from `first_block` on, through all keys they look at."""
+    out = summary_view(call.out)
+    first_query = first_block * tile.width
     query, key, _, mask, _ = locate(call, plan, head)
     query += call.query
     key += call.key
@@ -160,9 +146,9 @@ def summarise_group(tile, call, plan, out, head, first_query, blocks, scratch):
     state_bytes = q_bytes + STATE_ROWS * tile.row_bytes
     packed = scratch + blocks * state_bytes
     work = packed
-    key_panel, key_row, key_column = key_steps(tile, plan)
     if tile.packed:
-        work += (plan.key_block + tile.rows) // tile.rows * key_panel
+        panel, _, _ = key_steps(tile, plan)
+        work += (plan.key_block + tile.rows) // tile.rows * panel
 
     k = out.top_k
     end = plan.keys
@@ -196,23 +182,7 @@ def summarise_group(tile, call, plan, out, head, first_query, blocks, scratch):
                 continue
             q = scratch + b * state_bytes
             state = q + q_bytes
-            scores = scores_of(
-                tile,
-                plan,
-                q,
-                state,
-                False,
-                count,
-                safe,
-                first,
-                first_key,
-                keys_at,
-                key_panel,
-                key_row,
-                key_column,
-                masks,
-                work,
-            )
+            scores = scores_of(tile, plan, q, state, False, count, safe, first, first_key, keys_at, masks, work)
             top = tile_load(tile.single, work, 0)
             if k > 0:
                 start = (row + first) * k
@@ -223,26 +193,6 @@ def summarise_group(tile, call, plan, out, head, first_query, blocks, scratch):
         first = first_query + b * tile.width
         present = min(tile.width, plan.queries - first)
         finish(tile, plan, out, scratch + b * state_bytes + q_bytes, row + first, present, work)
-
-
-def summary_task(tile):
-    """The task function of the summary: the same tasks as the forward pass's."""
-
-    @jit
-    def task(call_at, slot, number):
-        call = call_view(call_at)
-        plan = plan_view(call.plan)
-        heads = plan.tasks // plan.groups
-        head = number % heads
-        part = number // heads
-        if plan.causal:
-            part = plan.groups - 1 - part  # the longest first: they are what others would wait for
-        first = part * plan.group
-        blocks = min(plan.group, plan.blocks - first)
-        scratch = call.scratch + slot * call.scratch_bytes
-        summarise_group(tile, call, plan, summary_view(call.out), head, first * tile.width, blocks, scratch)
-
-    return task
 
 
 @jit
@@ -272,16 +222,12 @@ def weigh_block(tile, call, plan, out, head, first_query, scratch):
     tile_store(tile_fill(tile.single, 1.0), factors, 0)
     pack_queries(tile, q, query, plan.query_row, plan.query_column, present, plan.head_dim, plan.scale)
     scores = work + tile.row_bytes + tile.buffer_bytes
-    row, column = plan.key_row, plan.key_column
-    panel = tile.rows * row
     for first_key in range(0, plan.keys, plan.key_block):
-        keys = key + first_key * row
+        keys = key + first_key * plan.key_row
         masks = mask + first_key * plan.mask_column
         count, safe = visible_keys(tile, plan, first_query, first_key, masks)
         if count > 0:
-            scores_of(
-                tile, plan, q, q, False, count, safe, first_query, first_key, keys, panel, row, column, masks, work
-            )
+            scores_of(tile, plan, q, q, False, count, safe, first_query, first_key, keys, masks, work)
         exponentials(tile, scores, count, m, plan.unit, zero)
         width = min(plan.key_block, plan.keys - first_key)
         clear(tile, scores + count * tile.row_bytes, width - count)
@@ -290,18 +236,9 @@ def weigh_block(tile, call, plan, out, head, first_query, scratch):
         unpack_rows(tile, scores, factors, target, plan.keys * tile.itemsize, tile.itemsize, present, width)
 
 
-def chosen_task(tile):
-    """The task function of weights whose m and l are known: the same tasks as the forward pass's."""
-
-    @jit
-    def task(call_at, slot, number):
-        call = call_view(call_at)
-        plan = plan_view(call.plan)
-        heads = plan.tasks // plan.groups
-        head = number % heads
-        first = number // heads * plan.group
-        scratch = call.scratch + slot * call.scratch_bytes
-        for block in range(first, min(first + plan.group, plan.blocks)):
-            weigh_block(tile, call, plan, summary_view(call.out), head, block * tile.width, scratch)
-
-    return task
+@jit
+def choose_group(tile, call, plan, head, first_block, blocks, scratch):
+    """One task: the weights of `blocks` query blocks of one head whose m and l are known, from `first_block` on."""
+    out = summary_view(call.out)
+    for block in range(first_block, first_block + blocks):
+        weigh_block(tile, call, plan, out, head, block * tile.width, scratch)

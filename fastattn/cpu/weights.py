@@ -1,9 +1,10 @@
 """The matrix of attention weights, for those who ask for it: two passes over the keys, the second knows the sums."""
 
 from fastattn.cpu.dropout import drop
-from fastattn.cpu.forward import call_view, clear, load_keys, load_queries, locate, plan_view, scores_of, visible_keys
+from fastattn.cpu.forward import clear, load_keys, load_queries, scores_of, visible_keys
 from fastattn.cpu.pack import unpack_rows
 from fastattn.cpu.softmax import absorb, exponentials
+from fastattn.cpu.tasks import locate
 from fastattn.simd import jit, minimum, tile_fill, tile_load, tile_store, where_greater
 
 TINY = 1e-30  # a sum of weights is 0, or at least about 1
@@ -39,18 +40,14 @@ def weigh_block(tile, call, plan, head, first_query, scratch):
     clear(tile, m, 2)
     zero = tile_fill(tile.single, 0.0)
     scores = work + tile.row_bytes + tile.buffer_bytes
-    row, column = plan.key_row, plan.key_column
-    panel = tile.rows * row
     for second in range(2):
         for first_key in range(0, plan.keys, plan.key_block):
-            keys = key + first_key * row
+            keys = key + first_key * plan.key_row
             masks = mask + first_key * plan.mask_column
             count, safe = visible_keys(tile, plan, first_query, first_key, masks)
             if count > 0:
                 keys = load_keys(tile, plan, packed_keys, keys, count)
-                scores_of(
-                    tile, plan, q, m, False, count, safe, first_query, first_key, keys, panel, row, column, masks, work
-                )
+                scores_of(tile, plan, q, m, False, count, safe, first_query, first_key, keys, masks, work)
             if not second:
                 if count > 0:
                     top = tile_load(tile.single, work, 0)
@@ -66,17 +63,8 @@ def weigh_block(tile, call, plan, head, first_query, scratch):
             unpack_rows(tile, scores, factors, target, plan.keys * tile.itemsize, tile.itemsize, present, width)
 
 
-def weights_task(tile):
-    """The task function of the weights: the same tasks as the forward pass's."""
-
-    @jit
-    def task(call_at, slot, number):
-        call = call_view(call_at)
-        plan = plan_view(call.plan)
-        heads = plan.tasks // plan.groups
-        head = number % heads
-        first = number // heads * plan.group
-        for block in range(first, min(first + plan.group, plan.blocks)):
-            weigh_block(tile, call, plan, head, block * tile.width, call.scratch + slot * call.scratch_bytes)
-
-    return task
+@jit
+def weigh_group(tile, call, plan, head, first_block, blocks, scratch):
+    """One task: the weights of `blocks` query blocks of one head, from `first_block` on."""
+    for block in range(first_block, first_block + blocks):
+        weigh_block(tile, call, plan, head, block * tile.width, scratch)

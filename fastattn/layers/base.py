@@ -15,7 +15,17 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from fastattn.problem import FLOAT32, FLOAT64, Array, Shape, _as_array, _as_plain, _check_operand_dtype, _said
+from fastattn.problem import (
+    FLOAT32,
+    FLOAT64,
+    MAX_RANK,
+    Array,
+    Shape,
+    _as_array,
+    _as_plain,
+    _check_operand_dtype,
+    _said,
+)
 
 __all__ = [
     "Layer",
@@ -262,6 +272,8 @@ def common_batch(arrays: list[Array], features: tuple[int, int, int]) -> Shape:
     for name, array, expected in zip(("query", "key", "value"), arrays, features, strict=True):
         if array.ndim < 2 or array.shape[-1] != expected:
             raise ValueError(f"{name}: shape {array.shape}; expected (..., length, {expected})")
+        if array.ndim >= MAX_RANK:  # heads are one axis more
+            raise ValueError(f"{name}: shape {array.shape} has rank {array.ndim}; expected 2 to {MAX_RANK - 1}")
     query, key, value = (array.shape for array in arrays)
     if key[-2] != value[-2]:
         raise ValueError(f"value: shape {value}; expected length {key[-2]} on axis -2, as key of shape {key}")

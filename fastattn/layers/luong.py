@@ -12,7 +12,7 @@ from fastattn.api import attention
 from fastattn.layers.base import Layer, as_inputs, check_choice, check_shape_fits, check_size, common_batch, linear
 from fastattn.layers.masks import as_mask, combine
 from fastattn.layers.windows import attend_windows, find_windows
-from fastattn.problem import FLOAT64, Array, Shape, _as_array, check_flag
+from fastattn.problem import FLOAT64, MAX_RANK, Array, Shape, _as_array, check_flag
 
 __all__ = ["LuongAttention"]
 
@@ -231,7 +231,7 @@ class LuongAttention(Layer):
         """
         c, h = as_inputs(self.dtype, context=context, query=query)
         for name, array, features in (("context", c, self.value_dim), ("query", h, self.query_dim)):
-            if array.ndim < 1 or array.shape[-1] != features:
+            if not 1 <= array.ndim <= MAX_RANK or array.shape[-1] != features:
                 raise ValueError(f"{name}: shape {array.shape}; expected (..., {features})")
         try:
             np.broadcast_shapes(c.shape[:-1], h.shape[:-1])
@@ -305,8 +305,12 @@ class LuongAttention(Layer):
             self.window / 2 if self.align == "local-p" else None,
             return_weights,
         )
-        # nobody knows where these look
+        # nobody knows where these look, if there is a key that they may look at
         lost = np.isnan(center) & (sources > 0)
+        if mask is not None:
+            own = np.broadcast_to(mask, (*batch, queries, keys))[lost]
+            within = np.arange(keys) < np.broadcast_to(sources, center.shape)[lost][:, None]
+            lost[lost] = (combine(within, own) if own.dtype.kind == "b" else within & (own != -np.inf)).any(axis=-1)
         out[lost] = np.nan
         if weights is not None:
             weights[lost[..., None] & (np.arange(keys) < sources[..., None])] = np.nan

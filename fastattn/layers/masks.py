@@ -44,7 +44,7 @@ def as_key_mask(key_mask: ArrayLike | None, keys: Shape) -> Array | None:
     if mask.dtype.kind != "b":
         raise TypeError(f"key_mask: dtype {mask.dtype}; expected boolean, where True takes part")
     check_shape_fits("key_mask", mask.shape, keys)
-    return mask
+    return np.atleast_1d(mask)
 
 
 @overload

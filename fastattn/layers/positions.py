@@ -139,6 +139,10 @@ def _angles(positions: Array, dim: int, base: float) -> Array:
 def _check_base(given: object) -> float:
     if isinstance(given, bool) or not isinstance(given, numbers.Real):
         raise TypeError(f"base: {_said(given)}; expected a positive finite number")
-    if not 0 < (number := float(given)) < math.inf:
+    try:
+        number = float(given)
+    except OverflowError:
+        number = math.inf
+    if not 0 < number < math.inf:
         raise ValueError(f"base: {_said(given)}; expected a positive finite number")
     return number
