@@ -16,7 +16,7 @@ from fastattn.bench import report
 from fastattn.bench.cases import CASES, select
 from fastattn.bench.host import this_host
 from fastattn.bench.measure import Effort, measure
-from fastattn.demo.terminal import Progress, Style
+from fastattn.terminal import Progress, Style
 
 ROOT = Path(__file__).parents[1]
 

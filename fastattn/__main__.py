@@ -23,7 +23,8 @@ from fastattn import isa
 from fastattn.api import BACKENDS
 from fastattn.cpu.kernels import cache_folder
 from fastattn.demo import cli
-from fastattn.demo.terminal import Progress, Style, UserError, printable, wrap
+from fastattn.guide import cli as guide
+from fastattn.terminal import Progress, Style, UserError, printable, wrap
 
 __all__ = ["main"]
 
@@ -51,6 +52,14 @@ def build_parser() -> argparse.ArgumentParser:
         "draw where a word of a sentence looks: bars for the word, and a heat map of the head for all words.",
     )
     cli.add_parsers(demo)
+    guide.add_parser(
+        commands.add_parser(
+            "guide",
+            help="what attention is, page by page, measured on real weights",
+            description="List the pages of the guide, or run one: it measures what it says, on a real pre-trained "
+            "sentence encoder and real text, and draws it.",
+        )
+    )
     commands.add_parser(
         "info",
         help="this machine, instruction set, threads, cache and versions",

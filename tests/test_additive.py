@@ -32,7 +32,7 @@ from strategies import (
 import fastattn
 from fastattn import BahdanauAttention, additive, additive_attention, isa, reference
 from fastattn.cpu import attention as cpu
-from fastattn.cpu import kernels, plan, pool
+from fastattn.cpu import catalogue, kernels, plan, pool
 from fastattn.problem import describe_additive
 
 Array = np.ndarray[Any, Any]
@@ -332,7 +332,7 @@ def test_memory_does_not_grow_with_the_lengths() -> None:
         out = np.empty((1, 1, 1, length, 64), np.float32)
         sizes.append(plan.make_plan(*described, out, isa.host(), 2, additive=True).scratch_bytes)
         assert operands.query.shape == (1, 1, length, 64)
-    assert sizes[0] == sizes[1]
+    assert sizes[1] <= sizes[0]
 
 
 def check_calls(dtypes: tuple[Any, ...]) -> int:
@@ -353,17 +353,27 @@ def check_calls(dtypes: tuple[Any, ...]) -> int:
     return count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", [row for row in isa.TABLE if isa.runs_here(row)][1:], ids=lambda row: row.name)
 def test_other_rows_of_the_table_are_right(row: isa.Isa) -> None:
     code = "import numpy as np, test_additive; print(test_additive.check_calls((np.float32,)))"
     assert processes.run(code, FASTATTN_ISA=row.name) == "12\n"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("row", [row for row in isa.TABLE if not isa.runs_here(row)], ids=lambda row: row.name)
+def test_rows_that_do_not_run_here_compile(row: isa.Isa) -> None:
+    for kind in ("additive", "additive_weights"):
+        assert catalogue.build(f"{kind}-float32-{row.rows}x{row.vectors}", row, {"task": 3})
+
+
+@pytest.mark.slow
 def test_sixteen_lanes_on_any_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     here = isa.host()
     wide = next(row for row in isa.TABLE if row.name == "avx512")
     row = replace(wide, name="wide", cpu=here.cpu, needs=here.needs, scalef=here.scalef)
-    monkeypatch.setattr(cpu, "host", lambda: row)
+    for module in (cpu, kernels):
+        monkeypatch.setattr(module, "host", lambda: row)
     for module in (additive, cpu):
         monkeypatch.setattr(module, "_prepared", {})
     assert check_calls((np.float32,)) == 12

@@ -21,7 +21,7 @@ from fastattn.bench.cases import CASES, GROUPS, QUICK, Case, select
 from fastattn.bench.host import Host, this_host
 from fastattn.bench.measure import Effort, Result
 from fastattn.bench.peers import ENGINES, OURS, Call, Engine, Unavailable
-from fastattn.demo.terminal import Style
+from fastattn.terminal import Style
 
 ROOT = Path(__file__).parents[1]
 SMALL = Case("small", 1, 2, 48, 16)

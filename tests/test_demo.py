@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastattn.demo import cli, minilm, search, terminal, words
-from fastattn.demo.terminal import Progress, Style, UserError
+from fastattn import terminal
+from fastattn.demo import cli, minilm, search, words
+from fastattn.terminal import Progress, Style, UserError
 
 SENTENCES = [
     cli.TEXT,

@@ -19,7 +19,7 @@ from strategies import DTYPES, LAYOUTS, SEEDS, laid_out
 from tolerances import layer_bound
 
 import fastattn
-from fastattn import LuongAttention, MultiHeadAttention
+from fastattn import BahdanauAttention, LuongAttention, MultiHeadAttention
 from fastattn.layers.reference import multi_head_attention
 
 Array = np.ndarray[Any, Any]
@@ -51,6 +51,7 @@ LAYERS: dict[str, Any] = {
     "packed": lambda **options: MultiHeadAttention(8, 2, **options),
     "separate, no bias": lambda **options: MultiHeadAttention(8, 4, num_kv_heads=2, kdim=3, bias=False, **options),
     "concat, predictive": lambda **options: LuongAttention(4, 6, "concat", "local-p", value_dim=2, **options),
+    "bahdanau": lambda **options: BahdanauAttention(4, 6, 5, **options),
     "dot": lambda **options: LuongAttention(4, 4, "dot", "local-m", window=3, **options),
 }
 

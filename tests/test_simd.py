@@ -66,10 +66,13 @@ def functions(dtype: str, lanes: int) -> dict[str, tuple[Callable[..., Any], int
             s.tile_row_index(tile),
             s.tile_repeat(tile, s.tile_load(tile.single, row, 0)),
             s.tile_rank1(acc, column, stride, row),
+            s.tile_load_column(tile, column, stride),
+            s.tile_rank1_reciprocals(acc, column, stride, column + stride, row, row + tile.itemsize, column, row),
         ):
             s.tile_store(result, at, tile.row_bytes)
             at += size
         s.tile_store(s.largest_row(s.tile_rank1(acc, column, stride, row)), at, tile.row_bytes)
+        s.tile_store(s.sum_rows(s.tile_rank1(acc, column, stride, row)), at + tile.row_bytes, tile.row_bytes)
 
     def all_zero(a):
         return int(s.all_zero(s.tile_load(tile, a, tile.row_bytes)))
@@ -184,8 +187,9 @@ def test_arithmetic(call: Callable[..., Any], shape: tuple[str, int]) -> None:
 
 
 def test_making_tiles(call: Callable[..., Any], shape: tuple[str, int]) -> None:
-    row, column = numbers(shape, VECTORS * shape[1]), numbers(shape, 2 * ROWS, seed=1)[::2]
-    out = np.empty((6, ROWS, row.size), shape[0])
+    wide_row, long_column = numbers(shape, VECTORS * shape[1] + 1), numbers(shape, 2 * ROWS + 2, seed=1)[::2]
+    row, column = wide_row[:-1], long_column[:-1]
+    out = np.empty((8, ROWS, row.size), shape[0])
     call("making", row, column, column.strides[0], out)
     assert (out[0] == 1.5).all()
     assert (out[1] == np.arange(row.size)).all()
@@ -193,7 +197,12 @@ def test_making_tiles(call: Callable[..., Any], shape: tuple[str, int]) -> None:
     assert (out[3] == row).all()
     outer = [multiply_add(np.full_like(row, element), row, np.full_like(row, 1.5)) for element in column]
     np.testing.assert_array_equal(out[4], outer)
-    np.testing.assert_array_equal(out[5][0], np.max(outer, axis=0))
+    np.testing.assert_array_equal(out[5], np.repeat(column[:, None], row.size, axis=1))
+    with np.errstate(all="ignore"):
+        pair = 1.5 + column[0] / (1 + np.outer(column, row)) + row[0] / (1 + np.outer(long_column[1:], wide_row[1:]))
+    np.testing.assert_allclose(out[6], pair, rtol=1e-4 if shape[0] == "float32" else 1e-12)
+    np.testing.assert_array_equal(out[7][0], np.max(outer, axis=0))
+    np.testing.assert_array_equal(out[7][1], (outer[2] + (outer[1] + outer[0])))
 
 
 def test_all_zero(call: Callable[..., Any], shape: tuple[str, int]) -> None:

@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from fastattn.bench.cases import CASES, QUICK, select
     from fastattn.bench.host import this_host
     from fastattn.bench.measure import Effort, measure
-    from fastattn.demo.terminal import Progress, Style
+    from fastattn.terminal import Progress, Style
 
     try:
         cases = select(args.case, QUICK if args.quick and not args.case else CASES)

@@ -23,6 +23,7 @@ from fastattn.cpu.pack import pack_keys, pack_queries
 from fastattn.cpu.softmax import NEAREST_32, NEAREST_64, ROUND_32, ROUND_64, exp2
 from fastattn.simd import (
     absolute,
+    as_element,
     exponent_bits,
     fma,
     horner,
@@ -31,6 +32,7 @@ from fastattn.simd import (
     load_element,
     maximum,
     minimum,
+    stack_memory,
     store_element,
     sum_rows,
     tile_fill,
@@ -52,6 +54,7 @@ LOG2_E_TWICE = 2.8853900817779268
 HALF_LN2_HIGH_32, HALF_LN2_LOW_32 = 0.3465728759765625, 7.143034101547086e-07
 HALF_LN2_HIGH_64, HALF_LN2_LOW_64 = 0.3465735902796041, 3.6855012825838994e-13
 INFINITY = float("inf")
+stack_memory_of_a_quad = stack_memory(4 * 64)  # four of the largest vectors
 
 
 @jit
@@ -152,31 +155,39 @@ def key_places(tile, plan, keys):
 
 
 @jit
-def load_weight(tile, call, plan, q, reach):
-    """Write factors, weights and sums of a block of queries. Returns whether the weights allow for denominators."""
+def load_weight(tile, call, plan, q):
+    """Write factors, weights and sums of a block of queries. Returns the largest |weight| that is no NaN, in lanes."""
     _, factors, weights, sums, _ = places(tile, plan, q)
     length = padded(tile, plan.head_dim)
-    parts = tile.lanes if tile.vectors == 1 else (length + PART - 1) // PART
-    for part in range(parts):
-        store_element(tile, sums + part * tile.itemsize, 0.0)
-    allowed = True
+    scale = as_element(tile, plan.scale)
+    best = tile_fill(tile.vector, 0.0)
+    lanes = tile_fill(tile.vector, 0.0)
     copy_row(tile, call.weight, tile.itemsize, plan.head_dim, length, weights)
-    for p in range(length):
-        place = weights + p * tile.itemsize
-        weight = load_element(tile, place) * plan.scale
-        allowed = allowed and abs(weight) <= reach
-        store_element(tile, place, weight)
-        store_element(tile, factors + p * tile.itemsize, -2.0 * weight)
-        part = sums + (p % tile.lanes if tile.vectors == 1 else p // PART) * tile.itemsize
-        store_element(tile, part, load_element(tile, part) + weight)
-    return allowed
+    for offset in range(0, length * tile.itemsize, tile.vector_bytes):
+        weight = tile_load(tile.vector, weights + offset, 0) * scale
+        tile_store(weight, weights + offset, 0)
+        tile_store(weight * -2.0, factors + offset, 0)
+        lanes = lanes + weight
+        best = maximum(absolute(weight), best)
+    if tile.vectors == 1:
+        tile_store(lanes, sums, 0)
+    else:
+        for first in range(0, length, PART):
+            part = load_element(tile, weights + first * tile.itemsize)
+            for p in range(first + 1, min(first + PART, length)):
+                part += load_element(tile, weights + p * tile.itemsize)
+            store_element(tile, sums + first // PART * tile.itemsize, part)
+    return best
 
 
 @jit
 def store_largest(tile, call, plan, q, largest, present):
     """Write the largest |query| of a block; infinity where the weights are too large for denominators."""
-    allowed = load_weight(tile, call, plan, q, WEIGHT_REACH_32 if tile.itemsize == 4 else WEIGHT_REACH_64)
-    store_element(tile, places(tile, plan, q)[4], largest_of(tile, largest, present) if allowed else INFINITY)
+    reach = WEIGHT_REACH_32 if tile.itemsize == 4 else WEIGHT_REACH_64
+    place = places(tile, plan, q)[4]
+    tile_store(load_weight(tile, call, plan, q), place, 0)
+    allowed = largest_of(tile, place, tile.lanes) <= reach
+    store_element(tile, place, largest_of(tile, largest, present) if allowed else INFINITY)
 
 
 @jit
@@ -391,6 +402,30 @@ def score_few(tile, plan, q, keys, first, count, start, scores, best):
     for j in range(count):
         best = maximum(tile_load(tile.single, scores + j * tile.row_bytes, 0), best)
     return best
+
+
+@jit
+def add_values(tile, plan, weights, count, value, value_row, out, features):
+    """out[p][i] += Σ_j value[j][p] · weights[j][i], with features in the lanes: a multiple of four vectors of them.
+
+    The sums are those of the other way, in the same order, and so the same bits.
+    """
+    buffer = stack_memory_of_a_quad()
+    width = tile.quad.rows * tile.lanes
+    for i in range(plan.queries):
+        for p in range(0, features, width):
+            place = out + p * tile.row_bytes + i * tile.itemsize
+            for r in range(width):
+                store_element(tile, buffer + r * tile.itemsize, load_element(tile, place + r * tile.row_bytes))
+            acc = tile_load(tile.quad, buffer, tile.vector_bytes)
+            at, weight = value + p * tile.itemsize, weights + i * tile.itemsize
+            for _ in range(count):
+                acc = fma(tile_load(tile.quad, at, tile.vector_bytes), load_element(tile, weight), acc)
+                at += value_row
+                weight += tile.row_bytes
+            tile_store(acc, buffer, tile.vector_bytes)
+            for r in range(width):
+                store_element(tile, place + r * tile.row_bytes, load_element(tile, buffer + r * tile.itemsize))
 
 
 # -- which of both -----------------------------------------------------------------------------------------------------

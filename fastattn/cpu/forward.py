@@ -95,6 +95,12 @@ def add_values(tile, plan, weights, count, value, out):
     """out[p][i] += Σ_j value[j][p] · weights[j][i]."""
     features = plan.value_dim
     panel, row, column = value_steps(tile, plan)
+    if tile.additive and tile.vectors == 1 and column == tile.itemsize:  # few queries: most lanes would be empty
+        done = features - features % (tile.quad.rows * tile.lanes)
+        additive.add_values(tile, plan, weights, count, value, row, out, done)
+        value += done * column
+        out += done * tile.row_bytes
+        features -= done
     whole = features - features % tile.rows
     for _ in range(0, whole, tile.rows):
         acc = tile_load(tile, out, tile.row_bytes)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from fastattn.demo.terminal import (
+from fastattn.demo.words import Look, Word, find_word, in_words, join_pieces, sharpest
+from fastattn.terminal import (
     Progress,
     Style,
     UserError,
@@ -25,7 +26,6 @@ from fastattn.demo.terminal import (
     shaded_text,
     wrap,
 )
-from fastattn.demo.words import Look, Word, find_word, in_words, join_pieces, sharpest
 
 if TYPE_CHECKING:
     from fastattn.demo.minilm import MiniLM

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastattn.demo.minilm import Attend, Floats, MiniLM, batches, fast_attention, plain_attention
-from fastattn.demo.terminal import UserError, printable
+from fastattn.terminal import UserError, printable
 
 __all__ = ["Sentence", "Timing", "compare", "read_sentences", "split_sentences"]
 

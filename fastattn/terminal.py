@@ -28,6 +28,7 @@ __all__ = [
     "pad",
     "printable",
     "shaded_text",
+    "short_number",
     "wrap",
 ]
 
@@ -209,7 +210,7 @@ def bar_table(
             lines += [*([""] if lines else []), *bar_table(labels, [column], style, mark, top)]
         return lines
     bar_width = min(40, column_width - 7)  # two spaces, 0.00, a space
-    titles = [style.bold(title) + " " * (column_width - 2 - display_width(title)) for title, _ in columns]
+    titles = [style.bold(pad(title, column_width - 2)) for title, _ in columns]
     lines = ["  ".join([" " * (label_width + 2), *titles]).rstrip()]
     for row, label in enumerate(labels):
         line = ("▸ " if style.blocks else "> ") if row == mark else "  "
@@ -228,31 +229,38 @@ def bar_table(
 
 
 def heat_map(
-    labels: Sequence[str], weights: Sequence[Sequence[float]], style: Style, mark: int | None = None
+    labels: Sequence[str],
+    weights: Sequence[Sequence[float]],
+    style: Style,
+    mark: int | None = None,
+    columns: Sequence[str] | None = None,
 ) -> list[str] | None:
-    """A square of cells, each row a word that looks, each column a word that is looked at.
+    """A field of cells, each row a word that looks, each column a word that is looked at.
 
     Parameters
     ----------
     labels : sequence of str, length n
-    weights : n sequences of n floats between 0 and 1
+    weights : n sequences of m floats between 0 and 1
     style : Style
     mark : int, optional
         The row to set off.
+    columns : sequence of str, length m, optional
+        The words that are looked at, `labels` unless given.
 
     Returns
     -------
     list of str, or None where it does not fit the terminal
     """
+    columns = labels if columns is None else columns
     label_width = min(max(map(display_width, labels), default=0), max(6, style.width // 5))
-    cell = min(6, (style.width - label_width - 3) // max(1, len(labels)))
-    if cell < 1 or len(labels) > 40:
+    cell = min(6, (style.width - label_width - 3) // max(1, len(columns)))
+    if cell < 1 or len(columns) > 40:
         return None
     margin = " " * (label_width + 3)
     if cell >= 4:
-        lines = [margin + "".join(pad(cut(label.strip("[]") or label, cell - 1), cell) for label in labels).rstrip()]
+        lines = [margin + "".join(pad(cut(label.strip("[]") or label, cell - 1), cell) for label in columns).rstrip()]
     else:  # columns too narrow for a word across: written downwards, to end at the cells
-        names = [cut(label.strip("[]") or label, 8) for label in labels]
+        names = [cut(label.strip("[]") or label, 8) for label in columns]
         height = max(map(len, names))
         lines = [
             (margin + "".join(pad(name.rjust(height)[line], cell) for name in names)).rstrip() for line in range(height)
@@ -274,23 +282,37 @@ def _cell(weight: float, width: int, style: Style) -> str:
     return shade * (width - 1) + " " if width >= 4 else shade * width
 
 
-def legend(style: Style) -> list[str]:
-    """What the shades of a heat map mean: from which weight each begins."""
-    marks = [f"{limit:.2f}".removeprefix("0") for limit in LEVELS]
+def short_number(weight: float) -> str:
+    """A weight in few characters: two decimals, of a small one two digits.
+
+    Examples
+    --------
+    >>> short_number(0.683), short_number(1.0), short_number(0.0012), short_number(float("nan"))
+    ('.68', '1.00', '.0012', 'nan')
+    """
+    return (f"{weight:.2g}" if 0 < weight < 0.045 else f"{weight:.2f}").removeprefix("0")
+
+
+def legend(style: Style, top: float = 1.0) -> list[str]:
+    """What the shades mean: from which weight each begins, where the scale ends at `top`."""
+    marks = [short_number(limit * top) for limit in LEVELS]
+    longest = max(map(len, marks))
     if style.colour:
-        entries = [style.shade(limit, f" {mark} ") for limit, mark in zip(LEVELS, marks, strict=True)]
-        gap, width = "", 5
+        entries = [style.shade(limit, f" {mark.ljust(longest)} ") for limit, mark in zip(LEVELS, marks, strict=True)]
+        gap, width = "", longest + 2
     else:
         shades = _BLOCK_SHADES if style.blocks else _ASCII_SHADES
         levels = [level for level in range(1, len(shades)) if shades[level] != shades[level - 1]]
         entries = [f"{shades[level] * 2} {marks[level - 1]}" for level in levels]
-        gap, width = "  ", 8
+        gap, width = "  ", longest + 5
     each = max(1, (style.width - 2 + len(gap)) // width)  # on a line
     return ["  " + gap.join(entries[start : start + each]) for start in range(0, len(entries), each)]
 
 
-def shaded_text(words: Sequence[tuple[str, str, float]], style: Style, indent: str = "  ") -> list[str]:
-    """A sentence on a background that says the words' weights; without colours, the larger weights are written.
+def shaded_text(
+    words: Sequence[tuple[str, str, float]], style: Style, indent: str = "  ", top: float = 1.0
+) -> list[str]:
+    """Text on a background that says the words' weights; without colours, the larger weights are written.
 
     Parameters
     ----------
@@ -299,18 +321,29 @@ def shaded_text(words: Sequence[tuple[str, str, float]], style: Style, indent: s
     style : Style
     indent : str
         What each line begins with.
+    top : float
+        The weight of the strongest shade.
     """
-    lines, line, used = [], indent, len(indent)
+    pieces: list[tuple[str, str, float]] = []
     for gap, text, weight in words:
         text = cut(text, style.width - len(indent))
-        shown = text if style.colour or weight < LEVELS[0] else text + f"({weight:.2f})".replace("0.", ".")
-        if used > len(indent) and used + len(gap) + display_width(shown) > style.width:
+        written = weight != weight or (not style.colour and weight >= LEVELS[0] * top)
+        pieces.append((gap, text + f"({short_number(weight)})" if written else text, weight))
+    lengths = [display_width(text) for _, text, _ in pieces]
+    lines, line, used = [], indent, len(indent)
+    for index, (gap, text, weight) in enumerate(pieces):
+        length = lengths[index]
+        if gap:  # what goes on without a gap stays on the line, if there is space on any
+            end = next((i for i in range(index + 1, len(pieces)) if pieces[i][0]), len(pieces))
+            whole = sum(lengths[index:end])
+            length = whole if whole <= style.width - len(indent) else length
+        if used > len(indent) and used + len(gap) + length > style.width:
             lines.append(line)
             line, used, gap = indent, len(indent), ""
         if used == len(indent):
             gap = ""
-        line += gap + style.shade(weight, shown)
-        used += len(gap) + display_width(shown)
+        line += gap + style.shade(weight / top, text)
+        used += len(gap) + lengths[index]
     return [*lines, line]
 
 

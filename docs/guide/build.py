@@ -1,0 +1,23 @@
+"""Make the pages of this folder and their pictures: ``python docs/guide/build.py [NAME ...]``, all if none is named.
+
+Needs what the demo needs, and matplotlib. The pages themselves are in fastattn/guide/.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+from fastattn.guide import PAGES, load
+from fastattn.guide.markdown import contents, write
+
+FOLDER = Path(__file__).parent
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or PAGES:
+        start = time.perf_counter()
+        page = load(name)
+        written = write(page, page.steps(), FOLDER)
+        print(f"{name}: {len(written) - 1} pictures, {time.perf_counter() - start:.1f} s")
+    (FOLDER / "README.md").write_text(contents(), "utf-8")

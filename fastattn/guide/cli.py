@@ -1,0 +1,114 @@
+"""A page in the terminal, and the command ``guide``."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from fastattn.guide import PAGES, find, load
+from fastattn.guide.page import Listing, Picture, Step, Table
+from fastattn.terminal import Style, UserError, display_width, pad, printable, wrap
+
+__all__ = ["add_parser", "guide", "show"]
+
+#: Lines of prose longer than this are hard to read, however wide the terminal.
+PROSE_WIDTH = 88
+_LINK = re.compile(r"\[([^\]]*)\]\(([^)]*)\)")
+_MARKS = re.compile(r"\*\*?|`")
+_INLINE = re.compile(r"(`[^`]*`)")
+
+
+def add_parser(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``guide``."""
+    parser.add_argument("name", nargs="?", metavar="NAME", help="name or number of a page (default: list them)")
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="write the page's pictures there too, as PNG")
+    parser.set_defaults(run=guide)
+
+
+def guide(args: argparse.Namespace) -> int:
+    """List the pages, or run one."""
+    style = Style.of(sys.stdout)
+    if args.name is None:
+        if args.save is not None:
+            raise UserError("--save needs the NAME of a page: its pictures are written")
+        print(*_contents(style), sep="\n")
+        return 0
+    name = find(args.name)
+    if name is None:
+        raise UserError(f'"{printable(args.name)}" is not a page of the guide; the pages are: {", ".join(PAGES)}')
+    if args.save is not None:
+        from fastattn.guide.markdown import need_matplotlib, save
+
+        need_matplotlib()
+        try:
+            args.save.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--save: cannot make the folder {args.save}: {error}") from error
+    page = load(name)
+    print(style.bold(f"{page.number}. {page.title}"))
+    for step in page.steps():
+        print("", *show(step, style), sep="\n", flush=True)
+        if args.save is not None and isinstance(step, Picture):
+            print(style.dim(f"  written to {save(step, args.save)}"))
+    if page.number < len(PAGES):
+        print("", *wrap(f"Next: python -m fastattn guide {PAGES[page.number]}", style.width), sep="\n")
+    return 0
+
+
+def _contents(style: Style) -> Iterator[str]:
+    yield from wrap("The guide: what attention is, measured on real weights and real text.", style.width)
+    yield ""
+    for page in map(load, PAGES):
+        yield f"  {page.number}  {style.bold(pad(page.name, 16))} {page.title}"
+    yield ""
+    yield from wrap("python -m fastattn guide NAME shows a page.", style.width)
+
+
+def show(step: Step, style: Style) -> list[str]:
+    """The lines of a step."""
+    width = min(style.width, PROSE_WIDTH)
+    if isinstance(step, str) and step.startswith("#"):
+        return [style.bold(line) for line in wrap(step.lstrip("# "), width)]
+    if isinstance(step, str):
+        return wrap(_plain(step), width)
+    if isinstance(step, Listing):
+        return [style.dim("  " + line).rstrip() for line in step.text.splitlines()]
+    if isinstance(step, Table):
+        return _table(step, style)
+    return [*step.lines(style), "", *(style.dim(line) for line in wrap(_plain(step.caption), width, "  "))]
+
+
+def _plain(text: str) -> str:
+    """Markdown's inline marks, taken off; what stands between backticks is left as it is."""
+    text = _LINK.sub(lambda match: f"{match[1]} <{match[2]}>" if match[2].startswith("http") else match[1], text)
+    return "".join(part[1:-1] if part.startswith("`") else _MARKS.sub("", part) for part in _INLINE.split(text))
+
+
+def _table(table: Table, style: Style) -> list[str]:
+    rows = [[_plain(cell) for cell in row] for row in (table.header, *table.rows)]
+    widths = [max(display_width(row[column]) for row in rows) for column in range(len(table.header))]
+    if sum(widths) + 2 * len(widths) > style.width:  # too wide: one cell below another
+        blocks = (
+            line
+            for row in rows[1:]
+            for line in [
+                *wrap(row[0], style.width, "  "),
+                *(
+                    line
+                    for title, cell in zip(rows[0][1:], row[1:], strict=True)
+                    for line in wrap(f"{title}: {cell}" if title else cell, style.width, "    ")
+                ),
+            ]
+        )
+        return list(blocks)
+    lines = []
+    for number, row in enumerate(rows):
+        line = "  " + "  ".join(
+            pad(cell, width, right=column > 0 and not table.left)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        lines.append(style.bold(line.rstrip()) if number == 0 else line.rstrip())
+    return lines
