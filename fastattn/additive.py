@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastattn import reference
-from fastattn.api import BACKENDS, must_be_apart
+from fastattn.api import BACKENDS, delivered, target_for
 from fastattn.cpu import attention as cpu
 from fastattn.cpu.pool import get_num_threads
 from fastattn.problem import as_additive_operands, check_backend, check_flag, check_out, describe_additive
@@ -147,12 +147,8 @@ def additive_attention(
     weight_ = np.ascontiguousarray(weight_)
     return_lse = check_flag("return_lse", return_lse)
     return_weights = check_flag("return_weights", return_weights)
-    check_out(out, problem)
     arrays = (query_, key_, value_, mask_)
-    if out is None or must_be_apart(out, (*arrays, weight_)):
-        target = np.empty(problem.out_shape, problem.dtype)
-    else:
-        target = out
+    target = target_for(check_out(out, problem), problem, (*arrays, weight_))
     prepared = cpu.prepare(problem, operands, target, get_num_threads(), additive=True)
     if (
         plain is not None
@@ -166,7 +162,4 @@ def additive_attention(
             _prepared.clear()
         _prepared[plain] = prepared
     results = cpu.attention(prepared, arrays, 0, target, return_lse, return_weights, weight_)
-    if out is None or target is out:
-        return results
-    np.copyto(out, target)
-    return (out, *results[1:]) if isinstance(results, tuple) else out
+    return delivered(results, target, out)

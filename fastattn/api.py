@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from fastattn import reference
 from fastattn.cpu import attention as cpu
 from fastattn.cpu.pool import get_num_threads
-from fastattn.problem import as_operands, check_backend, check_flag, check_out, describe, seed_from
+from fastattn.problem import Problem, as_operands, check_backend, check_flag, check_out, describe, seed_from
 
 BACKENDS = ("cpu", "reference")
 _prepared: dict[Any, cpu.Prepared] = {}
@@ -165,11 +165,7 @@ def attention(
     return_lse = check_flag("return_lse", return_lse)
     return_weights = check_flag("return_weights", return_weights)
     seed = seed_from(rng, problem.dropout_p > 0)
-    check_out(out, problem)
-    if out is None or must_be_apart(out, arrays):
-        target = np.empty(problem.out_shape, problem.dtype)
-    else:
-        target = out
+    target = target_for(check_out(out, problem), problem, arrays)
     prepared = cpu.prepare(problem, operands, target, get_num_threads())
     given = (query, key, value, attn_mask)
     if plain is not None and all(array is its for array, its in zip(arrays, given, strict=True)):
@@ -177,6 +173,18 @@ def attention(
             _prepared.clear()
         _prepared[plain] = prepared
     results = cpu.attention(prepared, arrays, seed, target, return_lse, return_weights)
+    return delivered(results, target, out)
+
+
+def target_for(out: NDArray[Any] | None, problem: Problem, arrays: tuple[NDArray[Any] | None, ...]) -> NDArray[Any]:
+    """Where to compute the result: in `out`, unless it is None or the arguments are still read there."""
+    if out is None or must_be_apart(out, arrays):
+        return np.empty(problem.out_shape, problem.dtype)
+    return out
+
+
+def delivered(results: Any, target: NDArray[Any], out: NDArray[Any] | None) -> Any:
+    """Return results of which the first is `target`, with `out`, if there is one, in its place."""
     if out is None or target is out:
         return results
     np.copyto(out, target)

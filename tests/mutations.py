@@ -195,7 +195,7 @@ MUTATIONS = (
     Mutation(
         "NaN of a query reaches keys that it may not look at",
         "cpu/received.py",
-        "weight = where_greater(lowest, score, 0.0, weight)",
+        "weight = where_greater(lowest(tile), score, 0.0, weight)",
         "weight = where_greater(score, score, 0.0, weight)",
         ("test_summary.py", "test_nan_reaches_what_it_may_look_at_and_nothing_else and cpu"),
     ),

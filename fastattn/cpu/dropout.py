@@ -11,6 +11,7 @@ from numba.core.typing.templates import signature
 from numba.extending import intrinsic
 
 from fastattn.simd import ShapeType, TileType, jit, make_tile, tile_load, tile_store
+from fastattn.simd.tile import splat
 
 MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 WEYL = 0x9E3779B9, 0xBB67AE85
@@ -32,18 +33,13 @@ def keep_rows(typingctx, shape, group, query, head, batch, seed, drop_below):
         low = ir.Constant(vector, [LOW_32] * rows.lanes)
         half = ir.Constant(vector, [32] * rows.lanes)
 
-        def splat(value):
-            seeded = builder.insert_element(ir.Constant(vector, ir.Undefined), value, ir.Constant(ir.IntType(32), 0))
-            zeros = ir.Constant(ir.VectorType(ir.IntType(32), rows.lanes), [0] * rows.lanes)
-            return builder.shuffle_vector(seeded, ir.Constant(vector, ir.Undefined), zeros)
-
         def constant(value):
             return ir.Constant(vector, [value] * rows.lanes)
 
         lanes = ir.Constant(vector, list(range(rows.lanes)))
-        counter = [splat(values[1]), builder.add(splat(values[2]), lanes), splat(values[3]), splat(values[4])]
+        group, query, head, batch, seed, limit = (splat(builder, value, rows.lanes) for value in values[1:])
+        counter = group, builder.add(query, lanes), head, batch
         c0, c1, c2, c3 = (builder.and_(word_, low) for word_ in counter)
-        seed = splat(values[5])
         k0, k1 = builder.and_(seed, low), builder.lshr(seed, half)
         for _ in range(ROUNDS):
             first, second = builder.mul(c0, constant(MULTIPLIERS[0])), builder.mul(c2, constant(MULTIPLIERS[1]))
@@ -52,7 +48,6 @@ def keep_rows(typingctx, shape, group, query, head, batch, seed, drop_below):
             c1, c3 = builder.and_(second, low), builder.and_(first, low)
             k0 = builder.and_(builder.add(k0, constant(WEYL[0])), low)
             k1 = builder.and_(builder.add(k1, constant(WEYL[1])), low)
-        limit = splat(values[6])
         kept = [builder.icmp_unsigned(">=", random, limit) for random in (c0, c1, c2, c3)]
         return make_tile(builder, rows, [builder.uitofp(flags, rows.llvm_vector) for flags in kept])
 

@@ -9,8 +9,8 @@ that K and V are fetched, and packed, once for all of it:
             scores[j][i] = 2^(scores[j][i] - m[i])
             out[p][i]   += value[j][p] · scores[j][i]
 
-Which queries share a block, and which blocks a group, changes no bit of a query's result: every lane runs the same
-operations on the same keys in the same order.
+Which blocks share a group changes no bit of a result: every lane runs the same operations on the same keys in the same
+order, whatever the others hold. (Only how additive attention computes a score depends on the whole block of queries.)
 """
 
 import math

@@ -5,6 +5,7 @@ transposed in registers, so that it meets the scores with queries in the lanes.
 """
 
 from fastattn.cpu.layout import MASK_BOOL, MASK_HALF, MASK_NONE, MASK_OTHER, MASK_SAME
+from fastattn.cpu.softmax import MINUS_INFINITY
 from fastattn.simd import (
     absolute,
     all_finite,
@@ -32,7 +33,6 @@ from fastattn.simd import (
 )
 
 INFINITY = float("inf")
-MINUS_INFINITY = float("-inf")
 HALF_MINUS_INFINITY = 0xFC00
 LARGEST_FLOAT32 = 3.4028234663852886e38
 LARGEST_FLOAT64 = 1.7976931348623157e308
@@ -72,18 +72,21 @@ def gather_mask(tile, kind, itemsize, at, row, column, rows, columns, buffer):
 
 
 @jit
+def lowest(tile):
+    """The lowest finite number of the tile's dtype."""
+    return -LARGEST_FLOAT32 if tile.itemsize == 4 else -LARGEST_FLOAT64
+
+
+@jit
 def saturate(tile, x):
     """x, an infinity brought back to the largest finite number of the tile's dtype; NaN stays."""
-    if tile.itemsize == 4:
-        return maximum(-LARGEST_FLOAT32, minimum(LARGEST_FLOAT32, x))
-    return maximum(-LARGEST_FLOAT64, minimum(LARGEST_FLOAT64, x))
+    return maximum(lowest(tile), minimum(-lowest(tile), x))
 
 
 @jit
 def hide(tile, scores, mask):
     """-inf where the mask is -inf, the score, whatever it is, elsewhere."""
-    lowest = -LARGEST_FLOAT32 if tile.itemsize == 4 else -LARGEST_FLOAT64
-    return where_greater(lowest, mask, MINUS_INFINITY, scores)
+    return where_greater(lowest(tile), mask, MINUS_INFINITY, scores)
 
 
 @jit
@@ -92,7 +95,7 @@ def add_mask(tile, kind, scores, mask):
     if kind == MASK_BOOL:
         return hide(tile, scores, mask)
     biased = scores + mask
-    if all_finite(scores + maximum(mask, -LARGEST_FLOAT32 if tile.itemsize == 4 else -LARGEST_FLOAT64)):
+    if all_finite(scores + maximum(mask, lowest(tile))):
         return biased  # nearly always: the mask's -inf, if any, is the only one
     largest = maximum(absolute(scores), absolute(mask))
     return hide(tile, where_greater(INFINITY, largest, saturate(tile, biased), biased), mask)

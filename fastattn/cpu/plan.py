@@ -76,6 +76,19 @@ def _padded(tile: Tile, features: int) -> int:
     return -(-features // (4 * tile.lanes)) * 4 * tile.lanes
 
 
+def group_size(blocks: int, state: int, flops: float, heads: int, threads: int) -> int:
+    """How many of a head's blocks are a task, each of so many bytes of state and operations."""
+    group = max(1, min(GROUP_BYTES // state, blocks, int(TASK_FLOPS / max(flops, 1.0))))
+    while group > 1 and heads * -(-blocks // group) < TASKS_PER_THREAD * threads:
+        group -= 1
+    return group
+
+
+def aligned(size: int) -> int:
+    """The size, rounded up to what working memory is counted in."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What all calls of one description share.
@@ -127,9 +140,7 @@ def make_plan(
         panels = (key_block + tile.rows) // tile.rows if tile.vectors > 1 else 0
         key_bytes = panels * tile.rows * problem.head_dim * problem.dtype.itemsize
     state = query_bytes + (problem.value_dim + 2) * row_bytes
-    group = max(1, min(GROUP_BYTES // state, blocks, int(TASK_FLOPS / max(flops_per_block, 1.0))))
-    while group > 1 and heads * -(-blocks // group) < TASKS_PER_THREAD * threads:
-        group -= 1
+    group = group_size(blocks, state, flops_per_block, heads, threads)
     groups = -(-blocks // group)
 
     record = np.zeros(PLAN.itemsize + len(lead) * AXIS.itemsize, np.uint8)
@@ -161,6 +172,6 @@ def make_plan(
 
     scores = (WORK_ROWS + key_block) * row_bytes + tile.lanes * tile.lanes * 8
     values = (key_block + tile.rows) * (problem.value_dim + tile.rows) * problem.dtype.itemsize
-    scratch_bytes = -(-(group * state + key_bytes + values + scores) // ALIGNMENT) * ALIGNMENT
+    scratch_bytes = aligned(group * state + key_bytes + values + scores)
     flops = heads * blocks * flops_per_block * (0.5 if problem.causal_offset is not None else 1.0)
     return Plan(problem, tile, record, record.ctypes.data, tasks, flops, scratch_bytes)

@@ -11,7 +11,7 @@ in order, so that each sum has one owner and one order of its terms, and needs n
 """
 
 from fastattn.cpu.forward import clear, scores_of, visible_keys
-from fastattn.cpu.masks import LARGEST_FLOAT32, LARGEST_FLOAT64
+from fastattn.cpu.masks import lowest
 from fastattn.cpu.pack import key_steps, pack_keys, pack_queries
 from fastattn.cpu.softmax import MINUS_INFINITY, exp2
 from fastattn.cpu.summary import summary_view
@@ -51,13 +51,12 @@ def leave_out(tile, scores, count, present):
 @jit
 def add_weights(tile, scores, count, unit, state, sums):
     """sums[j][i] += the weight that belongs to scores[j][i]: nothing for -inf, even where the other weights are NaN."""
-    lowest = -LARGEST_FLOAT32 if tile.itemsize == 4 else -LARGEST_FLOAT64
     m = tile_load(tile.single, state, 0)
     inverse = tile_load(tile.single, state + tile.row_bytes, 0)
     for _ in range(count):
         score = tile_load(tile.single, scores, 0)
         weight = exp2(tile, (score - m) * unit) * inverse
-        weight = where_greater(lowest, score, 0.0, weight)
+        weight = where_greater(lowest(tile), score, 0.0, weight)
         tile_store(tile_load(tile.single, sums, 0) + weight, sums, 0)
         scores += tile.row_bytes
         sums += tile.row_bytes

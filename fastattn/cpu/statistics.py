@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from fastattn.cpu import pool
 from fastattn.cpu.attention import run
 from fastattn.cpu.kernels import kernel_name, library
-from fastattn.cpu.layout import ALIGNMENT, PLAN, SUMMARY
-from fastattn.cpu.plan import GROUP_BYTES, TASK_FLOPS, TASKS_PER_THREAD, Plan, make_plan
+from fastattn.cpu.layout import PLAN, SUMMARY
+from fastattn.cpu.plan import Plan, aligned, group_size, make_plan
 from fastattn.isa import host
 from fastattn.problem import Operands, Problem
 
@@ -83,7 +83,7 @@ def _by_queries(problem: Problem, operands: Operands, threads: int) -> Plan:
     plan = make_plan(problem, operands, operands.query, host(), threads)  # nothing is written to `out`
     group = int(plan.record[: PLAN.itemsize].view(PLAN)["group"][0])
     more = group * MORE_STATE * plan.tile.width * plan.tile.itemsize
-    return replace(plan, flops=plan.flops / 2, scratch_bytes=_aligned(plan.scratch_bytes + more))
+    return replace(plan, flops=plan.flops / 2, scratch_bytes=aligned(plan.scratch_bytes + more))
 
 
 def _by_keys(plan: Plan, operands: Operands, threads: int) -> Plan:
@@ -97,9 +97,7 @@ def _by_keys(plan: Plan, operands: Operands, threads: int) -> Plan:
     state = key_block * row_bytes + (key_block + tile.rows) * problem.head_dim * tile.itemsize  # sums, packed keys
     flops_per_block = 2.0 * key_block * problem.queries * problem.head_dim
     blocks = -(-problem.keys // key_block)
-    group = max(1, min(GROUP_BYTES // state, blocks, int(TASK_FLOPS / max(flops_per_block, 1.0))))
-    while group > 1 and heads * -(-blocks // group) < TASKS_PER_THREAD * threads:
-        group -= 1
+    group = group_size(blocks, state, flops_per_block, heads, threads)
     groups = -(-blocks // group)
     fields["blocks"], fields["group"], fields["groups"] = blocks, group, groups
     fields["tasks"] = tasks = heads * groups
@@ -110,9 +108,5 @@ def _by_keys(plan: Plan, operands: Operands, threads: int) -> Plan:
         record=record,
         address=record.ctypes.data,
         tasks=tasks,
-        scratch_bytes=_aligned(group * state + block),
+        scratch_bytes=aligned(group * state + block),
     )
-
-
-def _aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT

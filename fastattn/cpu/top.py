@@ -11,6 +11,7 @@ from numba.core import cgutils, types
 from numba.core.typing.templates import signature
 from numba.extending import intrinsic
 
+from fastattn.cpu.softmax import MINUS_INFINITY
 from fastattn.simd import (
     TileType,
     jit,
@@ -24,7 +25,6 @@ from fastattn.simd import (
 )
 from fastattn.simd.tile import vectors_of
 
-MINUS_INFINITY = float("-inf")
 NOBODY = -1  # the key in a place that is not taken
 ROWS = 8  # keys looked at together
 WORD = 8  # bytes of a key's number
