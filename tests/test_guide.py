@@ -202,7 +202,7 @@ def test_a_listing_is_the_source_of_what_runs() -> None:
     listing = Listing.of(tiles.tiles, tiles.two_at_once)
     assert listing.language == "python"
     assert listing.text.startswith("def tiles(")
-    assert "\n\ndef two_at_once(" in listing.text
+    assert "\n\n\ndef two_at_once(" in listing.text
 
 
 def test_a_duration_has_its_unit_and_is_taken_for_a_time() -> None:

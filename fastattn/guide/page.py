@@ -53,7 +53,7 @@ class Listing:
     def of(cls, *functions: Callable[..., Any]) -> Listing:
         """The source of functions that the page runs itself: what is read is what was measured."""
         sources = (textwrap.dedent(inspect.getsource(function)).strip() for function in functions)
-        return cls("\n\n".join(sources), "python")
+        return cls("\n\n\n".join(sources), "python")
 
 
 @dataclass(frozen=True)
