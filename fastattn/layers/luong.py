@@ -307,7 +307,7 @@ class LuongAttention(Layer):
         )
         # nobody knows where these look, if there is a key that they may look at
         lost = np.isnan(center) & (sources > 0)
-        if mask is not None:
+        if mask is not None and lost.any():
             own = np.broadcast_to(mask, (*batch, queries, keys))[lost]
             within = np.arange(keys) < np.broadcast_to(sources, center.shape)[lost][:, None]
             lost[lost] = (combine(within, own) if own.dtype.kind == "b" else within & (own != -np.inf)).any(axis=-1)
