@@ -158,8 +158,6 @@ def additive_attention(
         and weight_ is weight
         and mask_ is attn_mask
     ):
-        if len(_prepared) >= cpu.REMEMBERED:
-            _prepared.clear()
-        _prepared[plain] = prepared
+        cpu.remember(_prepared, plain, prepared)
     results = cpu.attention(prepared, arrays, 0, target, return_lse, return_weights, weight_)
     return delivered(results, target, out)

@@ -169,9 +169,7 @@ def attention(
     prepared = cpu.prepare(problem, operands, target, get_num_threads())
     given = (query, key, value, attn_mask)
     if plain is not None and all(array is its for array, its in zip(arrays, given, strict=True)):
-        if len(_prepared) >= cpu.REMEMBERED:
-            _prepared.clear()
-        _prepared[plain] = prepared
+        cpu.remember(_prepared, plain, prepared)
     results = cpu.attention(prepared, arrays, seed, target, return_lse, return_weights)
     return delivered(results, target, out)
 

@@ -67,10 +67,16 @@ def prepare(problem: Problem, operands: Operands, out: Array, threads: int, addi
     )
     prepared = _prepared.get(key)
     if prepared is None:
-        if len(_prepared) >= REMEMBERED:
-            _prepared.clear()
-        prepared = _prepared[key] = Prepared(problem, operands, _split_heads(problem, out), threads, additive)
+        prepared = Prepared(problem, operands, _split_heads(problem, out), threads, additive)
+        remember(_prepared, key, prepared)
     return prepared
+
+
+def remember(plans: dict[Any, Prepared], key: Any, prepared: Prepared) -> None:
+    """Keep a plan for calls that agree in `key`; with too many of them, only this one."""
+    if len(plans) >= REMEMBERED:
+        plans.clear()
+    plans[key] = prepared
 
 
 def _split_heads(problem: Problem, array: Array) -> Array:

@@ -286,8 +286,7 @@ def forward_group(tile, call, plan, head, first_block, blocks, scratch):
         last = min(first_query + blocks * tile.width, plan.queries) - 1
         end = min(end, plan.first_position + last + 1)
     # The first keys and values come while the queries are packed: a call after a pause finds nothing in the caches.
-    prefetch_rows(key, plan.key_row, min(plan.key_block, end), plan.head_dim * tile.itemsize)
-    prefetch_rows(value, plan.value_row, min(plan.key_block, end), plan.value_dim * tile.itemsize)
+    prefetch_share(tile, plan, key, value, 0, end, 0, 1)
     for b in range(blocks):
         first = first_query + b * tile.width
         state = scratch + b * state_bytes

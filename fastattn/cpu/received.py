@@ -10,9 +10,9 @@ in order, so that each sum has one owner and one order of its terms, and needs n
     received[j] = Σ_i sums[j][i]                     over the lanes, once
 """
 
-from fastattn.cpu.forward import clear, scores_of, visible_keys
+from fastattn.cpu.forward import clear, load_keys, scores_of, visible_keys
 from fastattn.cpu.masks import lowest
-from fastattn.cpu.pack import key_steps, pack_keys, pack_queries
+from fastattn.cpu.pack import pack_queries
 from fastattn.cpu.softmax import MINUS_INFINITY, exp2
 from fastattn.cpu.summary import summary_view
 from fastattn.cpu.tasks import locate
@@ -84,13 +84,12 @@ def receive_group(tile, call, plan, head, first_block, blocks, scratch):
     work = packed
     keys, block_bytes = key + start * plan.key_row, plan.key_block * plan.key_row
     if tile.packed:
-        panel, _, _ = key_steps(tile, plan)
-        block_bytes = (plan.key_block + tile.rows) // tile.rows * panel
+        block_bytes = plan.key_bytes
         for b in range(blocks):
             first_key = start + b * plan.key_block
             count = min(plan.key_block, end - first_key)
             source = key + first_key * plan.key_row
-            pack_keys(tile, packed + b * block_bytes, source, plan.key_row, plan.key_column, count, plan.head_dim)
+            load_keys(tile, plan, packed + b * block_bytes, source, count)
         keys = packed
         work = packed + blocks * block_bytes
     clear(tile, sums, blocks * plan.key_block)

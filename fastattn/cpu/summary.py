@@ -17,13 +17,13 @@ taken of a weight, and as x is relative to m nothing large is subtracted. m and 
 
 import math
 
-from fastattn.cpu.forward import LN_2, clear, scores_of, visible_keys
+from fastattn.cpu.forward import LN_2, clear, load_keys, scores_of, visible_keys
 from fastattn.cpu.layout import SUMMARY
-from fastattn.cpu.pack import key_steps, pack_keys, pack_queries, unpack_rows
+from fastattn.cpu.pack import pack_queries
 from fastattn.cpu.softmax import MINUS_INFINITY, SLACK, exp2, exponentials
 from fastattn.cpu.tasks import locate
 from fastattn.cpu.top import NOBODY, WORD, clear_heap, keep_top, sort_heap
-from fastattn.cpu.weights import normalise
+from fastattn.cpu.weights import write_weights
 from fastattn.simd import (
     all_zero,
     fma,
@@ -145,10 +145,7 @@ def summarise_group(tile, call, plan, head, first_block, blocks, scratch):
     q_bytes = plan.head_dim * tile.row_bytes
     state_bytes = q_bytes + STATE_ROWS * tile.row_bytes
     packed = scratch + blocks * state_bytes
-    work = packed
-    if tile.packed:
-        panel, _, _ = key_steps(tile, plan)
-        work += (plan.key_block + tile.rows) // tile.rows * panel
+    work = packed + plan.key_bytes
 
     k = out.top_k
     end = plan.keys
@@ -169,11 +166,7 @@ def summarise_group(tile, call, plan, head, first_block, blocks, scratch):
         clear_heap(tile, out.top_weights + start * tile.itemsize, out.top_indices + start * WORD, present * k)
     for first_key in range(0, end, plan.key_block):
         keys = key + first_key * plan.key_row
-        keys_at = keys
-        if tile.packed:
-            keys_at = packed
-            count = min(plan.key_block, end - first_key)
-            pack_keys(tile, packed, keys, plan.key_row, plan.key_column, count, plan.head_dim)
+        keys_at = load_keys(tile, plan, packed, keys, min(plan.key_block, end - first_key))
         for b in range(blocks):
             first = first_query + b * tile.width
             masks = mask + first * plan.mask_row + first_key * plan.mask_column
@@ -229,11 +222,7 @@ def weigh_block(tile, call, plan, out, head, first_query, scratch):
         if count > 0:
             scores_of(tile, plan, q, q, False, count, safe, first_query, first_key, keys, masks, work)
         exponentials(tile, scores, count, m, plan.unit, zero)
-        width = min(plan.key_block, plan.keys - first_key)
-        clear(tile, scores + count * tile.row_bytes, width - count)
-        normalise(tile, scores, width, total)
-        target = weights + first_key * tile.itemsize
-        unpack_rows(tile, scores, factors, target, plan.keys * tile.itemsize, tile.itemsize, present, width)
+        write_weights(tile, plan, scores, count, total, factors, weights, first_key, present)
 
 
 @jit

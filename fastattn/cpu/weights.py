@@ -21,6 +21,16 @@ def normalise(tile, weights, count, total):
 
 
 @jit
+def write_weights(tile, plan, scores, count, total, factors, weights, first_key, present):
+    """Normalise a block of exponentials, of which `count` keys are not 0, and write it to its rows, times `factors`."""
+    width = min(plan.key_block, plan.keys - first_key)
+    clear(tile, scores + count * tile.row_bytes, width - count)
+    normalise(tile, scores, width, total)
+    target = weights + first_key * tile.itemsize
+    unpack_rows(tile, scores, factors, target, plan.keys * tile.itemsize, tile.itemsize, present, width)
+
+
+@jit
 def weigh_block(tile, call, plan, head, first_query, scratch):
     """Write the rows of the weights of one block of queries."""
     query, key, _, mask, _ = locate(call, plan, head)
@@ -56,11 +66,8 @@ def weigh_block(tile, call, plan, head, first_query, scratch):
             exponentials(tile, scores, count, tile_load(tile.single, m, 0), plan.unit, zero)
             if plan.drop_below > 0:
                 drop(tile, plan, call.seed, scores, count, head, first_query, first_key)
-            width = min(plan.key_block, plan.keys - first_key)
-            clear(tile, scores + count * tile.row_bytes, width - count)
-            normalise(tile, scores, width, tile_load(tile.single, total, 0))
-            target = weights + first_key * tile.itemsize
-            unpack_rows(tile, scores, factors, target, plan.keys * tile.itemsize, tile.itemsize, present, width)
+            sums = tile_load(tile.single, total, 0)
+            write_weights(tile, plan, scores, count, sums, factors, weights, first_key, present)
 
 
 @jit
