@@ -2,6 +2,7 @@
 
 from fastattn.additive import additive_attention
 from fastattn.api import attention
+from fastattn.backward import additive_attention_backward, attention_backward
 from fastattn.cpu.kernels import warmup
 from fastattn.cpu.pool import get_num_threads, num_threads, set_num_threads
 from fastattn.layers import BahdanauAttention, LuongAttention, MultiHeadAttention, rotary, sinusoidal_positions
@@ -13,7 +14,9 @@ __all__ = [
     "LuongAttention",
     "MultiHeadAttention",
     "additive_attention",
+    "additive_attention_backward",
     "attention",
+    "attention_backward",
     "attention_summary",
     "attention_weights",
     "get_num_threads",

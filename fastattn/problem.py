@@ -28,6 +28,7 @@ __all__ = [
     "Problem",
     "as_additive_operands",
     "as_operands",
+    "as_upstream",
     "check_backend",
     "check_causal",
     "check_dropout",
@@ -37,6 +38,7 @@ __all__ = [
     "describe",
     "describe_additive",
     "seed_from",
+    "split_shape",
 ]
 
 Array: TypeAlias = NDArray[Any]
@@ -221,6 +223,19 @@ def as_additive_operands(
     mask = None if attn_mask is None else _as_mask(attn_mask)
     query, key, value, weight = _as_common({"query": query, "key": key, "value": value, "weight": weight})
     return query, key, value, weight, mask
+
+
+def as_upstream(name: str, given: ArrayLike, dtype: np.dtype[Any]) -> Array:
+    """Make an array of the dtype of the call of what arrives at its backward pass.
+
+    Raises
+    ------
+    TypeError
+        As `as_operands`.
+    """
+    array = _as_array(name, given)
+    _check_operand_dtype(name, array.dtype)
+    return _as_plain(array, dtype)
 
 
 def _as_common(given: dict[str, ArrayLike]) -> list[Array]:
@@ -480,16 +495,29 @@ def _plan(
 
 def _axes(shape: Shape, problem: Problem, length: int, last: int | None = None, shared: bool = False) -> _Axes:
     """Say how an array of `shape` gets the axes of an operand; `shared` if a group of query heads has it in common."""
-    shape = (1,) * (3 - len(shape)) + shape
-    *batch, heads, own_length, own_last = shape
-    if shared:
-        split = (*batch, heads, 1, own_length, own_last)
-    elif heads == problem.heads:
-        split = (*batch, problem.kv_heads, problem.group, own_length, own_last)
-    else:
-        split = (*batch, 1, 1, own_length, own_last)
-    full = (*problem.rows_shape, length, own_last if last is None else last)
+    split = split_shape(shape, problem, shared)
+    full = (*problem.rows_shape, length, split[-1] if last is None else last)
     return _Axes(split, None if split == full else full)
+
+
+def split_shape(shape: Shape, problem: Problem, shared: bool = False) -> Shape:
+    """Return the shape that an array of `shape` has with the head axis split, (..., Hk or 1, G or 1, rows, columns).
+
+    Parameters
+    ----------
+    shape : tuple of int
+        Of query, key, value or mask.
+    problem : Problem
+    shared : bool
+        Whether a group of query heads has the array in common: True for key and value.
+    """
+    shape = (1,) * (3 - len(shape)) + shape
+    *batch, heads, rows, columns = shape
+    if shared:
+        return (*batch, heads, 1, rows, columns)
+    if heads == problem.heads:
+        return (*batch, problem.kv_heads, problem.group, rows, columns)
+    return (*batch, 1, 1, rows, columns)
 
 
 def _heads(query: Shape, key: Shape, value: Shape, enable_gqa: bool | None) -> tuple[int, int]:

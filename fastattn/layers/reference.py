@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 from fastattn.layers.luong import LuongAttention
 from fastattn.layers.multihead import MultiHeadAttention
 from fastattn.problem import Array
-from fastattn.reference import _weighted_sum
+from fastattn.reference.forward import weighted_sum
 
 __all__ = ["luong_attention", "multi_head_attention"]
 
@@ -68,7 +68,7 @@ def multi_head_attention(
     if is_causal:
         visible &= np.tri(*scores.shape[-2:], dtype=np.bool_)
     weights, visible = _softmax(scores, visible, attn_mask)
-    context = _weighted_sum(weights, v, visible).swapaxes(-2, -3)  # (B, L, H, D)
+    context = weighted_sum(weights, v, visible).swapaxes(-2, -3)  # (B, L, H, D)
     out = context.reshape(*context.shape[:-2], embed) @ state["out_proj.weight"].T
     return out + state.get("out_proj.bias", 0), weights
 
@@ -121,7 +121,7 @@ def luong_attention(
     if layer.align == "local-p":
         sigma = layer.window / 2
         weights = np.where(visible, weights * np.exp(-((j - p) ** 2) / (2 * sigma**2)), 0)
-    return _weighted_sum(weights, v, visible), weights
+    return weighted_sum(weights, v, visible), weights
 
 
 def _widened(layer: Any, *arrays: ArrayLike) -> Any:

@@ -1,4 +1,4 @@
-"""What attention means, in plain NumPy: read this first.
+"""The formula of attention in plain NumPy: read this first.
 
 `attention` here is the formula itself, on whole matrices and in a wider type than the fast backends: float64 for
 float32 arguments, longdouble for float64. It supports every option they do, and is what they are tested against.
@@ -216,7 +216,7 @@ def attention_weights(
         if lse is None:
             weights = evaluate(problem, operands)[2]
         else:
-            scores = _scores(problem, operands, _visible(problem, operands.mask)).reshape(problem.weights_shape)
+            scores = scores_of(problem, operands, visibility(problem, operands.mask)).reshape(problem.weights_shape)
             sums = check_lse(lse, problem)[..., None]
             # of a sum of exp(score) no score takes more than all of it
             weights = np.minimum(np.exp(scores - np.where(sums == -np.inf, np.inf, sums)), 1)
@@ -288,7 +288,7 @@ def attention_summary(
 def summarise(problem: Problem, operands: Operands, top_k: int) -> AttentionSummary:
     """Read the summary off the weights in the wider type, and do not round it to the type of the call."""
     _, lse, weights = evaluate(problem, operands)
-    scores = _scores(problem, operands, _visible(problem, operands.mask)).reshape(weights.shape)
+    scores = scores_of(problem, operands, visibility(problem, operands.mask)).reshape(weights.shape)
 
     top_indices = np.full((*lse.shape, top_k), -1, np.int64)
     top_weights = np.zeros((*lse.shape, top_k), weights.dtype)
@@ -326,8 +326,8 @@ def evaluate(
         Finite ones are within the range of the type of the call.
     weights : ndarray, shape problem.weights_shape
     """
-    visible = _visible(problem, operands.mask)
-    scores = _scores(problem, operands, visible, weight)
+    visible = visibility(problem, operands.mask)
+    scores = scores_of(problem, operands, visible, weight)
     highest = scores.max(axis=-1, keepdims=True, initial=-np.inf)
     empty = highest == -np.inf
     highest = np.where(empty, 0, highest)
@@ -337,16 +337,16 @@ def evaluate(
     weights = np.where(empty, 0, weights / total)
 
     if problem.dropout_p > 0:
-        weights = weights * _kept(problem, seed) * problem.keep_scale
-    out = np.where(empty, 0, _weighted_sum(weights, operands.value.astype(weights.dtype), visible))
+        weights = weights * kept_weights(problem, seed) * problem.keep_scale
+    out = np.where(empty, 0, weighted_sum(weights, operands.value.astype(weights.dtype), visible))
     return (
         out.reshape(problem.out_shape),
-        _saturated(lse, problem.dtype).reshape(problem.lse_shape),
+        saturated(lse, problem.dtype).reshape(problem.lse_shape),
         weights.reshape(problem.weights_shape),
     )
 
 
-def _scores(
+def scores_of(
     problem: Problem, operands: Operands, visible: NDArray[np.bool_], weight: NDArray[Any] | None = None
 ) -> Any:
     """Return the scores in the wider type, shape (*problem.rows_shape, Lq, Lk), -inf where a query may not look."""
@@ -357,7 +357,7 @@ def _scores(
     else:
         scores = _additive_scores(query, key, weight.astype(wide))
     if problem.mask_kind == "float":
-        scores = scores + _saturated(operands.mask, problem.dtype)
+        scores = scores + saturated(operands.mask, problem.dtype)
     return np.where(visible, scores, -np.inf)
 
 
@@ -371,7 +371,7 @@ def _additive_scores(query: NDArray[Any], key: NDArray[Any], weight: NDArray[Any
     return scores
 
 
-def _visible(problem: Problem, mask: NDArray[Any] | None) -> NDArray[np.bool_]:
+def visibility(problem: Problem, mask: NDArray[Any] | None) -> NDArray[np.bool_]:
     """Say which query may look at which key, shape (..., Lq, Lk); -inf in a floating mask is the same as False."""
     visible = np.ones((*problem.rows_shape, problem.queries, problem.keys), dtype=bool)
     if mask is not None:
@@ -382,7 +382,7 @@ def _visible(problem: Problem, mask: NDArray[Any] | None) -> NDArray[np.bool_]:
     return visible
 
 
-def _saturated(values: Any, dtype: np.dtype[Any]) -> Any:
+def saturated(values: Any, dtype: np.dtype[Any]) -> Any:
     """Hold finite values within the range of `dtype`, so that none becomes infinite there; infinities stay."""
     limit = np.finfo(dtype).max
     if np.finfo(values.dtype).max <= limit:
@@ -390,7 +390,7 @@ def _saturated(values: Any, dtype: np.dtype[Any]) -> Any:
     return np.where(np.isinf(values), values, np.clip(values, -limit, limit))
 
 
-def _weighted_sum(weights: NDArray[Any], value: NDArray[Any], visible: NDArray[np.bool_]) -> NDArray[Any]:
+def weighted_sum(weights: NDArray[Any], value: NDArray[Any], visible: NDArray[np.bool_]) -> NDArray[Any]:
     """Return weights @ value, but with nothing in it of a value that may not be looked at.
 
     A weight of 0 is not enough for that: 0 · NaN is NaN. So the keys that have a value which is not finite are taken
@@ -404,7 +404,7 @@ def _weighted_sum(weights: NDArray[Any], value: NDArray[Any], visible: NDArray[n
     return result
 
 
-def _kept(problem: Problem, seed: int) -> NDArray[np.bool_]:
+def kept_weights(problem: Problem, seed: int) -> NDArray[np.bool_]:
     """Say which weights dropout keeps, shape (..., Lq, Lk)."""
     batch = np.arange(int(np.prod(problem.batch)))[:, None]
     head = np.arange(problem.heads)

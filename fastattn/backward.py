@@ -1,0 +1,174 @@
+"""`attention_backward` and `additive_attention_backward`: from the gradient of the result to those of the arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fastattn import reference
+from fastattn.api import BACKENDS
+from fastattn.problem import check_backend
+
+__all__ = ["additive_attention_backward", "attention_backward"]
+
+
+def attention_backward(
+    grad_out: ArrayLike,
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    out: ArrayLike,
+    lse: ArrayLike,
+    attn_mask: ArrayLike | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool | str = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    rng: int | np.random.Generator | None = None,
+    grad_lse: ArrayLike | None = None,
+    grad_mask: bool = False,
+    backend: str | None = None,
+) -> tuple[NDArray[Any], ...]:
+    """Gradients of `fastattn.attention` by its arguments.
+
+    The weights are computed again, tile by tile, from the log-sum-exp: their matrix never exists.
+
+    Parameters
+    ----------
+    grad_out : array_like, shape (..., Hq, Lq, Dv)
+        The gradient of a number, usually a loss, by the result of attention.
+    query, key, value : array_like
+        What attention was given; so are attn_mask, dropout_p, is_causal, scale and enable_gqa.
+    out : array_like, shape (..., Hq, Lq, Dv)
+        What attention returned.
+    lse : array_like, shape (..., Hq, Lq)
+        What it returned with ``return_lse=True``.
+    rng : int or numpy.random.Generator, optional
+        What attention was given: the seed, or a Generator in the state that it had then. Needed with dropout alone.
+    grad_lse : array_like, shape (..., Hq, Lq), optional
+        The gradient by the log-sum-exp, where the loss depends on that as well.
+    grad_mask : bool
+        Return the gradient by `attn_mask`, a floating one, as well.
+    backend : {None, "cpu", "reference"}
+        None is the best one. "reference" is `fastattn.reference.attention_backward`.
+
+    Returns
+    -------
+    grad_query, grad_key, grad_value : ndarray
+        Each with the shape and, if that is floating, the dtype of its argument: where an argument was broadcast, or a
+        key head shared by a group of query heads, it is the sum. What nobody looks at has gradient 0.
+    grad_mask : ndarray, with the shape of `attn_mask`
+        If asked for.
+
+    Raises
+    ------
+    TypeError
+        If an argument is of a kind or dtype that has no meaning here.
+    ValueError
+        If shapes do not go together, or a number is out of range. The message names the argument.
+
+    Notes
+    -----
+    `out` and `lse` are taken for what they say. With those of attention to more keys than these, the gradients are the
+    part of these keys: so may long sequences be worked on in pieces.
+
+    Results are the same bits at any thread count, for any strides of the same values, and for a row of a batch alone.
+    NaN and infinity in what a query may not look at reach neither its gradient nor that of others.
+
+    References
+    ----------
+    .. [1] Dao et al., "FlashAttention: fast and memory-efficient exact attention with IO-awareness", 2022,
+       arXiv 2205.14135, appendix B.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn
+    >>> rng = np.random.default_rng(0)
+    >>> query, key, value, grad_out = rng.standard_normal((4, 1, 8, 16, 64), dtype=np.float32)
+    >>> out, lse = fastattn.attention(query, key, value, is_causal=True, return_lse=True)
+    >>> grads = fastattn.attention_backward(grad_out, query, key, value, out, lse, is_causal=True)
+    >>> [grad.shape for grad in grads]
+    [(1, 8, 16, 64), (1, 8, 16, 64), (1, 8, 16, 64)]
+    """
+    check_backend(backend, BACKENDS)
+    return reference.attention_backward(
+        grad_out,
+        query,
+        key,
+        value,
+        out,
+        lse,
+        attn_mask,
+        dropout_p,
+        is_causal,
+        scale,
+        enable_gqa,
+        rng=rng,
+        grad_lse=grad_lse,
+        grad_mask=grad_mask,
+    )
+
+
+def additive_attention_backward(
+    grad_out: ArrayLike,
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    weight: ArrayLike,
+    out: ArrayLike,
+    lse: ArrayLike,
+    attn_mask: ArrayLike | None = None,
+    is_causal: bool | str = False,
+    *,
+    backend: str | None = None,
+) -> tuple[NDArray[Any], ...]:
+    """Gradients of `fastattn.additive_attention` by its arguments.
+
+    Parameters
+    ----------
+    grad_out : array_like, shape (..., Lq, Dv)
+        The gradient of a number, usually a loss, by the result of attention.
+    query, key, value, weight : array_like
+        What attention was given; so are attn_mask and is_causal.
+    out : array_like, shape (..., Lq, Dv)
+        What attention returned.
+    lse : array_like, shape (..., Lq)
+        What it returned with ``return_lse=True``.
+    backend : {None, "cpu", "reference"}
+        None is the best one.
+
+    Returns
+    -------
+    grad_query, grad_key, grad_value, grad_weight : ndarray
+        Each with the shape and, if that is floating, the dtype of its argument.
+
+    Raises
+    ------
+    TypeError
+        If an argument is of a kind or dtype that has no meaning here.
+    ValueError
+        If shapes do not go together. The message names the argument.
+
+    References
+    ----------
+    .. [1] Bahdanau, Cho and Bengio, "Neural machine translation by jointly learning to align and translate", 2014,
+       arXiv 1409.0473.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn
+    >>> rng = np.random.default_rng(0)
+    >>> query, key, value, grad_out = rng.standard_normal((4, 8, 16, 64), dtype=np.float32)
+    >>> weight = rng.standard_normal(64, dtype=np.float32)
+    >>> out, lse = fastattn.additive_attention(query, key, value, weight, return_lse=True)
+    >>> grads = fastattn.additive_attention_backward(grad_out, query, key, value, weight, out, lse)
+    >>> [grad.shape for grad in grads]
+    [(8, 16, 64), (8, 16, 64), (8, 16, 64), (64,)]
+    """
+    check_backend(backend, BACKENDS)
+    return reference.additive_attention_backward(grad_out, query, key, value, weight, out, lse, attn_mask, is_causal)

@@ -1,0 +1,33 @@
+"""What attention means, in plain NumPy: read this first.
+
+`fastattn.reference.forward` is the formula itself, `fastattn.reference.backward` its derivative; both take every option
+that the fast backends do, which are tested against them.
+"""
+
+from fastattn.reference.backward import additive_attention_backward, attention_backward, differentiate
+from fastattn.reference.forward import (
+    AttentionSummary,
+    additive_attention,
+    attention,
+    attention_summary,
+    attention_weights,
+    evaluate,
+    keep_mask,
+    philox,
+    summarise,
+)
+
+__all__ = [
+    "AttentionSummary",
+    "additive_attention",
+    "additive_attention_backward",
+    "attention",
+    "attention_backward",
+    "attention_summary",
+    "attention_weights",
+    "differentiate",
+    "evaluate",
+    "keep_mask",
+    "philox",
+    "summarise",
+]

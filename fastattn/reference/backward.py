@@ -1,0 +1,201 @@
+"""The derivative of attention in plain NumPy, on whole matrices and in the wider type.
+
+With the weights P = exp(scores - lse), the factors Z of dropout (1 without), out = (P · Z) value, and the gradient dO of
+the result, the chain rule gives
+
+    dvalue  = (P · Z)ᵀ dO
+    dP      = Z · (dO valueᵀ)
+    dscores = P · (dP - Σ_j P dP) = P · (dP - rowsum(dO · out))
+    dquery  = scale · dscores key          dkey = scale · dscoresᵀ query          dmask = dscores
+
+The derivative of lse by the scores is P, so that a gradient of lse is subtracted from the row's sum. What a query may
+not look at takes no part, whatever it is: 0 · NaN does not arise.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fastattn.gradients import Upstream, describe_upstream, folded, gradient_dtype, seed_of_forward, wants_mask
+from fastattn.problem import (
+    Operands,
+    Problem,
+    as_additive_operands,
+    as_operands,
+    describe,
+    describe_additive,
+)
+from fastattn.reference.forward import SUM_ELEMENTS, kept_weights, scores_of, visibility, weighted_sum
+
+__all__ = ["Gradients", "additive_attention_backward", "attention_backward", "differentiate"]
+
+
+class Gradients(NamedTuple):
+    """Gradients in the wider type, with the axes of the operands, before any sum over those that were broadcast.
+
+    Attributes
+    ----------
+    query : ndarray, shape (*batch, Hk, G, Lq, D)
+    key : ndarray, shape (*batch, Hk, G, Lk, D)
+    value : ndarray, shape (*batch, Hk, G, Lk, Dv)
+    scores : ndarray, shape (*batch, Hk, G, Lq, Lk)
+        The gradient of a floating mask, too.
+    weight : ndarray, shape (D,), or None
+        Of additive attention alone.
+    """
+
+    query: NDArray[Any]
+    key: NDArray[Any]
+    value: NDArray[Any]
+    scores: NDArray[Any]
+    weight: NDArray[Any] | None
+
+
+def attention_backward(
+    grad_out: ArrayLike,
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    out: ArrayLike,
+    lse: ArrayLike,
+    attn_mask: ArrayLike | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool | str = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    rng: int | np.random.Generator | None = None,
+    grad_lse: ArrayLike | None = None,
+    grad_mask: bool = False,
+) -> tuple[NDArray[Any], ...]:
+    """Return the gradients of query, key and value: `fastattn.attention_backward`, from the whole matrix of weights.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastattn import reference
+    >>> query, key, value = np.eye(2), np.eye(3, 2), np.arange(3.0)[:, None]
+    >>> out, lse = reference.attention(query, key, value, return_lse=True)
+    >>> grad_out = np.ones((2, 1))
+    >>> _, _, grad_value = reference.attention_backward(grad_out, query, key, value, out, lse)
+    >>> grad_value.ravel().round(2)  # the weight that each key receives
+    array([0.75, 0.75, 0.5 ])
+    """
+    arrays = as_operands(query, key, value, attn_mask)
+    problem, operands = describe(*arrays, dropout_p, is_causal, scale, enable_gqa)
+    upstream = describe_upstream(problem, grad_out, out, lse, grad_lse)
+    with_mask = wants_mask(grad_mask, arrays[3])
+    gradients = differentiate(problem, operands, upstream, seed_of_forward(rng, problem))
+    given = [(query, False), (key, True), (value, True)]
+    found = [gradients.query, gradients.key, gradients.value]
+    if with_mask and attn_mask is not None:
+        given.append((attn_mask, False))
+        found.append(gradients.scores)
+    return tuple(_as_given(g, argument, problem, shared) for g, (argument, shared) in zip(found, given, strict=True))
+
+
+def additive_attention_backward(
+    grad_out: ArrayLike,
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    weight: ArrayLike,
+    out: ArrayLike,
+    lse: ArrayLike,
+    attn_mask: ArrayLike | None = None,
+    is_causal: bool | str = False,
+) -> tuple[NDArray[Any], ...]:
+    """Return the gradients of query, key, value and weight: `fastattn.additive_attention_backward`, in plain NumPy.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastattn import reference
+    >>> query, key, value, weight = np.zeros((1, 2)), np.array([[0.0, 1], [3, 1]]), np.eye(2), np.array([1.0, 5])
+    >>> out, lse = reference.additive_attention(query, key, value, weight, return_lse=True)
+    >>> grad_out = np.array([[1.0, 0.0]])
+    >>> gradients = reference.additive_attention_backward(grad_out, query, key, value, weight, out, lse)
+    >>> gradients[3].round(3) + 0.0  # the first key would weigh more, had weight[0] been smaller
+    array([-0.196,  0.   ])
+    """
+    arrays = as_additive_operands(query, key, value, weight, attn_mask)
+    problem, operands = describe_additive(*arrays, is_causal)
+    upstream = describe_upstream(problem, grad_out, out, lse)
+    gradients = differentiate(problem, operands, upstream, weight=arrays[3])
+    given = [(query, False), (key, True), (value, True)]
+    found = [gradients.query, gradients.key, gradients.value]
+    results = [_as_given(g, argument, problem, shared) for g, (argument, shared) in zip(found, given, strict=True)]
+    assert gradients.weight is not None
+    with np.errstate(all="ignore"):
+        return (*results, gradients.weight.astype(gradient_dtype(weight, problem.dtype)))
+
+
+def _as_given(gradient: NDArray[Any], argument: ArrayLike, problem: Problem, shared: bool) -> NDArray[Any]:
+    """Return a gradient with the shape and the dtype of the argument."""
+    with np.errstate(all="ignore"):
+        summed = folded(gradient, np.shape(argument), problem, shared)
+        result: NDArray[Any] = summed.astype(gradient_dtype(argument, problem.dtype))
+    return result
+
+
+@np.errstate(all="ignore")
+def differentiate(
+    problem: Problem, operands: Operands, upstream: Upstream, seed: int = 0, weight: NDArray[Any] | None = None
+) -> Gradients:
+    """Evaluate the gradients in the wider type, and do not round them to the type of the call.
+
+    Parameters
+    ----------
+    problem : Problem
+    operands : Operands
+    upstream : Upstream
+        Its out and lse are taken for what they say: they may belong to more keys than these.
+    seed : int
+        In [0, 2**64): what decided which weights were dropped.
+    weight : ndarray, shape (D,), optional
+        Given, the score is that of additive attention.
+    """
+    visible = visibility(problem, operands.mask)
+    scores = scores_of(problem, operands, visible, weight)
+    wide = scores.dtype
+    grad_out, out, lse = (array.astype(wide) for array in upstream[:3])
+    visible = visible & (lse != -np.inf)[..., None]
+    # of a sum of exp(score) no score takes more than all of it
+    weights = np.where(visible, np.minimum(np.exp(scores - lse[..., None]), 1), 0)
+    kept: Any = kept_weights(problem, seed) * problem.keep_scale if problem.dropout_p > 0 else 1
+    row_sums = (grad_out * out).sum(axis=-1)
+    if upstream.grad_lse is not None:
+        row_sums = row_sums - upstream.grad_lse.astype(wide)
+
+    query, key, value = (array.astype(wide) for array in operands[:3])
+    grad_value = weighted_sum((weights * kept).swapaxes(-1, -2), grad_out, visible.swapaxes(-1, -2))
+    grad_weights = (grad_out @ value.swapaxes(-1, -2)) * kept
+    grad_scores = np.where(visible, weights * (grad_weights - row_sums[..., None]), 0)
+    if weight is not None:
+        grad_query, grad_key, grad_weight = _through_tanh(query, key, weight.astype(wide), grad_scores)
+        return Gradients(grad_query, grad_key, grad_value, grad_scores, grad_weight)
+    # Where a query or a key that may be looked at is not finite, neither is the score: its gradient says all.
+    grad_query = problem.scale * (grad_scores @ np.where(np.isfinite(key), key, 0))
+    grad_key = problem.scale * (grad_scores.swapaxes(-1, -2) @ np.where(np.isfinite(query), query, 0))
+    return Gradients(grad_query, grad_key, grad_value, grad_scores, None)
+
+
+def _through_tanh(
+    query: NDArray[Any], key: NDArray[Any], weight: NDArray[Any], grad_scores: NDArray[Any]
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Return the gradients of query, key and weight, whose scores are Σ_d weight[d] · tanh(query[i, d] + key[j, d])."""
+    grad_query, grad_key, grad_weight = np.zeros_like(query), np.zeros_like(key), np.zeros_like(weight)
+    taken = (grad_scores != 0)[..., None]
+    step = max(1, SUM_ELEMENTS // max(1, grad_scores.size))
+    for first in range(0, weight.size, step):
+        part = slice(first, first + step)
+        tanh = np.tanh(query[..., :, None, part] + key[..., None, :, part])
+        along = np.where(taken, grad_scores[..., None] * tanh, 0)
+        inner = np.where(taken, grad_scores[..., None] * (1 - tanh * tanh), 0) * weight[part]
+        grad_query[..., part] = inner.sum(axis=-2)
+        grad_key[..., part] = inner.sum(axis=-3)
+        grad_weight[part] = along.sum(axis=tuple(range(along.ndim - 1)))
+    return grad_query, grad_key, grad_weight
