@@ -9,7 +9,7 @@ or `fastattn.additive_attention_backward`, a projection y = x Wᵀ + b by the pr
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,9 +31,6 @@ __all__ = [
     "weight_gradient",
 ]
 
-#: Names of what a layer's call takes by position, masks aside.
-NAMES = ("query", "key", "value")
-
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Saved:
@@ -47,10 +44,20 @@ class Saved:
         Which was called.
     inputs : tuple of array_like or None
         What it was called with: query, key and value, as far as they were given.
+    weights : ndarray or None
+        If they were asked for; `backward` has no need of them.
     """
 
     layer: Any
     inputs: tuple[Any, ...]
+    weights: Array | None
+
+    def results(self, out: Array, return_weights: bool, return_saved: bool) -> Any:
+        """Return what a call returns: its result, or a tuple of this and of what else was asked for."""
+        results: tuple[Any, ...] = (out, self.weights) if return_weights else (out,)
+        if return_saved:
+            results = (*results, replace(self, weights=None))
+        return results if len(results) > 1 else out
 
 
 def given_arguments(*arguments: ArrayLike | None) -> tuple[Any, ...]:
@@ -61,28 +68,29 @@ def given_arguments(*arguments: ArrayLike | None) -> tuple[Any, ...]:
     return tuple(given)
 
 
-def as_arguments(inputs: object, least: int) -> tuple[Any, ...]:
+def as_arguments(inputs: object, names: tuple[str, ...], least: int) -> tuple[Any, ...]:
     """Return the `inputs` of a backward pass.
 
     Parameters
     ----------
     inputs : tuple
-        At least so many of query, key and value; what a call may be made without may be None.
+        At least the first `least` of the arguments with these names; those that a call may be made without may be None.
+    names : tuple of str
     least : int
 
     Raises
     ------
     TypeError
-        If it is no tuple, or one of what a call needs is None.
+        If it is no tuple, or one that a call needs is None.
     ValueError
         If it has another length.
     """
-    wanted = f"a tuple of {', '.join(NAMES[:least])}" + "".join(f"[, {name}]" for name in NAMES[least:])
+    wanted = f"a tuple ({', '.join(names[:least])}" + "".join(f"[, {name}]" for name in names[least:]) + ")"
     if not isinstance(inputs, tuple):
-        raise TypeError(f"inputs: {_said(inputs)}; expected {wanted}, or what a call with return_saved=True returned")
-    if not least <= len(inputs) <= len(NAMES):
-        raise ValueError(f"inputs: a tuple of length {len(inputs)}; expected {wanted}, and masks as options")
-    for name, argument in zip(NAMES[:least], inputs, strict=False):
+        raise TypeError(f"inputs: {_said(inputs)}; expected {wanted}")
+    if not least <= len(inputs) <= len(names):
+        raise ValueError(f"inputs: a tuple of length {len(inputs)}; expected {wanted}")
+    for name, argument in zip(names[:least], inputs, strict=False):
         if argument is None:
             raise TypeError(f"inputs: None for {name}; expected {wanted}")
     return inputs

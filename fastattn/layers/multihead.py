@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -43,17 +43,14 @@ class _Attended(Saved):
     is_causal : bool or str
     context : ndarray, shape (..., Lq, H, D)
     lse : ndarray, shape (..., H, Lq)
-    weights : ndarray, shape (..., H, Lq, Lk), or None
-        If they were asked for.
     """
 
     arrays: list[Array]
-    heads: tuple[Array, ...]
+    heads: tuple[Array, Array, Array]
     mask: Array | None
     is_causal: bool | str
     context: Array
     lse: Array
-    weights: Array | None
 
 
 class MultiHeadAttention(Layer):
@@ -247,9 +244,9 @@ class MultiHeadAttention(Layer):
         attended = self._attend(given, attn_mask, key_mask, is_causal, return_weights)
         merged = attended.context.reshape(*attended.context.shape[:-2], self.embed_dim)
         out = linear(merged, self.out_proj_weight, self.out_proj_bias)
-        asked = [attended.weights] * return_weights + [replace(attended, weights=None)] * return_saved
-        return (out, *asked) if asked else out
+        return attended.results(out, return_weights, return_saved)
 
+    @np.errstate(all="ignore")
     def backward(
         self,
         grad_out: ArrayLike,
@@ -304,7 +301,9 @@ class MultiHeadAttention(Layer):
         """
         saved: _Attended | None = recalled(self, inputs, attn_mask=attn_mask, key_mask=key_mask, is_causal=is_causal)
         if saved is None:
-            saved = self._attend(as_arguments(inputs, 1), attn_mask, key_mask, is_causal, False)
+            saved = self._attend(
+                as_arguments(inputs, ("query", "key", "value"), 1), attn_mask, key_mask, is_causal, False
+            )
         context = saved.context.reshape(*saved.context.shape[:-2], self.embed_dim)
         grad = as_gradient("grad_out", grad_out, context.dtype, context.shape)
         gradients: dict[str, Array] = {}
