@@ -1,7 +1,7 @@
 """The derivative of attention in plain NumPy, on whole matrices and in the wider type.
 
-With the weights P = exp(scores - lse), the factors Z of dropout (1 without), out = (P · Z) value, and the gradient dO of
-the result, the chain rule gives
+With the weights P = exp(scores - lse), the factors Z of dropout (1 without), out = (P · Z) value, and the gradient dO
+of the result, the chain rule gives
 
     dvalue  = (P · Z)ᵀ dO
     dP      = Z · (dO valueᵀ)
