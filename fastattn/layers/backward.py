@@ -28,6 +28,7 @@ __all__ = [
     "joined",
     "recalled",
     "summed_to",
+    "times",
     "weight_gradient",
 ]
 
@@ -51,6 +52,11 @@ class Saved:
     layer: Any
     inputs: tuple[Any, ...]
     weights: Array | None
+
+    @property
+    def has_value(self) -> bool:
+        """Whether the value was given, and is not the key."""
+        return len(self.inputs) > 2 and self.inputs[2] is not None
 
     def results(self, out: Array, return_weights: bool, return_saved: bool) -> Any:
         """Return what a call returns: its result, or a tuple of this and of what else was asked for."""
@@ -174,6 +180,11 @@ def summed_to(gradient: Array, shape: Shape) -> Array:
     with np.errstate(all="ignore"):
         sums: Array = gradient.sum(axis=axes).reshape(shape)
     return sums
+
+
+def times(gradient: Array, derivative: Array) -> Array:
+    """Return their product, where a gradient of 0 stays 0 whatever the derivative is."""
+    return np.where(gradient == 0, 0, gradient * derivative)
 
 
 def delivered(gradients: Iterable[Array | None], inputs: Iterable[ArrayLike | None]) -> tuple[Array | None, ...]:

@@ -338,7 +338,7 @@ class BahdanauAttention(Layer):
         else:
             grad_key = np.zeros_like(saved.key)
         given = saved.inputs
-        if len(given) < 3 or given[2] is None:
+        if not saved.has_value:
             grad_key += grad_value
         found = [linear(grad_state, self.query_weight.T), grad_key, grad_value][: len(given)]
         if saved.projected_keys is not None:

@@ -16,6 +16,7 @@ from fastattn.layers.backward import (
     given_arguments,
     recalled,
     summed_to,
+    times,
     weight_gradient,
 )
 from fastattn.layers.base import Layer, as_inputs, check_choice, check_size, common_batch, linear
@@ -315,13 +316,11 @@ class LuongAttention(Layer):
             )
             grad_query = score.project_query_backward(to_query, saved.query)
             grad_key = score.project_key_backward(to_key, saved.key)
+            grad_key = grad_key if saved.has_value else grad_key + grad_value
         else:
             grad_query, grad_key, grad_value, gradients = self._local_backward(score, grad, saved)
-        given = saved.inputs
-        if len(given) < 3 or given[2] is None:
-            grad_key = grad_key + grad_value
-        found = (grad_query, grad_key, grad_value)[: len(given)]
-        return delivered(found, given), self.as_gradients({**gradients, **score.gradients})
+        found = (grad_query, grad_key, grad_value)[: len(saved.inputs)]
+        return delivered(found, saved.inputs), self.as_gradients({**gradients, **score.gradients})
 
     def attentional(self, context: ArrayLike, query: ArrayLike) -> NDArray[Any]:
         """Return the attentional state tanh(W_c [c; h]), which the paper predicts the next word from.
@@ -382,7 +381,7 @@ class LuongAttention(Layer):
         shape = (*rows, self.hidden_dim)
         grad = as_gradient("grad_state", grad_state, c.dtype, shape)
         known = self.attentional(context, query) if state is None else as_gradient("state", state, c.dtype, shape)
-        inside = grad * (1 - known * known)
+        inside = times(grad, 1 - known * known)
         grads, weights, of_context = [], [], self.value_dim
         for array, weight in ((c, self.combine_weight[:, :of_context]), (h, self.combine_weight[:, of_context:])):
             own = summed_to(inside, (*array.shape[:-1], self.hidden_dim))
@@ -487,9 +486,10 @@ class LuongAttention(Layer):
         weight, vector = self.position_weight.astype(FLOAT64), self.position_vector.astype(FLOAT64)
         hidden = np.tanh(linear(query, weight))
         sigmoid = 1 / (1 + np.exp(-np.einsum("...h,h->...", hidden, vector)))
-        drive = summed_to(grad * sources, sigmoid.shape) * sigmoid * (1 - sigmoid)
+        drive = summed_to(grad * sources, sigmoid.shape)
+        drive = times(drive, sigmoid * (1 - sigmoid))
         gradients["position_vector"] = weight_gradient(drive[..., None], hidden)[0]
-        inside = drive[..., None] * vector * (1 - hidden * hidden)
+        inside = times(drive[..., None], vector * (1 - hidden * hidden))
         gradients["position_weight"] = weight_gradient(inside, query)
         return linear(inside, weight.T)
 
@@ -500,7 +500,8 @@ class LuongAttention(Layer):
         assert saved.windows is not None
         assert saved.sources is not None
         grad_key = np.zeros(saved.key.shape, grad.dtype)
-        grad_value = np.zeros(saved.value.shape, grad.dtype)
+        # a key that is the value as well has the sum
+        grad_value = np.zeros(saved.value.shape, grad.dtype) if saved.has_value else grad_key
         to_query, to_center = windows_backward(
             score,
             grad,
