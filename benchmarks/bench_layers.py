@@ -66,6 +66,59 @@ def test_multi_head(benchmark: Any, shape: tuple[int, int, int, int], engine: st
     benchmark(run)
 
 
+def our_step(batch: int, length: int, embed: int, heads: int, saved: bool = True) -> Callable[[], Any]:
+    """Return forward and backward of our layer, which hands over what it has computed, or computes it twice."""
+    fastattn.set_num_threads(cores())
+    layer, x = MultiHeadAttention(embed, heads, rng=0), _input(batch, length, embed)
+
+    def run() -> Any:
+        out, *kept = layer(x, return_saved=True) if saved else (layer(x),)
+        return layer.backward(out, kept[0] if kept else (x,))
+
+    return run
+
+
+def torchs_step(batch: int, length: int, embed: int, heads: int) -> Callable[[], Any]:
+    """Return forward and backward of PyTorch's layer."""
+    torch = pytest.importorskip("torch")
+    torch.set_num_threads(cores())
+    layer = torch.nn.MultiheadAttention(embed, heads, batch_first=True)
+    state = MultiHeadAttention(embed, heads, rng=0).state_dict()
+    layer.load_state_dict({name: torch.from_numpy(array) for name, array in state.items()})
+    x = torch.from_numpy(_input(batch, length, embed)).requires_grad_()
+
+    def run() -> Any:
+        x.grad = None
+        layer.zero_grad()
+        out = layer(x, x, x, need_weights=False)[0]
+        out.backward(out.detach())
+        return (x.grad.numpy(),), {name: tensor.grad.numpy() for name, tensor in layer.named_parameters()}
+
+    return run
+
+
+STEPS: dict[str, Make] = {
+    "fastattn": our_step,
+    "fastattn, nothing handed over": partial(our_step, saved=False),
+    "PyTorch": torchs_step,
+}
+
+
+@pytest.mark.parametrize("engine", STEPS)
+@pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
+def test_multi_head_step(benchmark: Any, shape: tuple[int, int, int, int], engine: str) -> None:
+    """A training step, but for what comes after the gradients."""
+    run = STEPS[engine](*shape)
+    (grad_x,), gradients = run()
+    (exact,), exact_gradients = our_step(*shape)()
+    assert np.abs(grad_x - exact).max() < 1e-4
+    for name, gradient in gradients.items():
+        assert np.abs(gradient - exact_gradients[name]).max() < 1e-4 * max(1, np.abs(exact_gradients[name]).max())
+    benchmark.group = f"multi-head step {shape}"
+    settle()
+    benchmark(run)
+
+
 @pytest.mark.parametrize("align", ["global", "local-m", "local-p"])
 @pytest.mark.parametrize("keys", KEYS)
 @pytest.mark.parametrize("queries", [1, 128])
