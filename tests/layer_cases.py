@@ -1,0 +1,84 @@
+"""What the tests of layers' backward passes share: layers with inputs, and what gradients are held to."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+from tolerances import check_promise
+
+from fastattn import BahdanauAttention, LuongAttention, MultiHeadAttention
+
+Array = np.ndarray[Any, Any]
+
+SCORES = ("dot", "general", "concat")
+ALIGNMENTS = ("global", "local-m", "local-p")
+
+
+def check(found: Any, exact: Any, dtype: Any = np.float64) -> None:
+    """Assert that gradients have the shapes of the exact ones, and are as near to them as promised."""
+    found, exact = tuple(found), tuple(exact)
+    assert [one.shape for one in found] == [one.shape for one in exact]
+    check_promise(found, exact, dtype)
+
+
+def everything(results: Any) -> list[Array]:
+    """Return all gradients of a backward pass in one list."""
+    grad_inputs, gradients = results
+    return [*grad_inputs, *gradients.values()]
+
+
+def strengthened(layer: Any, factor: float = 8.0) -> Any:
+    """Make parameters large: weights far from uniform, predicted positions all over the sentence."""
+    for name, array in layer.state_dict().items():
+        setattr(layer, name.replace(".", "_"), array * layer.dtype.type(factor))
+    return layer
+
+
+def luong_case(score: str, align: str, own_value: bool, mask: str | None) -> tuple[LuongAttention, Any, Any, Array]:
+    """Return a layer, inputs, options and the gradient of the result, of five sentences, one of them empty."""
+    rng = np.random.default_rng(0)
+    key_dim = 6 if score == "dot" else 5
+    options: dict[str, Any] = {"value_dim": 7} if own_value else {}
+    layer = strengthened(
+        LuongAttention(6, key_dim, score, align, window=4, hidden_dim=9, rng=rng, dtype=np.float64, **options)  # type: ignore[arg-type]
+    )
+    query, key = rng.standard_normal((5, 40, 6)), rng.standard_normal((5, 60, key_dim))
+    inputs = (query, key, rng.standard_normal((5, 60, 7))) if own_value else (query, key)
+    call: dict[str, Any] = {"key_lengths": np.array([60, 0, 3, 17, 53])}
+    if align == "local-m" and own_value:
+        call["positions"] = rng.uniform(-6, 66, (5, 40))
+    if mask is not None:
+        seen = rng.random((5, 40, 60)) < 0.7
+        seen[0, 3] = False
+        call["attn_mask"] = seen if mask == "bool" else np.where(seen, rng.standard_normal(seen.shape), -np.inf)
+    return layer, inputs, call, rng.standard_normal((5, 40, layer.value_dim))
+
+
+#: Layer, shapes of the inputs, some of which broadcast, and options.
+CASES: dict[str, Any] = {
+    "multi-head, grouped": lambda rng: (MultiHeadAttention(12, 6, num_kv_heads=2, kdim=5, rng=rng, dtype=np.float64),
+                                        [(3, 7, 12), (9, 5), (3, 9, 12)], {"is_causal": "bottom-right"}),
+    "multi-head, self": lambda rng: (MultiHeadAttention(12, 3, rng=rng, dtype=np.float64), [(2, 7, 12)],
+                                     {"key_mask": np.arange(7) < [[7], [3]]}),
+    "bahdanau": lambda rng: (BahdanauAttention(4, 5, 6, rng=rng, dtype=np.float64), [(3, 7, 4), (9, 5)],
+                             {"attn_mask": rng.standard_normal((7, 9))}),
+} | {
+    f"luong, {score}, {align}": lambda rng, score=score, align=align: (
+        strengthened(LuongAttention(5, 5, score, align, window=3, hidden_dim=4, rng=rng, dtype=np.float64)),
+        [(7, 5), (3, 30, 5)], {"key_lengths": [30, 0, 11]})
+    for score, align in itertools.product(SCORES, ALIGNMENTS)
+}  # fmt: skip
+
+
+def any_case(case: str, dtype: Any = np.float64) -> tuple[Any, tuple[Array, ...], dict[str, Any], Array]:
+    """Return a layer, inputs, options and the gradient of the result."""
+    rng = np.random.default_rng(1)
+    layer, shapes, call = CASES[case](rng)
+    if dtype != np.float64:
+        narrow = type(layer)(**{name: getattr(layer, name) for name in layer.arguments}, dtype=dtype)
+        narrow.load_state_dict(layer.state_dict())
+        layer = narrow
+    inputs = tuple(rng.standard_normal(shape).astype(dtype) for shape in shapes)
+    return layer, inputs, call, rng.standard_normal(layer(*inputs, **call).shape).astype(dtype)
