@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
@@ -33,88 +32,115 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 def attention(*args: Any) -> tuple[Tensor, Tensor]:
     """Call ``fastattn::attention``."""
-    return _call(_Attention, args)
+    if _compiled():
+        return torch.ops.fastattn.attention.default(*args)
+    if _transforming() or forward_ad._current_level >= 0:
+        return _TransformedAttention.apply(*args)
+    return _Attention.apply(*args) if _wants_gradient(args) else _attention(*args)
 
 
 def additive_attention(*args: Any) -> tuple[Tensor, Tensor]:
     """Call ``fastattn::additive_attention``."""
-    return _call(_AdditiveAttention, args)
+    if _compiled():
+        return torch.ops.fastattn.additive_attention.default(*args)
+    if _transforming() or forward_ad._current_level >= 0:
+        return _TransformedAdditiveAttention.apply(*args)
+    return _AdditiveAttention.apply(*args) if _wants_gradient(args) else _additive_attention(*args)
 
 
-def _call(function: Any, args: tuple[Any, ...]) -> Any:
-    if torch.compiler.is_compiling() or _traced():
-        return function.operator(*args)
-    if _transforming() or forward_ad._current_level >= 0 or (torch.is_grad_enabled() and _any_requires_grad(args)):
-        return function.apply(*args)
-    return function.forward(*args)
+def _compiled() -> bool:
+    return torch.compiler.is_compiling() or _traced()
 
 
-def _any_requires_grad(args: tuple[Any, ...]) -> bool:
-    for arg in args:
-        if isinstance(arg, torch.Tensor) and arg.requires_grad:
-            return True
+def _wants_gradient(args: tuple[Any, ...]) -> bool:
+    if torch.is_grad_enabled():
+        for arg in args:
+            if isinstance(arg, torch.Tensor) and arg.requires_grad:
+                return True
     return False
 
 
-def _either(kernel: Callable[..., Any], operator: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    """Call the kernel on tensors that are just memory, the operator on all others."""
+# -- kernel or operator ------------------------------------------------------------------------------------------------
+
+
+def _attention(*args: Any) -> Any:
+    return (operators.attention if _plain(args) else torch.ops.fastattn.attention.default)(*args)
+
+
+def _attention_backward(*args: Any) -> Any:
+    return (operators.attention_backward if _plain(args) else torch.ops.fastattn.attention_backward.default)(*args)
+
+
+def _additive_attention(*args: Any) -> Any:
+    return (operators.additive_attention if _plain(args) else torch.ops.fastattn.additive_attention.default)(*args)
+
+
+def _additive_attention_backward(*args: Any) -> Any:
+    operator = torch.ops.fastattn.additive_attention_backward.default
+    return (operators.additive_attention_backward if _plain(args) else operator)(*args)
+
+
+def _plain(args: tuple[Any, ...]) -> bool:
+    """Whether all tensors are just memory, and nothing but autograd has to see the call."""
     if _transforming() or _moded() or _traced():
-        return operator(*args)
+        return False
     for arg in args:
         if isinstance(arg, torch.Tensor) and (type(arg) not in _PLAIN or _batched(arg)):
-            return operator(*args)
-    return kernel(*args)
+            return False
+    return True
+
+
+# -- autograd ----------------------------------------------------------------------------------------------------------
+# What torch.func needs, a setup_context apart from forward, makes PyTorch read forward's signature in every call, which
+# takes longer than all the rest: hence two of each.
 
 
 class _Attention(torch.autograd.Function):  # type: ignore[misc]
-    operator = torch.ops.fastattn.attention.default
-    generate_vmap_rule = True
-    setup_context = staticmethod(operators.save)
-
     @staticmethod
-    def forward(*args: Any) -> Any:
-        return _either(operators.attention, _Attention.operator, args)
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = _attention(*args)
+        operators.save(ctx, args, output)
+        return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        return operators.differentiate(ctx, *gradients, compute=_AttentionBackward.run)
+        compute = _LastAttention.apply if torch.is_grad_enabled() else _attention_backward
+        return operators.differentiate(ctx, *gradients, compute=compute)
+
+
+class _TransformedAttention(_Attention):
+    generate_vmap_rule = True
+    forward = staticmethod(_attention)
+    setup_context = staticmethod(operators.save)
 
 
 class _AdditiveAttention(torch.autograd.Function):  # type: ignore[misc]
-    operator = torch.ops.fastattn.additive_attention.default
-    generate_vmap_rule = True
-    setup_context = staticmethod(operators.save_additive)
-
     @staticmethod
-    def forward(*args: Any) -> Any:
-        return _either(operators.additive_attention, _AdditiveAttention.operator, args)
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = _additive_attention(*args)
+        operators.save_additive(ctx, args, output)
+        return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        return operators.differentiate_additive(ctx, *gradients, compute=_AdditiveAttentionBackward.run)
+        compute = _LastAdditiveAttention.apply if torch.is_grad_enabled() else _additive_attention_backward
+        return operators.differentiate_additive(ctx, *gradients, compute=compute)
 
 
-class _Last(torch.autograd.Function):  # type: ignore[misc]
-    """A derivative that has none itself, and says so where one is asked for."""
+class _TransformedAdditiveAttention(_AdditiveAttention):
+    generate_vmap_rule = True
+    forward = staticmethod(_additive_attention)
+    setup_context = staticmethod(operators.save_additive)
+
+
+class _LastAttention(torch.autograd.Function):  # type: ignore[misc]
+    """The derivative where autograd records it, for a second one: which it refuses."""
 
     generate_vmap_rule = True
+    forward = staticmethod(_attention_backward)
     setup_context = staticmethod(operators.save_nothing)
     backward = staticmethod(operators.refuse)
 
-    @classmethod
-    def run(cls, *args: Any) -> Any:
-        # autograd records the backward pass only where a second derivative may follow
-        return cls.apply(*args) if torch.is_grad_enabled() else cls.forward(*args)
 
-
-class _AttentionBackward(_Last):
-    @staticmethod
-    def forward(*args: Any) -> Any:
-        return _either(operators.attention_backward, torch.ops.fastattn.attention_backward.default, args)
-
-
-class _AdditiveAttentionBackward(_Last):
-    @staticmethod
-    def forward(*args: Any) -> Any:
-        backward = torch.ops.fastattn.additive_attention_backward.default
-        return _either(operators.additive_attention_backward, backward, args)
+class _LastAdditiveAttention(_LastAttention):
+    forward = staticmethod(_additive_attention_backward)

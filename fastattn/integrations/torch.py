@@ -239,7 +239,7 @@ def _check_mask(mask: Tensor) -> None:
 def _check_memory(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name}: {type(tensor).__name__}; expected a torch.Tensor")
-    if tensor.device.type != "cpu":
+    if not tensor.is_cpu:
         raise TypeError(f"{name}: a tensor on device {tensor.device}; expected one on the CPU")
     if tensor.layout is not torch.strided:
         raise TypeError(f"{name}: a tensor of layout {tensor.layout}; expected torch.strided")
