@@ -20,8 +20,8 @@ __all__ = ["additive_attention", "attention"]
 
 Tensor: TypeAlias = Any  # PyTorch's types are not known where it is not installed
 
-# These say whether a transform of torch.func, a mode (fake tensors, a counter of operations) or torch.jit's tracer is at
-# work, and whether a tensor is one of the vmap inside torch.autograd.grad. They are PyTorch's own affair: where one is
+# These say whether a transform of torch.func, a mode (fake tensors, a counter of operations) or torch.jit's tracer is
+# at work, and whether a tensor is one of the vmap inside torch.autograd.grad. They are PyTorch's own affair: where one is
 # missing, no kernel is called directly.
 _transforming = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 _moded = getattr(torch._C, "_len_torch_dispatch_stack", lambda: True)

@@ -282,7 +282,7 @@ def refuse(ctx: Any, *gradients: Tensor | None) -> None:
 
 
 def _one_by_one(name: str, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-    """Call an operator on each sample alone: which weights it drops then depends on the sample's seed and nothing else."""
+    """Call an operator on each sample alone: which weights it drops depends on the sample's seed and nothing else."""
     operator = getattr(torch.ops.fastattn, name).default
     samples = [
         operator(*(arg if axis is None else arg.select(axis, i) for arg, axis in zip(args, in_dims, strict=True)))

@@ -202,7 +202,7 @@ def additive_attention(
         _check_mask(attn_mask)
         if attn_mask.requires_grad and torch.is_grad_enabled():
             raise NotImplementedError(
-                "attn_mask: requires grad; expected one that does not, as additive attention has no gradient of its mask"
+                "attn_mask: requires grad; expected one that does not: additive attention has no gradient of its mask"
             )
     return eager.additive_attention(query, key, value, weight, attn_mask, check_causal(is_causal))[0]
 
