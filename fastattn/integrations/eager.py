@@ -21,8 +21,8 @@ __all__ = ["additive_attention", "attention"]
 Tensor: TypeAlias = Any  # PyTorch's types are not known where it is not installed
 
 # These say whether a transform of torch.func, a mode (fake tensors, a counter of operations) or torch.jit's tracer is
-# at work, and whether a tensor is one of the vmap inside torch.autograd.grad. They are PyTorch's own affair: where one is
-# missing, no kernel is called directly.
+# at work, and whether a tensor is one of the vmap inside torch.autograd.grad. They are PyTorch's own affair: where one
+# is missing, no kernel is called directly.
 _transforming = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 _moded = getattr(torch._C, "_len_torch_dispatch_stack", lambda: True)
 _traced = getattr(torch._C, "_get_tracing_state", lambda: True)
@@ -30,8 +30,8 @@ _batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda tensor
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
-def attention(*args: Any) -> tuple[Tensor, Tensor]:
-    """Call ``fastattn::attention``."""
+def attention(*args: Any) -> Any:
+    """Call ``fastattn::attention``; the result and its log-sum-exp."""
     if _compiled():
         return torch.ops.fastattn.attention.default(*args)
     if _transforming() or forward_ad._current_level >= 0:
@@ -39,8 +39,8 @@ def attention(*args: Any) -> tuple[Tensor, Tensor]:
     return _Attention.apply(*args) if _wants_gradient(args) else _attention(*args)
 
 
-def additive_attention(*args: Any) -> tuple[Tensor, Tensor]:
-    """Call ``fastattn::additive_attention``."""
+def additive_attention(*args: Any) -> Any:
+    """Call ``fastattn::additive_attention``; the result and its log-sum-exp."""
     if _compiled():
         return torch.ops.fastattn.additive_attention.default(*args)
     if _transforming() or forward_ad._current_level >= 0:
@@ -108,10 +108,11 @@ class _Attention(torch.autograd.Function):  # type: ignore[misc]
         return operators.differentiate(ctx, *gradients, compute=compute)
 
 
-class _TransformedAttention(_Attention):
+class _TransformedAttention(torch.autograd.Function):  # type: ignore[misc]
     generate_vmap_rule = True
     forward = staticmethod(_attention)
     setup_context = staticmethod(operators.save)
+    backward = staticmethod(_Attention.backward)
 
 
 class _AdditiveAttention(torch.autograd.Function):  # type: ignore[misc]
@@ -127,10 +128,11 @@ class _AdditiveAttention(torch.autograd.Function):  # type: ignore[misc]
         return operators.differentiate_additive(ctx, *gradients, compute=compute)
 
 
-class _TransformedAdditiveAttention(_AdditiveAttention):
+class _TransformedAdditiveAttention(torch.autograd.Function):  # type: ignore[misc]
     generate_vmap_rule = True
     forward = staticmethod(_additive_attention)
     setup_context = staticmethod(operators.save_additive)
+    backward = staticmethod(_AdditiveAttention.backward)
 
 
 class _LastAttention(torch.autograd.Function):  # type: ignore[misc]

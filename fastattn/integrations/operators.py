@@ -233,7 +233,7 @@ def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> No
 
 
 def differentiate(
-    ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, compute: Callable[..., Any] | None = None
+    ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, *, compute: Callable[..., Any] | None = None
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of all arguments of ``fastattn::attention``, by its operator or another way."""
     if grad_out is None and grad_lse is None:
@@ -254,7 +254,7 @@ def save_additive(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 
 
 def differentiate_additive(
-    ctx: Any, grad_out: Tensor | None, grad_lse: None, compute: Callable[..., Any] | None = None
+    ctx: Any, grad_out: Tensor | None, grad_lse: None, *, compute: Callable[..., Any] | None = None
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of all arguments of ``fastattn::additive_attention``, by its operator or another way."""
     if grad_out is None:

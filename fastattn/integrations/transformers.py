@@ -64,8 +64,8 @@ def register(name: str = "fastattn") -> None:
 
     Notes
     -----
-    Outputs, gradients and what ``generate`` returns are those of "sdpa", to rounding. What a model passes that cannot be
-    computed raises a ValueError: it is never ignored. ``output_attentions=True`` in a call of the model returns the
+    Outputs, gradients and what ``generate`` returns are those of "sdpa", to rounding. What a model passes that cannot
+    be computed raises a ValueError: it is never ignored. ``output_attentions=True`` in a call of the model returns the
     weights, which PyTorch then computes.
 
     Raises
@@ -78,10 +78,12 @@ def register(name: str = "fastattn") -> None:
     >>> from fastattn.integrations import transformers as fastattn_transformers
     >>> fastattn_transformers.register()
     >>> from transformers import BertConfig, BertModel
-    >>> config = BertConfig(vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=8)
-    >>> config._attn_implementation = "fastattn"
-    >>> BertModel(config).config._attn_implementation
-    'fastattn'
+    >>> import torch
+    >>> from transformers import AutoModel, ViTConfig
+    >>> config = ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, image_size=32, patch_size=8)
+    >>> model = AutoModel.from_config(config, attn_implementation="fastattn")
+    >>> model(torch.zeros(2, 3, 32, 32)).last_hidden_state.shape
+    torch.Size([2, 17, 32])
     """
     if not isinstance(name, str):
         raise TypeError(f"name: {name!r} of type {type(name).__name__}; expected a string")
@@ -247,8 +249,8 @@ def _refuse(
     for name, given in others.items():
         if given is not None and given is not False and name not in HARMLESS:
             raise ValueError(
-                f"{name}: the model passes it to attention, and fastattn does not compute it; expected None, or another "
-                'attn_implementation, such as "eager"'
+                f"{name}: the model passes it to attention, and fastattn does not compute it; expected None, or "
+                'another attn_implementation, such as "eager"'
             )
     whole = attention_mask is not None and (attention_mask.shape[-2] == query.shape[2])
     if sliding_window is not None and not whole and key.shape[2] > sliding_window:
