@@ -1,0 +1,148 @@
+"""How a call gets to a kernel, in ascending order of what has to be told about it.
+
+- Nothing needs to know: the kernel is called directly. PyTorch's dispatcher takes longer to call a Python function than
+  a small call takes to compute.
+- A derivative may be asked for: the call is an ``autograd.Function``, which ``torch.func`` understands, too. Inside, it
+  is the kernel again, or the operator where a transform or a mode has to see it.
+- The call is being compiled or traced: it is the operator, with the derivative that is registered for it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import torch
+from torch.autograd import forward_ad
+
+from fastattn.integrations import operators
+
+__all__ = ["additive_attention", "attention"]
+
+Tensor: TypeAlias = Any  # PyTorch's types are not known where it is not installed
+
+# These say whether a transform of torch.func, a mode (fake tensors, a counter of operations) or torch.jit's tracer is
+# at work, and whether a tensor is one of the vmap inside torch.autograd.grad. They are PyTorch's own affair: where one
+# is missing, no kernel is called directly.
+_transforming = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+_moded = getattr(torch._C, "_len_torch_dispatch_stack", lambda: True)
+_traced = getattr(torch._C, "_get_tracing_state", lambda: True)
+_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda tensor: True)
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def attention(*args: Any) -> Any:
+    """Call ``fastattn::attention``; the result and its log-sum-exp."""
+    if _compiled():
+        return torch.ops.fastattn.attention.default(*args)
+    if _transforming() or forward_ad._current_level >= 0:
+        return _TransformedAttention.apply(*args)
+    return _Attention.apply(*args) if _wants_gradient(args) else _attention(*args)
+
+
+def additive_attention(*args: Any) -> Any:
+    """Call ``fastattn::additive_attention``; the result and its log-sum-exp."""
+    if _compiled():
+        return torch.ops.fastattn.additive_attention.default(*args)
+    if _transforming() or forward_ad._current_level >= 0:
+        return _TransformedAdditiveAttention.apply(*args)
+    return _AdditiveAttention.apply(*args) if _wants_gradient(args) else _additive_attention(*args)
+
+
+def _compiled() -> bool:
+    return torch.compiler.is_compiling() or _traced()
+
+
+def _wants_gradient(args: tuple[Any, ...]) -> bool:
+    if torch.is_grad_enabled():
+        for arg in args:
+            if isinstance(arg, torch.Tensor) and arg.requires_grad:
+                return True
+    return False
+
+
+# -- kernel or operator ------------------------------------------------------------------------------------------------
+
+
+def _attention(*args: Any) -> Any:
+    return (operators.attention if _plain(args) else torch.ops.fastattn.attention.default)(*args)
+
+
+def _attention_backward(*args: Any) -> Any:
+    return (operators.attention_backward if _plain(args) else torch.ops.fastattn.attention_backward.default)(*args)
+
+
+def _additive_attention(*args: Any) -> Any:
+    return (operators.additive_attention if _plain(args) else torch.ops.fastattn.additive_attention.default)(*args)
+
+
+def _additive_attention_backward(*args: Any) -> Any:
+    operator = torch.ops.fastattn.additive_attention_backward.default
+    return (operators.additive_attention_backward if _plain(args) else operator)(*args)
+
+
+def _plain(args: tuple[Any, ...]) -> bool:
+    """Whether all tensors are just memory, and nothing but autograd has to see the call."""
+    if _transforming() or _moded() or _traced():
+        return False
+    for arg in args:
+        if isinstance(arg, torch.Tensor) and (type(arg) not in _PLAIN or _batched(arg)):
+            return False
+    return True
+
+
+# -- autograd ----------------------------------------------------------------------------------------------------------
+# What torch.func needs, a setup_context apart from forward, makes PyTorch read forward's signature in every call, which
+# takes longer than all the rest: hence two of each.
+
+
+class _Attention(torch.autograd.Function):  # type: ignore[misc]
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = _attention(*args)
+        operators.save(ctx, args, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        compute = _LastAttention.apply if torch.is_grad_enabled() else _attention_backward
+        return operators.differentiate(ctx, *gradients, compute=compute)
+
+
+class _TransformedAttention(torch.autograd.Function):  # type: ignore[misc]
+    generate_vmap_rule = True
+    forward = staticmethod(_attention)
+    setup_context = staticmethod(operators.save)
+    backward = staticmethod(_Attention.backward)
+
+
+class _AdditiveAttention(torch.autograd.Function):  # type: ignore[misc]
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = _additive_attention(*args)
+        operators.save_additive(ctx, args, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        compute = _LastAdditiveAttention.apply if torch.is_grad_enabled() else _additive_attention_backward
+        return operators.differentiate_additive(ctx, *gradients, compute=compute)
+
+
+class _TransformedAdditiveAttention(torch.autograd.Function):  # type: ignore[misc]
+    generate_vmap_rule = True
+    forward = staticmethod(_additive_attention)
+    setup_context = staticmethod(operators.save_additive)
+    backward = staticmethod(_AdditiveAttention.backward)
+
+
+class _LastAttention(torch.autograd.Function):  # type: ignore[misc]
+    """The derivative where autograd records it, for a second one: which it refuses."""
+
+    generate_vmap_rule = True
+    forward = staticmethod(_attention_backward)
+    setup_context = staticmethod(operators.save_nothing)
+    backward = staticmethod(operators.refuse)
+
+
+class _LastAdditiveAttention(_LastAttention):
+    forward = staticmethod(_additive_attention_backward)
