@@ -25,10 +25,12 @@ import importlib.util
 import io
 import json
 import re
+import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -36,13 +38,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 import fastattn
-from fastattn.terminal import Progress
+from fastattn.terminal import Progress, Style, bar, shaded_text, wrap
 
 HERE = Path(__file__).parent
 VERDICTS = ("rotten", "fresh")
-MOST_SENTENCES, MOST_WORDS = 8, 40
+MOST_SENTENCES, MOST_WORDS = 6, 30
 PARTS = ((0, 8), (8, 9), (9, 10))  # tenths of the films
 PADDING, UNKNOWN = 0, 1
+QUICK: dict[str, Any] = {"epochs": 4, "features": 24, "steps": 30}
 
 Floats: TypeAlias = NDArray[np.float32]
 Parameters: TypeAlias = dict[str, Floats]
@@ -55,11 +58,12 @@ class Settings:
 
     epochs: int = 8
     batch: int = 64
-    features: int = 64
-    rate: float = 2e-3
-    dropout: float = 0.4
+    features: int = 32
+    rate: float = 5e-3
+    dropout: float = 0.3
     rarest: int = 3  # a word that fewer remarks and plots have is unknown
     decay: float = 0.05
+    steps: int = 200  # of the bags of words
     attends: bool = True  # False: every sentence, and every word in it, weighs the same
     seed: int = 0
 
@@ -118,9 +122,10 @@ def make_documents(seed: int) -> tuple[list[Document], list[Document], list[Docu
     return made[0], made[1], made[2]
 
 
-def words_of(sentence: str) -> list[str]:
+@lru_cache(maxsize=100_000)
+def words_of(sentence: str) -> tuple[str, ...]:
     """Cut a sentence into words, and into the marks that say something of their own."""
-    return re.findall(r"[a-z]+(?:'[a-z]+)?|[0-9]+|[!?]", sentence.lower())[:MOST_WORDS]
+    return tuple(re.findall(r"[a-z]+(?:'[a-z]+)?|[0-9]+|[!?]", sentence.lower())[:MOST_WORDS])
 
 
 def number_words(documents: Sequence[Document], rarest: int) -> dict[str, int]:
@@ -334,17 +339,25 @@ def accuracy(network: Network, documents: Sequence[Document], numbers: dict[str,
     return right / len(documents)
 
 
-def marked(network: Network, documents: Sequence[Document], numbers: dict[str, int]) -> tuple[float, float, float]:
-    """Return how often the sentence that weighs most is the remark, what the remark weighs, and what chance would do."""
-    hits, weight, chance = 0, 0.0, 0.0
+def marked(network: Network, documents: Sequence[Document], numbers: dict[str, int]) -> tuple[float, ...]:
+    """Compare the weights with where the remarks are.
+
+    Returns how often the sentence that weighs most is the remark, how often it would be by chance, what remarks weigh,
+    and the shares of right verdicts where the remark weighs most, and where not.
+    """
+    weight, hit, right = [], [], []
     for chosen in batches(len(documents), 256, None):
         some = [documents[index] for index in chosen]
-        weights = network.marks(as_numbers(some, numbers)[0])[0]
+        ids, verdicts = as_numbers(some, numbers)
+        weights = network.marks(ids)[0]
         place = np.array([document.remark for document in some])
-        hits += int((weights.argmax(axis=-1) == place).sum())
-        weight += float(weights[np.arange(len(some)), place].sum())
-        chance += sum(1 / len(document.sentences) for document in some)
-    return hits / len(documents), weight / len(documents), chance / len(documents)
+        hit.append(weights.argmax(axis=-1) == place)
+        weight.append(weights[np.arange(len(some)), place])
+        right.append(network.run(ids)[0].argmax(axis=-1) == verdicts)
+    hits, rights = np.concatenate(hit), np.concatenate(right)
+    chance = np.mean([1 / len(document.sentences) for document in documents])
+    both = [float(rights[hits == which].mean()) if (hits == which).any() else 0.0 for which in (True, False)]
+    return float(hits.mean()), float(chance), float(np.concatenate(weight).mean()), *both
 
 
 def bag_of_words(
@@ -378,3 +391,143 @@ def bag_of_words(
 def words_in(text: str) -> list[str]:
     """Cut a text of any length into words."""
     return [word for sentence in text.split("\n") for word in words_of(sentence)]
+
+
+# -- the whole ---------------------------------------------------------------------------------------------------------
+
+
+class Outcome(NamedTuple):
+    """A trained network, what it was tested on, and what everything scored."""
+
+    network: Network
+    numbers: dict[str, int]
+    test: list[Document]
+    scores: dict[str, float]
+    marks: dict[str, float]
+    losses: list[float]
+    seconds: float
+
+
+def run_all(settings: Settings, most: int = 1_000_000) -> Outcome:
+    """Train and score the network, the same with plain means, and bags of words."""
+    learn, check, test = (part[:most] for part in make_documents(settings.seed))
+    numbers = number_words(learn, settings.rarest)
+    began = time.perf_counter()
+    network, losses = train(learn, numbers, settings, "attention")
+    seconds = time.perf_counter() - began
+    plain, _ = train(learn, numbers, replace(settings, attends=False), "plain means")
+    scores = {
+        "always the more frequent verdict": float(np.mean([document.verdict for document in test])),
+        "bag of words": bag_of_words(*(whole(part) for part in (learn, check, test)), steps=settings.steps),
+        "the network, plain means": accuracy(plain, test, numbers),
+        "the network, attention": accuracy(network, test, numbers),
+        "bag of words, told the remark": bag_of_words(
+            *(told(part) for part in (learn, check, test)), steps=settings.steps
+        ),
+    }
+    scores["always the more frequent verdict"] = max(
+        scores["always the more frequent verdict"], 1 - scores["always the more frequent verdict"]
+    )
+    names = (
+        "the remark weighs most",
+        "by chance",
+        "weight of the remark",
+        "verdicts right where it weighs most",
+        "and where not",
+    )
+    marks = dict(zip(names, marked(network, test, numbers), strict=True))
+    return Outcome(network, numbers, test, scores, marks, losses, seconds)
+
+
+def whole(documents: Sequence[Document]) -> list[tuple[str, int]]:
+    """Return documents as texts with verdicts."""
+    return [("\n".join(document.sentences), document.verdict) for document in documents]
+
+
+def told(documents: Sequence[Document]) -> list[tuple[str, int]]:
+    """Return the remarks in documents with verdicts."""
+    return [(document.sentences[document.remark], document.verdict) for document in documents]
+
+
+def show(outcome: Outcome, document: Document, style: Style) -> list[str]:
+    """Return a document with the weight of each sentence, and the words shaded in the one that weighs most."""
+    ids, _ = as_numbers([document], outcome.numbers)
+    likely = softmax(outcome.network.run(ids)[0])[0]
+    weights, words = (array[0] for array in outcome.network.marks(ids))
+    heavy = int(weights.argmax())
+    lines = [f"{VERDICTS[document.verdict]}; the network says {VERDICTS[int(likely.argmax())]}, {likely.max():.0%}"]
+    for place, sentence in enumerate(document.sentences):
+        lines.append(f"{weights[place]:6.2f}  {bar(float(weights[place]), 20, style.blocks)}")
+        if place == heavy:
+            read = words_of(sentence)
+            row = words[place, : len(read)]
+            lines += shaded_text(
+                [(" ", word, float(w)) for word, w in zip(read, row, strict=True)], style, " " * 8, float(row.max())
+            )
+        else:
+            lines += wrap(sentence, style.width, " " * 8)
+    return lines
+
+
+def draw(outcome: Outcome, documents: Sequence[Document], path: Path) -> None:
+    """Draw documents: a bar beside each sentence, as long as it weighs."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(len(documents), figsize=(10, 2.6 * len(documents)), layout="constrained")
+    for panel, document in zip(np.atleast_1d(panels), documents, strict=True):
+        ids, _ = as_numbers([document], outcome.numbers)
+        weights = outcome.network.marks(ids)[0][0]
+        likely = softmax(outcome.network.run(ids)[0])[0]
+        places = range(len(document.sentences))
+        colours = ["#d55e00" if place == document.remark else "#0072b2" for place in places]
+        panel.barh(places, weights[: len(places)], color=colours)
+        texts = [sentence if len(sentence) < 95 else sentence[:92] + " …" for sentence in document.sentences]
+        panel.set_yticks(places, [text.replace("$", "\\$") for text in texts], fontsize=7)
+        panel.set(xlim=(0, 1), ylim=(len(places) - 0.5, -0.5))
+        panel.set_title(f"{VERDICTS[document.verdict]}; said: {VERDICTS[int(likely.argmax())]}", fontsize=8, loc="left")
+        panel.spines[["top", "right"]].set_visible(False)
+    panel.set_xlabel("weight of the sentence; orange: the critic's remark", fontsize=8)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train, score and show."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="a miniature of some seconds")
+    parser.add_argument("--save", action="store_true", help="write results/documents.json and figures/documents.png")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args(arguments)
+    settings = Settings(**(QUICK if given.quick else {}), seed=given.seed)
+    outcome = run_all(settings, 600 if given.quick else 1_000_000)
+    print(f"{len(outcome.test)} documents on films that nothing was learned from; learned in {outcome.seconds:.0f} s\n")
+    print("verdicts right")
+    for name, share in outcome.scores.items():
+        print(f"  {name:36}{share:7.1%}")
+    print("marks of the sentences")
+    for name, share in outcome.marks.items():
+        print(f"  {name:36}{share:7.1%}")
+    style = Style.of(sys.stdout)
+    shown = [document for document in outcome.test if len(document.sentences) == 6][:3]
+    for document in shown:
+        print("\n".join(["", *show(outcome, document, style)]))
+    if given.save:
+        result = {
+            "settings": asdict(settings),
+            "documents": len(outcome.test),
+            "seconds of training": round(outcome.seconds, 1),
+            "verdicts right": {name: round(share, 4) for name, share in outcome.scores.items()},
+            "marks": {name: round(share, 4) for name, share in outcome.marks.items()},
+            "losses": [round(loss, 4) for loss in outcome.losses],
+        }
+        (HERE / "results").mkdir(exist_ok=True)
+        (HERE / "results" / "documents.json").write_text(json.dumps(result, indent=2) + "\n", "utf-8")
+        (HERE / "figures").mkdir(exist_ok=True)
+        draw(outcome, shown[:2], HERE / "figures" / "documents.png")
+
+
+if __name__ == "__main__":
+    main()

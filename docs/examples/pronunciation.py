@@ -20,10 +20,11 @@ import argparse
 import importlib.util
 import json
 import random
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,11 +34,16 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 import fastattn
-from fastattn.terminal import Progress
+from fastattn.terminal import Progress, Style, heat_map
 
 HERE = Path(__file__).parent
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 END = 0  # ends every pronunciation, and begins the decoder's input
+HELD_OUT = 300  # words of each length
+FEWEST = 50  # held-out words of a length that is drawn
+SHORT_EPOCHS = 1  # for the table of Luong's variants
+SHOWN = ("thoroughbred", "misinterpretation")
+QUICK: dict[str, Any] = {"epochs": 2, "words": 2000, "batch": 64, "embedding": 16, "state": 32}
 WINDOW = 3  # letters to each side that a local alignment of Luong looks at
 
 
@@ -45,10 +51,11 @@ WINDOW = 3  # letters to each side that a local alignment of Luong looks at
 class Settings:
     """What one training is told."""
 
-    epochs: int = 6
+    epochs: int = 3
+    words: int = 1_000_000  # to train on, at most
     batch: int = 256
-    embedding: int = 64
-    state: int = 128
+    embedding: int = 32
+    state: int = 64
     rate: float = 4e-3
     seed: int = 0
 
@@ -194,7 +201,7 @@ class Bottleneck(torch.nn.Module):  # type: ignore[misc]
     def forward(self, letters: torch.Tensor, sounds: torch.Tensor) -> torch.Tensor:
         """Return the scores of every sound, (B, T, sounds), given those before it."""
         annotations, state = self.read(letters)
-        before = torch.nn.functional.pad(sounds[:, :-1], (1, 0), value=END).clamp(min=0)
+        before = functional.pad(sounds[:, :-1], (1, 0), value=END).clamp(min=0)
         scores = []
         for place in range(sounds.shape[1]):
             score, state = self.step(before[:, place], state, annotations)
@@ -249,7 +256,7 @@ class Bahdanau(Bottleneck):
 
 
 class Luong(Bottleneck):
-    """Luong's decoder: it runs ahead, and looks at the letters with the state that it has reached, for all sounds at once.
+    """Luong's decoder: it runs ahead, and looks at the letters with the states that it has reached, all at once.
 
     The next sound is told from tanh(W [context; state]), the paper's attentional state. There is no input feeding.
     """
@@ -259,7 +266,7 @@ class Luong(Bottleneck):
         state = settings.state
         self.attention = fastattn.LuongAttention(state, state, score, align, window=WINDOW, rng=settings.seed)
         # the layer's own memory: what Adam changes, the layer sees
-        names = [name for name in self.attention.state_dict()]
+        names = list(self.attention.state_dict())
         self.parts = torch.nn.ParameterList([torch.from_numpy(getattr(self.attention, name)) for name in names])
         self.decoder = torch.nn.GRU(settings.embedding, state, batch_first=True)
         self.combine = torch.nn.Linear(2 * state, state)
@@ -314,6 +321,7 @@ def train(make: Callable[[], Bottleneck], words: Words, indices: Sequence[int], 
     torch.manual_seed(settings.seed)
     shuffle = random.Random(settings.seed)
     network = make()
+    indices = indices[: settings.words]
     adam = torch.optim.Adam(network.parameters(), lr=settings.rate)
     plan = [list(batches(words, indices, settings.batch, shuffle)) for _ in range(settings.epochs)]
     total, done, losses = sum(map(len, plan)), 0, []
@@ -361,3 +369,127 @@ def score(network: Bottleneck, words: Words, held_out: Sequence[int], result: Re
     result.counts = {length: len(some) for length, some in sorted(right.items())}
     result.right = {length: float(np.mean(right[length])) for length in result.counts}
     result.wrong_sounds = {length: float(np.mean(wrong[length])) for length in result.counts}
+
+
+# -- the whole ---------------------------------------------------------------------------------------------------------
+
+
+def run(name: str, words: Words, settings: Settings, per_length: int = HELD_OUT) -> tuple[Bottleneck, Result]:
+    """Train one network, and have it say the held-out words."""
+    count = len(words.names)
+    learn, held_out = split(words, per_length, settings.seed)
+    if name in PLAIN:
+        network, seconds, losses = train(lambda: PLAIN[name](count, settings), words, learn, settings, name)
+    else:
+        variant = name.split(", ")
+        network, seconds, losses = train(lambda: Luong(count, settings, *variant), words, learn, settings, name)
+    result = Result(seconds, losses)
+    score(network, words, held_out, result)
+    return network, result
+
+
+PLAIN: dict[str, Callable[[int, Settings], Bottleneck]] = {"one vector": Bottleneck, "Bahdanau": Bahdanau}
+LUONG = ("dot, global", "general, global", "concat, global", "general, local-m", "general, local-p")
+
+
+def by_length(results: dict[str, Result]) -> list[str]:
+    """Return a table of the words that are right, by their length."""
+    counts = next(iter(results.values())).counts
+    lines = ["letters   words" + "".join(f"{name:>14}" for name in results)]
+    for length in counts:
+        shares = "".join(f"{result.right[length]:14.1%}" for result in results.values())
+        lines.append(f"{length:7}{counts[length]:8}{shares}")
+    return lines
+
+
+def overall(results: dict[str, Result]) -> list[str]:
+    """Return a table of all networks: whole words right, of any length and of long ones; wrong sounds; time."""
+    lines = [f"{'':18}{'words right':>12}{'2-6 letters':>13}{'from 11 on':>12}{'wrong sounds':>14}{'trained in':>12}"]
+    for name, each in results.items():
+        right = (each.over(each.right), each.over(each.right, most=6), each.over(each.right, least=11))
+        shares = f"{right[0]:12.1%}{right[1]:13.1%}{right[2]:12.1%}{each.over(each.wrong_sounds):14.1%}"
+        lines.append(f"{name:18}{shares}{each.seconds:10.0f} s")
+    return lines
+
+
+def draw(results: dict[str, Result], network: Bahdanau, words: Words, shown: Sequence[str], path: Path) -> None:
+    """Draw the curves, and where the attention looked as it said some words."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    from fastattn import plot
+
+    figure, panels = pyplot.subplots(1, 1 + len(shown), figsize=(4.6 + 3.3 * len(shown), 3.6), layout="constrained")
+    for (name, result), marker in zip(results.items(), "so", strict=True):
+        lengths = [length for length, count in result.counts.items() if count >= FEWEST]
+        panels[0].plot(lengths, [100 * result.right[length] for length in lengths], marker=marker, label=name)
+    panels[0].set(xlabel="letters", ylabel="held-out words right, %", ylim=(0, None), title="By length of the word")
+    panels[0].grid(alpha=0.3)
+    panels[0].legend(frameon=False)
+    for panel, word in zip(panels[1:], shown, strict=True):
+        weights, said = look(network, word)
+        plot.heatmap(weights, [words.names[sound] for sound in said], list(word), vmax=1, ax=panel)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def look(network: Bahdanau, word: str) -> tuple[NDArray[np.float32], list[int]]:
+    """Have a word said; return where the network looked before each sound, and the sounds, the end included."""
+    letters = torch.tensor([[LETTERS.index(letter) for letter in word]])
+    said = [*network.say(letters, len(word) + 6)[0], END]
+    return network.alignment(letters, torch.tensor([said])), said
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train, score and show."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--luong", action="store_true", help="compare Luong's variants as well, each trained for less")
+    parser.add_argument("--quick", action="store_true", help="a miniature of some seconds")
+    parser.add_argument("--save", action="store_true", help="write results/ and figures/pronunciation*")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args(arguments)
+    torch.set_num_threads(1)  # its operations are small, and fastattn's threads want a core as well
+    words = read_words()
+    settings = Settings(**(QUICK if given.quick else {}), seed=given.seed)
+    short = settings if given.quick else replace(settings, epochs=SHORT_EPOCHS)
+    per_length = 20 if given.quick else HELD_OUT
+    names = (*PLAIN, *LUONG) if given.luong else tuple(PLAIN)
+    trained = {name: run(name, words, short if given.luong else settings, per_length) for name in names}
+    results = {name: result for name, (_, result) in trained.items()}
+    print("\n".join(by_length(results) if not given.luong else []))
+    print("\n".join(["", *overall(results)]))
+    network = trained["Bahdanau"][0]
+    assert isinstance(network, Bahdanau)
+    style = Style.of(sys.stdout)
+    for word in SHOWN:
+        weights, said = look(network, word)
+        sounds = [words.names[sound] for sound in said]
+        print(
+            "\n".join(
+                ["", f"{word}: {' '.join(sounds[:-1])}", *(heat_map(sounds, weights, style, columns=list(word)) or [])]
+            )
+        )
+    if given.save:
+        name = "pronunciation-luong" if given.luong else "pronunciation"
+        written = {each: asdict(result) for each, result in results.items()}
+        document = {"settings": asdict(short if given.luong else settings), "results": written}
+        (HERE / "results").mkdir(exist_ok=True)
+        (HERE / "results" / f"{name}.json").write_text(json.dumps(rounded(document), indent=2) + "\n", "utf-8")
+        if not given.luong:
+            (HERE / "figures").mkdir(exist_ok=True)
+            draw(results, network, words, SHOWN, HERE / "figures" / "pronunciation.png")
+
+
+def rounded(value: Any) -> Any:
+    """Return a document with no more digits than say something."""
+    if isinstance(value, dict):
+        return {key: rounded(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [rounded(each) for each in value]
+    return round(value, 4) if isinstance(value, float) else value
+
+
+if __name__ == "__main__":
+    main()
