@@ -196,7 +196,7 @@ def summed_by(numbers: NDArray[np.int64], rows: Floats, count: int) -> Floats:
     """Sum the rows that have the same number: (n, E) to (count, E)."""
     order = np.argsort(numbers, kind="stable")
     found, first = np.unique(numbers[order], return_index=True)
-    sums = np.zeros((count, rows.shape[1]), np.float32)
+    sums = np.zeros((count, rows.shape[1]), rows.dtype)
     sums[found] = np.add.reduceat(rows[order], first, axis=0)
     return sums
 
@@ -242,7 +242,7 @@ class Network:
         windows = np.concatenate([around[:, :-2], embedded, around[:, 2:]], axis=-1)  # (N, L, 3 E)
         h, through_reading = affine_tanh(p, grads, "read", windows)
         sentences, through_words = pool(p, grads, "word", h, rows != PADDING, attends)  # (N, H)
-        placed = np.zeros((*there.shape, sentences.shape[-1]), np.float32)
+        placed = np.zeros((*there.shape, sentences.shape[-1]), sentences.dtype)
         placed[there] = sentences
         document, through_sentences = pool(p, grads, "sentence", placed, there, attends)  # (B, H)
         scores = document @ p["verdict.weight"] + p["verdict.bias"]

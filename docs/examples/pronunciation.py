@@ -131,7 +131,7 @@ def sounds_of(words: Words, indices: Sequence[int]) -> torch.Tensor:
 # -- attention: fastattn's forward and backward in PyTorch's graph -----------------------------------------------------
 
 
-class Additive(torch.autograd.Function):
+class Additive(torch.autograd.Function):  # type: ignore[misc]
     """`fastattn.additive_attention` of tensors, whose memory it shares."""
 
     @staticmethod
@@ -146,7 +146,7 @@ class Additive(torch.autograd.Function):
         return tuple(map(torch.from_numpy, fastattn.additive_attention_backward(grad.numpy(), *ctx.kept)))
 
 
-class LuongFunction(torch.autograd.Function):
+class LuongFunction(torch.autograd.Function):  # type: ignore[misc]
     """A `fastattn.LuongAttention` of tensors; its parameters are given for their gradients' sake."""
 
     @staticmethod
@@ -468,7 +468,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sounds = [words.names[sound] for sound in said]
         print(
             "\n".join(
-                ["", f"{word}: {' '.join(sounds[:-1])}", *(heat_map(sounds, weights, style, columns=list(word)) or [])]
+                [
+                    "",
+                    f"{word}: {' '.join(sounds[:-1])}",
+                    *(heat_map(sounds, weights.tolist(), style, columns=list(word)) or []),
+                ]
             )
         )
     if given.save:
