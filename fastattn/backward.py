@@ -9,7 +9,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from fastattn import reference
 from fastattn.api import BACKENDS
-from fastattn.problem import check_backend
+from fastattn.cpu import gradients as cpu
+from fastattn.cpu.pool import get_num_threads
+from fastattn.gradients import as_given, describe_upstream, seed_of_forward, wants_mask
+from fastattn.problem import as_operands, check_backend, describe
 
 __all__ = ["additive_attention_backward", "attention_backward"]
 
@@ -95,22 +98,35 @@ def attention_backward(
     [(1, 8, 16, 64), (1, 8, 16, 64), (1, 8, 16, 64)]
     """
     check_backend(backend, BACKENDS)
-    return reference.attention_backward(
-        grad_out,
-        query,
-        key,
-        value,
-        out,
-        lse,
-        attn_mask,
-        dropout_p,
-        is_causal,
-        scale,
-        enable_gqa,
-        rng=rng,
-        grad_lse=grad_lse,
-        grad_mask=grad_mask,
-    )
+    if backend == "reference":
+        return reference.attention_backward(
+            grad_out,
+            query,
+            key,
+            value,
+            out,
+            lse,
+            attn_mask,
+            dropout_p,
+            is_causal,
+            scale,
+            enable_gqa,
+            rng=rng,
+            grad_lse=grad_lse,
+            grad_mask=grad_mask,
+        )
+    arrays = as_operands(query, key, value, attn_mask)
+    problem, operands = describe(*arrays, dropout_p, is_causal, scale, enable_gqa)
+    upstream = describe_upstream(problem, grad_out, out, lse, grad_lse)
+    with_mask = wants_mask(grad_mask, arrays[3])
+    seed = seed_of_forward(rng, problem)
+    shapes = arrays[1].shape, arrays[2].shape
+    found = cpu.attention_backward(problem, operands, upstream, shapes, seed, get_num_threads())
+    given = ((query, False), (key, True), (value, True))
+    results = [as_given(g, argument, problem, shared) for g, (argument, shared) in zip(found, given, strict=True)]
+    if with_mask:
+        raise NotImplementedError
+    return tuple(results)
 
 
 def additive_attention_backward(

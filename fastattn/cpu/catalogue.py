@@ -3,7 +3,7 @@
 import numpy as np
 
 from fastattn import build as compiler
-from fastattn.cpu import claim
+from fastattn.cpu import backward, claim
 from fastattn.cpu.forward import forward_group
 from fastattn.cpu.layout import CALL
 from fastattn.cpu.received import receive_group
@@ -41,10 +41,13 @@ def build(name: str, row: Isa, entries: dict[str, int]) -> bytes:
         rows, vectors = map(int, size.split("x"))
         packed = kind not in IN_PLACE and vectors > 1  # a tall tile is for few queries
         lanes = row.vector_bytes // np.dtype(dtype).itemsize
-        masked, additive = kind != "forward", kind.startswith("additive")
+        masked, additive = kind not in ("forward", "backward"), kind.startswith("additive")
         tile = TileShape(dtype, lanes, rows, vectors, row.scalef, packed, masked, additive)
         if kind == "peak":
             functions = {"run": _peak(tile)}
+        elif kind.startswith("backward"):
+            task = backward.task_function(tile)
+            functions = {"task": task, "alone": _alone(task)}
         else:
             functions = _attention(task_function(tile, WORK[kind], by_keys=kind == "received"))
     return compiler.emit({entry: (functions[entry], count) for entry, count in entries.items()}, row)

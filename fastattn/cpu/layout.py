@@ -64,6 +64,42 @@ CALL = np.dtype(
     ]
 )
 
+# The backward pass: the plan has more in it, and more arrays have axes. (The leading axes that key and value are
+# broadcast along stand last in the table: what they are looked at from there is summed in one place.)
+GRADIENT_ARRAYS = ("query", "key", "value", "mask", "grad_out", "out", "grad_query", "grad_key", "grad_value")
+GRADIENT_PLAN = np.dtype(
+    [
+        ("grad_out_row", i8),
+        ("grad_out_column", i8),
+        ("grad_query_row", i8),
+        ("grad_key_row", i8),
+        ("grad_value_row", i8),
+        ("score_scale", f8),  # the scale itself, whatever base the scores are kept in
+        ("query_block", i8),  # queries taken together, some tile widths
+        ("query_blocks", i8),
+        ("outer", i8),  # heads of keys
+        ("inner", i8),  # heads of queries for each
+        ("parts", i8),  # tasks that a head's queries are split into
+        ("part", i8),  # blocks of queries in each
+        *PLAN.descr,  # last: Numba takes a longer record for a kind of the shorter one that it begins with
+    ]
+)
+GRADIENT_AXIS = np.dtype([("size", i8), ("head", i8), *((name, i8) for name in GRADIENT_ARRAYS)])
+GRADIENT_CALL = np.dtype(
+    [
+        ("plan", i8),
+        *((name, i8) for name in GRADIENT_ARRAYS),
+        ("lse", i8),  # contiguous, one number for each query of all heads; so is grad_lse, unless 0
+        ("grad_lse", i8),
+        ("deltas", i8),  # the same: what the first group of keys finds, for those that follow
+        ("query_tickets", i8),  # for each block of queries of each head: the groups of keys that have been there
+        ("key_tickets", i8),  # for each group of keys of each head: the parts of the queries that have been there
+        ("seed", i8),
+        ("scratch", i8),
+        ("scratch_bytes", i8),
+    ]
+)
+
 # Where the summary of a call is kept (`call.out` is the address of this record): contiguous arrays with one element, or
 # `top_k` elements, for each query, and of `received` one for each key, of all heads. 0: not wanted.
 SUMMARY = np.dtype(

@@ -106,7 +106,8 @@ class Plan:
     scratch_bytes: int
 
 
-def _mask_kind(mask: np.ndarray | None, dtype: np.dtype) -> int:
+def mask_kind(mask: np.ndarray | None, dtype: np.dtype) -> int:
+    """Which of MASK_* a mask is."""
     if mask is None:
         return MASK_NONE
     if mask.dtype.kind == "b":
@@ -150,7 +151,7 @@ def make_plan(
             plan[name + "_row"], plan[name + "_column"] = array.strides[-2:]
     plan["queries"], plan["keys"] = problem.queries, problem.keys
     plan["head_dim"], plan["value_dim"] = problem.head_dim, problem.value_dim
-    plan["mask_kind"] = _mask_kind(mask, problem.dtype)
+    plan["mask_kind"] = mask_kind(mask, problem.dtype)
     plan["mask_itemsize"] = mask.itemsize if mask is not None else 0
     plan["causal"] = problem.causal_offset is not None
     plan["first_position"] = problem.causal_offset or 0
