@@ -121,12 +121,14 @@ def attention_backward(
     with_mask = wants_mask(grad_mask, arrays[3])
     seed = seed_of_forward(rng, problem)
     shapes = arrays[1].shape, arrays[2].shape
-    found = cpu.attention_backward(problem, operands, upstream, shapes, seed, get_num_threads())
-    given = ((query, False), (key, True), (value, True))
-    results = [as_given(g, argument, problem, shared) for g, (argument, shared) in zip(found, given, strict=True)]
-    if with_mask:
-        raise NotImplementedError
-    return tuple(results)
+    mask_shape = arrays[3].shape if with_mask and arrays[3] is not None else None
+    found = cpu.attention_backward(problem, operands, upstream, shapes, mask_shape, seed, get_num_threads())
+    given = ((query, False), (key, True), (value, True), (attn_mask, False))
+    return tuple(
+        as_given(gradient, argument, problem, shared)
+        for gradient, (argument, shared) in zip(found, given, strict=True)
+        if gradient is not None and argument is not None
+    )
 
 
 def additive_attention_backward(

@@ -67,6 +67,7 @@ def locate(call, plan, head):
     query, key, value, mask = call.query, call.key, call.value, call.mask
     grad_out, out = call.grad_out, call.out
     grad_query, grad_key, grad_value = call.grad_query, call.grad_key, call.grad_value
+    grad_mask = call.grad_mask
     for _ in range(plan.axes):
         axis -= AXIS_BYTES
         strides = axis_view(axis)
@@ -82,7 +83,8 @@ def locate(call, plan, head):
         grad_query += index * strides.grad_query
         grad_key += index * strides.grad_key
         grad_value += index * strides.grad_value
-    return number, query, key, value, mask, grad_out, out, grad_query, grad_key, grad_value
+        grad_mask += index * strides.grad_mask
+    return number, query, key, value, mask, grad_out, out, grad_query, grad_key, grad_value, grad_mask
 
 
 @jit
@@ -90,6 +92,9 @@ def wait_for(ticket, turn):
     """Wait until it is one's turn."""
     while atomic_load(ticket) != turn:
         pause()
+
+
+# -- a block of queries ------------------------------------------------------------------------------------------------
 
 
 @jit
@@ -124,7 +129,7 @@ def row_product(tile, a, b, panel, features, buffer):
 
 @jit
 def load_starts(tile, plan, lse, present, starts):
-    """starts[i] = what the scores of a query begin with. Whether all queries look at something."""
+    """starts[i] = what the exponents of a query's scores begin with. Whether all queries look at something."""
     full = True
     for i in range(plan.query_block):
         # where nothing is looked at, an exponent of -inf comes out
@@ -140,28 +145,6 @@ def load_starts(tile, plan, lse, present, starts):
 
 
 @jit
-def find_deltas(tile, plan, lse, grad_lse, grads, outs, panel, present, deltas, buffer):
-    """deltas[i] = scale · (Σ do · out - grad_lse), 0 for a query that looks at nothing."""
-    for i in range(present):
-        delta = 0.0
-        if load_element(tile, lse + i * tile.itemsize) != MINUS_INFINITY:
-            offset = i * tile.row_bytes
-            delta = row_product(tile, grads + offset, outs + offset, panel, plan.value_dim, buffer) * 1.0
-            if grad_lse != 0:
-                delta -= load_element(tile, grad_lse + i * tile.itemsize)
-        store_element(tile, deltas + i * tile.itemsize, delta * plan.score_scale)
-
-
-@jit
-def copy_numbers(tile, target, source, present, length):
-    """target[i] = source[i] for i < present, 0 behind."""
-    for i in range(present):
-        store_element(tile, target + i * tile.itemsize, load_element(tile, source + i * tile.itemsize))
-    for i in range(present, length):
-        store_element(tile, target + i * tile.itemsize, 0.0)
-
-
-@jit
 def clear_lane(tile, block, i, features):
     """Set a query in the lanes to 0."""
     at = block + i // tile.width * features * tile.row_bytes + i % tile.width * tile.itemsize
@@ -170,11 +153,87 @@ def clear_lane(tile, block, i, features):
 
 
 @jit
+def load_lanes(tile, plan, query, grad_out, lse, present, scale, scratch):
+    """Lay out a block of queries, and `scale` times the gradient of its result, with queries in the lanes.
+
+    Those that look at nothing are 0. Whether there are none.
+    """
+    queries, grads = scratch + plan.query_lanes_at, scratch + plan.grad_lanes_at
+    at, grad_at = queries, grads
+    for first in range(0, present, tile.width):
+        there = min(tile.width, present - first)
+        pack_queries(tile, at, query, plan.query_row, plan.query_column, there, plan.head_dim, plan.scale)
+        row, column = plan.grad_out_row, plan.grad_out_column
+        pack_queries(tile, grad_at, grad_out, row, column, there, plan.value_dim, scale)
+        query += tile.width * plan.query_row
+        grad_out += tile.width * row
+        at += plan.head_dim * tile.row_bytes
+        grad_at += plan.value_dim * tile.row_bytes
+    full = load_starts(tile, plan, lse, present, scratch + plan.starts_at)
+    if not full:
+        for i in range(present):
+            if load_element(tile, lse + i * tile.itemsize) == MINUS_INFINITY:
+                clear_lane(tile, queries, i, plan.head_dim)
+                clear_lane(tile, grads, i, plan.value_dim)
+    return full
+
+
+@jit
+def load_rows(tile, plan, query, grad_out, lse, present, full, scratch):
+    """Lay out the same in panels, for the products with features in the lanes; 0 for what is not finite.
+
+    The gradients are multiplied by what dropout multiplies the weights by. Whether they were finite.
+    """
+    queries, grads, panel = scratch + plan.queries_at, scratch + plan.grads_at, plan.query_panel
+    pack_panels(tile, queries, panel, query, plan.query_row, plan.query_column, present, plan.head_dim)
+    if not are_finite(tile, queries, panel, present, plan.head_dim):
+        clean_panels(tile, queries, panel, queries, panel, present, plan.head_dim, 1.0)
+    pack_panels(tile, grads, panel, grad_out, plan.grad_out_row, plan.grad_out_column, present, plan.value_dim)
+    finite = are_finite(tile, grads, panel, present, plan.value_dim)
+    if not finite or plan.keep_scale != 1.0:
+        clean_panels(tile, grads, panel, grads, panel, present, plan.value_dim, plan.keep_scale)
+    if not full:
+        for i in range(present):
+            if load_element(tile, lse + i * tile.itemsize) == MINUS_INFINITY:
+                clear_row(tile, queries, panel, i, plan.head_dim)
+                clear_row(tile, grads, panel, i, plan.value_dim)
+    return finite
+
+
+@jit
 def clear_row(tile, panels, panel, i, features):
     """Set a row in panels to 0."""
     for _ in range(0, features, tile.width):
         tile_store(tile_fill(tile.single, 0.0), panels + i * tile.row_bytes, 0)
         panels += panel
+
+
+@jit
+def find_deltas(tile, plan, grad_out, out, lse, grad_lse, present, deltas, scratch):
+    """deltas[i] = Σ_p do[i][p] · out[i][p] - grad_lse[i], 0 for a query that looks at nothing."""
+    grads, outs, panel = scratch + plan.grads_at, scratch + plan.outs_at, plan.query_panel
+    pack_panels(tile, grads, panel, grad_out, plan.grad_out_row, plan.grad_out_column, present, plan.value_dim)
+    pack_panels(tile, outs, panel, out, plan.out_row, plan.out_column, present, plan.value_dim)
+    for offset in range(0, present * tile.itemsize, tile.itemsize):
+        delta = 0.0
+        if load_element(tile, lse + offset) != MINUS_INFINITY:
+            row = offset * tile.width
+            delta = row_product(tile, grads + row, outs + row, panel, plan.value_dim, scratch + plan.work_at) * 1.0
+            if grad_lse != 0:
+                delta -= load_element(tile, grad_lse + offset)
+        store_element(tile, deltas + offset, delta)
+
+
+@jit
+def copy_numbers(tile, target, source, present, length, factor):
+    """target[i] = source[i] · factor for i < present, 0 behind."""
+    for i in range(present):
+        store_element(tile, target + i * tile.itemsize, load_element(tile, source + i * tile.itemsize) * factor)
+    for i in range(present, length):
+        store_element(tile, target + i * tile.itemsize, 0.0)
+
+
+# -- with a block of keys ----------------------------------------------------------------------------------------------
 
 
 @jit
@@ -200,37 +259,131 @@ def differentiate(tile, plan, scores, grads, count, hidden, start, delta):
 
 
 @jit
-def add_visible(tile, plan, weights, source, row, column, lse, mask, count, present, ahead, target, panel):
-    """dv[j] += p[j][i] · do[i] for those elements of do that are not finite, where query i may look at key j."""
-    block_bytes = plan.key_block * tile.row_bytes
-    for i in range(present):
-        if load_element(tile, lse + i * tile.itemsize) == MINUS_INFINITY:
-            continue
-        for p in range(plan.value_dim):
-            odd = load_element(tile, source + i * row + p * column)
-            if odd * 0.0 == 0.0:
-                continue
-            place = target + p // tile.width * panel + p % tile.width * tile.itemsize
-            at = weights + i // tile.width * block_bytes + i % tile.width * tile.itemsize
-            for j in range(count):
-                if looks_at(tile, plan, mask, i, j, ahead):
-                    here = place + j * tile.row_bytes
-                    weight = load_element(tile, at + j * tile.row_bytes) * plan.keep_scale
-                    store_element(tile, here, load_element(tile, here) + weight * odd)
-
-
-@jit
 def whole_tiles(tile, count):
     """`count`, rounded up to the rows of whole tiles."""
     return (count + tile.rows - 1) // tile.rows * tile.rows
 
 
 @jit
+def weigh(tile, call, plan, number, s, first_query, first_key, offset, mask, scratch):
+    """The weights p of one tile width of queries, number `s` of its block, and a block of keys, and their ds.
+
+    `offset` is where in a panel the block of keys begins. Returns how many keys are looked at; p and ds of the others
+    are 0 in the same tile, and not written behind it.
+    """
+    count, safe = visible_keys(tile, plan, first_query, first_key, mask)
+    if count == 0:
+        return 0
+    weights = scratch + plan.scores_at + s * plan.score_panel
+    grads = scratch + plan.score_grads_at + s * plan.score_panel
+    start = tile_load(tile.single, scratch + plan.starts_at + s * tile.row_bytes, 0)
+    delta = tile_load(tile.single, scratch + plan.deltas_at + s * tile.row_bytes, 0)
+    zero = tile_fill(tile.single, 0.0)
+    begin, grad_begin = start, zero - delta
+    if tile.masked:
+        if plan.unit != 1.0:
+            begin = zero  # under a float mask, whose sum with the score comes first
+        if plan.drop_below > 0:
+            grad_begin = zero
+    keys, values = scratch + plan.keys_at + offset, scratch + plan.values_at + offset
+    queries = scratch + plan.query_lanes_at + s * plan.head_dim * tile.row_bytes
+    grad_lanes = scratch + plan.grad_lanes_at + s * plan.value_dim * tile.row_bytes
+    product_along(tile, begin, count, keys, plan.panel, queries, plan.head_dim, weights)
+    product_along(tile, grad_begin, count, values, plan.panel, grad_lanes, plan.value_dim, grads)
+    if tile.masked and plan.drop_below > 0:
+        drop(tile, plan, call.seed, grads, count, number, first_query, first_key)
+    rest = safe * tile.row_bytes
+    if safe < count:
+        present = min(tile.width, plan.queries - first_query)
+        position = plan.first_position + first_query
+        work = scratch + plan.work_at
+        masks = mask + safe * plan.mask_column
+        buffer = work + tile.row_bytes
+        restrict(tile, plan, weights + rest, count - safe, masks, present, position, first_key + safe, work, buffer)
+        differentiate(tile, plan, weights + rest, grads + rest, count - safe, True, start, delta)
+    differentiate(tile, plan, weights, grads, safe, False, start, delta)
+    if tile.masked and plan.drop_below > 0:
+        drop(tile, plan, call.seed, weights, count, number, first_query, first_key)
+    behind = whole_tiles(tile, count) - count
+    clear(tile, weights + count * tile.row_bytes, behind)
+    clear(tile, grads + count * tile.row_bytes, behind)
+    return count
+
+
+@jit
+def add_to_keys(tile, plan, offset, subs, present, scratch):
+    """dv[j] += Σ_i p[j][i] · do[i], dk[j] += Σ_i ds[j][i] · q[i] for the keys of a block, from `offset` on in a panel.
+
+    Later queries look at more keys, if any: so there are rows that all of them see, rows that all but the first tile
+    width of queries see, and so on.
+    """
+    done = 0
+    for s in range(subs):
+        count = whole_tiles(tile, load_i64(scratch + plan.counts_at + s * WORD))
+        if count <= done:
+            continue
+        rows = done * tile.row_bytes
+        a, b, c = s * plan.score_panel + rows, s * tile.width * tile.row_bytes, offset + rows
+        values, keys = scratch + plan.value_sums_at + c, scratch + plan.key_sums_at + c
+        weights, weight_grads = scratch + plan.scores_at + a, scratch + plan.score_grads_at + a
+        grads, queries = scratch + plan.grads_at + b, scratch + plan.queries_at + b
+        terms = present - s * tile.width
+        panel, step, inner = plan.panel, plan.score_panel, plan.query_panel
+        add_along(tile, values, panel, plan.value_dim, count - done, weights, step, grads, inner, terms)
+        add_along(tile, keys, panel, plan.head_dim, count - done, weight_grads, step, queries, inner, terms)
+        done = count
+
+
+@jit
+def add_visible(tile, plan, grad_out, lse, mask, count, present, ahead, offset, scratch):
+    """dv[j] += p[j][i] · do[i] for those elements of do that are not finite, where query i may look at key j."""
+    for i in range(present):
+        if load_element(tile, lse + i * tile.itemsize) == MINUS_INFINITY:
+            continue
+        weights = scratch + plan.scores_at + i // tile.width * plan.score_panel + i % tile.width * tile.itemsize
+        for p in range(plan.value_dim):
+            odd = load_element(tile, grad_out + i * plan.grad_out_row + p * plan.grad_out_column)
+            if odd * 0.0 == 0.0:
+                continue
+            place = (
+                scratch + plan.value_sums_at + offset + p // tile.width * plan.panel + p % tile.width * tile.itemsize
+            )
+            for j in range(count):
+                if looks_at(tile, plan, mask, i, j, ahead):
+                    here = place + j * tile.row_bytes
+                    weight = load_element(tile, weights + j * tile.row_bytes) * plan.keep_scale
+                    store_element(tile, here, load_element(tile, here) + weight * odd)
+
+
+# -- a task ------------------------------------------------------------------------------------------------------------
+
+
+@jit
+def load_keys(tile, plan, key, value, first, count, scratch):
+    """Lay out `count` keys and values in panels, from the first on."""
+    key += first * plan.key_row
+    value += first * plan.value_row
+    pack_panels(tile, scratch + plan.keys_at, plan.panel, key, plan.key_row, plan.key_column, count, plan.head_dim)
+    values = scratch + plan.values_at
+    pack_panels(tile, values, plan.panel, value, plan.value_row, plan.value_column, count, plan.value_dim)
+
+
+@jit
+def ask_for(tile, plan, query, grad_out, out, grad_query, first, count):
+    """Prefetch `count` rows of what belongs to queries, from row `first` on; `out` may be 0."""
+    features, value_features = plan.head_dim * tile.itemsize, plan.value_dim * tile.itemsize
+    prefetch_rows(query + first * plan.query_row, plan.query_row, count, features)
+    prefetch_rows(grad_out + first * plan.grad_out_row, plan.grad_out_row, count, value_features)
+    prefetch_rows(grad_query + first * plan.grad_query_row, plan.grad_query_row, count, features)
+    if out != 0:
+        prefetch_rows(out + first * plan.out_row, plan.out_row, count, value_features)
+
+
+@jit
 def differentiate_group(tile, call, plan, kv_head, group, turn, scratch):
     """One task: a group of key blocks, and the queries of one head, or a part of them: those of turn `turn`."""
-    width, row_bytes = tile.width, tile.row_bytes
     head = kv_head * plan.inner + turn // plan.parts
-    number, query, key, value, mask, grad_out, out, grad_query, grad_key, grad_value = locate(call, plan, head)
+    number, query, key, value, mask, grad_out, out, grad_query, grad_key, grad_value, _ = locate(call, plan, head)
     first_key = group * plan.group * plan.key_block
     end = min(plan.keys, first_key + plan.group * plan.key_block)
     first_block = turn % plan.parts * plan.part
@@ -239,259 +392,82 @@ def differentiate_group(tile, call, plan, kv_head, group, turn, scratch):
         first_block = max(first_block, (first_key - plan.first_position) // plan.query_block)
     key_ticket = call.key_tickets + (kv_head * plan.groups + group) * WORD
     query_tickets = call.query_tickets + head * plan.query_blocks * WORD
-
-    # Working memory: keys, values and their gradients, in panels; the same of a block of queries, and it in the lanes.
-    key_panels = (plan.head_dim + width - 1) // width
-    value_panels = (plan.value_dim + width - 1) // width
-    panel = plan.group * plan.key_block * row_bytes
-    query_panel = plan.query_block * row_bytes
-    keys = scratch
-    values = keys + key_panels * panel
-    key_sums = values + value_panels * panel
-    value_sums = key_sums + key_panels * panel
-    queries_t = value_sums + value_panels * panel
-    grads_t = queries_t + plan.query_block * plan.head_dim * tile.itemsize
-    queries = grads_t + plan.query_block * plan.value_dim * tile.itemsize
-    grads = queries + key_panels * query_panel
-    query_sums = grads + value_panels * query_panel
-    starts = query_sums + key_panels * query_panel
-    deltas = starts + query_panel // width
-    counts = deltas + query_panel // width
-    work = counts + query_panel // width  # at least a word for each panel
-    score_panel = plan.key_block * row_bytes
-    scores = work + 2 * row_bytes + tile.buffer_bytes
-    score_grads = scores + plan.query_block // width * score_panel
-    clean_keys = score_grads + plan.query_block // width * score_panel
-    outs = clean_keys + key_panels * score_panel
+    element, panel, query_panel = tile.itemsize, plan.panel, plan.query_panel
+    key_sums, value_sums = scratch + plan.key_sums_at, scratch + plan.value_sums_at
+    query_sums = scratch + plan.query_sums_at
+    grad_key += first_key * plan.grad_key_row
+    grad_value += first_key * plan.grad_value_row
+    some = first_block < last_block
+    finite_keys, count = True, end - first_key
 
     wait_for(key_ticket, turn)
-    if first_block < last_block:
-        present_keys = end - first_key
-        at = key + first_key * plan.key_row
-        pack_panels(tile, keys, panel, at, plan.key_row, plan.key_column, present_keys, plan.head_dim)
-        at = value + first_key * plan.value_row
-        pack_panels(tile, values, panel, at, plan.value_row, plan.value_column, present_keys, plan.value_dim)
-        at = grad_key + first_key * plan.grad_key_row
-        pack_panels(tile, key_sums, panel, at, plan.grad_key_row, tile.itemsize, present_keys, plan.head_dim)
-        at = grad_value + first_key * plan.grad_value_row
-        pack_panels(tile, value_sums, panel, at, plan.grad_value_row, tile.itemsize, present_keys, plan.value_dim)
-        finite_keys = are_finite(tile, keys, panel, present_keys, plan.head_dim)
-    visits = (end - first_key + plan.key_block - 1) // plan.key_block * (plan.query_block // width)
-    step = (plan.query_block + visits - 1) // visits  # rows of the next block asked for at a time
+    if some:
+        load_keys(tile, plan, key, value, first_key, count, scratch)
+        finite_keys = are_finite(tile, scratch + plan.keys_at, panel, count, plan.head_dim)
+        pack_panels(tile, key_sums, panel, grad_key, plan.grad_key_row, element, count, plan.head_dim)
+        pack_panels(tile, value_sums, panel, grad_value, plan.grad_value_row, element, count, plan.value_dim)
+    visits = (end - first_key + plan.key_block - 1) // plan.key_block * (plan.query_block // tile.width)
+    step = (plan.query_block + visits - 1) // visits  # rows of the next block that are asked for at a time
     for block in range(first_block, last_block):
         first_query = block * plan.query_block
         present = min(plan.query_block, plan.queries - first_query)
-        subs = (present + width - 1) // width
-        query_at = query + first_query * plan.query_row
-        grad_at = grad_out + first_query * plan.grad_out_row
-        out_at = out + first_query * plan.out_row
-        pack_panels(tile, grads, query_panel, grad_at, plan.grad_out_row, plan.grad_out_column, present, plan.value_dim)
-        sums = (number * plan.queries + first_query) * tile.itemsize
-        lse = call.lse + sums
-        grad_lse = call.grad_lse + sums if call.grad_lse != 0 else 0
-        delta_at = call.deltas + sums
-        full = load_starts(tile, plan, lse, present, starts)
+        subs = (present + tile.width - 1) // tile.width
+        queries, grads = query + first_query * plan.query_row, grad_out + first_query * plan.grad_out_row
+        outs, sums = out + first_query * plan.out_row, grad_query + first_query * plan.grad_query_row
+        numbers = (number * plan.queries + first_query) * element
+        lse, deltas = call.lse + numbers, call.deltas + numbers
         if group == 0:
-            pack_panels(tile, outs, query_panel, out_at, plan.out_row, plan.out_column, present, plan.value_dim)
-            find_deltas(tile, plan, lse, grad_lse, grads, outs, query_panel, present, delta_at, work)
-        finite = are_finite(tile, grads, query_panel, present, plan.value_dim)
-        if not finite or plan.keep_scale != 1.0:
-            clean_panels(tile, grads, query_panel, grads, query_panel, present, plan.value_dim, plan.keep_scale)
-        pack_panels(tile, queries, query_panel, query_at, plan.query_row, plan.query_column, present, plan.head_dim)
-        if not are_finite(tile, queries, query_panel, present, plan.head_dim):
-            clean_panels(tile, queries, query_panel, queries, query_panel, present, plan.head_dim, 1.0)
-        for s in range(subs):
-            there = min(width, present - s * width)
-            pack_queries(
-                tile,
-                queries_t + s * plan.head_dim * row_bytes,
-                query_at + s * width * plan.query_row,
-                plan.query_row,
-                plan.query_column,
-                there,
-                plan.head_dim,
-                plan.scale,
-            )
-            pack_queries(
-                tile,
-                grads_t + s * plan.value_dim * row_bytes,
-                grad_at + s * width * plan.grad_out_row,
-                plan.grad_out_row,
-                plan.grad_out_column,
-                there,
-                plan.value_dim,
-                plan.score_scale,
-            )
-        if not full:
-            for i in range(present):
-                if load_element(tile, lse + i * tile.itemsize) == MINUS_INFINITY:
-                    clear_lane(tile, queries_t, i, plan.head_dim)
-                    clear_lane(tile, grads_t, i, plan.value_dim)
-                    clear_row(tile, queries, query_panel, i, plan.head_dim)
-                    clear_row(tile, grads, query_panel, i, plan.value_dim)
+            grad_lse = call.grad_lse + numbers if call.grad_lse != 0 else 0
+            find_deltas(tile, plan, grads, outs, lse, grad_lse, present, deltas, scratch)
+        full = load_lanes(tile, plan, queries, grads, lse, present, plan.score_scale, scratch)
+        finite = load_rows(tile, plan, queries, grads, lse, present, full, scratch)
 
-        query_ticket = query_tickets + block * WORD
-        wait_for(query_ticket, group)
-        copy_numbers(tile, deltas, delta_at, present, plan.query_block)
-        sums_at = grad_query + first_query * plan.grad_query_row
-        pack_panels(tile, query_sums, query_panel, sums_at, plan.grad_query_row, tile.itemsize, present, plan.head_dim)
-        share = 0
+        ticket = query_tickets + block * WORD
+        wait_for(ticket, group)
+        copy_numbers(tile, scratch + plan.deltas_at, deltas, present, plan.query_block, plan.score_scale)
+        pack_panels(tile, query_sums, query_panel, sums, plan.grad_query_row, element, present, plan.head_dim)
+        following = plan.query_block
         for start_key in range(first_key, end, plan.key_block):
-            offset = (start_key - first_key) * row_bytes
-            keys_at = keys + offset
-            key_operand, operand_panel = keys_at, panel
+            offset = (start_key - first_key) * tile.row_bytes
+            keys, keys_panel = scratch + plan.keys_at + offset, panel
             if not finite_keys:
-                there = min(plan.key_block, end - start_key)
-                clean_panels(tile, clean_keys, score_panel, keys_at, panel, there, plan.head_dim, 1.0)
-                key_operand, operand_panel = clean_keys, score_panel
+                keys, keys_panel = scratch + plan.clean_keys_at, plan.score_panel
+                there, source = min(plan.key_block, end - start_key), scratch + plan.keys_at + offset
+                clean_panels(tile, keys, keys_panel, source, panel, there, plan.head_dim, 1.0)
+            masks = mask + first_query * plan.mask_row + start_key * plan.mask_column
             most = 0
             for s in range(subs):
-                first = first_query + s * width
-                masks = mask + first * plan.mask_row + start_key * plan.mask_column
-                count, safe = visible_keys(tile, plan, first, start_key, masks)
-                store_i64(counts + s * WORD, count)
                 if block + 1 < last_block:
-                    there = min(step, plan.queries - first_query - plan.query_block - share)
-                    prefetch_rows(
-                        query_at + (plan.query_block + share) * plan.query_row,
-                        plan.query_row,
-                        there,
-                        plan.head_dim * tile.itemsize,
-                    )
-                    prefetch_rows(
-                        grad_at + (plan.query_block + share) * plan.grad_out_row,
-                        plan.grad_out_row,
-                        there,
-                        plan.value_dim * tile.itemsize,
-                    )
-                    prefetch_rows(
-                        sums_at + (plan.query_block + share) * plan.grad_query_row,
-                        plan.grad_query_row,
-                        there,
-                        plan.head_dim * tile.itemsize,
-                    )
-                    if group == 0:
-                        prefetch_rows(
-                            out_at + (plan.query_block + share) * plan.out_row,
-                            plan.out_row,
-                            there,
-                            plan.value_dim * tile.itemsize,
-                        )
-                    share += step
+                    rows = min(step, plan.queries - first_query - following)
+                    ask_for(tile, plan, queries, grads, outs if group == 0 else 0, sums, following, rows)
+                    following += step
+                ahead = s * tile.width
+                at = masks + ahead * plan.mask_row
+                count = weigh(tile, call, plan, number, s, first_query + ahead, start_key, offset, at, scratch)
+                store_i64(scratch + plan.counts_at + s * WORD, count)
                 most = max(most, count)
-                if count == 0:
-                    continue
-                p_at, ds_at = scores + s * score_panel, score_grads + s * score_panel
-                rows = whole_tiles(tile, count)
-                start = tile_load(tile.single, starts + s * row_bytes, 0)
-                delta = tile_load(tile.single, deltas + s * row_bytes, 0)
-                zero = tile_fill(tile.single, 0.0)
-                begin = start
-                if tile.masked and plan.unit != 1.0:
-                    begin = zero
-                q = queries_t + s * plan.head_dim * row_bytes
-                product_along(tile, begin, count, keys_at, panel, q, plan.head_dim, p_at)
-                begin = zero - delta
-                if tile.masked and plan.drop_below > 0:
-                    begin = zero
-                do = grads_t + s * plan.value_dim * row_bytes
-                product_along(tile, begin, count, values + offset, panel, do, plan.value_dim, ds_at)
-                if tile.masked and plan.drop_below > 0:
-                    drop(tile, plan, call.seed, ds_at, count, number, first, start_key)
-                if safe < count:
-                    there = min(width, plan.queries - first)
-                    rest = safe * row_bytes
-                    restrict(
-                        tile,
-                        plan,
-                        p_at + rest,
-                        count - safe,
-                        masks + safe * plan.mask_column,
-                        there,
-                        plan.first_position + first,
-                        start_key + safe,
-                        work,
-                        work + 2 * row_bytes,
-                    )
-                    differentiate(tile, plan, p_at, ds_at, safe, False, start, delta)
-                    differentiate(tile, plan, p_at + rest, ds_at + rest, count - safe, True, start, delta)
-                else:
-                    differentiate(tile, plan, p_at, ds_at, count, False, start, delta)
-                if tile.masked and plan.drop_below > 0:
-                    drop(tile, plan, call.seed, p_at, count, number, first, start_key)
-                clear(tile, p_at + count * row_bytes, rows - count)
-                clear(tile, ds_at + count * row_bytes, rows - count)
-                dq = query_sums + s * width * row_bytes
-                add_across(tile, dq, query_panel, plan.head_dim, ds_at, key_operand, operand_panel, count)
-            if most == 0:
-                continue
-            # Later queries look at more keys, if any: rows that the first of them see, and so on.
-            done = 0
-            for s in range(subs):
-                count = whole_tiles(tile, load_i64(counts + s * WORD))
-                if count <= done:
-                    continue
-                rows = done * row_bytes
-                a = s * score_panel + rows
-                left = present - s * width
-                b = s * width * row_bytes
-                add_along(
-                    tile,
-                    value_sums + offset + rows,
-                    panel,
-                    plan.value_dim,
-                    count - done,
-                    scores + a,
-                    score_panel,
-                    grads + b,
-                    query_panel,
-                    left,
-                )
-                add_along(
-                    tile,
-                    key_sums + offset + rows,
-                    panel,
-                    plan.head_dim,
-                    count - done,
-                    score_grads + a,
-                    score_panel,
-                    queries + b,
-                    query_panel,
-                    left,
-                )
-                done = count
-            if not finite:
-                masks = mask + first_query * plan.mask_row + start_key * plan.mask_column
-                ahead = plan.first_position + first_query - start_key
-                add_visible(
-                    tile,
-                    plan,
-                    scores,
-                    grad_at,
-                    plan.grad_out_row,
-                    plan.grad_out_column,
-                    lse,
-                    masks,
-                    most,
-                    present,
-                    ahead,
-                    value_sums + offset,
-                    panel,
-                )
-        unpack_panels(
-            tile, query_sums, query_panel, sums_at, plan.grad_query_row, tile.itemsize, present, plan.head_dim
-        )
-        atomic_store(query_ticket, group + 1)
-    if first_block < last_block:
-        at = grad_key + first_key * plan.grad_key_row
-        unpack_panels(tile, key_sums, panel, at, plan.grad_key_row, tile.itemsize, present_keys, plan.head_dim)
-        at = grad_value + first_key * plan.grad_value_row
-        unpack_panels(tile, value_sums, panel, at, plan.grad_value_row, tile.itemsize, present_keys, plan.value_dim)
+                if count > 0:
+                    c, a = query_sums + ahead * tile.row_bytes, scratch + plan.score_grads_at + s * plan.score_panel
+                    add_across(tile, c, query_panel, plan.head_dim, a, keys, keys_panel, count)
+            if most > 0:
+                add_to_keys(tile, plan, offset, subs, present, scratch)
+                if not finite:
+                    position = plan.first_position + first_query - start_key
+                    add_visible(tile, plan, grads, lse, masks, most, present, position, offset, scratch)
+        unpack_panels(tile, query_sums, query_panel, sums, plan.grad_query_row, element, present, plan.head_dim)
+        atomic_store(ticket, group + 1)
+    if some:
+        count = end - first_key
+        unpack_panels(tile, key_sums, panel, grad_key, plan.grad_key_row, element, count, plan.head_dim)
+        unpack_panels(tile, value_sums, panel, grad_value, plan.grad_value_row, element, count, plan.value_dim)
     atomic_store(key_ticket, turn + 1)
 
 
 def task_function(tile):
-    """The task function of the backward pass."""
+    """The task function of the backward pass.
+
+    Tasks are numbered so that those which one waits for have lower numbers, and stand as far before it as can be.
+    """
 
     @jit
     def task(call_at, slot, number):

@@ -3,8 +3,9 @@
 import numpy as np
 
 from fastattn import build as compiler
-from fastattn.cpu import backward, claim
+from fastattn.cpu import backward, claim, mask_gradient
 from fastattn.cpu.forward import forward_group
+from fastattn.cpu.kernels import BACKWARD
 from fastattn.cpu.layout import CALL
 from fastattn.cpu.received import receive_group
 from fastattn.cpu.summary import choose_group, summarise_group
@@ -45,8 +46,9 @@ def build(name: str, row: Isa, entries: dict[str, int]) -> bytes:
         tile = TileShape(dtype, lanes, rows, vectors, row.scalef, packed, masked, additive)
         if kind == "peak":
             functions = {"run": _peak(tile)}
-        elif kind.startswith("backward"):
-            task = backward.task_function(tile)
+        elif kind in BACKWARD:
+            module = mask_gradient if kind == "mask_gradient" else backward
+            task = module.task_function(tile)
             functions = {"task": task, "alone": _alone(task)}
         else:
             functions = _attention(task_function(tile, WORK[kind], by_keys=kind == "received"))

@@ -65,8 +65,40 @@ CALL = np.dtype(
 )
 
 # The backward pass: the plan has more in it, and more arrays have axes. (The leading axes that key and value are
-# broadcast along stand last in the table: what they are looked at from there is summed in one place.)
-GRADIENT_ARRAYS = ("query", "key", "value", "mask", "grad_out", "out", "grad_query", "grad_key", "grad_value")
+# broadcast along stand last in the table: what they are looked at from there is summed in one place. In the plan for
+# the gradient of a mask it is those that the mask is broadcast along.)
+GRADIENT_ARRAYS = (
+    "query",
+    "key",
+    "value",
+    "mask",
+    "grad_out",
+    "out",
+    "grad_query",
+    "grad_key",
+    "grad_value",
+    "grad_mask",
+)
+# What a task has in its working memory, in this order.
+GRADIENT_PARTS = (
+    "keys",  # of a group of key blocks, in panels, as are the four that follow
+    "values",
+    "key_sums",  # their gradients
+    "value_sums",
+    "queries",  # of a block of queries
+    "grads",  # the gradient of its result
+    "query_sums",  # its gradient
+    "query_lanes",  # queries once more, and the gradient of their result, with queries in the lanes
+    "grad_lanes",
+    "starts",  # a number for each query: what the exponent of a score begins with
+    "deltas",  # and what is subtracted from the gradient of a weight
+    "counts",  # how many keys of a block the queries of each tile width look at
+    "work",
+    "scores",  # of a block of queries and a block of keys: scores, then weights
+    "score_grads",  # and their gradients
+    "clean_keys",  # a block of keys, with 0 for what is not finite
+    "outs",  # results of a block of queries
+)
 GRADIENT_PLAN = np.dtype(
     [
         ("grad_out_row", i8),
@@ -74,13 +106,20 @@ GRADIENT_PLAN = np.dtype(
         ("grad_query_row", i8),
         ("grad_key_row", i8),
         ("grad_value_row", i8),
+        ("grad_mask_row", i8),
         ("score_scale", f8),  # the scale itself, whatever base the scores are kept in
         ("query_block", i8),  # queries taken together, some tile widths
         ("query_blocks", i8),
-        ("outer", i8),  # heads of keys
+        ("outer", i8),  # heads of keys, or of a mask
         ("inner", i8),  # heads of queries for each
         ("parts", i8),  # tasks that a head's queries are split into
         ("part", i8),  # blocks of queries in each
+        ("mask_queries", i8),  # rows and columns that the mask has of its own: 1 where it is broadcast
+        ("mask_keys", i8),
+        ("panel", i8),  # from panel to panel, in bytes: of a group of key blocks
+        ("query_panel", i8),  # of a block of queries
+        ("score_panel", i8),  # of a block of keys
+        *((name + "_at", i8) for name in GRADIENT_PARTS),  # where in working memory
         *PLAN.descr,  # last: Numba takes a longer record for a kind of the shorter one that it begins with
     ]
 )

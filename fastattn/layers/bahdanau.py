@@ -3,16 +3,57 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastattn.additive import additive_attention
+from fastattn.backward import additive_attention_backward
+from fastattn.layers.backward import (
+    Saved,
+    as_arguments,
+    as_gradient,
+    bias_gradient,
+    delivered,
+    given_arguments,
+    recalled,
+    weight_gradient,
+)
 from fastattn.layers.base import Layer, as_inputs, check_size, common_batch, linear
 from fastattn.problem import Array, Shape, check_flag
 
 __all__ = ["BahdanauAttention"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class _Attended(Saved):
+    """What the attention was made of.
+
+    Attributes
+    ----------
+    query, key, value : ndarray
+        In one dtype.
+    state : ndarray, shape (..., Lq, hidden_dim)
+        W q + bias.
+    hidden : ndarray, shape (..., Lk, hidden_dim)
+        U k.
+    projected_keys : array_like or None
+        As it was given.
+    attn_mask : array_like or None
+    out, lse : ndarray
+    """
+
+    query: Array
+    key: Array
+    value: Array
+    state: Array
+    hidden: Array
+    projected_keys: ArrayLike | None
+    attn_mask: ArrayLike | None
+    out: Array
+    lse: Array
 
 
 class BahdanauAttention(Layer):
@@ -120,10 +161,43 @@ class BahdanauAttention(Layer):
         ValueError
             If the keys have other features than the layer.
         """
+        return linear(self._as_keys(key), self.key_weight)
+
+    def project_keys_backward(
+        self, grad_projected: ArrayLike, inputs: tuple[ArrayLike]
+    ) -> tuple[Any, dict[str, Array]]:
+        """Return the gradients of the keys, and of their matrix, through `project_keys`.
+
+        Parameters
+        ----------
+        grad_projected : array_like, shape (..., hidden_dim)
+            The gradient of what `project_keys` returned: where it went into several calls, the sum of what their
+            `backward` returned for it.
+        inputs : tuple of one array_like
+            ``(key,)``.
+
+        Returns
+        -------
+        grad_inputs : tuple of one ndarray
+        gradients : dict of str to ndarray
+            ``key_weight`` alone.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `project_keys`, and for a gradient that has not the shape of its result.
+        """
+        (key,) = as_arguments(inputs, ("key",), 1)
+        array = self._as_keys(key)
+        grad = as_gradient("grad_projected", grad_projected, array.dtype, (*array.shape[:-1], self.hidden_dim))
+        grad_weight = weight_gradient(grad, array).astype(self.dtype, copy=False)
+        return delivered([linear(grad, self.key_weight.T)], inputs), {"key_weight": grad_weight}
+
+    def _as_keys(self, key: ArrayLike) -> Array:
         (array,) = as_inputs(self.dtype, key=key)
         if array.ndim < 1 or array.shape[-1] != self.key_dim:
             raise ValueError(f"key: shape {array.shape}; expected (..., {self.key_dim})")
-        return linear(array, self.key_weight)
+        return array
 
     def __call__(
         self,
@@ -134,6 +208,7 @@ class BahdanauAttention(Layer):
         *,
         projected_keys: ArrayLike | None = None,
         return_weights: bool = False,
+        return_saved: bool = False,
     ) -> Any:
         """Attend.
 
@@ -152,6 +227,8 @@ class BahdanauAttention(Layer):
             What `project_keys` returned for these keys, which are then not projected again.
         return_weights : bool
             Return the weights as well.
+        return_saved : bool
+            Return what `backward` needs as well.
 
         Returns
         -------
@@ -159,6 +236,8 @@ class BahdanauAttention(Layer):
             In the common dtype of the arguments and the parameters. A query that may look at no key gives 0.
         weights : ndarray, shape (B, Lq, Lk)
             If `return_weights`.
+        saved : Saved
+            If `return_saved`: see `backward`.
 
         Raises
         ------
@@ -168,11 +247,117 @@ class BahdanauAttention(Layer):
             If shapes do not go together.
         """
         return_weights = check_flag("return_weights", return_weights)
-        value = key if value is None else value
-        given = {"query": query, "key": key, "value": value}
+        return_saved = check_flag("return_saved", return_saved)
+        given = given_arguments(query, key, value)
+        attended = self._attend(given, attn_mask, projected_keys, return_weights)
+        return attended.results(attended.out, return_weights, return_saved)
+
+    @np.errstate(all="ignore")
+    def backward(
+        self,
+        grad_out: ArrayLike,
+        inputs: tuple[ArrayLike | None, ...] | Saved,
+        attn_mask: ArrayLike | None = None,
+        *,
+        projected_keys: ArrayLike | None = None,
+    ) -> tuple[Any, dict[str, Array]]:
+        """Return the gradients of a call's arguments, and of the parameters.
+
+        Parameters
+        ----------
+        grad_out : array_like, shape (B, Lq, Dv)
+            The gradient of a number, usually a loss, by the result of the call.
+        inputs : tuple of array_like, or Saved
+            What the layer was called with: ``(query, key)`` or ``(query, key, value)``. Or what the call returned with
+            ``return_saved=True``: then nothing of it is computed again, and it says the options as well.
+        attn_mask, projected_keys
+            As the call was given them.
+
+        Returns
+        -------
+        grad_inputs : tuple of ndarray
+            As many as there are inputs, with their shapes and, if those are floating, their dtypes. That of a key which
+            is the value as well is the sum of both. With `projected_keys` there is one more, theirs: they count as an
+            input of their own, so that neither the key nor `key_weight` has a part in the scores. See
+            `project_keys_backward`.
+        gradients : dict of str to ndarray
+            Those of all parameters, by the names of `state_dict`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As for a call, and for `grad_out` if it has not the shape of the result. The message names the argument.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from fastattn import BahdanauAttention
+        >>> layer = BahdanauAttention(query_dim=8, key_dim=6, hidden_dim=10, rng=0)
+        >>> rng = np.random.default_rng(0)
+        >>> states, source = (rng.standard_normal((2, n, d), dtype="f") for n, d in ((3, 8), (20, 6)))
+        >>> context = layer(states, source)
+        >>> (grad_states, grad_source), gradients = layer.backward(context, (states, source))  # of Σ context² / 2
+        >>> grad_states.shape, grad_source.shape, list(gradients)
+        ((2, 3, 8), (2, 20, 6), ['query_weight', 'key_weight', 'bias', 'weight'])
+
+        One step after the other, with the keys projected once:
+
+        >>> projected = layer.project_keys(source)
+        >>> grad_projected, grad_values = np.zeros_like(projected), np.zeros_like(source)
+        >>> for step in reversed(range(3)):
+        ...     inputs, grad_out = (states[:, step : step + 1], source), context[:, step : step + 1]
+        ...     (_, own, through), _ = layer.backward(grad_out, inputs, projected_keys=projected)
+        ...     grad_values += own
+        ...     grad_projected += through
+        >>> (grad_keys,), gradients = layer.project_keys_backward(grad_projected, (source,))
+        >>> bool(np.allclose(grad_keys + grad_values, grad_source, atol=1e-6))
+        True
+        """
+        saved: _Attended | None = recalled(self, inputs, attn_mask=attn_mask, projected_keys=projected_keys)
+        if saved is None:
+            saved = self._attend(as_arguments(inputs, ("query", "key", "value"), 2), attn_mask, projected_keys, False)
+        grad = as_gradient("grad_out", grad_out, saved.out.dtype, saved.out.shape)
+        grad_state, grad_hidden, grad_value, grad_weight = additive_attention_backward(
+            grad,
+            saved.state,
+            saved.hidden,
+            saved.value,
+            self.weight.astype(grad.dtype, copy=False),
+            saved.out,
+            saved.lse,
+            saved.attn_mask,
+        )
+        gradients = {
+            "query_weight": weight_gradient(grad_state, saved.query),
+            "bias": bias_gradient(grad_state),
+            "weight": grad_weight,
+        }
+        if saved.projected_keys is None:
+            gradients["key_weight"] = weight_gradient(grad_hidden, saved.key)
+            grad_key = linear(grad_hidden, self.key_weight.T)
+        else:
+            grad_key = np.zeros_like(saved.key)
+        given = saved.inputs
+        if len(given) < 3 or given[2] is None:
+            grad_key += grad_value
+        found = [linear(grad_state, self.query_weight.T), grad_key, grad_value][: len(given)]
+        if saved.projected_keys is not None:
+            given, found = (*given, saved.projected_keys), [*found, grad_hidden]
+        return delivered(found, given), self.as_gradients(gradients)
+
+    def _attend(
+        self,
+        given: tuple[Any, ...],
+        attn_mask: ArrayLike | None,
+        projected_keys: ArrayLike | None,
+        return_weights: bool,
+    ) -> _Attended:
+        """Project and attend."""
+        query, key, value = (*given, None)[:3]
+        arrays = {"query": query, "key": key, "value": key if value is None else value}
         if projected_keys is not None:
-            given["projected_keys"] = projected_keys
-        q, k, v, *projected = as_inputs(self.dtype, **given)
+            arrays["projected_keys"] = projected_keys
+        q, k, v, *projected = as_inputs(self.dtype, **arrays)
         common_batch([q, k, v], (self.query_dim, self.key_dim, v.shape[-1] if v.ndim else 0))
         if projected:
             hidden = projected[0]
@@ -186,4 +371,20 @@ class BahdanauAttention(Layer):
             hidden = linear(k, self.key_weight)
         weight = self.weight.astype(q.dtype, copy=False)
         state = linear(q, self.query_weight, self.bias)
-        return additive_attention(state, hidden, v, weight, attn_mask, return_weights=return_weights)
+        out, lse, *weights = additive_attention(
+            state, hidden, v, weight, attn_mask, return_lse=True, return_weights=return_weights
+        )
+        return _Attended(
+            layer=self,
+            inputs=given,
+            weights=weights[0] if weights else None,
+            query=q,
+            key=k,
+            value=v,
+            state=state,
+            hidden=hidden,
+            projected_keys=projected_keys,
+            attn_mask=attn_mask,
+            out=out,
+            lse=lse,
+        )

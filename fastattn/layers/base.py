@@ -155,6 +155,16 @@ class Layer(ABC):
         }
         self.__dict__.update(loaded)
 
+    def as_gradients(self, gradients: Mapping[str, Array]) -> dict[str, Array]:
+        """Return the gradients of all parameters, in the order and the dtype of `state_dict`; 0 where there is none."""
+        with np.errstate(all="ignore"):
+            return {
+                name: gradients[name].astype(self.dtype, copy=False)
+                if name in gradients
+                else np.zeros(shape, self.dtype)
+                for name, shape in self._parameters.values()
+            }
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the layer to a safetensors file.
 

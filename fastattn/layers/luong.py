@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastattn.additive import additive_attention
-from fastattn.api import attention
-from fastattn.layers.base import Layer, as_inputs, check_choice, check_shape_fits, check_size, common_batch, linear
-from fastattn.layers.masks import as_mask, combine
-from fastattn.layers.windows import attend_windows, find_windows
-from fastattn.problem import FLOAT64, MAX_RANK, Array, Shape, _as_array, check_flag
+from fastattn.layers.backward import (
+    Saved,
+    as_arguments,
+    as_gradient,
+    delivered,
+    given_arguments,
+    recalled,
+    summed_to,
+    weight_gradient,
+)
+from fastattn.layers.base import Layer, as_inputs, check_choice, check_size, common_batch, linear
+from fastattn.layers.masks import as_lengths, as_mask, combine
+from fastattn.layers.scores import Concat, Dot, General
+from fastattn.layers.windows import (
+    Windows,
+    as_positions,
+    attend_windows,
+    find_windows,
+    lost_queries,
+    windows_backward,
+)
+from fastattn.problem import FLOAT64, MAX_RANK, Array, Shape, check_flag
 
 __all__ = ["LuongAttention"]
 
@@ -20,6 +37,40 @@ SCORES = ("dot", "general", "concat")
 ALIGNMENTS = ("global", "local-m", "local-p")
 #: Parameters start uniform within ± this: section 4.1 of the paper.
 INITIAL = 0.1
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class _Attended(Saved):
+    """What the attention was made of.
+
+    Attributes
+    ----------
+    query, key, value : ndarray
+        In one dtype.
+    mask : ndarray or None
+        With a global alignment that of `key_lengths` as well.
+    sources : ndarray of int64, shape (*batch, 1), or None
+        S; None with a global alignment, as is `windows`.
+    windows : Windows or None
+    scored, projected : ndarray
+        What stands for queries and keys in the score; with a local alignment `projected` is the keys.
+    out, lse : ndarray
+        With local-p, `lse` is that of the scores without the Gaussian.
+    lost : ndarray of bool, shape (*batch, Lq), or None
+        The queries that nobody knows where they look.
+    """
+
+    query: Array
+    key: Array
+    value: Array
+    mask: Array | None
+    sources: Array | None
+    windows: Windows | None
+    scored: Array
+    projected: Array
+    out: Array
+    lse: Array
+    lost: Array | None
 
 
 class LuongAttention(Layer):
@@ -142,6 +193,7 @@ class LuongAttention(Layer):
         key_lengths: ArrayLike | None = None,
         positions: ArrayLike | None = None,
         return_weights: bool = False,
+        return_saved: bool = False,
     ) -> Any:
         """Attend.
 
@@ -161,6 +213,8 @@ class LuongAttention(Layer):
             The positions p for local-m, 0 to Lq - 1 unless given.
         return_weights : bool
             Return the weights as well.
+        return_saved : bool
+            Return what `backward` needs as well.
 
         Returns
         -------
@@ -169,6 +223,8 @@ class LuongAttention(Layer):
             empty, everything is masked, or the window lies outside of the sentence.
         weights : ndarray, shape (B, Lq, Lk)
             If `return_weights`; 0 outside of the window. Those of local-p do not sum to 1.
+        saved : Saved
+            If `return_saved`: see `backward`.
 
         Raises
         ------
@@ -183,30 +239,89 @@ class LuongAttention(Layer):
         With a local alignment, time and memory grow with the window, and not with Lk, except for what `return_weights`
         asks for. Predicted positions are computed in float64. A query with NaN has a position of NaN, and gives NaN.
         """
-        value = key if value is None else value
-        arrays = as_inputs(self.dtype, query=query, key=key, value=value)
-        batch = common_batch(arrays, (self.query_dim, self.key_dim, self.value_dim))
-        q, k, v = arrays
-        queries, keys = q.shape[-2], k.shape[-2]
-        mask = as_mask(attn_mask, (*batch, queries, keys))
-        lengths = None if key_lengths is None else _as_lengths(key_lengths, batch, keys)
         return_weights = check_flag("return_weights", return_weights)
-        if positions is not None and self.align != "local-m":
-            raise ValueError(f"positions: given, but align is {self.align!r}; expected None unless it is 'local-m'")
+        return_saved = check_flag("return_saved", return_saved)
+        given = given_arguments(query, key, value)
+        attended = self._attend(given, attn_mask, key_lengths, positions, return_weights)
+        return attended.results(attended.out, return_weights, return_saved)
 
-        if self.align == "global":
-            key_mask = None if lengths is None else np.arange(keys) < lengths[..., None, None]
-            both = combine(key_mask, mask)
-            out, _, weights = self._attend(self._project_query(q), self._project_key(k), v, both, return_weights)
+    @np.errstate(all="ignore")
+    def backward(
+        self,
+        grad_out: ArrayLike,
+        inputs: tuple[ArrayLike | None, ...] | Saved,
+        attn_mask: ArrayLike | None = None,
+        *,
+        key_lengths: ArrayLike | None = None,
+        positions: ArrayLike | None = None,
+    ) -> tuple[Any, dict[str, Array]]:
+        """Return the gradients of a call's arguments, and of the parameters.
+
+        Parameters
+        ----------
+        grad_out : array_like, shape (B, Lq, value_dim)
+            The gradient of a number, usually a loss, by the result of the call.
+        inputs : tuple of array_like, or Saved
+            What the layer was called with: ``(query, key)`` or ``(query, key, value)``. Or what the call returned with
+            ``return_saved=True``: then nothing of it is computed again, and it says the options as well.
+        attn_mask, key_lengths, positions
+            As the call was given them.
+
+        Returns
+        -------
+        grad_inputs : tuple of ndarray
+            As many as there are inputs, with their shapes and, if those are floating, their dtypes. That of a key which
+            is the value as well is the sum of both.
+        gradients : dict of str to ndarray
+            Those of all parameters, by the names of `state_dict`. That of `combine_weight` is 0: it has a part in
+            `attentional` alone, see `attentional_backward`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As for a call, and for `grad_out` if it has not the shape of the result. The message names the argument.
+
+        Notes
+        -----
+        A predicted position has its gradient through the Gaussian. Which keys are in its window changes by jumps, which
+        have no gradient: as in the paper, there is none through the window's ends. A query with NaN, whose position
+        nobody knows, has gradients of NaN, and so have the parameters; the keys do not get to know of it.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from fastattn import LuongAttention
+        >>> layer = LuongAttention(query_dim=8, key_dim=6, align="local-p", window=2, rng=0)
+        >>> rng = np.random.default_rng(0)
+        >>> target, source = (rng.standard_normal((2, n, d), dtype="f") for n, d in ((3, 8), (20, 6)))
+        >>> context, saved = layer(target, source, key_lengths=[20, 9], return_saved=True)
+        >>> (grad_target, grad_source), gradients = layer.backward(context, saved)  # of Σ context² / 2
+        >>> grad_target.shape, grad_source.shape, {name: gradient.shape for name, gradient in gradients.items()}
+        ((2, 3, 8), (2, 20, 6),
+         {'score_weight': (8, 6), 'position_weight': (8, 8), 'position_vector': (8,), 'combine_weight': (8, 14)})
+        """
+        saved: _Attended | None = recalled(
+            self, inputs, attn_mask=attn_mask, key_lengths=key_lengths, positions=positions
+        )
+        if saved is None:
+            given = as_arguments(inputs, ("query", "key", "value"), 2)
+            saved = self._attend(given, attn_mask, key_lengths, positions, False)
+        grad = as_gradient("grad_out", grad_out, saved.out.dtype, saved.out.shape)
+        score = self._score()
+        gradients: dict[str, Array] = {}
+        if saved.windows is None:
+            to_query, to_key, grad_value = score.attend_backward(
+                grad, saved.scored, saved.projected, saved.value, saved.out, saved.lse, saved.mask
+            )
+            grad_query = score.project_query_backward(to_query, saved.query)
+            grad_key = score.project_key_backward(to_key, saved.key)
         else:
-            sources = np.broadcast_to(keys if lengths is None else lengths, batch)[..., None]
-            if self.align == "local-p":
-                center = self._predict(q, sources)
-            else:
-                center = _as_positions(positions, (*batch, queries))
-            center = np.broadcast_to(center, (*batch, queries))
-            out, weights = self._local(q, k, v, mask, sources, center, return_weights)
-        return (out, weights) if return_weights else out
+            grad_query, grad_key, grad_value, gradients = self._local_backward(score, grad, saved)
+        given = saved.inputs
+        if len(given) < 3 or given[2] is None:
+            grad_key = grad_key + grad_value
+        found = (grad_query, grad_key, grad_value)[: len(given)]
+        return delivered(found, given), self.as_gradients({**gradients, **score.gradients})
 
     def attentional(self, context: ArrayLike, query: ArrayLike) -> NDArray[Any]:
         """Return the attentional state tanh(W_c [c; h]), which the paper predicts the next word from.
@@ -229,46 +344,133 @@ class LuongAttention(Layer):
         ValueError
             If the features are not those of the layer, or the other axes do not broadcast.
         """
-        c, h = as_inputs(self.dtype, context=context, query=query)
-        for name, array, features in (("context", c, self.value_dim), ("query", h, self.query_dim)):
-            if not 1 <= array.ndim <= MAX_RANK or array.shape[-1] != features:
-                raise ValueError(f"{name}: shape {array.shape}; expected (..., {features})")
-        try:
-            np.broadcast_shapes(c.shape[:-1], h.shape[:-1])
-        except ValueError:
-            raise ValueError(
-                f"context, query: shapes {c.shape}, {h.shape}; expected the axes before the last to broadcast"
-            ) from None
+        c, h, _ = self._as_combined(context, query)
         weight = self.combine_weight
         with np.errstate(all="ignore"):
             state: Array = np.tanh(linear(c, weight[:, : self.value_dim]) + linear(h, weight[:, self.value_dim :]))
         return state
 
-    # -- scores --------------------------------------------------------------------------------------------------------
+    @np.errstate(all="ignore")
+    def attentional_backward(
+        self, grad_state: ArrayLike, inputs: tuple[ArrayLike, ArrayLike], *, state: ArrayLike | None = None
+    ) -> tuple[Any, dict[str, Array]]:
+        """Return the gradients of the arguments of `attentional`, and of its matrix.
 
-    def _project_query(self, query: Array) -> Array:
-        """Return what stands for the queries in a score: as much of it as depends on them alone."""
+        Parameters
+        ----------
+        grad_state : array_like, shape (..., hidden_dim)
+            The gradient of a number, usually a loss, by what `attentional` returned.
+        inputs : tuple of array_like
+            ``(context, query)``.
+        state : array_like, shape (..., hidden_dim), optional
+            What `attentional` returned, which is then not computed again.
+
+        Returns
+        -------
+        grad_inputs : tuple of ndarray
+            Those of context and query.
+        gradients : dict of str to ndarray
+            ``combine_weight`` alone.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `attentional`, and for a gradient or a state that has not the shape of its result.
+        """
+        context, query = as_arguments(inputs, ("context", "query"), 2)
+        c, h, rows = self._as_combined(context, query)
+        shape = (*rows, self.hidden_dim)
+        grad = as_gradient("grad_state", grad_state, c.dtype, shape)
+        known = self.attentional(context, query) if state is None else as_gradient("state", state, c.dtype, shape)
+        inside = grad * (1 - known * known)
+        grads, weights, of_context = [], [], self.value_dim
+        for array, weight in ((c, self.combine_weight[:, :of_context]), (h, self.combine_weight[:, of_context:])):
+            own = summed_to(inside, (*array.shape[:-1], self.hidden_dim))
+            grads.append(linear(own, weight.T))
+            weights.append(weight_gradient(own, array))
+        combined = np.concatenate(weights, axis=1).astype(self.dtype, copy=False)
+        return delivered(grads, inputs), {"combine_weight": combined}
+
+    def _as_combined(self, context: ArrayLike, query: ArrayLike) -> tuple[Array, Array, Shape]:
+        """Return arrays of context and query, and the axes that they have together before the last."""
+        c, h = as_inputs(self.dtype, context=context, query=query)
+        for name, array, features in (("context", c, self.value_dim), ("query", h, self.query_dim)):
+            if not 1 <= array.ndim <= MAX_RANK or array.shape[-1] != features:
+                raise ValueError(f"{name}: shape {array.shape}; expected (..., {features})")
+        try:
+            return c, h, np.broadcast_shapes(c.shape[:-1], h.shape[:-1])
+        except ValueError:
+            raise ValueError(
+                f"context, query: shapes {c.shape}, {h.shape}; expected the axes before the last to broadcast"
+            ) from None
+
+    def _score(self) -> Dot:
+        """Return the score, with the parameters as they are now."""
         if self.score == "general":
-            return linear(query, self.score_weight.T)
-        return linear(query, self.score_weight[:, : self.query_dim]) if self.score == "concat" else query
-
-    def _project_key(self, key: Array) -> Array:
-        """Return what stands for the keys in a score."""
-        return linear(key, self.score_weight[:, self.query_dim :]) if self.score == "concat" else key
+            return General(self.score_weight)
+        if self.score == "concat":
+            return Concat(self.score_weight, self.score_vector, self.query_dim)
+        return Dot()
 
     def _attend(
-        self, query: Array, key: Array, value: Array, mask: Array | None, return_weights: bool
-    ) -> tuple[Array, Array, Array | None]:
-        """Return result, log-sum-exp and weights of projected queries and keys."""
-        options: dict[str, Any] = {"return_lse": True, "return_weights": return_weights}
-        if self.score == "concat":
-            vector = self.score_vector.astype(query.dtype, copy=False)
-            results = additive_attention(query, key, value, vector, mask, **options)
+        self,
+        given: tuple[Any, ...],
+        attn_mask: ArrayLike | None,
+        key_lengths: ArrayLike | None,
+        positions: ArrayLike | None,
+        return_weights: bool,
+    ) -> _Attended:
+        """Attend, and keep what of."""
+        query, key, value = (*given, None)[:3]
+        arrays = as_inputs(self.dtype, query=query, key=key, value=key if value is None else value)
+        batch = common_batch(arrays, (self.query_dim, self.key_dim, self.value_dim))
+        q, k, v = arrays
+        queries, keys = q.shape[-2], k.shape[-2]
+        mask = as_mask(attn_mask, (*batch, queries, keys))
+        lengths = None if key_lengths is None else as_lengths(key_lengths, batch, keys)
+        if positions is not None and self.align != "local-m":
+            raise ValueError(f"positions: given, but align is {self.align!r}; expected None unless it is 'local-m'")
+
+        score, sources, windows, lost = self._score(), None, None, None
+        scored, projected = score.project_query(q), k
+        if self.align == "global":
+            projected = score.project_key(k)
+            mask = combine(None if lengths is None else np.arange(keys) < lengths[..., None, None], mask)
+            out, lse, weights = score.attend(scored, projected, v, mask, return_weights)
         else:
-            results = attention(query, key, value, mask, scale=1.0, **options)
-        return results if return_weights else (*results, None)
+            sources = np.broadcast_to(keys if lengths is None else lengths, batch)[..., None]
+            center = (
+                self._predict(q, sources) if self.align == "local-p" else as_positions(positions, (*batch, queries))
+            )
+            windows = find_windows(np.broadcast_to(center, (*batch, queries)), self.window, sources)
+            out, lse, weights = attend_windows(score, scored, k, v, windows, mask, self._deviation, return_weights)
+            lost = lost_queries(windows, sources, mask)
+            out[lost] = np.nan
+            if weights is not None:
+                weights[lost[..., None] & (np.arange(keys) < sources[..., None])] = np.nan
+        return _Attended(
+            layer=self,
+            inputs=given,
+            weights=weights,
+            query=q,
+            key=k,
+            value=v,
+            mask=mask,
+            sources=sources,
+            windows=windows,
+            scored=scored,
+            projected=projected,
+            out=out,
+            lse=lse,
+            lost=lost,
+        )
 
     # -- local alignment -----------------------------------------------------------------------------------------------
+
+    @property
+    def _deviation(self) -> float | None:
+        """σ of the Gaussian, where there is one."""
+        return self.window / 2 if self.align == "local-p" else None
 
     def _predict(self, query: Array, sources: Array) -> Array:
         """Return the predicted positions S · sigmoid(v_p · tanh(W_p h)), shape (*batch, Lq), in float64."""
@@ -280,60 +482,44 @@ class LuongAttention(Layer):
             center: Array = sources / (1 + np.exp(-drive))
         return center
 
-    def _local(
-        self,
-        query: Array,
-        key: Array,
-        value: Array,
-        mask: Array | None,
-        sources: Array,
-        center: Array,
-        return_weights: bool,
-    ) -> tuple[Array, Array | None]:
-        """Attend to the windows around `center`, shape (*batch, Lq), of sources of lengths `sources`, (*batch, 1)."""
-        *batch, queries = center.shape
-        keys = key.shape[-2]
-        scored, key_rows = (np.broadcast_to(a, (*batch, *a.shape[-2:])) for a in (self._project_query(query), key))
-        out, weights = attend_windows(
-            self._attend,
-            self._project_key,
-            scored,
-            key_rows,
-            key_rows if value is key else np.broadcast_to(value, (*batch, *value.shape[-2:])),
-            find_windows(center, self.window, sources),
-            None if mask is None else np.broadcast_to(mask, (*batch, queries, keys)),
-            self.window / 2 if self.align == "local-p" else None,
-            return_weights,
+    def _predict_backward(self, grad: Array, query: Array, sources: Array, gradients: dict[str, Array]) -> Array:
+        """Return the gradient of the queries, given that of their positions; those of parameters go to `gradients`."""
+        weight, vector = self.position_weight.astype(FLOAT64), self.position_vector.astype(FLOAT64)
+        hidden = np.tanh(linear(query, weight))
+        sigmoid = 1 / (1 + np.exp(-np.einsum("...h,h->...", hidden, vector)))
+        drive = summed_to(grad * sources, sigmoid.shape) * sigmoid * (1 - sigmoid)
+        gradients["position_vector"] = weight_gradient(drive[..., None], hidden)[0]
+        inside = drive[..., None] * vector * (1 - hidden * hidden)
+        gradients["position_weight"] = weight_gradient(inside, query)
+        return linear(inside, weight.T)
+
+    def _local_backward(
+        self, score: Dot, grad: Array, saved: _Attended
+    ) -> tuple[Array, Array, Array, dict[str, Array]]:
+        """Return the gradients of query, key and value, and of the parameters of the predicted positions."""
+        assert saved.windows is not None
+        assert saved.sources is not None
+        grad_key = np.zeros(saved.key.shape, grad.dtype)
+        grad_value = np.zeros(saved.value.shape, grad.dtype)
+        to_query, to_center = windows_backward(
+            score,
+            grad,
+            saved.scored,
+            saved.key,
+            saved.value,
+            saved.out,
+            saved.lse,
+            saved.windows,
+            saved.mask,
+            self._deviation,
+            grad_key,
+            grad_value,
         )
-        # nobody knows where these look, if there is a key that they may look at
-        lost = np.isnan(center) & (sources > 0)
-        if mask is not None and lost.any():
-            own = np.broadcast_to(mask, (*batch, queries, keys))[lost]
-            within = np.arange(keys) < np.broadcast_to(sources, center.shape)[lost][:, None]
-            lost[lost] = (combine(within, own) if own.dtype.kind == "b" else within & (own != -np.inf)).any(axis=-1)
-        out[lost] = np.nan
-        if weights is not None:
-            weights[lost[..., None] & (np.arange(keys) < sources[..., None])] = np.nan
-        return out, weights
-
-
-def _as_lengths(given: ArrayLike, batch: Shape, keys: int) -> Array:
-    """Return the lengths of the sources as int64."""
-    lengths = _as_array("key_lengths", given)
-    if lengths.dtype.kind not in "iu":
-        raise TypeError(f"key_lengths: dtype {lengths.dtype}; expected integers")
-    check_shape_fits("key_lengths", lengths.shape, batch)
-    if lengths.size and not (lengths.min() >= 0 and lengths.max() <= keys):
-        raise ValueError(f"key_lengths: {lengths.min()} to {lengths.max()}; expected 0 to {keys}, the length of key")
-    return lengths.astype(np.int64)
-
-
-def _as_positions(given: ArrayLike | None, rows: Shape) -> Array:
-    """Return the positions of the queries as float64."""
-    if given is None:
-        return np.arange(rows[-1], dtype=np.float64)
-    (positions,) = as_inputs(FLOAT64, positions=given)
-    check_shape_fits("positions", positions.shape, rows)
-    if not np.isfinite(positions).all():
-        raise ValueError("positions: some are NaN or infinite; expected finite numbers")
-    return positions
+        to_query[saved.lost] = np.nan
+        grad_query = score.project_query_backward(summed_to(to_query, saved.scored.shape), saved.query)
+        gradients: dict[str, Array] = {}
+        if to_center is not None:
+            to_center[saved.lost] = np.nan
+            through = self._predict_backward(to_center, saved.query, saved.sources, gradients)
+            grad_query = (grad_query + through).astype(grad.dtype, copy=False)
+        return grad_query, grad_key, grad_value, gradients

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 from fastattn.layers.base import check_shape_fits
 from fastattn.problem import Array, Shape, _as_array, _as_mask
 
-__all__ = ["as_key_mask", "as_mask", "combine", "per_head"]
+__all__ = ["as_key_mask", "as_lengths", "as_mask", "combine", "per_head"]
 
 
 def as_mask(attn_mask: ArrayLike | None, scores: Shape) -> Array | None:
@@ -45,6 +45,25 @@ def as_key_mask(key_mask: ArrayLike | None, keys: Shape) -> Array | None:
         raise TypeError(f"key_mask: dtype {mask.dtype}; expected boolean, where True takes part")
     check_shape_fits("key_mask", mask.shape, keys)
     return np.atleast_1d(mask)
+
+
+def as_lengths(given: ArrayLike, batch: Shape, keys: int) -> Array:
+    """Return the lengths of sources of up to so many keys as int64.
+
+    Raises
+    ------
+    TypeError
+        If they are no integers.
+    ValueError
+        If their shape does not broadcast to `batch`, or one is not in [0, keys].
+    """
+    lengths = _as_array("key_lengths", given)
+    if lengths.dtype.kind not in "iu":
+        raise TypeError(f"key_lengths: dtype {lengths.dtype}; expected integers")
+    check_shape_fits("key_lengths", lengths.shape, batch)
+    if lengths.size and not (lengths.min() >= 0 and lengths.max() <= keys):
+        raise ValueError(f"key_lengths: {lengths.min()} to {lengths.max()}; expected 0 to {keys}, the length of key")
+    return lengths.astype(np.int64)
 
 
 @overload

@@ -3,17 +3,54 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from fastattn.api import attention
+from fastattn.backward import attention_backward
+from fastattn.layers.backward import (
+    Saved,
+    as_arguments,
+    as_gradient,
+    bias_gradient,
+    delivered,
+    given_arguments,
+    joined,
+    recalled,
+    weight_gradient,
+)
 from fastattn.layers.base import Layer, as_inputs, check_size, common_batch, linear
 from fastattn.layers.masks import as_key_mask, as_mask, combine, per_head
 from fastattn.problem import Array, Shape, check_flag
 
 __all__ = ["MultiHeadAttention"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class _Attended(Saved):
+    """What the attention between the projections was made of.
+
+    Attributes
+    ----------
+    arrays : list of ndarray
+        query, key and value in one dtype.
+    heads : tuple of ndarray
+        Their projections, shape (..., heads, length, D).
+    mask : ndarray or None
+    is_causal : bool or str
+    context : ndarray, shape (..., Lq, H, D)
+    lse : ndarray, shape (..., H, Lq)
+    """
+
+    arrays: list[Array]
+    heads: tuple[Array, Array, Array]
+    mask: Array | None
+    is_causal: bool | str
+    context: Array
+    lse: Array
 
 
 class MultiHeadAttention(Layer):
@@ -154,6 +191,7 @@ class MultiHeadAttention(Layer):
         key_mask: ArrayLike | None = None,
         is_causal: bool | str = False,
         return_weights: bool = False,
+        return_saved: bool = False,
     ) -> Any:
         """Attend.
 
@@ -175,6 +213,8 @@ class MultiHeadAttention(Layer):
         return_weights : bool
             Return the weights of each head as well. Only then does a matrix of Lq x Lk exist, or where `attn_mask` and
             `key_mask` are both given, and combined.
+        return_saved : bool
+            Return what `backward` needs as well.
 
         Returns
         -------
@@ -183,6 +223,8 @@ class MultiHeadAttention(Layer):
             all heads: its result is `out_proj_bias`.
         weights : ndarray, shape (..., H, Lq, Lk)
             If `return_weights`.
+        saved : Saved
+            If `return_saved`: see `backward`.
 
         Raises
         ------
@@ -196,6 +238,101 @@ class MultiHeadAttention(Layer):
         The projections are matrix products of NumPy's BLAS, one for all elements of a batch. What the last bits of a
         product are depends on its shape there; so a batch and one element of it may differ in these.
         """
+        return_weights = check_flag("return_weights", return_weights)
+        return_saved = check_flag("return_saved", return_saved)
+        given = given_arguments(query, key, value)
+        attended = self._attend(given, attn_mask, key_mask, is_causal, return_weights)
+        merged = attended.context.reshape(*attended.context.shape[:-2], self.embed_dim)
+        out = linear(merged, self.out_proj_weight, self.out_proj_bias)
+        return attended.results(out, return_weights, return_saved)
+
+    @np.errstate(all="ignore")
+    def backward(
+        self,
+        grad_out: ArrayLike,
+        inputs: tuple[ArrayLike | None, ...] | Saved,
+        attn_mask: ArrayLike | None = None,
+        *,
+        key_mask: ArrayLike | None = None,
+        is_causal: bool | str = False,
+    ) -> tuple[Any, dict[str, Array]]:
+        """Return the gradients of a call's arguments, and of the parameters.
+
+        Parameters
+        ----------
+        grad_out : array_like, shape (..., Lq, E)
+            The gradient of a number, usually a loss, by the result of the call.
+        inputs : tuple of array_like, or Saved
+            What the layer was called with: ``(query,)``, ``(query, key)`` or ``(query, key, value)``. Or what the call
+            returned with ``return_saved=True``: then nothing of it is computed again, and it says the options as well.
+        attn_mask, key_mask, is_causal
+            As the call was given them.
+
+        Returns
+        -------
+        grad_inputs : tuple of ndarray
+            As many as there are inputs, with their shapes and, if those are floating, their dtypes. An argument that
+            was left out has no gradient of its own: that of ``(x,)`` is the sum of what x does as query, key and value.
+        gradients : dict of str to ndarray
+            Those of all parameters, by the names of `state_dict`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As for a call, and for `grad_out` if it has not the shape of the result. The message names the argument.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from fastattn import MultiHeadAttention
+        >>> layer = MultiHeadAttention(embed_dim=64, num_heads=4, rng=0)
+        >>> x, wanted = np.random.default_rng(0).standard_normal((2, 2, 10, 64), dtype=np.float32)
+        >>> out, saved = layer(x, is_causal=True, return_saved=True)
+        >>> (grad_x,), gradients = layer.backward(out - wanted, saved)
+        >>> grad_x.shape, {name: gradient.shape for name, gradient in gradients.items()}
+        ((2, 10, 64),
+         {'in_proj_weight': (192, 64), 'in_proj_bias': (192,), 'out_proj.weight': (64, 64), 'out_proj.bias': (64,)})
+
+        The same without keeping anything:
+
+        >>> (again,), _ = layer.backward(out - wanted, (x,), is_causal=True)
+        >>> bool((again == grad_x).all())
+        True
+        """
+        saved: _Attended | None = recalled(self, inputs, attn_mask=attn_mask, key_mask=key_mask, is_causal=is_causal)
+        if saved is None:
+            saved = self._attend(
+                as_arguments(inputs, ("query", "key", "value"), 1), attn_mask, key_mask, is_causal, False
+            )
+        context = saved.context.reshape(*saved.context.shape[:-2], self.embed_dim)
+        grad = as_gradient("grad_out", grad_out, context.dtype, context.shape)
+        gradients: dict[str, Array] = {}
+        gradients["out_proj.weight"] = weight_gradient(grad, context)
+        if self.bias:
+            gradients["out_proj.bias"] = bias_gradient(grad)
+        grad_context = linear(grad, self.out_proj_weight.T)
+        grad_heads = attention_backward(
+            grad_context.reshape(saved.context.shape).swapaxes(-2, -3),
+            *saved.heads,
+            saved.context.swapaxes(-2, -3),
+            saved.lse,
+            saved.mask,
+            is_causal=saved.is_causal,
+            enable_gqa=self.num_kv_heads != self.num_heads,
+        )
+        grad_inputs = self._project_backward(grad_heads, saved, gradients)
+        return grad_inputs, self.as_gradients(gradients)
+
+    def _attend(
+        self,
+        given: tuple[Any, ...],
+        attn_mask: ArrayLike | None,
+        key_mask: ArrayLike | None,
+        is_causal: bool | str,
+        return_weights: bool,
+    ) -> _Attended:
+        """Project and attend."""
+        query, key, value = (*given, None, None)[:3]
         if key is None:
             if value is not None:
                 raise TypeError("value: given without key; expected key as well")
@@ -209,49 +346,95 @@ class MultiHeadAttention(Layer):
             per_head(as_key_mask(key_mask, (*batch, keys))),
             as_mask(attn_mask, (*batch, self.num_heads, queries, keys)),
         )
-        return_weights = check_flag("return_weights", return_weights)
-
         q, k, v = self._project(*arrays)
         # The context has the heads next to each other, in memory as well: the last projection takes it as it lies
         context = np.empty((*batch, queries, self.num_heads, self.head_dim), q.dtype)
-        results = attention(
+        _, lse, *weights = attention(
             q,
             k,
             v,
             mask,
             is_causal=is_causal,
             enable_gqa=self.num_kv_heads != self.num_heads,
+            return_lse=True,
             return_weights=return_weights,
             out=context.swapaxes(-2, -3),
         )
-        out = linear(context.reshape(*batch, queries, self.embed_dim), self.out_proj_weight, self.out_proj_bias)
-        return (out, results[1]) if return_weights else out
+        return _Attended(
+            layer=self,
+            inputs=given,
+            arrays=arrays,
+            heads=(q, k, v),
+            mask=mask,
+            is_causal=is_causal,
+            context=context,
+            lse=lse,
+            weights=weights[0] if weights else None,
+        )
 
-    def _project(self, query: Array, key: Array, value: Array) -> tuple[Array, Array, Array]:
-        """Return the heads of query, key and value, shape (..., heads, length, D): views of few products."""
+    def _ends(self) -> tuple[int, int, int, int]:
+        """Return where the features of the heads of query, key and value begin and end, one after the other."""
         embed, kv = self.embed_dim, self.num_kv_heads * self.head_dim
-        ends = (0, embed, embed + kv, embed + 2 * kv)
+        return 0, embed, embed + kv, embed + 2 * kv
 
-        def project(x: Array, first: int, last: int) -> list[Array]:
-            """Return the heads of some of query (0), key (1) and value (2), which are projections of one array."""
-            rows = slice(ends[first], ends[last + 1])
-            if self.in_proj_weight is not None:
-                weight = self.in_proj_weight[rows]
-            else:
-                weight = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)[first]
-            y = linear(x, weight, None if self.in_proj_bias is None else self.in_proj_bias[rows])
-            parts = np.split(y, [end - ends[first] for end in ends[first + 1 : last + 1]], axis=-1)
-            return [
-                part.reshape(*part.shape[:-1], part.shape[-1] // self.head_dim, self.head_dim).swapaxes(-2, -3)
-                for part in parts
-            ]
+    def _products(self, query: Array, key: Array, value: Array) -> list[tuple[int, int, Array]]:
+        """Say which of query (0), key (1) and value (2), first to last, go through one product, and with which matrix.
 
-        if self.in_proj_weight is None or (query is not key and key is not value):
-            q, k, v = (project(x, i, i)[0] for i, x in enumerate((query, key, value)))
-        elif query is key is value:
-            q, k, v = project(query, 0, 2)
+        Those do that are one array, where there is one matrix for all.
+        """
+        ends, packed = self._ends(), self.in_proj_weight
+        if packed is None:
+            matrices = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+            return [(i, i, matrix) for i, matrix in enumerate(matrices)]
+        if query is key is value:
+            runs = [(0, 2)]
         elif key is value:
-            (q,), (k, v) = project(query, 0, 0), project(key, 1, 2)
+            runs = [(0, 0), (1, 2)]
+        elif query is key:
+            runs = [(0, 1), (2, 2)]
         else:
-            (q, k), (v,) = project(query, 0, 1), project(value, 2, 2)
-        return q, k, v
+            runs = [(0, 0), (1, 1), (2, 2)]
+        return [(first, last, packed[ends[first] : ends[last + 1]]) for first, last in runs]
+
+    def _project(self, query: Array, key: Array, value: Array) -> list[Array]:
+        """Return the heads of query, key and value, shape (..., heads, length, D): views of few products."""
+        arrays = (query, key, value)
+        ends, heads = self._ends(), []
+        for first, last, matrix in self._products(*arrays):
+            bias = None if self.in_proj_bias is None else self.in_proj_bias[ends[first] : ends[last + 1]]
+            y = linear(arrays[first], matrix, bias)
+            for part in np.split(y, [end - ends[first] for end in ends[first + 1 : last + 1]], axis=-1):
+                split = part.reshape(*part.shape[:-1], part.shape[-1] // self.head_dim, self.head_dim)
+                heads.append(split.swapaxes(-2, -3))
+        return heads
+
+    def _project_backward(
+        self, grad_heads: tuple[Array, ...], attended: _Attended, gradients: dict[str, Array]
+    ) -> tuple[Array | None, ...]:
+        """Return the gradients of the inputs, given those of the heads, and put those of parameters in `gradients`."""
+        ends, inputs = self._ends(), attended.inputs
+        # query, key and value are which input? One that was left out is the one before it
+        owners = [max(i for i, x in enumerate(inputs[: own + 1]) if x is not None) for own in range(3)]
+        grad_inputs: list[Array | None] = [None] * len(inputs)
+        grad_matrices, grad_biases = [], []
+        for first, last, matrix in self._products(*attended.arrays):
+            x = attended.arrays[first]
+            # as the heads lie in what was projected: side by side
+            grad = np.concatenate([heads.swapaxes(-2, -3) for heads in grad_heads[first : last + 1]], axis=-2)
+            grad = grad.reshape(*x.shape[:-1], len(matrix))
+            grad_matrices.append(weight_gradient(grad, x))
+            if self.bias:
+                grad_biases.append(bias_gradient(grad))
+            members = range(first, last + 1)
+            for owner in sorted({owners[i] for i in members}):
+                of_owner = [i for i in members if owners[i] == owner]
+                rows = slice(ends[of_owner[0]] - ends[first], ends[of_owner[-1] + 1] - ends[first])
+                own, known = linear(grad[..., rows], matrix[rows].T), grad_inputs[owner]
+                grad_inputs[owner] = own if known is None else known + own
+        if self.in_proj_weight is None:
+            gradients.update(zip(("q_proj_weight", "k_proj_weight", "v_proj_weight"), grad_matrices, strict=True))
+        else:
+            gradients["in_proj_weight"] = joined(grad_matrices)
+        if self.bias:
+            gradients["in_proj_bias"] = joined(grad_biases)
+        return delivered(grad_inputs, inputs)

@@ -1,0 +1,185 @@
+"""What the backward passes of all layers share: what they are given, products, and the shapes of what they return.
+
+A layer's backward pass goes through its forward pass in reverse: the attention in it by `fastattn.attention_backward`
+or `fastattn.additive_attention_backward`, a projection y = x Wᵀ + b by the products
+
+    dx = dy W          dW = dyᵀ x          db = Σ dy over the rows
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from fastattn.gradients import gradient_dtype
+from fastattn.problem import Array, Shape, _said, as_upstream
+
+__all__ = [
+    "Saved",
+    "as_arguments",
+    "as_gradient",
+    "bias_gradient",
+    "delivered",
+    "given_arguments",
+    "joined",
+    "recalled",
+    "summed_to",
+    "weight_gradient",
+]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Saved:
+    """What a call with ``return_saved=True`` keeps for `backward`, which then computes none of it again.
+
+    Arguments and parameters are not copied: between the two calls they must stay as they are.
+
+    Attributes
+    ----------
+    layer : Layer
+        Which was called.
+    inputs : tuple of array_like or None
+        What it was called with: query, key and value, as far as they were given.
+    weights : ndarray or None
+        If they were asked for; `backward` has no need of them.
+    """
+
+    layer: Any
+    inputs: tuple[Any, ...]
+    weights: Array | None
+
+    def results(self, out: Array, return_weights: bool, return_saved: bool) -> Any:
+        """Return what a call returns: its result, or a tuple of this and of what else was asked for."""
+        results: tuple[Any, ...] = (out, self.weights) if return_weights else (out,)
+        if return_saved:
+            results = (*results, replace(self, weights=None))
+        return results if len(results) > 1 else out
+
+
+def given_arguments(*arguments: ArrayLike | None) -> tuple[Any, ...]:
+    """Return the arguments up to the last one that was given."""
+    given = list(arguments)
+    while given and given[-1] is None:
+        given.pop()
+    return tuple(given)
+
+
+def as_arguments(inputs: object, names: tuple[str, ...], least: int) -> tuple[Any, ...]:
+    """Return the `inputs` of a backward pass.
+
+    Parameters
+    ----------
+    inputs : tuple
+        At least the first `least` of the arguments with these names; those that a call may be made without may be None.
+    names : tuple of str
+    least : int
+
+    Raises
+    ------
+    TypeError
+        If it is no tuple, or one that a call needs is None.
+    ValueError
+        If it has another length.
+    """
+    wanted = f"a tuple ({', '.join(names[:least])}" + "".join(f"[, {name}]" for name in names[least:]) + ")"
+    if not isinstance(inputs, tuple):
+        raise TypeError(f"inputs: {_said(inputs)}; expected {wanted}")
+    if not least <= len(inputs) <= len(names):
+        raise ValueError(f"inputs: a tuple of length {len(inputs)}; expected {wanted}")
+    for name, argument in zip(names[:least], inputs, strict=False):
+        if argument is None:
+            raise TypeError(f"inputs: None for {name}; expected {wanted}")
+    return inputs
+
+
+def recalled(layer: object, inputs: object, **options: object) -> Any:
+    """Return `inputs` if a call of the layer has returned it for its backward pass, else None.
+
+    Raises
+    ------
+    TypeError
+        If options are given besides.
+    ValueError
+        If it is another layer's.
+    """
+    if not isinstance(inputs, Saved):
+        return None
+    if inputs.layer is not layer:
+        raise ValueError("inputs: what a call of another layer has saved; expected that of a call of this one")
+    for name, option in options.items():
+        if option is not None and option is not False:
+            raise TypeError(f"{name}: given besides what a call has saved, which says it already; expected none")
+    return inputs
+
+
+def as_gradient(name: str, given: ArrayLike, dtype: np.dtype[Any], shape: Shape) -> Array:
+    """Return an array, in the dtype of the call, of the gradient that arrives at a backward pass.
+
+    Raises
+    ------
+    TypeError
+        If its dtype has no meaning here.
+    ValueError
+        If it has not the shape of the result.
+    """
+    gradient = as_upstream(name, given, dtype)
+    if gradient.shape != shape:
+        raise ValueError(f"{name}: shape {gradient.shape}; expected {shape}, the shape of the result")
+    return gradient
+
+
+def weight_gradient(grad: Array, x: Array) -> Array:
+    """Return the gradient of the matrix, shape (m, n), of ``linear(x, matrix)``.
+
+    Parameters
+    ----------
+    grad : ndarray, shape (..., m)
+        The gradient of the result. A row of zeros takes no part, whatever `x` is there: nobody has looked at what was
+        made of it.
+    x : ndarray, shape (..., n)
+    """
+    rows = np.ascontiguousarray(x).reshape(-1, x.shape[-1])
+    grads = np.ascontiguousarray(grad).reshape(-1, grad.shape[-1])
+    with np.errstate(all="ignore"):
+        product: Array = grads.T @ rows
+        if not np.isfinite(product).all():  # 0 · NaN may be among the terms
+            taken = grads.any(axis=-1)
+            product = grads[taken].T @ rows[taken]
+    return product
+
+
+def bias_gradient(grad: Array) -> Array:
+    """Return the gradient of a bias: the sum of the rows of `grad`, shape (..., m), as a product of BLAS."""
+    rows = np.ascontiguousarray(grad).reshape(-1, grad.shape[-1])
+    with np.errstate(all="ignore"):
+        sums: Array = np.ones(len(rows), grad.dtype) @ rows
+    return sums
+
+
+def joined(gradients: list[Array]) -> Array:
+    """Return the gradient of what was cut in parts along the first axis."""
+    return gradients[0] if len(gradients) == 1 else np.concatenate(gradients)
+
+
+def summed_to(gradient: Array, shape: Shape) -> Array:
+    """Sum a gradient over the axes along which an array of `shape` was broadcast."""
+    extra = gradient.ndim - len(shape)
+    axes = tuple(i for i, n in enumerate(gradient.shape) if i < extra or (shape[i - extra] == 1 != n))
+    if not axes:
+        return gradient
+    with np.errstate(all="ignore"):
+        sums: Array = gradient.sum(axis=axes).reshape(shape)
+    return sums
+
+
+def delivered(gradients: Iterable[Array | None], inputs: Iterable[ArrayLike | None]) -> tuple[Array | None, ...]:
+    """Return gradients, each in the dtype of the input that it belongs to."""
+    with np.errstate(all="ignore"):
+        return tuple(
+            None if own is None or given is None else own.astype(gradient_dtype(given, own.dtype), copy=False)
+            for own, given in zip(gradients, inputs, strict=True)
+        )
