@@ -9,34 +9,24 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "16")  # BLAS's threads are not to wait on fastattn's cores
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before NumPy is imported: see training.Trainer
 
 import lzma
-import sys
 import time
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pydoc_data.topics import topics
-from typing import Any
+from textwrap import indent
+from typing import Any, NamedTuple
 
 import numpy as np
-from gpt_heads import strongest, weights_of
+from gpt_heads import Habit, cost_without_each, strongest, weights_of
 from numpy.typing import DTypeLike, NDArray
 from saving import options, save_figure, save_result
-from transformer import (
-    Adam,
-    Array,
-    Block,
-    CausalSelfAttention,
-    LayerNorm,
-    Linear,
-    Parameter,
-    Part,
-    cross_entropy,
-    rows,
-    warm_then_cosine,
-)
+from training import Trainer, cross_entropy, warm_then_cosine
+from transformer import Array, Block, CausalSelfAttention, LayerNorm, Linear, Parameter, Part, rows
 
 from fastattn.terminal import Progress
 
@@ -47,17 +37,20 @@ Ids = NDArray[np.int64]
 class Settings:
     """The size of the model and of its training."""
 
-    length: int = 256  # characters that it sees
+    length: int = 128  # characters that it sees
     embed: int = 128
     heads: int = 4
-    layers: int = 4
+    layers: int = 3
     batch: int = 8
-    steps: int = 900
+    steps: int = 1800
     rate: float = 4e-3
     seed: int = 0
 
 
 QUICK = Settings(length=64, embed=48, heads=2, layers=2, batch=8, steps=150, rate=1e-2)
+PROMPT = "If an object"
+#: Kinds of places (gpt_heads.py) whose heads are drawn large.
+SHOWN = ("the character before", "the start of its word", "the same character, earlier")
 
 # -- the text ----------------------------------------------------------------------------------------------------------
 
@@ -77,9 +70,8 @@ def corpus() -> tuple[str, str]:
             if words not in seen:
                 seen.add(words)
                 fresh.append(paragraph)
-        if sum(map(len, fresh)) > 300:  # else only a heading is left
-            texts[name] = "\n\n".join(fresh)
-    names = sorted(texts)
+        texts[name] = "\n\n".join(fresh)
+    names = sorted(name for name in texts if len(texts[name]) > 300)  # of others only a heading is left
     held_out = names[3::8]
     return tuple("\n\n\n".join(texts[n] for n in names if (n in held_out) == held) for held in (False, True))
 
@@ -141,26 +133,49 @@ def windows(ids: Ids, starts: Ids, length: int) -> tuple[Ids, Ids]:
     return ids[places], ids[places + 1]
 
 
-def train(model: GPT, text: Ids, settings: Settings, watch: Callable[[int, float], None]) -> None:
-    """Train on random pieces of a text; `watch` is told each step and its loss in bits."""
-    rng = np.random.default_rng(settings.seed + 1)
-    adam = Adam(model)
-    for step in range(settings.steps):
-        starts = rng.integers(0, len(text) - settings.length, settings.batch)
-        ids, targets = windows(text, starts, settings.length)
-        loss, grad = cross_entropy(model(ids), targets)
-        model.backward(grad)
-        adam.step(warm_then_cosine(step, settings.steps, settings.rate, warm=50))
-        watch(step + 1, loss / np.log(2))
+class Trained(NamedTuple):
+    """A model that has been trained, and what was measured on the way."""
+
+    model: GPT
+    before: GPT  # untrained
+    alphabet: Alphabet
+    held: Ids  # the held-out text
+    curve: dict[str, list[float]]  # bits per character, by steps
+    seconds: float
+
+
+def train(settings: Settings, train_text: str, held_text: str) -> Trained:
+    """Train a model on random pieces of a text, and look at some of the held-out text now and then."""
+    alphabet = Alphabet(train_text + held_text)
+    text, held = alphabet.encode(train_text), alphabet.encode(held_text)
+    model, before = (GPT(len(alphabet.characters), settings) for _ in range(2))
+    trainer, rng = Trainer(model), np.random.default_rng(settings.seed + 1)
+    curve: dict[str, list[float]] = {"step": [], "training text": [], "held-out text": []}
+    recent: deque[float] = deque(maxlen=20)
+    started = time.perf_counter()
+    with Progress("training") as progress:
+        for step in range(1, settings.steps + 1):
+            starts = rng.integers(0, len(text) - settings.length, settings.batch)
+            rate = warm_then_cosine(step, settings.steps, settings.rate)
+            recent.append(trainer.step(*windows(text, starts, settings.length), rate) / np.log(2))
+            progress(step, settings.steps, f"{np.mean(recent):.2f} bits per character")
+            if step % max(1, settings.steps // 30) == 0:
+                curve["step"].append(step)
+                curve["training text"].append(float(np.mean(recent)))
+                curve["held-out text"].append(bits_per_character(model, held, most=64))
+    return Trained(model, before, alphabet, held, curve, time.perf_counter() - started)
 
 
 def bits_per_character(model: GPT, text: Ids, most: int | None = None) -> float:
     """Return what a character of a text costs: −log2 of the probability that the model gave it, in the mean.
 
-    Pieces overlap by half: each character but the first few is guessed from at least half a length of others.
+    Pieces overlap by half: each character but the first few is guessed from at least half a length of others. With
+    `most`, so many pieces all over the text are looked at.
     """
     half = model.length // 2
-    starts = np.arange(0, len(text) - model.length, half)[:most]
+    starts = np.arange(0, len(text) - model.length, half)
+    if most is not None:
+        starts = starts[np.linspace(0, len(starts) - 1, most).astype(int)]
     bits = []
     for first in range(0, len(starts), 16):
         ids, targets = windows(text, starts[first : first + 16], model.length)
@@ -209,31 +224,94 @@ def write(model: GPT, alphabet: Alphabet, prompt: str, count: int, seed: int, te
     return alphabet.decode(np.array(ids[len(prompt) :]))
 
 
+# -- pictures ----------------------------------------------------------------------------------------------------------
+
+
+def draw(trained: Trained, costs: dict[str, float], found: list[Habit]) -> Iterator[tuple[str, Any]]:
+    """Yield the name and the figure of each picture."""
+    from matplotlib.figure import Figure
+
+    from fastattn import plot
+    from fastattn.plot.colours import HEAD_COLOURS
+
+    figure = Figure((6.4, 3.6))
+    axes = figure.add_subplot()
+    for (name, bits), colour in zip(list(trained.curve.items())[1:], HEAD_COLOURS, strict=False):
+        axes.plot(trained.curve["step"], bits, color=colour, label=name)
+    for name, bits in costs.items():
+        if name != "this model":
+            axes.axhline(bits, color="0.6", linewidth=0.8, linestyle="dashed")
+            axes.text(trained.curve["step"][-1], bits, name, fontsize=8, color="0.35", ha="right", va="bottom")
+    axes.set(xlabel="step", ylabel="bits per character", ylim=(1, 5), xlim=(0, None))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="upper center")
+    yield "gpt-loss", figure
+
+    length = min(48, trained.model.length)
+    ids = trained.held[None, 200 : 200 + length]
+    text = trained.alphabet.decode(ids[0])
+    weights = weights_of(trained.model, ids)[:, 0]
+    figure = Figure((1.4 * weights.shape[1] + 1.2, 1.4 * weights.shape[0] + 0.6))
+    plot.heads(weights, ax=figure.add_subplot())
+    yield "gpt-heads", figure
+
+    shown = [habit for habit in found if habit.kind in SHOWN]
+    figure = Figure((6 * len(shown), 6))
+    for habit, axes in zip(shown, figure.subplots(1, len(shown), squeeze=False)[0], strict=True):
+        plot.heatmap(weights[habit.layer, habit.head], list(text), colorbar=False, ax=axes)
+        axes.set_title(f"{habit.kind}: layer {habit.layer}, head {habit.head}", fontsize=11)
+    figure.tight_layout()
+    yield "gpt-places", figure
+
+
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
-def run(settings: Settings, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Train, and return all that was measured, and the model."""
+def main() -> None:
+    """Train, print what was learned, and keep it if asked to."""
+    asked = options(__doc__)
+    settings = replace(QUICK if asked.quick else Settings(), seed=asked.seed)
     train_text, held_text = corpus()
-    alphabet = Alphabet(train_text + held_text)
-    text, held = alphabet.encode(train_text), alphabet.encode(held_text)
-    model = GPT(len(alphabet.characters), settings)
+    print(f"Python's manual: {len(train_text):,} characters to train on, {len(held_text):,} held out")
     costs = baselines(train_text, held_text)
-    say(f"{len(text)} characters to train on, {len(held)} held out, {sum(p.value.size for _, p in model.parameters())} parameters")
-    curve: dict[str, list[float]] = {"step": [], "train": [], "held out": []}
-    losses: list[float] = []
-    started = time.perf_counter()
-    with Progress("training") as progress:
+    trained = train(settings, train_text, held_text)
+    parameters = sum(parameter.value.size for _, parameter in trained.model.parameters())
+    costs["this model"] = bits_per_character(trained.model, trained.held)
+    print(f"{parameters:,} parameters, {settings.steps} steps, {trained.seconds:.0f} s\n")
+    print("bits per character of the held-out text")
+    for name, bits in sorted(costs.items(), key=lambda item: -item[1]):
+        print(f"  {bits:.2f}  {name}")
 
-        def watch(step: int, bits: float) -> None:
-            losses.append(bits)
-            progress(step, settings.steps, f"{np.mean(losses[-20:]):.2f} bits per character")
-            if step % max(1, settings.steps // 30) == 0:
-                curve["step"].append(step)
-                curve["train"].append(float(np.mean(losses[-20:])))
-                curve["held out"].append(bits_per_character(model, held, most=16))
+    sample = write(trained.model, trained.alphabet, PROMPT, 100 if asked.quick else 600, settings.seed)
+    print(f"\nwhat it writes after {PROMPT!r}\n\n{indent(PROMPT + sample, '    ')}\n")
+    ids = windows(trained.held, np.arange(16) * settings.length, settings.length)[0]
+    texts = [trained.alphabet.decode(row) for row in ids]
+    found = strongest(weights_of(trained.model, ids), weights_of(trained.before, ids), texts)
+    print("the head that looks there most: part of its weight (of an even head; of this head before training)")
+    for habit in found:
+        even = f"{habit.weight:4.0%} ({habit.even:.0%}; {habit.untrained:.0%})"
+        print(f"  {habit.kind:32} layer {habit.layer}, head {habit.head}  {even}")
+    print("\nbits per character more without the head")
+    lost = cost_without_each(trained.model, lambda: bits_per_character(trained.model, trained.held, most=128))
+    for layer, each in enumerate(lost):
+        print(f"  layer {layer}  " + "  ".join(f"{bits:5.2f}" for bits in each))
 
-        train(model, text, settings, watch)
-    seconds = time.perf_counter() - started
-    costs["this model"] = bits_per_character(model, held)
-    return {"model": model, "alphabet": alphabet, "bits": costs, "curve": curve, "seconds": seconds}
+    if asked.save:
+        result = {
+            "settings": asdict(settings),
+            "characters": {"training": len(train_text), "held out": len(held_text)},
+            "parameters": parameters,
+            "seconds": round(trained.seconds),
+            "bits per character": costs,
+            "curve": trained.curve,
+            "sample": PROMPT + sample,
+            "heads": [habit._asdict() for habit in found],
+            "bits per character more without the head": lost,
+        }
+        print(f"\n{save_result('gpt', result)}")
+        for name, figure in draw(trained, costs, found):
+            print(save_figure(name, figure))
+
+
+if __name__ == "__main__":
+    main()

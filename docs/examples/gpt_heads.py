@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -111,4 +112,17 @@ def strongest(trained: Array, untrained: Array, texts: list[str]) -> list[Habit]
         layer, head = (int(index) for index in np.unravel_index(given.argmax(), given.shape))
         was = float(before[kind][0][layer, head])
         found.append(Habit(kind, layer, head, float(given[layer, head]), even, was))
+    return found
+
+
+def cost_without_each(model: Any, cost: Callable[[], float]) -> list[list[float]]:
+    """Return by how much a cost rises while a head gives nothing, [layer][head]."""
+    whole = cost()
+    found = []
+    for block in model.blocks:
+        found.append([])
+        for head in range(block.attention.heads):
+            block.attention.heads_off = [head]
+            found[-1].append(cost() - whole)
+        block.attention.heads_off = ()
     return found

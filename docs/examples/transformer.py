@@ -27,7 +27,7 @@ class Parameter:
 
 
 class Part:
-    """What has parameters: as attributes, or in other parts and lists of them."""
+    """What has parameters: as attributes, in dicts, or in other parts and lists of them."""
 
     def parameters(self, prefix: str = "") -> Iterator[tuple[str, Parameter]]:
         """Yield the name and the parameter, of all in this part."""
@@ -39,6 +39,8 @@ class Part:
             elif isinstance(attribute, list):
                 for index, part in enumerate(attribute):
                     yield from part.parameters(f"{prefix}{name}.{index}.")
+            elif isinstance(attribute, dict):
+                yield from ((f"{prefix}{name}.{key}", parameter) for key, parameter in attribute.items())
 
 
 def rows(x: Array) -> Array:
@@ -49,7 +51,9 @@ def rows(x: Array) -> Array:
 class Linear(Part):
     """x W + b, over the last axis."""
 
-    def __init__(self, inputs: int, outputs: int, rng: np.random.Generator, dtype: DTypeLike, gain: float = 1.0) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, rng: np.random.Generator, dtype: DTypeLike, gain: float = 1.0
+    ) -> None:
         self.weight = Parameter((rng.standard_normal((inputs, outputs)) * gain / np.sqrt(inputs)).astype(dtype))
         self.bias = Parameter(np.zeros(outputs, dtype))
 
@@ -116,9 +120,7 @@ class CausalSelfAttention(Part):
     `heads_off` are heads that give 0, to see what they are good for; with `keep_weights`, `weights` are kept, (B, H, L, L).
     """
 
-    def __init__(
-        self, embed: int, heads: int, rng: np.random.Generator, dtype: DTypeLike, gain: float = 1.0
-    ) -> None:
+    def __init__(self, embed: int, heads: int, rng: np.random.Generator, dtype: DTypeLike, gain: float = 1.0) -> None:
         self.heads = heads
         self.project = Linear(embed, 3 * embed, rng, dtype)
         self.combine = Linear(embed, embed, rng, dtype, gain)
@@ -173,73 +175,3 @@ class Block(Part):
         grad = grad + self.norm2.backward(self.widen.backward(self.activation.backward(self.narrow.backward(grad))))
         grad += self.norm1.backward(self.attention.backward(grad))
         return grad
-
-
-def cross_entropy(logits: Array, targets: NDArray[np.integer[Any]]) -> tuple[float, Array]:
-    """Return the mean of −ln p(target) over all rows of `logits`, (..., classes), and the gradient by `logits`."""
-    flat, wanted = rows(logits), targets.ravel()
-    probabilities = np.exp(flat - flat.max(axis=-1, keepdims=True))
-    probabilities /= probabilities.sum(axis=-1, keepdims=True)
-    each = np.arange(len(flat))
-    loss = -float(np.log(probabilities[each, wanted]).mean(dtype=np.float64))
-    probabilities[each, wanted] -= 1
-    probabilities /= len(flat)
-    return loss, probabilities.reshape(logits.shape)
-
-
-class Adam:
-    """Adam (Kingma and Ba 2014), with clipping, and decay of matrices apart from it (Loshchilov and Hutter 2017).
-
-    `copies` is a model as often as there are threads that compute its gradients, each from a part of a batch: they get
-    the same parameters, and a step takes the mean of their gradients. All parameters become views of one long vector,
-    and the gradients of a copy views of another: a step is a few passes over these.
-    """
-
-    def __init__(
-        self,
-        copies: Sequence[Part],
-        *,
-        betas: tuple[float, float] = (0.9, 0.98),
-        decay: float = 0.1,
-        clip: float = 1.0,
-    ) -> None:
-        self.betas, self.decay, self.clip, self.steps = betas, decay, clip, 0
-        models = [[parameter for _, parameter in copy.parameters()] for copy in copies]
-        for parameters in models:
-            parameters.sort(key=lambda parameter: parameter.value.ndim < 2)  # matrices first
-        self.decays = sum(parameter.value.size for parameter in models[0] if parameter.value.ndim > 1)
-        self.value = np.concatenate([parameter.value.ravel() for parameter in models[0]])
-        self.grads = [np.zeros_like(self.value) for _ in copies]
-        self.mean, self.square, self.scratch = (np.zeros_like(self.value) for _ in range(3))
-        for parameters, grad in zip(models, self.grads, strict=True):
-            end = 0
-            for each in parameters:
-                start, end = end, end + each.value.size
-                each.value, each.grad = (flat[start:end].reshape(each.value.shape) for flat in (self.value, grad))
-
-    def step(self, rate: float) -> None:
-        """Move all parameters against their gradients, by about `rate`."""
-        self.steps += 1
-        beta1, beta2 = self.betas
-        grad, scratch = self.grads[0], self.scratch
-        for other in self.grads[1:]:
-            grad += other
-        size = float(np.sqrt(grad @ grad)) / len(self.grads)
-        grad *= min(1.0, self.clip / max(size, 1e-12)) / len(self.grads)
-        self.mean *= beta1
-        self.mean += np.multiply(grad, 1 - beta1, out=scratch)
-        self.square *= beta2
-        self.square += np.multiply(np.square(grad, out=grad), 1 - beta2, out=scratch)
-        np.sqrt(self.square, out=scratch)
-        scratch += 1e-8
-        np.divide(self.mean, scratch, out=scratch)
-        scratch *= rate * np.sqrt(1 - beta2**self.steps) / (1 - beta1**self.steps)  # both means began at 0
-        self.value[: self.decays] *= 1 - rate * self.decay
-        self.value -= scratch
-
-
-def warm_then_cosine(step: int, steps: int, rate: float, warm: int) -> float:
-    """Return the learning rate of a step: up to `rate` in `warm` steps, then down to a tenth along a cosine."""
-    if step < warm:
-        return rate * (step + 1) / warm
-    return float(rate * (0.55 + 0.45 * np.cos(np.pi * (step - warm) / max(1, steps - warm))))
