@@ -42,7 +42,7 @@ class Settings:
     heads: int = 4
     layers: int = 3
     batch: int = 8
-    steps: int = 1800
+    steps: int = 1500
     rate: float = 4e-3
     seed: int = 0
 

@@ -117,7 +117,8 @@ class CausalSelfAttention(Part):
     """Causal multi-head attention: `fastattn.attention` and `fastattn.attention_backward` between two products.
 
     Queries and keys are turned by their place (`fastattn.rotary`), so that a head can tell how far away a key is.
-    `heads_off` are heads that give 0, to see what they are good for; with `keep_weights`, `weights` are kept, (B, H, L, L).
+    `heads_off` are heads that give 0, to see what they are good for. With `keep_weights`, a call keeps its `weights`,
+    (B, H, L, L).
     """
 
     def __init__(self, embed: int, heads: int, rng: np.random.Generator, dtype: DTypeLike, gain: float = 1.0) -> None:
