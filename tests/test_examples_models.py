@@ -224,19 +224,29 @@ def test_kinds_of_places() -> None:
 
 
 def test_habits_of_known_heads() -> None:
-    """Of heads that are made to look somewhere, that is found, and an even head has what is said of it."""
+    """Heads that are made to look somewhere are found; one that goes by distance alone is not taken for more."""
     texts = ["one two three\nfour", "def f(x): return x"]
     length = len(texts[0])
     before = np.eye(length, k=-1)
     before[0, 0] = 1
     even = np.tril(np.ones((length, length)) / np.arange(1, length + 1)[:, None])
-    weights = np.stack([even, before])[None, None].repeat(2, axis=1)  # a layer, two texts, two heads
+    starts = []  # looks at the start of the word, or at the first character
+    for text in texts:
+        places = gpt_heads.kinds_of_places(text)["the start of its word"].astype(float)
+        places[:, 0] += ~places.any(axis=1)
+        starts.append(places)
+    weights = np.stack([np.stack([even, before, start]) for start in starts])[None]
     found = {habit.kind: habit for habit in gpt_heads.strongest(weights, weights[:, :, ::-1], texts)}
-    habit = found["the character before"]
-    assert (habit.layer, habit.head, habit.weight) == (0, 1, 1.0)
-    assert habit.untrained == pytest.approx(habit.even)
-    for kind, (given, expected) in gpt_heads.habits(weights, texts).items():
-        assert given[0, 0] == pytest.approx(expected), kind
+    assert found["the character before"][1:4] == (0, 1, 1.0)
+    assert found["the character before"].otherwise < 0.3
+    habit = found["the start of its word"]
+    assert habit[1:4] == (0, 2, 1.0)
+    assert habit.otherwise < 0.5
+    for kind, (given, otherwise) in gpt_heads.habits(weights, texts).items():
+        if kind in gpt_heads.DISTANCES:
+            assert given[0, 0] == pytest.approx(otherwise[0, 0]), kind  # the even head
+        else:
+            assert given[0, 1] == pytest.approx(otherwise[0, 1]), kind  # the one that goes by distance
 
 
 # -- the digits --------------------------------------------------------------------------------------------------------

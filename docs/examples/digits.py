@@ -1,9 +1,8 @@
 """A Vision Transformer that reads handwritten digits: ``python docs/examples/digits.py``.
 
 An image of 8 × 8 pixels becomes 16 patches of 2 × 2, which a Transformer reads like words (Dosovitskiy et al. 2020): in
-NumPy, around `fastattn.MultiHeadAttention` and its `backward`. The images are scikit-learn's, 1797 of the digits of Alpaydin
-and Kaynak. It prints how many held-out digits it reads right, and what that owes to the patches it looks at. See
-digits.md.
+NumPy, around `fastattn.MultiHeadAttention` and its `backward`. The 1797 images are those of scikit-learn. It prints how
+many held-out digits it reads right, and what that owes to the patches it looks at. See digits.md.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ class Settings:
 QUICK = Settings(length=64, embed=48, heads=2, layers=2, batch=8, steps=150, rate=1e-2)
 PROMPT = "If an object"
 #: Kinds of places (gpt_heads.py) whose heads are drawn large.
-SHOWN = ("the character before", "the two before that", "the start of its word")
+SHOWN = ("the character before", "the two before that", "the start of its word", "what came after the same pair")
 
 # -- the text ----------------------------------------------------------------------------------------------------------
 
@@ -245,10 +245,10 @@ def draw(trained: Trained, costs: dict[str, float], found: list[Habit]) -> Itera
             axes.text(at, bits, name, fontsize=8, color="0.35", ha="right", va="bottom")
     axes.set(xlabel="step", ylabel="bits per character", ylim=(1, 5), xlim=(0, None))
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="upper center")
+    axes.legend(frameon=False, loc="upper right", bbox_to_anchor=(1, 0.91))
     yield "gpt-loss", figure
 
-    length = min(40, trained.model.length)
+    length = min(32, trained.model.length)
     ids = trained.held[None, 200 : 200 + length]
     text = trained.alphabet.decode(ids[0])
     weights = weights_of(trained.model, ids)[:, 0]
@@ -256,11 +256,14 @@ def draw(trained: Trained, costs: dict[str, float], found: list[Habit]) -> Itera
     plot.heads(weights, ax=figure.add_subplot())
     yield "gpt-heads", figure
 
-    shown = [habit for habit in found if habit.kind in SHOWN]
-    figure = Figure((4.4 * len(shown), 4.6))
-    for habit, axes in zip(shown, figure.subplots(1, len(shown), squeeze=False)[0], strict=True):
-        plot.heatmap(weights[habit.layer, habit.head], list(text), colorbar=False, ax=axes)
-        axes.set_title(f"{habit.kind}: layer {habit.layer}, head {habit.head}", fontsize=10)
+    shown: dict[tuple[int, int], list[str]] = {}
+    for habit in found:
+        if habit.kind in SHOWN:
+            shown.setdefault((habit.layer, habit.head), []).append(habit.kind)
+    figure = Figure((5 * len(shown), 5.2))
+    for (head, kinds), axes in zip(shown.items(), figure.subplots(1, len(shown), squeeze=False)[0], strict=True):
+        plot.heatmap(weights[head], list(text), colorbar=False, ax=axes)
+        axes.set_title("layer {}, head {}: {}".format(*head, ", ".join(kinds)), fontsize=10)
     figure.tight_layout()
     yield "gpt-places", figure
 
@@ -288,10 +291,10 @@ def main() -> None:
     ids = windows(trained.held, np.arange(16) * settings.length, settings.length)[0]
     texts = [trained.alphabet.decode(row) for row in ids]
     found = strongest(weights_of(trained.model, ids), weights_of(trained.before, ids), texts)
-    print("the head that looks there most: part of its weight (of an even head; of this head before training)")
+    print("the head that looks there: part of its weight (what would be there anyway; before training)")
     for habit in found:
-        even = f"{habit.weight:4.0%} ({habit.even:.0%}; {habit.untrained:.0%})"
-        print(f"  {habit.kind:32} layer {habit.layer}, head {habit.head}  {even}")
+        parts = f"{habit.weight:4.0%} ({habit.otherwise:.0%}; {habit.untrained:.0%})"
+        print(f"  {habit.kind:32} layer {habit.layer}, head {habit.head}  {parts}")
     print("\nbits per character more without the head")
     lost = cost_without_each(trained.model, lambda: bits_per_character(trained.model, trained.held, most=128))
     for layer, each in enumerate(lost):

@@ -22,8 +22,9 @@ class Habit(NamedTuple):
     layer, head : int
     weight : float
         Of all its weight, the part that goes there, in the mean over the characters that have such a place.
-    even : float
-        The part that went there if it looked at all characters alike.
+    otherwise : float
+        The part that would go there anyway. For a kind that is a distance, if the head looked at all characters alike;
+        for others, if it knew of each character only how far away it is: by its mean weight at each distance.
     untrained : float
         The part that went there before training.
     """
@@ -32,8 +33,12 @@ class Habit(NamedTuple):
     layer: int
     head: int
     weight: float
-    even: float
+    otherwise: float
     untrained: float
+
+
+#: The kinds that are distances. Of the others, most lie near: a head that only looks near meets them as well.
+DISTANCES = ("the character itself", "the character before", "the two before that")
 
 
 def kinds_of_places(text: str) -> dict[str, Flags]:
@@ -70,27 +75,35 @@ def kinds_of_places(text: str) -> dict[str, Flags]:
     }
 
 
-def habits(weights: Array, texts: list[str]) -> dict[str, tuple[NDArray[np.float64], float]]:
-    """Return for each kind the part of the weight that goes there, [layer][head], and what an even head gives.
+def habits(weights: Array, texts: list[str]) -> dict[str, tuple[Array, Array]]:
+    """Return for each kind of place the part of the weight that goes there, and that which would anyway (see `Habit`).
 
     Parameters
     ----------
     weights : ndarray, shape (layers, texts, heads, L, L)
     texts : list of str, of length L
+
+    Returns
+    -------
+    dict of str to two ndarrays, shape (layers, heads)
     """
     layers, _, heads, length, _ = weights.shape
-    everywhere = np.tril(np.ones((length, length)) / np.arange(1, length + 1)[:, None])
-    given: dict[str, NDArray[np.float64]] = {}
-    even: dict[str, float] = {}
-    asked: dict[str, int] = {}
+    even = np.broadcast_to(np.tril(1 / np.arange(1.0, length + 1)[:, None]), (layers, heads, length, length))
+    mean = weights.mean(axis=1, dtype=np.float64)
+    by_distance = np.zeros_like(mean)
+    for distance in range(length):
+        near = mean.diagonal(-distance, 2, 3).mean(axis=-1)
+        by_distance[..., np.arange(distance, length), np.arange(length - distance)] = near[..., None]
+    sums: dict[str, Array] = {}
     for index, text in enumerate(texts):
         for kind, places in kinds_of_places(text).items():
             some = places.any(axis=1)
-            part = np.einsum("nhij,ij->nh", weights[:, index][:, :, some], places[some], dtype=np.float64)
-            given[kind] = given.get(kind, np.zeros((layers, heads))) + part
-            even[kind] = even.get(kind, 0.0) + float(everywhere[some][places[some]].sum())
-            asked[kind] = asked.get(kind, 0) + int(some.sum())
-    return {kind: (given[kind] / max(1, asked[kind]), even[kind] / max(1, asked[kind])) for kind in given}
+            otherwise = even if kind in DISTANCES else by_distance
+            parts = [
+                np.einsum("nhij,ij->nh", each[:, :, some], places[some]) for each in (weights[:, index], otherwise)
+            ]
+            sums[kind] = sums.get(kind, 0) + np.stack([*parts, np.full((layers, heads), some.sum())])
+    return {kind: (given / asked, otherwise / asked) for kind, (given, otherwise, asked) in sums.items() if asked.all()}
 
 
 def weights_of(model: Any, ids: NDArray[np.int64]) -> Array:
@@ -105,13 +118,13 @@ def weights_of(model: Any, ids: NDArray[np.int64]) -> Array:
 
 
 def strongest(trained: Array, untrained: Array, texts: list[str]) -> list[Habit]:
-    """Return for each kind of place the head that gives it the most weight."""
+    """Return for each kind of place the head that gives it most weight beyond what it would anyway."""
     before = habits(untrained, texts)
     found = []
-    for kind, (given, even) in habits(trained, texts).items():
-        layer, head = (int(index) for index in np.unravel_index(given.argmax(), given.shape))
-        was = float(before[kind][0][layer, head])
-        found.append(Habit(kind, layer, head, float(given[layer, head]), even, was))
+    for kind, (given, otherwise) in habits(trained, texts).items():
+        place = np.unravel_index((given - otherwise).argmax(), given.shape)
+        layer, head = map(int, place)
+        found.append(Habit(kind, layer, head, *(float(each[place]) for each in (given, otherwise, before[kind][0]))))
     return found
 
 
