@@ -9,7 +9,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from fastattn import reference
 from fastattn.api import BACKENDS
-from fastattn.problem import check_backend
+from fastattn.cpu import additive_gradients
+from fastattn.cpu.pool import get_num_threads
+from fastattn.gradients import describe_upstream, folded, gradient_dtype
+from fastattn.problem import as_additive_operands, check_backend, describe_additive
 
 __all__ = ["additive_attention_backward", "attention_backward"]
 
@@ -171,4 +174,22 @@ def additive_attention_backward(
     [(8, 16, 64), (8, 16, 64), (8, 16, 64), (64,)]
     """
     check_backend(backend, BACKENDS)
-    return reference.additive_attention_backward(grad_out, query, key, value, weight, out, lse, attn_mask, is_causal)
+    if backend == "reference":
+        return reference.additive_attention_backward(
+            grad_out, query, key, value, weight, out, lse, attn_mask, is_causal
+        )
+    arrays = as_additive_operands(query, key, value, weight, attn_mask)
+    problem, operands = describe_additive(*arrays, is_causal)
+    upstream = describe_upstream(problem, grad_out, out, lse)
+    found = additive_gradients.gradients(
+        problem, operands, np.ascontiguousarray(arrays[3]), upstream, get_num_threads()
+    )
+    given = ((query, False), (key, True), (value, True))
+    with np.errstate(all="ignore"):
+        results = [
+            folded(gradient, np.shape(argument), problem, shared).astype(
+                gradient_dtype(argument, problem.dtype), copy=False
+            )
+            for gradient, (argument, shared) in zip(found, given, strict=False)
+        ]
+        return (*results, found[3].astype(gradient_dtype(weight, problem.dtype), copy=False))

@@ -4,6 +4,7 @@ import numpy as np
 
 from fastattn import build as compiler
 from fastattn.cpu import claim
+from fastattn.cpu.additive_backward import differentiate_chunk
 from fastattn.cpu.forward import forward_group
 from fastattn.cpu.layout import CALL
 from fastattn.cpu.received import receive_group
@@ -27,6 +28,7 @@ WORK = {
     "chosen": choose_group,
     "additive": forward_group,
     "additive_weights": weigh_group,
+    "additive_backward": differentiate_chunk,
 }
 IN_PLACE = ("weights", "chosen", "additive_weights")  # take blocks of queries one by one: too few to pack keys for
 

@@ -79,6 +79,23 @@ SUMMARY = np.dtype(
     ]
 )
 
+# The backward pass of additive attention (`call.out` is the address of this record, `call.lse` that of the log-sum-exp).
+# All arrays are contiguous but grad_out, whose strides are the plan's of `out`.
+ADDITIVE_BACKWARD = np.dtype(
+    [
+        ("round", i8),
+        ("query_block", i8),  # rows of a block; the plan has those of a block of keys
+        ("query_blocks", i8),  # in a chunk
+        ("key_blocks", i8),
+        ("grad_out", i8),
+        ("out", i8),
+        ("grad_query", i8),
+        ("grad_key", i8),
+        ("grad_value", i8),
+        ("grad_weight", i8),  # a row for each task of a round, which takes its part of the sum
+    ]
+)
+
 MASK_NONE, MASK_BOOL, MASK_SAME, MASK_OTHER, MASK_HALF = range(5)
 ALIGNMENT = 64
 
