@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from fastattn.cpu import pool
 from fastattn.cpu.attention import run
 from fastattn.cpu.kernels import kernel_name, library
-from fastattn.cpu.layout import ADDITIVE_BACKWARD, PLAN
-from fastattn.cpu.plan import TASK_FLOPS, Plan, Tile, aligned, make_plan
+from fastattn.cpu.layout import ADDITIVE_BACKWARD, ADDITIVE_PLACES, PLAN
+from fastattn.cpu.plan import QUERY_NUMBERS, TASK_FLOPS, Plan, Tile, _padded, aligned, make_plan
 from fastattn.gradients import Upstream
 from fastattn.isa import Isa, host
 from fastattn.problem import Operands, Problem
@@ -24,7 +24,7 @@ BLOCK = 128  # queries, and keys, that meet in scratch memory
 BLOCK_BYTES = 256 << 10  # of their features and values, at most
 LEAST = 32  # rows of a block, however long they are: a multiple of what a row of any tile holds
 FLOPS = 20.0  # what a feature of a query and a key takes the time of
-QUERY_NUMBERS = 4
+TERMS_BYTES = 8 << 10  # of the queries that meet a vector of keys at a time, if one does not have more
 
 
 def gradients(
@@ -80,6 +80,8 @@ def plan_chunks(
     fields["tasks"] = tasks = heads * n
     given = np.zeros(1, ADDITIVE_BACKWARD)
     given["query_block"], given["query_blocks"], given["key_blocks"] = block, -(-query_blocks // n), -(-key_blocks // n)
+    row = _padded(tile, features)
+    given["together"] = together = max(1, min(block, TERMS_BYTES // max(1, tile.lanes * row * itemsize)))
     causal = 0.5 if problem.causal_offset is not None else 1.0
     return (
         replace(
@@ -89,19 +91,18 @@ def plan_chunks(
             address=record.ctypes.data,
             tasks=tasks,
             flops=heads * flops * causal / n,
-            scratch_bytes=aligned(_scratch_elements(tile, block, features, value_dim) * itemsize),
+            scratch_bytes=aligned(_scratch_bytes(tile, block, row, value_dim, together)),
         ),
         given,
     )
 
 
-def _scratch_elements(tile: Tile, block: int, features: int, value_dim: int) -> int:
-    """Room for a block of queries and one of keys."""
-    row = -(-features // (4 * tile.lanes)) * 4 * tile.lanes
+def _scratch_bytes(tile: Tile, block: int, row: int, value_dim: int, together: int) -> int:
+    """Room for a block of queries and one of keys, whose features take `row`, as the kernel lays it out."""
     values = (-(-value_dim // tile.width) + 1) * tile.width
-    of_weight = 2 * row + 3 * tile.lanes
-    of_queries = block * (QUERY_NUMBERS + 3 * row + values) + block + tile.lanes
-    of_keys = block * (3 * row + values + value_dim) + block + tile.lanes
-    of_both = 2 * block * block + tile.lanes * (tile.lanes + row)
+    of_weight = 2 * (row + tile.lanes)
+    of_queries = block * (QUERY_NUMBERS + 1 + 3 * row + values) + tile.lanes
+    of_keys = block * (1 + 3 * row + value_dim + values) + tile.lanes
+    of_both = 2 * block * block + together * tile.lanes * (tile.lanes + row)
     work = max((2 + block + tile.lanes) * tile.width + 8 * tile.lanes * tile.lanes, values)
-    return of_weight + of_queries + of_keys + of_both + work
+    return aligned(ADDITIVE_PLACES.itemsize) + (of_weight + of_queries + of_keys + of_both + work) * tile.itemsize
