@@ -10,9 +10,10 @@ from numpy.typing import ArrayLike, NDArray
 from fastattn import reference
 from fastattn.api import BACKENDS
 from fastattn.cpu import additive_gradients
+from fastattn.cpu import gradients as cpu
 from fastattn.cpu.pool import get_num_threads
-from fastattn.gradients import describe_upstream, folded, gradient_dtype
-from fastattn.problem import as_additive_operands, check_backend, describe_additive
+from fastattn.gradients import as_given, describe_upstream, gradient_dtype, seed_of_forward, wants_mask
+from fastattn.problem import as_additive_operands, as_operands, check_backend, describe, describe_additive
 
 __all__ = ["additive_attention_backward", "attention_backward"]
 
@@ -98,21 +99,36 @@ def attention_backward(
     [(1, 8, 16, 64), (1, 8, 16, 64), (1, 8, 16, 64)]
     """
     check_backend(backend, BACKENDS)
-    return reference.attention_backward(
-        grad_out,
-        query,
-        key,
-        value,
-        out,
-        lse,
-        attn_mask,
-        dropout_p,
-        is_causal,
-        scale,
-        enable_gqa,
-        rng=rng,
-        grad_lse=grad_lse,
-        grad_mask=grad_mask,
+    if backend == "reference":
+        return reference.attention_backward(
+            grad_out,
+            query,
+            key,
+            value,
+            out,
+            lse,
+            attn_mask,
+            dropout_p,
+            is_causal,
+            scale,
+            enable_gqa,
+            rng=rng,
+            grad_lse=grad_lse,
+            grad_mask=grad_mask,
+        )
+    arrays = as_operands(query, key, value, attn_mask)
+    problem, operands = describe(*arrays, dropout_p, is_causal, scale, enable_gqa)
+    upstream = describe_upstream(problem, grad_out, out, lse, grad_lse)
+    with_mask = wants_mask(grad_mask, arrays[3])
+    seed = seed_of_forward(rng, problem)
+    shapes = arrays[1].shape, arrays[2].shape
+    mask_shape = arrays[3].shape if with_mask and arrays[3] is not None else None
+    found = cpu.attention_backward(problem, operands, upstream, shapes, mask_shape, seed, get_num_threads())
+    given = ((query, False), (key, True), (value, True), (attn_mask, False))
+    return tuple(
+        as_given(gradient, argument, problem, shared)
+        for gradient, (argument, shared) in zip(found, given, strict=True)
+        if gradient is not None and argument is not None
     )
 
 
@@ -147,7 +163,8 @@ def additive_attention_backward(
     Returns
     -------
     grad_query, grad_key, grad_value, grad_weight : ndarray
-        Each with the shape and, if that is floating, the dtype of its argument.
+        Each with the shape and, if that is floating, the dtype of its argument: where that was broadcast, it is the
+        sum. What nobody looks at has gradient 0.
 
     Raises
     ------
@@ -155,6 +172,11 @@ def additive_attention_backward(
         If an argument is of a kind or dtype that has no meaning here.
     ValueError
         If shapes do not go together. The message names the argument.
+
+    Notes
+    -----
+    No array of Lq x Lk x D exists, and none of Lq x Lk. What is said at `attention_backward` of `out` and `lse`, of
+    bits, of NaN and infinity, holds here, too.
 
     References
     ----------
@@ -181,15 +203,8 @@ def additive_attention_backward(
     arrays = as_additive_operands(query, key, value, weight, attn_mask)
     problem, operands = describe_additive(*arrays, is_causal)
     upstream = describe_upstream(problem, grad_out, out, lse)
-    found = additive_gradients.gradients(
-        problem, operands, np.ascontiguousarray(arrays[3]), upstream, get_num_threads()
-    )
+    *found, grad_weight = additive_gradients.backward(problem, operands, arrays[3], upstream, get_num_threads())
     given = ((query, False), (key, True), (value, True))
+    results = [as_given(g, argument, problem, shared) for g, (argument, shared) in zip(found, given, strict=True)]
     with np.errstate(all="ignore"):
-        results = [
-            folded(gradient, np.shape(argument), problem, shared).astype(
-                gradient_dtype(argument, problem.dtype), copy=False
-            )
-            for gradient, (argument, shared) in zip(found, given, strict=False)
-        ]
-        return (*results, found[3].astype(gradient_dtype(weight, problem.dtype), copy=False))
+        return (*results, grad_weight.astype(gradient_dtype(weight, problem.dtype), copy=False))

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from fastattn.problem import Array, Problem, Shape, as_upstream, check_flag, seed_from, split_shape
 
-__all__ = ["Upstream", "describe_upstream", "folded", "gradient_dtype", "seed_of_forward", "wants_mask"]
+__all__ = ["Upstream", "as_given", "describe_upstream", "folded", "gradient_dtype", "seed_of_forward", "wants_mask"]
 
 Named: TypeAlias = "dict[str, ArrayLike | None]"
 
@@ -127,3 +127,10 @@ def folded(gradient: NDArray[Any], shape: Shape, problem: Problem, shared: bool 
     split = (1,) * (gradient.ndim - len(split)) + split
     axes = tuple(i for i, (own, full) in enumerate(zip(split, gradient.shape, strict=True)) if own == 1 != full)
     return (gradient.sum(axis=axes, keepdims=True) if axes else gradient).reshape(shape)
+
+
+def as_given(gradient: NDArray[Any], argument: ArrayLike, problem: Problem, shared: bool) -> NDArray[Any]:
+    """Return a gradient with the shape and the dtype of the argument."""
+    with np.errstate(all="ignore"):
+        summed = folded(gradient, np.shape(argument), problem, shared)
+        return summed.astype(gradient_dtype(argument, problem.dtype), copy=False)

@@ -13,11 +13,13 @@ A task takes the blocks of queries of a chunk through the blocks of keys of anot
         weights[i][j]  = P, and sums of the other three gradients                         differentiate_vector
         grad_value[j] += Σ_i P[i][j] · dO[i]                                              add_to_values
 
-All sums have one owner and one order. A head's queries and its keys are cut into n chunks each, by their numbers alone,
-and the pass has n rounds: in round r, task c takes the queries of chunk c and the keys of chunk (r - c) mod n. So no two
-tasks of a round write to the same rows, and every row is written to in the order of the rounds; in the first, all are.
+All sums have one owner and one order. A head's queries and its keys are cut into n chunks each, by their numbers
+alone, and the pass has n rounds: in round r, task c takes the queries of chunk c and the keys of chunk (r - c) mod n.
+So no two tasks of a round write to the same rows, and each row is written to in the order of the rounds; in the first,
+all are.
 """
 
+from fastattn.cpu import tasks
 from fastattn.cpu.additive import copy_row, load_rows, padded
 from fastattn.cpu.additive_terms import differentiate_vector, places_view
 from fastattn.cpu.forward import clear, visible_keys
@@ -349,9 +351,7 @@ def differentiate_chunk(tile, call, plan, head, chunk, _, scratch):
         row = head * plan.queries + first
         lse = call.lse + row * tile.itemsize
         source, exps, largest = query + first * plan.query_row, places.q_exps, places.q_largest
-        load_rows(
-            tile, source, plan.query_row, plan.query_column, queries, plan.head_dim, places.q_raws, exps, largest
-        )
+        load_rows(tile, source, plan.query_row, plan.query_column, queries, plan.head_dim, places.q_raws, exps, largest)
         upstream = grad_out + first * plan.out_row
         load_upstream(tile, plan, places, upstream, given.out + row * values_bytes, lse, queries)
         fill(tile, places.grad_queries, queries * row_bytes, 0.0)
@@ -379,3 +379,8 @@ def differentiate_chunk(tile, call, plan, head, chunk, _, scratch):
         )  # fmt: skip
     target = given.grad_weight + (head * plan.groups + chunk) * features_bytes
     deliver_weight(tile, places, target, plan.head_dim, first_round)
+
+
+def task_function(tile):
+    """The task function of the kernel."""
+    return tasks.task_function(tile, differentiate_chunk, by_keys=False)

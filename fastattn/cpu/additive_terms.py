@@ -1,7 +1,7 @@
 """Some queries and a vector of keys in the backward pass of additive attention: where the time goes.
 
-With r = 1 / (1 + exp(2 query) exp(2 key)), tanh(query + key) is 1 - 2 r, and its derivative 4 r (1 - r). A score and the
-gradients that come through it want the same r of all features, and between the two stands dS, which wants the whole
+With r = 1 / (1 + exp(2 query) exp(2 key)), tanh(query + key) is 1 - 2 r, and its derivative 4 r (1 - r). A score and
+the gradients that come through it want the same r of all features, and between the two stands dS, which wants the whole
 score. So r is computed once, and waits in the first-level cache:
 
     for each query:        terms[j][p] = -r, and the score of key j in lanes        terms_of, features in the lanes
@@ -112,7 +112,7 @@ def clear_hidden(tile, hidden, terms, row_bytes):
 
 @jit
 def slopes_of(tile, lanes, hidden, lse, row_sum, weights, slopes, terms, row_bytes):
-    """Make P of scores, over dO · value at `weights`, and -dS at `slopes`, which takes the place of `lanes`; returns dS.
+    """Make P of scores, over dO · value at `weights`, and -dS at `slopes`, which may be where `lanes` is; returns dS.
 
     `hidden` is what is added to the scores: -inf for a key that the query may not look at.
     """
@@ -150,7 +150,7 @@ def looks_at_none(tile, hidden):
 
 @jit
 def differentiate_vector(tile, places, plan, queries, j):
-    """All queries of a block and the vector of keys from j on, as many queries at a time as have room for their terms."""
+    """All queries of a block and the vector of keys from j on; those together whose terms have room together."""
     features, row_bytes = plan.head_dim, padded(tile, plan.head_dim) * tile.itemsize
     weights_bytes = plan.key_block * tile.itemsize
     terms_bytes, lanes_bytes = tile.lanes * row_bytes, tile.lanes * tile.vector_bytes

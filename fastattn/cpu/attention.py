@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import threading
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -32,6 +34,15 @@ def _scratch(size: int) -> tuple[int, Array]:
         address = array.ctypes.data
         held = _memory.held = (address + -address % ALIGNMENT, array)
     return held
+
+
+@contextlib.contextmanager
+def scratch_memory(size: int) -> Iterator[int]:
+    """Working memory for a call that other calls may interrupt: a signal handler's, in this very thread."""
+    scratch, held = _scratch(size)
+    _memory.held = None  # who interrupts needs memory of its own
+    yield scratch
+    _memory.held = scratch, held
 
 
 @cache
@@ -139,13 +150,11 @@ def run(
         scratch, _ = _scratch(plan.scratch_bytes)
         kernels.quick(plan.address, scratch, plan.scratch_bytes, seed, *places)
     else:
-        scratch, held = _scratch(threads * plan.scratch_bytes)
-        _memory.held = None  # a signal handler's call in this thread, while this one runs, needs memory of its own
-        call = np.empty(1, CALL)
-        at = call.ctypes.data
-        kernels.fill(at, plan.address, scratch, plan.scratch_bytes, seed, *places)
-        pool.run(kernels, at, plan.tasks, plan.flops, threads)
-        _memory.held = scratch, held
+        with scratch_memory(threads * plan.scratch_bytes) as scratch:
+            call = np.empty(1, CALL)
+            at = call.ctypes.data
+            kernels.fill(at, plan.address, scratch, plan.scratch_bytes, seed, *places)
+            pool.run(kernels, at, plan.tasks, plan.flops, threads)
     if threads > 1:
         pool.note_call()
 

@@ -3,9 +3,9 @@
 import numpy as np
 
 from fastattn import build as compiler
-from fastattn.cpu import claim
-from fastattn.cpu.additive_backward import differentiate_chunk
+from fastattn.cpu import additive_backward, backward, claim, mask_gradient
 from fastattn.cpu.forward import forward_group
+from fastattn.cpu.kernels import BACKWARD
 from fastattn.cpu.layout import CALL
 from fastattn.cpu.received import receive_group
 from fastattn.cpu.summary import choose_group, summarise_group
@@ -28,7 +28,12 @@ WORK = {
     "chosen": choose_group,
     "additive": forward_group,
     "additive_weights": weigh_group,
-    "additive_backward": differentiate_chunk,
+}
+BACKWARD_MODULES = {
+    "backward": backward,
+    "backward_masked": backward,
+    "mask_gradient": mask_gradient,
+    "additive_backward": additive_backward,
 }
 IN_PLACE = ("weights", "chosen", "additive_weights")  # take blocks of queries one by one: too few to pack keys for
 
@@ -43,10 +48,13 @@ def build(name: str, row: Isa, entries: dict[str, int]) -> bytes:
         rows, vectors = map(int, size.split("x"))
         packed = kind not in IN_PLACE and vectors > 1  # a tall tile is for few queries
         lanes = row.vector_bytes // np.dtype(dtype).itemsize
-        masked, additive = kind != "forward", kind.startswith("additive")
+        masked, additive = kind not in ("forward", "backward"), kind.startswith("additive")
         tile = TileShape(dtype, lanes, rows, vectors, row.scalef, packed, masked, additive)
         if kind == "peak":
             functions = {"run": _peak(tile)}
+        elif kind in BACKWARD:
+            task = BACKWARD_MODULES[kind].task_function(tile)
+            functions = {"task": task, "alone": _alone(task)}
         else:
             functions = _attention(task_function(tile, WORK[kind], by_keys=kind == "received"))
     return compiler.emit({entry: (functions[entry], count) for entry, count in entries.items()}, row)

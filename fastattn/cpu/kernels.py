@@ -43,9 +43,10 @@ class Library:
 
 # The functions in each kind of library, and how many integers each takes.
 ATTENTION = ("forward", "masked", "weights", "summary", "received", "chosen", "additive", "additive_weights")
-WIDE = ("additive_backward",)  # these have no kernel for few queries
+BACKWARD = ("backward", "backward_masked", "mask_gradient", "additive_backward")
 ENTRIES: dict[str, dict[str, int]] = {
-    **{kind: {"task": 3, "alone": 3, "quick": 12, "fill": 13} for kind in (*ATTENTION, *WIDE)},
+    **{kind: {"task": 3, "alone": 3} for kind in BACKWARD},
+    **{kind: {"task": 3, "alone": 3, "quick": 12, "fill": 13} for kind in ATTENTION},
     "peak": {"run": 5},
     "schedule": {"start": 6, "take_part": 3, "cancel": 2, "work": 3},
 }
@@ -173,7 +174,7 @@ def warmup(progress=None) -> None:
     names = ["schedule"]
     for dtype in ("float32", "float64"):
         names += [f"{kind}-{dtype}-{rows}x{vectors}" for kind in ATTENTION for rows, vectors in sizes]
-        names += [f"{kind}-{dtype}-{row.rows}x{row.vectors}" for kind in WIDE]
+        names += [f"{kind}-{dtype}-{row.rows}x{row.vectors}" for kind in BACKWARD]
     for done, name in enumerate(names):
         if progress is not None:
             progress(done, len(names), name)

@@ -64,6 +64,81 @@ CALL = np.dtype(
     ]
 )
 
+# The backward pass: the plan has more in it, and more arrays have axes. (The leading axes that key and value are
+# broadcast along stand last in the table: what they are looked at from there is summed in one place. In the plan for
+# the gradient of a mask it is those that the mask is broadcast along.)
+GRADIENT_ARRAYS = (
+    "query",
+    "key",
+    "value",
+    "mask",
+    "grad_out",
+    "out",
+    "grad_query",
+    "grad_key",
+    "grad_value",
+    "grad_mask",
+)
+# What a task has in its working memory, in this order.
+GRADIENT_PARTS = (
+    "keys",  # of a group of key blocks, in panels, as are the four that follow
+    "values",
+    "key_sums",  # their gradients
+    "value_sums",
+    "queries",  # of a block of queries
+    "grads",  # the gradient of its result
+    "query_sums",  # its gradient
+    "query_lanes",  # queries once more, and the gradient of their result, with queries in the lanes
+    "grad_lanes",
+    "starts",  # a number for each query: what the exponent of a score begins with
+    "deltas",  # and what is subtracted from the gradient of a weight
+    "counts",  # how many keys of a block the queries of each tile width look at
+    "work",
+    "scores",  # of a block of queries and a block of keys: scores, then weights
+    "score_grads",  # and their gradients
+    "clean_keys",  # a block of keys, with 0 for what is not finite
+    "outs",  # results of a block of queries
+)
+GRADIENT_PLAN = np.dtype(
+    [
+        ("grad_out_row", i8),
+        ("grad_out_column", i8),
+        ("grad_query_row", i8),
+        ("grad_key_row", i8),
+        ("grad_value_row", i8),
+        ("grad_mask_row", i8),
+        ("score_scale", f8),  # the scale itself, whatever base the scores are kept in
+        ("query_block", i8),  # queries taken together, some tile widths
+        ("query_blocks", i8),
+        ("outer", i8),  # heads of keys, or of a mask
+        ("inner", i8),  # heads of queries for each
+        ("parts", i8),  # tasks that a head's queries are split into
+        ("part", i8),  # blocks of queries in each
+        ("mask_queries", i8),  # rows and columns that the mask has of its own: 1 where it is broadcast
+        ("mask_keys", i8),
+        ("panel", i8),  # from panel to panel, in bytes: of a group of key blocks
+        ("query_panel", i8),  # of a block of queries
+        ("score_panel", i8),  # of a block of keys
+        *((name + "_at", i8) for name in GRADIENT_PARTS),  # where in working memory
+        *PLAN.descr,  # last: Numba takes a longer record for a kind of the shorter one that it begins with
+    ]
+)
+GRADIENT_AXIS = np.dtype([("size", i8), ("head", i8), *((name, i8) for name in GRADIENT_ARRAYS)])
+GRADIENT_CALL = np.dtype(
+    [
+        ("plan", i8),
+        *((name, i8) for name in GRADIENT_ARRAYS),
+        ("lse", i8),  # contiguous, one number for each query of all heads; so is grad_lse, unless 0
+        ("grad_lse", i8),
+        ("deltas", i8),  # the same: what the first group of keys finds, for those that follow
+        ("query_tickets", i8),  # for each block of queries of each head: the groups of keys that have been there
+        ("key_tickets", i8),  # for each group of keys of each head: the parts of the queries that have been there
+        ("seed", i8),
+        ("scratch", i8),
+        ("scratch_bytes", i8),
+    ]
+)
+
 # Where the summary of a call is kept (`call.out` is the address of this record): contiguous arrays with one element, or
 # `top_k` elements, for each query, and of `received` one for each key, of all heads. 0: not wanted.
 SUMMARY = np.dtype(
@@ -79,7 +154,7 @@ SUMMARY = np.dtype(
     ]
 )
 
-# The backward pass of additive attention (`call.out` is the address of this record, `call.lse` that of the log-sum-exp).
+# The backward pass of additive attention (`call.out` is the address of this record; `call.lse` is what was returned).
 # All arrays are contiguous but grad_out, whose strides are the plan's of `out`.
 ADDITIVE_BACKWARD = np.dtype(
     [

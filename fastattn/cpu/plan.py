@@ -64,16 +64,17 @@ def choose_key_block(row: Isa, problem: Problem) -> int:
 
 def additive_query_bytes(tile: Tile, features: int) -> int:
     """Room for a block of queries as `fastattn.cpu.additive` lays it out."""
-    padded = _padded(tile, features)
-    return (2 * padded * tile.width + 3 * padded + 8 * tile.lanes) * tile.itemsize
+    row = padded(tile, features)
+    return (2 * row * tile.width + 3 * row + 8 * tile.lanes) * tile.itemsize
 
 
 def additive_key_bytes(tile: Tile, features: int, key_block: int) -> int:
     """Room for a block of keys there, through which a block of queries passes as well: it has no more rows."""
-    return (key_block + 2 * tile.lanes + 2 * (key_block + tile.rows) * _padded(tile, features)) * tile.itemsize
+    return (key_block + 2 * tile.lanes + 2 * (key_block + tile.rows) * padded(tile, features)) * tile.itemsize
 
 
-def _padded(tile: Tile, features: int) -> int:
+def padded(tile: Tile, features: int) -> int:
+    """The features of additive attention with what is added to fill quads of vectors."""
     return -(-features // (4 * tile.lanes)) * 4 * tile.lanes
 
 
@@ -107,7 +108,8 @@ class Plan:
     scratch_bytes: int
 
 
-def _mask_kind(mask: np.ndarray | None, dtype: np.dtype) -> int:
+def mask_kind(mask: np.ndarray | None, dtype: np.dtype) -> int:
+    """Which of MASK_* a mask is."""
     if mask is None:
         return MASK_NONE
     if mask.dtype.kind == "b":
@@ -151,7 +153,7 @@ def make_plan(
             plan[name + "_row"], plan[name + "_column"] = array.strides[-2:]
     plan["queries"], plan["keys"] = problem.queries, problem.keys
     plan["head_dim"], plan["value_dim"] = problem.head_dim, problem.value_dim
-    plan["mask_kind"] = _mask_kind(mask, problem.dtype)
+    plan["mask_kind"] = mask_kind(mask, problem.dtype)
     plan["mask_itemsize"] = mask.itemsize if mask is not None else 0
     plan["causal"] = problem.causal_offset is not None
     plan["first_position"] = problem.causal_offset or 0

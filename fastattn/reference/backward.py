@@ -1,7 +1,7 @@
 """The derivative of attention in plain NumPy, on whole matrices and in the wider type.
 
-With the weights P = exp(scores - lse), the factors Z of dropout (1 without), out = (P · Z) value, and the gradient dO of
-the result, the chain rule gives
+With the weights P = exp(scores - lse), the factors Z of dropout (1 without), out = (P · Z) value, and the gradient dO
+of the result, the chain rule gives
 
     dvalue  = (P · Z)ᵀ dO
     dP      = Z · (dO valueᵀ)
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastattn.gradients import Upstream, describe_upstream, folded, gradient_dtype, seed_of_forward, wants_mask
+from fastattn.gradients import Upstream, as_given, describe_upstream, gradient_dtype, seed_of_forward, wants_mask
 from fastattn.problem import (
     Operands,
     Problem,
@@ -94,7 +94,7 @@ def attention_backward(
     if with_mask and attn_mask is not None:
         given.append((attn_mask, False))
         found.append(gradients.scores)
-    return tuple(_as_given(g, argument, problem, shared) for g, (argument, shared) in zip(found, given, strict=True))
+    return tuple(as_given(g, argument, problem, shared) for g, (argument, shared) in zip(found, given, strict=True))
 
 
 def additive_attention_backward(
@@ -127,18 +127,10 @@ def additive_attention_backward(
     gradients = differentiate(problem, operands, upstream, weight=arrays[3])
     given = [(query, False), (key, True), (value, True)]
     found = [gradients.query, gradients.key, gradients.value]
-    results = [_as_given(g, argument, problem, shared) for g, (argument, shared) in zip(found, given, strict=True)]
+    results = [as_given(g, argument, problem, shared) for g, (argument, shared) in zip(found, given, strict=True)]
     assert gradients.weight is not None
     with np.errstate(all="ignore"):
         return (*results, gradients.weight.astype(gradient_dtype(weight, problem.dtype)))
-
-
-def _as_given(gradient: NDArray[Any], argument: ArrayLike, problem: Problem, shared: bool) -> NDArray[Any]:
-    """Return a gradient with the shape and the dtype of the argument."""
-    with np.errstate(all="ignore"):
-        summed = folded(gradient, np.shape(argument), problem, shared)
-        result: NDArray[Any] = summed.astype(gradient_dtype(argument, problem.dtype))
-    return result
 
 
 @np.errstate(all="ignore")

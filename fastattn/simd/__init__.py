@@ -24,7 +24,7 @@ from fastattn.simd.arithmetic import (
     sum_rows,
     where_greater,
 )
-from fastattn.simd.compiler import jit
+from fastattn.simd.compiler import inline, jit
 from fastattn.simd.memory import (
     as_element,
     load_element,
@@ -75,6 +75,7 @@ __all__ = [
     "fma",
     "fraction",
     "horner",
+    "inline",
     "jit",
     "largest_row",
     "load_element",

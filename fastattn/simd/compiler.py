@@ -100,15 +100,21 @@ class KernelCompiler(CompilerBase):
         return [manager]
 
 
-_njit = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, pipeline_class=KernelCompiler)
+_OPTIONS = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
 
-def jit(function):
+def jit(function, inline=False):
     """A function for kernels: compiled as part of those that call it.
 
     Numba would compile it again for every integer constant that it is given somewhere; here constants are integers.
+    `inline`: not left to LLVM, which calls what is large, and passes tiles through memory then.
     """
-    dispatcher = _njit(function)
+    dispatcher = njit(**_OPTIONS, forceinline=inline, pipeline_class=KernelCompiler)(function)
     template = dispatcher.get_call_template
     dispatcher.get_call_template = lambda args, kws: template(tuple(types.unliteral(arg) for arg in args), kws)
     return dispatcher
+
+
+def inline(function):
+    """`jit`, for what is to be a part of its callers."""
+    return jit(function, inline=True)

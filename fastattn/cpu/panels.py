@@ -1,0 +1,178 @@
+"""Matrices in panels, and the products of the backward pass, all of them the micro-kernel's.
+
+A matrix x[row][column] stands in panels as wide as the register tile:
+
+    x[column / width][row][column % width]
+
+so that some rows of one panel are a tile, and a row of it is what a multiply-add takes whole. In that form a matrix can
+be any of the three in c += a · b: c and b as they are, and a, of which single elements are taken, either way round:
+
+    along     c[m][n] += Σ_k a[m][k] · b[k][n]        k runs along the rows of a
+    across    c[m][n] += Σ_k a[k][m] · b[k][n]        k runs across them: a's transpose is multiplied
+"""
+
+from fastattn.simd import (
+    absolute,
+    inline,
+    jit,
+    load_element,
+    store_element,
+    tile_load,
+    tile_rank1,
+    tile_repeat,
+    tile_store,
+    where_greater,
+)
+
+INFINITY = float("inf")
+
+
+@inline
+def four_along(tile, acc, a, b):
+    """acc and the next four terms of a sum along a."""
+    element, row = tile.itemsize, tile.row_bytes
+    acc = tile_rank1(acc, a, row, b)
+    acc = tile_rank1(acc, a + element, row, b + row)
+    acc = tile_rank1(acc, a + 2 * element, row, b + 2 * row)
+    return tile_rank1(acc, a + 3 * element, row, b + 3 * row)
+
+
+@inline
+def panel_along(tile, acc, a, b):
+    """acc and the terms of one panel, straight on: a loop of so few rounds would cost more than it saves."""
+    element, row = tile.itemsize, tile.row_bytes
+    acc = four_along(tile, acc, a, b)
+    if tile.width > 4:
+        acc = four_along(tile, acc, a + 4 * element, b + 4 * row)
+    if tile.width > 8:
+        acc = four_along(tile, acc, a + 8 * element, b + 8 * row)
+        acc = four_along(tile, acc, a + 12 * element, b + 12 * row)
+    if tile.width > 16:
+        acc = four_along(tile, acc, a + 16 * element, b + 16 * row)
+        acc = four_along(tile, acc, a + 20 * element, b + 20 * row)
+        acc = four_along(tile, acc, a + 24 * element, b + 24 * row)
+        acc = four_along(tile, acc, a + 28 * element, b + 28 * row)
+    return acc
+
+
+@inline
+def along(tile, acc, a, a_panel, b, count):
+    """acc[m][n] + Σ_k a[m][k] · b[k][n] over `count` k, from the first of a panel on."""
+    for _ in range(count // tile.width):
+        acc = panel_along(tile, acc, a, b)
+        a += a_panel
+        b += tile.width * tile.row_bytes
+    for _ in range(count % tile.width):
+        acc = tile_rank1(acc, a, tile.row_bytes, b)
+        a += tile.itemsize
+        b += tile.row_bytes
+    return acc
+
+
+@jit
+def across(tile, acc, a, b, count):
+    """acc[m][n] + Σ_k a[k][m] · b[k][n] over `count` k."""
+    element, row = tile.itemsize, tile.row_bytes
+    for _ in range(count >> 2):
+        acc = tile_rank1(acc, a, element, b)
+        acc = tile_rank1(acc, a + row, element, b + row)
+        acc = tile_rank1(acc, a + 2 * row, element, b + 2 * row)
+        acc = tile_rank1(acc, a + 3 * row, element, b + 3 * row)
+        a += 4 * row
+        b += 4 * row
+    for _ in range(count & 3):
+        acc = tile_rank1(acc, a, element, b)
+        a += row
+        b += row
+    return acc
+
+
+@jit
+def product_along(tile, start, rows, a, a_panel, b, count, c):
+    """c[m][n] = start[n] + Σ_k a[m][k] · b[k][n] for one panel of c: `rows` rows, rounded up to whole tiles."""
+    initial = tile_repeat(tile, start)
+    for _ in range(0, rows, tile.rows):
+        tile_store(along(tile, initial, a, a_panel, b, count), c, tile.row_bytes)
+        a += tile.rows * tile.row_bytes
+        c += tile.rows * tile.row_bytes
+
+
+@jit
+def add_along(tile, c, c_panel, columns, rows, a, a_panel, b, b_panel, count):
+    """c[m][n] += Σ_k a[m][k] · b[k][n] for `rows` rows, rounded up to whole tiles, and the panels of `columns` n."""
+    for _ in range(0, columns, tile.width):
+        at, place = a, c
+        for _ in range(0, rows, tile.rows):
+            acc = along(tile, tile_load(tile, place, tile.row_bytes), at, a_panel, b, count)
+            tile_store(acc, place, tile.row_bytes)
+            at += tile.rows * tile.row_bytes
+            place += tile.rows * tile.row_bytes
+        b += b_panel
+        c += c_panel
+
+
+@jit
+def add_across(tile, c, c_panel, columns, a, b, b_panel, count):
+    """c[m][n] += Σ_k a[k][m] · b[k][n] for the m of one panel of a, and the panels of `columns` n."""
+    for _ in range(0, columns, tile.width):
+        at, place = a, c
+        for _ in range(0, tile.width, tile.rows):
+            acc = across(tile, tile_load(tile, place, tile.row_bytes), at, b, count)
+            tile_store(acc, place, tile.row_bytes)
+            at += tile.rows * tile.itemsize
+            place += tile.rows * tile.row_bytes
+        b += b_panel
+        c += c_panel
+
+
+@jit
+def pack_panels(tile, target, panel, source, row, column, count, features):
+    """target[p / width][j][p % width] = source[j][p]; 0 behind the last feature."""
+    for first in range(0, features, tile.width):
+        width = min(tile.width, features - first)
+        at, place = source + first * column, target
+        if width == tile.width and column == tile.itemsize:
+            for _ in range(count):
+                tile_store(tile_load(tile.single, at, 0), place, 0)
+                at += row
+                place += tile.row_bytes
+        else:
+            for _ in range(count):
+                for p in range(width):
+                    store_element(tile, place + p * tile.itemsize, load_element(tile, at + p * column))
+                for p in range(width, tile.width):
+                    store_element(tile, place + p * tile.itemsize, 0.0)
+                at += row
+                place += tile.row_bytes
+        target += panel
+
+
+@jit
+def unpack_panels(tile, source, panel, target, row, column, count, features):
+    """target[j][p] = source[p / width][j][p % width]."""
+    for first in range(0, features, tile.width):
+        width = min(tile.width, features - first)
+        at, place = source, target + first * column
+        if width == tile.width and column == tile.itemsize:
+            for _ in range(count):
+                tile_store(tile_load(tile.single, at, 0), place, 0)
+                at += tile.row_bytes
+                place += row
+        else:
+            for _ in range(count):
+                for p in range(width):
+                    store_element(tile, place + p * column, load_element(tile, at + p * tile.itemsize))
+                at += tile.row_bytes
+                place += row
+        source += panel
+
+
+@jit
+def clean_panels(tile, target, target_panel, source, source_panel, count, features, factor):
+    """target = source · factor, with 0 for what is not finite."""
+    for _ in range(0, features, tile.width):
+        for offset in range(0, count * tile.row_bytes, tile.row_bytes):
+            x = tile_load(tile.single, source + offset, 0)
+            tile_store(where_greater(INFINITY, absolute(x), x, 0.0) * factor, target + offset, 0)
+        source += source_panel
+        target += target_panel
