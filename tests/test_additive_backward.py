@@ -73,7 +73,7 @@ def bounds(problem: Any, operands: Any, upstream: Any, weight: Array) -> list[Ar
     """Return how far each gradient may be from that of the formula, before sums over broadcast axes.
 
     With A the size of the terms of a score (see `tolerances`), a weight P is wrong by eps · (8 + A + |lse| + |mask|) of
-    itself, and by what is too small for the dtype. dS is P times a difference of size Σ |dO| |value| + Σ |dO| |out|, and
+    itself, and by what is too small for the dtype. dS is P times a difference of size Σ |dO| |value| + Σ |dO| |out|;
     1 - t² has a few roundings of 1. Sums round as well: by the root of the number of terms, as roundings cancel.
     """
     info = np.finfo(problem.dtype)
@@ -101,7 +101,7 @@ def bounds(problem: Any, operands: Any, upstream: Any, weight: Array) -> list[Ar
 
 
 def check(call: Call) -> None:
-    """Assert that the gradients of a call are right, have shape and dtype of the arguments, and that nothing changed."""
+    """Assert that the gradients of a call are right, and like their arguments, and that nothing was changed."""
     arrays = (call.query, call.key, call.value, call.options["weight"])
     is_causal = call.options["is_causal"]
     upstream = upstream_of(*arrays, call.attn_mask, is_causal)
@@ -130,7 +130,7 @@ def check(call: Call) -> None:
 
 
 @ANY_DTYPE
-@pytest.mark.parametrize("shape", [(4, 130, 140, 64), (2, 300, 33, 20), (3, 1, 150, 96), (2, 33, 300, 130)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 130, 140, 64), (2, 300, 33, 20), (3, 1, 150, 96), (1, 33, 300, 130)], ids=str)
 @pytest.mark.parametrize("size", [1.0, 30.0])
 def test_errors_against_autograd(dtype: Any, shape: tuple[int, ...], size: float) -> None:
     arrays = inputs(dtype, *shape, size)
@@ -140,8 +140,8 @@ def test_errors_against_autograd(dtype: Any, shape: tuple[int, ...], size: float
             mask[..., 0] = True  # PyTorch's gradient of a row without keys is NaN
             upstream = upstream_of(*arrays, mask)
         wanted = autograd(arrays, upstream[0], mask)
-        for options in ({}, {"backend": "reference"}):
-            check_limits(backward(arrays, mask, upstream=upstream, **options), wanted)
+        check_limits(backward(arrays, mask, upstream=upstream), wanted)
+    check_limits(backward(arrays, mask, upstream=upstream, backend="reference"), wanted)
 
 
 def test_gradients_by_hand() -> None:
@@ -149,9 +149,9 @@ def test_gradients_by_hand() -> None:
     tanh = np.tanh([0.75, -1.5])
     weights = np.exp(4 * tanh) / np.exp(4 * tanh).sum()
     slopes = weights * ([1, 3] - weights @ [1, 3])
+    upstream = [np.ones((1, 1)), *upstream_of(query, key, value, weight)[1:]]
     for backend in ("reference", "cpu"):
-        grads = backward((query, key, value, weight), upstream=[np.ones((1, 1)), *upstream_of(query, key, value, weight)[1:]],
-                         backend=backend)  # fmt: skip
+        grads = backward((query, key, value, weight), upstream=upstream, backend=backend)
         np.testing.assert_allclose(grads[0], [[4 * slopes @ (1 - tanh**2)]], rtol=1e-13)
         np.testing.assert_allclose(grads[1][:, 0], 4 * slopes * (1 - tanh**2), rtol=1e-13)
         np.testing.assert_allclose(grads[2][:, 0], weights, rtol=1e-13)
@@ -186,9 +186,8 @@ def test_finite_differences(seed: int, queries: int, keys: int, features: int, w
         moved = [array + step * to for array, to in zip(arrays, steps, strict=True)]
         return float((additive_attention(*moved, mask, which) * upstream[0]).sum())
 
-    slope = sum(
-        float((g * to).sum()) for g, to in zip(backward(arrays, mask, which, upstream=upstream), steps, strict=True)
-    )
+    grads = backward(arrays, mask, which, upstream=upstream)
+    slope = sum(float((grad * to).sum()) for grad, to in zip(grads, steps, strict=True))
     step = 1e-5
     assert abs((loss(step) - loss(-step)) / (2 * step) - slope) <= 1e-6 * max(1, abs(slope))
 
@@ -224,7 +223,7 @@ def test_the_same_bits_in_any_layout_and_at_any_thread_count(call: Call, names: 
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let there be many rounds."""
     monkeypatch.setattr(additive_gradients, "BLOCK", 32)
-    monkeypatch.setattr(additive_gradients, "TASK_FLOPS", 1e5)
+    monkeypatch.setattr(additive_gradients, "TASK_FLOPS", 1e4)
 
 
 @pytest.mark.usefixtures("_small_chunks")
@@ -357,8 +356,8 @@ def test_pieces_of_the_keys(dtype: Any) -> None:
         backward((arrays[0], arrays[1][:, piece], arrays[2][:, piece], weight), upstream=upstream)
         for piece in (slice(0, 90), slice(90, 200))
     ]
-    check_limits([a + b for a, b in zip(parts[0][::3], parts[1][::3], strict=True)], whole[::3])
-    check_limits([np.concatenate(pair, axis=1) for pair in zip(parts[0][1:3], parts[1][1:3], strict=True)], whole[1:3])
+    grads = [np.concatenate(pair, axis=1) for pair in zip(*(part[1:3] for part in parts), strict=True)]
+    check_limits([parts[0][0] + parts[1][0], *grads, parts[0][3] + parts[1][3]], whole)
 
 
 def test_what_is_broadcast_is_summed() -> None:
@@ -410,7 +409,7 @@ def check_calls(dtypes: tuple[Any, ...]) -> int:
 @pytest.mark.parametrize("row", [row for row in isa.TABLE if isa.runs_here(row)][1:], ids=lambda row: row.name)
 def test_other_rows_of_the_table_are_right(row: isa.Isa) -> None:
     code = "import numpy as np, test_additive_backward as t; print(t.check_calls((np.float32, np.float64)))"
-    assert processes.run(code, FASTATTN_ISA=row.name) == "24\n"
+    assert processes.run(code, timeout=300, FASTATTN_ISA=row.name) == "24\n"
 
 
 @pytest.mark.slow
