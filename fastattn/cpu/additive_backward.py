@@ -32,15 +32,18 @@ from fastattn.cpu.tasks import locate
 from fastattn.cpu.tiles import product
 from fastattn.simd import (
     all_zero,
+    as_element,
     fma,
     jit,
     load_element,
     record_view,
     store_element,
+    sum_rows,
     tile_fill,
     tile_load,
     tile_repeat,
     tile_store,
+    tile_transpose,
 )
 
 backward_view = record_view(ADDITIVE_BACKWARD)
@@ -79,7 +82,7 @@ def lay_out(tile, plan, given, scratch):
     places.raws, at = at, at + keys * row_bytes
     places.exps, at = at, at + keys * row_bytes
     places.grad_keys, at = at, at + keys * row_bytes
-    places.values, at = at, at + keys * plan.value_dim * tile.itemsize
+    places.values, at = at, at + keys * v_bytes
     places.grad_values, at = at, at + keys * v_bytes
 
     places.together = given.together
@@ -156,19 +159,33 @@ def sum_of(tile, at):
 
 
 @jit
-def load_keys(tile, plan, places, key, value, count, filled):
-    """A block of keys, with some at the end that are 0, and values in blocks of one row of the tile."""
+def load_keys(tile, plan, places, key, value, queries, count, filled):
+    """A block of keys, with some at the end that are 0, and values, for many queries in blocks of a row of the tile."""
     row_bytes = padded(tile, plan.head_dim) * tile.itemsize
     exps, largest = places.exps, places.largest
     load_rows(tile, key, plan.key_row, plan.key_column, count, plan.head_dim, places.raws, exps, largest)
     fill_row(tile, largest, count, filled, 0.0)
     fill(tile, exps + count * row_bytes, (filled - count) * row_bytes, 0.0)
     at = places.values
+    if few(tile, queries):
+        row_bytes = value_bytes(tile, plan)
+        for _ in range(count):
+            copy_row(tile, value, plan.value_column, plan.value_dim, row_bytes // tile.itemsize, at)
+            value += plan.value_row
+            at += row_bytes
+        fill(tile, at, (filled - count) * row_bytes, 0.0)
+        return
     for j in range(0, count, tile.width):
         present = min(tile.width, count - j)
         pack_queries(tile, at, value, plan.value_row, plan.value_column, present, plan.value_dim, 1.0)
         value += tile.width * plan.value_row
         at += plan.value_dim * tile.row_bytes
+
+
+@jit
+def few(tile, queries):
+    """Whether there are too few queries to transpose values for."""
+    return queries < tile.rows
 
 
 @jit
@@ -232,6 +249,26 @@ def product_with_values(tile, plan, places, queries, keys):
 
 
 @jit
+def sums_with_values(tile, plan, places, queries, keys):
+    """The same with features in the lanes, for few queries, and rows of values."""
+    row_bytes, weights_bytes = value_bytes(tile, plan), plan.key_block * tile.itemsize
+    strip = tile.strip.rows
+    for i in range(queries):
+        row, values, target = places.rows + i * row_bytes, places.values, places.weights + i * weights_bytes
+        for _ in range(0, keys, tile.lanes):
+            for r in range(0, tile.lanes, strip):
+                total = tile_fill(tile.strip, 0.0)
+                for offset in range(0, row_bytes - tile.row_bytes, tile.vector_bytes):
+                    value = tile_load(tile.strip, values + offset, row_bytes)
+                    total = fma(value, tile_load(tile.vector, row + offset, 0), total)
+                tile_store(total, places.lanes + r * tile.vector_bytes, tile.vector_bytes)
+                values += strip * row_bytes
+            square = tile_load(tile.square, places.lanes, tile.vector_bytes)
+            tile_store(sum_rows(tile_transpose(square)), target, 0)
+            target += tile.vector_bytes
+
+
+@jit
 def product_with_rows(tile, plan, weights, queries, rows, keys, grad_values):
     """grad_values[j] += Σ_i weights[i][j] · rows[i]."""
     row_bytes, weights_bytes = value_bytes(tile, plan), plan.key_block * tile.itemsize
@@ -271,29 +308,22 @@ def add_to_values(tile, plan, places, queries, keys):
 
 
 @jit
-def scale_rows(tile, rows, count, row_bytes, factors):
-    """rows[j] *= 2 factors."""
-    for offset in range(0, row_bytes, tile.vector_bytes):
-        factor = tile_load(tile.vector, factors + offset, 0) * 2.0
-        at = rows + offset
-        for _ in range(count):
-            tile_store(tile_load(tile.vector, at, 0) * factor, at, 0)
-            at += row_bytes
-
-
-@jit
-def deliver(tile, rows, row_bytes, target, count, features, fresh):
-    """target[j] += rows[j], or = where nothing has been written yet."""
+def deliver(tile, rows, row_bytes, factors, target, count, features, fresh):
+    """target[j] += rows[j] · 2 factors (nothing for factors at 0); = where nothing has been written yet."""
     whole = features - features % tile.lanes
     for _ in range(count):
-        for p in range(0, whole, tile.lanes):
-            at = target + p * tile.itemsize
-            row = tile_load(tile.vector, rows + p * tile.itemsize, 0)
-            tile_store(row if fresh else row + tile_load(tile.vector, at, 0), at, 0)
-        for p in range(whole, features):
-            at = target + p * tile.itemsize
-            element = load_element(tile, rows + p * tile.itemsize)
-            store_element(tile, at, element if fresh else element + load_element(tile, at))
+        for offset in range(0, whole * tile.itemsize, tile.vector_bytes):
+            row = tile_load(tile.vector, rows + offset, 0)
+            if factors != 0:
+                row = row * (tile_load(tile.vector, factors + offset, 0) * 2.0)
+            if not fresh:
+                row = row + tile_load(tile.vector, target + offset, 0)
+            tile_store(row, target + offset, 0)
+        for offset in range(whole * tile.itemsize, features * tile.itemsize, tile.itemsize):
+            element = load_element(tile, rows + offset)
+            if factors != 0:
+                element = as_element(tile, element * (load_element(tile, factors + offset) * 2.0))
+            store_element(tile, target + offset, element if fresh else element + load_element(tile, target + offset))
         rows += row_bytes
         target += features * tile.itemsize
 
@@ -313,12 +343,13 @@ def deliver_weight(tile, places, target, features, fresh):
 @jit
 def differentiate_block(tile, plan, places, key, value, queries, count, filled):
     """All that a block of queries and one of keys, where there is anything to look at, have to do with each other."""
-    load_keys(tile, plan, places, key, value, count, filled)
-    product_with_values(tile, plan, places, queries, filled)
+    load_keys(tile, plan, places, key, value, queries, count, filled)
+    if few(tile, queries):
+        sums_with_values(tile, plan, places, queries, filled)
+    else:
+        product_with_values(tile, plan, places, queries, filled)
     for j in range(0, filled, tile.lanes):
         differentiate_vector(tile, places, plan, queries, j)
-    row_bytes = padded(tile, plan.head_dim) * tile.itemsize
-    scale_rows(tile, places.grad_keys, count, row_bytes, places.factors)
     add_to_values(tile, plan, places, queries, filled)
 
 
@@ -369,14 +400,11 @@ def differentiate_chunk(tile, call, plan, head, chunk, _, scratch):
             if some or fresh:
                 row_of_key = head * plan.keys + first_key
                 target = given.grad_key + row_of_key * features_bytes
-                deliver(tile, places.grad_keys, row_bytes, target, count, plan.head_dim, fresh)
+                deliver(tile, places.grad_keys, row_bytes, places.factors, target, count, plan.head_dim, fresh)
                 target = given.grad_value + row_of_key * values_bytes
-                deliver(tile, places.grad_values, v_bytes, target, count, plan.value_dim, fresh)
-        scale_rows(tile, places.grad_queries, queries, row_bytes, places.factors)
-        deliver(
-            tile, places.grad_queries, row_bytes, given.grad_query + row * features_bytes, queries, plan.head_dim,
-            first_round,
-        )  # fmt: skip
+                deliver(tile, places.grad_values, v_bytes, 0, target, count, plan.value_dim, fresh)
+        target = given.grad_query + row * features_bytes
+        deliver(tile, places.grad_queries, row_bytes, places.factors, target, queries, plan.head_dim, first_round)
     target = given.grad_weight + (head * plan.groups + chunk) * features_bytes
     deliver_weight(tile, places, target, plan.head_dim, first_round)
 

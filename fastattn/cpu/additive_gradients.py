@@ -18,7 +18,7 @@ from fastattn.isa import Isa, host
 from fastattn.problem import Array, Operands, Problem
 
 BLOCK = 128  # queries, and keys, that meet in working memory
-BLOCK_BYTES = 256 << 10  # of their features and values, at most
+QUERY_BYTES, KEY_BYTES = 256 << 10, 128 << 10  # of their features and values, at most
 LEAST = 32  # rows of a block, however long they are: whole rows of any tile
 TERMS_BYTES = 8 << 10  # of the queries that meet a vector of keys together, where one does not have more
 FLOPS = 20.0  # what a feature of a query and a key takes the time of
@@ -88,25 +88,23 @@ def plan_rounds(problem: Problem, operands: Operands, grad_out: Array, row: Isa,
     """
     features, value_dim, itemsize = problem.head_dim, problem.value_dim, problem.dtype.itemsize
     tile = Tile(row.rows, row.vectors, row.vector_bytes // itemsize, itemsize)
-    block = BLOCK
-    while block > LEAST and block * (features + value_dim) * itemsize > BLOCK_BYTES:
-        block //= 2
-    query_blocks, key_blocks = -(-problem.queries // block), -(-problem.keys // block)
+    query_block, key_block = (_block(limit, (features + value_dim) * itemsize) for limit in (QUERY_BYTES, KEY_BYTES))
+    query_blocks, key_blocks = -(-problem.queries // query_block), -(-problem.keys // key_block)
     flops = problem.queries * problem.keys * (FLOPS * features + 4.0 * value_dim)
     # as many chunks as can be at work at a time; more where tasks would be too long
-    most = max(query_blocks, key_blocks)
-    chunks = min(most, max(query_blocks + key_blocks - most, math.ceil(flops / TASK_FLOPS)))
+    wide = -(-problem.keys // query_block)
+    chunks = min(max(query_blocks, key_blocks), max(min(query_blocks, wide), math.ceil(flops / TASK_FLOPS)))
     row_bytes = padded(tile, features) * itemsize
     given: Any = np.zeros(1, ADDITIVE_BACKWARD)
-    given["query_block"], given["query_blocks"] = block, -(-query_blocks // chunks)
+    given["query_block"], given["query_blocks"] = query_block, -(-query_blocks // chunks)
     given["key_blocks"] = -(-key_blocks // chunks)
-    given["together"] = together = max(1, min(block, TERMS_BYTES // max(1, tile.lanes * row_bytes)))
+    given["together"] = together = max(1, min(query_block, TERMS_BYTES // max(1, tile.lanes * row_bytes)))
 
     plan = make_plan(problem, operands, grad_out, row, threads)
     record = plan.record.copy()
     fields = record[: PLAN.itemsize].view(PLAN)[0]
     heads = math.prod(problem.rows_shape)
-    fields["key_block"] = block
+    fields["key_block"] = key_block
     fields["blocks"], fields["group"], fields["groups"], fields["tasks"] = chunks, 1, chunks, heads * chunks
     return replace(
         plan,
@@ -115,17 +113,25 @@ def plan_rounds(problem: Problem, operands: Operands, grad_out: Array, row: Isa,
         address=record.ctypes.data,
         tasks=heads * chunks,
         flops=heads * flops / chunks * (0.5 if problem.causal_offset is not None else 1.0),
-        scratch_bytes=aligned(_scratch_bytes(tile, block, features, value_dim, together)),
+        scratch_bytes=aligned(_scratch_bytes(tile, query_block, key_block, features, value_dim, together)),
     ), given
 
 
-def _scratch_bytes(tile: Tile, block: int, features: int, value_dim: int, together: int) -> int:
+def _block(most: int, row_bytes: int) -> int:
+    """How many rows are a block."""
+    block = BLOCK
+    while block > LEAST and block * row_bytes > most:
+        block //= 2
+    return block
+
+
+def _scratch_bytes(tile: Tile, query_block: int, key_block: int, features: int, value_dim: int, together: int) -> int:
     """Room for a block of queries and one of keys, as `fastattn.cpu.additive_backward` lays it out."""
     row = padded(tile, features)
     values = (-(-value_dim // tile.width) + 1) * tile.width
     of_weight = 2 * (row + tile.lanes)
-    of_queries = block * (QUERY_NUMBERS + 1 + 3 * row + values) + tile.lanes
-    of_keys = block * (1 + 3 * row + value_dim + values) + tile.lanes
-    of_both = 2 * block * block + together * tile.lanes * (tile.lanes + row)
-    work = max((2 + block + tile.lanes) * tile.width + 8 * tile.lanes * tile.lanes, values)
+    of_queries = query_block * (QUERY_NUMBERS + 1 + 3 * row + values) + tile.lanes
+    of_keys = key_block * (1 + 3 * row + 2 * values) + tile.lanes
+    of_both = 2 * query_block * key_block + together * tile.lanes * (tile.lanes + row)
+    work = max((2 + key_block + tile.lanes) * tile.width + 8 * tile.lanes * tile.lanes, values)
     return aligned(ADDITIVE_PLACES.itemsize) + (of_weight + of_queries + of_keys + of_both + work) * tile.itemsize

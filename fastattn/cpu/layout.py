@@ -189,7 +189,7 @@ ADDITIVE_PLACES = np.dtype(
         ("raws", i8),
         ("exps", i8),
         ("grad_keys", i8),
-        ("values", i8),  # [key / width][feature][key % width]
+        ("values", i8),  # [key / width][feature][key % width]; for few queries [key][feature]
         ("grad_values", i8),
         ("together", i8),
         ("weights", i8),  # [query][key]: dO · value, then P
