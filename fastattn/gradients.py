@@ -102,7 +102,7 @@ def wants_mask(grad_mask: object, mask: Array | None) -> bool:
 
 def gradient_dtype(given: ArrayLike, dtype: np.dtype[Any]) -> np.dtype[Any]:
     """Return the dtype of an argument's gradient: its own, if it is floating, else that of the call."""
-    own = np.asarray(given).dtype
+    own = given.dtype if isinstance(given, np.ndarray) else np.asarray(given).dtype
     return own.newbyteorder("=") if own.kind == "f" else dtype
 
 
@@ -125,6 +125,8 @@ def folded(gradient: NDArray[Any], shape: Shape, problem: Problem, shared: bool 
     """
     split = split_shape(shape, problem, shared)
     split = (1,) * (gradient.ndim - len(split)) + split
+    if split == gradient.shape:
+        return gradient.reshape(shape)
     axes = tuple(i for i, (own, full) in enumerate(zip(split, gradient.shape, strict=True)) if own == 1 != full)
     return (gradient.sum(axis=axes, keepdims=True) if axes else gradient).reshape(shape)
 
@@ -132,5 +134,6 @@ def folded(gradient: NDArray[Any], shape: Shape, problem: Problem, shared: bool 
 def as_given(gradient: NDArray[Any], argument: ArrayLike, problem: Problem, shared: bool) -> NDArray[Any]:
     """Return a gradient with the shape and the dtype of the argument."""
     with np.errstate(all="ignore"):
-        summed = folded(gradient, np.shape(argument), problem, shared)
-        return summed.astype(gradient_dtype(argument, problem.dtype), copy=False)
+        return folded(gradient, np.shape(argument), problem, shared).astype(
+            gradient_dtype(argument, problem.dtype), copy=False
+        )

@@ -233,6 +233,8 @@ def as_upstream(name: str, given: ArrayLike, dtype: np.dtype[Any]) -> Array:
     TypeError
         As `as_operands`.
     """
+    if type(given) is np.ndarray and given.dtype is dtype and given.flags.aligned:
+        return given
     array = _as_array(name, given)
     _check_operand_dtype(name, array.dtype)
     return _as_plain(array, dtype)

@@ -70,6 +70,24 @@ def test_few_queries_with_many_keys() -> None:
 
 
 @on_linux
+@pytest.mark.parametrize("mask", ["None", "rng.standard_normal(LENGTH, dtype=np.float32)"])
+def test_a_backward_pass(mask: str) -> None:
+    """Its gradients, and a block for each thread; a matrix of 16,384 x 16,384 would be a gibibyte."""
+    code = f"""
+def make(LENGTH, rng=np.random.default_rng(0)):
+    query, key, value, out = rng.standard_normal((4, 1, 1, LENGTH, 64), dtype=np.float32)
+    lse, mask = np.full((1, 1, LENGTH), 10, np.float32), {mask}
+    options = dict(attn_mask=mask, is_causal=True, grad_mask=mask is not None)
+    return lambda: fastattn.attention_backward(out, query, key, value, out, lse, **options)
+
+make(200)()
+print(growth(make(16384)))
+"""
+    gradients = 3 * 16384 * 64 * 4 / MEBIBYTE
+    assert float(processes.run(MEASURE + code)) < gradients + 16
+
+
+@on_linux
 def test_the_measure_sees_a_copy() -> None:
     code = f"""
 keys = np.ones({LENGTH * 64}, np.float32)

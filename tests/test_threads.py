@@ -182,6 +182,30 @@ def test_eight_threads_call_at_once() -> None:
 
 
 @pytest.mark.usefixtures("_any_work_is_worth_waking")
+def test_eight_threads_call_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One head, and tasks as small as can be: the most there is to wait for, with more threads than CPUs."""
+    monkeypatch.setattr("fastattn.cpu.gradients.TASK_FLOPS", 1)
+    cases = []
+    for i in range(8):
+        query, key, value = inputs(1, 200 + 50 * i, 8 * (1 + i % 4), seed=i)
+        out, lse = fastattn.attention(query, key, value, is_causal=i % 2 == 0, return_lse=True)
+        cases.append(((out, query, key, value, out, lse), {"is_causal": i % 2 == 0}))
+    with fastattn.num_threads(1):
+        wanted = [fastattn.attention_backward(*args, **options) for args, options in cases]
+    together = threading.Barrier(8)
+
+    def call(i: int) -> bool:
+        together.wait()
+        with fastattn.num_threads(1 + i % 5):
+            args, options = cases[i]
+            results = [fastattn.attention_backward(*args, **options) for _ in range(20)]
+        return all(np.array_equal(a, b) for result in results for a, b in zip(result, wanted[i], strict=True))
+
+    with ThreadPoolExecutor(8) as callers:
+        assert all(callers.map(call, range(8)))
+
+
+@pytest.mark.usefixtures("_any_work_is_worth_waking")
 def test_an_exception_in_one_call_harms_no_other() -> None:
     query, key, value = inputs(1, 2, 100, 16)
     wanted = fastattn.attention(query, key, value)
@@ -504,6 +528,38 @@ print(len(waits), min(waits), max(waits))
     count, least, _ = printed.split()
     assert count == "4"
     assert float(least) < 0.3  # the least: on a busy machine, a process may wait for its turn
+
+
+@needs_signals
+def test_ctrl_c_stops_a_long_backward_pass() -> None:
+    printed = run("""
+long = rng.standard_normal((4, 1, 1, 40000, 64), dtype=np.float32)
+lse = np.full(long.shape[1:-1], 10, np.float32)
+forward = dict(zip(("query", "key", "value"), (query, key, value)), is_causal=True)
+out, sums = fastattn.attention(**forward, return_lse=True)
+grads = fastattn.attention_backward(out, out=out, lse=sums, **forward)
+waits = []
+for threads in (2, 1, 3, 2):
+    fastattn.set_num_threads(threads)
+    def interrupt():
+        global sent
+        time.sleep(0.4)
+        sent = time.perf_counter()
+        os.kill(os.getpid(), signal.SIGINT)
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        fastattn.attention_backward(long[3], *long[:3], long[3], lse)
+    except KeyboardInterrupt:
+        waits.append(time.perf_counter() - sent)
+    thread.join()
+    again = fastattn.attention_backward(out, out=out, lse=sums, **forward)
+    assert all(np.array_equal(*pair) for pair in zip(grads, again))
+print(len(waits), min(waits))
+""")
+    count, least = printed.split()
+    assert count == "4"
+    assert float(least) < 0.3
 
 
 @needs_signals

@@ -21,6 +21,9 @@ score. Then:
   times its weight (2 from that of exp(2q) and exp(2k), which are right to 2 units in the last place each, and change
   2 / (1 + exp(2q) exp(2k)) by at most half as much; the rest from the roundings of this quotient, which is up to 2).
 - Dropout multiplies weights, and with them their errors, by 1 / (1 - p).
+- In the backward pass a weight is exp(score - lse) with both rounded, and what is multiplied by it, and summed, is
+  rounded as often as the sum is long. A gradient is a sum of such products: its error is at most eps times the number
+  of roundings on the way, times the sum of the magnitudes. `expected_gradients` evaluates just that.
 
 What is not finite must be the same, with one exception: where the exact result is infinite, because a value is, the
 weight of that value may be 0 in the narrower type, and 0 · inf is NaN.
@@ -35,6 +38,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastattn import reference
+from fastattn.gradients import Upstream, folded
 from fastattn.problem import Problem, as_additive_operands, as_operands, describe, describe_additive, seed_from
 
 Array = NDArray[Any]
@@ -243,3 +247,99 @@ def layer_bound(dtype: Any, score_terms: float, value_terms: float) -> float:
         A and V: what the formula gives for the magnitudes of everything in it.
     """
     return float(np.finfo(dtype).eps) * (ROUNDINGS + 3 * score_terms) * max(1.0, value_terms)
+
+
+# -- gradients ---------------------------------------------------------------------------------------------------------
+
+#: What is promised for numbers of usual size, relative to the largest gradient, or to 1.
+GRADIENT_PROMISE = {np.dtype(np.float32): 2e-5, np.dtype(np.float64): 1e-12}
+
+
+def expected_gradients(
+    grad_out: Array,
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    *,
+    rng: Any = None,
+    grad_lse: Array | None = None,
+    **options: Any,
+) -> tuple[Problem, list[Array], list[Array]]:
+    """Evaluate the gradients of query, key, value and mask in a wider type, and how far from them a result may be.
+
+    The arguments are those of `fastattn.attention_backward`, less out and lse, which are evaluated in the wider type.
+
+    Returns
+    -------
+    problem : Problem
+    gradients, bounds : list of ndarray
+        With the axes of the operands, the last one those of the scores.
+    """
+    problem, operands = describe(*as_operands(query, key, value, attn_mask), **options)
+    seed = seed_from(rng, draw=problem.dropout_p > 0)
+    out, lse, _ = reference.evaluate(problem, operands, seed)
+    rows = problem.rows_shape
+    upstream = Upstream(
+        grad_out.reshape(*rows, problem.queries, problem.value_dim),
+        out.reshape(*rows, problem.queries, problem.value_dim),
+        lse.reshape(*rows, problem.queries),
+        None if grad_lse is None else grad_lse.reshape(*rows, problem.queries),
+    )
+    exact = reference.differentiate(problem, operands, upstream, seed)
+    with np.errstate(all="ignore"):
+        # the same sums, of magnitudes: |dP| + |row sum| in place of their difference
+        whole = reference.evaluate(replace(problem, dropout_p=0.0), operands)[2].reshape(exact.scores.shape)
+        kept = reference.evaluate(problem, operands, seed)[2].reshape(exact.scores.shape)
+        g, v = np.abs(upstream.grad_out), np.abs(operands.value).swapaxes(-1, -2)
+        sums = (g * np.abs(upstream.out)).sum(-1, keepdims=True)
+        if upstream.grad_lse is not None:
+            sums = sums + np.abs(upstream.grad_lse)[..., None]
+        scores = whole * (max(1.0, problem.keep_scale) * (g @ v) + sums)
+        eps = float(np.finfo(problem.dtype).eps)
+        terms = score_size(operands.query, operands.key, problem.scale) * max(1.0, problem.head_dim / 2)
+        largest_mask = 0.0 if operands.mask is None or problem.mask_kind == "bool" else largest(operands.mask)
+        # of one weight, whatever is multiplied by it
+        row = np.where(np.isfinite(upstream.lse), np.abs(upstream.lse), 0)[..., None]
+        row = 2 * ROUNDINGS + terms + row + np.minimum(largest_mask, row + terms)
+        row = np.where(scores > 0, row + problem.head_dim + problem.value_dim + max(problem.queries, problem.keys), 0)
+        scores, kept = np.minimum(eps * row, 1e30) * scores, np.minimum(eps * row, 1e30) * kept
+        q, k = np.abs(operands.query), np.abs(operands.key)
+        bounds = [
+            abs(problem.scale) * (scores @ k),
+            abs(problem.scale) * (scores.swapaxes(-1, -2) @ q),
+            kept.swapaxes(-1, -2) @ g,
+            scores,
+        ]
+        bounds = [bound + float(np.finfo(problem.dtype).tiny) * (1 + bound) for bound in bounds]
+    return problem, [exact.query, exact.key, exact.value, exact.scores], bounds
+
+
+def check_gradients(
+    gradients: tuple[Array, ...], given: tuple[Any, ...], problem: Problem, exact: list[Array], bounds: list[Array]
+) -> None:
+    """Assert that gradients are right, and of the shapes and dtypes of what was given; without a mask's, if none is."""
+    names = ("grad_query", "grad_key", "grad_value", "grad_mask")
+    for name, gradient, argument, wide, bound in zip(names, gradients, given, exact, bounds, strict=False):
+        shared = name in ("grad_key", "grad_value")
+        shape, dtype = np.shape(argument), np.asarray(argument).dtype
+        assert gradient.shape == shape, name
+        assert gradient.dtype == (dtype.newbyteorder("=") if dtype.kind == "f" else problem.dtype), name
+        with np.errstate(all="ignore"):
+            want, limit = folded(wide, shape, problem, shared), folded(bound, shape, problem, shared)
+            kind = np.finfo(gradient.dtype)
+            limit = limit + 2 * float(kind.eps) * np.abs(want) + float(kind.smallest_subnormal)
+            fine = np.abs(gradient - want) <= limit
+            fine |= ~np.isfinite(want) & ~np.isfinite(gradient)
+        assert fine.all(), (
+            f"{name}: {np.count_nonzero(~fine)} of {fine.size} elements are wrong, by up to "
+            f"{np.nanmax(np.abs(gradient - want)):.3g}, {np.nanmax(np.abs(gradient - want) / limit):.3g} times the "
+            f"bound; {problem}"
+        )
+
+
+def check_promise(gradients: tuple[Array, ...], exact: Any, dtype: Any) -> None:
+    """Assert that gradients are as near to the exact ones as is promised for numbers of usual size."""
+    for gradient, want in zip(gradients, exact, strict=True):
+        error = float(np.abs(gradient - want).max(initial=0))
+        assert error <= GRADIENT_PROMISE[np.dtype(dtype)] * max(1.0, float(np.abs(want).max(initial=0))), error

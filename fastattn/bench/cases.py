@@ -23,6 +23,7 @@ class Arguments:
     value: NDArray[Any]
     mask: NDArray[Any] | None
     causal: bool
+    grad_out: NDArray[Any] | None = None  # of a backward pass
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class Case:
     pace : str
         "steady": calls back to back, timed one by one. "tight": a loop of many calls, timed as a whole. "paced": a call
         every 20 ms, as in a program that does other things in between; only the call is timed.
+    backward : bool
+        Whether the call is that of the gradients of query, key and value, the forward pass having been made.
 
     Examples
     --------
@@ -63,6 +66,7 @@ class Case:
     causal: bool = False
     mask: Literal["", "float", "bool", "padding"] = ""
     pace: Pace = "steady"
+    backward: bool = False
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -76,8 +80,8 @@ class Case:
 
     @property
     def flops(self) -> int:
-        """Floating-point operations of the two products, half of them where causal: what GF/s counts."""
-        whole = 4 * self.batch * self.heads * self.length * self.length * self.size
+        """Operations of the two products, or five of a backward pass, half of them where causal: what GF/s counts."""
+        whole = (10 if self.backward else 4) * self.batch * self.heads * self.length * self.length * self.size
         return whole // 2 if self.causal else whole
 
     @property
@@ -98,11 +102,14 @@ class Case:
             mask[..., 0] = True  # no row is empty: there, the peers do not agree on the result
         elif self.mask == "padding":
             mask = np.tile(np.arange(self.length) < self.length * 3 // 4, (self.batch, 1, 1, 1))
-        return Arguments(query, key, value, mask, self.causal)
+        grad_out = random.standard_normal(self.shape).astype(self.dtype) if self.backward else None
+        return Arguments(query, key, value, mask, self.causal, grad_out)
 
 
 _FLOAT32 = ((1, 8, 512, 64), (1, 8, 2048, 64), (1, 8, 2048, 128), (1, 2, 8192, 64), (16, 12, 128, 64))
 _FLOAT64 = ((1, 8, 1024, 64), (1, 4, 2048, 128))
+_BACKWARD = ((1, 8, 2048, 64), (1, 8, 2048, 128))
+_BACKWARD_64 = ((1, 8, 1024, 64),)
 _MASKED = (1, 8, 2048, 64)
 _TINY = ((1, 4, 8, 32), (1, 1, 16, 64), (1, 8, 64, 64), (2, 4, 128, 32))
 _PACED = ((1, 8, 64, 64), (1, 8, 256, 64), (1, 12, 512, 64))
@@ -117,6 +124,10 @@ CASES: tuple[Case, ...] = (
     Case("key padding", *_MASKED, mask="padding"),
     *(Case("tiny, in a loop", *shape, pace="tight") for shape in _TINY),
     *(Case("every 20 ms", *shape, pace="paced") for shape in _PACED),
+    *(Case("backward", *shape, backward=True) for shape in _BACKWARD),
+    *(Case("backward causal", *shape, causal=True, backward=True) for shape in _BACKWARD),
+    *(Case("backward 64-bit", *shape, dtype="float64", backward=True) for shape in _BACKWARD_64),
+    *(Case("backward 64-bit causal", *shape, dtype="float64", causal=True, backward=True) for shape in _BACKWARD_64),
 )
 """The whole table."""
 

@@ -55,11 +55,14 @@ class Engine:
         What has to be installed; none for fastattn itself, which runs from its sources, too.
     build : callable
         Makes a `Call` of a case's arguments and a number of threads.
+    build_backward : callable, optional
+        Makes a `Call` of the backward pass, whose result is the gradient of the query.
     """
 
     name: str
     packages: tuple[str, ...]
     build: Callable[[Arguments, int], Call]
+    build_backward: Callable[[Arguments, int], Call] | None = None
 
     @property
     def version(self) -> str:
@@ -105,7 +108,13 @@ def check(result: NDArray[Any], arguments: Arguments) -> None:
             mask = mask[rows] if len(mask) > 1 else mask
         if arguments.causal:
             mask = below
-        expected = reference.attention(query[rows], key, value, mask)
+        if arguments.grad_out is None:
+            expected = reference.attention(query[rows], key, value, mask)
+        else:
+            q, k, v = (x.astype(np.float64) for x in (query[rows], key, value))
+            out, lse = reference.attention(q, k, v, mask, return_lse=True)
+            grad_out = arguments.grad_out[batch, head][rows]
+            expected, *_ = reference.attention_backward(grad_out, q, k, v, out, lse, mask)
         error = float(np.abs(result[batch, head][rows].astype(np.float64) - expected).max())
         if not error <= limit:
             raise Unavailable(f"its result is off by {error:.1g}, where {limit:.0g} is allowed")
@@ -121,7 +130,10 @@ def prepare(engine: Engine, case: Case, threads: int) -> Call:
     """
     engine.version  # noqa: B018  (raises where a package is missing)
     try:
-        call = engine.build(case.arguments, threads)
+        build = engine.build_backward if case.backward else engine.build
+        if build is None:
+            raise Unavailable("it has no backward pass")
+        call = build(case.arguments, threads)
         call.run()
         result = call.result()
     except Unavailable:
@@ -152,6 +164,19 @@ def _fastattn(arguments: Arguments, threads: int) -> Call:
         )
 
     return Call(run, lambda: latest[0])
+
+
+def _fastattn_backward(arguments: Arguments, threads: int) -> Call:
+    fastattn.set_num_threads(threads)
+    query, key, value, causal = arguments.query, arguments.key, arguments.value, arguments.causal
+    out, lse = fastattn.attention(query, key, value, is_causal=causal, return_lse=True)
+    grad_out: Any = arguments.grad_out
+    latest: list[Any] = [None]
+
+    def run() -> None:
+        latest[0] = fastattn.attention_backward(grad_out, query, key, value, out, lse, is_causal=causal)
+
+    return Call(run, lambda: latest[0][0])
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -185,6 +210,31 @@ def _numpy(arguments: Arguments, threads: int) -> Call:
     return Call(run, lambda: latest[0])
 
 
+def _numpy_backward(arguments: Arguments, threads: int) -> Call:
+    """Return the usual form, with the weights of the forward pass, which take Lq x Lk numbers, at hand."""
+    if threads != cores():
+        raise Unavailable("its BLAS has its own threads")
+    query, key, value = arguments.query, arguments.key, arguments.value
+    grad_out: Any = arguments.grad_out
+    scale = query.dtype.type(1 / np.sqrt(query.shape[-1]))
+    scores = query @ key.swapaxes(-1, -2) * scale
+    if arguments.causal:
+        scores[..., ~np.tri(query.shape[-2], key.shape[-2], dtype=np.bool_)] = -np.inf
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    latest: list[Any] = [None]
+
+    def run() -> None:
+        grad_value = weights.swapaxes(-1, -2) @ grad_out
+        grad_scores = grad_out @ value.swapaxes(-1, -2)
+        grad_scores -= (grad_scores * weights).sum(axis=-1, keepdims=True)
+        grad_scores *= weights
+        grad_scores *= scale
+        latest[0] = grad_scores @ key, grad_scores.swapaxes(-1, -2) @ query, grad_value
+
+    return Call(run, lambda: latest[0][0])
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # PyTorch
 # --------------------------------------------------------------------------------------------------------------------
@@ -203,6 +253,21 @@ def _torch(arguments: Arguments, threads: int) -> Call:
         latest[0] = attention(query, key, value, mask, 0.0, arguments.causal)
 
     return Call(run, lambda: latest[0].numpy())
+
+
+def _torch_backward(arguments: Arguments, threads: int) -> Call:
+    import torch
+
+    torch.set_num_threads(threads)
+    leaves = [torch.from_numpy(x).requires_grad_() for x in (arguments.query, arguments.key, arguments.value)]
+    out = torch.nn.functional.scaled_dot_product_attention(*leaves, None, 0.0, arguments.causal)
+    grad_out = torch.from_numpy(arguments.grad_out)
+    latest: list[Any] = [None]
+
+    def run() -> None:
+        latest[0] = torch.autograd.grad(out, leaves, grad_out, retain_graph=True)
+
+    return Call(run, lambda: latest[0][0].numpy())
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -280,12 +345,12 @@ def _onnxruntime(arguments: Arguments, threads: int) -> Call:
     return Call(run, bound.numpy)
 
 
-OURS = Engine("fastattn", (), _fastattn)
+OURS = Engine("fastattn", (), _fastattn, _fastattn_backward)
 ENGINES: tuple[Engine, ...] = (
     OURS,
-    Engine("PyTorch", ("torch",), _torch),
+    Engine("PyTorch", ("torch",), _torch, _torch_backward),
     Engine("OpenVINO", ("openvino",), _openvino),
     Engine("ONNX Runtime", ("onnxruntime", "onnx"), _onnxruntime),
-    Engine("NumPy", ("numpy",), _numpy),
+    Engine("NumPy", ("numpy",), _numpy, _numpy_backward),
 )
 """All engines, ours first."""

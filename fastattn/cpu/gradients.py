@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from fastattn.cpu import pool
-from fastattn.cpu.attention import scratch_memory
+from fastattn.cpu.attention import REMEMBERED, scratch_memory
 from fastattn.cpu.kernels import kernel_name, library
 from fastattn.cpu.layout import GRADIENT_ARRAYS, GRADIENT_AXIS, GRADIENT_CALL, GRADIENT_PARTS, GRADIENT_PLAN
 from fastattn.cpu.plan import LOG2_E, TASK_FLOPS, TASKS_PER_THREAD, Tile, aligned, mask_kind
@@ -17,9 +18,14 @@ from fastattn.gradients import Upstream
 from fastattn.isa import Isa, host
 from fastattn.problem import Array, Operands, Problem, Shape, split_shape
 
-QUERY_BLOCK = 64  # queries taken together: what a visit adds to the gradients of keys and values at a time
+QUERY_BLOCK_BYTES = 256  # a row of queries taken together: what a visit adds to a gradient of keys and values at a time
 KEY_BLOCK = 128
 STATE_BYTES = 1 << 20  # of a group of key blocks, at most: keys, values, and the gradients of both
+
+
+Arrays: TypeAlias = "dict[str, Array | None]"
+CALL_NAMES = GRADIENT_CALL.names or ()  # all of them whole numbers
+_plans: dict[Any, GradientPlan] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +35,8 @@ class GradientPlan:
     tile: Tile
     record: Array = field(repr=False)
     fields: Any = field(repr=False)
+    query_blocks: int
+    groups: int
     tasks: int
     flops: float
     scratch_bytes: int
@@ -68,7 +76,7 @@ def attention_backward(
     lead, dtype = problem.rows_shape, problem.dtype
     own = _own_axes(problem, *(split_shape(shape, problem, shared=True) for shape in shapes))
     summed = tuple(size if axis in own else 1 for axis, size in enumerate(lead))
-    arrays: dict[str, Array | None] = dict.fromkeys(GRADIENT_ARRAYS)
+    arrays: Arrays = dict.fromkeys(GRADIENT_ARRAYS)
     arrays |= zip(("query", "key", "value", "mask"), operands, strict=True)
     arrays |= {"grad_out": upstream.grad_out, "out": upstream.out}
     arrays["grad_query"] = grad_query = np.zeros((*lead, problem.queries, problem.head_dim), dtype)
@@ -83,18 +91,15 @@ def attention_backward(
     if not problem.keys or not problem.queries or 0 in lead:
         return grad_query, grad_key, grad_value, grad_mask
 
-    lse = np.ascontiguousarray(upstream.lse)
-    numbers = {
-        "lse": lse,
-        "grad_lse": None if upstream.grad_lse is None else np.ascontiguousarray(upstream.grad_lse),
-        "deltas": np.empty(lse.size, dtype),
-    }
+    arrays["lse"] = lse = np.ascontiguousarray(upstream.lse)
+    arrays["grad_lse"] = None if upstream.grad_lse is None else np.ascontiguousarray(upstream.grad_lse)
+    arrays["deltas"] = np.empty(lse.size, dtype)
     masked = problem.mask_kind != "none" or problem.dropout_p > 0
-    plan = _by_keys(problem, arrays, own, host(), threads)
-    _run("backward_masked" if masked else "backward", plan, problem, arrays | numbers, seed, threads)
+    plan = _planned(_by_keys, problem, arrays, own, threads)
+    _run("backward_masked" if masked else "backward", plan, problem, arrays, seed, threads)
     if grad_mask is not None:
-        plan = _by_rectangles(problem, arrays, mask_axes, host())
-        _run("mask_gradient", plan, problem, arrays | numbers, seed, threads)
+        plan = _planned(_by_rectangles, problem, arrays, mask_axes, threads)
+        _run("mask_gradient", plan, problem, arrays, seed, threads)
     return grad_query, grad_key, grad_value, grad_mask
 
 
@@ -105,28 +110,44 @@ def _own_axes(problem: Problem, *splits: Shape) -> list[int]:
     return sorted(found)
 
 
-def _run(
-    kind: str, plan: GradientPlan, problem: Problem, arrays: dict[str, Array | None], seed: int, threads: int
-) -> None:
+def _run(kind: str, plan: GradientPlan, problem: Problem, arrays: Arrays, seed: int, threads: int) -> None:
     heads = math.prod(problem.rows_shape)
-    call = np.zeros(1, GRADIENT_CALL)
-    call["plan"] = plan.record.ctypes.data
-    call["seed"] = np.uint64(seed).astype(np.int64)
-    arrays = {
-        **arrays,
-        "query_tickets": np.zeros(heads * int(plan.fields["query_blocks"]), np.int64),
-        "key_tickets": np.zeros(heads * int(plan.fields["groups"]), np.int64),
-    }
-    for name, array in arrays.items():
-        call[name] = 0 if array is None else array.ctypes.data
+    arrays["query_tickets"] = np.zeros(heads * plan.query_blocks, np.int64)
+    arrays["key_tickets"] = np.zeros(heads * plan.groups, np.int64)
+    numbers = {name: 0 if array is None else array.ctypes.data for name, array in arrays.items()}
+    numbers["plan"] = plan.record.ctypes.data
+    numbers["seed"] = seed - 2**64 if seed >= 2**63 else seed
     kernels = library(kernel_name(kind, problem.dtype.name, plan.tile))
     threads = pool.concurrency(plan.tasks, plan.flops, threads)
     with scratch_memory(threads * plan.scratch_bytes) as address:
-        call["scratch"], call["scratch_bytes"] = address, plan.scratch_bytes
+        numbers["scratch"], numbers["scratch_bytes"] = address, plan.scratch_bytes
+        call = np.array([numbers[name] for name in CALL_NAMES], np.int64)
         pool.run(kernels, call.ctypes.data, plan.tasks, plan.flops, threads)
 
 
-def _by_keys(problem: Problem, arrays: dict[str, Array | None], own: list[int], row: Isa, threads: int) -> GradientPlan:
+def _planned(make: Callable[..., GradientPlan], problem: Problem, arrays: Arrays, own: list[int], threads: int) -> Any:
+    """Return the plan of a call, which all calls share that agree in all but addresses."""
+    mask, grad_mask = arrays["mask"], arrays["grad_mask"]
+    key = (
+        make,
+        problem,
+        tuple(own),
+        tuple(None if array is None else array.strides for array in arrays.values()),
+        None if mask is None else mask.dtype,
+        None if grad_mask is None else grad_mask.shape,
+        threads,
+        (QUERY_BLOCK_BYTES, KEY_BLOCK, STATE_BYTES, TASK_FLOPS),
+    )
+    plan = _plans.get(key)
+    if plan is None:
+        plan = make(problem, arrays, own, host(), threads)
+        if len(_plans) >= REMEMBERED:
+            _plans.clear()
+        _plans[key] = plan
+    return plan
+
+
+def _by_keys(problem: Problem, arrays: Arrays, own: list[int], row: Isa, threads: int) -> GradientPlan:
     """Plan the backward pass: its tasks own keys of one head, of which some leading axes make one each."""
     plan = _plan(problem, arrays, own, row)
     fields = plan.fields
@@ -142,7 +163,7 @@ def _by_keys(problem: Problem, arrays: dict[str, Array | None], own: list[int], 
     return _split(plan, problem, group=group, groups=-(-blocks // group), part=part, parts=-(-query_blocks // part))
 
 
-def _by_rectangles(problem: Problem, arrays: dict[str, Array | None], own: list[int], row: Isa) -> GradientPlan:
+def _by_rectangles(problem: Problem, arrays: Arrays, own: list[int], row: Isa, threads: int) -> GradientPlan:
     """Plan the gradient of a mask: tasks own rectangles of it."""
     plan = _plan(problem, arrays, own, row)
     fields = plan.fields
@@ -156,13 +177,13 @@ def _panels(tile: Tile, features: int) -> int:
     return -(-features // tile.width)
 
 
-def _plan(problem: Problem, arrays: dict[str, Array | None], own: list[int], row: Isa) -> GradientPlan:
+def _plan(problem: Problem, arrays: Arrays, own: list[int], row: Isa) -> GradientPlan:
     """Write down everything but how the work is split."""
     itemsize = problem.dtype.itemsize
     tile = Tile(row.rows, row.vectors, row.vector_bytes // itemsize, itemsize)
     lead = problem.rows_shape
     order = own + [axis for axis in range(len(lead)) if axis not in own]
-    query_block = -(-QUERY_BLOCK // tile.width) * tile.width
+    query_block = -(-QUERY_BLOCK_BYTES // itemsize // tile.width) * tile.width
     query_blocks, key_blocks = -(-problem.queries // query_block), -(-problem.keys // KEY_BLOCK)
     heads = math.prod(lead)
     outer = math.prod(lead[axis] for axis in own)
@@ -209,7 +230,8 @@ def _plan(problem: Problem, arrays: dict[str, Array | None], own: list[int], row
             place[name] = array.strides[axis] if array is not None and array.shape[axis] > 1 else 0
     # three of the products have the features of a key in them, two those of a value
     flops = 2.0 * heads * problem.queries * problem.keys * (3.0 * problem.head_dim + 2.0 * problem.value_dim)
-    return GradientPlan(tile, record, fields, 0, flops / (2 if problem.causal_offset is not None else 1), 0)
+    flops /= 2 if problem.causal_offset is not None else 1
+    return GradientPlan(tile, record, fields, query_blocks, groups=0, tasks=0, flops=flops, scratch_bytes=0)
 
 
 def _split(plan: GradientPlan, problem: Problem, group: int, groups: int, part: int, parts: int) -> GradientPlan:
@@ -246,4 +268,4 @@ def _split(plan: GradientPlan, problem: Problem, group: int, groups: int, part: 
     fields["group"], fields["groups"], fields["part"], fields["parts"] = group, groups, part, parts
     fields["panel"], fields["query_panel"], fields["score_panel"] = panel, query_panel, score_panel
     tasks = int(fields["outer"]) * int(fields["inner"]) * groups * parts
-    return replace(plan, tasks=tasks, scratch_bytes=at)
+    return replace(plan, groups=groups, tasks=tasks, scratch_bytes=at)
