@@ -62,6 +62,45 @@ def numpys(*shape: int) -> Callable[[], Any]:
 ENGINES: dict[str, Make] = {"fastattn": ours, "PyTorch": torchs, "NumPy": numpys}
 
 
+def our_gradients(shape: tuple[int, ...], forward: bool) -> Callable[[], Any]:
+    """Return a call of our backward pass, alone or after the forward pass."""
+    fastattn.set_num_threads(cores())
+    arrays = _inputs(*shape)
+    out, lse = fastattn.additive_attention(*arrays, return_lse=True)
+    grad_out = np.random.default_rng(1).standard_normal(out.shape, dtype=np.float32)
+
+    def run() -> Any:
+        results = fastattn.additive_attention(*arrays, return_lse=True) if forward else (out, lse)
+        return fastattn.additive_attention_backward(grad_out, *arrays, *results)
+
+    return run
+
+
+def torchs_gradients(shape: tuple[int, ...], forward: bool) -> Callable[[], Any]:
+    """Return a call of autograd on the broadcasting form in PyTorch, alone or after the forward pass."""
+    torch = pytest.importorskip("torch")
+    torch.set_num_threads(cores())
+    arrays = [torch.from_numpy(array).requires_grad_() for array in _inputs(*shape)]
+    query, key, value, weight = arrays
+
+    def attend() -> Any:
+        scores = (weight * torch.tanh(query[:, :, None] + key[:, None])).sum(-1)
+        return scores.softmax(-1) @ value
+
+    kept = attend()
+    grad_out = torch.from_numpy(np.random.default_rng(1).standard_normal(kept.shape, dtype=np.float32))
+
+    def run() -> Any:
+        out = attend() if forward else kept
+        grads = torch.autograd.grad(out, arrays, grad_out, retain_graph=not forward)
+        return [grad.numpy() for grad in grads]
+
+    return run
+
+
+GRADIENT_ENGINES = {"fastattn": our_gradients, "PyTorch": torchs_gradients}
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -69,6 +108,18 @@ def test_additive(benchmark: Any, shape: tuple[int, ...], size: int, engine: str
     run = ENGINES[engine](*shape, size)
     assert np.abs(np.asarray(run()) - ours(*shape, size)()).max() < 2e-4
     benchmark.group = f"additive {shape}, inputs of size {size}"
+    settle()
+    benchmark(run)
+
+
+@pytest.mark.parametrize("engine", GRADIENT_ENGINES)
+@pytest.mark.parametrize("forward", [False, True], ids=["backward", "forward and backward"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gradients(benchmark: Any, shape: tuple[int, ...], forward: bool, engine: str) -> None:
+    run = GRADIENT_ENGINES[engine](shape, forward)
+    for got, want in zip(run(), our_gradients(shape, forward)(), strict=True):
+        assert np.abs(got - want).max() <= 1e-4 * max(1, np.abs(want).max())
+    benchmark.group = f"additive gradients {shape}, {'forward and backward' if forward else 'backward alone'}"
     settle()
     benchmark(run)
 

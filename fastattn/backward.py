@@ -9,10 +9,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from fastattn import reference
 from fastattn.api import BACKENDS
+from fastattn.cpu import additive_gradients
 from fastattn.cpu import gradients as cpu
 from fastattn.cpu.pool import get_num_threads
-from fastattn.gradients import as_given, describe_upstream, seed_of_forward, wants_mask
-from fastattn.problem import as_operands, check_backend, describe
+from fastattn.gradients import as_given, describe_upstream, gradient_dtype, seed_of_forward, wants_mask
+from fastattn.problem import as_additive_operands, as_operands, check_backend, describe, describe_additive
 
 __all__ = ["additive_attention_backward", "attention_backward"]
 
@@ -162,7 +163,8 @@ def additive_attention_backward(
     Returns
     -------
     grad_query, grad_key, grad_value, grad_weight : ndarray
-        Each with the shape and, if that is floating, the dtype of its argument.
+        Each with the shape and, if that is floating, the dtype of its argument: where that was broadcast, it is the
+        sum. What nobody looks at has gradient 0.
 
     Raises
     ------
@@ -170,6 +172,11 @@ def additive_attention_backward(
         If an argument is of a kind or dtype that has no meaning here.
     ValueError
         If shapes do not go together. The message names the argument.
+
+    Notes
+    -----
+    No array of Lq x Lk x D exists, and none of Lq x Lk. What is said at `attention_backward` of `out` and `lse`, of
+    bits, of NaN and infinity, holds here, too.
 
     References
     ----------
@@ -189,4 +196,15 @@ def additive_attention_backward(
     [(8, 16, 64), (8, 16, 64), (8, 16, 64), (64,)]
     """
     check_backend(backend, BACKENDS)
-    return reference.additive_attention_backward(grad_out, query, key, value, weight, out, lse, attn_mask, is_causal)
+    if backend == "reference":
+        return reference.additive_attention_backward(
+            grad_out, query, key, value, weight, out, lse, attn_mask, is_causal
+        )
+    arrays = as_additive_operands(query, key, value, weight, attn_mask)
+    problem, operands = describe_additive(*arrays, is_causal)
+    upstream = describe_upstream(problem, grad_out, out, lse)
+    *found, grad_weight = additive_gradients.backward(problem, operands, arrays[3], upstream, get_num_threads())
+    given = ((query, False), (key, True), (value, True))
+    results = [as_given(g, argument, problem, shared) for g, (argument, shared) in zip(found, given, strict=True)]
+    with np.errstate(all="ignore"):
+        return (*results, grad_weight.astype(gradient_dtype(weight, problem.dtype), copy=False))

@@ -3,7 +3,7 @@
 import numpy as np
 
 from fastattn import build as compiler
-from fastattn.cpu import backward, claim, mask_gradient
+from fastattn.cpu import additive_backward, backward, claim, mask_gradient
 from fastattn.cpu.forward import forward_group
 from fastattn.cpu.kernels import BACKWARD
 from fastattn.cpu.layout import CALL
@@ -29,6 +29,12 @@ WORK = {
     "additive": forward_group,
     "additive_weights": weigh_group,
 }
+BACKWARD_MODULES = {
+    "backward": backward,
+    "backward_masked": backward,
+    "mask_gradient": mask_gradient,
+    "additive_backward": additive_backward,
+}
 IN_PLACE = ("weights", "chosen", "additive_weights")  # take blocks of queries one by one: too few to pack keys for
 
 
@@ -47,8 +53,7 @@ def build(name: str, row: Isa, entries: dict[str, int]) -> bytes:
         if kind == "peak":
             functions = {"run": _peak(tile)}
         elif kind in BACKWARD:
-            module = mask_gradient if kind == "mask_gradient" else backward
-            task = module.task_function(tile)
+            task = BACKWARD_MODULES[kind].task_function(tile)
             functions = {"task": task, "alone": _alone(task)}
         else:
             functions = _attention(task_function(tile, WORK[kind], by_keys=kind == "received"))

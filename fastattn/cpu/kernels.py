@@ -43,7 +43,7 @@ class Library:
 
 # The functions in each kind of library, and how many integers each takes.
 ATTENTION = ("forward", "masked", "weights", "summary", "received", "chosen", "additive", "additive_weights")
-BACKWARD = ("backward", "backward_masked", "mask_gradient")
+BACKWARD = ("backward", "backward_masked", "mask_gradient", "additive_backward")
 ENTRIES: dict[str, dict[str, int]] = {
     **{kind: {"task": 3, "alone": 3} for kind in BACKWARD},
     **{kind: {"task": 3, "alone": 3, "quick": 12, "fill": 13} for kind in ATTENTION},

@@ -154,6 +154,52 @@ SUMMARY = np.dtype(
     ]
 )
 
+# The backward pass of additive attention (`call.out` is the address of this record; `call.lse` is what was returned).
+# All arrays are contiguous but grad_out, whose strides are the plan's of `out`.
+ADDITIVE_BACKWARD = np.dtype(
+    [
+        ("round", i8),
+        ("query_block", i8),  # rows of a block; the plan has those of a block of keys
+        ("query_blocks", i8),  # in a chunk
+        ("key_blocks", i8),
+        ("together", i8),  # queries that meet a vector of keys at a time
+        ("grad_out", i8),
+        ("out", i8),
+        ("grad_query", i8),
+        ("grad_key", i8),
+        ("grad_value", i8),
+        ("grad_weight", i8),  # a row for each task of a round, which takes its part of the sum
+    ]
+)
+
+# Where a task of it keeps what it works on: rows [query][...] of a block of queries, [key][...] of a block of keys.
+ADDITIVE_PLACES = np.dtype(
+    [
+        ("factors", i8),  # 2 weight
+        ("grad_weight", i8),
+        ("sums", i8),  # of the weights, in lanes
+        ("slope_sums", i8),  # of all dS, in lanes
+        ("numbers", i8),  # lse, Σ dO · out, whether dO is not finite
+        ("q_largest", i8),  # the largest |query|, |key|; raws and exponentials as in `fastattn.cpu.additive`
+        ("q_raws", i8),
+        ("q_exps", i8),
+        ("grad_queries", i8),
+        ("rows", i8),  # dO
+        ("largest", i8),
+        ("raws", i8),
+        ("exps", i8),
+        ("grad_keys", i8),
+        ("values", i8),  # [key / width][feature][key % width]; for few queries [key][feature]
+        ("grad_values", i8),
+        ("together", i8),
+        ("weights", i8),  # [query][key]: dO · value, then P
+        ("hidden", i8),  # [query][key]: what is added to scores
+        ("lanes", i8),  # [query][key][lane]: scores, then -dS
+        ("terms", i8),  # [query][key][feature]: -1 / (1 + exp(2 query) exp(2 key))
+        ("work", i8),
+    ]
+)
+
 MASK_NONE, MASK_BOOL, MASK_SAME, MASK_OTHER, MASK_HALF = range(5)
 ALIGNMENT = 64
 

@@ -25,6 +25,7 @@ LEAST_KEYS = 32  # in a block, however large they are
 LOG2_E = math.log2(math.e)
 TASK_FLOPS = 4e9  # at most, where a group can be made smaller: no thread is away from Python for long
 ADDITIVE_FLOPS = 10.0  # what a feature of an additive score takes the time of
+QUERY_NUMBERS = 3  # of a query in the backward pass of additive attention
 WORK_ROWS = 2  # rows of a tile needed besides the scores: maxima, and factors of the weights
 
 
@@ -63,16 +64,17 @@ def choose_key_block(row: Isa, problem: Problem) -> int:
 
 def additive_query_bytes(tile: Tile, features: int) -> int:
     """Room for a block of queries as `fastattn.cpu.additive` lays it out."""
-    padded = _padded(tile, features)
-    return (2 * padded * tile.width + 3 * padded + 8 * tile.lanes) * tile.itemsize
+    row = padded(tile, features)
+    return (2 * row * tile.width + 3 * row + 8 * tile.lanes) * tile.itemsize
 
 
 def additive_key_bytes(tile: Tile, features: int, key_block: int) -> int:
     """Room for a block of keys there, through which a block of queries passes as well: it has no more rows."""
-    return (key_block + 2 * tile.lanes + 2 * (key_block + tile.rows) * _padded(tile, features)) * tile.itemsize
+    return (key_block + 2 * tile.lanes + 2 * (key_block + tile.rows) * padded(tile, features)) * tile.itemsize
 
 
-def _padded(tile: Tile, features: int) -> int:
+def padded(tile: Tile, features: int) -> int:
+    """The features of additive attention with what is added to fill quads of vectors."""
     return -(-features // (4 * tile.lanes)) * 4 * tile.lanes
 
 

@@ -76,6 +76,11 @@ class TileShape:
         return TileShape(self.dtype, self.lanes, 4, 1, self.scalef)
 
     @property
+    def strip(self):
+        """Up to four rows of one vector, no more than a square has."""
+        return TileShape(self.dtype, self.lanes, min(4, self.lanes), 1, self.scalef)
+
+    @property
     def vector(self):
         return TileShape(self.dtype, self.lanes, 1, 1, self.scalef)
 
@@ -154,7 +159,7 @@ _INTEGERS = (
     "vector_bytes",
     "buffer_bytes",
 )
-_SHAPES = ("single", "pair", "square", "panel", "quad", "vector")
+_SHAPES = ("single", "pair", "square", "panel", "quad", "strip", "vector")
 
 
 @infer_getattr

@@ -1,0 +1,470 @@
+"""The backward pass of additive attention: against autograd, finite differences and the formula; what it promises."""
+
+from __future__ import annotations
+
+import re
+import tracemalloc
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import processes
+import pytest
+import tolerances
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import SEEDS, Call, causal, laid_out, layouts, numbers, random_mask
+from test_additive import ANY_DTYPE, additive_calls, inputs
+
+import fastattn
+from fastattn import additive_attention, additive_attention_backward, isa, reference
+from fastattn.cpu import additive_gradients, catalogue, kernels, pool
+from fastattn.gradients import describe_upstream, folded
+from fastattn.problem import as_additive_operands, describe_additive
+from fastattn.reference.backward import differentiate
+
+Array = np.ndarray[Any, Any]
+LIMITS = {np.dtype(np.float32): 2e-5, np.dtype(np.float64): 1e-12}
+NAMES = ("grad_query", "grad_key", "grad_value", "grad_weight")
+
+
+@pytest.fixture(autouse=True)
+def _share_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let small calls be shared between threads as well."""
+    for name in ("WORTH_SHARING", "WORTH_WAKING"):
+        monkeypatch.setattr(pool, name, 1)
+
+
+def upstream_of(query: Any, key: Any, value: Any, weight: Any, mask: Any = None, is_causal: Any = False) -> list[Array]:
+    """Return some gradient of the result, the result and the log-sum-exp."""
+    out, lse = additive_attention(query, key, value, weight, mask, is_causal, return_lse=True)
+    rng = np.random.default_rng(out.size)
+    return [numbers(rng, out.shape, out.dtype), out, lse]
+
+
+def backward(arrays: Any, mask: Any = None, is_causal: Any = False, *, upstream: Any = None, **options: Any) -> Any:
+    """Call the kernels, after the forward pass."""
+    upstream = upstream or upstream_of(*arrays, mask, is_causal)
+    grad_out, out, lse = upstream
+    return additive_attention_backward(grad_out, *arrays, out, lse, mask, is_causal, **options)
+
+
+def autograd(arrays: Any, grad_out: Array, mask: Array | None = None) -> list[Array]:
+    """Return PyTorch's gradients of the broadcasting form, in float64."""
+    torch = pytest.importorskip("torch")
+    given = [torch.tensor(np.asarray(a, np.float64), requires_grad=True) for a in arrays]
+    query, key, value, weight = given
+    scores = (weight * torch.tanh(query[..., :, None, :] + key[..., None, :, :])).sum(-1)
+    if mask is not None:
+        scores = scores + torch.from_numpy(np.where(mask, 0, -np.inf) if mask.dtype == bool else mask)
+    (scores.softmax(-1) @ value).backward(torch.from_numpy(grad_out.astype(np.float64)))
+    return [array.grad.numpy() for array in given]
+
+
+def check_limits(found: Any, wanted: Any) -> None:
+    """Assert the promise for usual inputs: relative 2e-5 or 1e-12 of the largest gradient, or of 1."""
+    for name, got, want in zip(NAMES, found, wanted, strict=True):
+        assert got.shape == want.shape, name
+        error = np.abs(got - want).max(initial=0)
+        assert error <= LIMITS[got.dtype] * max(1, np.abs(want).max(initial=0)), f"{name}: {error}"
+
+
+def bounds(problem: Any, operands: Any, upstream: Any, weight: Array) -> list[Array]:
+    """Return how far each gradient may be from that of the formula, before sums over broadcast axes.
+
+    With A the size of the terms of a score (see `tolerances`), a weight P is wrong by eps · (8 + A + |lse| + |mask|) of
+    itself, and by what is too small for the dtype. dS is P times a difference of size Σ |dO| |value| + Σ |dO| |out|;
+    1 - t² has a few roundings of 1. Sums round as well: by the root of the number of terms, as roundings cancel.
+    """
+    info = np.finfo(problem.dtype)
+    eps, tiny = float(info.eps), float(info.tiny)
+    rows, out, lse, value = (
+        np.abs(np.where(np.isfinite(a), a, 0), dtype=np.float64) for a in (*upstream[:3], operands.value)
+    )
+    weights = reference.evaluate(problem, operands, weight=weight)[2].reshape(*lse.shape, problem.keys)
+    weights = np.where(np.isfinite(weights), weights, 0).astype(np.float64)
+    large = np.abs(np.where(np.isfinite(weight), weight, 0), dtype=np.float64)
+    terms = tolerances.ADDITIVE_ROUNDINGS * large.sum()
+    terms += 2 * tolerances.ROUNDINGS + np.sqrt(problem.value_dim + problem.queries + problem.keys)
+    errors = eps * (terms + lse[..., None])
+    if problem.mask_kind == "float":
+        mask = np.abs(np.where(np.isfinite(operands.mask), operands.mask, 0), dtype=np.float64)
+        errors = errors + eps * np.where(weights > eps**2, mask, 0).max(axis=-1, keepdims=True, initial=0)
+    errors = errors * weights + tiny
+    slopes = errors * (rows @ value.swapaxes(-1, -2) + (rows * out).sum(-1)[..., None]) + tiny
+    return [
+        slopes.sum(axis=-1)[..., None] * large + tiny,
+        slopes.sum(axis=-2)[..., None] * large + tiny,
+        errors.swapaxes(-1, -2) @ rows + tiny,
+        np.full(weight.shape, slopes.sum()),
+    ]
+
+
+def check(call: Call) -> None:
+    """Assert that the gradients of a call are right, and like their arguments, and that nothing was changed."""
+    arrays = (call.query, call.key, call.value, call.options["weight"])
+    is_causal = call.options["is_causal"]
+    upstream = upstream_of(*arrays, call.attn_mask, is_causal)
+    before = [None if a is None else a.tobytes() for a in (*arrays, call.attn_mask, *upstream)]
+    found = backward(arrays, call.attn_mask, is_causal, upstream=upstream)
+    assert [None if a is None else a.tobytes() for a in (*arrays, call.attn_mask, *upstream)] == before
+
+    *plain, mask = as_additive_operands(*arrays, call.attn_mask)
+    problem, operands = describe_additive(*plain, mask, is_causal)
+    checked = describe_upstream(problem, *upstream)
+    with np.errstate(all="ignore"):
+        exact = differentiate(problem, operands, checked, weight=plain[3])
+        allowed = bounds(problem, operands, checked, plain[3])
+        wide = [exact.query, exact.key, exact.value, exact.weight]
+        for name, got, want, bound, array in zip(NAMES, found, wide, allowed, arrays, strict=True):
+            assert got.shape == array.shape, name
+            assert got.dtype == array.dtype.newbyteorder("="), name
+            if name != "grad_weight":
+                shared = name != "grad_query"
+                want, bound = (folded(a, array.shape, problem, shared) for a in (want, bound))
+            fine = np.where(np.isfinite(want), np.abs(got - want) <= bound, ~np.isfinite(got))
+            assert fine.all(), f"{name}: {got[~fine][0]}, expected {want[~fine][0]} to within {bound[~fine][0]}; {call}"
+
+
+# -- how exact ---------------------------------------------------------------------------------------------------------
+
+
+@ANY_DTYPE
+@pytest.mark.parametrize("shape", [(2, 130, 140, 64), (2, 300, 33, 20), (3, 1, 150, 96), (1, 33, 300, 130)], ids=str)
+@pytest.mark.parametrize("size", [1.0, 30.0])
+def test_errors_against_autograd(dtype: Any, shape: tuple[int, ...], size: float) -> None:
+    arrays = inputs(dtype, *shape, size)
+    upstream = upstream_of(*arrays)
+    for mask in (None, np.random.default_rng(0).random((shape[0], shape[1], shape[2])) < 0.6):
+        if mask is not None:
+            mask[..., 0] = True  # PyTorch's gradient of a row without keys is NaN
+            upstream = upstream_of(*arrays, mask)
+        wanted = autograd(arrays, upstream[0], mask)
+        check_limits(backward(arrays, mask, upstream=upstream), wanted)
+    check_limits(backward(arrays, mask, upstream=upstream, backend="reference"), wanted)
+
+
+def test_gradients_by_hand() -> None:
+    query, key, value, weight = np.array([[0.5]]), np.array([[0.25], [-2.0]]), np.array([[1.0], [3.0]]), np.array([4.0])
+    tanh = np.tanh([0.75, -1.5])
+    weights = np.exp(4 * tanh) / np.exp(4 * tanh).sum()
+    slopes = weights * ([1, 3] - weights @ [1, 3])
+    upstream = [np.ones((1, 1)), *upstream_of(query, key, value, weight)[1:]]
+    for backend in ("reference", "cpu"):
+        grads = backward((query, key, value, weight), upstream=upstream, backend=backend)
+        np.testing.assert_allclose(grads[0], [[4 * slopes @ (1 - tanh**2)]], rtol=1e-13)
+        np.testing.assert_allclose(grads[1][:, 0], 4 * slopes * (1 - tanh**2), rtol=1e-13)
+        np.testing.assert_allclose(grads[2][:, 0], weights, rtol=1e-13)
+        np.testing.assert_allclose(grads[3], [slopes @ tanh], rtol=1e-13)
+
+
+@ANY_DTYPE
+@pytest.mark.parametrize("queries", [1, 40])
+def test_sums_at_and_beyond_the_reach_of_denominators(dtype: Any, queries: int) -> None:
+    # far from 0, but next to each other: the derivative of tanh is near 1 there
+    reach = 21.0 if dtype == np.float32 else 170.0
+    rng = np.random.default_rng(0)
+    for far in (reach / 2 - 1, reach / 2 + 1, reach, 50, 89, 400, 710, 1e4, float(np.finfo(dtype).max) / 4):
+        query = np.full((1, queries, 5), far).astype(dtype)
+        key = (rng.uniform(-1, 1, (1, 9, 5)) - far).astype(dtype)
+        key[:, ::4] /= dtype(far)  # some keys of a vector are near, others are not
+        weight = numbers(rng, (5,), dtype, 3)
+        for signed in (1, -1):
+            value = numbers(rng, (1, 9, 2), dtype)
+            check(Call(query * dtype(signed), key * dtype(signed), value, None, {"weight": weight, "is_causal": False}))
+
+
+@given(seed=SEEDS, queries=st.integers(1, 5), keys=st.integers(1, 6), features=st.integers(1, 9), which=causal)
+def test_finite_differences(seed: int, queries: int, keys: int, features: int, which: Any) -> None:
+    rng = np.random.default_rng(seed)
+    shapes = ((2, queries, features), (keys, features), (2, keys, 3), (features,))  # the key is broadcast
+    arrays, steps = ([rng.standard_normal(shape) for shape in shapes] for _ in range(2))
+    mask = random_mask(rng, (queries, keys), "float, -inf", np.float64)
+    upstream = upstream_of(*arrays, mask, which)
+
+    def loss(step: float) -> float:
+        moved = [array + step * to for array, to in zip(arrays, steps, strict=True)]
+        return float((additive_attention(*moved, mask, which) * upstream[0]).sum())
+
+    grads = backward(arrays, mask, which, upstream=upstream)
+    slope = sum(float((grad * to).sum()) for grad, to in zip(grads, steps, strict=True))
+    step = 1e-5
+    assert abs((loss(step) - loss(-step)) / (2 * step) - slope) <= 1e-6 * max(1, abs(slope))
+
+
+# -- whole calls -------------------------------------------------------------------------------------------------------
+
+
+@given(call=additive_calls())
+def test_any_call(call: Call) -> None:
+    check(call)
+
+
+@given(call=additive_calls(odd=True))
+def test_values_that_are_not_finite(call: Call) -> None:
+    check(call)
+
+
+@given(call=additive_calls(odd=True, any_layout=False), names=st.tuples(*[layouts] * 8), threads=st.integers(1, 5))
+def test_the_same_bits_in_any_layout_and_at_any_thread_count(call: Call, names: Any, threads: int) -> None:
+    arrays = (call.query, call.key, call.value, call.options["weight"])
+    is_causal = call.options["is_causal"]
+    upstream = upstream_of(*arrays, call.attn_mask, is_causal)
+    wanted = backward(arrays, call.attn_mask, is_causal, upstream=upstream)
+    given = (*arrays, call.attn_mask, *upstream)
+    *moved, mask, grad_out, out, lse = (a if a is None else laid_out(a, n) for a, n in zip(given, names, strict=True))
+    with fastattn.num_threads(threads):
+        found = backward(moved, mask, is_causal, upstream=[grad_out, out, lse])
+    for got, want in zip(found, wanted, strict=True):
+        assert got.tobytes() == want.tobytes()
+
+
+@pytest.fixture
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let there be many rounds."""
+    monkeypatch.setattr(additive_gradients, "BLOCK", 32)
+    monkeypatch.setattr(additive_gradients, "TASK_FLOPS", 1e4)
+
+
+@pytest.mark.usefixtures("_small_chunks")
+@pytest.mark.parametrize("shape", [(2, 150, 170, 8), (2, 300, 20, 8), (2, 1, 300, 8), (1, 70, 400, 40)], ids=str)
+@pytest.mark.parametrize("is_causal", [False, True, "bottom-right"])
+def test_many_rounds(shape: tuple[int, ...], is_causal: Any) -> None:
+    arrays = inputs(np.float32, *shape)
+    problem, operands = describe_additive(*arrays, is_causal=is_causal)
+    plan, given = additive_gradients.plan_rounds(problem, operands, operands.query, isa.host(), 2)
+    assert plan.tasks // shape[0] >= 5
+    assert given["query_blocks"][0] * plan.tasks // shape[0] * 32 >= shape[1]
+    options = {"weight": arrays[3], "is_causal": is_causal}
+    rng = np.random.default_rng(0)
+    for mask in (None, rng.random(shape[1:3]) < 0.7, rng.random((1, shape[2])) < 0.3, np.zeros((1, 1), bool)):
+        check(Call(*arrays[:3], mask, options))
+        bits = []
+        for threads in (1, 2, 3):
+            with fastattn.num_threads(threads):
+                bits.append([g.tobytes() for g in backward(arrays, mask, is_causal)])
+        assert bits[0] == bits[1] == bits[2]
+
+
+def test_tasks_are_short_whatever_the_lengths() -> None:
+    for queries, keys, features in ((20000, 30000, 256), (100, 10**7, 64), (10**7, 1, 512), (3, 5, 20000)):
+        query, key = (np.broadcast_to(np.float32(0), (2, n, features)) for n in (queries, keys))
+        problem, operands = describe_additive(query, key, key, np.ones(features, np.float32))
+        plan, given = additive_gradients.plan_rounds(problem, operands, operands.query, isa.host(), 2)
+        assert plan.flops / plan.tasks <= 4e9
+        chunks = plan.tasks // 2
+        for blocks, length in (("query_blocks", queries), ("key_blocks", keys)):
+            assert given[blocks][0] * given["query_block"][0] * chunks >= length
+
+
+def test_memory_grows_with_the_lengths_alone() -> None:
+    peaks = []
+    for length in (1000, 4000):
+        arrays = inputs(np.float32, 1, length, length, 8)
+        upstream = upstream_of(*arrays)
+        backward(arrays, upstream=upstream)
+        tracemalloc.start()
+        backward(arrays, upstream=upstream)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] - peaks[0] <= 2 * 3 * 3000 * 8 * 4  # the gradients, and as much again
+    assert peaks[1] <= 4000 * 4000  # a quarter of one matrix of scores
+    scratch = []
+    for length in (5000, 50000):
+        query = np.broadcast_to(np.float32(0), (1, length, 64))
+        problem, operands = describe_additive(query, query, query, np.ones(64, np.float32))
+        scratch.append(
+            additive_gradients.plan_rounds(problem, operands, operands.query, isa.host(), 2)[0].scratch_bytes
+        )
+    assert scratch[1] <= scratch[0]
+
+
+# -- the promises of attention -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("queries", [1, 40, 150])
+def test_a_row_of_a_batch_is_the_call_on_that_row(queries: int) -> None:
+    arrays = inputs(np.float32, 5, queries, 150, 20, 9.0)
+    upstream = upstream_of(*arrays)
+    found = backward(arrays, upstream=upstream)
+    for row in range(5):
+        one = [array[row] for array in arrays[:3]]
+        alone = backward((*one, arrays[3]), upstream=[array[row] for array in upstream])
+        for got, want in zip(alone[:3], found[:3], strict=True):
+            assert got.tobytes() == want[row].tobytes()
+
+
+@pytest.mark.parametrize("odd", [np.nan, np.inf, 1e30, 25.0])
+@pytest.mark.parametrize("queries", [1, 40])
+@ANY_DTYPE
+def test_nothing_masked_leaks(dtype: Any, queries: int, odd: float) -> None:
+    # 25 and 1e30 are out of reach: neighbours in the same vector are computed as before all the same
+    arrays = inputs(dtype, 2, queries, 70, 24)
+    mask = np.random.default_rng(1).random((2, 1, 70)) < 0.6
+    rows = np.ones((2, queries, 1), bool)
+    rows[:, queries // 2] = queries == 1  # a query that looks at nothing: its gradient reaches nobody
+    for given_mask in (mask & rows, np.where(mask & rows, 0.25, -np.inf)):
+        upstream = upstream_of(*arrays, given_mask)
+        clean = backward(arrays, given_mask, upstream=upstream)
+        query, key, value = (array.copy() for array in arrays[:3])
+        grad_out = upstream[0].copy()
+        key[~mask[:, 0]], value[~mask[:, 0]] = odd, odd
+        query[~rows[..., 0]], grad_out[~rows[..., 0]] = odd, odd
+        dirty = backward((query, key, value, arrays[3]), given_mask, upstream=[grad_out, *upstream[1:]])
+        for got, wanted in zip(dirty, clean, strict=True):
+            assert got.tobytes() == wanted.tobytes()
+        assert not dirty[0][~rows[..., 0]].any()
+        assert not dirty[1][~mask[:, 0]].any()
+        assert not dirty[2][~mask[:, 0]].any()
+
+
+@pytest.mark.parametrize("odd", [np.nan, np.inf])
+def test_a_gradient_that_is_not_finite_reaches_who_looked(odd: float) -> None:
+    arrays = inputs(np.float32, 1, 20, 30, 8)
+    grad_out, out, lse = upstream_of(*arrays, None, True)
+    wanted = backward(arrays, None, True, upstream=[grad_out, out, lse])
+    grad_out[0, 10, 3] = odd
+    grads = backward(arrays, None, True, upstream=[grad_out, out, lse])
+    assert not np.isfinite(grads[0][0, 10]).any()
+    assert not np.isfinite(grads[1][0, :11]).any()
+    assert not np.isfinite(grads[2][0, :11, 3]).any()
+    assert not np.isfinite(grads[3]).any()
+    for got, want in zip(grads[:2], wanted[:2], strict=True):
+        assert got[0, 11:].tobytes() == want[0, 11:].tobytes()
+    assert np.isfinite(np.delete(grads[2], 3, axis=-1)).all()
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_nothing_to_look_at_and_nobody_to_look(backend: str) -> None:
+    query, key, value, weight = inputs(np.float32, 2, 5, 20, 8)
+    for q, k, v in ((query, key[:, :0], value[:, :0]), (query[:, :0], key, value), (query[:0], key[:0], value[:0]),
+                    (query[..., :0], key[..., :0], value), (query, key, value[..., :0])):  # fmt: skip
+        given = (q, k, v, weight[: q.shape[-1]])
+        grads = backward(given, backend=backend)
+        for got, array in zip(grads, given, strict=True):
+            assert got.shape == array.shape
+            assert np.isfinite(got).all()
+            assert not got.any() or q.shape[-1] == 0
+
+
+@ANY_DTYPE
+def test_pieces_of_the_keys(dtype: Any) -> None:
+    *arrays, weight = inputs(dtype, 2, 30, 200, 16)
+    upstream = upstream_of(*arrays, weight)
+    whole = backward((*arrays, weight), upstream=upstream)
+    parts = [
+        backward((arrays[0], arrays[1][:, piece], arrays[2][:, piece], weight), upstream=upstream)
+        for piece in (slice(0, 90), slice(90, 200))
+    ]
+    grads = [np.concatenate(pair, axis=1) for pair in zip(*(part[1:3] for part in parts), strict=True)]
+    check_limits([parts[0][0] + parts[1][0], *grads, parts[0][3] + parts[1][3]], whole)
+
+
+def test_what_is_broadcast_is_summed() -> None:
+    rng = np.random.default_rng(0)
+    query, key, value = (numbers(rng, shape, np.float64) for shape in ((3, 1, 6, 8), (2, 9, 8), (3, 1, 9, 4)))
+    weight = numbers(rng, (8,), np.float64)
+    full = [np.broadcast_to(array, (3, 2, *array.shape[-2:])).copy() for array in (query, key, value)]
+    upstream = upstream_of(*full, weight)
+    grads, whole = (backward((*arrays, weight), upstream=upstream) for arrays in ([query, key, value], full))
+    check_limits(grads, [whole[0].sum(1, keepdims=True), whole[1].sum(0), whole[2].sum(1, keepdims=True), whole[3]])
+
+
+def test_dtypes_are_those_of_the_arguments() -> None:
+    single = np.ones((2, 3), np.float32)
+    for backend in ("reference", "cpu"):
+        grads = backward((single, single, single, np.ones(3)), backend=backend)
+        assert [g.dtype.name for g in grads] == ["float32"] * 3 + ["float64"]
+        grads = backward(([[1, 2]], [[1, 2]], [[1, 2]], [1, 2]), backend=backend)
+        assert [g.dtype.name for g in grads] == ["float64"] * 4
+
+
+def test_no_warnings_and_no_scratch_between_calls() -> None:
+    # what an earlier call left in working memory, NaN all over, changes nothing
+    arrays, other = inputs(np.float32, 1, 33, 45, 12), inputs(np.float32, 2, 140, 140, 64)
+    wanted = [g.tobytes() for g in backward(arrays)]
+    backward([np.full_like(array, np.nan) for array in other])
+    assert [g.tobytes() for g in backward(arrays)] == wanted
+
+
+# -- other machines ----------------------------------------------------------------------------------------------------
+
+
+def check_calls(dtypes: tuple[Any, ...]) -> int:
+    """Assert that a few calls, which reach every part of the kernel, are right; return how many there were."""
+    count = 0
+    for dtype in dtypes:
+        for queries, keys, features in ((150, 140, 37), (3, 140, 37), (1, 5, 130)):
+            for size in (1.0, 30.0):
+                *arrays, weight = inputs(dtype, 2, queries, keys, features, size)
+                arrays[0][:, ::7] *= 100
+                arrays[1][:, ::7] *= 100
+                for mask in (None, np.random.default_rng(0).random((queries, keys)) < 0.6):
+                    check(Call(*arrays, mask, {"weight": weight, "is_causal": "bottom-right"}))
+                    count += 1
+    return count
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", [row for row in isa.TABLE if isa.runs_here(row)][1:], ids=lambda row: row.name)
+def test_other_rows_of_the_table_are_right(row: isa.Isa) -> None:
+    code = "import numpy as np, test_additive_backward as t; print(t.check_calls((np.float32, np.float64)))"
+    assert processes.run(code, timeout=300, FASTATTN_ISA=row.name) == "24\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", [row for row in isa.TABLE if not isa.runs_here(row)], ids=lambda row: row.name)
+def test_rows_that_do_not_run_here_compile(row: isa.Isa) -> None:
+    assert catalogue.build(f"additive_backward-float32-{row.rows}x{row.vectors}", row, {"task": 3})
+
+
+@pytest.mark.slow
+def test_sixteen_lanes_on_any_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = isa.host()
+    wide = next(row for row in isa.TABLE if row.name == "avx512")
+    row = replace(wide, name="wide", cpu=here.cpu, needs=here.needs, scalef=here.scalef)
+    for module in (additive_gradients, kernels):
+        monkeypatch.setattr(module, "host", lambda: row)
+    assert check_calls((np.float32,)) == 12
+    assert any(name.startswith("additive_backward") and loaded is row for name, loaded in kernels._loaded)
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": np.ones(4)}, "weight: shape (4,); expected (3,), a number for each feature of query of shape (5, "),
+        ({"weight": np.ones(3, np.complex64)}, "weight: dtype complex64 is not supported"),
+        ({"key": np.ones((7, 4))}, "key: shape (7, 4); expected 3 features on the last axis"),
+        ({"attn_mask": np.ones((7, 5), bool)}, "attn_mask: shape (7, 5); expected one that broadcasts to (5, 7)"),
+        ({"is_causal": 1}, "is_causal: 1 of type int; expected"),
+        ({"grad_out": np.ones((5, 4))}, "grad_out: shape (5, 4); expected (5, 2), the shape of the result"),
+        ({"grad_out": "abc"}, "grad_out: dtype <U3 is not supported"),
+        ({"out": np.ones((7, 2))}, "out: shape (7, 2); expected (5, 2), the shape of the result"),
+        ({"out": None}, "out: dtype object is not supported"),
+        ({"lse": np.ones((5, 1))}, "lse: shape (5, 1); expected (5,), the shape of the log-sum-exp"),
+        ({"lse": np.ones(5, np.complex128)}, "lse: dtype complex128 is not supported"),
+    ],
+    ids=lambda given: "-".join(given) if isinstance(given, dict) else "",
+)
+def test_bad_arguments_are_named(backend: str, change: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {
+        "grad_out": np.ones((5, 2)),
+        "query": np.ones((5, 3)),
+        "key": np.ones((7, 3)),
+        "value": np.ones((7, 2)),
+        "weight": np.ones(3),
+        "out": np.ones((5, 2)),
+        "lse": np.ones(5),
+    }
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+        additive_attention_backward(**arguments | change, backend=backend)
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    ones = [[1.0]]
+    with pytest.raises(ValueError, match="backend: 'gpu' of type str; expected None or one of 'cpu', 'reference'"):
+        additive_attention_backward(ones, ones, ones, ones, [1.0], ones, [1.0], backend="gpu")
