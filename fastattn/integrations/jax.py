@@ -17,6 +17,7 @@ from fastattn.problem import Problem, as_operands, describe
 
 __all__ = ["attention"]
 
+OPTIONS = ("is_causal", "scale", "enable_gqa")
 Array: TypeAlias = Any  # JAX's types are not known where it is not installed
 
 
@@ -93,8 +94,11 @@ def _called(function: Any, results: Any, *arrays: Any) -> Any:
 def _forward(*args: Any) -> tuple[Array, tuple[Array, ...]]:
     arrays, options = args[:4], args[4:]
     problem = _problem(arrays, *options)
-    results = [jax.ShapeDtypeStruct(shape, problem.dtype) for shape in (problem.out_shape, problem.lse_shape)]
-    out, lse = _called(lambda *a: list(fastattn.attention(*a, 0.0, *options, return_lse=True)), results, *arrays)
+    results: list[Any] = [
+        jax.ShapeDtypeStruct(shape, problem.dtype) for shape in (problem.out_shape, problem.lse_shape)
+    ]
+    named = dict(zip(OPTIONS, options, strict=True))
+    out, lse = _called(lambda *a: list(fastattn.attention(*a, **named, return_lse=True)), results, *arrays)
     return out, (*arrays, out, lse)
 
 
@@ -103,10 +107,12 @@ def _backward(*args: Any) -> tuple[Array | None, ...]:
     with_mask = attn_mask is not None and attn_mask.dtype != bool
     sources = [*arrays, attn_mask] if with_mask else arrays
 
-    def backward(*given: Any) -> list[Any]:
-        return list(fastattn.attention_backward(*given, 0.0, *options, grad_mask=with_mask))
+    named = dict(zip(OPTIONS, options, strict=True))
 
-    results = [jax.ShapeDtypeStruct(source.shape, source.dtype) for source in sources]
+    def backward(*given: Any) -> list[Any]:
+        return list(fastattn.attention_backward(*given, **named, grad_mask=with_mask))
+
+    results: list[Any] = [jax.ShapeDtypeStruct(source.shape, source.dtype) for source in sources]
     gradients = _called(backward, results, grad_out, *arrays, out, lse, attn_mask)
     return (*gradients,) if with_mask else (*gradients, None)
 

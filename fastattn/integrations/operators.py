@@ -167,7 +167,7 @@ def _length_first(query: Tensor) -> bool:
 
     The result then lies likewise, so that merging the heads again needs no copy.
     """
-    return query.dim() == 4 and query.size(1) > 1 and query.size(2) > 1 and query.stride(1) < query.stride(2)
+    return bool(query.dim() == 4 and query.size(1) > 1 and query.size(2) > 1 and query.stride(1) < query.stride(2))
 
 
 # -- fake kernels ------------------------------------------------------------------------------------------------------

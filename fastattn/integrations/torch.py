@@ -142,7 +142,10 @@ def attention_with_lse(
     dropout_p, causal = check_dropout(dropout_p), check_causal(is_causal)
     scale, enable_gqa = check_scale(scale), check_flag("enable_gqa", enable_gqa)
     seed = _draw_seed() if dropout_p > 0 else None
-    return eager.attention(query, key, value, attn_mask, dropout_p, causal, scale, enable_gqa, seed)
+    results: tuple[Tensor, Tensor] = eager.attention(
+        query, key, value, attn_mask, dropout_p, causal, scale, enable_gqa, seed
+    )
+    return results
 
 
 def additive_attention(
