@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import tracemalloc
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -17,8 +19,9 @@ from strategies import SEEDS, Call, causal, laid_out, layouts, numbers, random_m
 from test_additive import ANY_DTYPE, additive_calls, inputs
 
 import fastattn
-from fastattn import additive_attention, additive_attention_backward, isa, reference
+from fastattn import additive, additive_attention, additive_attention_backward, isa, reference
 from fastattn.cpu import additive_gradients, catalogue, kernels, pool
+from fastattn.cpu import attention as cpu
 from fastattn.gradients import describe_upstream, folded
 from fastattn.problem import as_additive_operands, describe_additive
 from fastattn.reference.backward import differentiate
@@ -279,6 +282,30 @@ def test_memory_grows_with_the_lengths_alone() -> None:
     assert scratch[1] <= scratch[0]
 
 
+@pytest.mark.parametrize("queries", [1, 5, 129, 300])
+@pytest.mark.parametrize("sizes", [(1, 1), (33, 300), (520, 7), (0, 40), (600, 520)], ids=str)
+@ANY_DTYPE
+def test_working_memory_is_as_large_as_planned(
+    dtype: Any, sizes: tuple[int, int], queries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guards: list[Array] = []
+
+    @contextlib.contextmanager
+    def guarded(size: int) -> Iterator[int]:
+        memory = np.full(size + 8192, 0xA5, np.uint8)
+        start = -memory.ctypes.data % 64 + 4096
+        guards.extend((memory[:start], memory[start + size :]))
+        yield memory.ctypes.data + start
+
+    monkeypatch.setattr(additive_gradients, "scratch_memory", guarded)
+    rng = np.random.default_rng(0)
+    shapes = ((queries, sizes[0]), (150, sizes[0]), (150, sizes[1]), (sizes[0],))
+    mask = rng.random((queries, 150)) < 0.5
+    backward([numbers(rng, shape, dtype) for shape in shapes], mask)
+    assert len(guards) == 2
+    assert all((guard == 0xA5).all() for guard in guards)
+
+
 # -- the promises of attention -----------------------------------------------------------------------------------------
 
 
@@ -423,8 +450,10 @@ def test_sixteen_lanes_on_any_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     here = isa.host()
     wide = next(row for row in isa.TABLE if row.name == "avx512")
     row = replace(wide, name="wide", cpu=here.cpu, needs=here.needs, scalef=here.scalef)
-    for module in (additive_gradients, kernels):
+    for module in (additive_gradients, cpu, kernels):
         monkeypatch.setattr(module, "host", lambda: row)
+    for module in (additive, cpu):
+        monkeypatch.setattr(module, "_prepared", {})
     assert check_calls((np.float32,)) == 12
     assert any(name.startswith("additive_backward") and loaded is row for name, loaded in kernels._loaded)
 

@@ -23,10 +23,9 @@ from fastattn.cpu import tasks
 from fastattn.cpu.additive import copy_row, load_rows, padded
 from fastattn.cpu.additive_terms import differentiate_vector, places_view
 from fastattn.cpu.forward import clear, visible_keys
-from fastattn.cpu.layout import ADDITIVE_BACKWARD, ADDITIVE_PLACES
+from fastattn.cpu.layout import ADDITIVE_BACKWARD, ADDITIVE_PLACES, QUERY_NUMBERS
 from fastattn.cpu.masks import restrict
 from fastattn.cpu.pack import pack_queries, unpack_rows
-from fastattn.cpu.plan import QUERY_NUMBERS
 from fastattn.cpu.softmax import MINUS_INFINITY
 from fastattn.cpu.tasks import locate
 from fastattn.cpu.tiles import product

@@ -11,8 +11,8 @@ import numpy as np
 from fastattn.cpu import pool
 from fastattn.cpu.attention import scratch_memory
 from fastattn.cpu.kernels import kernel_name, library
-from fastattn.cpu.layout import ADDITIVE_BACKWARD, ADDITIVE_PLACES, CALL, PLAN
-from fastattn.cpu.plan import QUERY_NUMBERS, TASK_FLOPS, Plan, Tile, aligned, make_plan, padded
+from fastattn.cpu.layout import ADDITIVE_BACKWARD, ADDITIVE_PLACES, CALL, PLAN, QUERY_NUMBERS
+from fastattn.cpu.plan import TASK_FLOPS, Plan, Tile, aligned, make_plan, padded
 from fastattn.gradients import Upstream
 from fastattn.isa import Isa, host
 from fastattn.problem import Array, Operands, Problem

@@ -13,9 +13,8 @@ depends on its own row and the query's.
 """
 
 from fastattn.cpu.additive import LOG2_E_TWICE, REACH_32, REACH_64, SATURATED, padded
-from fastattn.cpu.layout import ADDITIVE_PLACES
+from fastattn.cpu.layout import ADDITIVE_PLACES, QUERY_NUMBERS
 from fastattn.cpu.masks import lowest, saturate
-from fastattn.cpu.plan import LOG2_E, QUERY_NUMBERS
 from fastattn.cpu.softmax import MINUS_INFINITY, exp2
 from fastattn.simd import (
     all_finite,
@@ -36,6 +35,8 @@ from fastattn.simd import (
 )
 
 places_view = record_view(ADDITIVE_PLACES)
+
+LOG2_E = LOG2_E_TWICE / 2
 
 
 @jit

@@ -200,6 +200,8 @@ ADDITIVE_PLACES = np.dtype(
     ]
 )
 
+QUERY_NUMBERS = 3  # of a query: `numbers`
+
 MASK_NONE, MASK_BOOL, MASK_SAME, MASK_OTHER, MASK_HALF = range(5)
 ALIGNMENT = 64
 

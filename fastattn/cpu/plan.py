@@ -25,7 +25,6 @@ LEAST_KEYS = 32  # in a block, however large they are
 LOG2_E = math.log2(math.e)
 TASK_FLOPS = 4e9  # at most, where a group can be made smaller: no thread is away from Python for long
 ADDITIVE_FLOPS = 10.0  # what a feature of an additive score takes the time of
-QUERY_NUMBERS = 3  # of a query in the backward pass of additive attention
 WORK_ROWS = 2  # rows of a tile needed besides the scores: maxima, and factors of the weights
 
 
