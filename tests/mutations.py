@@ -280,7 +280,7 @@ MUTATIONS = (
         "weights exceed 1",
         "cpu/backward.py",
         "minimum(0.0, exponent)",
-        "minimum(200.0, exponent)",
+        "minimum(100.0, exponent)",
         ("test_backward.py", "test_scores_of_any_size"),
     ),
     Mutation(
