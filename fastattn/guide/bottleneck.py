@@ -106,6 +106,14 @@ def steps() -> Iterator[Step]:
         "removed it for translation, by letting the decoder look back at all the words: see "
         "[page 7](bahdanau-luong.md).",
     )
+    yield "## A network that learns with it, and without"
+    yield (
+        "The claim of 2014 was about networks that are trained. One of the [examples](../examples/README.md) is one: "
+        "it learns to say the sounds of English words from their letters, with one vector between reader and speaker, "
+        "and with Bahdanau's attention. A saved result, of three minutes of training: of words of up to six letters, "
+        "one vector gets 62 % right and attention 68 %; of words of eleven letters and more 3 % and 22 %. The two "
+        "curves, and where the network looked, are in [Letters to sounds](../examples/pronunciation.md)."
+    )
 
 
 def _sentences_found(count: int, known: Floats) -> float:
