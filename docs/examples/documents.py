@@ -45,6 +45,7 @@ VERDICTS = ("rotten", "fresh")
 MOST_SENTENCES, MOST_WORDS = 6, 30
 PARTS = ((0, 8), (8, 9), (9, 10))  # tenths of the films
 PADDING, UNKNOWN = 0, 1
+BAG = 5000  # words that a bag of words tells apart: the most frequent ones
 QUICK: dict[str, Any] = {"epochs": 4, "features": 24, "steps": 30}
 
 Floats: TypeAlias = NDArray[np.float32]
@@ -63,7 +64,7 @@ class Settings:
     dropout: float = 0.3
     rarest: int = 3  # a word that fewer remarks and plots have is unknown
     decay: float = 0.05
-    steps: int = 200  # of the bags of words
+    steps: int = 100  # of the bags of words
     attends: bool = True  # False: every sentence, and every word in it, weighs the same
     seed: int = 0
 
@@ -360,12 +361,17 @@ def marked(network: Network, documents: Sequence[Document], numbers: dict[str, i
     return float(hits.mean()), float(chance), float(np.concatenate(weight).mean()), *both
 
 
+def by_count(counted: tuple[str, int]) -> tuple[int, str]:
+    """Order words by how many texts have them, and by the alphabet."""
+    return -counted[1], counted[0]
+
+
 def bag_of_words(
     train_on: Sequence[tuple[str, int]], check: Sequence[tuple[str, int]], test: Sequence[tuple[str, int]], steps: int
 ) -> float:
     """Return the accuracy of a softmax on which words a text has, its decay chosen on `check`: the baseline."""
     counts = Counter(word for text, _ in train_on for word in set(words_in(text)))
-    column = {word: index for index, word in enumerate(sorted(word for word in counts if counts[word] > 1))}
+    column = {word: index for index, (word, _) in enumerate(sorted(counts.items(), key=by_count)[:BAG])}
 
     def table(texts: Sequence[tuple[str, int]]) -> tuple[Floats, NDArray[np.int64]]:
         bags = np.zeros((len(texts), len(column)), np.float32)
