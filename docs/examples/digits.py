@@ -46,7 +46,7 @@ class Settings:
     seed: int = 0
 
 
-QUICK = Settings(embed=32, heads=2, layers=2, batch=32, steps=250, rate=4e-3)
+QUICK = Settings(embed=32, heads=2, layers=2, batch=32, steps=600, rate=4e-3)
 
 # -- the images --------------------------------------------------------------------------------------------------------
 
