@@ -12,7 +12,7 @@ from fastattn.api import BACKENDS
 from fastattn.cpu import additive_gradients
 from fastattn.cpu import gradients as cpu
 from fastattn.cpu.pool import get_num_threads
-from fastattn.gradients import as_given, describe_upstream, gradient_dtype, seed_of_forward, wants_mask
+from fastattn.gradients import as_given, describe_upstream, own_dtype, seed_of_forward, wants_mask
 from fastattn.problem import as_additive_operands, as_operands, check_backend, describe, describe_additive
 
 __all__ = ["additive_attention_backward", "attention_backward"]
@@ -124,12 +124,7 @@ def attention_backward(
     shapes = arrays[1].shape, arrays[2].shape
     mask_shape = arrays[3].shape if with_mask and arrays[3] is not None else None
     found = cpu.attention_backward(problem, operands, upstream, shapes, mask_shape, seed, get_num_threads())
-    given = ((query, False), (key, True), (value, True), (attn_mask, False))
-    return tuple(
-        as_given(gradient, argument, problem, shared)
-        for gradient, (argument, shared) in zip(found, given, strict=True)
-        if gradient is not None and argument is not None
-    )
+    return as_given(problem, found, (query, key, value, attn_mask))
 
 
 def additive_attention_backward(
@@ -204,7 +199,4 @@ def additive_attention_backward(
     problem, operands = describe_additive(*arrays, is_causal)
     upstream = describe_upstream(problem, grad_out, out, lse)
     *found, grad_weight = additive_gradients.backward(problem, operands, arrays[3], upstream, get_num_threads())
-    given = ((query, False), (key, True), (value, True))
-    results = [as_given(g, argument, problem, shared) for g, (argument, shared) in zip(found, given, strict=True)]
-    with np.errstate(all="ignore"):
-        return (*results, grad_weight.astype(gradient_dtype(weight, problem.dtype), copy=False))
+    return (*as_given(problem, found, (query, key, value)), own_dtype(grad_weight, weight, problem.dtype))

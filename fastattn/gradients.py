@@ -7,16 +7,26 @@ or shared by a group of heads, its gradient is a sum, which `folded` takes.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastattn.problem import Array, Problem, Shape, as_upstream, check_flag, seed_from, split_shape
 
-__all__ = ["Upstream", "as_given", "describe_upstream", "folded", "gradient_dtype", "seed_of_forward", "wants_mask"]
+__all__ = [
+    "Upstream",
+    "as_given",
+    "describe_upstream",
+    "folded",
+    "own_dtype",
+    "seed_of_forward",
+    "summed_to",
+    "wants_mask",
+]
 
-Named: TypeAlias = "dict[str, ArrayLike | None]"
+SHARED = (False, True, True, False)  # which of query, key, value and mask a group of query heads has in common
 
 
 class Upstream(NamedTuple):
@@ -48,20 +58,21 @@ def describe_upstream(
     ValueError
         If one has another shape than the result, or the log-sum-exp, that it belongs to.
     """
-    rows = problem.rows_shape
+    rows, queries = problem.rows_shape, problem.queries
 
-    def view(name: str, given: ArrayLike, of: str, shape: Shape) -> Array:
-        array = as_upstream(name, given, problem.dtype)
-        if array.shape != shape:
-            raise ValueError(f"{name}: shape {array.shape}; expected {shape}, the shape of {of}")
-        return array.reshape(*rows, *shape[-2:] if of == "the result" else shape[-1:])
+    def result(name: str, given: ArrayLike) -> Array:
+        array = as_upstream(name, given, problem.dtype, problem.out_shape)
+        return array.reshape(*rows, queries, problem.value_dim)
 
-    result, sums = "the result", "the log-sum-exp"
+    def sums(name: str, given: ArrayLike) -> Array:
+        array = as_upstream(name, given, problem.dtype, problem.lse_shape, "the log-sum-exp")
+        return array.reshape(*rows, queries)
+
     return Upstream(
-        view("grad_out", grad_out, result, problem.out_shape),
-        view("out", out, result, problem.out_shape),
-        view("lse", lse, sums, problem.lse_shape),
-        None if grad_lse is None else view("grad_lse", grad_lse, sums, problem.lse_shape),
+        result("grad_out", grad_out),
+        result("out", out),
+        sums("lse", lse),
+        None if grad_lse is None else sums("grad_lse", grad_lse),
     )
 
 
@@ -100,10 +111,21 @@ def wants_mask(grad_mask: object, mask: Array | None) -> bool:
     return True
 
 
-def gradient_dtype(given: ArrayLike, dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """Return the dtype of an argument's gradient: its own, if it is floating, else that of the call."""
-    own = given.dtype if isinstance(given, np.ndarray) else np.asarray(given).dtype
-    return own.newbyteorder("=") if own.kind == "f" else dtype
+def own_dtype(gradient: NDArray[Any], argument: ArrayLike, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Return a gradient in the dtype of its argument, if that is floating, else in that of the call."""
+    own = argument.dtype if isinstance(argument, np.ndarray) else np.asarray(argument).dtype
+    with np.errstate(all="ignore"):
+        return gradient.astype(own.newbyteorder("=") if own.kind == "f" else dtype, copy=False)
+
+
+def summed_to(gradient: NDArray[Any], shape: Shape) -> NDArray[Any]:
+    """Sum a gradient over the axes along which an array of `shape` was broadcast."""
+    padded = (1,) * (gradient.ndim - len(shape)) + shape
+    axes = tuple(i for i, (own, full) in enumerate(zip(padded, gradient.shape, strict=True)) if own == 1 != full)
+    if axes:
+        with np.errstate(all="ignore"):
+            gradient = gradient.sum(axis=axes)
+    return gradient.reshape(shape)
 
 
 def folded(gradient: NDArray[Any], shape: Shape, problem: Problem, shared: bool = False) -> NDArray[Any]:
@@ -123,17 +145,18 @@ def folded(gradient: NDArray[Any], shape: Shape, problem: Problem, shared: bool 
     -------
     ndarray, shape `shape`
     """
-    split = split_shape(shape, problem, shared)
-    split = (1,) * (gradient.ndim - len(split)) + split
-    if split == gradient.shape:
-        return gradient.reshape(shape)
-    axes = tuple(i for i, (own, full) in enumerate(zip(split, gradient.shape, strict=True)) if own == 1 != full)
-    return (gradient.sum(axis=axes, keepdims=True) if axes else gradient).reshape(shape)
+    return summed_to(gradient, split_shape(shape, problem, shared)).reshape(shape)
 
 
-def as_given(gradient: NDArray[Any], argument: ArrayLike, problem: Problem, shared: bool) -> NDArray[Any]:
-    """Return a gradient with the shape and the dtype of the argument."""
-    with np.errstate(all="ignore"):
-        return folded(gradient, np.shape(argument), problem, shared).astype(
-            gradient_dtype(argument, problem.dtype), copy=False
-        )
+def as_given(
+    problem: Problem, gradients: Iterable[NDArray[Any] | None], arguments: Iterable[ArrayLike | None]
+) -> tuple[NDArray[Any], ...]:
+    """Return the gradients of query, key, value and mask, each with the shape and the dtype of its argument.
+
+    Those that were not computed, or belong to no argument, are left out.
+    """
+    return tuple(
+        own_dtype(folded(gradient, np.shape(argument), problem, shared), argument, problem.dtype)
+        for gradient, argument, shared in zip(gradients, arguments, SHARED, strict=False)
+        if gradient is not None and argument is not None
+    )

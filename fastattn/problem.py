@@ -225,19 +225,25 @@ def as_additive_operands(
     return query, key, value, weight, mask
 
 
-def as_upstream(name: str, given: ArrayLike, dtype: np.dtype[Any]) -> Array:
-    """Make an array of the dtype of the call of what arrives at its backward pass.
+def as_upstream(name: str, given: ArrayLike, dtype: np.dtype[Any], shape: Shape, of: str = "the result") -> Array:
+    """Make an array of the dtype of the call of what arrives at its backward pass, where something has `shape`.
 
     Raises
     ------
     TypeError
         As `as_operands`.
+    ValueError
+        If it has another shape.
     """
     if type(given) is np.ndarray and given.dtype is dtype and given.flags.aligned:
-        return given
-    array = _as_array(name, given)
-    _check_operand_dtype(name, array.dtype)
-    return _as_plain(array, dtype)
+        array = given
+    else:
+        array = _as_array(name, given)
+        _check_operand_dtype(name, array.dtype)
+        array = _as_plain(array, dtype)
+    if array.shape != shape:
+        raise ValueError(f"{name}: shape {array.shape}; expected {shape}, the shape of {of}")
+    return array
 
 
 def _as_common(given: dict[str, ArrayLike]) -> list[Array]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 import fastattn
+from fastattn import additive, api, isa
+from fastattn.cpu import additive_gradients, gradients, kernels
+from fastattn.cpu import attention as cpu
 
 # the modules that tests share, strategies and tolerances: pytest's importlib mode leaves sys.path alone
 sys.path.insert(0, str(Path(__file__).parent))
@@ -37,6 +41,19 @@ def backend(request: pytest.FixtureRequest) -> str:
 def attention(backend: str) -> Callable[..., Any]:
     """Return `fastattn.attention` on each backend in turn."""
     return partial(fastattn.attention, backend=backend)
+
+
+@pytest.fixture
+def sixteen_lanes(monkeypatch: pytest.MonkeyPatch) -> isa.Isa:
+    """Have calls use the lanes, tile and blocks of AVX-512, in whatever vectors this machine has; return the row."""
+    here = isa.host()
+    wide = next(row for row in isa.TABLE if row.name == "avx512")
+    row = replace(wide, name="wide", cpu=here.cpu, needs=here.needs, scalef=here.scalef)
+    for module in (cpu, gradients, additive_gradients, kernels):
+        monkeypatch.setattr(module, "host", lambda: row)
+    for module, plans in ((api, "_prepared"), (additive, "_prepared"), (cpu, "_prepared"), (gradients, "_plans")):
+        monkeypatch.setattr(module, plans, {})
+    return row
 
 
 @pytest.fixture(scope="session")

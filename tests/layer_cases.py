@@ -1,4 +1,4 @@
-"""What the tests of layers' backward passes share: layers with inputs, and what gradients are held to."""
+"""What tests of layers share: masks for PyTorch's layer and ours, inputs, and what gradients are held to."""
 
 from __future__ import annotations
 
@@ -21,6 +21,33 @@ def check(found: Any, exact: Any, dtype: Any = np.float64) -> None:
     found, exact = tuple(found), tuple(exact)
     assert [one.shape for one in found] == [one.shape for one in exact]
     check_promise(found, exact, dtype)
+
+
+def torch_masks(
+    rng: np.random.Generator, mask: str | None, batch: int, heads: int, queries: int, keys: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the arguments that say a mask to `MultiHeadAttention`, and the same for PyTorch's layer."""
+    import torch
+
+    ours: dict[str, Any] = {}
+    their: dict[str, Any] = {}
+    visible = rng.random((queries, keys)) < 0.6
+    visible[:, 0] = True
+    padding = np.arange(keys) < np.array([keys, 3, 5])[:, None]
+    if mask in ("bool", "both"):
+        ours["attn_mask"], their["attn_mask"] = visible, torch.from_numpy(~visible)
+    if mask == "float":
+        ours["attn_mask"] = added = rng.standard_normal((queries, keys))
+        their["attn_mask"] = torch.from_numpy(added)
+    if mask == "heads":
+        ours["attn_mask"] = added = rng.standard_normal((batch, heads, queries, keys))
+        their["attn_mask"] = torch.from_numpy(added.reshape(batch * heads, queries, keys))
+    if mask in ("padding", "both"):
+        ours["key_mask"], their["key_padding_mask"] = padding, torch.from_numpy(~padding)
+    if mask == "causal":
+        ours["is_causal"] = True
+        their["attn_mask"] = torch.from_numpy(~np.tri(queries, keys, dtype=bool))
+    return ours, their
 
 
 def everything(results: Any) -> list[Array]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -30,8 +29,7 @@ from strategies import (
 )
 
 import fastattn
-from fastattn import BahdanauAttention, additive, additive_attention, isa, reference
-from fastattn.cpu import attention as cpu
+from fastattn import BahdanauAttention, additive_attention, isa, reference
 from fastattn.cpu import catalogue, kernels, plan, pool
 from fastattn.problem import describe_additive
 
@@ -368,16 +366,9 @@ def test_rows_that_do_not_run_here_compile(row: isa.Isa) -> None:
 
 
 @pytest.mark.slow
-def test_sixteen_lanes_on_any_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    here = isa.host()
-    wide = next(row for row in isa.TABLE if row.name == "avx512")
-    row = replace(wide, name="wide", cpu=here.cpu, needs=here.needs, scalef=here.scalef)
-    for module in (cpu, kernels):
-        monkeypatch.setattr(module, "host", lambda: row)
-    for module in (additive, cpu):
-        monkeypatch.setattr(module, "_prepared", {})
+def test_sixteen_lanes_on_any_machine(sixteen_lanes: isa.Isa) -> None:
     assert check_calls((np.float32,)) == 12
-    assert any(name.startswith("additive") and loaded is row for name, loaded in kernels._loaded)
+    assert any(name.startswith("additive") and loaded is sixteen_lanes for name, loaded in kernels._loaded)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])

@@ -6,7 +6,6 @@ import contextlib
 import re
 import tracemalloc
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,9 +18,8 @@ from strategies import SEEDS, Call, causal, laid_out, layouts, numbers, random_m
 from test_additive import ANY_DTYPE, additive_calls, inputs
 
 import fastattn
-from fastattn import additive, additive_attention, additive_attention_backward, isa, reference
+from fastattn import additive_attention, additive_attention_backward, isa, reference
 from fastattn.cpu import additive_gradients, catalogue, kernels, pool
-from fastattn.cpu import attention as cpu
 from fastattn.gradients import describe_upstream, folded
 from fastattn.problem import as_additive_operands, describe_additive
 from fastattn.reference.backward import differentiate
@@ -446,16 +444,9 @@ def test_rows_that_do_not_run_here_compile(row: isa.Isa) -> None:
 
 
 @pytest.mark.slow
-def test_sixteen_lanes_on_any_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    here = isa.host()
-    wide = next(row for row in isa.TABLE if row.name == "avx512")
-    row = replace(wide, name="wide", cpu=here.cpu, needs=here.needs, scalef=here.scalef)
-    for module in (additive_gradients, cpu, kernels):
-        monkeypatch.setattr(module, "host", lambda: row)
-    for module in (additive, cpu):
-        monkeypatch.setattr(module, "_prepared", {})
+def test_sixteen_lanes_on_any_machine(sixteen_lanes: isa.Isa) -> None:
     assert check_calls((np.float32,)) == 12
-    assert any(name.startswith("additive_backward") and loaded is row for name, loaded in kernels._loaded)
+    assert any(name.startswith("additive_backward") and loaded is sixteen_lanes for name, loaded in kernels._loaded)
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------

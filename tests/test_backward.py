@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from strategies import LAYOUTS, Call, calls, laid_out, numbers, random_mask
 
 import fastattn
-from fastattn import reference
+from fastattn import isa, reference
 from fastattn.cpu import gradients as cpu
+from fastattn.cpu import kernels
 
 Array = np.ndarray[Any, Any]
 Arrays = tuple[Array, ...]
@@ -345,6 +346,21 @@ def test_the_same_bits_in_any_layout(call: Call, names: tuple[str, ...]) -> None
     found = gradients(*moved, **call.options)
     assert all(gradient.flags.c_contiguous for gradient in found)
     same_bits(found, gradients(grad_out, *call.args, **call.options))
+
+
+@pytest.mark.slow
+def test_sixteen_lanes_on_any_machine(sixteen_lanes: isa.Isa) -> None:
+    shapes = [(2, 3, 150, 40), (2, 3, 150, 40), (2, 3, 200, 40), (2, 3, 200, 40), (3, 1, 200)]
+    grad_out, query, key, value, mask = inputs(*shapes, dtype=np.float32)
+    for options in ({}, {"is_causal": True}, {"attn_mask": mask, "grad_mask": True, "is_causal": True}):
+        attn_mask = options.get("attn_mask")
+        own = {name: option for name, option in options.items() if name != "attn_mask"}
+        found = gradients(grad_out, query, key, value, attn_mask, **own)
+        own.pop("grad_mask", None)
+        wanted = tolerances.expected_gradients(grad_out, query, key, value, attn_mask, **own)
+        tolerances.check_gradients(found, (query, key, value, attn_mask), *wanted)
+    loaded = {name.partition("-")[0] for name, row in kernels._loaded if row is sixteen_lanes}
+    assert {"backward", "backward_masked", "mask_gradient"} <= loaded
 
 
 # -- arguments ---------------------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import re
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -13,8 +12,7 @@ import numpy as np
 import processes
 import pytest
 
-from fastattn import api, build, isa, machine
-from fastattn.cpu import attention as cpu
+from fastattn import build, isa, machine
 from fastattn.cpu import catalogue, kernels, pool
 
 ROWS = {row.name: row for row in isa.TABLE}
@@ -177,18 +175,12 @@ def test_the_micro_kernel_stays_in_registers(name: str) -> None:
 # -- the results -------------------------------------------------------------------------------------------------------
 
 
-def test_sixteen_lanes_on_any_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sixteen_lanes_on_any_machine(monkeypatch: pytest.MonkeyPatch, sixteen_lanes: isa.Isa) -> None:
     """AVX-512's lanes, tile and blocks, in whatever vectors this machine has."""
-    here = isa.host()
-    row = replace(ROWS["avx512"], name="wide", cpu=here.cpu, needs=here.needs, scalef=here.scalef)
-    monkeypatch.setattr(cpu, "host", lambda: row)
-    monkeypatch.setattr(kernels, "host", lambda: row)
-    monkeypatch.setattr(api, "_prepared", {})
-    monkeypatch.setattr(cpu, "_prepared", {})
     for name in ("WORTH_SHARING", "WORTH_WAKING"):
         monkeypatch.setattr(pool, name, 0)
     assert broad.check((np.float32,)) == 16
-    assert any(loaded is row for _, loaded in kernels._loaded)
+    assert any(loaded is sixteen_lanes for _, loaded in kernels._loaded)
 
 
 @pytest.mark.parametrize("row", [row for row in isa.TABLE if isa.runs_here(row)], ids=lambda row: row.name)

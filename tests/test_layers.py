@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from layer_cases import torch_masks
 from strategies import DTYPES, LAYOUTS, SEEDS, laid_out
 from tolerances import layer_bound
 
@@ -272,24 +273,7 @@ def test_torch_computes_the_same(form: str, options: dict[str, int], mask: str |
     if form not in ("self", "cross"):
         value = rng.standard_normal((batch, keys, layer.vdim))
 
-    ours: dict[str, Any] = {}
-    their: dict[str, Any] = {}
-    visible = rng.random((queries, keys)) < 0.6
-    visible[:, 0] = True
-    padding = np.arange(keys) < np.array([keys, 3, 5])[:, None]
-    if mask in ("bool", "both"):
-        ours["attn_mask"], their["attn_mask"] = visible, torch.from_numpy(~visible)
-    if mask == "float":
-        ours["attn_mask"] = added = rng.standard_normal((queries, keys))
-        their["attn_mask"] = torch.from_numpy(added)
-    if mask == "heads":
-        ours["attn_mask"] = added = rng.standard_normal((batch, heads, queries, keys))
-        their["attn_mask"] = torch.from_numpy(added.reshape(batch * heads, queries, keys))
-    if mask in ("padding", "both"):
-        ours["key_mask"], their["key_padding_mask"] = padding, torch.from_numpy(~padding)
-    if mask == "causal":
-        ours["is_causal"] = True
-        their["attn_mask"] = torch.from_numpy(~np.tri(queries, keys, dtype=bool))
+    ours, their = torch_masks(rng, mask, batch, heads, queries, keys)
 
     arguments = {"self": (query,), "cross": (query, key)}.get(form, (query, key, value))
     out, weights = layer(*arguments, **ours, return_weights=True)

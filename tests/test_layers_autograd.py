@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from layer_cases import ALIGNMENTS, SCORES, check, luong_case, strengthened
+from layer_cases import ALIGNMENTS, SCORES, check, luong_case, strengthened, torch_masks
 
 from fastattn import BahdanauAttention, LuongAttention, MultiHeadAttention
 
@@ -51,24 +51,7 @@ def test_multi_head_attention_of_torch(form: str, options: dict[str, int], mask:
     tensors = [torch.tensor(array, requires_grad=True) for array in inputs]
     query, key, value = (tensors + tensors[-1:] * 2)[:3]
 
-    ours: dict[str, Any] = {}
-    their: dict[str, Any] = {}
-    visible = rng.random((queries, keys)) < 0.6
-    visible[:, 0] = True
-    padding = np.arange(keys) < np.array([keys, 3, 5])[:, None]
-    if mask in ("bool", "both"):
-        ours["attn_mask"], their["attn_mask"] = visible, torch.from_numpy(~visible)
-    if mask == "float":
-        ours["attn_mask"] = added = rng.standard_normal((queries, keys))
-        their["attn_mask"] = torch.from_numpy(added)
-    if mask == "heads":
-        ours["attn_mask"] = added = rng.standard_normal((batch, heads, queries, keys))
-        their["attn_mask"] = torch.from_numpy(added.reshape(batch * heads, queries, keys))
-    if mask in ("padding", "both"):
-        ours["key_mask"], their["key_padding_mask"] = padding, torch.from_numpy(~padding)
-    if mask == "causal":
-        ours["is_causal"] = True
-        their["attn_mask"] = torch.from_numpy(~np.tri(queries, keys, dtype=bool))
+    ours, their = torch_masks(rng, mask, batch, heads, queries, keys)
 
     grad_out = rng.standard_normal((batch, queries, embed))
     theirs(query, key, value, **their)[0].backward(torch.from_numpy(grad_out))

@@ -402,6 +402,23 @@ assert len(pool._pool.beds) == 2
 def is_right():
     return np.array_equal(fastattn.attention(query, key, value), wanted)
 
+def after_ctrl_c(call):
+    "How long a call went on after Ctrl-C, in a list; an empty one if it had ended before."
+    def interrupt():
+        global sent
+        time.sleep(0.4)
+        sent = time.perf_counter()
+        os.kill(os.getpid(), signal.SIGINT)
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    waits = []
+    try:
+        call()
+    except KeyboardInterrupt:
+        waits.append(time.perf_counter() - sent)
+    thread.join()
+    return waits
+
 def in_child():
     pid = os.fork()
     if not pid:
@@ -501,18 +518,7 @@ out = np.full((1, 2, 60000, 64), np.nan, np.float32)
 waits = []
 for threads in (2, 1, 3, 2):
     fastattn.set_num_threads(threads)
-    def interrupt():
-        global sent
-        time.sleep(0.4)
-        sent = time.perf_counter()
-        os.kill(os.getpid(), signal.SIGINT)
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    try:
-        fastattn.attention(*long, out=out)
-    except KeyboardInterrupt:
-        waits.append(time.perf_counter() - sent)
-    thread.join()
+    waits += after_ctrl_c(lambda: fastattn.attention(*long, out=out))
     assert is_right()
     time.sleep(0.01)
 rows = ~np.isnan(out).all(axis=-1)
@@ -541,18 +547,7 @@ grads = fastattn.attention_backward(out, out=out, lse=sums, **forward)
 waits = []
 for threads in (2, 1, 3, 2):
     fastattn.set_num_threads(threads)
-    def interrupt():
-        global sent
-        time.sleep(0.4)
-        sent = time.perf_counter()
-        os.kill(os.getpid(), signal.SIGINT)
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    try:
-        fastattn.attention_backward(long[3], *long[:3], long[3], lse)
-    except KeyboardInterrupt:
-        waits.append(time.perf_counter() - sent)
-    thread.join()
+    waits += after_ctrl_c(lambda: fastattn.attention_backward(long[3], *long[:3], long[3], lse))
     again = fastattn.attention_backward(out, out=out, lse=sums, **forward)
     assert all(np.array_equal(*pair) for pair in zip(grads, again))
 print(len(waits), min(waits))

@@ -349,12 +349,12 @@ def distant_lanes(tile, length, raw, q_raw, weights):
 
 
 @jit
-def add_lanes(tile, at, start):
-    """start + the sum of a vector in memory."""
+def sum_of(tile, at):
+    """The sum of a vector in memory."""
     total = load_element(tile, at)
     for i in range(1, tile.lanes):
         total += load_element(tile, at + i * tile.itemsize)
-    return start + total
+    return total
 
 
 @jit
@@ -385,7 +385,7 @@ def score_few(tile, plan, q, keys, first, count, start, scores, best):
                 acc = near_lanes(tile.quad, plan.head_dim, exps, row_bytes, q + query, factors, sums)
                 tile_store(acc, lanes_at, tile.vector_bytes)
                 for r in range(quad):
-                    total = add_lanes(tile, lanes_at + r * tile.vector_bytes, initial)
+                    total = initial + sum_of(tile, lanes_at + r * tile.vector_bytes)
                     store_element(tile, place + r * tile.row_bytes, total)
                 continue
             for r in range(height):
@@ -395,7 +395,7 @@ def score_few(tile, plan, q, keys, first, count, start, scores, best):
                 else:
                     one = distant_lanes(tile, length, raws + offset, q_raws + query, weights)
                 tile_store(one, lanes_at, 0)
-                store_element(tile, place + r * tile.row_bytes, add_lanes(tile, lanes_at, initial))
+                store_element(tile, place + r * tile.row_bytes, initial + sum_of(tile, lanes_at))
         largest += quad * tile.itemsize
         raws += quad * row_bytes
         exps += quad * row_bytes

@@ -20,7 +20,7 @@ all are.
 """
 
 from fastattn.cpu import tasks
-from fastattn.cpu.additive import copy_row, load_rows, padded
+from fastattn.cpu.additive import copy_row, load_rows, padded, sum_of
 from fastattn.cpu.additive_terms import differentiate_vector, places_view
 from fastattn.cpu.forward import clear, visible_keys
 from fastattn.cpu.layout import ADDITIVE_BACKWARD, ADDITIVE_PLACES, QUERY_NUMBERS
@@ -146,15 +146,6 @@ def load_upstream(tile, plan, places, grad_out, out, lse, present):
         out += plan.value_dim * tile.itemsize
         rows += row_bytes
         numbers += QUERY_NUMBERS * tile.itemsize
-
-
-@jit
-def sum_of(tile, at):
-    """The sum of a vector in memory."""
-    total = load_element(tile, at)
-    for lane in range(1, tile.lanes):
-        total += load_element(tile, at + lane * tile.itemsize)
-    return total
 
 
 @jit

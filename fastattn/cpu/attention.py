@@ -7,7 +7,7 @@ import ctypes
 import threading
 from collections.abc import Iterator
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from fastattn.isa import host
 from fastattn.problem import Operands, Problem
 
 Array = NDArray[Any]
+T = TypeVar("T")
 
 OBJECT_HEADER = object.__basicsize__
 REMEMBERED = 1024  # plans
@@ -83,7 +84,7 @@ def prepare(problem: Problem, operands: Operands, out: Array, threads: int, addi
     return prepared
 
 
-def remember(plans: dict[Any, Prepared], key: Any, prepared: Prepared) -> None:
+def remember(plans: dict[Any, T], key: Any, prepared: T) -> None:
     """Keep a plan for calls that agree in `key`; with too many of them, only this one."""
     if len(plans) >= REMEMBERED:
         plans.clear()

@@ -31,14 +31,15 @@ from fastattn.cpu.pack import pack_queries
 from fastattn.cpu.panels import (
     add_across,
     add_along,
+    are_finite,
     clean_panels,
+    clear_row,
     pack_panels,
     product_along,
     unpack_panels,
 )
 from fastattn.cpu.softmax import MINUS_INFINITY, exp2
 from fastattn.simd import (
-    all_zero,
     jit,
     load_element,
     load_i64,
@@ -95,21 +96,6 @@ def wait_for(ticket, turn):
 
 
 # -- a block of queries ------------------------------------------------------------------------------------------------
-
-
-@jit
-def are_finite(tile, panels, panel, count, features):
-    """Whether rows in panels hold neither NaN nor infinity."""
-    sums = tile_fill(tile, 0.0)
-    rest = tile_fill(tile.single, 0.0)
-    whole = (count - count % tile.rows) * tile.row_bytes
-    for _ in range(0, features, tile.width):
-        for offset in range(0, whole, tile.rows * tile.row_bytes):
-            sums = sums + tile_load(tile, panels + offset, tile.row_bytes) * 0.0
-        for offset in range(whole, count * tile.row_bytes, tile.row_bytes):
-            rest = rest + tile_load(tile.single, panels + offset, 0) * 0.0
-        panels += panel
-    return all_zero(sums + rest)
 
 
 @jit
@@ -198,14 +184,6 @@ def load_rows(tile, plan, query, grad_out, lse, present, full, scratch):
                 clear_row(tile, queries, panel, i, plan.head_dim)
                 clear_row(tile, grads, panel, i, plan.value_dim)
     return finite
-
-
-@jit
-def clear_row(tile, panels, panel, i, features):
-    """Set a row in panels to 0."""
-    for _ in range(0, features, tile.width):
-        tile_store(tile_fill(tile.single, 0.0), panels + i * tile.row_bytes, 0)
-        panels += panel
 
 
 @jit

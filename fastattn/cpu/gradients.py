@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from fastattn.cpu import pool
-from fastattn.cpu.attention import REMEMBERED, scratch_memory
+from fastattn.cpu.attention import remember, scratch_memory
 from fastattn.cpu.kernels import kernel_name, library
 from fastattn.cpu.layout import GRADIENT_ARRAYS, GRADIENT_AXIS, GRADIENT_CALL, GRADIENT_PARTS, GRADIENT_PLAN
 from fastattn.cpu.plan import LOG2_E, TASK_FLOPS, TASKS_PER_THREAD, Tile, aligned, mask_kind
@@ -141,9 +141,7 @@ def _planned(make: Callable[..., GradientPlan], problem: Problem, arrays: Arrays
     plan = _plans.get(key)
     if plan is None:
         plan = make(problem, arrays, own, host(), threads)
-        if len(_plans) >= REMEMBERED:
-            _plans.clear()
-        _plans[key] = plan
+        remember(_plans, key, plan)
     return plan
 
 
@@ -160,7 +158,8 @@ def _by_keys(problem: Problem, arrays: Arrays, own: list[int], row: Isa, threads
     block_flops = plan.flops / max(1, outer * inner * blocks * int(fields["query_blocks"]))
     query_blocks = int(fields["query_blocks"])
     part = max(1, min(query_blocks, int(TASK_FLOPS / max(1.0, group * block_flops))))
-    return _split(plan, problem, group=group, groups=-(-blocks // group), part=part, parts=-(-query_blocks // part))
+    groups, parts = -(-blocks // group), -(-query_blocks // part)
+    return _split(plan, problem, outer * inner, group=group, groups=groups, part=part, parts=parts)
 
 
 def _by_rectangles(problem: Problem, arrays: Arrays, own: list[int], row: Isa, threads: int) -> GradientPlan:
@@ -169,8 +168,8 @@ def _by_rectangles(problem: Problem, arrays: Arrays, own: list[int], row: Isa, t
     fields = plan.fields
     groups = int(fields["blocks"]) if fields["mask_keys"] > 1 else 1
     parts = int(fields["query_blocks"]) if fields["mask_queries"] > 1 else 1
-    smaller = replace(_split(plan, problem, group=1, groups=groups, part=1, parts=parts), flops=plan.flops / 2.5)
-    return replace(smaller, tasks=int(fields["outer"]) * groups * parts)
+    heads = int(fields["outer"])  # a task goes through those that share the mask
+    return _split(replace(plan, flops=plan.flops / 2.5), problem, heads, group=1, groups=groups, part=1, parts=parts)
 
 
 def _panels(tile: Tile, features: int) -> int:
@@ -234,8 +233,10 @@ def _plan(problem: Problem, arrays: Arrays, own: list[int], row: Isa) -> Gradien
     return GradientPlan(tile, record, fields, query_blocks, groups=0, tasks=0, flops=flops, scratch_bytes=0)
 
 
-def _split(plan: GradientPlan, problem: Problem, group: int, groups: int, part: int, parts: int) -> GradientPlan:
-    """Split the work into tasks, and lay out the working memory of one."""
+def _split(
+    plan: GradientPlan, problem: Problem, heads: int, *, group: int, groups: int, part: int, parts: int
+) -> GradientPlan:
+    """Split the work of so many heads into tasks, and lay out the working memory of one."""
     tile, fields = plan.tile, plan.fields
     row_bytes = tile.width * tile.itemsize
     query_block = int(fields["query_block"])
@@ -267,5 +268,4 @@ def _split(plan: GradientPlan, problem: Problem, group: int, groups: int, part: 
         at += aligned(sizes[name])
     fields["group"], fields["groups"], fields["part"], fields["parts"] = group, groups, part, parts
     fields["panel"], fields["query_panel"], fields["score_panel"] = panel, query_panel, score_panel
-    tasks = int(fields["outer"]) * int(fields["inner"]) * groups * parts
-    return replace(plan, groups=groups, tasks=tasks, scratch_bytes=at)
+    return replace(plan, groups=groups, tasks=heads * groups * parts, scratch_bytes=at)

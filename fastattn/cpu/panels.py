@@ -11,20 +11,21 @@ be any of the three in c += a · b: c and b as they are, and a, of which single 
     across    c[m][n] += Σ_k a[k][m] · b[k][n]        k runs across them: a's transpose is multiplied
 """
 
+from fastattn.cpu.masks import INFINITY
 from fastattn.simd import (
     absolute,
+    all_zero,
     inline,
     jit,
     load_element,
     store_element,
+    tile_fill,
     tile_load,
     tile_rank1,
     tile_repeat,
     tile_store,
     where_greater,
 )
-
-INFINITY = float("inf")
 
 
 @inline
@@ -176,3 +177,26 @@ def clean_panels(tile, target, target_panel, source, source_panel, count, featur
             tile_store(where_greater(INFINITY, absolute(x), x, 0.0) * factor, target + offset, 0)
         source += source_panel
         target += target_panel
+
+
+@jit
+def are_finite(tile, panels, panel, count, features):
+    """Whether rows in panels hold neither NaN nor infinity."""
+    sums = tile_fill(tile, 0.0)
+    rest = tile_fill(tile.single, 0.0)
+    whole = (count - count % tile.rows) * tile.row_bytes
+    for _ in range(0, features, tile.width):
+        for offset in range(0, whole, tile.rows * tile.row_bytes):
+            sums = sums + tile_load(tile, panels + offset, tile.row_bytes) * 0.0
+        for offset in range(whole, count * tile.row_bytes, tile.row_bytes):
+            rest = rest + tile_load(tile.single, panels + offset, 0) * 0.0
+        panels += panel
+    return all_zero(sums + rest)
+
+
+@jit
+def clear_row(tile, panels, panel, i, features):
+    """Set a row in panels to 0."""
+    for _ in range(0, features, tile.width):
+        tile_store(tile_fill(tile.single, 0.0), panels + i * tile.row_bytes, 0)
+        panels += panel

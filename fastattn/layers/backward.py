@@ -15,19 +15,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fastattn.gradients import gradient_dtype
-from fastattn.problem import Array, Shape, _said, as_upstream
+from fastattn.gradients import own_dtype
+from fastattn.problem import Array, _said
 
 __all__ = [
     "Saved",
     "as_arguments",
-    "as_gradient",
     "bias_gradient",
     "delivered",
     "given_arguments",
     "joined",
     "recalled",
-    "summed_to",
     "times",
     "weight_gradient",
 ]
@@ -122,22 +120,6 @@ def recalled(layer: object, inputs: object, **options: object) -> Any:
     return inputs
 
 
-def as_gradient(name: str, given: ArrayLike, dtype: np.dtype[Any], shape: Shape) -> Array:
-    """Return an array, in the dtype of the call, of the gradient that arrives at a backward pass.
-
-    Raises
-    ------
-    TypeError
-        If its dtype has no meaning here.
-    ValueError
-        If it has not the shape of the result.
-    """
-    gradient = as_upstream(name, given, dtype)
-    if gradient.shape != shape:
-        raise ValueError(f"{name}: shape {gradient.shape}; expected {shape}, the shape of the result")
-    return gradient
-
-
 def weight_gradient(grad: Array, x: Array) -> Array:
     """Return the gradient of the matrix, shape (m, n), of ``linear(x, matrix)``.
 
@@ -171,17 +153,6 @@ def joined(gradients: list[Array]) -> Array:
     return gradients[0] if len(gradients) == 1 else np.concatenate(gradients)
 
 
-def summed_to(gradient: Array, shape: Shape) -> Array:
-    """Sum a gradient over the axes along which an array of `shape` was broadcast."""
-    extra = gradient.ndim - len(shape)
-    axes = tuple(i for i, n in enumerate(gradient.shape) if i < extra or (shape[i - extra] == 1 != n))
-    if not axes:
-        return gradient
-    with np.errstate(all="ignore"):
-        sums: Array = gradient.sum(axis=axes).reshape(shape)
-    return sums
-
-
 def times(gradient: Array, derivative: Array) -> Array:
     """Return their product, where a gradient of 0 stays 0 whatever the derivative is."""
     return np.where(gradient == 0, 0, gradient * derivative)
@@ -189,8 +160,7 @@ def times(gradient: Array, derivative: Array) -> Array:
 
 def delivered(gradients: Iterable[Array | None], inputs: Iterable[ArrayLike | None]) -> tuple[Array | None, ...]:
     """Return gradients, each in the dtype of the input that it belongs to."""
-    with np.errstate(all="ignore"):
-        return tuple(
-            None if own is None or given is None else own.astype(gradient_dtype(given, own.dtype), copy=False)
-            for own, given in zip(gradients, inputs, strict=True)
-        )
+    return tuple(
+        None if own is None or given is None else own_dtype(own, given, own.dtype)
+        for own, given in zip(gradients, inputs, strict=True)
+    )

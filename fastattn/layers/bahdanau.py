@@ -14,7 +14,6 @@ from fastattn.backward import additive_attention_backward
 from fastattn.layers.backward import (
     Saved,
     as_arguments,
-    as_gradient,
     bias_gradient,
     delivered,
     given_arguments,
@@ -22,7 +21,7 @@ from fastattn.layers.backward import (
     weight_gradient,
 )
 from fastattn.layers.base import Layer, as_inputs, check_size, common_batch, linear
-from fastattn.problem import Array, Shape, check_flag
+from fastattn.problem import Array, Shape, as_upstream, check_flag
 
 __all__ = ["BahdanauAttention"]
 
@@ -189,7 +188,7 @@ class BahdanauAttention(Layer):
         """
         (key,) = as_arguments(inputs, ("key",), 1)
         array = self._as_keys(key)
-        grad = as_gradient("grad_projected", grad_projected, array.dtype, (*array.shape[:-1], self.hidden_dim))
+        grad = as_upstream("grad_projected", grad_projected, array.dtype, (*array.shape[:-1], self.hidden_dim))
         grad_weight = weight_gradient(grad, array).astype(self.dtype, copy=False)
         return delivered([linear(grad, self.key_weight.T)], inputs), {"key_weight": grad_weight}
 
@@ -316,7 +315,7 @@ class BahdanauAttention(Layer):
         saved: _Attended | None = recalled(self, inputs, attn_mask=attn_mask, projected_keys=projected_keys)
         if saved is None:
             saved = self._attend(as_arguments(inputs, ("query", "key", "value"), 2), attn_mask, projected_keys, False)
-        grad = as_gradient("grad_out", grad_out, saved.out.dtype, saved.out.shape)
+        grad = as_upstream("grad_out", grad_out, saved.out.dtype, saved.out.shape)
         grad_state, grad_hidden, grad_value, grad_weight = additive_attention_backward(
             grad,
             saved.state,

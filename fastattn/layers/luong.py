@@ -8,14 +8,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+from fastattn.gradients import summed_to
 from fastattn.layers.backward import (
     Saved,
     as_arguments,
-    as_gradient,
     delivered,
     given_arguments,
     recalled,
-    summed_to,
     times,
     weight_gradient,
 )
@@ -30,7 +29,7 @@ from fastattn.layers.windows import (
     lost_queries,
     windows_backward,
 )
-from fastattn.problem import FLOAT64, MAX_RANK, Array, Shape, check_flag
+from fastattn.problem import FLOAT64, MAX_RANK, Array, Shape, as_upstream, check_flag
 
 __all__ = ["LuongAttention"]
 
@@ -307,7 +306,7 @@ class LuongAttention(Layer):
         if saved is None:
             given = as_arguments(inputs, ("query", "key", "value"), 2)
             saved = self._attend(given, attn_mask, key_lengths, positions, False)
-        grad = as_gradient("grad_out", grad_out, saved.out.dtype, saved.out.shape)
+        grad = as_upstream("grad_out", grad_out, saved.out.dtype, saved.out.shape)
         score = self._score()
         gradients: dict[str, Array] = {}
         if saved.windows is None:
@@ -379,8 +378,8 @@ class LuongAttention(Layer):
         context, query = as_arguments(inputs, ("context", "query"), 2)
         c, h, rows = self._as_combined(context, query)
         shape = (*rows, self.hidden_dim)
-        grad = as_gradient("grad_state", grad_state, c.dtype, shape)
-        known = self.attentional(context, query) if state is None else as_gradient("state", state, c.dtype, shape)
+        grad = as_upstream("grad_state", grad_state, c.dtype, shape)
+        known = self.attentional(context, query) if state is None else as_upstream("state", state, c.dtype, shape)
         inside = times(grad, 1 - known * known)
         grads, weights, of_context = [], [], self.value_dim
         for array, weight in ((c, self.combine_weight[:, :of_context]), (h, self.combine_weight[:, of_context:])):

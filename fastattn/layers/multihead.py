@@ -14,7 +14,6 @@ from fastattn.backward import attention_backward
 from fastattn.layers.backward import (
     Saved,
     as_arguments,
-    as_gradient,
     bias_gradient,
     delivered,
     given_arguments,
@@ -24,7 +23,7 @@ from fastattn.layers.backward import (
 )
 from fastattn.layers.base import Layer, as_inputs, check_size, common_batch, linear
 from fastattn.layers.masks import as_key_mask, as_mask, combine, per_head
-from fastattn.problem import Array, Shape, check_flag
+from fastattn.problem import Array, Shape, as_upstream, check_flag
 
 __all__ = ["MultiHeadAttention"]
 
@@ -305,7 +304,7 @@ class MultiHeadAttention(Layer):
                 as_arguments(inputs, ("query", "key", "value"), 1), attn_mask, key_mask, is_causal, False
             )
         context = saved.context.reshape(*saved.context.shape[:-2], self.embed_dim)
-        grad = as_gradient("grad_out", grad_out, context.dtype, context.shape)
+        grad = as_upstream("grad_out", grad_out, context.dtype, context.shape)
         gradients: dict[str, Array] = {}
         gradients["out_proj.weight"] = weight_gradient(grad, context)
         if self.bias:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastattn.gradients import Upstream, as_given, describe_upstream, gradient_dtype, seed_of_forward, wants_mask
+from fastattn.gradients import Upstream, as_given, describe_upstream, own_dtype, seed_of_forward, wants_mask
 from fastattn.problem import (
     Operands,
     Problem,
@@ -89,12 +89,8 @@ def attention_backward(
     upstream = describe_upstream(problem, grad_out, out, lse, grad_lse)
     with_mask = wants_mask(grad_mask, arrays[3])
     gradients = differentiate(problem, operands, upstream, seed_of_forward(rng, problem))
-    given = [(query, False), (key, True), (value, True)]
-    found = [gradients.query, gradients.key, gradients.value]
-    if with_mask and attn_mask is not None:
-        given.append((attn_mask, False))
-        found.append(gradients.scores)
-    return tuple(as_given(g, argument, problem, shared) for g, (argument, shared) in zip(found, given, strict=True))
+    found = (gradients.query, gradients.key, gradients.value, gradients.scores if with_mask else None)
+    return as_given(problem, found, (query, key, value, attn_mask))
 
 
 def additive_attention_backward(
@@ -125,12 +121,9 @@ def additive_attention_backward(
     problem, operands = describe_additive(*arrays, is_causal)
     upstream = describe_upstream(problem, grad_out, out, lse)
     gradients = differentiate(problem, operands, upstream, weight=arrays[3])
-    given = [(query, False), (key, True), (value, True)]
-    found = [gradients.query, gradients.key, gradients.value]
-    results = [as_given(g, argument, problem, shared) for g, (argument, shared) in zip(found, given, strict=True)]
     assert gradients.weight is not None
-    with np.errstate(all="ignore"):
-        return (*results, gradients.weight.astype(gradient_dtype(weight, problem.dtype)))
+    found = (gradients.query, gradients.key, gradients.value)
+    return (*as_given(problem, found, (query, key, value)), own_dtype(gradients.weight, weight, problem.dtype))
 
 
 @np.errstate(all="ignore")
