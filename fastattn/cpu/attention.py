@@ -23,6 +23,7 @@ Array = NDArray[Any]
 T = TypeVar("T")
 
 OBJECT_HEADER = object.__basicsize__
+TUPLE_HEADER = tuple.__basicsize__
 REMEMBERED = 1024  # plans
 _memory = threading.local()
 
@@ -48,17 +49,26 @@ def scratch_memory(size: int) -> Iterator[int]:
 
 @cache
 def _objects_are_as_expected() -> bool:
-    """Whether an array's address stands behind the object's header, as NumPy's C API has it."""
-    array = np.zeros(3)[1:]
-    return ctypes.c_size_t.from_address(id(array) + OBJECT_HEADER).value == array.ctypes.data
+    """Whether an array's address stands behind the object's header, and a tuple's items behind its own.
 
-
-def _place(array: Array | None) -> int:
-    """Where an array's address stands in memory, for compiled code to read; 0 for None.
-
-    Asking an array for its address takes longer than computing a small call, so this is the place in the object itself.
+    Compiled code reads them there. Asking an array for its address takes longer than computing a small call.
     """
-    return 0 if array is None else id(array) + OBJECT_HEADER
+    array = np.zeros(3)[1:]
+    arrays = (array, None)
+    return (
+        ctypes.c_size_t.from_address(id(array) + OBJECT_HEADER).value == array.ctypes.data
+        and ctypes.c_size_t.from_address(id(arrays) + TUPLE_HEADER).value == id(array)
+        and ctypes.c_size_t.from_address(id(arrays) + TUPLE_HEADER + 8).value == id(None)
+    )
+
+
+def _objects(arrays: tuple[Array | None, ...]) -> Array:
+    """The same for where they do not: memory that looks to compiled code like a tuple's items, and like arrays."""
+    memory = np.zeros(2 * len(arrays), np.uint64)
+    for i, array in enumerate(arrays):
+        memory[i] = id(None) if array is None else memory.ctypes.data + 8 * (len(arrays) + i) - OBJECT_HEADER
+        memory[len(arrays) + i] = 0 if array is None else array.ctypes.data
+    return memory
 
 
 _prepared: dict[Any, Prepared] = {}
@@ -133,28 +143,19 @@ def run(
     """Run a plan's tasks, on arrays whose addresses are those of the operands that it was made for."""
     if not plan.tasks:
         return
-    places: Any = (
-        id(query) + OBJECT_HEADER,
-        id(key) + OBJECT_HEADER,
-        _place(value),
-        _place(mask),
-        _place(out),
-        _place(lse),
-        _place(weights),
-        _place(weight),
-    )
+    arrays = (query, key, value, mask, out, lse, weights, weight)
+    objects = id(arrays) + TUPLE_HEADER
     if not _objects_are_as_expected():
-        arrays = (query, key, value, mask, out, lse, weights, weight)
-        cells = np.array([0 if array is None else array.ctypes.data for array in arrays], np.uint64)
-        places = cells.ctypes.data + 8 * np.arange(len(arrays))
+        memory = _objects(arrays)
+        objects = memory.ctypes.data
     if plan.flops < pool.TURN_FLOPS and not (threads > 1 and pool.is_worth_sharing(plan.flops)):
         scratch, _ = _scratch(plan.scratch_bytes)
-        kernels.quick(plan.address, scratch, plan.scratch_bytes, seed, *places)
+        kernels.quick(plan.address, scratch, seed, objects)
     else:
         with scratch_memory(threads * plan.scratch_bytes) as scratch:
             call = np.empty(1, CALL)
             at = call.ctypes.data
-            kernels.fill(at, plan.address, scratch, plan.scratch_bytes, seed, *places)
+            kernels.fill(at, plan.address, scratch, seed, objects)
             pool.run(kernels, at, plan.tasks, plan.flops, threads)
     if threads > 1:
         pool.note_call()

@@ -40,6 +40,44 @@ from fastattn.simd import (
 
 LINE = 64  # bytes of a cache line
 LN_2 = 0.6931471805599453
+NOTHING = (0, 0, 0, 0, 0, 0, 0)  # to ask for ahead
+
+
+@jit
+def prefetch_rows(rows, row, count, length):
+    """Ask for `count` rows of `length` bytes."""
+    for j in range(count):
+        for offset in range(0, length, LINE):
+            prefetch(rows + j * row + offset)
+
+
+@jit
+def share_of_rows(first, first_row, first_bytes, second, second_row, second_bytes, count, share, shares):
+    """What is to be asked for of `count` rows of two matrices in one of `shares` parts, for `ask`."""
+    step = (count + shares - 1) // shares
+    begin = min(share * step, count)
+    end = min(begin + step, count)
+    first += begin * first_row
+    second += begin * second_row
+    return first, first_row, first_bytes, second, second_row, second_bytes, end - begin
+
+
+@jit
+def rows_at_once(ahead, count, rows):
+    """How many rows to ask for with each panel of `rows`, of `count` in all."""
+    return (ahead[6] * rows + count - 1) // max(count, 1)
+
+
+@jit
+def ask(ahead, count):
+    """Ask for the next `count` rows; what is left. A few at a time: there is room for no more on the way from memory."""
+    first, first_row, first_bytes, second, second_row, second_bytes, left = ahead
+    count = min(count, left)
+    prefetch_rows(first, first_row, count, first_bytes)
+    prefetch_rows(second, second_row, count, second_bytes)
+    first += count * first_row
+    second += count * second_row
+    return first, first_row, first_bytes, second, second_row, second_bytes, left - count
 
 
 @jit
@@ -63,11 +101,16 @@ def load_keys(tile, plan, target, source, count):
 
 
 @jit
-def score_block(tile, plan, q, key, first, count, start, scores, best):
-    """scores[j][i] = start[i] + key[first + j] · q[i] for `count` keys; the maximum of `best` and of them over j."""
+def score_block(tile, plan, q, key, first, count, start, scores, best, ahead):
+    """scores[j][i] = start[i] + key[first + j] · q[i] for `count` keys; the maximum of `best` and of them over j.
+
+    Meanwhile the rows that `ahead` tells of are asked for.
+    """
     if tile.additive:
+        ask(ahead, ahead[6])
         return additive.score_block(tile, plan, q, key, first, count, start, scores, best)
     features = plan.head_dim
+    at_once = rows_at_once(ahead, count, tile.rows)
     panel, row, column = key_steps(tile, plan)
     key += first // tile.rows * panel
     initial = tile_repeat(tile, start)
@@ -79,6 +122,7 @@ def score_block(tile, plan, q, key, first, count, start, scores, best):
             acc = product(initial, key, row, column, q, tile.row_bytes, features)
         tile_store(acc, scores, tile.row_bytes)
         best = maximum(largest_row(acc), best)
+        ahead = ask(ahead, at_once)
         key += panel
         scores += tile.rows * tile.row_bytes
     for _ in range(whole, count):
@@ -91,9 +135,10 @@ def score_block(tile, plan, q, key, first, count, start, scores, best):
 
 
 @jit
-def add_values(tile, plan, weights, count, value, out):
-    """out[p][i] += Σ_j value[j][p] · weights[j][i]."""
+def add_values(tile, plan, weights, count, value, out, ahead):
+    """out[p][i] += Σ_j value[j][p] · weights[j][i]; meanwhile the rows that `ahead` tells of are asked for."""
     features = plan.value_dim
+    at_once = rows_at_once(ahead, features, tile.rows)
     panel, row, column = value_steps(tile, plan)
     if tile.additive and tile.vectors == 1 and column == tile.itemsize:  # few queries: most lanes would be empty
         done = features - features % (tile.quad.rows * tile.lanes)
@@ -109,6 +154,7 @@ def add_values(tile, plan, weights, count, value, out):
         else:
             acc = product(acc, value, column, row, weights, tile.row_bytes, count)
         tile_store(acc, out, tile.row_bytes)
+        ahead = ask(ahead, at_once)
         value += panel
         out += tile.rows * tile.row_bytes
     for _ in range(whole, features):
@@ -149,7 +195,7 @@ def add_visible_values(tile, plan, weights, count, source, value, mask, present,
         if j < count and are_finite(tile, plan, at, 1):
             continue
         rows = value + start * row
-        add_values(tile, plan, weights + start * tile.row_bytes, j - start, rows, out)
+        add_values(tile, plan, weights + start * tile.row_bytes, j - start, rows, out, NOTHING)
         start = j + 1
         if j == count:
             break
@@ -187,7 +233,7 @@ def visible_keys(tile, plan, first_query, first_key, mask):
 
 
 @jit
-def scores_of(tile, plan, q, m, relative, count, safe, first_query, first_key, key, mask, work):
+def scores_of(tile, plan, q, m, relative, count, safe, first_query, first_key, key, mask, work, ahead):
     """The block of scores of some queries with `count` keys: their place; their maximum over the keys at `work`.
 
     `relative`: less m, from which the sums of products then start.
@@ -197,11 +243,11 @@ def scores_of(tile, plan, q, m, relative, count, safe, first_query, first_key, k
     if relative:
         start = start - tile_load(tile.single, m, 0)
     best = tile_fill(tile.single, MINUS_INFINITY)
-    best = score_block(tile, plan, q, key, 0, safe, start, scores, best)
+    best = score_block(tile, plan, q, key, 0, safe, start, scores, best, ahead)
     if safe < count:
         tile_store(best, work, 0)
         rest = scores + safe * tile.row_bytes
-        score_block(tile, plan, q, key, safe, count - safe, start, rest, best)
+        score_block(tile, plan, q, key, safe, count - safe, start, rest, best, NOTHING)
         present = min(tile.width, plan.queries - first_query)
         position = plan.first_position + first_query
         mask += safe * plan.mask_column
@@ -226,25 +272,6 @@ def finish(tile, plan, m, l, block, out, lse, present):
             for p in range(plan.value_dim):
                 store_element(tile, block + p * tile.row_bytes + i * tile.itemsize, 0.0)
     unpack_rows(tile, block, l, out, plan.out_row, plan.out_column, present, plan.value_dim)
-
-
-@jit
-def prefetch_rows(rows, row, count, length):
-    """Ask for `count` rows of `length` bytes."""
-    for j in range(count):
-        for offset in range(0, length, LINE):
-            prefetch(rows + j * row + offset)
-
-
-@jit
-def prefetch_share(tile, plan, key, value, next_key, end, share, shares):
-    """Ask for one of `shares` equal parts of the keys and values of the block that begins at `next_key`."""
-    count = min(plan.key_block, end - next_key)
-    step = (count + shares - 1) // shares
-    first = next_key + share * step
-    step = min(step, next_key + count - first)
-    prefetch_rows(key + first * plan.key_row, plan.key_row, step, plan.head_dim * tile.itemsize)
-    prefetch_rows(value + first * plan.value_row, plan.value_row, step, plan.value_dim * tile.itemsize)
 
 
 @jit
@@ -286,7 +313,18 @@ def forward_group(tile, call, plan, head, first_block, blocks, scratch):
         last = min(first_query + blocks * tile.width, plan.queries) - 1
         end = min(end, plan.first_position + last + 1)
     # The first keys and values come while the queries are packed: a call after a pause finds nothing in the caches.
-    prefetch_share(tile, plan, key, value, 0, end, 0, 1)
+    key_bytes, value_bytes = plan.head_dim * tile.itemsize, plan.value_dim * tile.itemsize
+    prefetch_rows(key, plan.key_row, min(plan.key_block, end), key_bytes)
+    prefetch_rows(value, plan.value_row, min(plan.key_block, end), value_bytes)
+    # What this thread will want next, if all goes as it should: the same part of another head.
+    then_query = then_key = then_value = then_out = then_count = 0
+    if plan.ahead > 0 and head + plan.ahead < plan.tasks // plan.groups:
+        then_query, then_key, then_value, _, _ = locate(call, plan, head + plan.ahead)
+        then_query += call.query + first_query * plan.query_row
+        then_key += call.key
+        then_value += call.value
+        then_out = out + first_query * plan.out_row
+        then_count = min(blocks * tile.width, plan.queries - first_query)
     for b in range(blocks):
         first = first_query + b * tile.width
         state = scratch + b * state_bytes
@@ -301,6 +339,10 @@ def forward_group(tile, call, plan, head, first_block, blocks, scratch):
         if tile.packed:
             values_at = packed_values
             pack_values(tile, values_at, values, plan.value_row, plan.value_column, count, plan.value_dim, value_panel)
+        next_count = min(plan.key_block, end - first_key - plan.key_block)
+        next_key, next_value = keys + plan.key_block * plan.key_row, values + plan.key_block * plan.value_row
+        if next_count <= 0 and then_query != 0:
+            next_count, next_key, next_value = min(plan.key_block, plan.keys), then_key, then_value
         finite = True
         if plan.causal or (tile.masked and plan.mask_kind != MASK_NONE):
             finite = are_finite(tile, plan, values, count)
@@ -310,14 +352,24 @@ def forward_group(tile, call, plan, head, first_block, blocks, scratch):
             count, safe = visible_keys(tile, plan, first, first_key, masks)
             if count == 0:
                 continue
-            prefetch_share(tile, plan, key, value, first_key + plan.key_block, end, b, blocks)
+            # Asked for meanwhile: a share of the next keys and values; in the end, of what this thread does then, and
+            # where the result will be written.
+            coming = after = NOTHING
+            if next_count > 0:
+                coming = share_of_rows(
+                    next_key, plan.key_row, key_bytes, next_value, plan.value_row, value_bytes, next_count, b, blocks
+                )
+            if then_query != 0 and first_key + plan.key_block >= end:
+                after = share_of_rows(
+                    then_query, plan.query_row, key_bytes, then_out, plan.out_row, value_bytes, then_count, b, blocks
+                )
             if tile.masked and plan.mask_row != 0:
                 below = masks + tile.width * plan.mask_row
                 prefetch_rows(below, plan.mask_row, tile.width, plan.key_block * plan.mask_itemsize)
             q = scratch + b * state_bytes
             block = q + q_bytes
             m = block + out_bytes
-            scores = scores_of(tile, plan, q, m, relative, count, safe, first, first_key, keys_at, masks, work)
+            scores = scores_of(tile, plan, q, m, relative, count, safe, first, first_key, keys_at, masks, work, coming)
             top = tile_load(tile.single, work, 0)
             absorb(tile, scores, count, top, relative, unit, m, m + tile.row_bytes, block, plan.value_dim)
             if tile.masked and plan.drop_below > 0:
@@ -327,7 +379,7 @@ def forward_group(tile, call, plan, head, first_block, blocks, scratch):
                 offset = plan.first_position + first - first_key
                 add_visible_values(tile, plan, scores, count, values, values_at, masks, present, offset, block)
             else:
-                add_values(tile, plan, scores, count, values_at, block)
+                add_values(tile, plan, scores, count, values_at, block, after)
     for b in range(blocks):
         first = first_query + b * tile.width
         block = scratch + b * state_bytes + q_bytes

@@ -19,6 +19,8 @@ from fastattn.isa import Isa
 from fastattn.problem import Operands, Problem
 
 GROUP_BYTES = 512 << 10  # state of the query blocks taken through the keys together, which the packing is shared by
+AHEAD_BYTES = 384 << 10  # of what the next task reads first, at most, to be asked for during a task
+CACHED_BYTES = 1 << 20  # of all queries and keys: where they are no more, they may still be near from the last call
 TASKS_PER_THREAD = 4  # enough to even out, as long as there are blocks to split into
 PACKED_BYTES = 128 << 10  # packed keys and values of a block, at most: the other part of a level-2 cache
 LEAST_KEYS = 32  # in a block, however large they are
@@ -164,6 +166,11 @@ def make_plan(
     plan["axes"] = len(lead)
     plan["heads"] = problem.heads
     plan["key_block"] = key_block
+    features = (problem.head_dim + problem.value_dim) * problem.dtype.itemsize
+    first_read = (group * tile.width + key_block) * features
+    everything = heads * (problem.queries + problem.keys) * features
+    if first_read <= AHEAD_BYTES and everything > CACHED_BYTES:
+        plan["ahead"] = threads
     plan["query_bytes"], plan["key_bytes"] = query_bytes, key_bytes
     plan["blocks"], plan["group"], plan["groups"] = blocks, group, groups
     plan["tasks"] = tasks = heads * groups
@@ -174,6 +181,7 @@ def make_plan(
 
     scores = (WORK_ROWS + key_block) * row_bytes + tile.lanes * tile.lanes * 8
     values = (key_block + tile.rows) * (problem.value_dim + tile.rows) * problem.dtype.itemsize
-    scratch_bytes = aligned(group * state + key_bytes + values + scores)
+    plan["scratch_bytes"] = scratch_bytes = aligned(group * state + key_bytes + values + scores)
+    plan["none"] = id(None)
     flops = heads * blocks * flops_per_block * (0.5 if problem.causal_offset is not None else 1.0)
     return Plan(problem, tile, record, record.ctypes.data, tasks, flops, scratch_bytes)

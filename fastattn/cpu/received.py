@@ -10,7 +10,7 @@ in order, so that each sum has one owner and one order of its terms, and needs n
     received[j] = Σ_i sums[j][i]                     over the lanes, once
 """
 
-from fastattn.cpu.forward import clear, load_keys, scores_of, visible_keys
+from fastattn.cpu.forward import NOTHING, clear, load_keys, scores_of, visible_keys
 from fastattn.cpu.masks import lowest
 from fastattn.cpu.pack import pack_queries
 from fastattn.cpu.softmax import MINUS_INFINITY, exp2
@@ -109,7 +109,7 @@ def receive_group(tile, call, plan, head, first_block, blocks, scratch):
             if count == 0:
                 continue
             at = keys + b * block_bytes
-            scores = scores_of(tile, plan, q, state, False, count, safe, first, first_key, at, masks, work)
+            scores = scores_of(tile, plan, q, state, False, count, safe, first, first_key, at, masks, work, NOTHING)
             if present < tile.width:
                 leave_out(tile, scores, count, present)
             add_weights(tile, scores, count, plan.unit, state, sums + b * plan.key_block * tile.row_bytes)

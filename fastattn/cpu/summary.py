@@ -17,7 +17,7 @@ taken of a weight, and as x is relative to m nothing large is subtracted. m and 
 
 import math
 
-from fastattn.cpu.forward import LN_2, clear, load_keys, scores_of, visible_keys
+from fastattn.cpu.forward import LN_2, NOTHING, clear, load_keys, scores_of, visible_keys
 from fastattn.cpu.layout import SUMMARY
 from fastattn.cpu.pack import pack_queries
 from fastattn.cpu.softmax import MINUS_INFINITY, SLACK, exp2, exponentials
@@ -175,7 +175,7 @@ def summarise_group(tile, call, plan, head, first_block, blocks, scratch):
                 continue
             q = scratch + b * state_bytes
             state = q + q_bytes
-            scores = scores_of(tile, plan, q, state, False, count, safe, first, first_key, keys_at, masks, work)
+            scores = scores_of(tile, plan, q, state, False, count, safe, first, first_key, keys_at, masks, work, NOTHING)
             top = tile_load(tile.single, work, 0)
             if k > 0:
                 start = (row + first) * k
@@ -220,7 +220,7 @@ def weigh_block(tile, call, plan, out, head, first_query, scratch):
         masks = mask + first_key * plan.mask_column
         count, safe = visible_keys(tile, plan, first_query, first_key, masks)
         if count > 0:
-            scores_of(tile, plan, q, q, False, count, safe, first_query, first_key, keys, masks, work)
+            scores_of(tile, plan, q, q, False, count, safe, first_query, first_key, keys, masks, work, NOTHING)
         exponentials(tile, scores, count, m, plan.unit, zero)
         write_weights(tile, plan, scores, count, total, factors, weights, first_key, present)
 

@@ -6,7 +6,7 @@
 out[rows][vectors] stays in registers over the whole sum.
 """
 
-from fastattn.simd import jit, tile_rank1
+from fastattn.simd import inline, jit, tile_rank1
 
 
 @jit
@@ -20,7 +20,7 @@ def product(start, a, a_row, a_column, b, b_row, count):
     return acc
 
 
-@jit
+@inline
 def packed_product(tile, start, a, b, count):
     """The same for a packed panel, a[p][m]: what is next in memory is next in the sum.
 

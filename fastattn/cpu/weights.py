@@ -1,7 +1,7 @@
 """The matrix of attention weights, for those who ask for it: two passes over the keys, the second knows the sums."""
 
 from fastattn.cpu.dropout import drop
-from fastattn.cpu.forward import clear, load_keys, load_queries, scores_of, visible_keys
+from fastattn.cpu.forward import NOTHING, clear, load_keys, load_queries, scores_of, visible_keys
 from fastattn.cpu.pack import unpack_rows
 from fastattn.cpu.softmax import absorb, exponentials
 from fastattn.cpu.tasks import locate
@@ -57,7 +57,7 @@ def weigh_block(tile, call, plan, head, first_query, scratch):
             count, safe = visible_keys(tile, plan, first_query, first_key, masks)
             if count > 0:
                 keys = load_keys(tile, plan, packed_keys, keys, count)
-                scores_of(tile, plan, q, m, False, count, safe, first_query, first_key, keys, masks, work)
+                scores_of(tile, plan, q, m, False, count, safe, first_query, first_key, keys, masks, work, NOTHING)
             if not second:
                 if count > 0:
                     top = tile_load(tile.single, work, 0)
