@@ -50,7 +50,7 @@ def build(name: str, row: Isa, entries: dict[str, int]) -> bytes:
         packed = kind not in IN_PLACE and vectors > 1  # a tall tile is for few queries
         lanes = row.vector_bytes // np.dtype(dtype).itemsize
         masked, additive = kind not in ("forward", "backward"), kind.startswith("additive")
-        tile = TileShape(dtype, lanes, rows, vectors, row.scalef, packed, masked, additive)
+        tile = TileShape(dtype, lanes, rows, vectors, row.scalef, packed, masked, additive, row.reach)
         if kind == "peak":
             functions = {"run": _peak(tile)}
         elif kind in BACKWARD:

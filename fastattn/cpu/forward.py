@@ -37,8 +37,8 @@ from fastattn.simd import (
     tile_repeat,
     tile_store,
 )
+from fastattn.simd.memory import LINE
 
-LINE = 64  # bytes of a cache line
 LN_2 = 0.6931471805599453
 NOTHING = (0, 0, 0, 0, 0, 0, 0)  # to ask for ahead
 
@@ -363,9 +363,9 @@ def forward_group(tile, call, plan, head, first_block, blocks, scratch):
                 after = share_of_rows(
                     then_query, plan.query_row, key_bytes, then_out, plan.out_row, value_bytes, then_count, b, blocks
                 )
-            if tile.masked and plan.mask_row != 0:
+            elif tile.masked and plan.mask_row != 0:
                 below = masks + tile.width * plan.mask_row
-                prefetch_rows(below, plan.mask_row, tile.width, plan.key_block * plan.mask_itemsize)
+                after = (below, plan.mask_row, plan.key_block * plan.mask_itemsize, 0, 0, 0, tile.width)
             q = scratch + b * state_bytes
             block = q + q_bytes
             m = block + out_bytes

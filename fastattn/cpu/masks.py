@@ -9,6 +9,7 @@ from fastattn.cpu.softmax import MINUS_INFINITY
 from fastattn.simd import (
     absolute,
     all_finite,
+    inline,
     jit,
     largest_row,
     load_f32,
@@ -96,9 +97,20 @@ def add_mask(tile, kind, scores, mask):
         return hide(tile, scores, mask)
     biased = scores + mask
     if all_finite(scores + maximum(mask, lowest(tile))):
-        return biased  # nearly always: the mask's -inf, if any, is the only one
+        return biased  # the mask's -inf, if any, is the only one
     largest = maximum(absolute(scores), absolute(mask))
     return hide(tile, where_greater(INFINITY, largest, saturate(tile, biased), biased), mask)
+
+
+@inline
+def add_square(tile, scores, mask, row, best):
+    """`add_mask` for a whole square of the scores' dtype, where the scores stand; the maximum of `best` and of them."""
+    values = tile_transpose(tile_load(tile.square, mask, row))
+    biased = tile_load(tile.square, scores, tile.row_bytes) + values
+    if not all_finite(biased):
+        biased = add_mask(tile, MASK_SAME, tile_load(tile.square, scores, tile.row_bytes), values)
+    tile_store(biased, scores, tile.row_bytes)
+    return maximum(largest_row(biased), best)
 
 
 @jit
@@ -112,12 +124,16 @@ def restrict(tile, plan, scores, count, mask, present, position, first_key, top,
     lanes = tile.lanes
     index = tile_row_index(tile.square)
     distance = tile_iota(tile.square) - index
+    plain = tile.masked and kind == MASK_SAME and column == itemsize and not plan.causal
     for v in range(tile.vectors):
         rows = min(lanes, present - v * lanes)
         best = tile_load(tile.vector, top + v * tile.vector_bytes, 0)
         for j in range(0, count, lanes):
             columns = min(lanes, count - j)
             place = scores + j * tile.row_bytes + v * tile.vector_bytes
+            if plain and rows == lanes and columns == lanes:
+                best = add_square(tile, place, mask + v * lanes * row + j * column, row, best)
+                continue
             square = tile_load(tile.square, place, tile.row_bytes)
             if tile.masked and kind != MASK_NONE and rows > 0:
                 at = mask + v * lanes * row + j * column

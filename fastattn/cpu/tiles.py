@@ -6,7 +6,7 @@
 out[rows][vectors] stays in registers over the whole sum.
 """
 
-from fastattn.simd import inline, jit, tile_rank1
+from fastattn.simd import inline, jit, prefetch_columns, tile_rank1
 
 
 @jit
@@ -30,6 +30,8 @@ def packed_product(tile, start, a, b, count):
     row, column = tile.itemsize, tile.rows * tile.itemsize
     acc = start
     for _ in range(count >> 2):
+        if tile.reach:
+            prefetch_columns(tile, a + tile.reach)
         acc = tile_rank1(acc, a, row, b)
         acc = tile_rank1(acc, a + column, row, b + tile.row_bytes)
         acc = tile_rank1(acc, a + 2 * column, row, b + 2 * tile.row_bytes)

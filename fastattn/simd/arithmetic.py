@@ -172,14 +172,21 @@ def all_zero(typingctx, a):
 
 @intrinsic
 def all_finite(typingctx, a):
-    """Whether no element of the tile is infinite or NaN: for them alone a - a is not 0."""
+    """Whether no element of the tile is infinite or NaN: for them alone a · 0 is not 0."""
     if not isinstance(a, TileType):
         return None
 
     def codegen(context, builder, sig, values):
-        shape = a.shape
-        differences = [builder.fsub(v, v) for v in vectors_of(builder, shape, values[0])]
-        return _all_bits_zero(builder, shape, [builder.bitcast(d, integers_of(shape)) for d in differences])
+        shape, vectors = a.shape, vectors_of(builder, a.shape, values[0])
+        zero = ir.Constant(vector_of(shape), [0.0] * shape.lanes)
+        sums = [zero] * min(4, len(vectors))  # side by side, so that none waits for the one before
+        for i, vector in enumerate(vectors):
+            n = i % len(sums)
+            sums[n] = call_llvm(builder, "fmuladd", vector.type, [vector, zero, sums[n]])
+        while len(sums) > 1:
+            sums.append(builder.fadd(sums.pop(0), sums.pop(0)))
+        differs = builder.fcmp_unordered("!=", sums[0], zero)
+        return _all_bits_zero(builder, shape, [builder.sext(differs, integers_of(shape))])
 
     return signature(types.boolean, a), codegen
 

@@ -21,6 +21,7 @@ from fastattn.simd.tile import (
     vectors_of,
 )
 
+LINE = 64  # bytes of a cache line
 
 @intrinsic
 def tile_fill(typingctx, shape, value):
@@ -398,20 +399,37 @@ def store_element(typingctx, shape, address, value):
     return signature(types.none, shape, types.intp, value), codegen
 
 
+def ask_for(builder, address, level):
+    """Emit a prefetch of the line at `address`, which may be anywhere: 3 is nearest."""
+    i32, byte = ir.IntType(32), ir.IntType(8).as_pointer()
+    fnty = ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32])
+    fn = cgutils.get_or_insert_function(builder.module, fnty, "llvm.prefetch.p0")
+    builder.call(fn, [builder.inttoptr(address, byte), *(ir.Constant(i32, n) for n in (0, level, 1))])
+
+
 @intrinsic
 def prefetch(typingctx, address):
     """Ask for the cache line at `address`, which may be anywhere, to be brought near."""
 
     def codegen(context, builder, sig, values):
-        i32, byte = ir.IntType(32), ir.IntType(8).as_pointer()
-        fnty = ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32])
-        fn = cgutils.get_or_insert_function(builder.module, fnty, "llvm.prefetch.p0")
-        builder.call(
-            fn, [builder.inttoptr(values[0], byte), ir.Constant(i32, 0), ir.Constant(i32, 2), ir.Constant(i32, 1)]
-        )
+        ask_for(builder, values[0], 2)
         return context.get_dummy_value()
 
     return signature(types.none, types.intp), codegen
+
+
+@intrinsic
+def prefetch_columns(typingctx, shape, address):
+    """Ask for four columns of a panel of as many rows as the shape has to be in the first-level cache soon."""
+    if not isinstance(shape, ShapeType):
+        return None
+
+    def codegen(context, builder, sig, values):
+        for offset in range(0, 4 * shape.shape.rows * shape.shape.itemsize, LINE):
+            ask_for(builder, builder.add(values[1], ir.Constant(values[1].type, offset)), 3)
+        return context.get_dummy_value()
+
+    return signature(types.none, shape, types.intp), codegen
 
 
 def record_view(dtype):
