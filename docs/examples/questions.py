@@ -109,7 +109,8 @@ def public_documentation(package: str) -> list[tuple[str, str]]:
                 except ImportError:  # wants something that is not installed
                     continue
         for module in modules:
-            for name in getattr(module, "__all__", None) or [each for each in dir(module) if each[0] != "_"]:
+            # in order, as some packages' __all__ was a set
+            for name in sorted(getattr(module, "__all__", None) or [each for each in dir(module) if each[0] != "_"]):
                 member = getattr(module, name, None)
                 if callable(member) and (getattr(member, "__module__", "") or "").split(".")[0] == package:
                     found.setdefault(inspect.getdoc(member) or "", f"{module.__name__}.{name}")

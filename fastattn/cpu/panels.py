@@ -39,30 +39,15 @@ def four_along(tile, acc, a, b):
 
 
 @inline
-def panel_along(tile, acc, a, b):
-    """acc and the terms of one panel, straight on: a loop of so few rounds would cost more than it saves."""
-    element, row = tile.itemsize, tile.row_bytes
-    acc = four_along(tile, acc, a, b)
-    if tile.width > 4:
-        acc = four_along(tile, acc, a + 4 * element, b + 4 * row)
-    if tile.width > 8:
-        acc = four_along(tile, acc, a + 8 * element, b + 8 * row)
-        acc = four_along(tile, acc, a + 12 * element, b + 12 * row)
-    if tile.width > 16:
-        acc = four_along(tile, acc, a + 16 * element, b + 16 * row)
-        acc = four_along(tile, acc, a + 20 * element, b + 20 * row)
-        acc = four_along(tile, acc, a + 24 * element, b + 24 * row)
-        acc = four_along(tile, acc, a + 28 * element, b + 28 * row)
-    return acc
-
-
-@inline
 def along(tile, acc, a, a_panel, b, count):
     """acc[m][n] + Σ_k a[m][k] · b[k][n] over `count` k, from the first of a panel on."""
     for _ in range(count // tile.width):
-        acc = panel_along(tile, acc, a, b)
+        at = a
+        for _ in range(tile.width // 4):
+            acc = four_along(tile, acc, at, b)
+            at += 4 * tile.itemsize
+            b += 4 * tile.row_bytes
         a += a_panel
-        b += tile.width * tile.row_bytes
     for _ in range(count % tile.width):
         acc = tile_rank1(acc, a, tile.row_bytes, b)
         a += tile.itemsize

@@ -72,7 +72,10 @@ ROUND_32, ROUND_64 = 12583039.0, 6755399441056767.0
 
 @jit
 def exp2(tile, x):
-    """2^x by elements, to 2.1 units in the last place; 0 for x = -inf and where the result is subnormal, NaN for NaN.
+    """2^x by elements; 0 for x = -inf and where the result is subnormal, NaN for NaN.
+
+    Right to 2.1 units in the last place, or 3 with AVX-512's instructions: these round down, and where f is close to 1
+    the errors of the fit (1.5) and of the sum's last steps (1.3) meet a result of half the size, but not half the unit.
 
     2^x = 2^n · p(f), n a whole number, f = x - n. AVX-512 has instructions for the fraction (0 for an infinity) and for
     the scaling; elsewhere adding a large number rounds x, and leaves n where a shift makes it an exponent.
