@@ -28,6 +28,13 @@ MUTATIONS = (
         ("test_semantics.py", "test_causal_keeps_keys_up_to_the_query and cpu"),
     ),
     Mutation(
+        "a square of scores that are not finite is added to its mask without a second look",
+        "cpu/masks.py",
+        "    if not all_finite(biased):",
+        "    if all_finite(biased):",
+        ("test_semantics.py", "test_what_is_masked_never_leaks and cpu and float and both"),
+    ),
+    Mutation(
         "the causal limit cuts a key off the last block",
         "cpu/forward.py",
         "end = min(end, plan.first_position + last + 1)",
