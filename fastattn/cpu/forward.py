@@ -70,7 +70,10 @@ def rows_at_once(ahead, count, rows):
 
 @jit
 def ask(ahead, count):
-    """Ask for the next `count` rows; what is left. A few at a time: there is room for no more on the way from memory."""
+    """Ask for the next `count` rows of both matrices, and return what is left.
+
+    A few at a time: a core has room for no more lines on their way from memory, and waits if asked for more.
+    """
     first, first_row, first_bytes, second, second_row, second_bytes, left = ahead
     count = min(count, left)
     prefetch_rows(first, first_row, count, first_bytes)

@@ -175,7 +175,9 @@ def summarise_group(tile, call, plan, head, first_block, blocks, scratch):
                 continue
             q = scratch + b * state_bytes
             state = q + q_bytes
-            scores = scores_of(tile, plan, q, state, False, count, safe, first, first_key, keys_at, masks, work, NOTHING)
+            scores = scores_of(
+                tile, plan, q, state, False, count, safe, first, first_key, keys_at, masks, work, NOTHING
+            )
             top = tile_load(tile.single, work, 0)
             if k > 0:
                 start = (row + first) * k

@@ -23,6 +23,7 @@ from fastattn.simd.tile import (
 
 LINE = 64  # bytes of a cache line
 
+
 @intrinsic
 def tile_fill(typingctx, shape, value):
     """A tile whose elements are all `value`."""
