@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +22,8 @@ from fastattn.cpu import attention as cpu
 # the modules that tests share, strategies and tolerances: pytest's importlib mode leaves sys.path alone
 sys.path.insert(0, str(Path(__file__).parent))
 
+import processes
+
 BACKENDS = ("reference", "cpu")
 
 # A first call compiles, which no deadline should count. The default profile tries the same examples every time, so that
@@ -29,6 +32,31 @@ _usual: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthChec
 settings.register_profile("default", max_examples=60, derandomize=True, database=None, **_usual)
 settings.register_profile("thorough", max_examples=2000, **_usual)
 settings.load_profile(os.environ.get("FASTATTN_TEST_PROFILE", "default"))
+
+
+WHOLE_SUITE = 1000  # tests: fewer do not want most of the kernels
+WARM_UP = """
+from fastattn import isa
+from fastattn.cpu import kernels
+for row in filter(isa.runs_here, isa.TABLE):
+    for name in kernels.names(row):
+        kernels.library(name, row)
+"""
+_warmup: list[subprocess.Popen[str]] = []
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Have all kernels compiled on another core meanwhile: else tests wait for that a third of the time."""
+    if len(session.items) > WHOLE_SUITE and not session.config.option.collectonly:
+        _warmup.append(processes.start(WARM_UP))
+
+
+def pytest_unconfigure() -> None:
+    """Leave nothing running."""
+    while _warmup:
+        process = _warmup.pop()
+        process.kill()
+        process.communicate()
 
 
 @pytest.fixture(scope="session", params=BACKENDS)

@@ -156,6 +156,16 @@ def kernel_name(kind: str, dtype: str, tile) -> str:
     return f"{kind}-{dtype}-{tile.rows}x{tile.vectors}"
 
 
+def names(row: Isa) -> list[str]:
+    """The names of all libraries that calls on a row of the ISA table want."""
+    sizes = ((row.rows, row.vectors), (row.tall_rows, 1))
+    found = ["schedule"]
+    for dtype in ("float32", "float64"):
+        found += [f"{kind}-{dtype}-{rows}x{vectors}" for kind in ATTENTION for rows, vectors in sizes]
+        found += [f"{kind}-{dtype}-{row.rows}x{row.vectors}" for kind in BACKWARD]
+    return found
+
+
 def warmup(progress=None) -> None:
     """Compile every kernel for this machine, or load it from the cache, so that no later call waits.
 
@@ -170,14 +180,10 @@ def warmup(progress=None) -> None:
     >>> fastattn.warmup()  # doctest: +SKIP
     """
     row = host()
-    sizes = ((row.rows, row.vectors), (row.tall_rows, 1))
-    names = ["schedule"]
-    for dtype in ("float32", "float64"):
-        names += [f"{kind}-{dtype}-{rows}x{vectors}" for kind in ATTENTION for rows, vectors in sizes]
-        names += [f"{kind}-{dtype}-{row.rows}x{row.vectors}" for kind in BACKWARD]
-    for done, name in enumerate(names):
+    wanted = names(row)
+    for done, name in enumerate(wanted):
         if progress is not None:
-            progress(done, len(names), name)
+            progress(done, len(wanted), name)
         library(name, row)
     if progress is not None:
-        progress(len(names), len(names), "")
+        progress(len(wanted), len(wanted), "")
