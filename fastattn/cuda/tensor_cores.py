@@ -1,0 +1,521 @@
+"""The forward pass on tensor cores: mma.sync on halves, for compute capability 8.0 and later.
+
+The schedule is FlashAttention-2's [1]_. A block of warps takes the queries of one tile, each warp `TileShape.rows` of
+them, and walks over the tiles of keys that any of them may look at:
+
+    scores  = query · keyᵀ                fragments of float32, in registers
+    weights = 2^(scores · unit - m)       m the greatest so far; sum and output are rescaled where it rises
+    output += weights · value             the weights are rounded to halves, and stay in their registers
+
+Keys and values of the next tile are copied to shared memory meanwhile. There, a row of D halves is D / 8 chunks of 16
+bytes, and chunk c of row r stands at place c ^ (r % 8), so that 8 rows of one chunk, which is what ldmatrix reads at a
+time, are in all 32 banks:
+
+    memory    | stage 0: keys [Bk][D], values [Bk][D] | stage 1: the same; the queries [Bq][D] until they are loaded |
+
+What a query may not look at has no part in it, NaN and infinity included. Rows beyond the last key are zeros. In tiles
+where one query sees a key and another does not, values that are not finite are taken out, since 0 · NaN is NaN, and
+counted instead for the queries that see them.
+
+References
+----------
+.. [1] Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning", 2023, arXiv 2307.08691.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import cuda
+
+from fastattn.cuda.available import SIMULATED
+from fastattn.cuda.elements import LN_2, LOG2_E
+from fastattn.cuda.plan import (
+    CAUSAL_OFFSET,
+    HEAD_DIM,
+    KEY,
+    KEYS,
+    OUT,
+    QUERIES,
+    QUERY,
+    VALUE,
+    VALUE_DIM,
+)
+from fastattn.cuda.primitives import (
+    commit,
+    copy_async,
+    exp2,
+    fma,
+    global_address,
+    load_matrices,
+    load_matrices_transposed,
+    log2,
+    maximum,
+    minimum,
+    mma,
+    narrow,
+    pack,
+    select,
+    shared_memory,
+    shuffle_xor,
+    store_float,
+    store_pair,
+    thread_index,
+    to_integer,
+    unrolled,
+    wait,
+    warp_any,
+    warp_index,
+)
+
+LANES = 32
+CHUNK = 8  # halves in 16 bytes
+HALF = 2  # bytes
+ALL = 0xFFFFFFFF
+INFINITY, NAN = float("inf"), float("nan")
+
+
+@dataclass(frozen=True)
+class TileShape:
+    """What a kernel is compiled for.
+
+    Attributes
+    ----------
+    storage : {"bfloat16", "float16"}
+    width : int
+        D and Dv as they are in shared memory, filled up with zeros: a multiple of 64.
+    warps : int
+        Warps of a block.
+    rows : int
+        Queries of a warp, a multiple of 16.
+    keys : int
+        Keys of a tile, a multiple of 16.
+    blocks : int
+        Blocks that are meant to be on a multiprocessor at a time, which bounds the registers of a thread.
+    """
+
+    storage: str
+    width: int
+    warps: int
+    rows: int
+    keys: int
+    blocks: int
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return LANES * self.warps
+
+    @property
+    def queries(self) -> int:
+        """Queries of a block."""
+        return self.warps * self.rows
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row in shared memory."""
+        return HALF * self.width
+
+    @property
+    def stage_bytes(self) -> int:
+        """Bytes of the keys and values of a tile."""
+        return 2 * self.keys * self.row_bytes
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a block."""
+        return self.stage_bytes + max(self.stage_bytes, self.queries * self.row_bytes)
+
+
+def shape_for(storage: str, width: int) -> TileShape:
+    """The shape for rows of up to `width` elements."""
+    # 32 queries to a warp halve what it reads of keys and values from shared memory; with 128 features these would not
+    # fit in its registers
+    if width <= 64:
+        return TileShape(storage, width=64, warps=4, rows=32, keys=64, blocks=2)
+    return TileShape(storage, width=128, warps=4, rows=16, keys=32, blocks=3)
+
+
+class Steps(NamedTuple):
+    """The `unrolled` functions of a kernel."""
+
+    allocate: Any
+    own_thread: Any
+    warp_of: Any
+    stage_of: Any
+    copy_queries: Any
+    copy_keys: Any
+    close: Any
+    wait_for_queries: Any
+    wait_for_all: Any
+    load_queries: Any
+    clear: Any
+    limits_of: Any
+    multiply: Any
+    hide: Any
+    absorb: Any
+    accumulate: Any
+    accumulate_finite: Any
+    spoil: Any
+    finish: Any
+
+
+def make_steps(shape: TileShape) -> Steps:
+    """Make the steps of the kernel of one shape.
+
+    Fragments are tuples: scores[m][n][i] and output[m][n][i] are flat, element i of the 16×8 matrix of query group m
+    and key or feature group n.
+    """
+    storage, width, keys = shape.storage, shape.width, shape.keys
+    groups = shape.rows // 16  # of queries
+    deep, long = width // 16, keys // 16  # steps of a sum over features, and over keys
+    columns, features = keys // 8, width // 8  # of scores, and of the output
+    row_bytes, tile_bytes = shape.row_bytes, keys * shape.row_bytes
+    # exponents of all ones, in the lower and the upper half
+    exponent, fraction = (0x7F80, 0x007F) if storage == "bfloat16" else (0x7C00, 0x03FF)
+
+    def place(row, chunk):
+        """Where a chunk of a row stands, in bytes."""
+        return row * row_bytes + (chunk ^ row % 8) * 16
+
+    def at(scores, m, n, i):
+        return scores[(m * columns + n) * 4 + i]
+
+    @unrolled
+    def allocate():
+        """The address of the block's memory."""
+        return shared_memory(shape.shared_bytes)
+
+    @unrolled
+    def own_thread():
+        """The index of the thread in its block."""
+        return thread_index()
+
+    @unrolled
+    def warp_of():
+        """The index of the warp in its block."""
+        return warp_index()
+
+    @unrolled
+    def stage_of(memory, tile):
+        """The address of the stage of a tile."""
+        return memory + narrow(tile) % 2 * shape.stage_bytes
+
+    def make_copy(count):
+        def copy_tile(to, source, step, first, limit, length, thread):
+            """Begin to copy rows `first` up, `step` elements apart; zeros from row `limit` and from element `length`."""
+            chunks = width // CHUNK
+            first, limit, length = narrow(first), narrow(limit), narrow(length)
+            chunk, own = thread % chunks, thread // chunks
+            size = select(CHUNK * chunk < length, 16, 0)
+            step_bytes = step * HALF
+            for begin in range(0, count, shape.threads // chunks):
+                row = begin + own
+                within = select(first + row < limit, size, 0)
+                copy_async(to + place(row, chunk), source + (first + row) * step_bytes + chunk * 16, within)
+
+        return unrolled(copy_tile)
+
+    @unrolled
+    def load_queries(memory, thread):
+        """The queries of a warp: 4 registers for each group and 16 features."""
+        lane, warp = thread % LANES, thread // LANES
+        fragments = []
+        for m in range(groups):
+            row = warp * shape.rows + 16 * m + lane % 16
+            for k in range(deep):
+                fragments.extend(load_matrices(memory + place(row, 2 * k + lane // 16)))
+        return tuple(fragments)
+
+    @unrolled
+    def clear():
+        """The output, the greatest score of each row, and the sum of its weights, before the first key.
+
+        A lane has two rows of each group. Its sums are of its own columns alone, until the end.
+        """
+        return (0.0,) * (groups * features * 4), (-INFINITY,) * (2 * groups), (0.0,) * (2 * groups)
+
+    def rows_of(first, thread):
+        """The queries of the rows of a lane."""
+        lane, warp = thread % LANES, thread // LANES
+        row = narrow(first) + warp * shape.rows + lane // 4
+        return [row + 16 * m + 8 * half for m in range(groups) for half in range(2)]
+
+    @unrolled
+    def close():
+        """Make a group of the copies begun so far."""
+        commit()
+
+    @unrolled
+    def wait_for_queries():
+        """Wait for all groups of copies but the last."""
+        wait(1)
+
+    @unrolled
+    def wait_for_all():
+        """Wait for all copies."""
+        wait(0)
+
+    @unrolled
+    def limits_of(first, offset, count, thread):
+        """How many of the first keys each row of a lane may look at."""
+        offset, count = narrow(offset), narrow(count)
+        return tuple(minimum(row + offset + 1, count) for row in rows_of(first, thread))
+
+    @unrolled
+    def multiply(queries, stage, thread):
+        """query · keyᵀ of a tile."""
+        lane = thread % LANES
+        sums = [[[0.0] * 4 for _ in range(columns)] for _ in range(groups)]
+        row, chunk = lane % 8 + lane // 16 * 8, lane // 8 % 2
+        for k in range(deep):
+            for n in range(0, columns, 2):
+                b = load_matrices(stage + place(row + 8 * n, chunk + 2 * k))
+                for m in range(groups):
+                    a = queries[(m * deep + k) * 4 : (m * deep + k) * 4 + 4]
+                    sums[m][n] = mma(a, b[:2], sums[m][n], storage)
+                    sums[m][n + 1] = mma(a, b[2:], sums[m][n + 1], storage)
+        return tuple(x for group in sums for matrix in group for x in matrix)
+
+    @unrolled
+    def hide(scores, first, limits, thread):
+        """-inf in place of the scores of keys that a row may not look at; `first` is the first key of the tile."""
+        column = narrow(first) + thread % 4 * 2
+        hidden = []
+        for m in range(groups):
+            for n in range(columns):
+                for i in range(4):
+                    sees = column + (8 * n + i % 2) < limits[2 * m + i // 2]
+                    hidden.append(select(sees, at(scores, m, n, i), -INFINITY))
+        return tuple(hidden)
+
+    @unrolled
+    def absorb(scores, highest, total, output, unit):
+        """Turn scores into weights, in halves, and bring the greatest score, the sums and the output up to them."""
+        highest, total, output = list(highest), list(total), list(output)
+        weights = [None] * len(scores)
+        for m in range(groups):
+            for half in range(2):
+                own = [(n, 2 * half + i) for n in range(columns) for i in range(2)]
+                top = at(scores, m, *own[0])
+                for n, i in own[1:]:
+                    top = maximum(top, at(scores, m, n, i))
+                top = maximum(top, shuffle_xor(top, 1))
+                top = maximum(top, shuffle_xor(top, 2))
+                row = 2 * m + half
+                top = maximum(top, highest[row])
+                # a row that has seen no key yet: -inf - -inf would be NaN
+                shift = select(top == -INFINITY, 0.0, top * unit)
+                factor = exp2(fma(highest[row], unit, -shift))
+                highest[row] = top
+                total[row] = total[row] * factor
+                for n, i in own:
+                    weight = exp2(fma(at(scores, m, n, i), unit, -shift))
+                    weights[(m * columns + n) * 4 + i] = weight
+                    total[row] = total[row] + weight
+                for n in range(features):
+                    for i in (2 * half, 2 * half + 1):
+                        index = (m * features + n) * 4 + i
+                        output[index] = output[index] * factor
+        # the fragment of sums is the one of a left factor, two matrices to each of 16 columns
+        packed = tuple(pack(weights[i], weights[i + 1], storage) for i in range(0, len(weights), 2))
+        return packed, tuple(highest), tuple(total), tuple(output)
+
+    def values_of(stage, thread, k, n):
+        """4 registers of the values: of 16 keys, the features of groups n and n + 1."""
+        lane = thread % LANES
+        return load_matrices_transposed(stage + tile_bytes + place(lane % 16 + 16 * k, n + lane // 16))
+
+    def sum_values(output, weights, stage, thread, prepare):
+        sums = [list(output[i : i + 4]) for i in range(0, len(output), 4)]
+        for k in range(long):
+            for n in range(0, features, 2):
+                b = prepare(values_of(stage, thread, k, n))
+                for m in range(groups):
+                    a = weights[(m * long + k) * 4 : (m * long + k) * 4 + 4]
+                    index = m * features + n
+                    sums[index] = mma(a, b[:2], sums[index], storage)
+                    sums[index + 1] = mma(a, b[2:], sums[index + 1], storage)
+        return tuple(x for matrix in sums for x in matrix)
+
+    @unrolled
+    def accumulate(output, weights, stage, thread):
+        """output + weights · value."""
+        return sum_values(output, weights, stage, thread, lambda b: b)
+
+    @unrolled
+    def accumulate_finite(output, weights, stage, thread):
+        """The same without values that are not finite, and whether there are any."""
+        odd = [False]
+
+        def prepare(registers):
+            kept = []
+            for word in registers:
+                low, high = (word & exponent) == exponent, (word >> 16 & exponent) == exponent
+                odd[0] = odd[0] | low | high
+                kept.append(word & select(low, 0xFFFF0000, ALL) & select(high, 0x0000FFFF, ALL))
+            return kept
+
+        return sum_values(output, weights, stage, thread, prepare), warp_any(odd[0])
+
+    @unrolled
+    def spoil(output, stage, first, limits, thread):
+        """Add the values that are not finite to the rows that see them.
+
+        How many keys have one of each kind is counted in one sum, of 1, 2^7 and 2^14: a tile has fewer than 2^7 keys.
+        """
+        column = narrow(first) + thread % 4 * 2
+        plus, minus, nan = (pack(x, x, storage) for x in (1.0, 2.0**7, 2.0**14))
+
+        def kinds(word, shift):
+            bits = word >> shift
+            infinity = select((bits & 0x8000) == 0, plus, minus)
+            special = select((bits & fraction) == 0, infinity, nan)
+            return select((bits & exponent) == exponent, special, 0) & (0xFFFF << shift)
+
+        def seen(m, k, register):
+            limit, key = limits[2 * m + register % 2], column + 16 * k + 8 * (register // 2)
+            return pack(select(key < limit, 1.0, 0.0), select(key + 1 < limit, 1.0, 0.0), storage)
+
+        def spoiled(x, count):
+            count = to_integer(count)
+            x = x + select((count & 0x7F) != 0, INFINITY, 0.0)
+            x = x + select((count & 0x7F << 7) != 0, -INFINITY, 0.0)
+            return select(count >= 1 << 14, NAN, x)
+
+        sums = list(output)
+        for n in range(0, features, 2):
+            counts = [[[0.0] * 4, [0.0] * 4] for _ in range(groups)]
+            for k in range(long):
+                b = [kinds(word, 0) | kinds(word, 16) for word in values_of(stage, thread, k, n)]
+                for m in range(groups):
+                    a = [seen(m, k, register) for register in range(4)]
+                    counts[m] = [mma(a, b[2 * side : 2 * side + 2], counts[m][side], storage) for side in range(2)]
+            for m in range(groups):
+                for side in range(2):
+                    begin = (m * features + n + side) * 4
+                    for i in range(4):
+                        sums[begin + i] = spoiled(sums[begin + i], counts[m][side][i])
+        return tuple(sums)
+
+    @unrolled
+    def finish(output, highest, total, unit, out, begin, step, lse, lse_begin, first, count, length, thread):
+        """Divide by the sums of the weights, and store the rows and their log-sum-exp."""
+        rows, count, length = rows_of(first, thread), narrow(count), narrow(length)
+        lane = thread % LANES
+        target, column = global_address(out, begin), lane % 4 * 2
+        for m in range(groups):
+            for half in range(2):
+                row, sums = rows[2 * m + half], total[2 * m + half]
+                sums = sums + shuffle_xor(sums, 1)
+                sums = sums + shuffle_xor(sums, 2)
+                empty = sums == 0.0
+                inverse = 1.0 / sums
+                exists = row < count
+                base = target + row * (step * HALF)
+                for n in range(features):
+                    index = (m * features + n) * 4 + 2 * half
+                    pair = [select(empty, 0.0, output[index + i] * inverse) for i in range(2)]
+                    where = column + 8 * n
+                    store_pair(base + where * HALF, pack(*pair, storage), exists & (where < length))
+                value = select(empty, -INFINITY, (highest[2 * m + half] * unit + log2(sums)) * LN_2)
+                store_float(global_address(lse, lse_begin) + row * 4, value, exists & (lane % 4 == 0))
+
+    return Steps(
+        allocate,
+        own_thread,
+        warp_of,
+        stage_of,
+        make_copy(shape.queries),
+        make_copy(keys),
+        close,
+        wait_for_queries,
+        wait_for_all,
+        load_queries,
+        clear,
+        limits_of,
+        multiply,
+        hide,
+        absorb,
+        accumulate,
+        accumulate_finite,
+        spoil,
+        finish,
+    )
+
+
+@lru_cache(maxsize=None)
+def make_kernel(shape: TileShape) -> Any:
+    """Make the kernel of one shape: ``kernel[grid, block](query, …)``, see `launch`."""
+    steps = make_steps(shape)
+    allocate, own_thread, warp_of, stage_of = steps.allocate, steps.own_thread, steps.warp_of, steps.stage_of
+    copy_queries, copy_keys, close = steps.copy_queries, steps.copy_keys, steps.close
+    wait_for_queries, wait_for_all = steps.wait_for_queries, steps.wait_for_all
+    load_queries, clear, limits_of, multiply = steps.load_queries, steps.clear, steps.limits_of, steps.multiply
+    hide, absorb, accumulate = steps.hide, steps.absorb, steps.accumulate
+    accumulate_finite, spoil, finish = steps.accumulate_finite, steps.spoil, steps.finish
+    address = unrolled(global_address)
+    tile_queries, tile_keys, rows, tile_bytes = shape.queries, shape.keys, shape.rows, shape.stage_bytes // 2
+
+    def forward(query, key, value, out, lse, offsets, steps, sizes, unit):
+        queries, keys, length = sizes[QUERIES], sizes[KEYS], sizes[HEAD_DIM]
+        value_length, offset = sizes[VALUE_DIM], sizes[CAUSAL_OFFSET]
+        blocks = (queries + tile_queries - 1) // tile_queries
+        part = cuda.blockIdx.x // blocks
+        # those with the most keys first
+        first = tile_queries * (blocks - 1 - cuda.blockIdx.x % blocks)
+        thread, memory = own_thread(), allocate()
+
+        # how many of the first keys any query of the block, any of the warp, and all of the warp see
+        own_first = first + rows * warp_of()
+        block_sees = max(0, min(keys, min(queries, first + tile_queries) + offset))
+        warp_sees = min(keys, own_first + rows + offset)
+        all_see = max(0, min(keys, own_first + offset + 1))
+        limits = limits_of(first, offset, keys, thread)
+
+        query_at = address(query, offsets[QUERY, part])
+        key_at, value_at = address(key, offsets[KEY, part]), address(value, offsets[VALUE, part])
+        query_step, key_step, value_step = steps[QUERY, 0], steps[KEY, 0], steps[VALUE, 0]
+        copy_queries(stage_of(memory, 1), query_at, query_step, first, queries, length, thread)
+        close()
+        copy_keys(memory, key_at, key_step, 0, keys, length, thread)
+        copy_keys(memory + tile_bytes, value_at, value_step, 0, keys, value_length, thread)
+        close()
+        wait_for_queries()
+        cuda.syncthreads()
+        left = load_queries(stage_of(memory, 1), thread)
+
+        output, highest, total = clear()
+        for begin in range(0, block_sees, tile_keys):
+            tile = begin // tile_keys
+            stage, following = stage_of(memory, tile), stage_of(memory, tile + 1)
+            wait_for_all()
+            # the tile is there for all warps, and none reads the one before it any more
+            cuda.syncthreads()
+            if begin + tile_keys < block_sees:
+                after = begin + tile_keys
+                copy_keys(following, key_at, key_step, after, keys, length, thread)
+                copy_keys(following + tile_bytes, value_at, value_step, after, keys, value_length, thread)
+                close()
+            if begin < warp_sees:
+                scores = multiply(left, stage, thread)
+                if begin + tile_keys <= all_see:
+                    weights, highest, total, output = absorb(scores, highest, total, output, unit)
+                    output = accumulate(output, weights, stage, thread)
+                else:
+                    scores = hide(scores, begin, limits, thread)
+                    weights, highest, total, output = absorb(scores, highest, total, output, unit)
+                    output, odd = accumulate_finite(output, weights, stage, thread)
+                    if odd:
+                        output = spoil(output, stage, begin, limits, thread)
+        wait_for_all()
+        finish(
+            output, highest, total, unit, out, offsets[OUT, part], steps[OUT, 0], lse, part * queries, first, queries,
+            value_length, thread,
+        )  # fmt: skip
+
+    bounds = {} if SIMULATED else {"launch_bounds": (shape.threads, shape.blocks)}
+    return cuda.jit(**bounds)(forward)
