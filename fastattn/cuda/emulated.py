@@ -25,12 +25,15 @@ __all__ = [
     "global_address",
     "load_matrices",
     "load_matrices_transposed",
+    "load_shared",
     "log2",
     "maximum",
     "minimum",
     "mma",
     "narrow",
+    "opaque",
     "pack",
+    "reciprocal",
     "select",
     "shared_memory",
     "shuffle_xor",
@@ -38,7 +41,6 @@ __all__ = [
     "store_pair",
     "store_shared",
     "thread_index",
-    "to_integer",
     "unrolled",
     "wait",
     "warp_any",
@@ -91,6 +93,11 @@ def warp_index() -> int:
 
 def narrow(x: Any) -> Any:
     """An integer in 32 bits: NumPy's have 64."""
+    return x
+
+
+def opaque(x: Any) -> Any:
+    """The number itself."""
     return x
 
 
@@ -174,6 +181,11 @@ def load_matrices_transposed(address: Address) -> list[Array]:
     return _pairs(_matrices(address).swapaxes(1, 2))
 
 
+def load_shared(address: Address) -> Array:
+    """32 bits of shared memory."""
+    return np.asarray(address.memory[address.each()[:, None] + np.arange(4)].view(np.uint32)[:, 0])
+
+
 def _store(address: Address, word: Array, when: Any) -> None:
     for offset, value, stored in zip(address.each(), word, np.broadcast_to(when, (LANES,)), strict=True):
         if stored:
@@ -224,6 +236,11 @@ def log2(x: Array) -> Array:
     return np.log2(x, dtype=np.float32)
 
 
+def reciprocal(x: Array) -> Array:
+    """1 / x."""
+    return np.float32(1) / x
+
+
 def to_halves(x: Array, storage: str) -> Array:
     """The bits of float32 numbers as halves of the type `storage`, rounded to the nearest."""
     if storage == "float16":
@@ -244,11 +261,6 @@ def pack(low: Any, high: Any, storage: str) -> Array:
     """Two float32 numbers as halves of the type `storage` in 32 bits, rounded to the nearest."""
     low, high = (to_halves(np.broadcast_to(np.float32(x), (LANES,)), storage).astype(np.uint32) for x in (low, high))
     return np.asarray(low | high << np.uint32(16))
-
-
-def to_integer(x: Array) -> Array:
-    """The integer that a float32 number is."""
-    return x.astype(np.int64)
 
 
 # -- warps -------------------------------------------------------------------------------------------------------------

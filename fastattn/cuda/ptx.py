@@ -19,12 +19,15 @@ __all__ = [
     "global_address",
     "load_matrices",
     "load_matrices_transposed",
+    "load_shared",
     "log2",
     "maximum",
     "minimum",
     "mma",
     "narrow",
+    "opaque",
     "pack",
+    "reciprocal",
     "select",
     "shared_memory",
     "shuffle_xor",
@@ -32,7 +35,6 @@ __all__ = [
     "store_pair",
     "store_shared",
     "thread_index",
-    "to_integer",
     "unrolled",
     "wait",
     "warp_any",
@@ -76,14 +78,25 @@ def thread_index():
 
 
 def warp_index():
-    """The index of this warp in its block."""
-    return thread_index() // 32
+    """The index of this warp in its block, which the assembler sees to be the same in all of its lanes."""
+    return _call("shfl.sync.idx.b32 $0, $1, 0, 31, -1;", I32, "=r,r", (thread_index() // 32).ir, effects=True)
 
 
 def narrow(x):
     """An integer in 32 bits."""
     x = as_value(x, I64)
     return x if x.type == I32 else Value(builder().trunc(x.ir, I32))
+
+
+def opaque(x):
+    """The number itself, of which the compiler is not told so: it computes this, and what follows from it, here.
+
+    It moves what does not change in a loop to before the loop, where each address that it finds takes a register all
+    along, and what nobody waits for to the end, where all that it is computed from has to be kept.
+    """
+    x = as_value(x)
+    letter, kind = ("f", "f32") if x.is_float else ("r", "b32") if x.type == I32 else ("l", "b64")
+    return _call(f"mov.{kind} $0, $1;", x.type, f"={letter},{letter}", x.ir, effects=True)
 
 
 def select(condition, yes, no):
@@ -148,6 +161,11 @@ def load_matrices_transposed(address):
     return _load_matrices(address, ".trans")
 
 
+def load_shared(address):
+    """32 bits of shared memory."""
+    return _call("ld.shared.b32 $0, [$1];", I32, "=r,r", address.ir, effects=True)
+
+
 def store_shared(address, word):
     """Store 32 bits in shared memory."""
     _call("st.shared.b32 [$0], $1;", None, "r,r", address.ir, word.ir, effects=True)
@@ -201,15 +219,15 @@ def log2(x):
     return _call("lg2.approx.ftz.f32 $0, $1;", F32, "=f,f", _float(x))
 
 
+def reciprocal(x):
+    """1 / x, to a unit in the last place."""
+    return _call("rcp.approx.ftz.f32 $0, $1;", F32, "=f,f", _float(x))
+
+
 def pack(low, high, storage):
     """Two float32 numbers as halves of the type `storage` in 32 bits, rounded to the nearest."""
     kind = {"bfloat16": "bf16x2", "float16": "f16x2"}[storage]
     return _call(f"cvt.rn.{kind}.f32 $0, $1, $2;", I32, "=r,f,f", _float(high), _float(low))
-
-
-def to_integer(x):
-    """The integer that a float32 number is."""
-    return Value(builder().fptosi(_float(x), I32))
 
 
 # -- warps -------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ time, are in all 32 banks:
 
 What a query may not look at has no part in it, NaN and infinity included. Rows beyond the last key are zeros. In tiles
 where one query sees a key and another does not, values that are not finite are taken out, since 0 · NaN is NaN, and
-counted instead for the queries that see them.
+added afterwards to the queries that see them.
 
 References
 ----------
@@ -52,19 +52,21 @@ from fastattn.cuda.primitives import (
     global_address,
     load_matrices,
     load_matrices_transposed,
+    load_shared,
     log2,
     maximum,
     minimum,
     mma,
     narrow,
+    opaque,
     pack,
+    reciprocal,
     select,
     shared_memory,
     shuffle_xor,
     store_float,
     store_pair,
     thread_index,
-    to_integer,
     unrolled,
     wait,
     warp_any,
@@ -145,6 +147,7 @@ class Steps(NamedTuple):
     allocate: Any
     own_thread: Any
     warp_of: Any
+    part_of: Any
     stage_of: Any
     copy_queries: Any
     copy_keys: Any
@@ -153,13 +156,14 @@ class Steps(NamedTuple):
     wait_for_all: Any
     load_queries: Any
     clear: Any
+    seen_by: Any
     limits_of: Any
     multiply: Any
     hide: Any
     absorb: Any
     accumulate: Any
     accumulate_finite: Any
-    spoil: Any
+    add_odd: Any
     finish: Any
 
 
@@ -191,8 +195,14 @@ def make_steps(shape: TileShape) -> Steps:
 
     @unrolled
     def own_thread():
-        """The index of the thread in its block."""
-        return thread_index()
+        """The index of the thread in its block, unknown to be the same from one tile to the next."""
+        return opaque(thread_index())
+
+    @unrolled
+    def part_of(block, queries):
+        """The slice of a block, and its first query: those that see most keys come first."""
+        blocks = (narrow(queries) + (shape.queries - 1)) // shape.queries
+        return block // blocks, (blocks - 1 - block % blocks) * shape.queries
 
     @unrolled
     def warp_of():
@@ -258,6 +268,14 @@ def make_steps(shape: TileShape) -> Steps:
     def wait_for_all():
         """Wait for all copies."""
         wait(0)
+
+    @unrolled
+    def seen_by(first, queries, keys, offset, warp):
+        """How many of the first keys are seen by any query of a block, by any of a warp, and by all of the warp."""
+        queries, keys, own = narrow(queries), narrow(keys), first + warp * shape.rows
+        offset = narrow(offset)
+        limits = (minimum(first + shape.queries, queries), own + shape.rows, own + 1)
+        return tuple(maximum(minimum(limit + offset, keys), 0) for limit in limits)
 
     @unrolled
     def limits_of(first, offset, count, thread):
@@ -362,43 +380,21 @@ def make_steps(shape: TileShape) -> Steps:
         return sum_values(output, weights, stage, thread, prepare), warp_any(odd[0])
 
     @unrolled
-    def spoil(output, stage, first, limits, thread):
-        """Add the values that are not finite to the rows that see them.
-
-        How many keys have one of each kind is counted in one sum, of 1, 2^7 and 2^14: a tile has fewer than 2^7 keys.
-        """
-        column = narrow(first) + thread % 4 * 2
-        plus, minus, nan = (pack(x, x, storage) for x in (1.0, 2.0**7, 2.0**14))
-
-        def kinds(word, shift):
-            bits = word >> shift
-            infinity = select((bits & 0x8000) == 0, plus, minus)
-            special = select((bits & fraction) == 0, infinity, nan)
-            return select((bits & exponent) == exponent, special, 0) & (0xFFFF << shift)
-
-        def seen(m, k, register):
-            limit, key = limits[2 * m + register % 2], column + 16 * k + 8 * (register // 2)
-            return pack(select(key < limit, 1.0, 0.0), select(key + 1 < limit, 1.0, 0.0), storage)
-
-        def spoiled(x, count):
-            count = to_integer(count)
-            x = x + select((count & 0x7F) != 0, INFINITY, 0.0)
-            x = x + select((count & 0x7F << 7) != 0, -INFINITY, 0.0)
-            return select(count >= 1 << 14, NAN, x)
-
+    def add_odd(output, stage, first, row, limits, thread):
+        """Add what is not finite of the value of one key, row `row` of the stage, to the queries that see it."""
+        row, column = narrow(row), thread % 4 * 2
+        sees = [narrow(first) + row < limit for limit in limits]
         sums = list(output)
-        for n in range(0, features, 2):
-            counts = [[[0.0] * 4, [0.0] * 4] for _ in range(groups)]
-            for k in range(long):
-                b = [kinds(word, 0) | kinds(word, 16) for word in values_of(stage, thread, k, n)]
+        for n in range(features):
+            word = load_shared(stage + tile_bytes + place(row, n) + column * HALF)
+            for i in range(2):
+                bits = word >> 16 * i
+                special = select((bits & fraction) != 0, NAN, select((bits & 0x8000) != 0, -INFINITY, INFINITY))
+                value = select((bits & exponent) == exponent, special, 0.0)
                 for m in range(groups):
-                    a = [seen(m, k, register) for register in range(4)]
-                    counts[m] = [mma(a, b[2 * side : 2 * side + 2], counts[m][side], storage) for side in range(2)]
-            for m in range(groups):
-                for side in range(2):
-                    begin = (m * features + n + side) * 4
-                    for i in range(4):
-                        sums[begin + i] = spoiled(sums[begin + i], counts[m][side][i])
+                    for half in range(2):
+                        index = (m * features + n) * 4 + 2 * half + i
+                        sums[index] = sums[index] + select(sees[2 * m + half], value, 0.0)
         return tuple(sums)
 
     @unrolled
@@ -413,7 +409,7 @@ def make_steps(shape: TileShape) -> Steps:
                 sums = sums + shuffle_xor(sums, 1)
                 sums = sums + shuffle_xor(sums, 2)
                 empty = sums == 0.0
-                inverse = 1.0 / sums
+                inverse = reciprocal(sums)
                 exists = row < count
                 base = target + row * (step * HALF)
                 for n in range(features):
@@ -428,6 +424,7 @@ def make_steps(shape: TileShape) -> Steps:
         allocate,
         own_thread,
         warp_of,
+        part_of,
         stage_of,
         make_copy(shape.queries),
         make_copy(keys),
@@ -436,13 +433,14 @@ def make_steps(shape: TileShape) -> Steps:
         wait_for_all,
         load_queries,
         clear,
+        seen_by,
         limits_of,
         multiply,
         hide,
         absorb,
         accumulate,
         accumulate_finite,
-        spoil,
+        add_odd,
         finish,
     )
 
@@ -451,30 +449,25 @@ def make_steps(shape: TileShape) -> Steps:
 def make_kernel(shape: TileShape) -> Any:
     """Make the kernel of one shape: ``kernel[grid, block](query, …)``, see `launch`."""
     steps = make_steps(shape)
-    allocate, own_thread, warp_of, stage_of = steps.allocate, steps.own_thread, steps.warp_of, steps.stage_of
+    allocate, own_thread, part_of = steps.allocate, steps.own_thread, steps.part_of
+    warp_of, stage_of = steps.warp_of, steps.stage_of
     copy_queries, copy_keys, close = steps.copy_queries, steps.copy_keys, steps.close
     wait_for_queries, wait_for_all = steps.wait_for_queries, steps.wait_for_all
-    load_queries, clear, limits_of, multiply = steps.load_queries, steps.clear, steps.limits_of, steps.multiply
+    load_queries, clear, seen_by = steps.load_queries, steps.clear, steps.seen_by
+    limits_of, multiply = steps.limits_of, steps.multiply
     hide, absorb, accumulate = steps.hide, steps.absorb, steps.accumulate
-    accumulate_finite, spoil, finish = steps.accumulate_finite, steps.spoil, steps.finish
+    accumulate_finite, add_odd, finish = steps.accumulate_finite, steps.add_odd, steps.finish
     address = unrolled(global_address)
     tile_queries, tile_keys, rows, tile_bytes = shape.queries, shape.keys, shape.rows, shape.stage_bytes // 2
 
     def forward(query, key, value, out, lse, offsets, steps, sizes, unit):
         queries, keys, length = sizes[QUERIES], sizes[KEYS], sizes[HEAD_DIM]
         value_length, offset = sizes[VALUE_DIM], sizes[CAUSAL_OFFSET]
-        blocks = (queries + tile_queries - 1) // tile_queries
-        part = cuda.blockIdx.x // blocks
-        # those with the most keys first
-        first = tile_queries * (blocks - 1 - cuda.blockIdx.x % blocks)
+        part, first = part_of(cuda.blockIdx.x, queries)
         thread, memory = own_thread(), allocate()
 
-        # how many of the first keys any query of the block, any of the warp, and all of the warp see
-        own_first = first + rows * warp_of()
-        block_sees = max(0, min(keys, min(queries, first + tile_queries) + offset))
-        warp_sees = min(keys, own_first + rows + offset)
-        all_see = max(0, min(keys, own_first + offset + 1))
-        limits = limits_of(first, offset, keys, thread)
+        # how many of the first keys are seen by any query of the block, by any of the warp, and by all of the warp
+        block_sees, warp_sees, all_see = seen_by(first, queries, keys, offset, warp_of())
 
         query_at = address(query, offsets[QUERY, part])
         key_at, value_at = address(key, offsets[KEY, part]), address(value, offsets[VALUE, part])
@@ -490,7 +483,7 @@ def make_kernel(shape: TileShape) -> Any:
 
         output, highest, total = clear()
         for begin in range(0, block_sees, tile_keys):
-            tile = begin // tile_keys
+            tile, thread = begin // tile_keys, own_thread()
             stage, following = stage_of(memory, tile), stage_of(memory, tile + 1)
             wait_for_all()
             # the tile is there for all warps, and none reads the one before it any more
@@ -506,11 +499,13 @@ def make_kernel(shape: TileShape) -> Any:
                     weights, highest, total, output = absorb(scores, highest, total, output, unit)
                     output = accumulate(output, weights, stage, thread)
                 else:
+                    limits = limits_of(first, offset, keys, thread)
                     scores = hide(scores, begin, limits, thread)
                     weights, highest, total, output = absorb(scores, highest, total, output, unit)
                     output, odd = accumulate_finite(output, weights, stage, thread)
                     if odd:
-                        output = spoil(output, stage, begin, limits, thread)
+                        for row in range(tile_keys):
+                            output = add_odd(output, stage, begin, row, limits, thread)
         wait_for_all()
         finish(
             output, highest, total, unit, out, offsets[OUT, part], steps[OUT, 0], lse, part * queries, first, queries,
