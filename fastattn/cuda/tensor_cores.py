@@ -148,6 +148,8 @@ class Steps(NamedTuple):
     own_thread: Any
     warp_of: Any
     part_of: Any
+    tiles_of: Any
+    first_key: Any
     stage_of: Any
     copy_queries: Any
     copy_keys: Any
@@ -208,6 +210,16 @@ def make_steps(shape: TileShape) -> Steps:
     def warp_of():
         """The index of the warp in its block."""
         return warp_index()
+
+    @unrolled
+    def tiles_of(count):
+        """How many tiles `count` keys are in."""
+        return (count + (keys - 1)) // keys
+
+    @unrolled
+    def first_key(tile):
+        """The first key of a tile."""
+        return narrow(tile) * keys
 
     @unrolled
     def stage_of(memory, tile):
@@ -314,33 +326,30 @@ def make_steps(shape: TileShape) -> Steps:
     def absorb(scores, highest, total, output, unit):
         """Turn scores into weights, in halves, and bring the greatest score, the sums and the output up to them."""
         highest, total, output = list(highest), list(total), list(output)
-        weights = [None] * len(scores)
+        # the fragment of the scores is the one of a left factor, 2 matrices of 8 columns to each 16 columns of it
+        weights = [None] * (len(scores) // 2)
         for m in range(groups):
             for half in range(2):
-                own = [(n, 2 * half + i) for n in range(columns) for i in range(2)]
-                top = at(scores, m, *own[0])
-                for n, i in own[1:]:
-                    top = maximum(top, at(scores, m, n, i))
+                row = 2 * m + half
+                own = [at(scores, m, n, 2 * half + i) for n in range(columns) for i in range(2)]
+                top = highest[row]
+                for score in own:
+                    top = maximum(top, score)
                 top = maximum(top, shuffle_xor(top, 1))
                 top = maximum(top, shuffle_xor(top, 2))
-                row = 2 * m + half
-                top = maximum(top, highest[row])
                 # a row that has seen no key yet: -inf - -inf would be NaN
                 shift = select(top == -INFINITY, 0.0, top * unit)
                 factor = exp2(fma(highest[row], unit, -shift))
-                highest[row] = top
-                total[row] = total[row] * factor
-                for n, i in own:
-                    weight = exp2(fma(at(scores, m, n, i), unit, -shift))
-                    weights[(m * columns + n) * 4 + i] = weight
-                    total[row] = total[row] + weight
+                highest[row], total[row] = top, total[row] * factor
+                for n in range(columns):
+                    pair = [exp2(fma(score, unit, -shift)) for score in own[2 * n : 2 * n + 2]]
+                    total[row] = total[row] + (pair[0] + pair[1])
+                    weights[(m * columns + n) * 2 + half] = pack(*pair, storage)
                 for n in range(features):
                     for i in (2 * half, 2 * half + 1):
                         index = (m * features + n) * 4 + i
                         output[index] = output[index] * factor
-        # the fragment of sums is the one of a left factor, two matrices to each of 16 columns
-        packed = tuple(pack(weights[i], weights[i + 1], storage) for i in range(0, len(weights), 2))
-        return packed, tuple(highest), tuple(total), tuple(output)
+        return tuple(weights), tuple(highest), tuple(total), tuple(output)
 
     def values_of(stage, thread, k, n):
         """4 registers of the values: of 16 keys, the features of groups n and n + 1."""
@@ -425,6 +434,8 @@ def make_steps(shape: TileShape) -> Steps:
         own_thread,
         warp_of,
         part_of,
+        tiles_of,
+        first_key,
         stage_of,
         make_copy(shape.queries),
         make_copy(keys),
@@ -450,7 +461,8 @@ def make_kernel(shape: TileShape) -> Any:
     """Make the kernel of one shape: ``kernel[grid, block](query, …)``, see `launch`."""
     steps = make_steps(shape)
     allocate, own_thread, part_of = steps.allocate, steps.own_thread, steps.part_of
-    warp_of, stage_of = steps.warp_of, steps.stage_of
+    warp_of, tiles_of = steps.warp_of, steps.tiles_of
+    first_key, stage_of = steps.first_key, steps.stage_of
     copy_queries, copy_keys, close = steps.copy_queries, steps.copy_keys, steps.close
     wait_for_queries, wait_for_all = steps.wait_for_queries, steps.wait_for_all
     load_queries, clear, seen_by = steps.load_queries, steps.clear, steps.seen_by
@@ -460,9 +472,10 @@ def make_kernel(shape: TileShape) -> Any:
     address = unrolled(global_address)
     tile_queries, tile_keys, rows, tile_bytes = shape.queries, shape.keys, shape.rows, shape.stage_bytes // 2
 
-    def forward(query, key, value, out, lse, offsets, steps, sizes, unit):
-        queries, keys, length = sizes[QUERIES], sizes[KEYS], sizes[HEAD_DIM]
-        value_length, offset = sizes[VALUE_DIM], sizes[CAUSAL_OFFSET]
+    def forward(
+        query, key, value, out, lse, offsets, query_step, key_step, value_step, out_step,
+        queries, keys, length, value_length, offset, unit,
+    ):  # fmt: skip
         part, first = part_of(cuda.blockIdx.x, queries)
         thread, memory = own_thread(), allocate()
 
@@ -471,7 +484,6 @@ def make_kernel(shape: TileShape) -> Any:
 
         query_at = address(query, offsets[QUERY, part])
         key_at, value_at = address(key, offsets[KEY, part]), address(value, offsets[VALUE, part])
-        query_step, key_step, value_step = steps[QUERY, 0], steps[KEY, 0], steps[VALUE, 0]
         copy_queries(stage_of(memory, 1), query_at, query_step, first, queries, length, thread)
         close()
         copy_keys(memory, key_at, key_step, 0, keys, length, thread)
@@ -482,20 +494,21 @@ def make_kernel(shape: TileShape) -> Any:
         left = load_queries(stage_of(memory, 1), thread)
 
         output, highest, total = clear()
-        for begin in range(0, block_sees, tile_keys):
-            tile, thread = begin // tile_keys, own_thread()
+        for tile in range(tiles_of(block_sees)):
+            # of what is computed from this nothing is kept from tile to tile, where registers are short
+            thread = own_thread()
+            begin, after = first_key(tile), first_key(tile + 1)
             stage, following = stage_of(memory, tile), stage_of(memory, tile + 1)
             wait_for_all()
             # the tile is there for all warps, and none reads the one before it any more
             cuda.syncthreads()
-            if begin + tile_keys < block_sees:
-                after = begin + tile_keys
+            if after < block_sees:
                 copy_keys(following, key_at, key_step, after, keys, length, thread)
                 copy_keys(following + tile_bytes, value_at, value_step, after, keys, value_length, thread)
                 close()
             if begin < warp_sees:
                 scores = multiply(left, stage, thread)
-                if begin + tile_keys <= all_see:
+                if after <= all_see:
                     weights, highest, total, output = absorb(scores, highest, total, output, unit)
                     output = accumulate(output, weights, stage, thread)
                 else:
@@ -508,7 +521,7 @@ def make_kernel(shape: TileShape) -> Any:
                             output = add_odd(output, stage, begin, row, limits, thread)
         wait_for_all()
         finish(
-            output, highest, total, unit, out, offsets[OUT, part], steps[OUT, 0], lse, part * queries, first, queries,
+            output, highest, total, unit, out, offsets[OUT, part], out_step, lse, part * queries, first, queries,
             value_length, thread,
         )  # fmt: skip
 
