@@ -29,7 +29,7 @@ import numpy as np
 from numba import cuda, types
 
 from fastattn.cuda.elements import LN_2, LOG2_E, MASKS, STORAGE, exp2, loader, log2, real_of, storer
-from fastattn.cuda.plan import CAUSAL_OFFSET, HEAD_DIM, KEY, KEYS, MASK, OUT, QUERIES, QUERY, VALUE, VALUE_DIM
+from fastattn.cuda.plan import CAUSAL_OFFSET, HEAD_DIM, KEY, KEYS, MASK, OUT, QUERIES, QUERY, SLICES, VALUE, VALUE_DIM
 from fastattn.cuda.tiles import (
     Tiles,
     addition,
@@ -58,6 +58,12 @@ class Weights(NamedTuple):
     mask: str
     dropout: bool
     tiles: Tiles
+
+
+class Copy(NamedTuple):
+    """What a kernel that copies a result is compiled for."""
+
+    storage: str
 
 
 def argument_types(spec: Forward | Weights) -> tuple[Any, ...]:
@@ -187,7 +193,7 @@ def forward(spec: Forward) -> Any:
                     thread,
                     threads,
                 )
-                if cuda.syncthreads_or(not finite):
+                if cuda.syncthreads_or(np.int32(0 if finite else 1)):
                     add_visible_values(sums, key_tile, value_tile, first_row, y, x)
                 else:
                     add_values(sums, key_tile, value_tile, first_row, y, x)
@@ -286,5 +292,22 @@ def weights(spec: Weights) -> Any:
                 if row < queries and column < keys:
                     weight = key_tile[(y + i * threads_y) * (block_k + 1) + x + j * threads_x] * keep_scale
                     out[offsets[OUT, slice_] + row * steps[OUT, 0] + column * steps[OUT, 1]] = store(weight)
+
+    return kernel
+
+
+def copy(spec: Copy) -> Any:
+    """The kernel that copies a result: element by element, from QUERY to OUT of the tables."""
+
+    def kernel(source, target, offsets, steps, sizes):
+        queries, columns = sizes[QUERIES], sizes[VALUE_DIM]
+        first, stride = cuda.grid(1), cuda.gridsize(1)
+        for e in range(first, sizes[SLICES] * queries * columns, stride):
+            row = e // columns
+            column = e - row * columns
+            slice_ = row // queries
+            row = row - slice_ * queries
+            at = offsets[QUERY, slice_] + row * steps[QUERY, 0] + column * steps[QUERY, 1]
+            target[offsets[OUT, slice_] + row * steps[OUT, 0] + column * steps[OUT, 1]] = source[at]
 
     return kernel
