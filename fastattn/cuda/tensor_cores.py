@@ -24,8 +24,6 @@ References
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,6 +41,7 @@ from fastattn.cuda.plan import (
     QUERY,
     VALUE,
     VALUE_DIM,
+    slices_of,
 )
 from fastattn.cuda.primitives import (
     commit,
@@ -72,6 +71,7 @@ from fastattn.cuda.primitives import (
     warp_any,
     warp_index,
 )
+from fastattn.problem import Problem
 
 LANES = 32
 CHUNK = 8  # halves in 16 bytes
@@ -80,8 +80,7 @@ ALL = 0xFFFFFFFF
 INFINITY, NAN = float("inf"), float("nan")
 
 
-@dataclass(frozen=True)
-class TileShape:
+class TileShape(NamedTuple):
     """What a kernel is compiled for.
 
     Attributes
@@ -137,7 +136,7 @@ def shape_for(storage: str, width: int) -> TileShape:
     # 32 queries to a warp halve what it reads of keys and values from shared memory; with 128 features these would not
     # fit in its registers
     if width <= 64:
-        return TileShape(storage, width=64, warps=4, rows=32, keys=64, blocks=2)
+        return TileShape(storage, width=64, warps=4, rows=32, keys=48, blocks=2)
     return TileShape(storage, width=128, warps=4, rows=16, keys=32, blocks=3)
 
 
@@ -456,26 +455,27 @@ def make_steps(shape: TileShape) -> Steps:
     )
 
 
-@lru_cache(maxsize=None)
-def make_kernel(shape: TileShape) -> Any:
-    """Make the kernel of one shape: ``kernel[grid, block](query, …)``, see `launch`."""
-    steps = make_steps(shape)
-    allocate, own_thread, part_of = steps.allocate, steps.own_thread, steps.part_of
-    warp_of, tiles_of = steps.warp_of, steps.tiles_of
-    first_key, stage_of = steps.first_key, steps.stage_of
-    copy_queries, copy_keys, close = steps.copy_queries, steps.copy_keys, steps.close
-    wait_for_queries, wait_for_all = steps.wait_for_queries, steps.wait_for_all
-    load_queries, clear, seen_by = steps.load_queries, steps.clear, steps.seen_by
-    limits_of, multiply = steps.limits_of, steps.multiply
-    hide, absorb, accumulate = steps.hide, steps.absorb, steps.accumulate
-    accumulate_finite, add_odd, finish = steps.accumulate_finite, steps.add_odd, steps.finish
+def forward(shape: TileShape) -> Any:
+    """The kernel of the result and the log-sum-exp: a block of warps for each block of queries of each slice.
+
+    Its arguments are those of `fastattn.cuda.portable.forward`, of which it does without the mask and dropout's.
+    """
+    own = make_steps(shape)
+    allocate, own_thread, part_of = own.allocate, own.own_thread, own.part_of
+    warp_of, tiles_of = own.warp_of, own.tiles_of
+    first_key, stage_of = own.first_key, own.stage_of
+    copy_queries, copy_keys, close = own.copy_queries, own.copy_keys, own.close
+    wait_for_queries, wait_for_all = own.wait_for_queries, own.wait_for_all
+    load_queries, clear, seen_by = own.load_queries, own.clear, own.seen_by
+    limits_of, multiply = own.limits_of, own.multiply
+    hide, absorb, accumulate = own.hide, own.absorb, own.accumulate
+    accumulate_finite, add_odd, finish = own.accumulate_finite, own.add_odd, own.finish
     address = unrolled(global_address)
     tile_queries, tile_keys, rows, tile_bytes = shape.queries, shape.keys, shape.rows, shape.stage_bytes // 2
 
-    def forward(
-        query, key, value, out, lse, offsets, query_step, key_step, value_step, out_step,
-        queries, keys, length, value_length, offset, unit,
-    ):  # fmt: skip
+    def kernel(query, key, value, mask, out, lse, offsets, steps, sizes, unit, keep_scale, seed_low, seed_high):
+        queries, keys, length = sizes[QUERIES], sizes[KEYS], sizes[HEAD_DIM]
+        value_length, offset = sizes[VALUE_DIM], sizes[CAUSAL_OFFSET]
         part, first = part_of(cuda.blockIdx.x, queries)
         thread, memory = own_thread(), allocate()
 
@@ -484,8 +484,9 @@ def make_kernel(shape: TileShape) -> Any:
 
         query_at = address(query, offsets[QUERY, part])
         key_at, value_at = address(key, offsets[KEY, part]), address(value, offsets[VALUE, part])
-        copy_queries(stage_of(memory, 1), query_at, query_step, first, queries, length, thread)
+        copy_queries(stage_of(memory, 1), query_at, steps[QUERY, 0], first, queries, length, thread)
         close()
+        key_step, value_step = steps[KEY, 0], steps[VALUE, 0]
         copy_keys(memory, key_at, key_step, 0, keys, length, thread)
         copy_keys(memory + tile_bytes, value_at, value_step, 0, keys, value_length, thread)
         close()
@@ -521,9 +522,23 @@ def make_kernel(shape: TileShape) -> Any:
                             output = add_odd(output, stage, begin, row, limits, thread)
         wait_for_all()
         finish(
-            output, highest, total, unit, out, offsets[OUT, part], out_step, lse, part * queries, first, queries,
+            output, highest, total, unit, out, offsets[OUT, part], steps[OUT, 0], lse, part * queries, first, queries,
             value_length, thread,
         )  # fmt: skip
 
-    bounds = {} if SIMULATED else {"launch_bounds": (shape.threads, shape.blocks)}
-    return cuda.jit(**bounds)(forward)
+    return kernel
+
+
+def options(shape: TileShape) -> dict[str, Any]:
+    """The options of `cuda.jit` for this kernel: how many registers a thread may have follows from them."""
+    return {} if SIMULATED else {"launch_bounds": (shape.threads, shape.blocks)}
+
+
+def block_of(shape: TileShape) -> tuple[int, int]:
+    """The block that the kernel is launched with; in the simulator a thread stands for a warp."""
+    return (shape.warps if SIMULATED else shape.threads), 1
+
+
+def grid_of(shape: TileShape, problem: Problem) -> int:
+    """How many blocks a problem takes."""
+    return slices_of(problem) * -(-problem.queries // shape.queries)
