@@ -23,6 +23,9 @@ __all__ = [
     "exp2",
     "fma",
     "global_address",
+    "load_byte",
+    "load_float",
+    "load_half",
     "load_matrices",
     "load_matrices_transposed",
     "load_shared",
@@ -45,6 +48,7 @@ __all__ = [
     "wait",
     "warp_any",
     "warp_index",
+    "widen",
 ]
 
 Array = NDArray[Any]
@@ -144,10 +148,11 @@ def wait(groups: int) -> None:
     """Wait until no more than the last `groups` groups of copies are under way."""
     pending = _pending()
     while len(pending) - 1 > groups:
-        for to, source, sizes in pending.pop(0):
-            for first, start, size in zip(to.each(), source.each(), sizes, strict=True):
-                to.memory[first : first + 16] = 0
-                to.memory[first : first + size] = source.memory[start : start + size]
+        for to, source, size in pending.pop(0):
+            wanted = size > 0
+            chunks = np.zeros((LANES, 16), np.uint8)
+            chunks[wanted] = source.memory[source.each()[wanted, None] + np.arange(16)]
+            to.memory[to.each()[:, None] + np.arange(16)] = chunks
 
 
 def observe(instruction: str, address: Address) -> None:
@@ -186,10 +191,35 @@ def load_shared(address: Address) -> Array:
     return np.asarray(address.memory[address.each()[:, None] + np.arange(4)].view(np.uint32)[:, 0])
 
 
+def _load(address: Address, when: Any, kind: Any) -> Array:
+    within = np.broadcast_to(when, (LANES,))
+    result = np.zeros(LANES, kind)
+    where = address.each()[within, None] + np.arange(result.itemsize)
+    assert (where >= 0).all(), "an address before the array"
+    result[within] = address.memory[where].view(kind)[:, 0]
+    return result
+
+
+def load_byte(address: Address, when: Any) -> Array:
+    """A byte in global memory, 0 in lanes where `when` does not hold."""
+    return _load(address, when, np.uint8).astype(np.int64)
+
+
+def load_half(address: Address, when: Any) -> Array:
+    """The bits of a half in global memory, 0 in lanes where `when` does not hold."""
+    return _load(address, when, np.uint16).astype(np.int64)
+
+
+def load_float(address: Address, when: Any) -> Array:
+    """A float32 in global memory, 0 in lanes where `when` does not hold."""
+    return _load(address, when, np.float32)
+
+
 def _store(address: Address, word: Array, when: Any) -> None:
-    for offset, value, stored in zip(address.each(), word, np.broadcast_to(when, (LANES,)), strict=True):
-        if stored:
-            address.memory[offset : offset + 4] = np.frombuffer(value.tobytes(), np.uint8)
+    within = np.broadcast_to(when, (LANES,))
+    where = address.each()[within, None] + np.arange(word.itemsize)
+    assert (where >= 0).all(), "an address before the array"
+    address.memory[where] = np.ascontiguousarray(word[within, None]).view(np.uint8)
 
 
 def store_shared(address: Address, word: Array) -> None:
@@ -261,6 +291,11 @@ def pack(low: Any, high: Any, storage: str) -> Array:
     """Two float32 numbers as halves of the type `storage` in 32 bits, rounded to the nearest."""
     low, high = (to_halves(np.broadcast_to(np.float32(x), (LANES,)), storage).astype(np.uint32) for x in (low, high))
     return np.asarray(low | high << np.uint32(16))
+
+
+def widen(bits: Array, storage: str) -> Array:
+    """The float32 numbers that halves of the type `storage` are."""
+    return from_halves(bits, storage)
 
 
 # -- warps -------------------------------------------------------------------------------------------------------------

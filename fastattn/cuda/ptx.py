@@ -9,7 +9,7 @@ from __future__ import annotations
 from llvmlite import ir
 from numba.cuda import cgutils
 
-from fastattn.cuda.registers import F32, I1, I32, I64, ArrayValue, Value, as_value, builder, unrolled
+from fastattn.cuda.registers import F32, I32, I64, ArrayValue, Value, as_value, builder, unrolled
 
 __all__ = [
     "commit",
@@ -17,6 +17,9 @@ __all__ = [
     "exp2",
     "fma",
     "global_address",
+    "load_byte",
+    "load_float",
+    "load_half",
     "load_matrices",
     "load_matrices_transposed",
     "load_shared",
@@ -39,6 +42,7 @@ __all__ = [
     "wait",
     "warp_any",
     "warp_index",
+    "widen",
 ]
 
 GLOBAL, SHARED = 1, 3  # address spaces
@@ -166,6 +170,28 @@ def load_shared(address):
     return _call("ld.shared.b32 $0, [$1];", I32, "=r,r", address.ir, effects=True)
 
 
+def _load(address, when, kind, letter, returned):
+    """An element in global memory; 0, and nothing is read, in threads where `when` does not hold."""
+    text = f"{{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p ld.global.{kind} $0, [$1]; }}"
+    flag = builder().zext(when.ir, I32)
+    return _call(text, returned, f"=&{letter},l,r", address.ir, flag, effects=True)
+
+
+def load_byte(address, when):
+    """A byte in global memory, 0 in threads where `when` does not hold."""
+    return _load(address, when, "u8", "r", I32)
+
+
+def load_half(address, when):
+    """The bits of a half in global memory, 0 in threads where `when` does not hold."""
+    return _load(address, when, "u16", "r", I32)
+
+
+def load_float(address, when):
+    """A float32 in global memory, 0 in threads where `when` does not hold."""
+    return _load(address, when, "f32", "f", F32)
+
+
 def store_shared(address, word):
     """Store 32 bits in shared memory."""
     _call("st.shared.b32 [$0], $1;", None, "r,r", address.ir, word.ir, effects=True)
@@ -230,6 +256,14 @@ def pack(low, high, storage):
     return _call(f"cvt.rn.{kind}.f32 $0, $1, $2;", I32, "=r,f,f", _float(high), _float(low))
 
 
+def widen(bits, storage):
+    """The float32 number that a half of the type `storage` is."""
+    if storage == "bfloat16":
+        return Value(builder().bitcast((bits << 16).ir, F32))
+    text = "{ .reg .b16 h; cvt.u16.u32 h, $1; cvt.f32.f16 $0, h; }"
+    return _call(text, F32, "=f,r", bits.ir)
+
+
 # -- warps -------------------------------------------------------------------------------------------------------------
 
 
@@ -257,5 +291,3 @@ def mma(a, b, c, storage):
     )
     arguments = [*(_integer(v) for v in (*a, *b)), *(_float(v) for v in c)]
     return _call(text, [F32] * 4, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", *arguments)
-
-
