@@ -301,9 +301,9 @@ def widen(bits: Array, storage: str) -> Array:
 # -- warps -------------------------------------------------------------------------------------------------------------
 
 
-def shuffle_xor(x: Array, mask: int) -> Array:
+def shuffle_xor(x: Any, mask: int) -> Array:
     """The x of the lane whose index differs in the bits of `mask`."""
-    return x[LANE ^ mask]
+    return np.broadcast_to(np.float32(x), (LANES,))[LANE ^ mask]
 
 
 def warp_any(condition: Any) -> bool:

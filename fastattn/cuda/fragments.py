@@ -192,7 +192,7 @@ def make_steps(shape: TileShape) -> Steps:
 
     def make_copy(count):
         def copy_tile(to, source, step, first, limit, length, thread):
-            """Begin to copy rows from `first` on, `step` elements apart; zeros from row `limit` and element `length` on."""
+            """Begin to copy rows from `first` on, `step` elements apart; zeros from row `limit` and element `length`."""
             chunks = width // CHUNK
             first, limit, length = narrow(first), narrow(limit), narrow(length)
             chunk, own = thread % chunks, thread // chunks
