@@ -29,6 +29,7 @@ __all__ = [
     "load_matrices",
     "load_matrices_transposed",
     "load_shared",
+    "load_word",
     "log2",
     "maximum",
     "minimum",
@@ -39,6 +40,7 @@ __all__ = [
     "reciprocal",
     "select",
     "shared_memory",
+    "shuffle",
     "shuffle_xor",
     "store_float",
     "store_pair",
@@ -186,7 +188,13 @@ def load_matrices_transposed(address: Address) -> list[Array]:
     return _pairs(_matrices(address).swapaxes(1, 2))
 
 
-def load_shared(address: Address) -> Array:
+def load_shared(address: Address) -> list[Array]:
+    """16 bytes of shared memory, in 4 registers."""
+    observe("ld.shared", address)
+    return list(address.memory[address.each()[:, None] + np.arange(16)].view(np.uint32).T)
+
+
+def load_word(address: Address) -> Array:
     """32 bits of shared memory."""
     return np.asarray(address.memory[address.each()[:, None] + np.arange(4)].view(np.uint32)[:, 0])
 
@@ -304,6 +312,11 @@ def widen(bits: Array, storage: str) -> Array:
 def shuffle_xor(x: Any, mask: int) -> Array:
     """The x of the lane whose index differs in the bits of `mask`."""
     return np.broadcast_to(np.float32(x), (LANES,))[LANE ^ mask]
+
+
+def shuffle(x: Array, lane: Array) -> Array:
+    """The integer x of another lane."""
+    return x[lane]
 
 
 def warp_any(condition: Any) -> bool:

@@ -22,6 +22,7 @@ from fastattn.cuda.primitives import (
     load_matrices,
     load_matrices_transposed,
     load_shared,
+    load_word,
     log2,
     maximum,
     minimum,
@@ -32,6 +33,7 @@ from fastattn.cuda.primitives import (
     reciprocal,
     select,
     shared_memory,
+    shuffle,
     shuffle_xor,
     store_float,
     store_pair,
@@ -47,7 +49,7 @@ LANES = 32
 CHUNK = 8  # halves in 16 bytes
 HALF = 2  # bytes
 ALL = 0xFFFFFFFF
-INFINITY, NAN = float("inf"), float("nan")
+INFINITY = float("inf")
 
 
 class TileShape(NamedTuple):
@@ -132,7 +134,9 @@ class Steps(NamedTuple):
     restrict: Any
     absorb: Any
     accumulate: Any
+    has_odd: Any
     accumulate_finite: Any
+    positive: Any
     add_odd: Any
     finish: Any
 
@@ -145,7 +149,7 @@ def make_steps(shape: TileShape) -> Steps:
     columns, features = keys // 8, width // 8  # of scores, and of the output
     row_bytes, tile_bytes = shape.row_bytes, keys * shape.row_bytes
     # exponents of all ones, in the lower and the upper half
-    exponent, fraction = (0x7F80, 0x007F) if storage == "bfloat16" else (0x7C00, 0x03FF)
+    exponent = 0x7F80 if storage == "bfloat16" else 0x7C00
 
     def place(row, chunk):
         """Where a chunk of a row stands, in bytes."""
@@ -192,7 +196,7 @@ def make_steps(shape: TileShape) -> Steps:
 
     def make_copy(count):
         def copy_tile(to, source, step, first, limit, length, thread):
-            """Begin to copy rows from `first` on, `step` elements apart; zeros from row `limit` and element `length`."""
+            """Begin to copy rows from `first` on, `step` elements apart, zeros from row `limit`, element `length`."""
             chunks = width // CHUNK
             first, limit, length = narrow(first), narrow(limit), narrow(length)
             chunk, own = thread % chunks, thread // chunks
@@ -360,40 +364,66 @@ def make_steps(shape: TileShape) -> Steps:
         return sum_values(output, weights, stage, thread, lambda b: b)
 
     @unrolled
+    def has_odd(stage, thread):
+        """Whether any value of a tile is not finite: whether adding 1 to an exponent turns it over into the sign."""
+        both, one = exponent * 0x10001, (exponent & -exponent) * 0x10001
+        found = 0
+        for begin in range(0, tile_bytes, 16 * LANES):
+            for word in load_shared(stage + tile_bytes + thread % LANES * 16 + begin):
+                found = found | (word & both) + one
+        return warp_any((found & 0x80008000) != 0)
+
+    @unrolled
     def accumulate_finite(output, weights, stage, thread):
-        """The same without values that are not finite, and whether there are any."""
-        odd = [False]
+        """The same as `accumulate`, without values that are not finite."""
 
         def prepare(registers):
             kept = []
             for word in registers:
                 low, high = (word & exponent) == exponent, (word >> 16 & exponent) == exponent
-                odd[0] = odd[0] | low | high
                 kept.append(word & select(low, 0xFFFF0000, ALL) & select(high, 0x0000FFFF, ALL))
             return kept
 
-        return sum_values(output, weights, stage, thread, prepare), warp_any(odd[0])
+        return sum_values(output, weights, stage, thread, prepare)
 
     @unrolled
-    def add_odd(output, stage, first, row, limits, thread, first_query, mask_at, row_step, column_step):
-        """Add what is not finite of the value of one key, row `row` of the stage, to the queries that see it."""
+    def positive(weights):
+        """Which weights of a lane are not 0: a word for each row, with a bit for each column."""
+        words = []
+        for m in range(groups):
+            for half in range(2):
+                word = 0
+                for n in range(columns):
+                    pair = weights[(m * columns + n) * 2 + half]
+                    word = word | select((pair & 0xFFFF) != 0, 1 << 2 * n, 0)
+                    word = word | select(pair >> 16 != 0, 2 << 2 * n, 0)
+                words.append(opaque(word))
+        return tuple(words)
+
+    @unrolled
+    def add_odd(output, bits, stage, first, row, limits, thread, first_query, mask_at, row_step, column_step):
+        """Add what is not finite of the value of one key, row `row` of the stage, to the queries that see it.
+
+        `bits` is what `positive` says: 0 times an infinity is NaN.
+        """
         row, column = narrow(row), thread % 4 * 2
         key = narrow(first) + row
-        sees = [
-            look(mask_at, row_step, column_step, query, key, key < limit)[0]
-            for query, limit in zip(rows_of(first_query, thread), limits, strict=True)
-        ]
+        # the lane that has the weight of this key
+        owner, place_of_bit = thread % LANES // 4 * 4 + row % 8 // 2, row // 8 * 2 + row % 2
+        sees, factors = [], []
+        for query, limit, word in zip(rows_of(first_query, thread), limits, bits, strict=True):
+            sees.append(look(mask_at, row_step, column_step, query, key, key < limit)[0])
+            factors.append(select((shuffle(word, owner) >> place_of_bit & 1) != 0, 1.0, 0.0))
         sums = list(output)
         for n in range(features):
-            word = load_shared(stage + tile_bytes + place(row, n) + column * HALF)
+            word = load_word(stage + tile_bytes + place(row, n) + column * HALF)
             for i in range(2):
-                bits = word >> 16 * i
-                special = select((bits & fraction) != 0, NAN, select((bits & 0x8000) != 0, -INFINITY, INFINITY))
-                value = select((bits & exponent) == exponent, special, 0.0)
+                half = word >> 16 & 0xFFFF if i else word & 0xFFFF
+                odd = select((half & exponent) == exponent, widen(half, storage), 0.0)
                 for m in range(groups):
-                    for half in range(2):
-                        index = (m * features + n) * 4 + 2 * half + i
-                        sums[index] = sums[index] + select(sees[2 * m + half], value, 0.0)
+                    for r in (2 * m, 2 * m + 1):
+                        index = (m * features + n) * 4 + 2 * (r % 2) + i
+                        sums[index] = select(sees[r], fma(odd, factors[r], sums[index]), sums[index])
         return tuple(sums)
 
     @unrolled
@@ -441,7 +471,9 @@ def make_steps(shape: TileShape) -> Steps:
         restrict,
         absorb,
         accumulate,
+        has_odd,
         accumulate_finite,
+        positive,
         add_odd,
         finish,
     )

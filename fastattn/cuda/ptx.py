@@ -23,6 +23,7 @@ __all__ = [
     "load_matrices",
     "load_matrices_transposed",
     "load_shared",
+    "load_word",
     "log2",
     "maximum",
     "minimum",
@@ -33,6 +34,7 @@ __all__ = [
     "reciprocal",
     "select",
     "shared_memory",
+    "shuffle",
     "shuffle_xor",
     "store_float",
     "store_pair",
@@ -166,6 +168,12 @@ def load_matrices_transposed(address):
 
 
 def load_shared(address):
+    """16 bytes of shared memory, in 4 registers."""
+    text = "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];"
+    return _call(text, [I32] * 4, "=r,=r,=r,=r,r", address.ir, effects=True)
+
+
+def load_word(address):
     """32 bits of shared memory."""
     return _call("ld.shared.b32 $0, [$1];", I32, "=r,r", address.ir, effects=True)
 
@@ -273,6 +281,11 @@ def shuffle_xor(x, mask):
     x = as_value(x)
     letter = "f" if x.is_float else "r"
     return _call(text, x.type, f"={letter},{letter},n", x.ir, ir.Constant(I32, mask), effects=True)
+
+
+def shuffle(x, lane):
+    """The integer x of another lane."""
+    return _call("shfl.sync.idx.b32 $0, $1, $2, 31, -1;", I32, "=r,r,r", _integer(x), _integer(lane), effects=True)
 
 
 def warp_any(condition):

@@ -60,7 +60,7 @@ def shape_for(storage: str, mask: str, width: int) -> TileShape:
     # fit in its registers
     if width <= 64:
         if mask == "none":
-            return TileShape(storage, mask, width=64, warps=4, rows=32, keys=48, blocks=2)
+            return TileShape(storage, mask, width=64, warps=4, rows=32, keys=64, blocks=2)
         return TileShape(storage, mask, width=64, warps=4, rows=16, keys=64, blocks=2)
     return TileShape(storage, mask, width=128, warps=4, rows=16, keys=32, blocks=3 if mask == "none" else 2)
 
@@ -76,9 +76,10 @@ def forward(shape: TileShape) -> Any:
     copy_queries, copy_keys, close, clear = own.copy_queries, own.copy_keys, own.close, own.clear
     wait_for_queries, wait_for_all = own.wait_for_queries, own.wait_for_all
     seen_by, limits_of, multiply, restrict = own.seen_by, own.limits_of, own.multiply, own.restrict
-    absorb, accumulate, accumulate_finite = own.absorb, own.accumulate, own.accumulate_finite
-    add_odd, finish = own.add_odd, own.finish
-    address, unmasked = unrolled(global_address), shape.mask == "none"
+    absorb, accumulate, has_odd = own.absorb, own.accumulate, own.has_odd
+    accumulate_finite = own.accumulate_finite
+    positive, add_odd, finish = own.positive, own.add_odd, own.finish
+    address, masked = unrolled(global_address), shape.mask != "none"
     tile_keys, tile_bytes = shape.keys, shape.stage_bytes // 2
 
     def kernel(query, key, value, mask, out, lse, offsets, steps, sizes, unit, keep_scale, seed_low, seed_high):
@@ -118,22 +119,23 @@ def forward(shape: TileShape) -> Any:
                 close()
             if begin < warp_sees:
                 scores = multiply(left, stage, thread)
-                if unmasked and after <= all_see:
-                    weights, highest, total, output = absorb(scores, highest, total, output, unit)
-                    output = accumulate(output, weights, stage, thread)
-                else:
-                    limits = limits_of(first, offset, keys, queries, thread)
+                limits, odd = limits_of(first, offset, keys, queries, thread), False
+                if masked or after > all_see:
                     scores = restrict(
                         scores, begin, limits, thread, first, mask_at, steps[MASK, 0], steps[MASK, 1], unit
                     )
-                    weights, highest, total, output = absorb(scores, highest, total, output, unit)
-                    output, odd = accumulate_finite(output, weights, stage, thread)
-                    if odd:
-                        for row in range(tile_keys):
-                            output = add_odd(
-                                output, stage, begin, row, limits, thread,
-                                first, mask_at, steps[MASK, 0], steps[MASK, 1],
-                            )  # fmt: skip
+                    odd = has_odd(stage, thread)
+                weights, highest, total, output = absorb(scores, highest, total, output, unit)
+                if odd:
+                    output = accumulate_finite(output, weights, stage, thread)
+                    bits = positive(weights)
+                    for row in range(tile_keys):
+                        output = add_odd(
+                            output, bits, stage, begin, row, limits, thread,
+                            first, mask_at, steps[MASK, 0], steps[MASK, 1],
+                        )  # fmt: skip
+                else:
+                    output = accumulate(output, weights, stage, thread)
         wait_for_all()
         finish(
             output, highest, total, unit, out, offsets[OUT, part], steps[OUT, 0], lse, part * queries, first, queries,
