@@ -23,7 +23,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numba import cuda
 
 from fastattn.cpu.kernels import cache_folder
@@ -140,7 +139,7 @@ def launch(kernel: Any, grid: int, block: tuple[int, int], stream: Any, argument
 def table(array: Any, stream: Any) -> Any:
     """An array of int64 for kernels to read; in the simulator one that is quick to read element by element."""
     if SIMULATED:
-        return memoryview(np.ascontiguousarray(array)) if array.size else array
+        return array.data if array.size else array
     return cuda.to_device(array, stream=stream)
 
 
