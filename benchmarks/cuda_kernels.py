@@ -122,12 +122,11 @@ def kernels() -> dict[str, Kernel]:
     for storage, width in (("float32", 64), ("float32", 128), ("bfloat16", 64), ("float64", 64)):
         real = np.dtype(np.float64 if storage == "float64" else np.float32)
         problem = Problem(real, (), 1, 1, 9, 9, width, width, (1, 9, width), 1.0, None, 0.0, "none")
-        for kind, choose in (("forward", choice.choose_forward), ("weights", choice.choose_weights)):
-            chosen = choose(storage, "none", problem)
-            x, y = chosen.block
-            types = portable.argument_types(chosen.spec)
-            name = f"portable {kind}, {storage}, {width}"
-            found.append(Kernel(name, chosen.factory, chosen.spec, types, {}, x * y, 1))
+        tiles = choice.tiles_for(storage, problem)
+        for factory, kind in ((portable.forward, portable.Forward), (portable.weights, portable.Weights)):
+            spec = kind(storage, "none", False, tiles)
+            name = f"portable {factory.__name__}, {storage}, {width}"
+            found.append(Kernel(name, factory, spec, portable.argument_types(spec), {}, tiles.threads, 1))
     return {kernel.name: kernel for kernel in found}
 
 
