@@ -50,7 +50,7 @@ def real_of(storage: str) -> Any:
 @device
 def from_bfloat16(bits):
     """The float32 number whose upper half these 16 bits are."""
-    return (np.uint32(bits) << np.uint32(16)).view(np.float32)
+    return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
 
 
 @device
