@@ -10,9 +10,11 @@ from numpy.typing import ArrayLike, NDArray
 from fastattn import reference
 from fastattn.cpu import attention as cpu
 from fastattn.cpu.pool import get_num_threads
+from fastattn.cuda.detect import any_on_device
 from fastattn.problem import Problem, as_operands, check_backend, check_flag, check_out, describe, seed_from
 
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("cpu", "reference")  # of everything
+ATTENTION_BACKENDS = ("cpu", "cuda", "reference")  # of attention, which CUDA has kernels for
 _prepared: dict[Any, cpu.Prepared] = {}
 
 
@@ -144,7 +146,29 @@ def attention(
     else:
         plain = None
 
-    check_backend(backend, BACKENDS)
+    backend = check_backend(backend, ATTENTION_BACKENDS)
+    if backend is None and any_on_device(query, key, value, attn_mask, out):
+        backend = "cuda"
+    if backend == "cuda":
+        from fastattn.cuda.available import require
+
+        require()
+        from fastattn.cuda import attention as cuda  # imports numba-cuda, which nothing else needs
+
+        return cuda.attention(
+            query,
+            key,
+            value,
+            attn_mask,
+            dropout_p,
+            is_causal,
+            scale,
+            enable_gqa,
+            return_lse,
+            return_weights,
+            rng,
+            out,
+        )
     if backend == "reference":
         return reference.attention(
             query,

@@ -1,4 +1,4 @@
-"""Device functions that all kernels share: elements in memory to numbers and back, exponentials, dropout's random words.
+"""Device functions that all kernels share: elements of memory to numbers and back, exponentials, random words.
 
 `device` makes a device function. Nothing here asks `cuda` for anything, so that the simulator may call these from the
 kernels of any module as the Python functions that they are.
@@ -104,6 +104,16 @@ def mask_loader(storage: str, real: Any) -> Any:
         return real(element)
 
     return device(load)
+
+
+def minus_zero_test(real: Any) -> Any:
+    """A device function of a number of type `real`: whether it is -0.0, and not 0.0."""
+    bits, minus_zero = (np.uint64, np.uint64(1 << 63)) if real is np.float64 else (np.uint32, np.uint32(1 << 31))
+
+    def is_minus_zero(x):
+        return x.view(bits) == minus_zero
+
+    return device(is_minus_zero)
 
 
 # -- exponentials ------------------------------------------------------------------------------------------------------
