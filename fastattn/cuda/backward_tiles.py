@@ -10,18 +10,17 @@ Nothing here asks `cuda` for anything: the simulator lends that to the module of
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fastattn.cuda.elements import device, loader, mask_loader, philox, real_of
+from fastattn.cuda.tiles import is_floating
 
 __all__ = ["Tiles", "Tiling", "make_tiles"]
 
 
-@dataclass(frozen=True)
-class Tiling:
+class Tiling(NamedTuple):
     """How a block of threads divides its work.
 
     Attributes
@@ -69,8 +68,8 @@ class Tiles(NamedTuple):
     weigh: Any
 
 
-def make_tiles(tiling: Tiling, storage: str, mask: str | None, dropout: bool) -> Tiles:
-    """Make the device functions for a type of elements, and a type of elements of the mask or None."""
+def make_tiles(tiling: Tiling, storage: str, mask: str, dropout: bool) -> Tiles:
+    """Make the device functions for a type of elements, and one of the mask's, "none" if there is none."""
     stage_across, stage = _make_stages(tiling, storage)
     clear, multiply, multiply_visible = _make_sums(tiling, storage)
     load_rows, weigh = _make_weights(tiling, storage, mask, dropout)
@@ -145,11 +144,11 @@ def _make_stages(tiling: Tiling, storage: str) -> tuple[Any, Any]:
     return stage_across, stage
 
 
-def _make_weights(tiling: Tiling, storage: str, mask_storage: str | None, dropout: bool) -> tuple[Any, Any]:
+def _make_weights(tiling: Tiling, storage: str, mask_storage: str, dropout: bool) -> tuple[Any, Any]:
     side, rows, tile, threads = tiling.side, tiling.rows, tiling.tile, tiling.threads
     real = real_of(storage)
-    masked, mask_is_bool = mask_storage is not None, mask_storage == "bool"
-    load_mask = mask_loader(mask_storage or "float32", real)
+    masked, mask_is_bool = mask_storage != "none", mask_storage == "bool"
+    load_mask = mask_loader(mask_storage if is_floating(mask_storage) else storage, real)
     zero, hidden, lowest = real(0.0), real(-0.0), real(-math.inf)
 
     @device

@@ -28,10 +28,11 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from numba import cuda
+import numpy as np
+from numba import cuda, types
 
 from fastattn.cuda.backward_tiles import Tiles, Tiling, make_tiles
-from fastattn.cuda.elements import device, loader, real_of, storer
+from fastattn.cuda.elements import MASKS, STORAGE, device, loader, real_of, storer
 from fastattn.cuda.plan import (
     CAUSAL_OFFSET,
     DROP_BELOW,
@@ -50,56 +51,84 @@ from fastattn.cuda.plan import (
     VALUE_DIM,
 )
 
-__all__ = ["BackwardKernels", "backward_kernels"]
+__all__ = [
+    "Backward",
+    "deltas_types",
+    "find_deltas",
+    "grad_keys",
+    "grad_mask",
+    "grad_queries",
+    "keys_types",
+    "mask_types",
+    "queries_types",
+]
 
 PADDING = 1  # of a row in shared memory, so that a column of it lies in different banks
 
 
-class BackwardKernels(NamedTuple):
-    """The kernels, as functions that are still to be compiled."""
+class Backward(NamedTuple):
+    """What a kernel is compiled for.
 
-    find_deltas: Any
-    grad_keys: Any
-    grad_queries: Any
-    grad_mask: Any
-
-
-def backward_kernels(
-    tiling: Tiling,
-    storage: str,
-    mask: str | None = None,
-    dropout: bool = False,
-    with_key: bool = True,
-    with_value: bool = True,
-) -> BackwardKernels:
-    """Make the kernels of a backward pass.
-
-    Parameters
+    Attributes
     ----------
-    tiling : Tiling
     storage : {"float16", "bfloat16", "float32", "float64"}
-        Type of the elements in memory. The arithmetic is in float32 or float64.
-    mask : str or None
-        Type of the elements of the mask: "bool", or a floating one.
+        What operands and gradients are stored in. The arithmetic is in float32 or float64.
+    mask : str
+        The same of the mask, or "bool", or "none".
     dropout : bool
-    with_key, with_value : bool
+    tiling : Tiling
+    key, value : bool
         What `grad_keys` computes: both at once where the same slices share key and value.
     """
-    tiles = make_tiles(tiling, storage, mask, dropout)
-    return BackwardKernels(
-        _find_deltas(tiling, storage),
-        _grad_keys(tiling, tiles, storage, with_key, with_value),
-        _grad_queries(tiling, tiles, storage),
-        _grad_mask(tiling, tiles, storage, "float32" if mask in (None, "bool") else mask),
-    )
+
+    storage: str
+    mask: str
+    dropout: bool
+    tiling: Tiling
+    key: bool = True
+    value: bool = True
 
 
-def _make_products(tiling: Tiling, tiles: Tiles, storage: str) -> Any:
-    side, rows, depth = tiling.side, tiling.rows, tiling.depth
-    zero, stage_across = real_of(storage)(0.0), tiles.stage_across
+def _array(kind: Any, rank: int = 1) -> Any:
+    return types.Array(getattr(types, np.dtype(kind).name), rank, "C")
+
+
+def deltas_types(spec: Backward) -> tuple[Any, ...]:
+    """The Numba types of the arguments of `find_deltas`."""
+    element, real, table = _array(STORAGE[spec.storage]), _array(real_of(spec.storage)), _array(np.int64, 2)
+    return element, element, real, types.boolean, table, table, _array(np.int64), real
+
+
+def _common_types(spec: Backward) -> tuple[Any, ...]:
+    element, real, table = _array(STORAGE[spec.storage]), _array(real_of(spec.storage)), _array(np.int64, 2)
+    mask = _array(MASKS["bool" if spec.mask == "none" else spec.mask])
+    tables = (table, table, _array(np.int64), table)
+    return (*[element] * 3, mask, element, real, real, *tables, real.dtype, types.uint32, types.uint32, real.dtype)
+
+
+def keys_types(spec: Backward) -> tuple[Any, ...]:
+    """The Numba types of the arguments of `grad_keys`."""
+    element = _array(STORAGE[spec.storage])
+    return (*_common_types(spec), types.int64, element, element)
+
+
+def queries_types(spec: Backward) -> tuple[Any, ...]:
+    """The Numba types of the arguments of `grad_queries`."""
+    return (*_common_types(spec), types.int64, _array(STORAGE[spec.storage]))
+
+
+def mask_types(spec: Backward) -> tuple[Any, ...]:
+    """The Numba types of the arguments of `grad_mask`."""
+    return (*_common_types(spec), types.int64, types.int64, _array(MASKS[spec.mask]))
+
+
+def _make_differentiate(spec: Backward, tiles: Tiles) -> Any:
+    """A device function of a tile of queries and one of keys."""
+    side, rows, depth = spec.tiling.side, spec.tiling.rows, spec.tiling.depth
+    zero, stage_across, weigh = real_of(spec.storage)(0.0), tiles.stage_across, tiles.weigh
 
     @device
-    def products(result, left, right, a, a_at, a_steps, a_first, a_count, b, b_at, b_steps, b_first, b_count, length):
+    def products(result, left, right, steps, one, a, a_at, a_first, a_count, other, b, b_at, b_first, b_count, length):
         """result = the scalar products of a tile of rows of `a` and one of `b`. How many of a's were not finite."""
         tx, ty = cuda.threadIdx.x, cuda.threadIdx.y
         thread = ty * side + tx
@@ -108,8 +137,8 @@ def _make_products(tiling: Tiling, tiles: Tiles, storage: str) -> Any:
             for c in range(rows):
                 result[r, c] = zero
         for first in range(0, length, depth):
-            odd += stage_across(left, a, a_at, a_steps[0], a_steps[1], a_first, a_count, first, length, thread)
-            stage_across(right, b, b_at, b_steps[0], b_steps[1], b_first, b_count, first, length, thread)
+            odd += stage_across(left, a, a_at, steps[one, 0], steps[one, 1], a_first, a_count, first, length, thread)
+            stage_across(right, b, b_at, steps[other, 0], steps[other, 1], b_first, b_count, first, length, thread)
             cuda.syncthreads()
             for s in range(depth):
                 for r in range(rows):
@@ -119,15 +148,38 @@ def _make_products(tiling: Tiling, tiles: Tiles, storage: str) -> Any:
             cuda.syncthreads()
         return odd
 
-    return products
+    @device
+    def differentiate(
+        weights, grads, left, right, numbers, query, key, value, mask, grad_out, offsets, steps, sizes, number,
+        first_query, first_key, scale, seed_low, seed_high, keep_scale,
+    ):  # fmt: skip
+        """P · Z and dS of slice `number`, -0.0 and 0 where hidden. How many elements of dO were not finite."""
+        queries, keys = sizes[QUERIES], sizes[KEYS]
+        odd = products(
+            grads, left, right, steps, GRAD_OUT, grad_out, offsets[GRAD_OUT, number], first_query, queries,
+            VALUE, value, offsets[VALUE, number], first_key, keys, sizes[VALUE_DIM],
+        )  # fmt: skip
+        products(
+            weights, left, right, steps, QUERY, query, offsets[QUERY, number], first_query, queries,
+            KEY, key, offsets[KEY, number], first_key, keys, sizes[HEAD_DIM],
+        )  # fmt: skip
+        weigh(
+            weights, grads, numbers, mask, offsets[MASK, number], steps[MASK, 0], steps[MASK, 1], number, first_query,
+            first_key, keys, sizes[CAUSAL_OFFSET], scale, sizes[HEADS], seed_low, seed_high, sizes[DROP_BELOW],
+            keep_scale, cuda.threadIdx.x, cuda.threadIdx.y,
+        )  # fmt: skip
+        return odd
+
+    return differentiate
 
 
-def _find_deltas(tiling: Tiling, storage: str) -> Any:
-    side, real = tiling.side, real_of(storage)
+def find_deltas(spec: Backward) -> Any:
+    """The kernel of delta: `side` threads a row, and so many rows a block."""
+    storage, side = spec.storage, spec.tiling.side
+    real = real_of(storage)
     load, zero, width = loader(storage, real), real(0.0), side + PADDING
 
-    def find_deltas(grad_out, out, grad_lse, with_lse, offsets, steps, sizes, deltas):
-        """deltas[slice · Lq + i] = Σ_f dO[i][f] · out[i][f] - dlse[i]: `side` threads a row, one block `side` rows."""
+    def kernel(grad_out, out, grad_lse, with_lse, offsets, steps, sizes, deltas):
         partial = cuda.shared.array((side, width), real)
         tx, ty = cuda.threadIdx.x, cuda.threadIdx.y
         queries, features = sizes[QUERIES], sizes[VALUE_DIM]
@@ -149,89 +201,73 @@ def _find_deltas(tiling: Tiling, storage: str) -> Any:
                 total -= grad_lse[offsets[GRAD_LSE, number] + i * steps[GRAD_LSE, 0]]
             deltas[row] = total
 
-    return find_deltas
+    return kernel
 
 
-def _grad_keys(tiling: Tiling, tiles: Tiles, storage: str, with_key: bool, with_value: bool) -> Any:
+def grad_keys(spec: Backward) -> Any:
+    """The kernel of the gradients of keys and values.
+
+    Blocks stand along x: first the parts of `features` columns, `chunks` of them, then the tiles of keys, then the rows
+    of `members`, which say what slices share an argument.
+    """
+    storage, mask_storage, dropout, tiling, with_key, with_value = spec
     side, rows, columns, depth, tile = tiling.side, tiling.rows, tiling.columns, tiling.depth, tiling.tile
-    features = tiling.features
+    features, wide, width = tiling.features, max(tile, tiling.features) + PADDING, tile + PADDING
     real, store = real_of(storage), storer(storage)
-    clear, multiply, multiply_visible, _, stage, load_rows, weigh = tiles
-    products = _make_products(tiling, tiles, storage)
-    left_width, width = max(tile, features) + PADDING, tile + PADDING
+    tiles = make_tiles(tiling, storage, mask_storage, dropout)
+    clear, multiply, multiply_visible, stage, load_rows = (
+        tiles.clear, tiles.multiply, tiles.multiply_visible, tiles.stage, tiles.load_rows,
+    )  # fmt: skip
+    differentiate = _make_differentiate(spec, tiles)
 
-    def grad_keys(
+    def kernel(
         query, key, value, mask, grad_out, lse, deltas, offsets, steps, sizes, members, scale, seed_low, seed_high,
         keep_scale, chunks, grad_key, grad_value,
     ):  # fmt: skip
-        """Gradients of a tile of keys and values, `features` columns of each, over the slices of a row of `members`."""
-        left = cuda.shared.array((depth, left_width), real)
-        right = cuda.shared.array((depth, left_width), real)
+        left = cuda.shared.array((depth, wide), real)
+        right = cuda.shared.array((depth, wide), real)
         weights = cuda.shared.array((tile, width), real)
         grads = cuda.shared.array((tile, width), real)
         numbers = cuda.shared.array((2, tile), real)
-        scores_here = cuda.local.array((rows, rows), real)
+        weights_here = cuda.local.array((rows, rows), real)
         grads_here = cuda.local.array((rows, rows), real)
         key_sums = cuda.local.array((rows, columns), real)
         value_sums = cuda.local.array((rows, columns), real)
         tx, ty = cuda.threadIdx.x, cuda.threadIdx.y
         thread = ty * side + tx
         queries, keys, head_dim, value_dim = sizes[QUERIES], sizes[KEYS], sizes[HEAD_DIM], sizes[VALUE_DIM]
-        heads, reach, drop_below = sizes[HEADS], sizes[CAUSAL_OFFSET], sizes[DROP_BELOW]
 
         key_tiles = (keys + tile - 1) // tile
-        first_feature = cuda.blockIdx.x % chunks * features
+        column = cuda.blockIdx.x % chunks * features
         first_key = cuda.blockIdx.x // chunks % key_tiles * tile
         owner = cuda.blockIdx.x // chunks // key_tiles
         clear(key_sums)
         clear(value_sums)
         for member in range(members.shape[1]):
             number = members[owner, member]
-            query_at, key_at = offsets[QUERY, number], offsets[KEY, number]
-            value_at, grad_at = offsets[VALUE, number], offsets[GRAD_OUT, number]
+            query_at, grad_at = offsets[QUERY, number], offsets[GRAD_OUT, number]
+            lse_at, deltas_at = offsets[LSE, number], number * queries
             # the tile of the first query that may look at the first key
-            for first_query in range(max(0, first_key - reach) // tile * tile, queries, tile):
-                load_rows(
-                    numbers,
-                    lse,
-                    offsets[LSE, number],
-                    steps[LSE, 0],
-                    deltas,
-                    number * queries,
-                    first_query,
-                    queries,
-                    thread,
-                )
-                odd = products(
-                    grads_here, left, right, grad_out, grad_at, steps[GRAD_OUT], first_query, queries,
-                    value, value_at, steps[VALUE], first_key, keys, value_dim,
-                )  # fmt: skip
-                products(
-                    scores_here, left, right, query, query_at, steps[QUERY], first_query, queries,
-                    key, key_at, steps[KEY], first_key, keys, head_dim,
-                )  # fmt: skip
-                odd = cuda.syncthreads_or(odd)
-                weigh(
-                    scores_here, grads_here, numbers, mask, offsets[MASK, number], steps[MASK, 0], steps[MASK, 1],
-                    number, first_query, first_key, keys, reach, scale, heads, seed_low, seed_high, drop_below,
-                    keep_scale, tx, ty,
+            for first_query in range(max(0, first_key - sizes[CAUSAL_OFFSET]) // tile * tile, queries, tile):
+                load_rows(numbers, lse, lse_at, steps[LSE, 0], deltas, deltas_at, first_query, queries, thread)
+                cuda.syncthreads()
+                odd = differentiate(
+                    weights_here, grads_here, left, right, numbers, query, key, value, mask, grad_out, offsets, steps,
+                    sizes, number, first_query, first_key, scale, seed_low, seed_high, keep_scale,
                 )  # fmt: skip
                 for r in range(rows):
                     for c in range(rows):
-                        weights[ty + r * side, tx + c * side] = scores_here[r, c]
+                        weights[ty + r * side, tx + c * side] = weights_here[r, c]
                         grads[ty + r * side, tx + c * side] = grads_here[r, c]
+                odd = cuda.syncthreads_or(np.int32(odd != 0))
                 for first in range(0, tile, depth):
                     start = first_query + first
                     if with_value:
-                        stage(
-                            right, grad_out, grad_at, steps[GRAD_OUT, 0], steps[GRAD_OUT, 1], start, queries,
-                            first_feature, value_dim, False, thread,
-                        )  # fmt: skip
+                        row, step = steps[GRAD_OUT, 0], steps[GRAD_OUT, 1]
+                        stage(right, grad_out, grad_at, row, step, start, queries, column, value_dim, False, thread)
                     if with_key:
-                        stage(
-                            left, query, query_at, steps[QUERY, 0], steps[QUERY, 1], start, queries,
-                            first_feature, head_dim, True, thread,
-                        )  # fmt: skip
+                        row, step = steps[QUERY, 0], steps[QUERY, 1]
+                        stage(left, query, query_at, row, step, start, queries, column, head_dim, True, thread)
                     cuda.syncthreads()
                     if with_value:
                         if odd:
@@ -245,83 +281,62 @@ def _grad_keys(tiling: Tiling, tiles: Tiles, storage: str, with_key: bool, with_
         for r in range(rows):
             j = first_key + ty + r * side
             for c in range(columns):
-                f = first_feature + tx + c * side
+                f = column + tx + c * side
                 if with_key and j < keys and f < head_dim:
                     grad_key[(owner * keys + j) * head_dim + f] = store(key_sums[r, c] * scale)
                 if with_value and j < keys and f < value_dim:
                     grad_value[(owner * keys + j) * value_dim + f] = store(value_sums[r, c])
 
-    return grad_keys
+    return kernel
 
 
-def _grad_queries(tiling: Tiling, tiles: Tiles, storage: str) -> Any:
+def grad_queries(spec: Backward) -> Any:
+    """The kernel of the gradient of queries, with blocks like those of `grad_keys`."""
+    storage, mask_storage, dropout, tiling, _, _ = spec
     side, rows, columns, depth, tile = tiling.side, tiling.rows, tiling.columns, tiling.depth, tiling.tile
-    features = tiling.features
+    features, wide, width = tiling.features, max(tile, tiling.features) + PADDING, tile + PADDING
     real, store = real_of(storage), storer(storage)
-    clear, multiply, _, _, stage, load_rows, weigh = tiles
-    products = _make_products(tiling, tiles, storage)
-    right_width, width = max(tile, features) + PADDING, tile + PADDING
+    tiles = make_tiles(tiling, storage, mask_storage, dropout)
+    clear, multiply, stage, load_rows = tiles.clear, tiles.multiply, tiles.stage, tiles.load_rows
+    differentiate = _make_differentiate(spec, tiles)
 
-    def grad_queries(
+    def kernel(
         query, key, value, mask, grad_out, lse, deltas, offsets, steps, sizes, members, scale, seed_low, seed_high,
         keep_scale, chunks, grad_query,
     ):  # fmt: skip
-        """Gradients of a tile of queries, `features` columns of them, over the slices of a row of `members`."""
         left = cuda.shared.array((depth, width), real)
-        right = cuda.shared.array((depth, right_width), real)
+        right = cuda.shared.array((depth, wide), real)
         grads = cuda.shared.array((tile, width), real)
         numbers = cuda.shared.array((2, tile), real)
-        scores_here = cuda.local.array((rows, rows), real)
+        weights_here = cuda.local.array((rows, rows), real)
         grads_here = cuda.local.array((rows, rows), real)
         sums = cuda.local.array((rows, columns), real)
         tx, ty = cuda.threadIdx.x, cuda.threadIdx.y
         thread = ty * side + tx
-        queries, keys, head_dim, value_dim = sizes[QUERIES], sizes[KEYS], sizes[HEAD_DIM], sizes[VALUE_DIM]
-        heads, reach, drop_below = sizes[HEADS], sizes[CAUSAL_OFFSET], sizes[DROP_BELOW]
+        queries, keys, head_dim = sizes[QUERIES], sizes[KEYS], sizes[HEAD_DIM]
 
         query_tiles = (queries + tile - 1) // tile
-        first_feature = cuda.blockIdx.x % chunks * features
+        column = cuda.blockIdx.x % chunks * features
         first_query = cuda.blockIdx.x // chunks % query_tiles * tile
         owner = cuda.blockIdx.x // chunks // query_tiles
-        end = min(keys, first_query + tile + reach)  # behind the last key that the last query may look at
+        end = min(keys, first_query + tile + sizes[CAUSAL_OFFSET])  # behind what the last query may look at
         clear(sums)
         for member in range(members.shape[1]):
             number = members[owner, member]
-            key_at = offsets[KEY, number]
-            load_rows(
-                numbers,
-                lse,
-                offsets[LSE, number],
-                steps[LSE, 0],
-                deltas,
-                number * queries,
-                first_query,
-                queries,
-                thread,
-            )
+            key_at, lse_at, deltas_at = offsets[KEY, number], offsets[LSE, number], number * queries
+            load_rows(numbers, lse, lse_at, steps[LSE, 0], deltas, deltas_at, first_query, queries, thread)
             cuda.syncthreads()
             for first_key in range(0, end, tile):
-                products(
-                    grads_here, left, right, grad_out, offsets[GRAD_OUT, number], steps[GRAD_OUT], first_query, queries,
-                    value, offsets[VALUE, number], steps[VALUE], first_key, keys, value_dim,
-                )  # fmt: skip
-                products(
-                    scores_here, left, right, query, offsets[QUERY, number], steps[QUERY], first_query, queries,
-                    key, key_at, steps[KEY], first_key, keys, head_dim,
-                )  # fmt: skip
-                weigh(
-                    scores_here, grads_here, numbers, mask, offsets[MASK, number], steps[MASK, 0], steps[MASK, 1],
-                    number, first_query, first_key, keys, reach, scale, heads, seed_low, seed_high, drop_below,
-                    keep_scale, tx, ty,
+                differentiate(
+                    weights_here, grads_here, left, right, numbers, query, key, value, mask, grad_out, offsets, steps,
+                    sizes, number, first_query, first_key, scale, seed_low, seed_high, keep_scale,
                 )  # fmt: skip
                 for r in range(rows):
                     for c in range(rows):
                         grads[tx + c * side, ty + r * side] = grads_here[r, c]
                 for first in range(0, tile, depth):
-                    stage(
-                        right, key, key_at, steps[KEY, 0], steps[KEY, 1], first_key + first, keys, first_feature,
-                        head_dim, True, thread,
-                    )  # fmt: skip
+                    row, step = steps[KEY, 0], steps[KEY, 1]
+                    stage(right, key, key_at, row, step, first_key + first, keys, column, head_dim, True, thread)
                     cuda.syncthreads()
                     multiply(sums, grads, first, right, tx, ty)
                     cuda.syncthreads()
@@ -330,79 +345,64 @@ def _grad_queries(tiling: Tiling, tiles: Tiles, storage: str) -> Any:
         for r in range(rows):
             i = first_query + ty + r * side
             for c in range(columns):
-                f = first_feature + tx + c * side
+                f = column + tx + c * side
                 if i < queries and f < head_dim:
                     grad_query[(owner * queries + i) * head_dim + f] = store(sums[r, c] * scale)
 
-    return grad_queries
+    return kernel
 
 
-def _grad_mask(tiling: Tiling, tiles: Tiles, storage: str, mask_storage: str) -> Any:
-    side, rows, depth, tile = tiling.side, tiling.rows, tiling.depth, tiling.tile
+def grad_mask(spec: Backward) -> Any:
+    """The kernel of the gradient of a floating mask.
+
+    A block has a tile of it, and goes through the slices of a row of `members`, and along an axis of length 1 through
+    all tiles of the scores.
+    """
+    storage, mask_storage, dropout, tiling, _, _ = spec
+    side, rows, depth, tile, width = tiling.side, tiling.rows, tiling.depth, tiling.tile, tiling.tile + PADDING
     real, store = real_of(storage), storer(mask_storage)
-    load_rows, weigh = tiles.load_rows, tiles.weigh
-    products = _make_products(tiling, tiles, storage)
-    width, zero = tile + PADDING, real(0.0)
+    tiles = make_tiles(tiling, storage, mask_storage, dropout)
+    load_rows, differentiate, zero = tiles.load_rows, _make_differentiate(spec, tiles), real(0.0)
 
-    def grad_mask(
+    def kernel(
         query, key, value, mask, grad_out, lse, deltas, offsets, steps, sizes, members, scale, seed_low, seed_high,
         keep_scale, mask_queries, mask_keys, result,
     ):  # fmt: skip
-        """The gradient of a tile of the mask, over the slices of a row of `members`, and over all tiles along an axis
-        of length 1."""
         left = cuda.shared.array((depth, width), real)
         right = cuda.shared.array((depth, width), real)
         grads = cuda.shared.array((tile, width), real)
         numbers = cuda.shared.array((2, tile), real)
-        scores_here = cuda.local.array((rows, rows), real)
+        weights_here = cuda.local.array((rows, rows), real)
         grads_here = cuda.local.array((rows, rows), real)
         sums = cuda.local.array((rows, rows), real)
         tx, ty = cuda.threadIdx.x, cuda.threadIdx.y
         thread = ty * side + tx
-        queries, keys, head_dim, value_dim = sizes[QUERIES], sizes[KEYS], sizes[HEAD_DIM], sizes[VALUE_DIM]
-        heads, reach, drop_below = sizes[HEADS], sizes[CAUSAL_OFFSET], sizes[DROP_BELOW]
+        queries, keys = sizes[QUERIES], sizes[KEYS]
 
         key_tiles = (mask_keys + tile - 1) // tile
         query_tiles = (mask_queries + tile - 1) // tile
         own_key = cuda.blockIdx.x % key_tiles * tile
         own_query = cuda.blockIdx.x // key_tiles % query_tiles * tile
         owner = cuda.blockIdx.x // key_tiles // query_tiles
-        query_end, key_end = own_query + tile, own_key + tile
+        # an axis of length 1 is summed: over tiles in registers, and in the end over the tile
+        query_end, key_end, down, across = own_query + tile, own_key + tile, 1, 1
         if mask_queries == 1:
-            query_end = queries
+            query_end, down = queries, tile
         if mask_keys == 1:
-            key_end = keys
+            key_end, across = keys, tile
         for r in range(rows):
             for c in range(rows):
                 sums[r, c] = zero
         for member in range(members.shape[1]):
             number = members[owner, member]
+            lse_at, deltas_at = offsets[LSE, number], number * queries
             for first_query in range(own_query, query_end, tile):
-                load_rows(
-                    numbers,
-                    lse,
-                    offsets[LSE, number],
-                    steps[LSE, 0],
-                    deltas,
-                    number * queries,
-                    first_query,
-                    queries,
-                    thread,
-                )
+                load_rows(numbers, lse, lse_at, steps[LSE, 0], deltas, deltas_at, first_query, queries, thread)
                 cuda.syncthreads()
-                for first_key in range(own_key, min(key_end, first_query + tile + reach), tile):
-                    products(
-                        grads_here, left, right, grad_out, offsets[GRAD_OUT, number], steps[GRAD_OUT], first_query,
-                        queries, value, offsets[VALUE, number], steps[VALUE], first_key, keys, value_dim,
-                    )  # fmt: skip
-                    products(
-                        scores_here, left, right, query, offsets[QUERY, number], steps[QUERY], first_query, queries,
-                        key, offsets[KEY, number], steps[KEY], first_key, keys, head_dim,
-                    )  # fmt: skip
-                    weigh(
-                        scores_here, grads_here, numbers, mask, offsets[MASK, number], steps[MASK, 0], steps[MASK, 1],
-                        number, first_query, first_key, keys, reach, scale, heads, seed_low, seed_high, drop_below,
-                        keep_scale, tx, ty,
+                for first_key in range(own_key, min(key_end, first_query + tile + sizes[CAUSAL_OFFSET]), tile):
+                    differentiate(
+                        weights_here, grads_here, left, right, numbers, query, key, value, mask, grad_out, offsets,
+                        steps, sizes, number, first_query, first_key, scale, seed_low, seed_high, keep_scale,
                     )  # fmt: skip
                     for r in range(rows):
                         for c in range(rows):
@@ -413,19 +413,14 @@ def _grad_mask(tiling: Tiling, tiles: Tiles, storage: str, mask_storage: str) ->
             for c in range(rows):
                 grads[ty + r * side, tx + c * side] = sums[r, c]
         cuda.syncthreads()
-        own_rows, own_columns = tile, tile
-        terms_down, terms_across = 1, 1
-        if mask_queries == 1:
-            own_rows, terms_down = 1, tile
-        if mask_keys == 1:
-            own_columns, terms_across = 1, tile
+        own_rows, own_columns = tile // down, tile // across
         for e in range(thread, own_rows * own_columns, side * side):
             i, j = e // own_columns, e % own_columns
             if own_query + i < mask_queries and own_key + j < mask_keys:
                 total = zero
-                for down in range(terms_down):
-                    for across in range(terms_across):
-                        total += grads[i + down, j + across]
+                for below in range(down):
+                    for beside in range(across):
+                        total += grads[i + below, j + beside]
                 result[(owner * mask_queries + own_query + i) * mask_keys + own_key + j] = store(total)
 
-    return grad_mask
+    return kernel
