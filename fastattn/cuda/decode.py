@@ -116,15 +116,16 @@ def decode_for(
     if features > MAX_FEATURES:
         return None
     itemsize = np.dtype(real_of(storage)).itemsize
-    rows = min(MAX_ROWS * 4 // itemsize, _power_of_two(rows))
+    rows = min(MAX_ROWS * 4 // itemsize, power_of_two(rows))
     part = 64 if keys <= 2048 or rows * features * itemsize > 8192 else 128 if keys <= 8192 or rows > 8 else 256
-    lanes = min(THREADS, max(4, _power_of_two(-(-features // vector_width(storage)))))
+    lanes = min(THREADS, max(4, power_of_two(-(-features // vector_width(storage)))))
     per_pass = rows * (THREADS + THREADS // lanes) * itemsize
     passes = min(8, -(-part * lanes // THREADS), max(1, PARTIAL_BYTES // per_pass))
     return Decode(storage, mask, dropout, aligned, rows, part, THREADS, lanes, passes)
 
 
-def _power_of_two(n: int) -> int:
+def power_of_two(n: int) -> int:
+    """The least power of two that is not below n."""
     return 1 << max(0, n - 1).bit_length()
 
 
