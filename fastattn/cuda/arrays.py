@@ -322,7 +322,7 @@ class HostPlace(Place):
     def move(self, name: str, array: NDArray[Any]) -> Given:
         """Copy an array to the device: of elements that stand in for many, by strides of 0, one."""
         one = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in array.strides)
-        core = np.asarray(array[one], order="C")  # ascontiguousarray would give rank 0 an axis
+        core = np.asarray(array[one], order="C")
         storage = array.dtype.name
         with allocating(name, core.shape, storage):
             moved = cuda.to_device(core.reshape(-1).view(MASKS[storage]), stream=self.stream)

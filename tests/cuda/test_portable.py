@@ -98,7 +98,7 @@ def check_half(attention: Attention, query: Array, key: Array, value: Array, mas
     mask = mask if mask is None or mask.dtype != dtype else mask.astype(np.float32)
     wanted = tolerances.expected(*wide, mask, **options)
     tolerances.check_lse(lse, wanted)
-    spacing = {"float16": 2.0**-11, "bfloat16": 2.0**-9}[dtype.name]
+    spacing = {"float16": 2.0**-11, "bfloat16": 2.0**-8}[dtype.name]
     for got, exact, bound in (
         (out, wanted.out, wanted.out_bound),
         (weights, wanted.weights, wanted.weights_bound),
@@ -277,7 +277,7 @@ def test_groups_share_a_head_of_keys(cuda_attention: Attention) -> None:
 
 def test_scores_too_large_for_float32_before_the_scale(cuda_attention: Attention) -> None:
     query, key, value = inputs(3, 6)
-    tolerances.check_call(cuda_attention, query * np.float32(1e25), key * np.float32(1e20), value, scale=1e-45)
+    tolerances.check_call(cuda_attention, query * np.float32(1e20), key * np.float32(1e20), value, scale=3e-38)
 
 
 def test_out_may_be_an_argument(cuda_attention: Attention) -> None:
