@@ -116,8 +116,8 @@ def _make_stages(tiling: Tiling, storage: str) -> tuple[Any, Any]:
     load, zero = loader(storage, real), real(0.0)
 
     @device
-    def stage_across(target, source, at, row, column, first_row, row_count, first_column, column_count, thread):
-        """Load a tile of rows, `depth` features of each: target[feature][row]. How many were not finite."""
+    def stage_across(target, factor, source, at, row, column, first_row, row_count, first_column, column_count, thread):
+        """target[feature][row] = factor · element, `depth` features of a tile of rows. How many were not finite."""
         odd = 0
         for e in range(thread, depth * tile, threads):
             s, i = e % depth, e // depth
@@ -126,7 +126,7 @@ def _make_stages(tiling: Tiling, storage: str) -> tuple[Any, Any]:
                 element = load(source[at + (first_row + i) * row + (first_column + s) * column])
                 if not math.isfinite(element):
                     odd += 1
-            target[s, i] = element
+            target[s, i] = factor * element
         return odd
 
     @device
@@ -178,16 +178,16 @@ def _make_weights(tiling: Tiling, storage: str, mask_storage: str, dropout: bool
     @device
     def weigh(
         scores, grads, numbers, mask, mask_at, mask_row, mask_column, number, first_query, first_key, keys, reach,
-        scale, heads, seed_low, seed_high, drop_below, keep_scale, tx, ty,
+        heads, seed_low, seed_high, drop_below, keep_scale, tx, ty,
     ):  # fmt: skip
-        """Turn products query · key into weights after dropout, and dO · value into dS; -0.0 and 0 where hidden."""
+        """Turn scores into weights after dropout, and dO · value into dS; -0.0 and 0 where hidden."""
         for r in range(rows):
             i = first_query + ty + r * side
             lse, delta = numbers[0, ty + r * side], numbers[1, ty + r * side]
             for c in range(rows):
                 j = first_key + tx + c * side
                 visible = lse != lowest and j < keys and j <= i + reach
-                score = scores[r, c] * scale
+                score = scores[r, c]
                 if masked and visible:
                     if mask_is_bool:
                         visible = mask[mask_at + i * mask_row + j * mask_column] != 0

@@ -5,7 +5,7 @@ So all rows that look at the same keys, the queries of a group of heads, share a
 16 bytes at a time where the layout allows. And blocks of a part of the keys each keep the whole GPU busy [1]_:
 
     split_keys, a block for each part of the keys of a head of keys:
-        s[r][j]   = scale · query[r] · key[j] + mask       all of them, in shared memory
+        s[r][j]   = scale query[r] · key[j] + mask         all of them, in shared memory
         m[r]      = max_j s[r][j]
         w[r][j]   = exp(s[r][j] - m[r])      l[r] = Σ_j w[r][j]
         acc[r][f] = Σ_j w[r][j] · value[j][f]              not divided by l yet
@@ -105,6 +105,32 @@ class Decode(NamedTuple):
         """Features of all lanes together."""
         return self.lanes * vector_width(self.storage)
 
+    @property
+    def per_pass(self) -> int:
+        """Keys that all threads together load at a time."""
+        return self.threads // self.lanes
+
+    @property
+    def pass_size(self) -> int:
+        """Sums over the features of a lane, of the keys of a pass: rows of lanes, with a place between them."""
+        return self.rows * self.per_pass * (self.lanes + 1)
+
+    @property
+    def share(self) -> int:
+        """Threads that take the maximum, and the sum, of a row."""
+        return min(16, self.threads // self.rows)
+
+    @property
+    def buffer_size(self) -> int:
+        """Numbers that are exchanged between threads at a time: sums over lanes, later over keys."""
+        return max(self.passes * self.pass_size, self.threads * vector_width(self.storage))
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a block: queries, scores and which of them count, the buffer, shares of rows."""
+        numbers = self.rows * (self.columns + self.keys + self.share) + self.buffer_size
+        return numbers * np.dtype(real_of(self.storage)).itemsize + self.rows * self.keys
+
 
 def decode_for(
     storage: str, mask: str, dropout: bool, aligned: bool, rows: int, keys: int, features: int
@@ -198,12 +224,9 @@ def split_keys(spec: Decode) -> Any:
     load, load_columns = loader(storage, real), vector_loader(storage, real, spec.aligned)
     biased, dropped = _score_functions(spec)
     zero, one, hidden, lowest = real(0.0), real(1.0), real(-0.0), real(-math.inf)
-    per_pass = threads // lanes  # keys that all threads together load at a time
+    per_pass, pass_size, buffer_size, share = spec.per_pass, spec.pass_size, spec.buffer_size, spec.share
     pitch = lanes + 1
-    pass_size = rows * per_pass * pitch
-    buffer_size = max(passes * pass_size, threads * width)
     chunk = min(rows, 4)  # rows whose sums are written by one unrolled loop: of more, Numba leaves the loop as it is
-    share = min(16, max(1, threads // rows))  # threads of a row, for its maximum and its sum
     row_columns, score_size, query_size, share_size = columns, rows * part, rows * columns, rows * share
 
     @device
@@ -282,7 +305,7 @@ def split_keys(spec: Decode) -> Any:
             x = zero
             if r < present and f < head_dim:
                 at = offsets[QUERY, first_slice + (first_row + r) // queries]
-                x = load(query[at + (first_row + r) % queries * steps[QUERY, 0] + f * steps[QUERY, 1]])
+                x = scale * load(query[at + (first_row + r) % queries * steps[QUERY, 0] + f * steps[QUERY, 1]])
             queries_here[e] = x
         cuda.syncthreads()
 
@@ -309,7 +332,7 @@ def split_keys(spec: Decode) -> Any:
                 score = lowest
                 if visible:
                     at = offsets[MASK, slice_] + i * steps[MASK, 0] + (first_key + j) * steps[MASK, 1]
-                    score, visible = biased(total * scale, mask, at)
+                    score, visible = biased(total, mask, at)
                     if not visible:
                         score = lowest
                 if j < part:

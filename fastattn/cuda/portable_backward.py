@@ -125,11 +125,14 @@ def mask_types(spec: Backward) -> tuple[Any, ...]:
 def _make_differentiate(spec: Backward, tiles: Tiles) -> Any:
     """A device function of a tile of queries and one of keys."""
     side, rows, depth = spec.tiling.side, spec.tiling.rows, spec.tiling.depth
-    zero, stage_across, weigh = real_of(spec.storage)(0.0), tiles.stage_across, tiles.weigh
+    real, stage_across, weigh = real_of(spec.storage), tiles.stage_across, tiles.weigh
+    zero, unit = real(0.0), real(1.0)
 
     @device
-    def products(result, left, right, steps, one, a, a_at, a_first, a_count, other, b, b_at, b_first, b_count, length):
-        """result = the scalar products of a tile of rows of `a` and one of `b`. How many of a's were not finite."""
+    def products(
+        result, factor, left, right, steps, one, a, a_at, a_first, a_count, other, b, b_at, b_first, b_count, length
+    ):
+        """The scalar products of rows of `a`, times `factor`, and of `b`. How many of a's elements were not finite."""
         tx, ty = cuda.threadIdx.x, cuda.threadIdx.y
         thread = ty * side + tx
         odd = 0
@@ -137,8 +140,12 @@ def _make_differentiate(spec: Backward, tiles: Tiles) -> Any:
             for c in range(rows):
                 result[r, c] = zero
         for first in range(0, length, depth):
-            odd += stage_across(left, a, a_at, steps[one, 0], steps[one, 1], a_first, a_count, first, length, thread)
-            stage_across(right, b, b_at, steps[other, 0], steps[other, 1], b_first, b_count, first, length, thread)
+            odd += stage_across(
+                left, factor, a, a_at, steps[one, 0], steps[one, 1], a_first, a_count, first, length, thread
+            )
+            stage_across(
+                right, unit, b, b_at, steps[other, 0], steps[other, 1], b_first, b_count, first, length, thread
+            )
             cuda.syncthreads()
             for s in range(depth):
                 for r in range(rows):
@@ -156,16 +163,16 @@ def _make_differentiate(spec: Backward, tiles: Tiles) -> Any:
         """P · Z and dS of slice `number`, -0.0 and 0 where hidden. How many elements of dO were not finite."""
         queries, keys = sizes[QUERIES], sizes[KEYS]
         odd = products(
-            grads, left, right, steps, GRAD_OUT, grad_out, offsets[GRAD_OUT, number], first_query, queries,
+            grads, unit, left, right, steps, GRAD_OUT, grad_out, offsets[GRAD_OUT, number], first_query, queries,
             VALUE, value, offsets[VALUE, number], first_key, keys, sizes[VALUE_DIM],
         )  # fmt: skip
         products(
-            weights, left, right, steps, QUERY, query, offsets[QUERY, number], first_query, queries,
+            weights, scale, left, right, steps, QUERY, query, offsets[QUERY, number], first_query, queries,
             KEY, key, offsets[KEY, number], first_key, keys, sizes[HEAD_DIM],
         )  # fmt: skip
         weigh(
             weights, grads, numbers, mask, offsets[MASK, number], steps[MASK, 0], steps[MASK, 1], number, first_query,
-            first_key, keys, sizes[CAUSAL_OFFSET], scale, sizes[HEADS], seed_low, seed_high, sizes[DROP_BELOW],
+            first_key, keys, sizes[CAUSAL_OFFSET], sizes[HEADS], seed_low, seed_high, sizes[DROP_BELOW],
             keep_scale, cuda.threadIdx.x, cuda.threadIdx.y,
         )  # fmt: skip
         return odd
