@@ -28,7 +28,7 @@ class Device(NamedTuple):
 
 def missing() -> str | None:
     """Say what is missing for CUDA to work here, and how to get it; None if nothing is."""
-    if find_spec("numba_cuda") is None:
+    if not find_spec("numba_cuda"):
         return f"the package numba-cuda is not installed; {HOW} installs it"
     if SIMULATED:
         return None

@@ -113,6 +113,12 @@ def kept_in(where: Path, function: Any) -> Any:
         def _index_key(self, sig: Any, codegen: Any) -> Any:
             return sig, codegen.magic_tuple()
 
+        def load_overload(self, sig: Any, target_context: Any) -> Any:
+            try:
+                return super().load_overload(sig, target_context)
+            except Exception:  # a damaged file, whatever is wrong with it: the kernel is compiled anew
+                return None
+
         def save_overload(self, sig: Any, data: Any) -> None:
             with contextlib.suppress(OSError):  # a full or vanished disk: the kernel is in memory all the same
                 super().save_overload(sig, data)
