@@ -63,11 +63,13 @@ class Gradients(NamedTuple):
 
 def spec_for(storage: str, mask: str, width: int, of_keys: bool) -> Gradients:
     """The kernel for rows of up to `width` elements."""
+    # the sums of 16 keys and values are half the registers of a thread, or a quarter: there tiles are small
     if width <= 64:
-        return Gradients(TileShape(storage, mask, width=64, warps=4, rows=16, keys=64, blocks=2), of_keys)
-    # sums of 16 rows of 128 features, twice, are half the registers of a thread: there tiles are small
-    tile = 32 if mask == "none" and not of_keys else 16
-    return Gradients(TileShape(storage, mask, width=128, warps=4, rows=16, keys=tile, blocks=1), of_keys)
+        tile, blocks = (32 if of_keys else 64), (2 if of_keys and mask != "none" else 3)
+    else:
+        tile, blocks = (32 if mask == "none" and not of_keys else 16), 2
+    shape = TileShape(storage, mask, width=64 if width <= 64 else 128, warps=4, rows=16, keys=tile, blocks=blocks)
+    return Gradients(shape, of_keys)
 
 
 def argument_types(spec: Gradients) -> tuple[Any, ...]:
