@@ -49,7 +49,7 @@ MaskKind: TypeAlias = Literal["none", "bool", "float"]
 FLOAT32 = np.dtype(np.float32)
 FLOAT64 = np.dtype(np.float64)
 
-#: Dtypes with a meaning here, but no kernels so far.
+#: Dtypes with a meaning here, but no kernels on the CPU so far.
 NOT_YET = ("float16", "bfloat16")
 MASK_DTYPES = ("bool", "float16", "float32", "float64")
 PLAIN_MASKS = frozenset(np.dtype(name) for name in MASK_DTYPES)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ Shape = tuple[int, ...]
 OPERANDS = ("float16", "bfloat16", "float32", "float64")
 TYPESTR = {"<f2": "float16", "<f4": "float32", "<f8": "float64", "|b1": "bool"}
 DLPACK = {(2, 16): "float16", (2, 32): "float32", (2, 64): "float64", (4, 16): "bfloat16", (6, 8): "bool"}
-OWN_STREAMS = {None: 0, 0: 0}  # where an array names none, work goes to Numba's default stream
+OWN_STREAMS = (None, 0)  # where an array names none, work goes to Numba's default stream
 
 
 class Given(NamedTuple):
@@ -117,7 +118,19 @@ def simulated(array: NDArray[Any]) -> Any:
 
 def nothing(kind: Any) -> Any:
     """What a kernel is given where there is no array: it never reads it."""
+    return _nothing(0 if SIMULATED else int(cuda.get_current_device().id), np.dtype(kind))
+
+
+@functools.lru_cache(maxsize=256)
+def _nothing(device: int, kind: np.dtype[Any]) -> Any:
     return cuda.device_array(1, kind)
+
+
+@functools.lru_cache(maxsize=256)
+def numba_stream(device: int, pointer: int | None) -> Any:
+    """Numba's object for a stream of the current device; 1 and 2 are CUDA's names for its default ones."""
+    own = {1: cuda.legacy_default_stream, 2: cuda.per_thread_default_stream}
+    return own[pointer]() if pointer in own else cuda.external_stream(pointer)
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -247,13 +260,7 @@ class Place:
     @property
     def stream(self) -> Any:
         """Numba's object for the stream on which work is queued."""
-        if SIMULATED or self._stream in OWN_STREAMS:
-            return 0
-        if self._stream == 1:
-            return cuda.legacy_default_stream()
-        if self._stream == 2:
-            return cuda.per_thread_default_stream()
-        return cuda.external_stream(self._stream)
+        return 0 if SIMULATED or self._stream in OWN_STREAMS else numba_stream(self.device, self._stream)
 
     def wait(self) -> None:
         """Wait for what is queued on this stream."""
@@ -385,13 +392,15 @@ def place_of(givens: dict[str, Given]) -> Place:
                 f"{name}: on device {givens[name].device}; expected device {device}, as {first} is: move one of them"
             )
     named = list(dict.fromkeys(given.stream for given in givens.values() if given.stream is not None))
-    if not SIMULATED:
-        for stream in named[1:]:  # what is still being written elsewhere has to be there
-            Place(device, stream).wait()
     makers = {"torch": TorchPlace, "cupy": CupyPlace}
     owner = givens[first].owner
     library = library_of(owner[0] if isinstance(owner, tuple) else owner)
-    return makers.get(library, Place)(device, named[0] if named else None)
+    place: Place = makers.get(library, Place)(device, named[0] if named else None)
+    if not SIMULATED and len(named) > 1:
+        with place.active():
+            for stream in named[1:]:  # what is still being written there has to be ready
+                Place(device, stream).wait()
+    return place
 
 
 def check_together(given: dict[str, Any]) -> bool:

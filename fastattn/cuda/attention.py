@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from fastattn.cuda import decoding, portable
 from fastattn.cuda.arrays import Given, HostPlace, Place, check_together, nothing, place_of, read
-from fastattn.cuda.choice import Choice, choose_forward, choose_weights
+from fastattn.cuda.available import device
+from fastattn.cuda.choice import Choice, Facts, choose_forward, choose_weights
 from fastattn.cuda.compile import kernel, launch, table
 from fastattn.cuda.elements import LOG2_E, MASKS, real_of
 from fastattn.cuda.plan import KEY, MASK, OUT, QUERY, VALUE, Table, make_table
@@ -28,6 +29,7 @@ from fastattn.problem import (
 )
 
 REMEMBERED = 256  # plans
+ALIGNMENT = 16  # bytes: what a kernel may ask of where arrays begin
 THREADS = 256  # of a block that copies
 _plans: dict[Any, Plan] = {}
 
@@ -145,15 +147,17 @@ def _asked_for(first: Any, lse: Given, weights: Given | None, place: Place, retu
 
 def checked(given: dict[str, Any], options: tuple[Any, ...]) -> tuple[dict[str, Any], Problem]:
     """Make NumPy arrays of the arguments, and describe the call before anything is moved."""
-    arrays = dict(zip(given, as_operands(*given.values(), half=True), strict=True))
+    made = as_operands(given["query"], given["key"], given["value"], given["attn_mask"], half=True)
+    arrays: dict[str, Any] = dict(zip(given, made, strict=True))
     real = real_of(arrays["query"].dtype.name)
-    shapes = [
+    shapes: list[Any] = [
         None
         if array is None
         else np.broadcast_to(np.empty((), np.bool_ if array.dtype == np.bool_ else real), array.shape)
         for array in arrays.values()
     ]
-    return arrays, describe(*shapes, *options)[0]
+    query, key, value, mask = shapes
+    return arrays, describe(query, key, value, mask, *options)[0]
 
 
 def moved(arrays: dict[str, Any], options: tuple[Any, ...], place: HostPlace) -> Call:
@@ -239,9 +243,7 @@ def overlap(one: Given, other: Given) -> bool:
     return start < other_end and other_start < end
 
 
-def run(
-    call: Call, kind: str, choose: Callable[[str, str, Problem], Choice], out: Given, lse: Given, seed: int
-) -> None:
+def run(call: Call, kind: str, choose: Callable[[Facts], Choice], out: Given, lse: Given, seed: int) -> None:
     """Queue a kernel that reads the operands and writes `out`, a matrix for each slice."""
     problem, place, real = call.problem, call.place, call.real
     plan = plan_of(call, kind, choose, out)
@@ -266,16 +268,19 @@ def run(
     launch(plan.kernel, plan.choice.grid, plan.choice.block, place.stream, arguments)
 
 
-def plan_of(call: Call, kind: str, choose: Callable[[str, str, Problem], Choice], out: Given) -> Plan:
+def plan_of(call: Call, kind: str, choose: Callable[[Facts], Choice], out: Given) -> Plan:
     """Plan a call, or find the plan of one like it."""
     problem, place = call.problem, call.place
-    layout = tuple((name, given.strides, given.span[0]) for name, given in call.givens.items())
-    identity = (kind, problem, call.storage, call.mask, place.device, layout, out.strides, out.span[0])
+    arrays = {**call.givens, "out": out}
+    layout = tuple((name, given.strides, given.span[0], given.extent[0] % ALIGNMENT) for name, given in arrays.items())
+    identity = (kind, problem, call.storage, call.mask, place.device, layout)
     plan = _plans.get(identity)
     if plan is None:
-        choice = choose(call.storage, call.mask, problem)
-        made = kernel(choice.factory, choice.spec)
-        plan = Plan(choice, made, uploaded(tables_of(call, out), place))
+        tables = tables_of(call, out)
+        addresses = tuple(arrays[name].extent[0] for name in ("query", "key", "value", "out"))
+        choice = choose(Facts(call.storage, call.mask, problem, tables, addresses, device().capability))
+        made = kernel(choice.factory, choice.spec, **dict(choice.options))
+        plan = Plan(choice, made, uploaded(tables, place))
         if len(_plans) >= REMEMBERED:
             _plans.clear()
         _plans[identity] = plan
@@ -303,7 +308,8 @@ def split_heads(problem: Problem, out: Given) -> NDArray[Any]:
 
 def uploaded(tables: Table, place: Place) -> tuple[Any, Any, Any]:
     """The tables on the device."""
-    return tuple(table(array, place.stream) for array in tables)  # type: ignore[return-value]
+    offsets, steps, sizes = (table(array, place.stream) for array in tables)
+    return offsets, steps, sizes
 
 
 def copy(call: Call, source: Given, target: Given) -> None:

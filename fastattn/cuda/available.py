@@ -70,7 +70,7 @@ def device() -> Device:
     from numba import cuda
 
     if SIMULATED:
-        return Device(0, "Numba's simulator", (0, 0), "none")
+        return Device(0, "Numba's simulator", (8, 0), "none")
     current: Any = cuda.get_current_device()
     name = current.name.decode() if isinstance(current.name, bytes) else str(current.name)
     from numba.cuda.cudadrv.driver import driver

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from fastattn.cuda import portable
+from fastattn.cuda import portable, tensor_cores
 from fastattn.cuda.available import SIMULATED
-from fastattn.cuda.plan import slices_of
+from fastattn.cuda.plan import Table, slices_of
 from fastattn.cuda.tiles import Tiles
 from fastattn.problem import Problem
 
@@ -16,18 +16,51 @@ SHORT_ROW = 64  # columns of the result that need no more than four a thread
 
 
 class Choice(NamedTuple):
-    """A kernel, its specification, how many blocks of threads it is run with, and why it was chosen."""
+    """A kernel, its specification, what it is compiled and run with, and why it was chosen.
+
+    Attributes
+    ----------
+    factory, spec
+        What makes the kernel.
+    grid : int
+        How many blocks of threads.
+    block : (int, int)
+        Threads of a block, (x, y).
+    why : str
+    options : tuple of (str, object)
+        Of `cuda.jit`.
+    """
 
     factory: Any
     spec: Any
     grid: int
+    block: tuple[int, int]
     why: str
+    options: tuple[tuple[str, Any], ...] = ()
 
-    @property
-    def block(self) -> tuple[int, int]:
-        """Threads of a block, (x, y)."""
-        tiles: Tiles = self.spec.tiles
-        return tiles.threads_x, tiles.threads_y
+
+class Facts(NamedTuple):
+    """What a choice depends on.
+
+    Attributes
+    ----------
+    storage, mask : str
+        What the operands, and the mask if it is not "none", are stored in.
+    problem : Problem
+    table : Table
+        On the host.
+    addresses : tuple of int
+        Where the memory of query, key, value and out begins.
+    capability : (int, int)
+        Of the GPU.
+    """
+
+    storage: str
+    mask: str
+    problem: Problem
+    table: Table
+    addresses: tuple[int, ...]
+    capability: tuple[int, int]
 
 
 def tiles_for(storage: str, problem: Problem) -> Tiles:
@@ -41,18 +74,48 @@ def tiles_for(storage: str, problem: Problem) -> Tiles:
     return Tiles(16, 16, 4, 4, values, features, 16)
 
 
-def choose_forward(storage: str, mask: str, problem: Problem) -> Choice:
-    """The kernel of the result and the log-sum-exp; `mask` is "none" or what the mask is stored in."""
+def choose_forward(facts: Facts) -> Choice:
+    """The kernel of the result and the log-sum-exp: on tensor cores, unless something speaks against it."""
+    storage, mask, problem = facts.storage, facts.mask, facts.problem
+    against = tensor_cores.against(*facts)
+    if against is None:
+        shape = tensor_cores.shape_for(storage, mask, max(problem.head_dim, problem.value_dim))
+        return Choice(
+            tensor_cores.forward,
+            shape,
+            tensor_cores.grid_of(shape, problem),
+            tensor_cores.block_of(shape),
+            "tensor cores",
+            tuple(tensor_cores.options(shape).items()),
+        )
     tiles = tiles_for(storage, problem)
-    spec = portable.Forward(storage, mask, problem.dropout_p > 0, tiles)
-    blocks = -(-problem.queries // tiles.queries)
-    parts = max(1, -(-problem.value_dim // tiles.value_columns))
-    return Choice(portable.forward, spec, slices_of(problem) * blocks * parts, "portable: the one for every GPU")
+    blocks = -(-problem.queries // tiles.queries) * max(1, -(-problem.value_dim // tiles.value_columns))
+    return Choice(
+        portable.forward,
+        portable.Forward(storage, mask, problem.dropout_p > 0, tiles),
+        slices_of(problem) * blocks,
+        (tiles.threads_x, tiles.threads_y),
+        f"portable, because of {against}",
+    )
 
 
-def choose_weights(storage: str, mask: str, problem: Problem) -> Choice:
-    """The kernel of the weights."""
+def choose_weights(facts: Facts) -> Choice:
+    """The kernel of the weights: there is one."""
+    storage, mask, problem = facts.storage, facts.mask, facts.problem
     tiles = tiles_for(storage, problem)
-    spec = portable.Weights(storage, mask, problem.dropout_p > 0, tiles)
     blocks = -(-problem.queries // tiles.queries) * -(-problem.keys // tiles.keys)
-    return Choice(portable.weights, spec, slices_of(problem) * blocks, "portable: the only one there is")
+    return Choice(
+        portable.weights,
+        portable.Weights(storage, mask, problem.dropout_p > 0, tiles),
+        slices_of(problem) * blocks,
+        (tiles.threads_x, tiles.threads_y),
+        "portable, the only one of weights",
+    )
+
+
+def said(capability: tuple[int, int]) -> str:
+    """Which kernels calls get on a GPU, and why, in a few words."""
+    if capability < tensor_cores.CAPABILITY:
+        need = ".".join(map(str, tensor_cores.CAPABILITY))
+        return f"portable for all, as tensor cores are used from compute capability {need} on"
+    return f"tensor cores for float16 and bfloat16 of head sizes up to {tensor_cores.WIDEST}, portable for all else"

@@ -23,7 +23,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numba import cuda
 
 from fastattn.cpu.kernels import cache_folder
@@ -126,10 +125,18 @@ def kept_in(where: Path, function: Any) -> Any:
     return Kept(function)
 
 
+@functools.lru_cache(maxsize=1024)
+def configured(kernel: Any, grid: int, block: tuple[int, int], stream: Any) -> Any:
+    """Numba's object for launches like this one, which warns, when it is made, of grids that are small."""
+    with _lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return kernel[grid, block, stream]
+
+
 def launch(kernel: Any, grid: int, block: tuple[int, int], stream: Any, arguments: tuple[Any, ...]) -> None:
     """Run a kernel on `grid` blocks of threads; a specification's first launch compiles it."""
     if not SIMULATED:
-        kernel[grid, block, stream](*arguments)
+        configured(kernel, grid, block, stream)(*arguments)
         return
     # the simulator runs one kernel at a time, and computes as NumPy does, warnings included
     with _lock, warnings.catch_warnings():
@@ -140,12 +147,14 @@ def launch(kernel: Any, grid: int, block: tuple[int, int], stream: Any, argument
 def table(array: Any, stream: Any) -> Any:
     """An array of int64 for kernels to read; in the simulator one that is quick to read element by element."""
     if SIMULATED:
-        return memoryview(np.ascontiguousarray(array)) if array.size else array
+        return array.data if array.size else array
     return cuda.to_device(array, stream=stream)
 
 
-def ptx(factory: Factory, spec: Any, argument_types: tuple[Any, ...], capability: tuple[int, int]) -> str:
-    """The PTX of a kernel for GPUs of a compute capability, made without one.
+def ptx(
+    factory: Factory, spec: Any, argument_types: tuple[Any, ...], capability: tuple[int, int], **options: Any
+) -> str:
+    """The PTX of a kernel for GPUs of a compute capability, made without one; `options` are those of `kernel`.
 
     Device functions are compiled once in a process, so one process compiles for one capability.
     """
@@ -157,7 +166,13 @@ def ptx(factory: Factory, spec: Any, argument_types: tuple[Any, ...], capability
         numba_dispatcher.get_current_device = lambda: types.SimpleNamespace(compute_capability=capability)
         try:
             text, _ = cuda.compile(
-                python_kernel(factory, spec), argument_types, device=False, abi="numba", cc=capability, output="ptx"
+                python_kernel(factory, spec),
+                argument_types,
+                device=False,
+                abi="numba",
+                cc=capability,
+                output="ptx",
+                **options,
             )
         finally:
             numba_dispatcher.get_current_device = asked

@@ -53,6 +53,16 @@ def test_a_changed_source_is_compiled_anew(tmp_path: Path) -> None:
     assert outcome() == FOUND
 
 
+def test_no_launch_warns_of_a_small_grid() -> None:
+    code = """
+import warnings
+warnings.simplefilter("error")
+from fastattn.cuda import compile, portable
+compile.configured(compile.kernel(portable.copy, portable.Copy("float16")), 1, (32, 1), 0)
+"""
+    assert processes.run(code, NUMBA_ENABLE_CUDASIM="0") == ""
+
+
 def test_kernels_have_names_that_tell_them_apart() -> None:
     specs = [
         portable.Forward(storage, mask, dropout, tiles)

@@ -33,8 +33,8 @@ KERNELS = {
 }
 
 COMPILE = """
-import json, sys
-from fastattn.cuda import choice, portable
+import json
+from fastattn.cuda import choice, plan, portable
 from fastattn.cuda.compile import ptx
 from fastattn.problem import Problem
 import numpy as np
@@ -44,7 +44,8 @@ for name, (storage, mask, dropout, head_dim, value_dim) in json.loads(KERNELS).i
     dtype = np.dtype(np.float64 if storage == "float64" else np.float32)
     kind = mask if mask in ("none", "bool") else "float"
     problem = Problem(dtype, (), 1, 1, 9, 9, head_dim, value_dim, (1, 9, value_dim), 1.0, 0, 0.5 * dropout, kind)
-    for chosen in (choice.choose_forward(storage, mask, problem), choice.choose_weights(storage, mask, problem)):
+    facts = choice.Facts(storage, mask, problem, plan.make_table(problem, []), (0,) * 4, (7, 5))
+    for chosen in (choice.choose_forward(facts), choice.choose_weights(facts)):
         text = ptx(chosen.factory, chosen.spec, portable.argument_types(chosen.spec), CAPABILITY)
         made[f"{chosen.factory.__name__} of {name}"] = text
 print(json.dumps(made))
