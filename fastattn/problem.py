@@ -228,8 +228,17 @@ def as_additive_operands(
     return query, key, value, weight, mask
 
 
-def as_upstream(name: str, given: ArrayLike, dtype: np.dtype[Any], shape: Shape, of: str = "the result") -> Array:
+def as_upstream(
+    name: str,
+    given: ArrayLike,
+    dtype: np.dtype[Any],
+    shape: Shape,
+    of: str = "the result",
+    half: bool = False,
+) -> Array:
     """Make an array of the dtype of the call of what arrives at its backward pass, where something has `shape`.
+
+    `half` is that of `as_operands`.
 
     Raises
     ------
@@ -242,7 +251,7 @@ def as_upstream(name: str, given: ArrayLike, dtype: np.dtype[Any], shape: Shape,
         array = given
     else:
         array = _as_array(name, given)
-        _check_operand_dtype(name, array.dtype)
+        _check_operand_dtype(name, array.dtype, half)
         array = _as_plain(array, dtype)
     if array.shape != shape:
         raise ValueError(f"{name}: shape {array.shape}; expected {shape}, the shape of {of}")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastattn.cuda import portable
+from fastattn.cuda import decoding, portable
 from fastattn.cuda.arrays import Given, HostPlace, Place, check_together, nothing, place_of, read
 from fastattn.cuda.available import device
 from fastattn.cuda.choice import Choice, Facts, choose_forward, choose_weights
@@ -225,7 +225,8 @@ def evaluate(call: Call, seed: int, out: Given | None, want_weights: bool) -> tu
     apart = out is None or any(overlap(out, array) for array in inputs)
     result = place.new("out", problem.out_shape, call.storage) if apart or out is None else out
     lse = place.new("lse", problem.lse_shape, np.dtype(call.real).name)
-    run(call, "forward", choose_forward, result, lse, seed)
+    if not decoding.attend(call, result, lse, seed, lambda: uploaded(tables_of(call, result), place)):
+        run(call, "forward", choose_forward, result, lse, seed)
     weights = None
     if want_weights:
         weights = place.new("weights", problem.weights_shape, call.storage)

@@ -151,8 +151,10 @@ def table(array: Any, stream: Any) -> Any:
     return cuda.to_device(array, stream=stream)
 
 
-def ptx(factory: Factory, spec: Any, argument_types: tuple[Any, ...], capability: tuple[int, int]) -> str:
-    """The PTX of a kernel for GPUs of a compute capability, made without one.
+def ptx(
+    factory: Factory, spec: Any, argument_types: tuple[Any, ...], capability: tuple[int, int], **options: Any
+) -> str:
+    """The PTX of a kernel for GPUs of a compute capability, made without one; `options` are those of `kernel`.
 
     Device functions are compiled once in a process, so one process compiles for one capability.
     """
@@ -164,7 +166,13 @@ def ptx(factory: Factory, spec: Any, argument_types: tuple[Any, ...], capability
         numba_dispatcher.get_current_device = lambda: types.SimpleNamespace(compute_capability=capability)
         try:
             text, _ = cuda.compile(
-                python_kernel(factory, spec), argument_types, device=False, abi="numba", cc=capability, output="ptx"
+                python_kernel(factory, spec),
+                argument_types,
+                device=False,
+                abi="numba",
+                cc=capability,
+                output="ptx",
+                **options,
             )
         finally:
             numba_dispatcher.get_current_device = asked

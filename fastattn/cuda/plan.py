@@ -21,8 +21,8 @@ from fastattn.problem import Problem
 
 #: Rows of the tables. Kernels of the backward pass use further ones.
 QUERY, KEY, VALUE, MASK, OUT = range(5)
-GRAD_OUT, GRAD_QUERY, GRAD_KEY, GRAD_VALUE, GRAD_MASK = range(5, 10)
-OPERANDS = 10
+GRAD_OUT, LSE, GRAD_LSE = range(5, 8)
+OPERANDS = 8
 
 #: Places in the vector of sizes.
 QUERIES, KEYS, HEAD_DIM, VALUE_DIM, HEADS, SLICES, CAUSAL_OFFSET, DROP_BELOW = range(8)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 from fastattn.cuda.available import SIMULATED
 
-if SIMULATED:
-    from fastattn.cuda.emulated import *  # noqa: F403
-else:
-    from fastattn.cuda.ptx import *  # noqa: F403
+_INSTRUCTIONS = importlib.import_module("fastattn.cuda.emulated" if SIMULATED else "fastattn.cuda.ptx")
+
+
+def __getattr__(name: str) -> Any:
+    return getattr(_INSTRUCTIONS, name)

@@ -9,6 +9,7 @@ run then, and each operation leaves an instruction behind. What stands in the ke
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 from llvmlite import ir
 from numba.cuda import cgutils, types
@@ -21,7 +22,7 @@ I1, I32, I64, F32 = ir.IntType(1), ir.IntType(32), ir.IntType(64), ir.FloatType(
 _NUMBA = {I1: types.boolean, I32: types.int32, I64: types.int64, F32: types.float32}
 
 # The builder of the function that is being traced: an operation without operands has no other way to find it.
-_builders = []
+_builders: list[Any] = []
 
 
 def builder():
@@ -111,10 +112,10 @@ class Value:
     def __ge__(self, other):
         return _compare(self, other, ">=")
 
-    def __eq__(self, other):  # type: ignore[override]
+    def __eq__(self, other):
         return _compare(self, other, "==")
 
-    def __ne__(self, other):  # type: ignore[override]
+    def __ne__(self, other):
         return _compare(self, other, "!=")
 
     __hash__ = None  # type: ignore[assignment]

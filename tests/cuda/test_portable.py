@@ -268,8 +268,9 @@ def test_the_same_bits_in_any_batch_and_on_every_run(cuda_attention: Attention) 
 
 
 def test_groups_share_a_head_of_keys(cuda_attention: Attention) -> None:
-    query = inputs(3, 5, heads=(2, 6))[0]
-    _, key, value = inputs(3, 5, heads=(2, 2))
+    # with fewer queries, those of a group might be so few together that the keys are split
+    query = inputs(5, 5, heads=(2, 6))[0]
+    _, key, value = inputs(5, 5, heads=(2, 2))
     out = cuda_attention(query, key, value, enable_gqa=True)
     repeated = cuda_attention(query, *(array.repeat(3, axis=-3) for array in (key, value)))
     assert out.tobytes() == repeated.tobytes()
