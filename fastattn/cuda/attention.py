@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from fastattn.cuda import decoding, portable
 from fastattn.cuda.arrays import Given, HostPlace, Place, check_together, nothing, place_of, read
-from fastattn.cuda.available import device
-from fastattn.cuda.choice import Choice, Facts, choose_forward, choose_weights
+from fastattn.cuda.available import capability_of
+from fastattn.cuda.choice import Choice, Facts, choose_forward, choose_weights, wants_rows
 from fastattn.cuda.compile import kernel, launch, table
 from fastattn.cuda.elements import LOG2_E, MASKS, real_of
-from fastattn.cuda.plan import KEY, MASK, OUT, QUERY, VALUE, Table, make_table
+from fastattn.cuda.plan import KEY, MASK, OUT, QUERY, VALUE, Table, copy_table, make_table
 from fastattn.cuda.tiles import is_floating
 from fastattn.problem import (
     Operands,
@@ -30,8 +30,9 @@ from fastattn.problem import (
 
 REMEMBERED = 256  # plans
 ALIGNMENT = 16  # bytes: what a kernel may ask of where arrays begin
-THREADS = 256  # of a block that copies
+THREADS, MOST_BLOCKS = 256, 65535  # of a kernel that copies
 _plans: dict[Any, Plan] = {}
+_tables: dict[Any, tuple[Any, Any, Any]] = {}
 
 
 class Plan(NamedTuple):
@@ -222,8 +223,12 @@ def evaluate(call: Call, seed: int, out: Given | None, want_weights: bool) -> tu
     """Queue the work of a call; the result, in `out` if given, the log-sum-exp, and the weights if wanted."""
     problem, place = call.problem, call.place
     inputs = call.givens.values()
-    apart = out is None or any(overlap(out, array) for array in inputs)
-    result = place.new("out", problem.out_shape, call.storage) if apart or out is None else out
+    in_rows = wants_rows(call.storage, call.mask, problem, capability_of(place.device))
+    if in_rows:
+        call = with_rows(call)
+    result = out
+    if out is None or any(overlap(out, array) for array in inputs) or (in_rows and not has_rows(out)):
+        result = place.new("out", problem.out_shape, call.storage)
     lse = place.new("lse", problem.lse_shape, np.dtype(call.real).name)
     if not decoding.attend(call, result, lse, seed, lambda: uploaded(tables_of(call, result), place)):
         run(call, "forward", choose_forward, result, lse, seed)
@@ -232,7 +237,7 @@ def evaluate(call: Call, seed: int, out: Given | None, want_weights: bool) -> tu
         weights = place.new("weights", problem.weights_shape, call.storage)
         run(call, "weights", choose_weights, weights, lse, seed)
     if out is not None and result is not out:
-        copy(call, result, out)
+        copy(result, out, place)
         result = out
     return result, lse, weights
 
@@ -278,7 +283,7 @@ def plan_of(call: Call, kind: str, choose: Callable[[Facts], Choice], out: Given
     if plan is None:
         tables = tables_of(call, out)
         addresses = tuple(arrays[name].extent[0] for name in ("query", "key", "value", "out"))
-        choice = choose(Facts(call.storage, call.mask, problem, tables, addresses, device().capability))
+        choice = choose(Facts(call.storage, call.mask, problem, tables, addresses, capability_of(place.device)))
         made = kernel(choice.factory, choice.spec, **dict(choice.options))
         plan = Plan(choice, made, uploaded(tables, place))
         if len(_plans) >= REMEMBERED:
@@ -312,16 +317,53 @@ def uploaded(tables: Table, place: Place) -> tuple[Any, Any, Any]:
     return offsets, steps, sizes
 
 
-def copy(call: Call, source: Given, target: Given) -> None:
-    """Queue the copying of a result to where it is to be."""
-    problem, place = call.problem, call.place
-    elements = int(np.prod(problem.out_shape, dtype=np.int64))
+def with_rows(call: Call) -> Call:
+    """The call with copies of those operands whose rows do not lie as tensor cores need them."""
+    rows = {
+        name: given if name == "attn_mask" or has_rows(given) else copied(name, given, call.place)
+        for name, given in call.givens.items()
+    }
+    if all(given is call.givens[name] for name, given in rows.items()):
+        return call
+    query, key, value, _ = carriers_of(rows, call.storage)
+    views = describe(query, key, value, enable_gqa=call.problem.heads != call.problem.kv_heads)[1]
+    return call._replace(givens=rows, operands=views._replace(mask=call.operands.mask))
+
+
+def has_rows(given: Given) -> bool:
+    """Whether the rows of an array of halves begin at multiples of 16 bytes, with their elements side by side."""
+    step = ALIGNMENT // given.itemsize
+    return given.strides[-1] == 1 and given.address % ALIGNMENT == 0 and not any(n % step for n in given.strides[:-1])
+
+
+def copied(name: str, given: Given, place: Place) -> Given:
+    """Queue a copy of an array, contiguous, but for leading axes along which it repeats itself."""
+    repeats = [stride == 0 for stride in given.strides[:-2]] + [False, False]
+    shape = tuple(1 if repeat else count for count, repeat in zip(given.shape, repeats, strict=True))
+    target = place.new(name, shape, given.storage)
+    copy(given._replace(shape=shape), target, place)
+    strides = (0 if repeat else stride for stride, repeat in zip(target.strides, repeats, strict=True))
+    return target._replace(shape=given.shape, strides=tuple(strides))
+
+
+def copy(source: Given, target: Given, place: Place) -> None:
+    """Queue the copying of an array to another of its shape, which is of rank 2 or more."""
+    elements = int(np.prod(source.shape, dtype=np.int64))
     if elements == 0:
         return
-    views = [(QUERY, split_heads(problem, source), 0), (OUT, split_heads(problem, target), target.span[0])]
-    tables = uploaded(make_table(problem, views), place)
-    made = kernel(portable.copy, portable.Copy(call.storage))
-    grid = min(-(-elements // THREADS), 65535)
-    launch(
-        made, grid, (THREADS if grid > 1 else elements, 1), place.stream, (source.memory(), target.memory(), *tables)
-    )
+    tables = _copy_tables(source.shape, (source.strides, source.span[0]), (target.strides, target.span[0]), place)
+    grid = min(-(-elements // THREADS), MOST_BLOCKS)
+    block = (THREADS if grid > 1 else elements, 1)
+    made = kernel(portable.copy, portable.Copy(source.storage))
+    launch(made, grid, block, place.stream, (source.memory(), target.memory(), *tables))
+
+
+def _copy_tables(shape: Any, source: Any, target: Any, place: Place) -> tuple[Any, Any, Any]:
+    identity = ("copy", shape, source, target, place.device)
+    tables = _tables.get(identity)
+    if tables is None:
+        tables = uploaded(copy_table(shape, source, target), place)
+        if len(_tables) >= REMEMBERED:
+            _tables.clear()
+        _tables[identity] = tables
+    return tables

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 from importlib.util import find_spec
@@ -78,6 +79,12 @@ def device() -> Device:
     version = driver.get_version()
     major, minor = current.compute_capability
     return Device(int(current.id), name, (int(major), int(minor)), ".".join(map(str, version)))
+
+
+@functools.cache
+def capability_of(number: int) -> tuple[int, int]:
+    """The compute capability of a device, which has to be the current one."""
+    return device().capability
 
 
 def versions() -> str:

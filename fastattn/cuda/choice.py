@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from fastattn.cuda import portable, tensor_cores
 from fastattn.cuda.available import SIMULATED
-from fastattn.cuda.plan import Table, slices_of
+from fastattn.cuda.plan import OPERANDS, Table, slices_of
 from fastattn.cuda.tiles import Tiles
 from fastattn.problem import Problem
 
@@ -72,6 +75,17 @@ def tiles_for(storage: str, problem: Problem) -> Tiles:
     if storage == "float64":
         return Tiles(16, 16, 2, 2, values // 2, NARROW, 16)
     return Tiles(16, 16, 4, 4, values, features, 16)
+
+
+@functools.lru_cache(maxsize=1024)
+def wants_rows(storage: str, mask: str, problem: Problem, capability: tuple[int, int]) -> bool:
+    """Whether a call gets tensor cores, if only rows of the operands lie as these need it.
+
+    Where they do not, the operands are copied: the same values give the same bits, however they lie in memory.
+    """
+    slices = slices_of(problem)
+    ideal = Table(np.zeros((OPERANDS, slices), np.int64), np.tile([0, 1], (OPERANDS, 1)), np.zeros(0, np.int64))
+    return tensor_cores.against(storage, mask, problem, ideal, (0, 0, 0, 0), capability) is None
 
 
 def choose_forward(facts: Facts) -> Choice:

@@ -85,11 +85,38 @@ def make_table(problem: Problem, views: Sequence[tuple[int, NDArray[Any], int]])
     offsets = np.zeros((OPERANDS, slices_of(problem)), np.int64)
     steps = np.zeros((OPERANDS, 2), np.int64)
     for row, view, first in views:
-        strides = [stride // view.itemsize for stride in view.strides]
-        total = np.full(problem.rows_shape, first, np.int64)
-        for axis, count in enumerate(problem.rows_shape):
-            index = np.arange(count).reshape([-1 if i == axis else 1 for i in range(len(problem.rows_shape))])
-            total += index * strides[axis]
-        offsets[row] = total.ravel()
+        strides = tuple(stride // view.itemsize for stride in view.strides)
+        offsets[row] = first + offsets_of(problem.rows_shape, strides[:-2])
         steps[row] = strides[-2:]
     return Table(offsets, steps, sizes_of(problem))
+
+
+def copy_table(
+    shape: tuple[int, ...], source: tuple[tuple[int, ...], int], target: tuple[tuple[int, ...], int]
+) -> Table:
+    """Make the tables for a copy from QUERY to OUT of arrays of one shape.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        Of rank 2 or more.
+    source, target : (tuple of int, int)
+        Strides in elements, and which element from the lowest address on is the first.
+    """
+    *rows, queries, columns = shape
+    offsets = np.zeros((OPERANDS, int(np.prod(rows, dtype=np.int64))), np.int64)
+    steps = np.zeros((OPERANDS, 2), np.int64)
+    for row, (strides, first) in ((QUERY, source), (OUT, target)):
+        offsets[row] = first + offsets_of(tuple(rows), strides[:-2])
+        steps[row] = strides[-2:]
+    sizes = np.zeros(DROP_BELOW + 1, np.int64)
+    sizes[[QUERIES, VALUE_DIM, SLICES]] = queries, columns, offsets.shape[1]
+    return Table(offsets, steps, sizes)
+
+
+def offsets_of(rows: tuple[int, ...], strides: tuple[int, ...]) -> NDArray[np.int64]:
+    """Where the slices of an array of these leading axes begin, counted from the first, in C order."""
+    total = np.zeros(rows, np.int64)
+    for axis, (count, stride) in enumerate(zip(rows, strides, strict=True)):
+        total += stride * np.arange(count).reshape([-1 if i == axis else 1 for i in range(len(rows))])
+    return total.ravel()

@@ -17,9 +17,10 @@ import numpy as np
 import processes
 import pytest
 from numba import config, cuda
+from strategies import LAYOUTS, laid_out
 
 import fastattn
-from fastattn.cuda import arrays, available, detect
+from fastattn.cuda import arrays, attention, available, detect
 
 Attention = Callable[..., Any]
 simulator_only = pytest.mark.skipif(not config.ENABLE_CUDASIM, reason="plays with addresses of host memory")
@@ -82,6 +83,33 @@ def test_numpy_arrays_stay_on_the_cpu_unless_told_otherwise() -> None:
     query, key, value = inputs()
     on_cpu = fastattn.attention(query, key, value, backend="cpu")
     assert fastattn.attention(query, key, value).tobytes() == on_cpu.tobytes()
+
+
+@simulator_only
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name not in ("byte-swapped", "unaligned")])
+def test_the_same_bits_in_any_layout_on_tensor_cores(cuda_attention: Attention, layout: str) -> None:
+    rng = np.random.default_rng(0)
+    host = [rng.standard_normal((2, length, 8)).astype(np.float16) for length in (5, 9, 9)]
+    wanted = cuda_attention(*host, is_causal=True, return_lse=True)
+    assert "tensor cores" in [plan.choice.why for plan in attention._plans.values()]
+    device = [Interface(laid_out(array, layout)) for array in host]
+    out = Interface(laid_out(np.empty_like(wanted[0]), layout if layout != "read-only" else "reversed"))
+    _, lse = fastattn.attention(*device, is_causal=True, return_lse=True, out=out)
+    assert out.array.tobytes() == wanted[0].tobytes()
+    assert lse.copy_to_host().tobytes() == wanted[1].tobytes()
+    assert cuda_attention(*(laid_out(array, layout) for array in host), is_causal=True).tobytes() == wanted[0].tobytes()
+
+
+@simulator_only
+def test_repeated_heads_of_halves_are_copied_once(cuda_attention: Attention) -> None:
+    rng = np.random.default_rng(0)
+    query, key = rng.standard_normal((2, 5, 16)).astype(np.float16), rng.standard_normal((9, 16)).astype(np.float16)
+    repeated = np.broadcast_to(key[:, ::2], (3, 2, 9, 8))
+    wanted = cuda_attention(query[..., :8], repeated.copy(), repeated.copy())
+    assert (
+        fastattn.attention(*map(Interface, (query[..., :8], repeated, repeated))).copy_to_host().tobytes()
+        == wanted.tobytes()
+    )
 
 
 @simulator_only
