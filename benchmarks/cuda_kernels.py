@@ -9,6 +9,7 @@ at a time, and nothing about time.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -16,11 +17,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastattn.problem import Problem
 
 ROOT = Path(__file__).parents[1]
 
@@ -89,46 +94,65 @@ class Report(NamedTuple):
 
 def kernels() -> dict[str, Kernel]:
     """All kernels that are looked at, by name."""
-    import numpy as np
+    found = [*on_tensor_cores(), *for_few_queries(), *portable_ones()]
+    return {kernel.name: kernel for kernel in found}
 
-    from fastattn.cuda import choice, portable, tensor_cores
-    from fastattn.problem import Problem
 
-    found = []
-    for storage, mask, width in (
-        ("bfloat16", "none", 64),
-        ("bfloat16", "none", 128),
-        ("float16", "none", 64),
-        ("float16", "none", 128),
-        ("bfloat16", "bool", 64),
-        ("bfloat16", "bool", 128),
-        ("bfloat16", "float32", 64),
-        ("bfloat16", "float32", 128),
-        ("bfloat16", "bfloat16", 64),
-        ("float16", "float16", 128),
-    ):
+def on_tensor_cores() -> Iterator[Kernel]:
+    """The kernels of halves, forward and backward."""
+    from fastattn.cuda import portable, tensor_cores
+    from fastattn.cuda import tensor_cores_backward as backward
+
+    types: Any = portable.argument_types
+    kinds = (("bfloat16", "none"), ("float16", "none"), ("bfloat16", "bool"), ("bfloat16", "float32"))
+    for (storage, mask), width in itertools.product(kinds, (64, 128)):
+        kind = f"{storage}, {width}" if mask == "none" else f"{storage}, {width}, mask {mask}"
         shape = tensor_cores.shape_for(storage, mask, width)
-        found.append(
-            Kernel(
-                f"tensor cores, {storage}, {width}{'' if mask == 'none' else f', mask {mask}'}",
-                tensor_cores.forward,
-                shape,
-                portable.argument_types(shape),
-                tensor_cores.options(shape),
-                shape.threads,
-                shape.blocks,
-            )
-        )
+        options = tensor_cores.options(shape)
+        name = f"tensor cores, {kind}"
+        yield Kernel(name, tensor_cores.forward, shape, types(shape), options, shape.threads, shape.blocks)
+        for of_keys in (False, True):
+            spec = backward.spec_for(storage, mask, width, of_keys)
+            options, shape = backward.options(spec), spec.shape
+            name = f"tensor cores, gradients of {'keys, values' if of_keys else 'queries'}, {kind}"
+            taken = backward.argument_types(spec)
+            yield Kernel(name, backward.gradients, spec, taken, options, shape.threads, shape.blocks)
+
+
+def for_few_queries() -> Iterator[Kernel]:
+    """The kernels that share the keys of few queries among blocks."""
+    from fastattn.cuda import decode
+
+    for storage, rows, features in (("bfloat16", 1, 128), ("bfloat16", 8, 128), ("float32", 1, 64)):
+        spec = decode.decode_for(storage, "none", False, True, rows, 16384, features)
+        if spec is not None:
+            kind = f"{storage}, {features}, {rows} rows" if rows > 1 else f"{storage}, {features}, 1 row"
+            taken = decode.split_types(spec)
+            yield Kernel(f"few queries, {kind}", decode.split_keys, spec, taken, {}, spec.threads, 1)
+            taken = decode.merge_types(spec)
+            yield Kernel(f"few queries, merge, {kind}", decode.merge_splits, spec, taken, {}, spec.threads, 1)
+
+
+def portable_ones() -> Iterator[Kernel]:
+    """The kernels of any storage type for any GPU."""
+    from fastattn.cuda import backward, choice, portable, portable_backward
+
     for storage, width in (("float32", 64), ("float32", 128), ("bfloat16", 64), ("float64", 64)):
         real = np.dtype(np.float64 if storage == "float64" else np.float32)
         problem = Problem(real, (), 1, 1, 9, 9, width, width, (1, 9, width), 1.0, None, 0.0, "none")
-        for kind, choose in (("forward", choice.choose_forward), ("weights", choice.choose_weights)):
-            chosen = choose(storage, "none", problem)
-            x, y = chosen.block
-            types = portable.argument_types(chosen.spec)
-            name = f"portable {kind}, {storage}, {width}"
-            found.append(Kernel(name, chosen.factory, chosen.spec, types, {}, x * y, 1))
-    return {kernel.name: kernel for kernel in found}
+        tiles = choice.tiles_for(storage, problem)
+        both: Any = ((portable.forward, portable.Forward), (portable.weights, portable.Weights))
+        for factory, kind in both:
+            spec: Any = kind(storage, "none", False, tiles)
+            name = f"portable {factory.__name__}, {storage}, {width}"
+            yield Kernel(name, factory, spec, portable.argument_types(spec), {}, tiles.threads, 1)
+        tiling = backward.tiling_for(storage, problem)
+        spec = portable_backward.Backward(storage, "none", False, tiling)
+        for what, factory, taken in (
+            ("gradients of keys, values", portable_backward.grad_keys, portable_backward.keys_types(spec)),
+            ("gradients of queries", portable_backward.grad_queries, portable_backward.queries_types(spec)),
+        ):
+            yield Kernel(f"portable {what}, {storage}, {width}", factory, spec, taken, {}, tiling.threads, 1)
 
 
 # -- tools -------------------------------------------------------------------------------------------------------------
@@ -232,8 +256,8 @@ PAGE = """# What the compiler makes of the CUDA kernels
 Made by `python benchmarks/cuda_kernels.py` with numba-cuda {numba} and ptxas {ptxas}, without a GPU. These are facts
 about machine code; how fast it is they do not say. *Blocks* is how many blocks of threads a multiprocessor can have at
 a time, which follows from registers and shared memory. *MMA* are the instructions of tensor cores in the loop over
-keys, in which those that multiply weights and values stand twice: the second time for values that are not finite.
-*Loop* is all instructions of that loop. *Spilled* are registers that are stored and loaded again.
+keys, in which the last product stands twice: the second time for rows that are not finite. *Loop* is all instructions
+of that loop. *Spilled* are registers that are stored and loaded again.
 
 | kernel | | registers | shared memory | spilled | threads | blocks | MMA | loop |
 |---|---|--:|--:|--:|--:|--:|--:|--:|

@@ -50,7 +50,7 @@ from fastattn.problem import Problem
 
 WIDEST = 128
 CAPABILITY = (8, 0)
-MOST = 2**31 - 2**10  # rows: what is counted in 32 bits is some tiles more
+MOST = 2**31 - 2**10  # queries and keys: what is counted in 32 bits is the sum of both, and some tiles more
 SCALES = (1e-30, 1e30)  # between these a score in base 2 is as good a number as the score
 
 
@@ -193,8 +193,8 @@ def against(
     for name, size in (("head", problem.head_dim), ("value", problem.value_dim)):
         if not 0 < size <= WIDEST or size % CHUNK:
             return f"{name} size {size} is not a multiple of 8 up to 128"
-    if max(problem.queries, problem.keys) > MOST:
-        return f"lengths {problem.queries} and {problem.keys} are not below 2^31"
+    if problem.queries + problem.keys > MOST:
+        return f"lengths {problem.queries} and {problem.keys} are not below 2^31 together"
     if (table.steps[rows, 1] != 1).any():
         return "features are not next to each other in memory"
     if (table.steps[rows, 0] % halves).any() or (table.offsets[rows] % halves).any() or any(a % 16 for a in addresses):

@@ -7,7 +7,10 @@ and lies in host memory.
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Callable
+from contextlib import nullcontext
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -103,6 +106,111 @@ def test_dlpack_for_bfloat16(cuda_attention: Attention) -> None:
     assert result.dtype == np.uint16  # its bits: Numba has no bfloat16 for the host
     assert result.tobytes() == wanted.tobytes()
     assert device[0].streams == [1]
+
+
+@simulator_only
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "float32", "float64"])
+def test_tensors_of_pytorch_come_back_as_such(
+    cuda_attention: Attention, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(arrays, "is_on_device", lambda given: isinstance(given, torch.Tensor))
+    kind = getattr(torch, name)
+    query, key, value = (torch.from_numpy(array).to(kind) for array in inputs(2))
+    mask = torch.arange(6) < 4
+    out, lse = cuda_attention(query, key.mT.contiguous().mT, value, mask, return_lse=True)
+    assert (out.dtype, out.shape) == (kind, (2, 3, 4))
+    assert lse.dtype == (torch.float64 if name == "float64" else torch.float32)
+    wanted = torch.nn.functional.scaled_dot_product_attention(query.double(), key.double(), value.double(), mask)
+    torch.testing.assert_close(out.double(), wanted, rtol=0, atol=4 * torch.finfo(kind).eps)
+    target = torch.empty_like(out)
+    assert cuda_attention(query, key, value, mask, out=target) is target
+    assert torch.equal(target, out)
+
+
+@simulator_only
+def test_arrays_of_cupy_come_back_as_such(cuda_attention: Attention, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Array(Interface):
+        """An array of the module that follows."""
+
+    Array.__module__ = "cupy"
+    stream = SimpleNamespace(ptr=0)
+    module = ModuleType("cupy")
+    module.cuda = SimpleNamespace(Device=lambda number: nullcontext(), get_current_stream=lambda: stream)  # type: ignore[attr-defined]
+    module.empty = lambda shape, dtype: Array(np.empty(shape, dtype))  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "cupy", module)
+    host = inputs(2)
+    out, lse, weights = fastattn.attention(*map(Array, host), return_lse=True, return_weights=True)
+    assert all(type(result) is Array for result in (out, lse, weights))
+    assert out.array.tobytes() == cuda_attention(*host).tobytes()
+
+
+# -- streams -----------------------------------------------------------------------------------------------------------
+
+
+class Driver:
+    """What is asked of Numba where there is a GPU, written down."""
+
+    def __init__(self) -> None:
+        self.said: list[Any] = []
+        self.gpus = [nullcontext()] * 2
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            self.said.append((name, *args))
+            return SimpleNamespace(name=name, args=args, synchronize=lambda: self.said.append(("wait", name, *args)))
+
+        return call
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    """Have `arrays` believe in a GPU."""
+    driver = Driver()
+    monkeypatch.setattr(arrays, "SIMULATED", False)
+    monkeypatch.setattr(arrays, "cuda", driver)
+    arrays.numba_stream.cache_clear()
+    return driver
+
+
+def on_stream(stream: int | None) -> arrays.Given:
+    """Return an array that is written on a stream."""
+    return arrays.Given(object(), 4096, (2, 3), (3, 1), "float32", 0, stream)
+
+
+def test_work_is_queued_on_the_stream_of_the_query(driver: Driver) -> None:
+    for pointer, wanted in (
+        (1, ("legacy_default_stream",)),
+        (2, ("per_thread_default_stream",)),
+        (77, ("external_stream", 77)),
+    ):
+        place = arrays.place_of({"query": on_stream(pointer), "key": on_stream(None), "value": on_stream(pointer)})
+        assert (place.stream.name, *place.stream.args) == wanted
+        assert driver.said == [wanted]  # once, and nobody waited
+        driver.said.clear()
+    for pointer in (None, 0):
+        assert arrays.place_of({"query": on_stream(pointer)}).stream == 0
+    assert not driver.said
+
+
+def test_what_is_written_on_other_streams_is_waited_for(driver: Driver) -> None:
+    place = arrays.place_of({"query": on_stream(77), "key": on_stream(88), "value": on_stream(77)})
+    assert ("wait", "external_stream", 88) in driver.said
+    assert ("wait", "external_stream", 77) not in driver.said
+    assert place.stream.args == (77,)
+
+
+def test_kernels_are_given_all_memory_that_an_array_spans(driver: Driver) -> None:
+    given = arrays.Given("owner", 4096, (2, 3), (-8, 2), "float32", 0)
+    assert given.span == (8, 13)  # one row lies 8 elements below the first element, and the last element 4 above
+    given.memory()
+    name, interface = driver.said[0]
+    assert name == "from_cuda_array_interface"
+    assert (interface["data"], interface["shape"], interface["typestr"]) == ((4096 - 32, False), (13,), "<f4")
+    assert arrays.Given("owner", 0, (2, 0), (0, 1), "float32", 0).extent == (0, 0)
+
+
+# -- memory that is shared ------------------------------------------------------------------------------------------
 
 
 @simulator_only
