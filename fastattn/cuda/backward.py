@@ -8,13 +8,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastattn.cuda import portable_backward as portable
+from fastattn.cuda import tensor_cores_backward
 from fastattn.cuda.arrays import Given, HostPlace, check_together, nothing, place_of, read
-from fastattn.cuda.attention import REMEMBERED, Call, carriers_of, checked, common_storage, moved, uploaded
-from fastattn.cuda.available import SIMULATED
+from fastattn.cuda.attention import ALIGNMENT, REMEMBERED, Call, carriers_of, checked, common_storage, moved, uploaded
+from fastattn.cuda.available import SIMULATED, device
 from fastattn.cuda.backward_tiles import Tiling
 from fastattn.cuda.compile import kernel, launch, table
-from fastattn.cuda.elements import MASKS
+from fastattn.cuda.elements import LOG2_E, MASKS
 from fastattn.cuda.plan import GRAD_LSE, GRAD_OUT, KEY, LSE, MASK, OUT, QUERY, VALUE, make_table, slices_of
+from fastattn.cuda.tensor_cores import block_of
 from fastattn.gradients import Upstream, describe_upstream, seed_of_forward, wants_mask
 from fastattn.problem import Problem, Shape, as_upstream, describe, split_shape
 
@@ -38,12 +40,15 @@ class Plan(NamedTuple):
         How many slices of its own each argument has.
     together : bool
         Whether the same slices share key and value.
+    against : str or None
+        What speaks against tensor cores.
     """
 
     tables: tuple[Any, Any, Any]
     members: dict[str, Any]
     owners: dict[str, int]
     together: bool
+    against: str | None
 
 
 def tiling_for(storage: str, problem: Problem) -> Tiling:
@@ -152,65 +157,120 @@ def differentiate(
     problem, place, real, givens = call.problem, call.place, call.real, call.givens
     names = ("query", "key", "value", *(("attn_mask",) if with_mask else ()))
     results = {name: place.new(f"gradient of {name}", givens[name].shape, givens[name].storage) for name in names}
-    rows = slices_of(problem) * problem.queries
-    deltas = place.new("deltas", (rows,), np.dtype(real).name)
+    deltas = place.new("deltas", (slices_of(problem) * problem.queries,), np.dtype(real).name)
     plan = plan_of(call, upstream, others)
-    tiling = tiling_for(call.storage, problem)
-    spec = portable.Backward(call.storage, call.mask, problem.dropout_p > 0, tiling)
+    queue_deltas(call, plan, others, deltas)
+    if plan.against is None:
+        queue_tensor_cores(call, plan, others, deltas, results)
+    else:
+        queue_portable(call, plan, others, deltas, results, seed)
+    if with_mask:
+        queue_mask(call, plan, others, deltas, results["attn_mask"], seed)
+    return tuple(results.values())
 
-    def queue(factory: Any, spec: portable.Backward, blocks: int, arguments: tuple[Any, ...]) -> None:
-        if blocks:
-            launch(kernel(factory, spec), blocks, (tiling.side, tiling.side), place.stream, arguments)
 
-    def tiles(length: int) -> int:
-        return -(-length // tiling.tile)
-
-    with_lse = "grad_lse" in others
-    grad_lse = others["grad_lse"].memory() if with_lse else nothing(real)
-    grad_out, lse = others["grad_out"].memory(), others["lse"].memory()
-    numbers = (grad_out, others["out"].memory(), grad_lse, with_lse, *plan.tables, deltas.memory())
+def queue_deltas(call: Call, plan: Plan, others: dict[str, Given], deltas: Given) -> None:
+    """Queue delta, which all kernels read."""
+    tiling, rows, with_lse = tiling_for(call.storage, call.problem), deltas.shape[0], "grad_lse" in others
     # whether there is a mask, or dropout, does not matter here: one kernel serves all
-    queue(
-        portable.find_deltas, portable.Backward(call.storage, "none", False, tiling), -(-rows // tiling.side), numbers
-    )
+    spec = portable.Backward(call.storage, "none", False, tiling)
+    grad_lse = others["grad_lse"].memory() if with_lse else nothing(call.real)
+    arguments = (others["grad_out"].memory(), others["out"].memory(), grad_lse, with_lse, *plan.tables, deltas.memory())
+    _queue(call, portable.find_deltas, spec, -(-rows // tiling.side), arguments)
 
-    mask = givens["attn_mask"].memory() if "attn_mask" in givens else nothing(MASKS["bool"])
+
+def _queue(call: Call, factory: Any, spec: portable.Backward, blocks: int, arguments: tuple[Any, ...]) -> None:
+    if blocks:
+        launch(kernel(factory, spec), blocks, (spec.tiling.side, spec.tiling.side), call.place.stream, arguments)
+
+
+def _scales(call: Call, unit: float = 1.0) -> Any:
     with np.errstate(all="ignore"):  # a scale beyond float32 is infinite there
-        scale = real(problem.scale)
-    operands = (*(givens[name].memory() for name in ("query", "key", "value")), mask, grad_out, lse, deltas.memory())
-    words = (scale, np.uint32(seed & 0xFFFFFFFF), np.uint32(seed >> 32), real(problem.keep_scale))
+        return call.real(call.problem.scale * unit)
 
-    def common(name: str) -> tuple[Any, ...]:
-        return (*operands, *plan.tables, plan.members[name], *words)
+
+def _mask(call: Call) -> Any:
+    return call.givens["attn_mask"].memory() if "attn_mask" in call.givens else nothing(MASKS["bool"])
+
+
+def _common(
+    call: Call, plan: Plan, others: dict[str, Given], deltas: Given, name: str, seed: int
+) -> tuple[portable.Backward, tuple[Any, ...]]:
+    """The specification of the portable kernels, and the arguments that they have in common."""
+    problem, givens = call.problem, call.givens
+    spec = portable.Backward(call.storage, call.mask, problem.dropout_p > 0, tiling_for(call.storage, problem))
+    arrays = (*(givens[operand].memory() for operand in ("query", "key", "value")), _mask(call))
+    arrived = (others["grad_out"].memory(), others["lse"].memory(), deltas.memory())
+    numbers = (_scales(call), np.uint32(seed & 0xFFFFFFFF), np.uint32(seed >> 32), call.real(problem.keep_scale))
+    return spec, (*arrays, *arrived, *plan.tables, plan.members[name], *numbers)
+
+
+def queue_portable(
+    call: Call, plan: Plan, others: dict[str, Given], deltas: Given, results: dict[str, Given], seed: int
+) -> None:
+    """Queue the gradients of query, key and value."""
+    problem = call.problem
+    tiling = tiling_for(call.storage, problem)
+    query, key, value = (results[name].memory() for name in ("query", "key", "value"))
+
+    def blocks(name: str, length: int, chunks: int) -> int:
+        return chunks * -(-length // tiling.tile) * plan.owners[name]
 
     def chunks(name: str) -> int:
         return -(-results[name].shape[-1] // tiling.features)
 
-    query, key, value = (results[name].memory() for name in ("query", "key", "value"))
-    blocks = chunks("query") * tiles(problem.queries) * plan.owners["query"]
-    queue(portable.grad_queries, spec, blocks, (*common("query"), chunks("query"), query))
+    spec, common = _common(call, plan, others, deltas, "query", seed)
+    own = chunks("query")
+    _queue(call, portable.grad_queries, spec, blocks("query", problem.queries, own), (*common, own, query))
     if plan.together:
-        most = max(chunks("key"), chunks("value"))
-        blocks = most * tiles(problem.keys) * plan.owners["key"]
-        queue(portable.grad_keys, spec, blocks, (*common("key"), most, key, value))
-    else:
-        for name in ("key", "value"):
-            one = spec._replace(key=name == "key", value=name == "value")
-            blocks = chunks(name) * tiles(problem.keys) * plan.owners[name]
-            queue(portable.grad_keys, one, blocks, (*common(name), chunks(name), key, value))
-    if with_mask:
-        mask_queries, mask_keys = split_shape(givens["attn_mask"].shape, problem)[-2:]
-        blocks = tiles(mask_queries) * tiles(mask_keys) * plan.owners["attn_mask"]
-        result = results["attn_mask"].memory()
-        queue(portable.grad_mask, spec, blocks, (*common("attn_mask"), mask_queries, mask_keys, result))
-    return tuple(results.values())
+        spec, common = _common(call, plan, others, deltas, "key", seed)
+        own = max(chunks("key"), chunks("value"))
+        _queue(call, portable.grad_keys, spec, blocks("key", problem.keys, own), (*common, own, key, value))
+        return
+    for name in ("key", "value"):
+        spec, common = _common(call, plan, others, deltas, name, seed)
+        spec, own = spec._replace(key=name == "key", value=name == "value"), chunks(name)
+        _queue(call, portable.grad_keys, spec, blocks(name, problem.keys, own), (*common, own, key, value))
+
+
+def queue_mask(call: Call, plan: Plan, others: dict[str, Given], deltas: Given, result: Given, seed: int) -> None:
+    """Queue the gradient of the mask."""
+    spec, common = _common(call, plan, others, deltas, "attn_mask", seed)
+    queries, keys = split_shape(call.givens["attn_mask"].shape, call.problem)[-2:]
+    blocks = -(-queries // spec.tiling.tile) * -(-keys // spec.tiling.tile) * plan.owners["attn_mask"]
+    _queue(call, portable.grad_mask, spec, blocks, (*common, queries, keys, result.memory()))
+
+
+def queue_tensor_cores(
+    call: Call, plan: Plan, others: dict[str, Given], deltas: Given, results: dict[str, Given]
+) -> None:
+    """Queue the gradients of query, key and value on tensor cores."""
+    problem, place, givens = call.problem, call.place, call.givens
+    width = max(problem.head_dim, problem.value_dim)
+    query, key, value = (givens[name].memory() for name in ("query", "key", "value"))
+    grad_out, lse = others["grad_out"].memory(), others["lse"].memory()
+    for name, length, operands, written in (
+        ("query", problem.queries, (query, grad_out, key, value), ("query", "query")),
+        ("key", problem.keys, (key, value, query, grad_out), ("key", "value")),
+    ):
+        spec = tensor_cores_backward.spec_for(call.storage, call.mask, width, of_keys=name == "key")
+        blocks = -(-length // spec.shape.queries) * plan.owners[name]
+        unit = _scales(call, 1.0 if spec.shape.floating else LOG2_E)
+        tables = (*plan.tables, plan.members[name])
+        arguments = (*operands, _mask(call), lse, deltas.memory(), *tables, unit, _scales(call))
+        gradients = (results[target].memory() for target in written)
+        made = kernel(tensor_cores_backward.gradients, spec, **tensor_cores_backward.options(spec))
+        if blocks:
+            launch(made, blocks, block_of(spec.shape), place.stream, (*arguments, *gradients))
 
 
 def plan_of(call: Call, upstream: Upstream, others: dict[str, Given]) -> Plan:
     """Plan a call, or find the plan of one like it."""
     problem, place, givens = call.problem, call.place, call.givens
     arrays = {**givens, **others}
-    layout = tuple((name, array.shape, array.strides, array.span[0]) for name, array in arrays.items())
+    layout = tuple(
+        (name, array.shape, array.strides, array.span[0], array.extent[0] % ALIGNMENT) for name, array in arrays.items()
+    )
     identity = (problem, call.storage, place.device, layout)
     plan = _plans.get(identity)
     if plan is None:
@@ -231,11 +291,19 @@ def plan_of(call: Call, upstream: Upstream, others: dict[str, Given]) -> Plan:
             name: members_of(split_shape(array.shape, problem, ARGUMENTS[name]), problem)
             for name, array in givens.items()
         }
+        together = np.array_equal(members["key"], members["value"])
+        addresses = tuple(arrays[name].extent[0] for name in ("query", "key", "value", "grad_out"))
+        against = tensor_cores_backward.against(
+            call.storage, call.mask, problem, tables, addresses, device().capability
+        )
+        if against is None and not (together and members["query"].shape[1] == 1):
+            against = "axes along which key or value alone is broadcast, or query"
         plan = Plan(
             uploaded(tables, place),
             {name: table(array, place.stream) for name, array in members.items()},
             {name: array.shape[0] for name, array in members.items()},
-            np.array_equal(members["key"], members["value"]),
+            together,
+            against,
         )
         if len(_plans) >= REMEMBERED:
             _plans.clear()

@@ -64,7 +64,8 @@ def work_for(problem: Problem, storage: str, mask: str, aligned: bool) -> Work |
         return None
     if SIMULATED:
         lanes = max(SMALL["lanes"], decode.power_of_two(-(-features // vector_width(storage))))
-        spec = spec._replace(**{**SMALL, "lanes": lanes, "threads": max(SMALL["threads"], lanes)})
+        small: dict[str, Any] = {**SMALL, "lanes": lanes, "threads": max(SMALL["threads"], lanes)}
+        spec = spec._replace(**small)
     parts = -(-problem.keys // spec.keys)
     heads = slices_of(problem) // problem.group
     return Work(spec, parts, parts * -(-rows // spec.rows) * heads, slices_of(problem) * problem.queries)

@@ -139,13 +139,13 @@ def make_gradient_steps(shape: TileShape, of_keys: bool) -> GradientSteps:
                 return sums, load_float(deltas_at + query * FLOAT, within)
 
             weights, gradients = [None] * (2 * columns), [None] * (2 * columns)
-            of_rows = None if of_keys else [numbers_of(row) for row in own]
+            of_rows = [] if of_keys else [numbers_of(row) for row in own]
             for n in range(columns):
-                of_columns = [numbers_of(column + (8 * n + i)) for i in range(2)] if of_keys else None
+                of_columns = [numbers_of(column + (8 * n + i)) for i in range(2)] if of_keys else []
                 for half in range(2):
                     pair = []
                     for i in range(2):
-                        lse, delta = of_columns[i] if of_rows is None else of_rows[half]
+                        lse, delta = of_columns[i] if of_keys else of_rows[half]
                         score, grad = scores[4 * n + 2 * half + i], grads[4 * n + 2 * half + i]
                         query, key = pair_of(own[half], column + (8 * n + i))
                         sees, added = False, 0.0

@@ -19,9 +19,11 @@ from hypothesis import strategies as st
 from numba import cuda
 from tolerances import expected_gradients, folded
 
+import fastattn
 from fastattn import reference
+from fastattn.cuda import backward
 from fastattn.cuda import tensor_cores_backward as tensor_cores
-from fastattn.cuda.available import SIMULATED
+from fastattn.cuda.available import SIMULATED, Device
 from fastattn.cuda.backward import members_of
 from fastattn.cuda.compile import kernel, launch
 from fastattn.cuda.elements import LOG2_E
@@ -234,3 +236,27 @@ def test_the_same_bits_every_time_and_in_any_batch() -> None:
     for one, other, part in zip(whole, again, alone, strict=True):
         np.testing.assert_array_equal(one, other)
         np.testing.assert_array_equal(one[1:], part)
+
+
+def test_calls_that_suit_them_get_these_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the public function, on a GPU of compute capability 8.0 that is not there; they are near the others."""
+    rng = np.random.default_rng(5)
+    shapes = [(2, 70, 16), (2, 70, 16), (1, 67, 16), (1, 67, 16)]
+    arrays = [rng.normal(size=shape).astype(np.float16) for shape in shapes]
+    out, lse = fastattn.attention(*(array.astype(np.float32) for array in arrays[1:]), enable_gqa=True, return_lse=True)
+    given = (*arrays, out.astype(np.float16), lse)
+    usual = fastattn.attention_backward(*given, enable_gqa=True, backend="cuda")
+    monkeypatch.setattr(backward, "_plans", {})
+    monkeypatch.setattr(backward, "device", lambda: Device(0, "one that is not there", (8, 0), "none"))
+    queued: list[Any] = []
+    queue = backward.queue_tensor_cores
+    monkeypatch.setattr(backward, "queue_tensor_cores", lambda *a: (queued.append(a), queue(*a)))
+    found = fastattn.attention_backward(*given, enable_gqa=True, backend="cuda")
+    assert len(queued) == 1
+    for one, other in zip(found, usual, strict=True):
+        assert one.dtype == np.float16
+        np.testing.assert_allclose(one.astype(float), other.astype(float), atol=2e-2)
+    # the gradient of a query that two heads share is a sum over both
+    twice = [array.repeat(2, axis=0) for array in arrays[2:]]
+    fastattn.attention_backward(arrays[0], arrays[1][:1], *twice, *given[4:], backend="cuda")
+    assert len(queued) == 1
