@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -223,14 +224,17 @@ def evaluate(call: Call, seed: int, out: Given | None, want_weights: bool) -> tu
     """Queue the work of a call; the result, in `out` if given, the log-sum-exp, and the weights if wanted."""
     problem, place = call.problem, call.place
     inputs = call.givens.values()
-    in_rows = wants_rows(call.storage, call.mask, problem, capability_of(place.device))
+    few_queries = decoding.work_for(problem, call.storage, call.mask, aligned=True) is not None
+    in_rows = not few_queries and wants_rows(call.storage, call.mask, problem, capability_of(place.device))
     if in_rows:
         call = with_rows(call)
     result = out
-    if out is None or any(overlap(out, array) for array in inputs) or (in_rows and not has_rows(out)):
+    if result is None or any(overlap(result, array) for array in inputs) or (in_rows and not has_rows(result)):
         result = place.new("out", problem.out_shape, call.storage)
     lse = place.new("lse", problem.lse_shape, np.dtype(call.real).name)
-    if not decoding.attend(call, result, lse, seed, lambda: uploaded(tables_of(call, result), place)):
+    if few_queries:
+        decoding.attend(call, result, lse, seed, functools.partial(_uploaded_tables, call, result))
+    else:
         run(call, "forward", choose_forward, result, lse, seed)
     weights = None
     if want_weights:
@@ -309,6 +313,10 @@ def tables_of(call: Call, out: Given) -> Table:
 def split_heads(problem: Problem, out: Given) -> NDArray[Any]:
     """A view, without memory, of a result with the axes of the operands, (*batch, Hk, G, ...)."""
     return out.carrier(np.float32).reshape(*problem.rows_shape, *out.shape[-2:])
+
+
+def _uploaded_tables(call: Call, out: Given) -> tuple[Any, Any, Any]:
+    return uploaded(tables_of(call, out), call.place)
 
 
 def uploaded(tables: Table, place: Place) -> tuple[Any, Any, Any]:
