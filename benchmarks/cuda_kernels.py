@@ -267,13 +267,16 @@ of that loop. *Spilled* are registers that are stored and loaded again.
 
 def page(reports: dict[tuple[str, str], tuple[Report, int]]) -> str:
     """The page of reports, which are by kernel and architecture, with the threads of a block."""
-    rows = []
+    alike: dict[tuple[str, Report, int], list[str]] = {}
     for (name, architecture), (report, threads) in reports.items():
+        alike.setdefault((name, report, threads), []).append(architecture)
+    rows = []
+    for (name, report, threads), architectures in alike.items():
         spilled = f"{report.spilled} B" if report.spilled or report.stack else "–"
         loop = f"{report.multiplications} | {report.instructions}" if report.multiplications else "– | –"
         rows.append(
-            f"| {name} | {architecture} | {report.registers} | {report.shared / 1024:.1f} KB | {spilled} | {threads} "
-            f"| {report.resident} | {loop} |"
+            f"| {name} | {', '.join(architectures)} | {report.registers} | {report.shared / 1024:.1f} KB | {spilled} "
+            f"| {threads} | {report.resident} | {loop} |"
         )
     said = subprocess.run([str(tool("ptxas")), "--version"], capture_output=True, text=True, check=True).stdout
     (ptxas,) = _figures(r"release ([\d.]+)", said)
