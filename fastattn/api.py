@@ -10,9 +10,11 @@ from numpy.typing import ArrayLike, NDArray
 from fastattn import reference
 from fastattn.cpu import attention as cpu
 from fastattn.cpu.pool import get_num_threads
+from fastattn.cuda.detect import any_on_device
 from fastattn.problem import Problem, as_operands, check_backend, check_flag, check_out, describe, seed_from
 
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("cpu", "reference")  # of everything
+ATTENTION_BACKENDS = ("cpu", "cuda", "reference")  # of attention, which CUDA has kernels for
 _prepared: dict[Any, cpu.Prepared] = {}
 
 
@@ -40,8 +42,8 @@ def attention(
     Parameters
     ----------
     query : array_like, shape (..., Hq, Lq, D)
-        float32 or float64, or integers, which compute in float64. The axes before the last two may be missing, and
-        broadcast as in NumPy.
+        float32 or float64, or integers, which compute in float64; on a GPU float16 and bfloat16 as well. The axes
+        before the last two may be missing, and broadcast as in NumPy.
     key : array_like, shape (..., Hk, Lk, D)
     value : array_like, shape (..., Hk, Lk, Dv)
     attn_mask : array_like, broadcasting to (..., Hq, Lq, Lk), optional
@@ -62,8 +64,9 @@ def attention(
         Decides which weights are dropped: the same set for the same seed, on every backend.
     out : ndarray, shape (..., Hq, Lq, Dv), optional
         Where to write the result; it may overlap the arguments, as in ``out=query``.
-    backend : {None, "cpu", "reference"}
-        None is the best one. "reference" is `fastattn.reference.attention`.
+    backend : {None, "cpu", "cuda", "reference"}
+        None is the best one for where the arrays are: in device memory "cuda", else "cpu". "cuda" moves NumPy arrays
+        to the GPU and back. "reference" is `fastattn.reference.attention`.
 
     Returns
     -------
@@ -74,12 +77,16 @@ def attention(
     weights : ndarray, shape (..., Hq, Lq, Lk)
         If `return_weights`.
 
+        In device memory, and of the library that the query is of, where the arguments are there.
+
     Raises
     ------
     TypeError
         If an argument is of a kind or dtype that has no meaning here.
     ValueError
         If shapes do not go together, or a number is out of range. The message names the argument.
+    RuntimeError
+        If CUDA is asked for and cannot be used: the message says what is missing.
 
     Notes
     -----
@@ -144,7 +151,29 @@ def attention(
     else:
         plain = None
 
-    check_backend(backend, BACKENDS)
+    backend = check_backend(backend, ATTENTION_BACKENDS)
+    if backend is None and any_on_device(query, key, value, attn_mask, out):
+        backend = "cuda"
+    if backend == "cuda":
+        from fastattn.cuda.available import require
+
+        require()
+        from fastattn.cuda import attention as cuda  # imports numba-cuda, which nothing else needs
+
+        return cuda.attention(
+            query,
+            key,
+            value,
+            attn_mask,
+            dropout_p,
+            is_causal,
+            scale,
+            enable_gqa,
+            return_lse,
+            return_weights,
+            rng,
+            out,
+        )
     if backend == "reference":
         return reference.attention(
             query,

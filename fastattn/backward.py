@@ -8,10 +8,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastattn import reference
-from fastattn.api import BACKENDS
+from fastattn.api import ATTENTION_BACKENDS, BACKENDS
 from fastattn.cpu import additive_gradients
 from fastattn.cpu import gradients as cpu
 from fastattn.cpu.pool import get_num_threads
+from fastattn.cuda.detect import any_on_device
 from fastattn.gradients import as_given, describe_upstream, own_dtype, seed_of_forward, wants_mask
 from fastattn.problem import as_additive_operands, as_operands, check_backend, describe, describe_additive
 
@@ -56,8 +57,8 @@ def attention_backward(
         The gradient by the log-sum-exp, where the loss depends on that as well.
     grad_mask : bool
         Return the gradient by `attn_mask`, a floating one, as well.
-    backend : {None, "cpu", "reference"}
-        None is the best one. "reference" is `fastattn.reference.attention_backward`.
+    backend : {None, "cpu", "cuda", "reference"}
+        None is the best one for where the arrays are. "reference" is `fastattn.reference.attention_backward`.
 
     Returns
     -------
@@ -98,7 +99,31 @@ def attention_backward(
     >>> [grad.shape for grad in grads]
     [(1, 8, 16, 64), (1, 8, 16, 64), (1, 8, 16, 64)]
     """
-    check_backend(backend, BACKENDS)
+    backend = check_backend(backend, ATTENTION_BACKENDS)
+    if backend is None and any_on_device(grad_out, query, key, value, out, lse, attn_mask, grad_lse):
+        backend = "cuda"
+    if backend == "cuda":
+        from fastattn.cuda.available import require
+
+        require()
+        from fastattn.cuda import backward as cuda  # imports numba-cuda, which nothing else needs
+
+        return cuda.attention_backward(
+            grad_out,
+            query,
+            key,
+            value,
+            out,
+            lse,
+            attn_mask,
+            dropout_p,
+            is_causal,
+            scale,
+            enable_gqa,
+            rng,
+            grad_lse,
+            grad_mask,
+        )
     if backend == "reference":
         return reference.attention_backward(
             grad_out,

@@ -35,6 +35,7 @@ __all__ = [
     "check_flag",
     "check_out",
     "check_scale",
+    "check_shape_of_out",
     "describe",
     "describe_additive",
     "seed_from",
@@ -48,7 +49,7 @@ MaskKind: TypeAlias = Literal["none", "bool", "float"]
 FLOAT32 = np.dtype(np.float32)
 FLOAT64 = np.dtype(np.float64)
 
-#: Dtypes with a meaning here, but no kernels so far.
+#: Dtypes with a meaning here, but no kernels on the CPU so far.
 NOT_YET = ("float16", "bfloat16")
 MASK_DTYPES = ("bool", "float16", "float32", "float64")
 PLAIN_MASKS = frozenset(np.dtype(name) for name in MASK_DTYPES)
@@ -155,7 +156,7 @@ class Operands(NamedTuple):
 
 
 def as_operands(
-    query: ArrayLike, key: ArrayLike, value: ArrayLike, attn_mask: ArrayLike | None = None
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, attn_mask: ArrayLike | None = None, half: bool = False
 ) -> tuple[Array, Array, Array, Array | None]:
     """Make arrays of one dtype, float32 or float64, of query, key and value, and an array of the mask.
 
@@ -168,6 +169,8 @@ def as_operands(
         Their common dtype is that of `numpy.result_type`; integers and booleans compute in float64.
     attn_mask : array_like or None
         Boolean or floating. It takes no part in the common dtype, and keeps its own.
+    half : bool
+        Whether float16 and bfloat16, which the CPU has no kernels for, may come and stay what they are.
 
     Returns
     -------
@@ -177,12 +180,12 @@ def as_operands(
     Raises
     ------
     TypeError
-        For a dtype that has no meaning here, for float16 and bfloat16, which are not supported yet, and for what
-        cannot be made an array.
+        For a dtype that has no meaning here, for float16 and bfloat16 unless `half`, and for what cannot be made an
+        array.
     ValueError
         For nested sequences of unequal lengths.
     """
-    mask = None if attn_mask is None else _as_mask(attn_mask)
+    mask = None if attn_mask is None else _as_mask(attn_mask, half)
     if type(query) is type(key) is type(value) is np.ndarray:
         dtype = query.dtype
         if (
@@ -195,7 +198,7 @@ def as_operands(
         ):
             return query, key, value, mask
 
-    query, key, value = _as_common({"query": query, "key": key, "value": value})
+    query, key, value = _as_common({"query": query, "key": key, "value": value}, half)
     return query, key, value, mask
 
 
@@ -225,8 +228,17 @@ def as_additive_operands(
     return query, key, value, weight, mask
 
 
-def as_upstream(name: str, given: ArrayLike, dtype: np.dtype[Any], shape: Shape, of: str = "the result") -> Array:
+def as_upstream(
+    name: str,
+    given: ArrayLike,
+    dtype: np.dtype[Any],
+    shape: Shape,
+    of: str = "the result",
+    half: bool = False,
+) -> Array:
     """Make an array of the dtype of the call of what arrives at its backward pass, where something has `shape`.
+
+    `half` is that of `as_operands`.
 
     Raises
     ------
@@ -239,18 +251,18 @@ def as_upstream(name: str, given: ArrayLike, dtype: np.dtype[Any], shape: Shape,
         array = given
     else:
         array = _as_array(name, given)
-        _check_operand_dtype(name, array.dtype)
+        _check_operand_dtype(name, array.dtype, half)
         array = _as_plain(array, dtype)
     if array.shape != shape:
         raise ValueError(f"{name}: shape {array.shape}; expected {shape}, the shape of {of}")
     return array
 
 
-def _as_common(given: dict[str, ArrayLike]) -> list[Array]:
+def _as_common(given: dict[str, ArrayLike], half: bool = False) -> list[Array]:
     """Make arrays of their common dtype of what was given under these names."""
     arrays = {name: _as_array(name, argument) for name, argument in given.items()}
     for name, array in arrays.items():
-        _check_operand_dtype(name, array.dtype)
+        _check_operand_dtype(name, array.dtype, half)
     common = np.result_type(*arrays.values())
     dtype = FLOAT64 if common.kind in "biu" else common.newbyteorder("=")
     return [_as_plain(array, dtype) for array in arrays.values()]
@@ -269,15 +281,17 @@ def _as_array(name: str, given: object) -> Array:
         raise TypeError(f"{name}: {_said(given)} cannot be made an array; expected an array_like: {error}") from error
 
 
-def _check_operand_dtype(name: str, dtype: np.dtype[Any]) -> None:
+def _check_operand_dtype(name: str, dtype: np.dtype[Any], half: bool = False) -> None:
     if dtype.name in NOT_YET:
-        raise TypeError(f"{name}: dtype {dtype} is not supported yet; expected float32, float64 or integers")
+        if half:
+            return
+        raise TypeError(f"{name}: dtype {dtype} is not supported yet on the CPU; expected float32, float64 or integers")
     # longdouble is told by its type, not its size: where it is as small as float64 it is refused all the same
     if dtype.kind not in "biuf" or dtype.type is np.longdouble:
         raise TypeError(f"{name}: dtype {dtype} is not supported; expected float32, float64 or integers")
 
 
-def _as_mask(given: ArrayLike) -> Array:
+def _as_mask(given: ArrayLike, half: bool = False) -> Array:
     if type(given) is np.ndarray and given.dtype in PLAIN_MASKS and given.flags.aligned:
         return given
     mask = _as_array("attn_mask", given)
@@ -287,6 +301,8 @@ def _as_mask(given: ArrayLike) -> Array:
             f"attn_mask: dtype {dtype} could mean two things; expected boolean (True takes part) or a floating dtype "
             "(added to the scores)"
         )
+    if half and dtype.name in NOT_YET:
+        return _as_plain(mask, dtype.newbyteorder("="))
     if dtype.name not in MASK_DTYPES or dtype.type is np.longdouble:
         yet = " yet" if dtype.name in NOT_YET else ""
         raise TypeError(f"attn_mask: dtype {dtype} is not supported{yet}; expected one of {', '.join(MASK_DTYPES)}")
@@ -733,16 +749,27 @@ def check_out(out: object, problem: Problem) -> Array | None:
         raise TypeError(f"out: {_said(out)}; expected None or a numpy.ndarray")
     if out.dtype != problem.dtype:
         raise TypeError(f"out: dtype {out.dtype}; expected {problem.dtype}, the dtype of the result")
-    if out.shape != problem.out_shape:
-        raise ValueError(f"out: shape {out.shape}; expected {problem.out_shape}, the shape of the result")
     if not out.flags.writeable:
         raise ValueError("out: the array is read-only; expected a writeable one")
+    check_shape_of_out(out, problem)
+    return out
+
+
+def check_shape_of_out(out: Array, problem: Problem) -> None:
+    """Check that `out`, or an array with its shape and strides, has a place for each element of the result.
+
+    Raises
+    ------
+    ValueError
+        If it has another shape, or elements that share memory with each other.
+    """
+    if out.shape != problem.out_shape:
+        raise ValueError(f"out: shape {out.shape}; expected {problem.out_shape}, the shape of the result")
     if not out.flags.c_contiguous and _overlaps_itself(out):
         raise ValueError(
             f"out: shape {out.shape} with strides {out.strides} has elements that share memory; expected an array "
             "with a place of its own for each element"
         )
-    return out
 
 
 def _overlaps_itself(array: Array) -> bool:

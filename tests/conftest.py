@@ -8,11 +8,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+from numba import config
 
 import fastattn
 from fastattn import additive, api, isa
@@ -24,7 +26,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import processes
 
-BACKENDS = ("reference", "cpu")
+# CUDA where there is a GPU; the simulator, which takes its time, is for tests/cuda
+HAS_CUDA = find_spec("numba_cuda") is not None and not config.ENABLE_CUDASIM
+BACKENDS = ("reference", "cpu", *(["cuda"] if HAS_CUDA else []))
 
 # A first call compiles, which no deadline should count. The default profile tries the same examples every time, so that
 # a failure is somebody's change; the thorough one, FASTATTN_TEST_PROFILE=thorough, looks for new ones.

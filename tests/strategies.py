@@ -25,6 +25,10 @@ DTYPES = st.sampled_from((np.float32, np.float64))
 near_edges = st.sampled_from(sorted({edge + step for edge in EDGES for step in (-1, 0, 1)}))
 lengths = st.one_of(st.integers(1, 12), st.integers(1, 70), near_edges)
 feature_counts = st.one_of(st.integers(1, 12), st.integers(1, 70), near_edges)
+#: For what is slow: blocks of 4, as Numba's simulator of CUDA runs them, and what is shorter or longer by some.
+small_counts = st.integers(1, 9)
+SMALL_BATCHES: tuple[tuple[int, ...], ...] = ((), (), (), (2,), (2, 1))
+SMALL_GROUPS = ((1, 1), (1, 1), (2, 1), (1, 2), (2, 2))
 scales = st.one_of(st.none(), st.sampled_from((0, 1, -0.25, 1e-3)), st.floats(-2, 2, allow_subnormal=False))
 causal = st.sampled_from((False, True, "bottom-right"))
 
@@ -133,11 +137,15 @@ def _broadcasting(draw: st.DrawFn, axes: tuple[int, ...]) -> tuple[int, ...]:
 
 
 @st.composite
-def shapes(draw: st.DrawFn, empty: bool = False) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], bool]:
+def shapes(
+    draw: st.DrawFn, empty: bool = False, small: bool = False
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], bool]:
     """Draw shapes of query, key and value that go together, and enable_gqa; some axes 0 if `empty`."""
-    batch = draw(st.sampled_from(((), (), (1,), (2,), (3,), (2, 1), (2, 2))))
-    kv_heads, group = draw(st.sampled_from(((1, 1), (1, 1), (2, 1), (3, 1), (1, 3), (2, 2), (1, 8), (2, 3))))
-    queries, keys, head_dim, value_dim = draw(lengths), draw(lengths), draw(feature_counts), draw(feature_counts)
+    batch = draw(st.sampled_from(SMALL_BATCHES if small else ((), (), (1,), (2,), (3,), (2, 1), (2, 2))))
+    groups = SMALL_GROUPS if small else ((1, 1), (1, 1), (2, 1), (3, 1), (1, 3), (2, 2), (1, 8), (2, 3))
+    kv_heads, group = draw(st.sampled_from(groups))
+    long, wide = (small_counts, small_counts) if small else (lengths, feature_counts)
+    queries, keys, head_dim, value_dim = draw(long), draw(long), draw(wide), draw(wide)
     if draw(st.booleans()):
         value_dim = head_dim
     if empty:
@@ -228,6 +236,7 @@ def calls(
     masks: tuple[str | None, ...] = (None, *MASKS[:-1]),
     dropout: bool = False,
     any_layout: bool = True,
+    small: bool = False,
 ) -> Call:
     """Draw a call.
 
@@ -245,8 +254,10 @@ def calls(
         Whether weights are dropped.
     any_layout
         Whether the arrays lie in memory in other ways than C-contiguous.
+    small
+        Whether all axes are short.
     """
-    query_shape, key_shape, value_shape, enable_gqa = draw(shapes(empty=empty))
+    query_shape, key_shape, value_shape, enable_gqa = draw(shapes(empty=empty, small=small))
     dtype = draw(DTYPES)
     size = draw(st.sampled_from(sizes))
     rng = np.random.default_rng(seed := draw(SEEDS))

@@ -242,6 +242,7 @@ class TestInfo:
             assert re.search(rf"^{name} +\S", out, re.MULTILINE)
         assert re.search(r"^backend cpu +works, the default$", out, re.MULTILINE)
         assert re.search(r"^backend reference +works$", out, re.MULTILINE)
+        assert re.search(r"^backend cuda +(works: .*|not available: .*)$", out, re.MULTILINE)
         assert f"{fastattn.__version__}\n" in out
 
     def test_says_why_a_backend_is_not_available(self) -> None:

@@ -1,0 +1,1 @@
+"""The same attention on NVIDIA GPUs: kernels in Python, compiled by Numba."""

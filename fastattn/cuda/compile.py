@@ -1,0 +1,179 @@
+"""Kernels, compiled on demand, and what is compiled kept on disk.
+
+A kernel comes from a function of a specification, a named tuple, which returns the kernel's Python function. What Numba
+compiles of it is kept in a folder whose name is a hash of the source of every module that takes part and of the
+versions of Python, NumPy, Numba and numba-cuda, under a name that tells the specification: so nothing stale is ever
+looked at. Numba's own cache would look at the one file that a kernel stands in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib.metadata
+import os
+import platform
+import re
+import threading
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from numba import cuda
+
+from fastattn.cpu.kernels import cache_folder
+from fastattn.cuda.available import SIMULATED
+
+Factory = Callable[[Any], Any]
+_lock = threading.RLock()
+
+
+@functools.cache
+def source_digest() -> str:
+    """A hash of all sources of this package, and of the versions of what compiles them."""
+    digest = hashlib.sha256()
+    for item in sorted(files("fastattn.cuda").iterdir(), key=str):
+        if item.name.endswith(".py"):
+            digest.update(item.name.encode() + b"\0" + item.read_bytes())
+    identity = [importlib.metadata.version(name) for name in ("numba", "numba-cuda", "numpy")]
+    digest.update(repr((identity, platform.python_version(), platform.machine())).encode())
+    return digest.hexdigest()[:32]
+
+
+def folder() -> Path | None:
+    """Where compiled kernels are kept: in a folder of the cache of the CPU's kernels; None where there is none."""
+    parent = cache_folder()
+    return None if parent is None else parent / f"cuda-{source_digest()}"
+
+
+def name_of(factory: Factory, spec: Any) -> str:
+    """A name for a kernel that tells its specification, fit for files and for profilers."""
+    said = "_".join(str(part) for part in _flat(spec))
+    return re.sub(r"\W+", "_", f"{factory.__module__.rpartition('.')[2]}_{factory.__name__}_{said}")
+
+
+def _flat(spec: Any) -> Iterator[Any]:
+    for part in spec:
+        if isinstance(part, tuple):
+            yield from _flat(part)
+        else:
+            yield int(part) if isinstance(part, bool) else part
+
+
+def python_kernel(factory: Factory, spec: Any) -> Any:
+    """The Python function of a kernel, called as its specification says."""
+    function = factory(spec)
+    function.__name__ = function.__qualname__ = name_of(factory, spec)
+    return function
+
+
+@functools.cache
+def kernel(factory: Factory, spec: Any, **options: Any) -> Any:
+    """The kernel of a specification, to be compiled when it is first launched; `options` are those of `cuda.jit`."""
+    function = python_kernel(factory, spec)
+    if SIMULATED:
+        return cuda.jit(function)
+    dispatcher = cuda.jit(**options)(function)
+    where = folder()
+    if where is not None:
+        dispatcher._cache = kept_in(where, function)
+    return dispatcher
+
+
+def kept_in(where: Path, function: Any) -> Any:
+    """Numba's cache of a kernel, in a folder that is for these sources alone."""
+    from numba.cuda.core.caching import _CacheLocator
+    from numba.cuda.dispatcher import CUDACache, CUDACacheImpl
+
+    class Locator(_CacheLocator):  # type: ignore[misc, unused-ignore]
+        def get_cache_path(self) -> str:
+            return os.fspath(where)
+
+        def get_source_stamp(self) -> str:
+            return source_digest()
+
+        def get_disambiguator(self) -> str:
+            return "kernel"
+
+        @classmethod
+        def from_function(cls, py_func: Any, py_file: str) -> Any:
+            return cls()
+
+    class Impl(CUDACacheImpl):  # type: ignore[misc, unused-ignore]
+        _locator_classes = (Locator,)
+
+    class Kept(CUDACache):  # type: ignore[misc, unused-ignore]
+        _impl_class = Impl
+
+        def _index_key(self, sig: Any, codegen: Any) -> Any:
+            return sig, codegen.magic_tuple()
+
+        def load_overload(self, sig: Any, target_context: Any) -> Any:
+            try:
+                return super().load_overload(sig, target_context)
+            except Exception:  # a damaged file, whatever is wrong with it: the kernel is compiled anew
+                return None
+
+        def save_overload(self, sig: Any, data: Any) -> None:
+            with contextlib.suppress(OSError):  # a full or vanished disk: the kernel is in memory all the same
+                super().save_overload(sig, data)
+
+    return Kept(function)
+
+
+@functools.lru_cache(maxsize=1024)
+def configured(kernel: Any, grid: int, block: tuple[int, int], stream: Any) -> Any:
+    """Numba's object for launches like this one, which warns, when it is made, of grids that are small."""
+    with _lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return kernel[grid, block, stream]
+
+
+def launch(kernel: Any, grid: int, block: tuple[int, int], stream: Any, arguments: tuple[Any, ...]) -> None:
+    """Run a kernel on `grid` blocks of threads; a specification's first launch compiles it."""
+    if not SIMULATED:
+        configured(kernel, grid, block, stream)(*arguments)
+        return
+    # the simulator runs one kernel at a time, and computes as NumPy does, warnings included
+    with _lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        kernel[grid, block](*arguments)
+
+
+def table(array: Any, stream: Any) -> Any:
+    """An array of int64 for kernels to read; in the simulator one that is quick to read element by element."""
+    if SIMULATED:
+        return array.data if array.size else array
+    return cuda.to_device(array, stream=stream)
+
+
+def ptx(
+    factory: Factory, spec: Any, argument_types: tuple[Any, ...], capability: tuple[int, int], **options: Any
+) -> str:
+    """The PTX of a kernel for GPUs of a compute capability, made without one; `options` are those of `kernel`.
+
+    Device functions are compiled once in a process, so one process compiles for one capability.
+    """
+    import numba.cuda.dispatcher as numba_dispatcher
+
+    with _lock:
+        asked = numba_dispatcher.get_current_device
+        # the dispatchers of device functions ask for the current device, of which there need be none here
+        numba_dispatcher.get_current_device = lambda: types.SimpleNamespace(compute_capability=capability)
+        try:
+            text, _ = cuda.compile(
+                python_kernel(factory, spec),
+                argument_types,
+                device=False,
+                abi="numba",
+                cc=capability,
+                output="ptx",
+                **options,
+            )
+        finally:
+            numba_dispatcher.get_current_device = asked
+    return text.decode() if isinstance(text, bytes) else str(text)

@@ -1,0 +1,219 @@
+"""The backward pass on tensor cores: mma.sync on halves, for compute capability 8.0 and later.
+
+The five products are FlashAttention-2's [1]_, but shared among two kernels of one source, so that every gradient is
+summed by one warp, in one order, without atomic additions. Either kernel computes the weights again:
+
+    own rows    others come by     a = own · otherᵀ     b = own · otherᵀ      sums of
+    keys        queries, dO        key · queryᵀ         value · dOᵀ           dkey += dSᵀ · query    dvalue += Pᵀ · dO
+    queries     keys, values       query · keyᵀ         dO · valueᵀ           dquery += dS · key
+
+with P = exp(a - lse), dS = P · (b - delta) in the fragments of a and b, rounded to halves, which are the left factors
+of the last products as they stand: nothing goes through shared memory but the other rows, whose next tile is copied
+while one is worked on. Seven products instead of five is the price: a, b once more.
+
+Keys and values that a group of query heads shares, or an axis of the batch, keep their sums through all slices that
+share them. What is hidden has P = dS = 0. Tiles in which anything is not finite go another way, in which it is taken
+out of the last products: of queries and keys for good, since where they may be looked at dS is NaN, and of dO to be
+added afterwards where it is looked at.
+
+The gradient of a score is rounded to halves: in float16 it is infinite beyond 65504, as it is in PyTorch.
+
+References
+----------
+.. [1] Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning", 2023, arXiv 2307.08691.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import cuda, types
+
+from fastattn.cuda import tensor_cores
+from fastattn.cuda.available import SIMULATED
+from fastattn.cuda.elements import MASKS, STORAGE
+from fastattn.cuda.fragments import HALF, TileShape, make_steps
+from fastattn.cuda.gradient_fragments import make_gradient_steps
+from fastattn.cuda.plan import (
+    CAUSAL_OFFSET,
+    GRAD_OUT,
+    HEAD_DIM,
+    KEY,
+    KEYS,
+    LSE,
+    MASK,
+    QUERIES,
+    QUERY,
+    VALUE,
+    VALUE_DIM,
+    Table,
+)
+from fastattn.cuda.primitives import global_address, unrolled
+from fastattn.problem import Problem
+
+
+class Gradients(NamedTuple):
+    """What a kernel is compiled for; `of_keys`: the gradients of keys and values, else that of queries."""
+
+    shape: TileShape
+    of_keys: bool
+
+
+def spec_for(storage: str, mask: str, width: int, of_keys: bool) -> Gradients:
+    """The kernel for rows of up to `width` elements."""
+    # the sums of 16 keys and values are half the registers of a thread, or a quarter: there tiles are small
+    if width <= 64:
+        tile, blocks = (32 if of_keys else 64), (2 if of_keys and mask != "none" else 3)
+    else:
+        tile, blocks = (32 if mask == "none" and not of_keys else 16), 2
+    shape = TileShape(storage, mask, width=64 if width <= 64 else 128, warps=4, rows=16, keys=tile, blocks=blocks)
+    return Gradients(shape, of_keys)
+
+
+def argument_types(spec: Gradients) -> tuple[Any, ...]:
+    """The Numba types of a kernel's arguments."""
+
+    def array(kind: Any, rank: int = 1) -> Any:
+        return types.Array(getattr(types, np.dtype(kind).name), rank, "C")
+
+    element, real, table = array(STORAGE[spec.shape.storage]), array(np.float32), array(np.int64, 2)
+    mask = array(MASKS["bool" if spec.shape.mask == "none" else spec.shape.mask])
+    tables = (table, table, array(np.int64), table)
+    return (*[element] * 4, mask, real, real, *tables, types.float32, types.float32, element, element)
+
+
+def gradients(spec: Gradients) -> Any:
+    """The kernel: a block of warps for each block of own rows of each row of `members`.
+
+    Its first four arguments are what the own rows and the others are of: (key, value, query, dO) for the gradients of
+    keys and values, which it writes, else (query, dO, key, value) for that of queries, in `result`.
+    """
+    shape, of_keys = spec
+    first_own, second_own = (KEY, VALUE) if of_keys else (QUERY, GRAD_OUT)
+    first_other, second_other = (QUERY, GRAD_OUT) if of_keys else (KEY, VALUE)
+    own_size, other_size = (KEYS, QUERIES) if of_keys else (QUERIES, KEYS)
+    own, more = make_steps(shape), make_gradient_steps(shape, of_keys)
+    own_thread, stage_of, close, wait_for_all = own.own_thread, own.stage_of, own.close, own.wait_for_all
+    copy_own, copy_others, load_own, clear = own.copy_queries, own.copy_keys, own.load_queries, own.clear
+    multiply, accumulate, accumulate_finite, positive = (
+        own.multiply, own.accumulate, own.accumulate_finite, own.positive,
+    )  # fmt: skip
+    allocate, second, before, any_odd = more.allocate, more.second, more.before, more.any_odd
+    differentiate, differentiate_seen = more.differentiate, more.differentiate_seen
+    add_odd, store = more.add_odd, more.store
+    second_tile = unrolled(lambda stage: stage + shape.keys * shape.row_bytes)
+    address, masked = unrolled(global_address), shape.mask != "none"
+    rows, tile = shape.queries, shape.keys
+
+    def kernel(
+        a, b, c, d, mask, lse, deltas, offsets, steps, sizes, members, unit, scale, result, second_result
+    ):  # fmt: skip
+        count, others, offset = sizes[own_size], sizes[other_size], sizes[CAUSAL_OFFSET]
+        queries, keys = sizes[QUERIES], sizes[KEYS]
+        length, second_length = sizes[HEAD_DIM], sizes[VALUE_DIM]
+        blocks = (count + rows - 1) // rows
+        owner, first = cuda.blockIdx.x // blocks, cuda.blockIdx.x % blocks * rows
+        thread, memory = own_thread(), allocate()
+
+        # the others that may look at any of the own rows, or be looked at
+        start, end = 0, others
+        if of_keys:
+            start = max(0, first - offset) // tile * tile
+        else:
+            end = min(others, first + rows + offset)
+        tiles = max(0, (end - start + tile - 1) // tile)
+        total = tiles * members.shape[1]
+
+        number = members[owner, 0]
+        copy_own(memory, address(a, offsets[first_own, number]), steps[first_own, 0], first, count, length, thread)
+        at = address(b, offsets[second_own, number])
+        copy_own(second(memory), at, steps[second_own, 0], first, count, second_length, thread)
+        close()
+        wait_for_all()
+        cuda.syncthreads()
+        left, second_left = load_own(memory, thread), load_own(second(memory), thread)
+        cuda.syncthreads()
+        if total > 0:
+            at = address(c, offsets[first_other, number])
+            copy_others(memory, at, steps[first_other, 0], start, others, length, thread)
+            at = address(d, offsets[second_other, number])
+            copy_others(second_tile(memory), at, steps[second_other, 0], start, others, second_length, thread)
+            close()
+
+        sums, _, _ = clear()
+        second_sums, _, _ = clear()
+        for step in range(total):
+            # of what is computed from this nothing is kept from tile to tile, where registers are short
+            thread = own_thread()
+            number, begin = members[owner, step // tiles], start + step % tiles * tile
+            stage, following = stage_of(memory, step), stage_of(memory, step + 1)
+            wait_for_all()
+            # the tile is there for all warps, and none reads the one before it any more
+            odd = cuda.syncthreads_or(np.int32(1 if any_odd(stage, thread) else 0))
+            if step + 1 < total:
+                after, after_number = start + (step + 1) % tiles * tile, members[owner, (step + 1) // tiles]
+                at = address(c, offsets[first_other, after_number])
+                copy_others(following, at, steps[first_other, 0], after, others, length, thread)
+                at = address(d, offsets[second_other, after_number])
+                copy_others(second_tile(following), at, steps[second_other, 0], after, others, second_length, thread)
+                close()
+            scores = multiply(left, stage, thread)
+            grads = multiply(second_left, second_tile(stage), thread)
+            lse_at, deltas_at = address(lse, offsets[LSE, number]), address(deltas, number * queries)
+            mask_at = address(mask, offsets[MASK, number])
+            # whether the last key is seen by the first query
+            if of_keys:
+                whole = begin + tile <= others and first + rows <= begin + offset + 1
+            else:
+                whole = begin + tile <= others and begin + tile <= first + offset + 1
+            if masked or odd or not whole:
+                weights, score_grads = differentiate_seen(
+                    scores, grads, first, begin, lse_at, steps[LSE, 0], deltas_at, queries, keys, offset, mask_at,
+                    steps[MASK, 0], steps[MASK, 1], unit, thread,
+                )  # fmt: skip
+            else:
+                weights, score_grads = differentiate(
+                    scores, grads, first, begin, lse_at, steps[LSE, 0], deltas_at, queries, keys, offset, mask_at,
+                    steps[MASK, 0], steps[MASK, 1], unit, thread,
+                )  # fmt: skip
+            if odd:
+                sums = accumulate_finite(sums, score_grads, before(stage), thread)
+                if of_keys:
+                    second_sums = accumulate_finite(second_sums, weights, stage, thread)
+                    bits = positive(weights)
+                    for row in range(tile):
+                        second_sums = add_odd(
+                            second_sums, bits, stage, first, begin, row, queries, keys, offset, mask_at,
+                            steps[MASK, 0], steps[MASK, 1], lse_at, steps[LSE, 0], thread,
+                        )  # fmt: skip
+            else:
+                sums = accumulate(sums, score_grads, before(stage), thread)
+                if of_keys:
+                    second_sums = accumulate(second_sums, weights, stage, thread)
+        wait_for_all()
+        store(sums, scale, result, owner * count * length, first, count, length, thread)
+        if of_keys:
+            at = owner * count * second_length
+            store(second_sums, np.float32(1), second_result, at, first, count, second_length, thread)
+
+    return kernel
+
+
+def options(spec: Gradients) -> dict[str, Any]:
+    """The options of `cuda.jit` for this kernel: how many registers a thread may have follows from them."""
+    return {} if SIMULATED else {"launch_bounds": (spec.shape.threads, spec.shape.blocks)}
+
+
+def against(
+    storage: str, mask: str, problem: Problem, table: Table, addresses: Sequence[int], capability: tuple[int, int]
+) -> str | None:
+    """Say why a call cannot have these kernels; None if it can. The arguments are those of the forward kernel's."""
+    why = tensor_cores.against(storage, mask, problem, table, addresses, capability)
+    if why is None and table.steps[GRAD_OUT, 1] != 1:
+        return "features are not next to each other in memory"
+    halves = 16 // HALF
+    if why is None and (table.steps[GRAD_OUT, 0] % halves or (table.offsets[GRAD_OUT] % halves).any()):
+        return "rows do not begin at multiples of 16 bytes"
+    return why

@@ -1,0 +1,76 @@
+"""What is compiled is kept on disk, and never used for other sources than those that it was made of."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import processes
+
+import fastattn
+from fastattn.cuda import choice, compile, portable
+
+# Without a GPU, Numba is told of one, and does all but load what it has compiled.
+COMPILE = """
+from types import SimpleNamespace
+from numba.cuda import codegen, dispatcher, types
+
+device = SimpleNamespace(compute_capability=(8, 0))
+dispatcher.get_current_device = lambda: device
+codegen.devices.get_context = lambda *args: SimpleNamespace(device=device)
+codegen.JITCUDACodegen.magic_tuple = lambda self: ("none", (8, 0))
+dispatcher._Kernel.bind = lambda self: self._codelibrary.get_cubin(cc=(8, 0))
+
+from fastattn.cuda import compile, portable
+
+kernel = compile.kernel(portable.copy, portable.Copy("float16"))
+vector, table = types.float16[::1], types.int64[:, ::1]
+kernel.compile((vector, vector, table, table, types.int64[::1]))
+print(sum(kernel.stats.cache_hits.values()), sum(kernel.stats.cache_misses.values()))
+"""
+FOUND, COMPILED = "1 0", "0 1"
+
+
+def test_a_changed_source_is_compiled_anew(tmp_path: Path) -> None:
+    package = Path(fastattn.__file__).parent
+    copied = shutil.copytree(package, tmp_path / "fastattn", ignore=shutil.ignore_patterns("__pycache__"))
+    cache = tmp_path / "cache"
+
+    def outcome() -> str:
+        changes = {"FASTATTN_CACHE_DIR": str(cache), "NUMBA_ENABLE_CUDASIM": "0"}
+        return processes.run(COMPILE, root=tmp_path, **changes).strip()
+
+    assert outcome() == COMPILED
+    assert outcome() == FOUND
+    # Numba's own cache knows the file that a kernel stands in: this is one of device functions that it calls
+    with open(copied / "cuda" / "elements.py", "a") as file:
+        file.write("# changed\n")
+    assert outcome() == COMPILED
+    assert outcome() == FOUND
+    for damaged in cache.glob("cuda-*/*.nbc"):
+        damaged.write_bytes(b"not a kernel")
+    assert outcome() == COMPILED
+    assert outcome() == FOUND
+
+
+def test_no_launch_warns_of_a_small_grid() -> None:
+    code = """
+import warnings
+warnings.simplefilter("error")
+from fastattn.cuda import compile, portable
+compile.configured(compile.kernel(portable.copy, portable.Copy("float16")), 1, (32, 1), 0)
+"""
+    assert processes.run(code, NUMBA_ENABLE_CUDASIM="0") == ""
+
+
+def test_kernels_have_names_that_tell_them_apart() -> None:
+    specs = [
+        portable.Forward(storage, mask, dropout, tiles)
+        for storage in ("float32", "float16")
+        for mask in ("none", "bool")
+        for dropout in (False, True)
+        for tiles in (choice.SMALL, choice.SMALL._replace(rows=4))
+    ]
+    names = {compile.name_of(portable.forward, spec) for spec in specs}
+    assert len(names) == len(specs)
+    assert all(name.isidentifier() for name in names)

@@ -1,0 +1,97 @@
+"""What the compiler makes of the portable kernels, without a GPU: PTX, and machine code by ptxas.
+
+A process of its own compiles, as this one has the simulator in place of the compiler where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import shutil
+import subprocess
+from importlib.util import find_spec
+from pathlib import Path
+
+import processes
+import pytest
+
+#: Architectures, and the compute capability that Numba makes PTX of for them. To save time here most kernels are made
+#: for the least: nothing in them is special to an architecture, and PTX is assembled for later ones as well.
+ARCHITECTURES = {"sm_80": (8, 0), "sm_90": (9, 0), "sm_90a": (9, 0), "sm_100": (10, 0)}
+LEAST, SAMPLE = (8, 0), ("float32",)
+THREADS_REGISTERS = 255  # that a thread may have at most
+STATIC_SHARED = 48 << 10  # bytes of shared memory that a block may have without asking for more
+
+#: One of each kind, with what is most of work in them: names to (storage, mask, dropout, head and value size).
+KERNELS = {
+    "float32": ("float32", "none", False, 64, 64),
+    "float32 and a float64 mask": ("float32", "float64", True, 128, 128),
+    "float16 and a boolean mask": ("float16", "bool", False, 64, 128),
+    "bfloat16 and its own mask": ("bfloat16", "bfloat16", True, 64, 64),
+    "float64": ("float64", "bool", True, 128, 128),
+}
+
+COMPILE = """
+import json
+from fastattn.cuda import choice, plan, portable
+from fastattn.cuda.compile import ptx
+from fastattn.problem import Problem
+import numpy as np
+
+made = {}
+for name, (storage, mask, dropout, head_dim, value_dim) in json.loads(KERNELS).items():
+    dtype = np.dtype(np.float64 if storage == "float64" else np.float32)
+    kind = mask if mask in ("none", "bool") else "float"
+    problem = Problem(dtype, (), 1, 1, 9, 9, head_dim, value_dim, (1, 9, value_dim), 1.0, 0, 0.5 * dropout, kind)
+    facts = choice.Facts(storage, mask, problem, plan.make_table(problem, []), (0,) * 4, (7, 5))
+    for chosen in (choice.choose_forward(facts), choice.choose_weights(facts)):
+        text = ptx(chosen.factory, chosen.spec, portable.argument_types(chosen.spec), CAPABILITY)
+        made[f"{chosen.factory.__name__} of {name}"] = text
+print(json.dumps(made))
+"""
+
+
+def ptxas() -> str | None:
+    """Return the path of the assembler: of the package nvidia-cuda-nvcc, or of an installed CUDA."""
+    found = find_spec("nvidia")
+    for folder in [] if found is None else found.submodule_search_locations or ():
+        for path in sorted(Path(folder).glob("cu*/bin/ptxas*")):
+            return str(path)
+    return shutil.which("ptxas")
+
+
+@functools.cache
+def compiled(capability: tuple[int, int]) -> dict[str, str]:
+    """Return the PTX of kernels for a compute capability, by their names: all for the least, else a sample."""
+    kernels = {name: kernel for name, kernel in KERNELS.items() if capability == LEAST or name in SAMPLE}
+    code = f"KERNELS, CAPABILITY = {json.dumps(kernels)!r}, {capability!r}\n{COMPILE}"
+    made: dict[str, str] = json.loads(processes.run(code, timeout=300, NUMBA_ENABLE_CUDASIM="0"))
+    return made
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_kernels_compile_without_local_memory(architecture: str, tmp_path: Path) -> None:
+    assembler = ptxas()
+    if assembler is None:
+        pytest.skip("ptxas is not installed: pip install nvidia-cuda-nvcc")
+    for name, text in (compiled(LEAST) | compiled(ARCHITECTURES[architecture])).items():
+        assert ".local" not in text, f"{name}: an array is in local memory"
+        source = tmp_path / "kernel.ptx"
+        source.write_text(text)
+        command = [assembler, f"-arch={architecture}", "-v", str(source), "-o", str(tmp_path / "kernel.cubin")]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report, f"{name}: {report}"
+        registers, shared = re.search(r"Used (\d+) registers.*?(?:(\d+) bytes smem|$)", report, re.M).groups()
+        assert int(registers) <= THREADS_REGISTERS, f"{name}: {report}"
+        assert 0 < int(shared) <= STATIC_SHARED, f"{name}: {report}"
+
+
+def test_float32_kernels_compute_in_float32() -> None:
+    if ptxas() is None:
+        pytest.skip("the compiler's package is not installed: pip install nvidia-cuda-nvcc")
+    text = compiled(LEAST)
+    for name in ("forward of float32", "weights of float32", "forward of float16 and a boolean mask"):
+        assert "fma.rn.f32" in text[name]
+        # a number of Python's that is left in the arithmetic makes all of it float64
+        assert ".f64" not in text[name], name

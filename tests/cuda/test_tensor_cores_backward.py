@@ -1,0 +1,262 @@
+"""The backward pass on tensor cores: without a GPU the same source, its instructions in NumPy.
+
+Beside what `tolerances` derives for arithmetic in float32, with eps the spacing of halves at 1: weights and gradients
+of scores are rounded to halves before they are multiplied, each by up to eps/2 of itself, in float16 also by up to
+2^-25, and the gradients when they are stored. The output that arrives is rounded, too, but that is what the exact
+gradients are evaluated with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from half_cases import EPS, SUBNORMAL, Halves
+from hypothesis import given
+from hypothesis import strategies as st
+from numba import cuda
+from tolerances import expected_gradients, folded
+
+import fastattn
+from fastattn import reference
+from fastattn.cuda import backward
+from fastattn.cuda import tensor_cores_backward as tensor_cores
+from fastattn.cuda.available import SIMULATED, Device
+from fastattn.cuda.backward import members_of
+from fastattn.cuda.compile import kernel, launch
+from fastattn.cuda.elements import LOG2_E
+from fastattn.cuda.emulated import from_halves
+from fastattn.cuda.fragments import TileShape
+from fastattn.cuda.plan import GRAD_OUT, KEY, LSE, MASK, QUERY, VALUE, make_table
+from fastattn.gradients import Upstream
+from fastattn.problem import describe, split_shape
+
+Array = np.ndarray[Any, Any]
+STORAGES = ("bfloat16", "float16")
+SMALL = TileShape("bfloat16", "none", width=64, warps=1, rows=16, keys=16, blocks=1)
+
+
+def operands(
+    rng: Any, storage: str, query: tuple[int, ...], key: tuple[int, ...], columns: int | None = None
+) -> list[Halves]:
+    """Return dO, query, key and value."""
+    columns = query[-1] if columns is None else columns
+    shapes = ((*query[:-1], columns), query, key, (*key[:-1], columns))
+    return [Halves(rng.normal(size=shape), storage) for shape in shapes]
+
+
+def run(shape: TileShape, given: list[Halves], mask: Any = None, **options: Any) -> tuple[list[Array], Any]:
+    """Call both kernels: the gradients of query, key and value, and what arrived, with the axes of the operands."""
+    grad_out, query, key, value = given
+    numbers = mask.numbers if isinstance(mask, Halves) else mask
+    problem, views = describe(query.numbers, key.numbers, value.numbers, numbers, **options)
+    rows = problem.rows_shape
+    with np.errstate(all="ignore"):
+        exact, sums, _ = reference.evaluate(problem, views)
+    out = Halves(exact, shape.storage).numbers.reshape(*rows, problem.queries, problem.value_dim)
+    lse = np.ascontiguousarray(sums, np.float32).reshape(*rows, problem.queries)
+    upstream = Upstream(grad_out.numbers.reshape(out.shape), out, lse, None)
+    with np.errstate(all="ignore"):
+        deltas = (upstream.grad_out * out).sum(-1, dtype=np.float32)
+    table_views = [
+        (QUERY, views.query, query.first),
+        (KEY, views.key, key.first),
+        (VALUE, views.value, value.first),
+        (GRAD_OUT, upstream.grad_out, grad_out.first),
+        (LSE, lse[..., None], 0),
+    ]
+    shown = np.zeros(1, np.uint8)
+    if mask is not None:
+        table_views.append((MASK, views.mask, 0))
+        shown = mask.base if isinstance(mask, Halves) else np.ascontiguousarray(mask)
+        shown = shown.view(np.uint8 if shown.dtype == bool else shown.dtype).reshape(-1)
+    tables = [cuda.to_device(table) for table in make_table(problem, table_views)]
+    unit = np.float32(problem.scale * (1.0 if shape.floating else LOG2_E))
+    memory = {name: array.memory for name, array in zip(("d", "q", "k", "v"), given, strict=True)}
+    memory["mask"] = cuda.to_device(shown)
+    found: list[Array] = []
+    for of_keys in (False, True):
+        spec = tensor_cores.Gradients(shape, of_keys)
+        own = ("k", "v", "q", "d") if of_keys else ("q", "d", "k", "v")
+        results = [key, value] if of_keys else [query]
+        shared = split_shape(results[0].numbers.shape, problem, of_keys)
+        members = members_of(shared, problem)
+        made = [Halves(np.full(result.numbers.shape, np.nan), shape.storage) for result in results]
+        places = [array.memory for array in made]
+        length = problem.keys if of_keys else problem.queries
+        launch(
+            kernel(tensor_cores.gradients, spec, **tensor_cores.options(spec)),
+            -(-length // shape.queries) * members.shape[0],
+            (shape.warps if SIMULATED else shape.threads, 1),
+            0,
+            (
+                *(memory[name] for name in own),
+                memory["mask"],
+                *(cuda.to_device(array.reshape(-1)) for array in (lse, deltas)),
+                *tables,
+                cuda.to_device(members),
+                unit,
+                np.float32(problem.scale),
+                places[0],
+                places[-1],
+            ),
+        )
+        for array, place in zip(made, places, strict=True):
+            bits = place.copy_to_host().view(np.uint16)
+            found.append(from_halves(bits, shape.storage).reshape(array.numbers.shape))
+    return found, upstream
+
+
+def check(shape: TileShape, given: list[Halves], mask: Any = None, **options: Any) -> list[Array]:
+    """Call the kernels, assert that what comes of them is right, and return it."""
+    found, upstream = run(shape, given, mask, **options)
+    grad_out, query, key, value = (operand.numbers for operand in given)
+    numbers = mask.numbers if isinstance(mask, Halves) else mask
+    with np.errstate(all="ignore"):
+        exact = reference.differentiate(*describe(query, key, value, numbers, **options), upstream)
+        # what is not finite has no size: where it is looked at, so is the gradient
+        finite = [np.where(np.isfinite(array), array, 0) for array in (grad_out, query, key, value)]
+        problem, _, bounds = expected_gradients(*finite, numbers, **options)
+        views = describe(*finite[1:], numbers, **options)[1]
+        eps = EPS[shape.storage]
+        q, k, g = (np.abs(array.astype(np.float64)) for array in (views.query, views.key, upstream.grad_out))
+        scores = np.abs(np.where(np.isfinite(exact.scores), exact.scores, 0))
+        scores = eps / 2 * scores + SUBNORMAL + bounds[3]
+        weights = reference.evaluate(replace(problem, dropout_p=0.0), views)[2].reshape(scores.shape)
+        weights, g = eps / 2 * weights + SUBNORMAL, np.where(np.isfinite(g), g, 0)
+        roundings = [
+            abs(problem.scale) * (scores @ k),
+            abs(problem.scale) * (scores.swapaxes(-1, -2) @ q),
+            weights.swapaxes(-1, -2) @ g,
+        ]
+        for name, gradient, wide, bound, rounding, argument in zip(
+            ("grad_query", "grad_key", "grad_value"), found, exact, bounds, roundings, given[1:], strict=False
+        ):
+            shared, size = name != "grad_query", argument.numbers.shape
+            want = folded(wide, size, problem, shared)
+            limit = folded(bound + rounding, size, problem, shared) + eps / 2 * np.abs(want) + SUBNORMAL
+            fine = np.abs(gradient - want) <= limit
+            fine |= ~np.isfinite(want) & ~np.isfinite(gradient)
+            worst = np.nanmax(np.abs(gradient - want) / limit, initial=0)
+            assert fine.all(), f"{name}: {np.count_nonzero(~fine)} of {fine.size} wrong, {worst:.3g} bounds; {problem}"
+    return found
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("causal", [False, "bottom-right"])
+def test_shapes_that_are_used(storage: str, width: int, causal: bool | str) -> None:
+    """Two query heads to a key head, and lengths that no tile divides."""
+    rng = np.random.default_rng(width)
+    shape = tensor_cores.spec_for(storage, "none", width, True).shape
+    given = operands(rng, storage, (2, shape.queries + 6, width), (1, shape.queries + 13, width))
+    check(shape, given, is_causal=causal, enable_gqa=True)
+
+
+@pytest.mark.parametrize("mask", ["bool", "float16", "bfloat16", "float32"])
+def test_masks(mask: str) -> None:
+    """Each kind of mask, some rows empty, with NaN where nobody may look."""
+    rng = np.random.default_rng(1)
+    shape = SMALL._replace(mask=mask)
+    given = operands(rng, "bfloat16", (20, 64), (36, 64))
+    seen = rng.random((20, 36)) < 0.5
+    seen[3], seen[:, 5] = False, False
+    added: Any = seen
+    if mask != "bool":
+        numbers = np.where(seen, rng.normal(size=seen.shape), -np.inf)
+        numbers[7, seen[7]] = -65504
+        added = Halves(numbers, mask) if mask == "bfloat16" else numbers.astype(mask)
+    for operand, row in ((given[0], 3), (given[1], 3), (given[2], 5), (given[3], 5)):
+        operand.bits[row, 2], operand.numbers[row, 2] = 0x7FC0, np.nan
+    found = check(shape, given, added)
+    assert not found[0][3].any()
+    assert not found[1][5].any()
+    assert not found[2][5].any()
+
+
+@given(data=st.data())
+def test_any_call(data: Any) -> None:
+    """Any lengths, sizes and tiles, and numbers that are not finite anywhere."""
+    draw = data.draw
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    storage = draw(st.sampled_from(STORAGES))
+    shape = TileShape(
+        storage,
+        draw(st.sampled_from(["none", "none", "bool", "float32"])),
+        width=draw(st.sampled_from([64, 128])),
+        warps=draw(st.sampled_from([1, 2])),
+        rows=16,
+        keys=draw(st.sampled_from([16, 32])),
+        blocks=1,
+    )
+    sizes = st.integers(1, shape.width // 8).map(lambda n: 8 * n)
+    features, columns = draw(sizes), draw(sizes)
+    queries, keys = draw(st.integers(1, 50)), draw(st.integers(1, 50))
+    heads, group = draw(st.sampled_from([(1, 1), (1, 2), (2, 1)]))
+    given = operands(rng, storage, (heads * group, queries, features), (heads, keys, features), columns)
+    for operand in given:
+        odd = draw(st.lists(st.tuples(st.integers(0, 10**6), st.sampled_from([np.nan, np.inf, -np.inf])), max_size=1))
+        for place, number in odd:
+            at = np.unravel_index(place % operand.base.size, operand.base.shape)
+            operand.bits[at] = Halves(np.float32([number]), storage).bits[0]
+            operand.numbers[at] = number
+    seen: Any = None
+    if shape.mask != "none":
+        seen = rng.random((queries, keys)) < draw(st.sampled_from([0.1, 0.5, 1.0]))
+    if shape.mask == "float32":
+        seen = np.where(seen, rng.normal(size=seen.shape), -np.inf).astype(np.float32)
+    causal = draw(st.sampled_from([False, True, "bottom-right"]))
+    check(shape, given, seen, is_causal=causal, scale=draw(st.sampled_from([None, 1.0, 0.01])), enable_gqa=True)
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("which", ["query", "key", "value", "grad_out"])
+def test_nothing_leaks(number: float, which: str) -> None:
+    """What is not finite changes not a bit of the gradients of those that do not look at it."""
+    rng = np.random.default_rng(4)
+    given = operands(rng, "bfloat16", (40, 64), (40, 64))
+    clean, _ = run(SMALL, given, is_causal=True)
+    operand = given[("grad_out", "query", "key", "value").index(which)]
+    operand.bits[20, 3], operand.numbers[20, 3] = Halves(np.float32([number]), "bfloat16").bits[0], number
+    found = check(SMALL, given, is_causal=True)
+    if which in ("key", "value"):
+        np.testing.assert_array_equal(found[0][:20], clean[0][:20])
+    else:
+        for one, other in zip(found[1:], clean[1:], strict=True):
+            np.testing.assert_array_equal(one[21:], other[21:])
+
+
+def test_the_same_bits_every_time_and_in_any_batch() -> None:
+    rng = np.random.default_rng(3)
+    given = operands(rng, "bfloat16", (2, 20, 64), (2, 40, 64))
+    whole, again = (run(SMALL, given, is_causal=True)[0] for _ in range(2))
+    alone = run(SMALL, [operand[1:] for operand in given], is_causal=True)[0]
+    for one, other, part in zip(whole, again, alone, strict=True):
+        np.testing.assert_array_equal(one, other)
+        np.testing.assert_array_equal(one[1:], part)
+
+
+def test_calls_that_suit_them_get_these_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the public function, on a GPU of compute capability 8.0 that is not there; they are near the others."""
+    rng = np.random.default_rng(5)
+    shapes = [(2, 70, 16), (2, 70, 16), (1, 67, 16), (1, 67, 16)]
+    arrays = [rng.normal(size=shape).astype(np.float16) for shape in shapes]
+    out, lse = fastattn.attention(*(array.astype(np.float32) for array in arrays[1:]), enable_gqa=True, return_lse=True)
+    given = (*arrays, out.astype(np.float16), lse)
+    usual = fastattn.attention_backward(*given, enable_gqa=True, backend="cuda")
+    monkeypatch.setattr(backward, "_plans", {})
+    monkeypatch.setattr(backward, "device", lambda: Device(0, "one that is not there", (8, 0), "none"))
+    queued: list[Any] = []
+    queue = backward.queue_tensor_cores
+    monkeypatch.setattr(backward, "queue_tensor_cores", lambda *a: (queued.append(a), queue(*a)))
+    found = fastattn.attention_backward(*given, enable_gqa=True, backend="cuda")
+    assert len(queued) == 1
+    for one, other in zip(found, usual, strict=True):
+        assert one.dtype == np.float16
+        np.testing.assert_allclose(one.astype(float), other.astype(float), atol=2e-2)
+    # the gradient of a query that two heads share is a sum over both
+    twice = [array.repeat(2, axis=0) for array in arrays[2:]]
+    fastattn.attention_backward(arrays[0], arrays[1][:1], *twice, *given[4:], backend="cuda")
+    assert len(queued) == 1
