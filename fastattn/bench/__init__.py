@@ -1,7 +1,7 @@
 """How fast: fastattn, NumPy and the other libraries that are installed, side by side on this machine.
 
 ``python -m fastattn bench`` runs `main`. `fastattn.bench.cases` has what is measured, `fastattn.bench.peers` who,
-`fastattn.bench.measure` how, `fastattn.bench.report` shows it.
+`fastattn.bench.measure` how, `fastattn.bench.report` shows it. `fastattn.bench.gpu` is all of that for a GPU.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 __all__ = ["main"]
 
@@ -28,6 +28,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Measure attention on this machine: fastattn, NumPy, and those of PyTorch, OpenVINO and "
         "ONNX Runtime that are installed. Anything else that runs at the same time spoils the figures.",
     )
+    parser.add_argument("--backend", choices=("cpu", "cuda"), default="cpu", help="measure the CPU (default), or a GPU")
     parser.add_argument("--quick", action="store_true", help="one case of each group, few rounds: half a minute")
     parser.add_argument(
         "--case",
@@ -67,14 +68,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
 
-    from fastattn.bench import report
+    from fastattn.bench import gpu, report
     from fastattn.bench.cases import CASES, QUICK, select
     from fastattn.bench.host import this_host
     from fastattn.bench.measure import Effort, measure
     from fastattn.terminal import Progress, Style
 
+    on_gpu = args.backend == "cuda"
+    if on_gpu and args.threads:
+        parser.error("--threads: a GPU has no use for it")
+    everything: Any = gpu.CASES if on_gpu else CASES
+    quick: Any = gpu.QUICK if on_gpu else QUICK
     try:
-        cases = select(args.case, QUICK if args.quick and not args.case else CASES)
+        cases: Any = select(args.case, quick if args.quick and not args.case else everything)
     except ValueError as error:
         parser.error(f"--case: {error}")
     if args.list:
@@ -89,17 +95,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         except ImportError:
             parser.error("--plot: matplotlib is not installed")
 
+    if on_gpu and (reason := gpu.why_not()):
+        parser.error(f"--backend cuda: {reason}")
+
     effort = Effort.quick() if args.quick else Effort()
     if args.rounds:
         effort = Effort(args.rounds, effort.seconds)
-    host, style = this_host(), Style.of(sys.stdout)
+    host, style = gpu.gpu_host() if on_gpu else this_host(), Style.of(sys.stdout)
     engines = list(host.versions)
     print(host)
     print(report.header(engines, style), flush=True)
     results = []
     for index, case in enumerate(cases):
         with Progress(f"{index + 1} of {len(cases)}: {case.name}") as progress:
-            results.append(measure(case, effort, threads=args.threads, progress=progress))
+            if on_gpu:
+                results.append(gpu.measure(case, effort, progress))
+            else:
+                results.append(measure(case, effort, threads=args.threads, progress=progress))
         print(report.line(results[-1], engines, style), flush=True)
     print("\n".join(report.bars(results, style)))
     left_out = report.reasons(results)

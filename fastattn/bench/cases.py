@@ -89,6 +89,10 @@ class Case:
         """What the table shows: a rate, or for short calls the time."""
         return "GF/s" if self.pace == "steady" else "µs"
 
+    def figure(self, seconds: float) -> float:
+        """Return what the table shows, in its `unit`, of a call that takes so long."""
+        return self.flops / seconds / 1e9 if self.unit == "GF/s" else seconds * 1e6
+
     @cached_property
     def arguments(self) -> Arguments:
         """Random inputs, the same ones every time."""

@@ -36,7 +36,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Protocol
 
 import fastattn
 from fastattn.bench.cases import Case, Pace
@@ -64,13 +64,32 @@ class Effort:
         return cls(rounds=3, seconds=0.03)
 
 
+class Measured(Protocol):
+    """What is asked of a case once it has been measured."""
+
+    @property
+    def name(self) -> str:
+        """What tables call it."""
+
+    @property
+    def unit(self) -> str:
+        """What tables show."""
+
+    @property
+    def flops(self) -> int:
+        """Operations of a call."""
+
+    def figure(self, seconds: float) -> float:
+        """Return what tables show of a call that takes so long."""
+
+
 @dataclass
 class Result:
     """What was measured of one case.
 
     Attributes
     ----------
-    case : Case
+    case : Case or fastattn.bench.gpu.DeviceCase
         The case.
     times : dict of str to list of float
         Seconds a call, one number per round, for each engine that took part.
@@ -91,7 +110,7 @@ class Result:
     (1.5, 'PyTorch', 1.5, 0.5)
     """
 
-    case: Case
+    case: Measured
     times: dict[str, list[float]] = field(default_factory=dict)
     peaks: list[float] = field(default_factory=list)
     absent: dict[str, str] = field(default_factory=dict)
@@ -102,9 +121,8 @@ class Result:
         return median(self.times[engine])
 
     def figure(self, engine: str) -> float:
-        """Return what the table shows of an engine: GF/s or microseconds, as the case's `unit` says."""
-        seconds = self.seconds(engine)
-        return self.case.flops / seconds / 1e9 if self.case.unit == "GF/s" else seconds * 1e6
+        """Return what the table shows of an engine, in the case's `unit`."""
+        return self.case.figure(self.seconds(engine))
 
     @property
     def best_peer(self) -> str | None:

@@ -87,8 +87,8 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def check(result: NDArray[Any], arguments: Arguments) -> None:
-    """Compare a result with the reference.
+def check(result: NDArray[Any], arguments: Arguments, limit: float | None = None) -> None:
+    """Compare a result with the reference; `limit` is what it may be off by, unless as much as its dtype explains.
 
     Raises
     ------
@@ -99,7 +99,8 @@ def check(result: NDArray[Any], arguments: Arguments) -> None:
     length = arguments.query.shape[-2]
     rows = np.unique(np.linspace(0, length - 1, min(length, 64), dtype=np.intp))
     below = np.arange(length) <= rows[:, None]
-    limit = 2e-5 if arguments.query.dtype == np.float32 else 1e-12
+    if limit is None:
+        limit = 2e-5 if arguments.query.dtype == np.float32 else 1e-12
     for batch, head in ((0, 0), (-1, -1)):
         query, key, value = (x[batch, head] for x in (arguments.query, arguments.key, arguments.value))
         mask = arguments.mask

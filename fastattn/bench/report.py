@@ -28,7 +28,12 @@ __all__ = [
 
 TABLE_BEGIN, TABLE_END = "<!-- table:begin -->", "<!-- table:end -->"
 _NAME_WIDTH, _NUMBER_WIDTH = 38, 13
-_UNITS = {"GF/s": "GF/s, more is better", "µs": "µs a call, less is better"}
+_UNITS = {
+    "GF/s": "GF/s, more is better",
+    "µs": "µs a call, less is better",
+    "TF/s": "TF/s, more is better",
+    "GB/s": "GB/s, more is better",
+}
 
 
 def number(value: float) -> str:
