@@ -45,7 +45,8 @@ for name, (storage, mask, dropout, head_dim, value_dim) in json.loads(KERNELS).i
     kind = mask if mask in ("none", "bool") else "float"
     problem = Problem(dtype, (), 1, 1, 9, 9, head_dim, value_dim, (1, 9, value_dim), 1.0, 0, 0.5 * dropout, kind)
     facts = choice.Facts(storage, mask, problem, plan.make_table(problem, []), (0,) * 4, (7, 5))
-    for chosen in (choice.choose_forward(facts), choice.choose_weights(facts)):
+    for choose in (choice.choose_forward, *[choice.choose_weights] * (name == "float32")):
+        chosen = choose(facts)
         text = ptx(chosen.factory, chosen.spec, portable.argument_types(chosen.spec), CAPABILITY)
         made[f"{chosen.factory.__name__} of {name}"] = text
 print(json.dumps(made))
