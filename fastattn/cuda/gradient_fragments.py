@@ -39,7 +39,8 @@ class GradientSteps(NamedTuple):
     """The `unrolled` functions."""
 
     allocate: Any
-    second: Any
+    first_own: Any
+    second_own: Any
     before: Any
     any_odd: Any
     differentiate: Any
@@ -48,13 +49,14 @@ class GradientSteps(NamedTuple):
     store: Any
 
 
-def shared_bytes(shape: TileShape) -> int:
-    """Shared memory of a block: two stages, of two tiles each, or the block's own rows of both operands."""
-    return 2 * max(shape.stage_bytes, shape.queries * shape.row_bytes)
+def shared_bytes(shape: TileShape, apart: bool) -> int:
+    """Shared memory of a block: two stages of two tiles, and the block's own rows, in their place or apart."""
+    stages, own = 2 * shape.stage_bytes, 2 * shape.queries * shape.row_bytes
+    return stages + own if apart else max(stages, own)
 
 
-def make_gradient_steps(shape: TileShape, of_keys: bool) -> GradientSteps:
-    """Make the steps of one shape; `of_keys`: the own rows are keys."""
+def make_gradient_steps(shape: TileShape, of_keys: bool, apart: bool) -> GradientSteps:
+    """Make the steps of one shape; `of_keys`: the own rows are keys, `apart`: they stay in shared memory."""
     storage, width, tile = shape.storage, shape.width, shape.keys
     columns, features = tile // 8, width // 8
     row_bytes, tile_bytes, own_bytes = shape.row_bytes, tile * shape.row_bytes, shape.queries * shape.row_bytes
@@ -91,12 +93,17 @@ def make_gradient_steps(shape: TileShape, of_keys: bool) -> GradientSteps:
     @unrolled
     def allocate():
         """The address of the block's memory."""
-        return shared_memory(shared_bytes(shape))
+        return shared_memory(shared_bytes(shape, apart))
 
     @unrolled
-    def second(memory):
-        """Where the block's own rows of the second operand are, before the first tile."""
-        return memory + own_bytes
+    def first_own(memory):
+        """Where the block's own rows of the first operand are."""
+        return memory + (2 * shape.stage_bytes if apart else 0)
+
+    @unrolled
+    def second_own(memory):
+        """Where those of the second operand are."""
+        return memory + (2 * shape.stage_bytes if apart else 0) + own_bytes
 
     @unrolled
     def before(stage):
@@ -213,7 +220,8 @@ def make_gradient_steps(shape: TileShape, of_keys: bool) -> GradientSteps:
 
     return GradientSteps(
         allocate,
-        second,
+        first_own,
+        second_own,
         before,
         any_odd,
         make_differentiate(False),

@@ -35,7 +35,7 @@ from fastattn.cuda import tensor_cores
 from fastattn.cuda.available import SIMULATED
 from fastattn.cuda.elements import MASKS, STORAGE
 from fastattn.cuda.fragments import HALF, TileShape, make_steps
-from fastattn.cuda.gradient_fragments import make_gradient_steps
+from fastattn.cuda.gradient_fragments import make_gradient_steps, shared_bytes
 from fastattn.cuda.plan import (
     CAUSAL_OFFSET,
     GRAD_OUT,
@@ -55,21 +55,37 @@ from fastattn.problem import Problem
 
 
 class Gradients(NamedTuple):
-    """What a kernel is compiled for; `of_keys`: the gradients of keys and values, else that of queries."""
+    """What a kernel is compiled for.
+
+    Attributes
+    ----------
+    shape : TileShape
+    of_keys : bool
+        Whether it is for the gradients of keys and values, and not for that of queries.
+    apart : bool
+        Whether the own rows stay in shared memory, and not in registers.
+    """
 
     shape: TileShape
     of_keys: bool
+    apart: bool = False
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a block."""
+        return shared_bytes(self.shape, self.apart)
 
 
 def spec_for(storage: str, mask: str, width: int, of_keys: bool) -> Gradients:
     """The kernel for rows of up to `width` elements."""
-    # the sums of 16 keys and values are half the registers of a thread, or a quarter: there tiles are small
+    # the sums of 16 keys and values are a quarter of the registers of a thread, or half of them: then tiles are small,
+    # and where addresses of a mask come in addition, the own rows have to stay in shared memory
+    masked = mask != "none"
     if width <= 64:
-        tile, blocks = (32 if of_keys else 64), (2 if of_keys and mask != "none" else 3)
-    else:
-        tile, blocks = (32 if mask == "none" and not of_keys else 16), 2
-    shape = TileShape(storage, mask, width=64 if width <= 64 else 128, warps=4, rows=16, keys=tile, blocks=blocks)
-    return Gradients(shape, of_keys)
+        shape = TileShape(storage, mask, width=64, warps=4, rows=16, keys=32, blocks=2 if masked else 3)
+        return Gradients(shape, of_keys)
+    tile = 16 if of_keys or masked else 32
+    return Gradients(TileShape(storage, mask, width=128, warps=4, rows=16, keys=tile, blocks=2), of_keys, apart=masked)
 
 
 def argument_types(spec: Gradients) -> tuple[Any, ...]:
@@ -90,17 +106,18 @@ def gradients(spec: Gradients) -> Any:
     Its first four arguments are what the own rows and the others are of: (key, value, query, dO) for the gradients of
     keys and values, which it writes, else (query, dO, key, value) for that of queries, in `result`.
     """
-    shape, of_keys = spec
+    shape, of_keys, apart = spec
     first_own, second_own = (KEY, VALUE) if of_keys else (QUERY, GRAD_OUT)
     first_other, second_other = (QUERY, GRAD_OUT) if of_keys else (KEY, VALUE)
     own_size, other_size = (KEYS, QUERIES) if of_keys else (QUERIES, KEYS)
-    own, more = make_steps(shape), make_gradient_steps(shape, of_keys)
+    own, more = make_steps(shape), make_gradient_steps(shape, of_keys, apart)
     own_thread, stage_of, close, wait_for_all = own.own_thread, own.stage_of, own.close, own.wait_for_all
     copy_own, copy_others, load_own, clear = own.copy_queries, own.copy_keys, own.load_queries, own.clear
     multiply, accumulate, accumulate_finite, positive = (
         own.multiply, own.accumulate, own.accumulate_finite, own.positive,
     )  # fmt: skip
-    allocate, second, before, any_odd = more.allocate, more.second, more.before, more.any_odd
+    allocate, own_at, second_own_at = more.allocate, more.first_own, more.second_own
+    before, any_odd = more.before, more.any_odd
     differentiate, differentiate_seen = more.differentiate, more.differentiate_seen
     add_odd, store = more.add_odd, more.store
     second_tile = unrolled(lambda stage: stage + shape.keys * shape.row_bytes)
@@ -127,13 +144,15 @@ def gradients(spec: Gradients) -> Any:
         total = tiles * members.shape[1]
 
         number = members[owner, 0]
-        copy_own(memory, address(a, offsets[first_own, number]), steps[first_own, 0], first, count, length, thread)
+        copy_own(
+            own_at(memory), address(a, offsets[first_own, number]), steps[first_own, 0], first, count, length, thread
+        )
         at = address(b, offsets[second_own, number])
-        copy_own(second(memory), at, steps[second_own, 0], first, count, second_length, thread)
+        copy_own(second_own_at(memory), at, steps[second_own, 0], first, count, second_length, thread)
         close()
         wait_for_all()
         cuda.syncthreads()
-        left, second_left = load_own(memory, thread), load_own(second(memory), thread)
+        left, second_left = load_own(own_at(memory), thread), load_own(second_own_at(memory), thread)
         cuda.syncthreads()
         if total > 0:
             at = address(c, offsets[first_other, number])
@@ -145,7 +164,7 @@ def gradients(spec: Gradients) -> Any:
         sums, _, _ = clear()
         second_sums, _, _ = clear()
         for step in range(total):
-            # of what is computed from this nothing is kept from tile to tile, where registers are short
+            # of what is computed from this nothing is kept from tile to tile or step to step: registers are short
             thread = own_thread()
             number, begin = members[owner, step // tiles], start + step % tiles * tile
             stage, following = stage_of(memory, step), stage_of(memory, step + 1)
@@ -159,8 +178,14 @@ def gradients(spec: Gradients) -> Any:
                 at = address(d, offsets[second_other, after_number])
                 copy_others(second_tile(following), at, steps[second_other, 0], after, others, second_length, thread)
                 close()
+            if apart:
+                left = load_own(own_at(memory), thread)
             scores = multiply(left, stage, thread)
+            thread = own_thread()
+            if apart:
+                second_left = load_own(second_own_at(memory), thread)
             grads = multiply(second_left, second_tile(stage), thread)
+            thread = own_thread()
             lse_at, deltas_at = address(lse, offsets[LSE, number]), address(deltas, number * queries)
             mask_at = address(mask, offsets[MASK, number])
             # whether the last key is seen by the first query
@@ -178,6 +203,7 @@ def gradients(spec: Gradients) -> Any:
                     scores, grads, first, begin, lse_at, steps[LSE, 0], deltas_at, queries, keys, offset, mask_at,
                     steps[MASK, 0], steps[MASK, 1], unit, thread,
                 )  # fmt: skip
+            thread = own_thread()
             if odd:
                 sums = accumulate_finite(sums, score_grads, before(stage), thread)
                 if of_keys:

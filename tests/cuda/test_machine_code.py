@@ -17,6 +17,18 @@ NAMES = {
     "tensor cores, bfloat16, 128": shape_for("bfloat16", "none", 128),
     "tensor cores, bfloat16, 64, mask bool": shape_for("bfloat16", "bool", 64),
 }
+#: Kernels without a multiprocessor's share to keep to, and those with more than one product to count.
+OTHERS = [
+    "tensor cores, gradients of keys, values, bfloat16, 64",
+    "tensor cores, gradients of queries, bfloat16, 64",
+    "tensor cores, gradients of keys, values, bfloat16, 128",
+    "tensor cores, gradients of queries, bfloat16, 128",
+    "tensor cores, gradients of keys, values, bfloat16, 64, mask float32",
+    "few queries, bfloat16, 128, 8 rows",
+    "few queries, merge, bfloat16, 128, 8 rows",
+    "portable gradients of keys, values, float32, 128",
+    "portable gradients of queries, float32, 128",
+]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +48,7 @@ def script() -> ModuleType:
 @pytest.fixture(scope="module")
 def made(script: ModuleType) -> dict[str, Any]:
     """Return the PTX of the kernels, by architecture and name."""
-    for_least, for_last = (script.compile_apart(list(NAMES), capability) for capability in ((8, 0), (10, 0)))
+    for_least, for_last = (script.compile_apart([*NAMES, *OTHERS], capability) for capability in ((8, 0), (10, 0)))
     return {"sm_80": for_least, "sm_90a": for_least, "sm_100": for_last}
 
 
@@ -51,6 +63,17 @@ def test_everything_is_in_registers(script: ModuleType, made: Any, architecture:
     assert report.shared == shape.shared_bytes
     # 16 · 8 · 16 multiplications an instruction: of queries and keys, of weights and values, and of finite values
     assert report.multiplications == 3 * (shape.rows * shape.keys * shape.width) // (16 * 8 * 16)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100"])
+def test_nothing_is_spilled(script: ModuleType, made: Any, architecture: str, name: str) -> None:
+    kernel = made[architecture][name]
+    assert ".local" not in kernel["ptx"]
+    report = script.inspect(kernel["ptx"], architecture, kernel["threads"])
+    assert report.spilled == report.stack == 0
+    assert report.resident >= kernel["blocks"]
+    assert (report.multiplications > 0) == name.startswith("tensor cores")
 
 
 def test_residents(script: ModuleType) -> None:
