@@ -8,7 +8,7 @@ fragments and to shared memory is `fastattn.cuda.emulated`'s; here is how they a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import numpy as np
@@ -90,8 +90,8 @@ class Warp:
         }
         self.copies: list[list[Any]] = [[]]
 
-    def run(self) -> Iterator[None]:
-        """Run to the end, with a stop at each barrier."""
+    def run(self) -> Generator[bool, bool | None, None]:
+        """Run to the end, with a stop at each barrier: what this warp says there, and is told of all."""
         at = 0
         while True:
             guard, name, operands = self.program.instructions[at]
@@ -107,8 +107,11 @@ class Warp:
                 assert when.all() or not when.any(), "a branch that lanes of a warp do not share"
                 if when.all():
                     at = self.program.labels[operands[0]]
+            elif name[:3] == ["bar", "red", "or"]:
+                found = yield bool(self.registers[operands[2]].any())
+                self.put(operands[0], np.full(LANES, found), when)
             elif name[0] in ("bar", "barrier"):
-                yield
+                yield False
             else:
                 self.step(name, operands, when)
 
@@ -265,6 +268,14 @@ class Warp:
         self.put(operands[0], np.full(LANES, self.registers[operands[1]].any()), when)
 
 
+def _resumed(warp: Generator[bool, bool | None, None], told: bool | None) -> bool | None:
+    """What a warp says at its next barrier; None at its end."""
+    try:
+        return warp.send(told)
+    except StopIteration:
+        return None
+
+
 @np.errstate(all="ignore")
 def launch(text: str, grid: int, warps: int, memory: Memory, parameters: list[Any]) -> None:
     """Run a kernel, one block after the other."""
@@ -272,7 +283,8 @@ def launch(text: str, grid: int, warps: int, memory: Memory, parameters: list[An
     for block in range(grid):
         shared = np.full(program.shared_bytes, 0xFF, np.uint8)
         running = [Warp(program, memory, shared, block, warp, parameters).run() for warp in range(warps)]
+        told: bool | None = None
         while running:
-            stopped = [next(warp, 0) is None for warp in running]
-            assert all(stopped) or not any(stopped), "a barrier that warps of a block do not share"
-            running = [warp for warp, at_barrier in zip(running, stopped, strict=True) if at_barrier]
+            said = [_resumed(warp, told) for warp in running]
+            assert None not in said or not any(one is not None for one in said), "a barrier that not all warps share"
+            running, told = [] if None in said else running, any(said)
