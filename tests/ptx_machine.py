@@ -292,24 +292,23 @@ def launch(text: str, grid: int, warps: int, memory: Memory, parameters: list[An
 def call(text: str, grid: int, warps: int, arguments: Sequence[Any]) -> None:
     """Run a kernel on arguments as the simulator takes them: its arrays, tables, numbers."""
     given = [getattr(argument, "_ary", argument) for argument in arguments]
-    # an array may be given twice
+    # memory may be given twice
     numbers: dict[int, int] = {}
     arrays: list[Array] = []
     parameters: list[Any] = []
-    for argument in given:
-        if isinstance(argument, (np.ndarray, memoryview)) and id(argument) not in numbers:
-            numbers[id(argument)] = len(arrays)
-            arrays.append(np.asarray(argument))
+    views = [np.asarray(argument) if isinstance(argument, (np.ndarray, memoryview)) else None for argument in given]
+    for view in views:
+        if view is not None and view.ctypes.data not in numbers:
+            numbers[view.ctypes.data] = len(arrays)
+            arrays.append(view)
     memory = Memory(*arrays)
-    for argument in given:
-        if id(argument) in numbers:
-            number = numbers[id(argument)]
-            array = arrays[number]
-            parameters += [0, 0, array.size, array.itemsize, memory.address(number), *array.shape, *array.strides]
-        else:
+    for argument, view in zip(given, views, strict=True):
+        if view is None:
             parameters.append(argument)
+        else:
+            place = memory.address(numbers[view.ctypes.data])
+            parameters += [0, 0, view.size, view.itemsize, place, *view.shape, *view.strides]
     launch(text, grid, warps, memory, parameters)
-    for argument in given:
-        if isinstance(argument, np.ndarray):
-            number = numbers[id(argument)]
-            argument[...] = memory.array(number, arrays[number])
+    for number, array in enumerate(arrays):
+        if array.flags.writeable:
+            array[...] = memory.array(number, array)

@@ -117,8 +117,7 @@ def test_a_wrong_instruction_shows(on_ptx: Any) -> None:
             check(shape, *operands)
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("features", [64, 96])
+@pytest.mark.parametrize(("features", "causal"), [(64, False), (96, True)])
 def test_calls_compute_what_the_simulator_does(
     on_ptx: Any, monkeypatch: pytest.MonkeyPatch, features: int, causal: bool
 ) -> None:
