@@ -26,9 +26,12 @@ def test_the_code_to_break_is_there(mutation: Mutation) -> None:
 @pytest.mark.skipif("FASTATTN_SLOW" not in os.environ, reason="takes minutes; FASTATTN_SLOW=1 runs it")
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
 def test_a_broken_kernel_fails_a_test(mutation: Mutation, tmp_path: Path) -> None:
+    if mutation.file.startswith("cuda/"):
+        pytest.importorskip("numba_cuda", reason="CUDA's tests need numba-cuda")
     for folder in (processes.PACKAGE, processes.TESTS):
         shutil.copytree(folder, tmp_path / folder.name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    for settings in ("pyproject.toml", "conftest.py"):
+        shutil.copy(ROOT / settings, tmp_path)
     target = tmp_path / processes.PACKAGE.name / mutation.file
     target.write_text(target.read_text().replace(mutation.old, mutation.new))
     file, expression = mutation.tests
