@@ -8,11 +8,7 @@ fragments and to shared memory is `fastattn.cuda.emulated`'s; here is how they a
 from __future__ import annotations
 
 import re
-<<<<<<< HEAD
-from collections.abc import Generator
-=======
 from collections.abc import Generator, Sequence
->>>>>>> cuda-b
 from typing import Any
 
 import numpy as np
@@ -94,13 +90,8 @@ class Warp:
         }
         self.copies: list[list[Any]] = [[]]
 
-<<<<<<< HEAD
-    def run(self) -> Generator[bool, bool | None, None]:
-        """Run to the end, with a stop at each barrier: what this warp says there, and is told of all."""
-=======
     def run(self) -> Generator[bool, bool, None]:
         """Run to the end, with a stop at each barrier: what is said there, and heard of any warp of the block."""
->>>>>>> cuda-b
         at = 0
         while True:
             guard, name, operands = self.program.instructions[at]
@@ -116,19 +107,11 @@ class Warp:
                 assert when.all() or not when.any(), "a branch that lanes of a warp do not share"
                 if when.all():
                     at = self.program.labels[operands[0]]
-<<<<<<< HEAD
-            elif name[:3] == ["bar", "red", "or"]:
-                found = yield bool(self.registers[operands[2]].any())
-                self.put(operands[0], np.full(LANES, found), when)
-            elif name[0] in ("bar", "barrier"):
-                yield False
-=======
             elif name[:2] == ["bar", "sync"]:
                 yield False
             elif name[:3] == ["bar", "red", "or"]:
                 found = yield bool(self.registers[operands[2]].any())
                 self.put(operands[0], np.full(LANES, found), when)
->>>>>>> cuda-b
             else:
                 self.step(name, operands, when)
 
@@ -285,14 +268,6 @@ class Warp:
         self.put(operands[0], np.full(LANES, self.registers[operands[1]].any()), when)
 
 
-def _resumed(warp: Generator[bool, bool | None, None], told: bool | None) -> bool | None:
-    """What a warp says at its next barrier; None at its end."""
-    try:
-        return warp.send(told)
-    except StopIteration:
-        return None
-
-
 @np.errstate(all="ignore")
 def launch(text: str, grid: int, warps: int, memory: Memory, parameters: list[Any]) -> None:
     """Run a kernel, one block after the other."""
@@ -300,13 +275,6 @@ def launch(text: str, grid: int, warps: int, memory: Memory, parameters: list[An
     for block in range(grid):
         shared = np.full(program.shared_bytes, 0xFF, np.uint8)
         running = [Warp(program, memory, shared, block, warp, parameters).run() for warp in range(warps)]
-<<<<<<< HEAD
-        told: bool | None = None
-        while running:
-            said = [_resumed(warp, told) for warp in running]
-            assert None not in said or not any(one is not None for one in said), "a barrier that not all warps share"
-            running, told = [] if None in said else running, any(said)
-=======
         heard: bool | None = None
         while True:
             said = []
@@ -344,4 +312,3 @@ def call(text: str, grid: int, warps: int, arguments: Sequence[Any]) -> None:
     for number, array in enumerate(arrays):
         if array.flags.writeable:
             array[...] = memory.array(number, array)
->>>>>>> cuda-b
