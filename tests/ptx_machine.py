@@ -8,7 +8,7 @@ fragments and to shared memory is `fastattn.cuda.emulated`'s; here is how they a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import numpy as np
@@ -90,8 +90,8 @@ class Warp:
         }
         self.copies: list[list[Any]] = [[]]
 
-    def run(self) -> Iterator[None]:
-        """Run to the end, with a stop at each barrier."""
+    def run(self) -> Generator[bool, bool, None]:
+        """Run to the end, with a stop at each barrier: what is said there, and heard of any warp of the block."""
         at = 0
         while True:
             guard, name, operands = self.program.instructions[at]
@@ -107,8 +107,11 @@ class Warp:
                 assert when.all() or not when.any(), "a branch that lanes of a warp do not share"
                 if when.all():
                     at = self.program.labels[operands[0]]
-            elif name[0] in ("bar", "barrier"):
-                yield
+            elif name[:2] == ["bar", "sync"]:
+                yield False
+            elif name[:3] == ["bar", "red", "or"]:
+                found = yield bool(self.registers[operands[2]].any())
+                self.put(operands[0], np.full(LANES, found), when)
             else:
                 self.step(name, operands, when)
 
@@ -165,7 +168,7 @@ class Warp:
         if first in BINARY:
             b = self.get(operands[2], kind)
             if first == "div" and kind is not np.float32:
-                result = a // b
+                result = np.trunc(a / b) if np.issubdtype(kind, np.signedinteger) else a // b
             else:
                 result = BINARY[first](a, b)
         elif first in ("shl", "shr"):
@@ -176,7 +179,7 @@ class Warp:
             result = emulated.fma(a, b, c) if first == "fma" else a * b + c
         else:
             result = {
-                "rem": lambda: a % self.get(operands[2], kind),
+                "rem": lambda: np.fmod(a, self.get(operands[2], kind)),
                 "not": lambda: ~a,
                 "neg": lambda: -a,
                 "abs": lambda: abs(a),
@@ -272,7 +275,40 @@ def launch(text: str, grid: int, warps: int, memory: Memory, parameters: list[An
     for block in range(grid):
         shared = np.full(program.shared_bytes, 0xFF, np.uint8)
         running = [Warp(program, memory, shared, block, warp, parameters).run() for warp in range(warps)]
-        while running:
-            stopped = [next(warp, 0) is None for warp in running]
-            assert all(stopped) or not any(stopped), "a barrier that warps of a block do not share"
-            running = [warp for warp, at_barrier in zip(running, stopped, strict=True) if at_barrier]
+        heard: bool | None = None
+        while True:
+            said = []
+            for warp in running:
+                try:
+                    said.append(warp.send(heard))  # type: ignore[arg-type]
+                except StopIteration:
+                    continue
+            assert len(said) in (0, warps), "a barrier that warps of a block do not share"
+            if not said:
+                break
+            heard = any(said)
+
+
+def call(text: str, grid: int, warps: int, arguments: Sequence[Any]) -> None:
+    """Run a kernel on arguments as the simulator takes them: its arrays, tables, numbers."""
+    given = [getattr(argument, "_ary", argument) for argument in arguments]
+    # memory may be given twice
+    numbers: dict[int, int] = {}
+    arrays: list[Array] = []
+    parameters: list[Any] = []
+    views = [np.asarray(argument) if isinstance(argument, (np.ndarray, memoryview)) else None for argument in given]
+    for view in views:
+        if view is not None and view.ctypes.data not in numbers:
+            numbers[view.ctypes.data] = len(arrays)
+            arrays.append(view)
+    memory = Memory(*arrays)
+    for argument, view in zip(given, views, strict=True):
+        if view is None:
+            parameters.append(argument)
+        else:
+            place = memory.address(numbers[view.ctypes.data])
+            parameters += [0, 0, view.size, view.itemsize, place, *view.shape, *view.strides]
+    launch(text, grid, warps, memory, parameters)
+    for number, array in enumerate(arrays):
+        if array.flags.writeable:
+            array[...] = memory.array(number, array)

@@ -1,23 +1,25 @@
-"""The PTX of the forward kernel on tensor cores, run by a machine in NumPy: what is emitted is what was meant."""
+"""The PTX of kernels on tensor cores, run by a machine in NumPy: what is emitted is what was meant."""
 
 from __future__ import annotations
 
-import json
+import pickle
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
+import half_cases
 import numpy as np
 import processes
 import ptx_machine
 import pytest
-from half_cases import Halves, bounds
-from tolerances import check_lse, check_out
+from half_cases import Halves, check
 
-from fastattn.cuda import tensor_cores
-from fastattn.cuda.elements import LOG2_E
-from fastattn.cuda.emulated import from_halves
+import fastattn
+from fastattn.cuda import attention, backward, tensor_cores, tensor_cores_backward
+from fastattn.cuda.available import SIMULATED, Device
 from fastattn.cuda.fragments import TileShape
-from fastattn.cuda.plan import KEY, MASK, OUT, QUERY, VALUE, make_table
-from fastattn.problem import as_operands, describe
+
+pytestmark = pytest.mark.skipif(not SIMULATED, reason="a GPU runs the kernels themselves")
 
 SHAPES = {
     "plain": TileShape("bfloat16", "none", width=64, warps=2, rows=32, keys=32, blocks=1),
@@ -26,51 +28,58 @@ SHAPES = {
     "float": TileShape("float16", "float32", width=64, warps=1, rows=16, keys=16, blocks=1),
 }
 COMPILE = """
-import json
-from fastattn.cuda import portable, tensor_cores
+import pickle
+from fastattn.cuda import portable, tensor_cores, tensor_cores_backward
 from fastattn.cuda.compile import ptx
-from fastattn.cuda.fragments import TileShape
-print(json.dumps({
-    name: ptx(tensor_cores.forward, TileShape(*spec), portable.argument_types(TileShape(*spec)), (8, 0))
-    for name, spec in SHAPES.items()
-}))
+spec = pickle.loads(SPEC)
+factory, types = {
+    "TileShape": (tensor_cores.forward, portable.argument_types),
+    "Gradients": (tensor_cores_backward.gradients, tensor_cores_backward.argument_types),
+}[type(spec).__name__]
+print(ptx(factory, spec, types(spec), (8, 0)))
 """
 
 
-@pytest.fixture(scope="module")
-def texts() -> Any:
-    """Return PTX by the names of the shapes."""
-    specs = {name: tuple(shape) for name, shape in SHAPES.items()}
-    return json.loads(processes.run(f"SHAPES = {specs!r}\n{COMPILE}", timeout=120, NUMBA_ENABLE_CUDASIM="0"))
+@cache
+def ptx_of(spec: Any) -> str:
+    """The PTX of a kernel, by its specification."""
+    return processes.run(f"SPEC = {pickle.dumps(spec)!r}\n{COMPILE}", timeout=120, NUMBA_ENABLE_CUDASIM="0")
 
 
-def run(text: str, shape: TileShape, query: Halves, key: Halves, value: Halves, mask: Any, **options: Any) -> Any:
-    problem, operands = describe(*as_operands(query.numbers, key.numbers, value.numbers, mask), **options)
-    out = Halves(np.full((*problem.rows_shape, problem.queries, problem.value_dim), np.nan), shape.storage)
-    views = [
-        (QUERY, operands.query, 0),
-        (KEY, operands.key, 0),
-        (VALUE, operands.value, 0),
-        (OUT, out.numbers, 0),
-        *(() if mask is None else ((MASK, operands.mask, 0),)),
-    ]
-    lse = np.zeros(problem.lse_shape, np.float32)
-    shown = np.zeros(1, np.uint8) if mask is None else mask
-    arrays = [query.base, key.base, value.base, shown, out.base, lse, *make_table(problem, views)]
-    memory = ptx_machine.Memory(*arrays)
-    parameters: list[Any] = []
-    for number, array in enumerate(arrays):
-        flat = array if number in (6, 7) else array.reshape(-1)
-        parameters += [0, 0, flat.size, flat.itemsize, memory.address(number), *flat.shape, *flat.strides]
-    parameters += [np.float32(problem.scale * (1.0 if shape.floating else LOG2_E)), np.float32(1), 0, 0]
-    ptx_machine.launch(text, tensor_cores.grid_of(shape, problem), shape.warps, memory, parameters)
-    bits = memory.array(4, out.base)
-    return from_halves(bits, shape.storage).reshape(problem.out_shape), memory.array(5, lse)
+@pytest.fixture
+def on_ptx(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Return what has the kernels on tensor cores that are launched run as PTX, after a change of it."""
+    ran: list[str] = []
+
+    def use(change: Callable[[str], str] = str) -> list[str]:
+        for module in (half_cases, attention, backward):
+            made, launched = (getattr(module, name) for name in ("kernel", "launch"))
+            made, launched = (getattr(function, "usual", function) for function in (made, launched))
+
+            def kernel(factory: Any, spec: Any, _usual: Any = made, **options: Any) -> Any:
+                if factory in (tensor_cores.forward, tensor_cores_backward.gradients):
+                    return change(ptx_of(spec))
+                return _usual(factory, spec, **options)
+
+            def launch(kernel: Any, grid: int, block: Any, stream: Any, arguments: Any, _usual: Any = launched) -> None:
+                if isinstance(kernel, str):
+                    ran.append(kernel)
+                    ptx_machine.call(kernel, grid, block[0], arguments)
+                else:
+                    _usual(kernel, grid, block, stream, arguments)
+
+            kernel.usual, launch.usual = made, launched  # type: ignore[attr-defined]
+            monkeypatch.setattr(module, "kernel", kernel)
+            monkeypatch.setattr(module, "launch", launch)
+        monkeypatch.setattr(attention, "_plans", {})
+        return ran
+
+    return use
 
 
 @pytest.mark.parametrize("causal", [False, "bottom-right"])
 @pytest.mark.parametrize("name", SHAPES)
-def test_ptx_computes_attention(texts: Any, name: str, causal: bool | str) -> None:
+def test_ptx_computes_attention(on_ptx: Any, name: str, causal: bool | str) -> None:
     rng = np.random.default_rng(0)
     shape = SHAPES[name]
     queries, keys, features = shape.queries + 5, 2 * shape.keys + 9, shape.width - 8
@@ -85,25 +94,53 @@ def test_ptx_computes_attention(texts: Any, name: str, causal: bool | str) -> No
     # a value that is not finite, which not all queries see
     bits = Halves(np.float32([np.inf]), shape.storage).bits[0]
     value.bits[0, keys - 3, 5], value.numbers[0, keys - 3, 5] = bits, np.inf
-    options = {"is_causal": causal, "enable_gqa": True}
-    out, lse = run(texts[name], shape, query, key, value, mask, **options)
-    wanted = bounds(shape, query, key, value, mask, **options)
-    check_out(out, wanted)
-    check_lse(lse, wanted)
+    ran = on_ptx()
+    check(shape, query, key, value, mask, is_causal=causal, enable_gqa=True)
+    assert ran
 
 
-def test_a_wrong_instruction_shows(texts: Any) -> None:
-    """Were two operands of one instruction exchanged, the result would not be right."""
+def test_a_wrong_instruction_shows(on_ptx: Any) -> None:
+    """Were one kind of instruction another, the result would not be right."""
     rng = np.random.default_rng(1)
-    shape, text = SHAPES["wide"], texts["wide"]
+    shape = SHAPES["wide"]
     operands = [Halves(rng.normal(size=(20, 128)), shape.storage) for _ in range(3)]
-    right, _ = run(text, shape, *operands, None)
     for old, new in (
         ("ldmatrix.sync.aligned.m8n8.x4.trans.", "ldmatrix.sync.aligned.m8n8.x4."),
         (".bfly.b32", ".idx.b32"),
-        ("cp.async.wait_group 0", "cp.async.wait_group 1"),
+        ("cp.async.wait_group \t0", "cp.async.wait_group \t1"),
         ("max.f32", "add.f32"),
     ):
-        assert old in text
-        wrong, _ = run(text.replace(old, new), shape, *operands, None)
-        assert not np.array_equal(wrong, right), old
+        old, new = (" ".join(text.split()) for text in (old, new))
+        assert old in ptx_of(shape)
+        on_ptx(lambda text, old=old, new=new: text.replace(old, new))
+        with pytest.raises(AssertionError):
+            check(shape, *operands)
+
+
+@pytest.mark.parametrize(("features", "causal"), [(64, False), (96, True)])
+def test_calls_compute_what_the_simulator_does(
+    on_ptx: Any, monkeypatch: pytest.MonkeyPatch, features: int, causal: bool
+) -> None:
+    """Attention and its gradients, with everything around the kernels; sums may be rounded in another order."""
+    for module in (attention, backward):
+        monkeypatch.setattr(module, "_plans", {})
+    monkeypatch.setattr(attention, "capability_of", lambda number: (8, 0))
+    monkeypatch.setattr(backward, "device", lambda: Device(0, "one that is not there", (8, 0), "none"))
+    rng = np.random.default_rng(features)
+    query, grad_out = (rng.normal(size=(4, 40, features)).astype(np.float16) for _ in range(2))
+    key, value = (rng.normal(size=(2, 70, features)).astype(np.float16) for _ in range(2))
+    options: Any = {"is_causal": causal, "enable_gqa": True, "backend": "cuda"}
+
+    def results() -> list[Any]:
+        out, lse = fastattn.attention(query, key, value, return_lse=True, **options)
+        return [out, lse, *fastattn.attention_backward(grad_out, query, key, value, out, lse, **options)]
+
+    wanted = results()
+    ran = on_ptx()
+    found = results()
+    assert len(ran) == 3
+    for one, other in zip(found, wanted, strict=True):
+        most = float(np.abs(other).max())
+        np.testing.assert_allclose(
+            one.astype(np.float64), other.astype(np.float64), atol=2 * half_cases.EPS["float16"] * most
+        )

@@ -1,149 +1,24 @@
-"""The backward pass on tensor cores: without a GPU the same source, its instructions in NumPy.
-
-Beside what `tolerances` derives for arithmetic in float32, with eps the spacing of halves at 1: weights and gradients
-of scores are rounded to halves before they are multiplied, each by up to eps/2 of itself, in float16 also by up to
-2^-25, and the gradients when they are stored. The output that arrives is rounded, too, but that is what the exact
-gradients are evaluated with.
-"""
+"""The backward pass on tensor cores: without a GPU the same source, its instructions in NumPy."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-from half_cases import EPS, SUBNORMAL, Halves
+from half_cases import Halves
+from half_gradients import check, operands, run
 from hypothesis import given
 from hypothesis import strategies as st
-from numba import cuda
-from tolerances import expected_gradients, folded
 
 import fastattn
-from fastattn import reference
 from fastattn.cuda import backward
 from fastattn.cuda import tensor_cores_backward as tensor_cores
-from fastattn.cuda.available import SIMULATED, Device
-from fastattn.cuda.backward import members_of
-from fastattn.cuda.compile import kernel, launch
-from fastattn.cuda.elements import LOG2_E
-from fastattn.cuda.emulated import from_halves
+from fastattn.cuda.available import Device
 from fastattn.cuda.fragments import TileShape
-from fastattn.cuda.plan import GRAD_OUT, KEY, LSE, MASK, QUERY, VALUE, make_table
-from fastattn.gradients import Upstream
-from fastattn.problem import describe, split_shape
 
-Array = np.ndarray[Any, Any]
 STORAGES = ("bfloat16", "float16")
 SMALL = TileShape("bfloat16", "none", width=64, warps=1, rows=16, keys=16, blocks=1)
-
-
-def operands(
-    rng: Any, storage: str, query: tuple[int, ...], key: tuple[int, ...], columns: int | None = None
-) -> list[Halves]:
-    """Return dO, query, key and value."""
-    columns = query[-1] if columns is None else columns
-    shapes = ((*query[:-1], columns), query, key, (*key[:-1], columns))
-    return [Halves(rng.normal(size=shape), storage) for shape in shapes]
-
-
-def run(
-    shape: TileShape, given: list[Halves], mask: Any = None, apart: bool = False, **options: Any
-) -> tuple[list[Array], Any]:
-    """Call both kernels: the gradients of query, key and value, and what arrived, with the axes of the operands."""
-    grad_out, query, key, value = given
-    numbers = mask.numbers if isinstance(mask, Halves) else mask
-    problem, views = describe(query.numbers, key.numbers, value.numbers, numbers, **options)
-    rows = problem.rows_shape
-    with np.errstate(all="ignore"):
-        exact, sums, _ = reference.evaluate(problem, views)
-    out = Halves(exact, shape.storage).numbers.reshape(*rows, problem.queries, problem.value_dim)
-    lse = np.ascontiguousarray(sums, np.float32).reshape(*rows, problem.queries)
-    upstream = Upstream(grad_out.numbers.reshape(out.shape), out, lse, None)
-    with np.errstate(all="ignore"):
-        deltas = (upstream.grad_out * out).sum(-1, dtype=np.float32)
-    table_views = [
-        (QUERY, views.query, query.first),
-        (KEY, views.key, key.first),
-        (VALUE, views.value, value.first),
-        (GRAD_OUT, upstream.grad_out, grad_out.first),
-        (LSE, lse[..., None], 0),
-    ]
-    shown = np.zeros(1, np.uint8)
-    if mask is not None:
-        table_views.append((MASK, views.mask, 0))
-        shown = mask.base if isinstance(mask, Halves) else np.ascontiguousarray(mask)
-        shown = shown.view(np.uint8 if shown.dtype == bool else shown.dtype).reshape(-1)
-    tables = [cuda.to_device(table) for table in make_table(problem, table_views)]
-    unit = np.float32(problem.scale * (1.0 if shape.floating else LOG2_E))
-    memory = {name: array.memory for name, array in zip(("d", "q", "k", "v"), given, strict=True)}
-    memory["mask"] = cuda.to_device(shown)
-    found: list[Array] = []
-    for of_keys in (False, True):
-        spec = tensor_cores.Gradients(shape, of_keys, apart)
-        own = ("k", "v", "q", "d") if of_keys else ("q", "d", "k", "v")
-        results = [key, value] if of_keys else [query]
-        shared = split_shape(results[0].numbers.shape, problem, of_keys)
-        members = members_of(shared, problem)
-        made = [Halves(np.full(result.numbers.shape, np.nan), shape.storage) for result in results]
-        places = [array.memory for array in made]
-        length = problem.keys if of_keys else problem.queries
-        launch(
-            kernel(tensor_cores.gradients, spec, **tensor_cores.options(spec)),
-            -(-length // shape.queries) * members.shape[0],
-            (shape.warps if SIMULATED else shape.threads, 1),
-            0,
-            (
-                *(memory[name] for name in own),
-                memory["mask"],
-                *(cuda.to_device(array.reshape(-1)) for array in (lse, deltas)),
-                *tables,
-                cuda.to_device(members),
-                unit,
-                np.float32(problem.scale),
-                places[0],
-                places[-1],
-            ),
-        )
-        for array, place in zip(made, places, strict=True):
-            bits = place.copy_to_host().view(np.uint16)
-            found.append(from_halves(bits, shape.storage).reshape(array.numbers.shape))
-    return found, upstream
-
-
-def check(shape: TileShape, given: list[Halves], mask: Any = None, apart: bool = False, **options: Any) -> list[Array]:
-    """Call the kernels, assert that what comes of them is right, and return it."""
-    found, upstream = run(shape, given, mask, apart, **options)
-    grad_out, query, key, value = (operand.numbers for operand in given)
-    numbers = mask.numbers if isinstance(mask, Halves) else mask
-    with np.errstate(all="ignore"):
-        exact = reference.differentiate(*describe(query, key, value, numbers, **options), upstream)
-        # what is not finite has no size: where it is looked at, so is the gradient
-        finite = [np.where(np.isfinite(array), array, 0) for array in (grad_out, query, key, value)]
-        problem, _, bounds = expected_gradients(*finite, numbers, **options)
-        views = describe(*finite[1:], numbers, **options)[1]
-        eps = EPS[shape.storage]
-        q, k, g = (np.abs(array.astype(np.float64)) for array in (views.query, views.key, upstream.grad_out))
-        scores = np.abs(np.where(np.isfinite(exact.scores), exact.scores, 0))
-        scores = eps / 2 * scores + SUBNORMAL + bounds[3]
-        weights = reference.evaluate(replace(problem, dropout_p=0.0), views)[2].reshape(scores.shape)
-        weights, g = eps / 2 * weights + SUBNORMAL, np.where(np.isfinite(g), g, 0)
-        roundings = [
-            abs(problem.scale) * (scores @ k),
-            abs(problem.scale) * (scores.swapaxes(-1, -2) @ q),
-            weights.swapaxes(-1, -2) @ g,
-        ]
-        for name, gradient, wide, bound, rounding, argument in zip(
-            ("grad_query", "grad_key", "grad_value"), found, exact, bounds, roundings, given[1:], strict=False
-        ):
-            shared, size = name != "grad_query", argument.numbers.shape
-            want = folded(wide, size, problem, shared)
-            limit = folded(bound + rounding, size, problem, shared) + eps / 2 * np.abs(want) + SUBNORMAL
-            fine = np.abs(gradient - want) <= limit
-            fine |= ~np.isfinite(want) & ~np.isfinite(gradient)
-            worst = np.nanmax(np.abs(gradient - want) / limit, initial=0)
-            assert fine.all(), f"{name}: {np.count_nonzero(~fine)} of {fine.size} wrong, {worst:.3g} bounds; {problem}"
-    return found
 
 
 @pytest.mark.parametrize("storage", STORAGES)
