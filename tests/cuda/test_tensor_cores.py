@@ -27,7 +27,12 @@ def operands(rng: Any, storage: str, query: Any, key: Any, value: Any = None) ->
 
 @pytest.mark.parametrize(
     ("storage", "width", "causal"),
-    [("bfloat16", 64, False), ("float16", 64, "bottom-right"), ("float16", 128, False), ("bfloat16", 128, "bottom-right")],
+    [
+        ("bfloat16", 64, False),
+        ("float16", 64, "bottom-right"),
+        ("float16", 128, False),
+        ("bfloat16", 128, "bottom-right"),
+    ],
 )
 def test_shapes_that_are_used(storage: str, width: int, causal: bool | str) -> None:
     """Two query heads to a key head, and lengths that no tile divides."""

@@ -23,7 +23,12 @@ SMALL = TileShape("bfloat16", "none", width=64, warps=1, rows=16, keys=16, block
 
 @pytest.mark.parametrize(
     ("storage", "width", "causal"),
-    [("bfloat16", 64, False), ("float16", 64, "bottom-right"), ("float16", 128, False), ("bfloat16", 128, "bottom-right")],
+    [
+        ("bfloat16", 64, False),
+        ("float16", 64, "bottom-right"),
+        ("float16", 128, False),
+        ("bfloat16", 128, "bottom-right"),
+    ],
 )
 def test_shapes_that_are_used(storage: str, width: int, causal: bool | str) -> None:
     """Two query heads to a key head, and lengths that no tile divides."""
@@ -119,7 +124,7 @@ def test_the_same_bits_every_time_and_in_any_batch() -> None:
 
 
 def test_calls_that_suit_them_get_these_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through the public function, on a GPU of compute capability 8.0 that is not there; they are near the exact gradients."""
+    """Through the public function, on a GPU of compute capability 8.0 that is not there; near the exact ones."""
     rng = np.random.default_rng(5)
     shapes = [(2, 20, 16), (2, 20, 16), (1, 19, 16), (1, 19, 16)]
     arrays = [rng.normal(size=shape).astype(np.float16) for shape in shapes]
