@@ -63,7 +63,7 @@ def test_masks(mask: str, width: int) -> None:
     check(shape, query, key, value, given)
 
 
-@settings(max_examples=max(25, settings().max_examples // 2))
+@settings(max_examples=max(20, settings().max_examples // 3))
 @given(data=st.data())
 def test_any_call(data: Any) -> None:
     """Any lengths, sizes, masks and tiles, and numbers that are not finite anywhere."""

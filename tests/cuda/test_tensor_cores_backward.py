@@ -59,7 +59,7 @@ def test_masks(mask: str) -> None:
     assert not found[2][5].any()
 
 
-@settings(max_examples=max(25, settings().max_examples // 2))
+@settings(max_examples=max(20, settings().max_examples // 3))
 @given(data=st.data())
 def test_any_call(data: Any) -> None:
     """Any lengths, sizes and tiles, and numbers that are not finite anywhere."""
