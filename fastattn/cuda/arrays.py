@@ -78,6 +78,11 @@ class Given(NamedTuple):
         start = self.address - first * self.itemsize
         return start, start + count * self.itemsize
 
+    @property
+    def layout(self) -> tuple[Shape, Shape, int]:
+        """All that tables of offsets depend on: shape too, as an axis of length 1 is broadcast whatever its stride."""
+        return self.shape, self.strides, self.span[0]
+
     def carrier(self, dtype: Any) -> NDArray[Any]:
         """An ndarray of this shape and these strides, in elements, that has no memory: for shapes to be checked by."""
         dtype = np.dtype(dtype)

@@ -281,7 +281,7 @@ def plan_of(call: Call, kind: str, choose: Callable[[Facts], Choice], out: Given
     """Plan a call, or find the plan of one like it."""
     problem, place = call.problem, call.place
     arrays = {**call.givens, "out": out}
-    layout = tuple((name, given.strides, given.span[0], given.extent[0] % ALIGNMENT) for name, given in arrays.items())
+    layout = tuple((name, given.layout, given.extent[0] % ALIGNMENT) for name, given in arrays.items())
     identity = (kind, problem, call.storage, call.mask, place.device, layout)
     plan = _plans.get(identity)
     if plan is None:

@@ -268,10 +268,8 @@ def plan_of(call: Call, upstream: Upstream, others: dict[str, Given]) -> Plan:
     """Plan a call, or find the plan of one like it."""
     problem, place, givens = call.problem, call.place, call.givens
     arrays = {**givens, **others}
-    layout = tuple(
-        (name, array.shape, array.strides, array.span[0], array.extent[0] % ALIGNMENT) for name, array in arrays.items()
-    )
-    identity = (problem, call.storage, place.device, layout)
+    layout = tuple((name, array.layout, array.extent[0] % ALIGNMENT) for name, array in arrays.items())
+    identity = (problem, call.storage, call.mask, place.device, layout)
     plan = _plans.get(identity)
     if plan is None:
         views = [
@@ -298,6 +296,8 @@ def plan_of(call: Call, upstream: Upstream, others: dict[str, Given]) -> Plan:
         )
         if against is None and not (together and members["query"].shape[1] == 1):
             against = "axes along which key or value alone is broadcast, or query"
+        if against is None and members["key"].size == 0:
+            against = "an empty batch"
         plan = Plan(
             uploaded(tables, place),
             {name: table(array, place.stream) for name, array in members.items()},
