@@ -34,7 +34,7 @@ from numba import cuda, types
 from fastattn.cuda import tensor_cores
 from fastattn.cuda.available import SIMULATED
 from fastattn.cuda.elements import MASKS, STORAGE
-from fastattn.cuda.fragments import HALF, TileShape, make_steps
+from fastattn.cuda.fragments import TileShape, make_steps
 from fastattn.cuda.gradient_fragments import make_gradient_steps, shared_bytes
 from fastattn.cuda.plan import (
     CAUSAL_OFFSET,
@@ -236,10 +236,4 @@ def against(
     storage: str, mask: str, problem: Problem, table: Table, addresses: Sequence[int], capability: tuple[int, int]
 ) -> str | None:
     """Say why a call cannot have these kernels; None if it can. The arguments are those of the forward kernel's."""
-    why = tensor_cores.against(storage, mask, problem, table, addresses, capability)
-    if why is None and table.steps[GRAD_OUT, 1] != 1:
-        return "features are not next to each other in memory"
-    halves = 16 // HALF
-    if why is None and (table.steps[GRAD_OUT, 0] % halves or (table.offsets[GRAD_OUT] % halves).any()):
-        return "rows do not begin at multiples of 16 bytes"
-    return why
+    return tensor_cores.against(storage, mask, problem, table, addresses, capability, (QUERY, KEY, VALUE, GRAD_OUT))

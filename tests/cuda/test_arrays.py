@@ -101,6 +101,20 @@ def test_the_same_bits_in_any_layout_on_tensor_cores(cuda_attention: Attention, 
 
 
 @simulator_only
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name not in ("byte-swapped", "unaligned")])
+def test_the_same_bits_of_gradients_in_any_layout_on_tensor_cores(layout: str) -> None:
+    rng = np.random.default_rng(0)
+    shapes = {"grad_out": 5, "query": 5, "key": 9, "value": 9, "out": 5}
+    host = {name: rng.standard_normal((2, length, 8)).astype(np.float16) for name, length in shapes.items()}
+    lse = np.zeros((2, 5), np.float32)
+    wanted = fastattn.attention_backward(*host.values(), lse, backend="cuda")
+    for names in (("grad_out",), ("key",), ("out",), tuple(host)):
+        device = [Interface(laid_out(a, layout) if name in names else a) for name, a in host.items()]
+        found = fastattn.attention_backward(*device, Interface(lse))
+        assert [one.copy_to_host().tobytes() for one in found] == [one.tobytes() for one in wanted]
+
+
+@simulator_only
 def test_repeated_heads_of_halves_are_copied_once(cuda_attention: Attention) -> None:
     rng = np.random.default_rng(0)
     query, key = rng.standard_normal((2, 5, 16)).astype(np.float16), rng.standard_normal((9, 16)).astype(np.float16)

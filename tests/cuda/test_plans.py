@@ -32,7 +32,7 @@ def test_an_axis_that_is_broadcast_is_no_axis_of_rows(
 ) -> None:
     # an axis of length 1 has the stride that the same axis of length 2 has, and the result the same shape
     for batch in (1, 2):
-        lead = {name: 2 for name in ("key", "value", "attn_mask")} | {which: batch}
+        lead = dict.fromkeys(("key", "value", "attn_mask"), 2) | {which: batch}
         query = some(2, 1, queries, 8, dtype=dtype)
         key, value = (some(lead[name], 1, 7, 8, dtype=dtype) for name in ("key", "value"))
         mask = some(lead["attn_mask"], 1, queries, 7) > 0
