@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from fastattn.cuda import portable_backward as portable
 from fastattn.cuda import tensor_cores_backward
-from fastattn.cuda.arrays import Given, HostPlace, check_together, nothing, place_of, read
+from fastattn.cuda.arrays import Given, HostPlace, check_together, nothing, place_of, read, settle
 from fastattn.cuda.attention import (
     ALIGNMENT,
     REMEMBERED,
@@ -116,7 +116,9 @@ def attention_backward(
     place = place_of({**givens, **others})
     with place.active():
         call = Call(problem, place, storage, operands, givens)
-        return tuple(map(place.deliver, differentiate(call, others, seed, with_mask)))
+        found = differentiate(call, others, seed, with_mask)
+        settle({**givens, **others}, place)
+        return tuple(map(place.deliver, found))
 
 
 def _of_host_arrays(
@@ -323,7 +325,7 @@ def plan_of(call: Call, others: dict[str, Given]) -> Plan:
             against = "an empty batch"
         plan = Plan(
             uploaded(tables, place),
-            {name: table(array, place.stream) for name, array in members.items()},
+            {name: table(array, place.device) for name, array in members.items()},
             {name: array.shape[0] for name, array in members.items()},
             together,
             against,
