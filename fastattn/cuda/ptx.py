@@ -88,7 +88,9 @@ def thread_index():
 
 def warp_index():
     """The index of this warp in its block, which the assembler sees to be the same in all of its lanes."""
-    return _call("shfl.sync.idx.b32 $0, $1, 0, 31, -1;", I32, "=r,r", (thread_index() // 32).ir, effects=True, together=True)
+    return _call(
+        "shfl.sync.idx.b32 $0, $1, 0, 31, -1;", I32, "=r,r", (thread_index() // 32).ir, effects=True, together=True
+    )
 
 
 def narrow(x):

@@ -34,7 +34,7 @@ from numba import cuda, types
 from fastattn.cuda import tensor_cores
 from fastattn.cuda.available import SIMULATED
 from fastattn.cuda.elements import MASKS, STORAGE
-from fastattn.cuda.fragments import TileShape, make_steps
+from fastattn.cuda.fragments import HALF, TileShape, make_steps
 from fastattn.cuda.gradient_fragments import make_gradient_steps, shared_bytes
 from fastattn.cuda.plan import (
     CAUSAL_OFFSET,
@@ -52,6 +52,8 @@ from fastattn.cuda.plan import (
 )
 from fastattn.cuda.primitives import global_address, unrolled
 from fastattn.problem import Problem
+
+MOST = 2**31 - 2**20  # bytes of a slice of a gradient, which are counted in 32 bits, and those of some rows more
 
 
 class Gradients(NamedTuple):
@@ -236,4 +238,7 @@ def against(
     storage: str, mask: str, problem: Problem, table: Table, addresses: Sequence[int], capability: tuple[int, int]
 ) -> str | None:
     """Say why a call cannot have these kernels; None if it can. The arguments are those of the forward kernel's."""
+    size = max(problem.queries, problem.keys) * max(problem.head_dim, problem.value_dim) * HALF
+    if size > MOST:
+        return f"a gradient of {size} bytes for a slice is not below 2 GiB"
     return tensor_cores.against(storage, mask, problem, table, addresses, capability, (QUERY, KEY, VALUE, GRAD_OUT))
