@@ -8,7 +8,6 @@ gradients are evaluated with.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -119,12 +118,11 @@ def run(
     given: list[Halves],
     mask: Any = None,
     apart: bool = False,
-    how: Callable[[Work], list[Array]] = launched,
     **options: Any,
 ) -> tuple[list[Array], Upstream]:
     """Run both kernels: the gradients of query, key and value, and what arrived, with the axes of the operands."""
     work, upstream = prepare(shape, given, mask, apart, **options)
-    return [gradient for one in work for gradient in how(one)], upstream
+    return [gradient for one in work for gradient in launched(one)], upstream
 
 
 def check(
@@ -132,11 +130,10 @@ def check(
     given: list[Halves],
     mask: Any = None,
     apart: bool = False,
-    how: Callable[[Work], list[Array]] = launched,
     **options: Any,
 ) -> list[Array]:
     """Call the kernels, assert that what comes of them is right, and return it."""
-    found, upstream = run(shape, given, mask, apart, how, **options)
+    found, upstream = run(shape, given, mask, apart, **options)
     grad_out, query, key, value = (operand.numbers for operand in given)
     numbers = mask.numbers if isinstance(mask, Halves) else mask
     with np.errstate(all="ignore"):

@@ -107,6 +107,8 @@ class Warp:
                 assert when.all() or not when.any(), "a branch that lanes of a warp do not share"
                 if when.all():
                     at = self.program.labels[operands[0]]
+            elif name[:2] == ["bar", "warp"]:
+                assert operands == ["-1"]  # the lanes of a warp are never apart here
             elif name[:2] == ["bar", "sync"]:
                 yield False
             elif name[:3] == ["bar", "red", "or"]:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastattn.cuda import portable, tensor_cores
+from fastattn.cuda import decode, decoding, portable, tensor_cores
 from fastattn.cuda.available import SIMULATED
 from fastattn.cuda.plan import OPERANDS, Table, slices_of
 from fastattn.cuda.tiles import Tiles
@@ -89,8 +89,13 @@ def wants_rows(storage: str, mask: str, problem: Problem, capability: tuple[int,
 
 
 def choose_forward(facts: Facts) -> Choice:
-    """The kernel of the result and the log-sum-exp: on tensor cores, unless something speaks against it."""
+    """The kernel of the result and the log-sum-exp: on tensor cores, unless something speaks against it.
+
+    Few queries have been sent to the kernels that split the keys before.
+    """
     storage, mask, problem = facts.storage, facts.mask, facts.problem
+    few = decoding.against(problem)
+    unsplit = "" if few is None else f"; keys are not split, as {few}"
     against = tensor_cores.against(*facts)
     if against is None:
         shape = tensor_cores.shape_for(storage, mask, max(problem.head_dim, problem.value_dim))
@@ -99,7 +104,7 @@ def choose_forward(facts: Facts) -> Choice:
             shape,
             tensor_cores.grid_of(shape, problem),
             tensor_cores.block_of(shape),
-            "tensor cores",
+            f"tensor cores{unsplit}",
             tuple(tensor_cores.options(shape).items()),
         )
     tiles = tiles_for(storage, problem)
@@ -109,7 +114,7 @@ def choose_forward(facts: Facts) -> Choice:
         portable.Forward(storage, mask, problem.dropout_p > 0, tiles),
         slices_of(problem) * blocks,
         (tiles.threads_x, tiles.threads_y),
-        f"portable, because of {against}",
+        f"portable, because of {against}{unsplit}",
     )
 
 
@@ -129,7 +134,9 @@ def choose_weights(facts: Facts) -> Choice:
 
 def said(capability: tuple[int, int]) -> str:
     """Which kernels calls get on a GPU, and why, in a few words."""
+    few = f"keys split over blocks where up to {decode.MAX_ROWS} queries share them"
     if capability < tensor_cores.CAPABILITY:
         need = ".".join(map(str, tensor_cores.CAPABILITY))
-        return f"portable for all, as tensor cores are used from compute capability {need} on"
-    return f"tensor cores for float16 and bfloat16 of head sizes up to {tensor_cores.WIDEST}, portable for all else"
+        return f"{few}, portable for all else, as tensor cores are used from compute capability {need} on"
+    halves = f"tensor cores for float16 and bfloat16 of head sizes up to {tensor_cores.WIDEST}"
+    return f"{few}, {halves}, portable for all else"

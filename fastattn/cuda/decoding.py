@@ -16,7 +16,7 @@ from fastattn.cuda.plan import slices_of
 from fastattn.cuda.vectors import VECTOR_BYTES, vector_width
 from fastattn.problem import Problem
 
-__all__ = ["Work", "attend", "is_aligned", "work_for"]
+__all__ = ["Work", "against", "attend", "is_aligned", "work_for"]
 
 REMEMBERED = 256  # tables
 #: For the simulator: how many queries are few, and the work of a block, which has at least a thread for each row.
@@ -53,11 +53,26 @@ def is_aligned(given: Given) -> bool:
     )
 
 
+def against(problem: Problem) -> str | None:
+    """Say why a call cannot have these kernels; None if it can."""
+    rows, most = problem.group * problem.queries, FEW if SIMULATED else decode.MAX_ROWS
+    if not rows:
+        return "there are no queries"
+    if rows > most:
+        return f"{rows} queries share them, more than {most}"
+    if not problem.keys:
+        return "there are none"
+    for name, size in (("head", problem.head_dim), ("value", problem.value_dim)):
+        if size > decode.MAX_FEATURES:
+            return f"{name} size {size} is above {decode.MAX_FEATURES}"
+    return None
+
+
 def work_for(problem: Problem, storage: str, mask: str, aligned: bool) -> Work | None:
     """What there is to do, if the queries that share their keys are few enough; None if not."""
-    rows = problem.group * problem.queries
-    if not 0 < rows <= (FEW if SIMULATED else decode.MAX_ROWS) or not problem.keys:
+    if against(problem) is not None:
         return None
+    rows = problem.group * problem.queries
     features = max(problem.head_dim, problem.value_dim)
     spec = decode.decode_for(storage, mask, problem.dropout_p > 0, aligned, rows, problem.keys, features)
     if spec is None:

@@ -24,6 +24,7 @@ __all__ = [
     "exp2",
     "fma",
     "global_address",
+    "hold_loads",
     "load_byte",
     "load_float",
     "load_half",
@@ -161,6 +162,10 @@ def wait(groups: int) -> None:
             chunks = np.zeros((LANES, 16), np.uint8)
             chunks[wanted] = source.memory[source.each()[wanted, None] + np.arange(16)]
             to.memory[to.each()[:, None] + np.arange(16)] = chunks
+
+
+def hold_loads() -> None:
+    """Nothing: what is loaded is not kept in registers here."""
 
 
 def observe(instruction: str, address: Address) -> None:

@@ -17,6 +17,7 @@ __all__ = [
     "exp2",
     "fma",
     "global_address",
+    "hold_loads",
     "load_byte",
     "load_float",
     "load_half",
@@ -155,6 +156,11 @@ def commit():
 def wait(groups):
     """Wait until no more than the last `groups` groups of copies are under way."""
     _call(f"cp.async.wait_group {groups};", None, "", effects=True)
+
+
+def hold_loads():
+    """Have the assembler load nothing before this that stands after it, though it could: that would take registers."""
+    _call("bar.warp.sync -1;", None, "", effects=True)
 
 
 def _load_matrices(address, suffix):

@@ -50,7 +50,7 @@ from fastattn.cuda.plan import (
     VALUE_DIM,
     Table,
 )
-from fastattn.cuda.primitives import global_address, unrolled
+from fastattn.cuda.primitives import global_address, hold_loads, unrolled
 from fastattn.problem import Problem
 
 MOST = 2**31 - 2**20  # bytes of a slice of a gradient, which are counted in 32 bits, and those of some rows more
@@ -123,7 +123,7 @@ def gradients(spec: Gradients) -> Any:
     differentiate, differentiate_seen = more.differentiate, more.differentiate_seen
     add_odd, store = more.add_odd, more.store
     second_tile = unrolled(lambda stage: stage + shape.keys * shape.row_bytes)
-    address, masked = unrolled(global_address), shape.mask != "none"
+    address, hold, masked = unrolled(global_address), unrolled(hold_loads), shape.mask != "none"
     rows, tile = shape.queries, shape.keys
 
     def kernel(
@@ -188,6 +188,9 @@ def gradients(spec: Gradients) -> Any:
                 second_left = load_own(second_own_at(memory), thread)
             grads = multiply(second_left, second_tile(stage), thread)
             thread = own_thread()
+            if apart:
+                # where registers are this short, none is for the mask while there are factors in them
+                hold()
             lse_at, deltas_at = address(lse, offsets[LSE, number]), address(deltas, number * queries)
             mask_at = address(mask, offsets[MASK, number])
             # whether the last key is seen by the first query

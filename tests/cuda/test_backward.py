@@ -133,8 +133,13 @@ def test_axes_of_length_zero(empty: str) -> None:
     check(*inputs(*shapes), grad_mask=True)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(), (1,), (7,), (6, 1), (6, 7), (2, 1, 1), (2, 6, 7), (3, 1, 1, 7), (3, 2, 6, 7)])
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [
+        *((np.float32, s) for s in [(), (1,), (7,), (6, 1), (6, 7), (2, 1, 1), (2, 6, 7), (3, 1, 1, 7), (3, 2, 6, 7)]),
+        *((np.float64, s) for s in [(2, 1, 1), (3, 2, 6, 7)]),
+    ],
+)
 def test_gradient_of_a_mask(dtype: Any, shape: tuple[int, ...]) -> None:
     """It is summed over every axis along which the mask was broadcast."""
     arrays = inputs((3, 2, 6, 3), (3, 2, 6, 2), (2, 7, 2), (3, 1, 7, 3), shape, dtype=dtype)

@@ -46,7 +46,6 @@ def test_a_changed_source_is_compiled_anew(tmp_path: Path) -> None:
     with open(copied / "cuda" / "elements.py", "a") as file:
         file.write("# changed\n")
     assert outcome() == COMPILED
-    assert outcome() == FOUND
     for damaged in cache.glob("cuda-*/*.nbc"):
         damaged.write_bytes(b"not a kernel")
     assert outcome() == COMPILED

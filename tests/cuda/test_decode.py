@@ -16,7 +16,7 @@ from fastattn.problem import describe
 pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
 from numba import cuda
 
-from fastattn.cuda import arrays, decode, decoding
+from fastattn.cuda import arrays, choice, decode, decoding, plan
 from fastattn.cuda.available import SIMULATED
 from fastattn.cuda.vectors import vector_width
 
@@ -168,6 +168,38 @@ def test_who_gets_these_kernels() -> None:
         problem, _ = describe(asked, *[np.broadcast_to(np.float32(0), shape)] * 2, enable_gqa=True)
         work = decoding.work_for(problem, "float32", "none", False)
         assert (work is not None) == few, (heads, queries, features)
+
+
+@pytest.mark.parametrize(
+    ("query", "key", "why"),
+    [
+        ((1, 32, 8), (1, 9, 8), "32 queries share them, more than "),
+        ((32, 2, 8), (1, 9, 8), "64 queries share them, more than "),
+        ((1, 1, 264), (1, 9, 264), "head size 264 is above 256"),
+        ((1, 1, 8), (1, 0, 8), "there are none"),
+    ],
+)
+def test_it_is_said_why_keys_are_not_split(query: Any, key: Any, why: str) -> None:
+    given = (np.zeros(query, np.float16), np.zeros(key, np.float16), np.zeros(key, np.float16))
+    problem, _ = describe(*(array.astype(np.float32) for array in given), enable_gqa=True)
+    for mask, kernel in (("none", "tensor cores"), ("float64", "portable, because of a mask of float64")):
+        table = plan.Table(np.zeros((plan.OPERANDS, 32), np.int64), np.tile([0, 1], (plan.OPERANDS, 1)), np.zeros(0))
+        chosen = choice.choose_forward(choice.Facts("float16", mask, problem, table, (0,) * 4, (8, 0)))
+        if query[-1] == 8:
+            assert chosen.why.startswith(kernel)
+        assert f"; keys are not split, as {why}" in chosen.why
+    assert decoding.work_for(problem, "float16", "none", False) is None
+
+
+def test_it_is_said_which_kernels_calls_get() -> None:
+    assert choice.said((8, 0)) == (
+        "keys split over blocks where up to 16 queries share them, tensor cores for float16 and bfloat16 of head sizes "
+        "up to 128, portable for all else"
+    )
+    assert choice.said((7, 5)) == (
+        "keys split over blocks where up to 16 queries share them, portable for all else, as tensor cores are used "
+        "from compute capability 8.0 on"
+    )
 
 
 @pytest.mark.parametrize("storage", STORAGES)

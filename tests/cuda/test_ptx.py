@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+from base64 import b64encode
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import half_cases
+import half_gradients
 import numpy as np
 import processes
 import ptx_machine
@@ -18,6 +21,7 @@ import fastattn
 from fastattn.cuda import attention, backward, tensor_cores, tensor_cores_backward
 from fastattn.cuda.available import SIMULATED, Device
 from fastattn.cuda.fragments import TileShape
+from fastattn.cuda.tensor_cores_backward import Gradients
 
 pytestmark = pytest.mark.skipif(not SIMULATED, reason="a GPU runs the kernels themselves")
 
@@ -27,23 +31,45 @@ SHAPES = {
     "bool": TileShape("bfloat16", "bool", width=64, warps=1, rows=16, keys=16, blocks=1),
     "float": TileShape("float16", "float32", width=64, warps=1, rows=16, keys=16, blocks=1),
 }
+#: Of gradients, and whether the own rows stay in shared memory.
+GRADIENT_SHAPES = {
+    "plain": (TileShape("bfloat16", "none", width=64, warps=2, rows=16, keys=32, blocks=1), False),
+    "bool": (TileShape("bfloat16", "bool", width=128, warps=1, rows=16, keys=16, blocks=1), True),
+    "float": (TileShape("float16", "float32", width=64, warps=1, rows=16, keys=16, blocks=1), False),
+}
+#: Each shape, with a causal limit or without; the plain one both ways, as it has a path of its own for whole tiles.
+CASES = [("plain", False), ("plain", "bottom-right"), ("wide", False), ("bool", "bottom-right"), ("float", False)]
+CALL = ("float16", "none", 128)  # storage, mask and width of a whole call
+SPECS = [
+    *SHAPES.values(),
+    *(Gradients(shape, of_keys, apart) for shape, apart in GRADIENT_SHAPES.values() for of_keys in (False, True)),
+    tensor_cores.shape_for(*CALL),
+    *(tensor_cores_backward.spec_for(*CALL, of_keys) for of_keys in (False, True)),
+]
 COMPILE = """
-import pickle
+import json, pickle
+from base64 import b64decode
 from fastattn.cuda import portable, tensor_cores, tensor_cores_backward
 from fastattn.cuda.compile import ptx
-spec = pickle.loads(SPEC)
-factory, types = {
+
+kinds = {
     "TileShape": (tensor_cores.forward, portable.argument_types),
     "Gradients": (tensor_cores_backward.gradients, tensor_cores_backward.argument_types),
-}[type(spec).__name__]
-print(ptx(factory, spec, types(spec), (8, 0)))
+}
+made = []
+for spec in pickle.loads(b64decode(SPECS)):
+    factory, types = kinds[type(spec).__name__]
+    made.append(ptx(factory, spec, types(spec), (8, 0)))
+print(json.dumps(made))
 """
 
 
 @cache
-def ptx_of(spec: Any) -> str:
-    """The PTX of a kernel, by its specification."""
-    return processes.run(f"SPEC = {pickle.dumps(spec)!r}\n{COMPILE}", timeout=120, NUMBA_ENABLE_CUDASIM="0")
+def texts() -> dict[Any, str]:
+    """The PTX of all kernels, by their specifications."""
+    code = f"SPECS = {b64encode(pickle.dumps(SPECS))!r}\n{COMPILE}"
+    made = json.loads(processes.run(code, timeout=300, NUMBA_ENABLE_CUDASIM="0"))
+    return dict(zip(SPECS, made, strict=True))
 
 
 @pytest.fixture
@@ -52,13 +78,13 @@ def on_ptx(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     ran: list[str] = []
 
     def use(change: Callable[[str], str] = str) -> list[str]:
-        for module in (half_cases, attention, backward):
+        for module in (half_cases, half_gradients, attention, backward):
             made, launched = (getattr(module, name) for name in ("kernel", "launch"))
             made, launched = (getattr(function, "usual", function) for function in (made, launched))
 
             def kernel(factory: Any, spec: Any, _usual: Any = made, **options: Any) -> Any:
                 if factory in (tensor_cores.forward, tensor_cores_backward.gradients):
-                    return change(ptx_of(spec))
+                    return change(texts()[spec])
                 return _usual(factory, spec, **options)
 
             def launch(kernel: Any, grid: int, block: Any, stream: Any, arguments: Any, _usual: Any = launched) -> None:
@@ -77,26 +103,44 @@ def on_ptx(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return use
 
 
-@pytest.mark.parametrize("causal", [False, "bottom-right"])
-@pytest.mark.parametrize("name", SHAPES)
+def mask_for(rng: Any, shape: TileShape, queries: int, keys: int) -> Any:
+    """Return a mask that hides everything from query 3, if the kernel takes one."""
+    if shape.mask == "none":
+        return None
+    mask = rng.random((queries, keys)) < 0.7
+    mask[3] = False
+    return np.where(mask, rng.normal(size=mask.shape), -np.inf).astype(np.float32) if shape.floating else mask
+
+
+@pytest.mark.parametrize(("name", "causal"), CASES)
 def test_ptx_computes_attention(on_ptx: Any, name: str, causal: bool | str) -> None:
     rng = np.random.default_rng(0)
     shape = SHAPES[name]
     queries, keys, features = shape.queries + 5, 2 * shape.keys + 9, shape.width - 8
     sizes = ((2, queries, features), (1, keys, features), (1, keys, features))
     query, key, value = (Halves(rng.normal(size=size), shape.storage) for size in sizes)
-    mask: Any = None
-    if shape.mask != "none":
-        mask = rng.random((queries, keys)) < 0.7
-        mask[3] = False
-    if shape.floating:
-        mask = np.where(mask, rng.normal(size=mask.shape), -np.inf).astype(np.float32)
+    mask = mask_for(rng, shape, queries, keys)
     # a value that is not finite, which not all queries see
     bits = Halves(np.float32([np.inf]), shape.storage).bits[0]
     value.bits[0, keys - 3, 5], value.numbers[0, keys - 3, 5] = bits, np.inf
     ran = on_ptx()
     check(shape, query, key, value, mask, is_causal=causal, enable_gqa=True)
     assert ran
+
+
+@pytest.mark.parametrize(("name", "causal"), [case for case in CASES if case[0] in GRADIENT_SHAPES])
+def test_ptx_computes_gradients(on_ptx: Any, name: str, causal: bool | str) -> None:
+    rng = np.random.default_rng(0)
+    shape, apart = GRADIENT_SHAPES[name]
+    queries, keys, features = shape.queries + 5, shape.queries + 9, shape.width - 8
+    given = half_gradients.operands(rng, shape.storage, (2, queries, features), (1, keys, features))
+    mask = mask_for(rng, shape, queries, keys)
+    # something in dO that is not finite, which not all keys get to see
+    bits = Halves(np.float32([np.inf]), shape.storage).bits[0]
+    given[0].bits[0, 2, 5], given[0].numbers[0, 2, 5] = bits, np.inf
+    ran = on_ptx()
+    half_gradients.check(shape, given, mask, apart, is_causal=causal, enable_gqa=True)
+    assert len(ran) == 2
 
 
 def test_a_wrong_instruction_shows(on_ptx: Any) -> None:
@@ -111,25 +155,22 @@ def test_a_wrong_instruction_shows(on_ptx: Any) -> None:
         ("max.f32", "add.f32"),
     ):
         old, new = (" ".join(text.split()) for text in (old, new))
-        assert old in ptx_of(shape)
+        assert old in texts()[shape]
         on_ptx(lambda text, old=old, new=new: text.replace(old, new))
         with pytest.raises(AssertionError):
             check(shape, *operands)
 
 
-@pytest.mark.parametrize(("features", "causal"), [(64, False), (96, True)])
-def test_calls_compute_what_the_simulator_does(
-    on_ptx: Any, monkeypatch: pytest.MonkeyPatch, features: int, causal: bool
-) -> None:
+def test_calls_compute_what_the_simulator_does(on_ptx: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention and its gradients, with everything around the kernels; sums may be rounded in another order."""
     for module in (attention, backward):
         monkeypatch.setattr(module, "_plans", {})
     monkeypatch.setattr(attention, "capability_of", lambda number: (8, 0))
     monkeypatch.setattr(backward, "device", lambda: Device(0, "one that is not there", (8, 0), "none"))
-    rng = np.random.default_rng(features)
-    query, grad_out = (rng.normal(size=(4, 40, features)).astype(np.float16) for _ in range(2))
-    key, value = (rng.normal(size=(2, 70, features)).astype(np.float16) for _ in range(2))
-    options: Any = {"is_causal": causal, "enable_gqa": True, "backend": "cuda"}
+    rng = np.random.default_rng(96)
+    query, grad_out = (rng.normal(size=(2, 40, 96)).astype(np.float16) for _ in range(2))
+    key, value = (rng.normal(size=(1, 70, 96)).astype(np.float16) for _ in range(2))
+    options: Any = {"is_causal": True, "enable_gqa": True, "backend": "cuda"}
 
     def results() -> list[Any]:
         out, lse = fastattn.attention(query, key, value, return_lse=True, **options)

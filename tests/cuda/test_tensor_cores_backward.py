@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from half_cases import Halves
 from half_gradients import check, operands, run
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastattn
@@ -24,9 +24,15 @@ STORAGES = ("bfloat16", "float16")
 SMALL = TileShape("bfloat16", "none", width=64, warps=1, rows=16, keys=16, blocks=1)
 
 
-@pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize("width", [64, 128])
-@pytest.mark.parametrize("causal", [False, "bottom-right"])
+@pytest.mark.parametrize(
+    ("storage", "width", "causal"),
+    [
+        ("bfloat16", 64, False),
+        ("float16", 64, "bottom-right"),
+        ("float16", 128, False),
+        ("bfloat16", 128, "bottom-right"),
+    ],
+)
 def test_shapes_that_are_used(storage: str, width: int, causal: bool | str) -> None:
     """Two query heads to a key head, and lengths that no tile divides."""
     rng = np.random.default_rng(width)
@@ -56,6 +62,7 @@ def test_masks(mask: str) -> None:
     assert not found[2][5].any()
 
 
+@settings(max_examples=max(20, settings().max_examples // 3))
 @given(data=st.data())
 def test_any_call(data: Any) -> None:
     """Any lengths, sizes and tiles, and numbers that are not finite anywhere."""
@@ -138,13 +145,14 @@ def test_bytes_of_a_gradient_that_32_bits_count(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_calls_that_suit_them_get_these_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through the public function, on a GPU of compute capability 8.0 that is not there; they are near the others."""
+    """Through the public function, on a GPU of compute capability 8.0 that is not there; near the exact ones."""
     rng = np.random.default_rng(5)
     shapes = [(2, 20, 16), (2, 20, 16), (1, 19, 16), (1, 19, 16)]
     arrays = [rng.normal(size=shape).astype(np.float16) for shape in shapes]
     out, lse = fastattn.attention(*(array.astype(np.float32) for array in arrays[1:]), enable_gqa=True, return_lse=True)
     given = (*arrays, out.astype(np.float16), lse)
-    usual = fastattn.attention_backward(*given, enable_gqa=True, backend="cuda")
+    wide = [array.astype(np.float32) for array in given]
+    exact = fastattn.attention_backward(*wide, enable_gqa=True, backend="reference")
     monkeypatch.setattr(backward, "_plans", {})
     monkeypatch.setattr(backward, "device", lambda: Device(0, "one that is not there", (8, 0), "none"))
     queued: list[Any] = []
@@ -152,10 +160,11 @@ def test_calls_that_suit_them_get_these_kernels(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(backward, "queue_tensor_cores", lambda *a: (queued.append(a), queue(*a)))
     found = fastattn.attention_backward(*given, enable_gqa=True, backend="cuda")
     assert len(queued) == 1
-    for one, other in zip(found, usual, strict=True):
+    for one, other in zip(found, exact, strict=True):
         assert one.dtype == np.float16
         np.testing.assert_allclose(one.astype(float), other.astype(float), atol=2e-2)
     # the gradient of a query that two heads share is a sum over both
     twice = [array.repeat(2, axis=0) for array in arrays[2:]]
-    fastattn.attention_backward(arrays[0], arrays[1][:1], *twice, *given[4:], backend="cuda")
+    few = [array[:, :3] for array in (arrays[0], arrays[1][:1], *twice, *given[4:])]
+    fastattn.attention_backward(*few, backend="cuda")
     assert len(queued) == 1
