@@ -2,7 +2,7 @@
 #
 #   make demo         what the heads of a real sentence encoder look at
 #   make guide        the pages of the guide; make guide ARGS=heads runs one
-#   make test         all tests and doctests
+#   make test         all tests and doctests; make test ARGS=tests/test_semantics.py runs some
 #   make bench        measure this machine, against NumPy, OpenVINO, ONNX Runtime, and PyTorch where it is cheap to get
 #   make lint         ruff and mypy
 #
@@ -29,8 +29,17 @@ demo: $(STAMP)/demo
 guide: $(STAMP)/guide
 	$(BIN)/python -m fastattn guide $(ARGS)
 
+# all of it on two cores: what CUDA's kernels are tested with, mostly a simulator, has a process of its own, and its
+# report comes at the end
 test: $(STAMP)/test
+ifeq ($(strip $(ARGS)),)
+	@$(BIN)/python -m pytest -q tests/cuda >$(STAMP)/cuda-tests.log 2>&1 & cuda=$$!; trap 'kill $$cuda' INT TERM; \
+	$(BIN)/python -m pytest --ignore=tests/cuda; host=$$?; \
+	wait $$cuda; status=$$?; cat $(STAMP)/cuda-tests.log; \
+	if [ $$status -eq 5 ]; then status=0; fi; exit $$((host | status))  # 5: nothing to test, numba-cuda is missing
+else
 	$(BIN)/python -m pytest $(ARGS)
+endif
 
 bench: $(STAMP)/bench
 	$(BIN)/python -m fastattn bench $(ARGS)

@@ -368,6 +368,13 @@ MUTATIONS = (
         ("cuda/test_portable.py", "test_causal_both_ways"),
     ),
     Mutation(
+        "CUDA: plans are told apart by strides alone",
+        "cuda/arrays.py",
+        "return self.shape, self.strides, self.span[0]",
+        "return self.strides, self.span[0]",
+        ("cuda/test_plans.py", "test_an_axis_that_is_broadcast"),
+    ),
+    Mutation(
         "CUDA: the causal limit cuts off a key",
         "cuda/portable.py",
         "first_query + present + sizes[CAUSAL_OFFSET])",

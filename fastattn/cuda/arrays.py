@@ -26,6 +26,7 @@ OPERANDS = ("float16", "bfloat16", "float32", "float64")
 TYPESTR = {"<f2": "float16", "<f4": "float32", "<f8": "float64", "|b1": "bool"}
 DLPACK = {(2, 16): "float16", (2, 32): "float32", (2, 64): "float64", (4, 16): "bfloat16", (6, 8): "bool"}
 OWN_STREAMS = (None, 0)  # where an array names none, work goes to Numba's default stream
+LEGACY = 1  # CUDA's name for the default stream of a whole device, which 0 may be, or a thread's own
 
 
 class Given(NamedTuple):
@@ -77,6 +78,11 @@ class Given(NamedTuple):
         first, count = self.span
         start = self.address - first * self.itemsize
         return start, start + count * self.itemsize
+
+    @property
+    def layout(self) -> tuple[Shape, Shape, int]:
+        """All that tables of offsets depend on: shape too, as an axis of length 1 is broadcast whatever its stride."""
+        return self.shape, self.strides, self.span[0]
 
     def carrier(self, dtype: Any) -> NDArray[Any]:
         """An ndarray of this shape and these strides, in elements, that has no memory: for shapes to be checked by."""
@@ -165,7 +171,7 @@ def _read_torch(name: str, given: Any) -> Given:
     storage = str(given.dtype).removeprefix("torch.")
     _check_storage(name, storage, f"{given.dtype}")
     device = 0 if given.device.index is None else int(given.device.index)
-    stream = None if SIMULATED else int(torch.cuda.current_stream(given.device).cuda_stream)
+    stream = None if SIMULATED else int(torch.cuda.current_stream(given.device).cuda_stream) or LEGACY
     return Given(given, int(given.data_ptr()), tuple(given.shape), tuple(given.stride()), storage, device, stream)
 
 
@@ -189,7 +195,8 @@ def _read_interface(name: str, given: Any, interface: dict[str, Any]) -> Given:
     if library_of(given) == "cupy":
         import cupy
 
-        stream = int(cupy.cuda.get_current_stream().ptr)
+        with given.device:
+            stream = int(cupy.cuda.get_current_stream().ptr) or LEGACY
     steps = tuple(int(stride) // itemsize for stride in strides)
     return Given(given, int(address), shape, steps, storage, _device_of(int(address)), stream, not read_only)
 
@@ -223,8 +230,7 @@ class _Tensor(ctypes.Structure):
 
 
 def _read_dlpack(name: str, given: Any) -> Given:
-    # 1 is CUDA's legacy default stream, where Numba queues its work; the capsule frees what it holds when it goes
-    capsule = given.__dlpack__(stream=1)
+    capsule = given.__dlpack__(stream=LEGACY)  # it frees what it holds when it goes
     pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
     pointer_of.restype, pointer_of.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
     tensor = _Tensor.from_address(pointer_of(capsule, b"dltensor"))
@@ -236,7 +242,7 @@ def _read_dlpack(name: str, given: Any) -> Given:
     else:
         strides = tuple(int(np.prod(shape[axis + 1 :], dtype=np.int64)) for axis in range(len(shape)))
     address = (tensor.data or 0) + tensor.byte_offset
-    return Given((given, capsule), address, shape, strides, storage, int(tensor.device_id), None, False)
+    return Given((given, capsule), address, shape, strides, storage, int(tensor.device_id), LEGACY, False)
 
 
 def _check_storage(name: str, storage: str, said: str) -> None:
@@ -401,6 +407,15 @@ def place_of(givens: dict[str, Given]) -> Place:
             for stream in named[1:]:  # what is still being written there has to be ready
                 Place(device, stream).wait()
     return place
+
+
+def settle(givens: dict[str, Given], place: Place) -> None:
+    """Wait for the work where memory may be used again as soon as it is let go.
+
+    A library that gives capsules does not know the stream on which what they hold is read.
+    """
+    if not SIMULATED and any(isinstance(given.owner, tuple) for given in givens.values()):
+        place.wait()
 
 
 def check_together(given: dict[str, Any]) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastattn.cuda import decoding, portable
-from fastattn.cuda.arrays import Given, HostPlace, Place, check_together, nothing, place_of, read
+from fastattn.cuda.arrays import Given, HostPlace, Place, check_together, nothing, place_of, read, settle
 from fastattn.cuda.available import capability_of
 from fastattn.cuda.choice import Choice, Facts, choose_forward, choose_weights, wants_rows
 from fastattn.cuda.compile import kernel, launch, table
@@ -104,10 +104,11 @@ def attention(
     return_lse, return_weights = check_flag("return_lse", return_lse), check_flag("return_weights", return_weights)
     seed = seed_from(rng, problem.dropout_p > 0)
     target = None if out is None else check_device_out(out, problem, storage, givens["query"])
-    place = place_of(givens)
+    place = place_of(givens if target is None else {**givens, "out": target})
     with place.active():
         call = Call(problem, place, storage, operands, givens)
         result, lse, weights = evaluate(call, seed, target, return_weights)
+        settle(givens, place)
         first = out if target is not None else place.deliver(result)
         return _asked_for(first, lse, weights, place, return_lse)
 
@@ -281,7 +282,7 @@ def plan_of(call: Call, kind: str, choose: Callable[[Facts], Choice], out: Given
     """Plan a call, or find the plan of one like it."""
     problem, place = call.problem, call.place
     arrays = {**call.givens, "out": out}
-    layout = tuple((name, given.strides, given.span[0], given.extent[0] % ALIGNMENT) for name, given in arrays.items())
+    layout = tuple((name, given.layout, given.extent[0] % ALIGNMENT) for name, given in arrays.items())
     identity = (kind, problem, call.storage, call.mask, place.device, layout)
     plan = _plans.get(identity)
     if plan is None:
@@ -321,7 +322,7 @@ def _uploaded_tables(call: Call, out: Given) -> tuple[Any, Any, Any]:
 
 def uploaded(tables: Table, place: Place) -> tuple[Any, Any, Any]:
     """The tables on the device."""
-    offsets, steps, sizes = (table(array, place.stream) for array in tables)
+    offsets, steps, sizes = (table(array, place.device) for array in tables)
     return offsets, steps, sizes
 
 

@@ -9,10 +9,23 @@ from numpy.typing import NDArray
 
 from fastattn.cuda import portable_backward as portable
 from fastattn.cuda import tensor_cores_backward
-from fastattn.cuda.arrays import Given, HostPlace, check_together, nothing, place_of, read
-from fastattn.cuda.attention import ALIGNMENT, REMEMBERED, Call, carriers_of, checked, common_storage, moved, uploaded
+from fastattn.cuda.arrays import Given, HostPlace, check_together, nothing, place_of, read, settle
+from fastattn.cuda.attention import (
+    ALIGNMENT,
+    REMEMBERED,
+    Call,
+    carriers_of,
+    checked,
+    common_storage,
+    copied,
+    has_rows,
+    moved,
+    uploaded,
+    with_rows,
+)
 from fastattn.cuda.available import SIMULATED, device
 from fastattn.cuda.backward_tiles import Tiling
+from fastattn.cuda.choice import wants_rows
 from fastattn.cuda.compile import kernel, launch, table
 from fastattn.cuda.elements import LOG2_E, MASKS
 from fastattn.cuda.plan import GRAD_LSE, GRAD_OUT, KEY, LSE, MASK, OUT, QUERY, VALUE, make_table, slices_of
@@ -97,13 +110,15 @@ def attention_backward(
         wanted = storage if name in ("grad_out", "out") else problem.dtype.name
         if array.storage != wanted:
             raise TypeError(f"{name}: dtype {array.storage}; expected {wanted}, with a query of dtype {storage}")
-    upstream = _described(problem, others)
+    _described(problem, others)  # for shapes that do not fit
     with_mask = wants_mask(grad_mask, carriers[3])
     seed = seed_of_forward(rng, problem)
     place = place_of({**givens, **others})
     with place.active():
         call = Call(problem, place, storage, operands, givens)
-        return tuple(map(place.deliver, differentiate(call, upstream, others, seed, with_mask)))
+        found = differentiate(call, others, seed, with_mask)
+        settle({**givens, **others}, place)
+        return tuple(map(place.deliver, found))
 
 
 def _of_host_arrays(
@@ -125,7 +140,7 @@ def _of_host_arrays(
     with place.active():
         call = moved(arrays, options, place)
         others = {name: place.move(name, array) for name, array in upstream.items()}
-        found = differentiate(call, _described(call.problem, others), others, seed, with_mask)
+        found = differentiate(call, others, seed, with_mask)
         gradients = [place.deliver(gradient) for gradient in found]
     return tuple(
         _own_dtype(gradient, argument, problem.dtype)
@@ -150,15 +165,14 @@ def _described(problem: Problem, others: dict[str, Given]) -> Upstream:
 # -- the work ----------------------------------------------------------------------------------------------------------
 
 
-def differentiate(
-    call: Call, upstream: Upstream, others: dict[str, Given], seed: int, with_mask: bool
-) -> tuple[Given, ...]:
+def differentiate(call: Call, others: dict[str, Given], seed: int, with_mask: bool) -> tuple[Given, ...]:
     """Queue the work of a call; the gradients of query, key and value, and of the mask if wanted."""
+    call, others = in_rows(call, others)
     problem, place, real, givens = call.problem, call.place, call.real, call.givens
     names = ("query", "key", "value", *(("attn_mask",) if with_mask else ()))
     results = {name: place.new(f"gradient of {name}", givens[name].shape, givens[name].storage) for name in names}
     deltas = place.new("deltas", (slices_of(problem) * problem.queries,), np.dtype(real).name)
-    plan = plan_of(call, upstream, others)
+    plan = plan_of(call, others)
     queue_deltas(call, plan, others, deltas)
     if plan.against is None:
         queue_tensor_cores(call, plan, others, deltas, results)
@@ -167,6 +181,16 @@ def differentiate(
     if with_mask:
         queue_mask(call, plan, others, deltas, results["attn_mask"], seed)
     return tuple(results.values())
+
+
+def in_rows(call: Call, others: dict[str, Given]) -> tuple[Call, dict[str, Given]]:
+    """The call with copies of what tensor cores would read, where its rows do not lie as they need it."""
+    if not wants_rows(call.storage, call.mask, call.problem, device().capability):
+        return call, others
+    grad_out = others["grad_out"]
+    if not has_rows(grad_out):
+        others = {**others, "grad_out": copied("grad_out", grad_out, call.place)}
+    return with_rows(call), others
 
 
 def queue_deltas(call: Call, plan: Plan, others: dict[str, Given], deltas: Given) -> None:
@@ -264,16 +288,15 @@ def queue_tensor_cores(
             launch(made, blocks, block_of(spec.shape), place.stream, (*arguments, *gradients))
 
 
-def plan_of(call: Call, upstream: Upstream, others: dict[str, Given]) -> Plan:
+def plan_of(call: Call, others: dict[str, Given]) -> Plan:
     """Plan a call, or find the plan of one like it."""
     problem, place, givens = call.problem, call.place, call.givens
     arrays = {**givens, **others}
-    layout = tuple(
-        (name, array.shape, array.strides, array.span[0], array.extent[0] % ALIGNMENT) for name, array in arrays.items()
-    )
-    identity = (problem, call.storage, place.device, layout)
+    layout = tuple((name, array.layout, array.extent[0] % ALIGNMENT) for name, array in arrays.items())
+    identity = (problem, call.storage, call.mask, place.device, layout)
     plan = _plans.get(identity)
     if plan is None:
+        upstream = _described(problem, others)
         views = [
             (QUERY, call.operands.query, givens["query"]),
             (KEY, call.operands.key, givens["key"]),
@@ -298,9 +321,11 @@ def plan_of(call: Call, upstream: Upstream, others: dict[str, Given]) -> Plan:
         )
         if against is None and not (together and members["query"].shape[1] == 1):
             against = "axes along which key or value alone is broadcast, or query"
+        if against is None and members["key"].size == 0:
+            against = "an empty batch"
         plan = Plan(
             uploaded(tables, place),
-            {name: table(array, place.stream) for name, array in members.items()},
+            {name: table(array, place.device) for name, array in members.items()},
             {name: array.shape[0] for name, array in members.items()},
             together,
             against,

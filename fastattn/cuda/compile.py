@@ -144,11 +144,24 @@ def launch(kernel: Any, grid: int, block: tuple[int, int], stream: Any, argument
         kernel[grid, block](*arguments)
 
 
-def table(array: Any, stream: Any) -> Any:
-    """An array of int64 for kernels to read; in the simulator one that is quick to read element by element."""
+def table(array: Any, device: int) -> Any:
+    """An array of int64 for kernels to read, on the current device; in the simulator one that is quick to read."""
     if SIMULATED:
         return array.data if array.size else array
-    return cuda.to_device(array, stream=stream)
+    # calls on other streams may use the table as soon as this returns, which does not mean yet that it has arrived
+    stream = stream_of_tables(device)
+    made = cuda.to_device(array, stream=stream)
+    stream.synchronize()
+    return made
+
+
+@functools.cache
+def stream_of_tables(device: int) -> Any:
+    """The stream on which tables are copied to a device, the current one: it waits for nothing that is queued there."""
+    from cuda.bindings import driver
+
+    status, handle = driver.cuStreamCreate(driver.CUstream_flags.CU_STREAM_NON_BLOCKING.value)
+    return cuda.stream() if int(status) else cuda.external_stream(int(handle))
 
 
 def ptx(

@@ -132,8 +132,8 @@ def attend(call: Any, out: Given, lse: Given, seed: int, make_tables: Callable[[
 
 
 def _tables_of(call: Any, out: Given, make: Callable[[], tuple[Any, Any, Any]]) -> tuple[Any, Any, Any]:
-    layout = tuple((name, given.strides, given.span[0]) for name, given in call.givens.items())
-    identity = (call.problem, call.storage, call.place.device, layout, out.strides, out.span[0])
+    layout = tuple((name, given.layout) for name, given in call.givens.items())
+    identity = (call.problem, call.storage, call.place.device, layout, out.layout)
     tables = _tables.get(identity)
     if tables is None:
         tables = make()

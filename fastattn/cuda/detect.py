@@ -9,6 +9,7 @@ import numpy as np
 __all__ = ["any_on_device", "is_on_device", "library_of"]
 
 HOST = (np.ndarray, list, tuple, int, float, type(None))
+STREAMING = ("torch", "cupy")  # libraries that say on which stream they work, though not by the interface
 CUDA_DEVICES = (2, 13)  # kDLCUDA and kDLCUDAManaged of DLPack
 
 
@@ -35,5 +36,6 @@ def any_on_device(*given: Any) -> bool:
 
 
 def library_of(given: Any) -> str:
-    """The library that the type of an array comes from."""
-    return type(given).__module__.partition(".")[0]
+    """The library that the type of an array, or one that it is derived from, comes from."""
+    own, *bases = (kind.__module__.partition(".")[0] for kind in type(given).__mro__)
+    return next((library for library in bases if library in STREAMING), own)

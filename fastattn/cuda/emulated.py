@@ -11,6 +11,7 @@ before waiting reads what is wrong.
 
 from __future__ import annotations
 
+import functools
 import threading
 from typing import Any
 
@@ -79,8 +80,13 @@ class Address:
 
 
 def unrolled(function: Any) -> Any:
-    """The function itself: Python runs its loops anyway."""
-    return function
+    """The function itself: Python runs its loops anyway. Integers of a kernel have 64 bits, as they have on a GPU."""
+
+    @functools.wraps(function)
+    def run(*args: Any) -> Any:
+        return function(*(np.int64(arg) if type(arg) is int else arg for arg in args))
+
+    return run
 
 
 # -- where and what ----------------------------------------------------------------------------------------------------
@@ -90,17 +96,17 @@ def thread_index() -> Array:
     """The indices of the warp's threads in their block."""
     # a thread of the simulator begins with NumPy's own settings: infinities and NaN are values like others here
     np.seterr(all="ignore")
-    return LANES * warp_index() + LANE
+    return (LANES * warp_index() + LANE).astype(np.int32)
 
 
-def warp_index() -> int:
+def warp_index() -> Any:
     """The index of the warp in its block."""
-    return int(threading.current_thread().threadIdx.x)  # type: ignore[attr-defined]
+    return np.int32(threading.current_thread().threadIdx.x)  # type: ignore[attr-defined]
 
 
 def narrow(x: Any) -> Any:
-    """An integer in 32 bits: NumPy's have 64."""
-    return x
+    """An integer in 32 bits."""
+    return np.asarray(x, np.int64).astype(np.int32)[()]
 
 
 def opaque(x: Any) -> Any:

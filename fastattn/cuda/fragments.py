@@ -437,7 +437,8 @@ def make_steps(shape: TileShape) -> Steps:
                 row, sums = rows[2 * m + half], total[2 * m + half]
                 sums = sums + shuffle_xor(sums, 1)
                 sums = sums + shuffle_xor(sums, 2)
-                empty = sums == 0.0
+                # a sum of 0 with a key to look at is that of scores too large for base 2: NaN, as of infinite ones
+                empty = (sums == 0.0) & (highest[2 * m + half] == -INFINITY)
                 inverse = reciprocal(sums)
                 exists = row < count
                 base = target + row * (step * HALF)

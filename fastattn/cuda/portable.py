@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import cuda, types
 
-from fastattn.cuda.elements import LN_2, LOG2_E, MASKS, STORAGE, exp2, loader, log2, real_of, storer
+from fastattn.cuda.elements import LN_2, LOG2_E, MASKS, STORAGE, device, exp2, loader, log2, real_of, storer
 from fastattn.cuda.plan import CAUSAL_OFFSET, HEAD_DIM, KEY, KEYS, MASK, OUT, QUERIES, QUERY, SLICES, VALUE, VALUE_DIM
 from fastattn.cuda.tiles import (
     Tiles,
@@ -223,28 +223,62 @@ def forward(spec: Forward) -> Any:
 def weights(spec: Weights) -> Any:
     """The kernel of the weights, from the log-sum-exp: a block of threads for each block of queries and keys.
 
-    `out` is the matrix of weights; `value` is not read.
+    `out` is the matrix of weights; `value` is not read. Where scores are so large that the logarithm of their number
+    is lost in the log-sum-exp, as under a mask of finfo.min throughout, the block takes the softmax of the row itself.
     """
     storage, mask_kind, dropout, tiles = spec
     real = real_of(storage)
     store, load_tile, multiply = storer(storage), tile_loader(loader(storage, real), real), multiplication(tiles)
     restrict, drop = restriction(tiles, mask_kind, real), dropping(tiles, real)
+    publish, absorb = softmax_functions(tiles._replace(values=0), mask_kind, real)
     threads_y, threads_x, rows, columns, _, features, _ = tiles
     threads, block_q, block_k, pitch = tiles.threads, tiles.queries, tiles.keys, tiles.features + 1
     query_size, key_size = block_q * pitch, max(block_k * pitch, block_q * (block_k + 1))
     lowest, one, zero = real(-math.inf), real(1), real(0)
     # scores are in base 2, but for those under a floating mask
     unit, to_scores = real(LOG2_E if is_floating(mask_kind) else 1.0), real(1.0 if is_floating(mask_kind) else LOG2_E)
+    shared_size = block_q * threads_x
+    coarse, infinite = real(1 / np.finfo(real).eps), real(math.inf)
+
+    @device
+    def find_scores(
+        scores, seen, query_tile, key_tile, query, key, mask, offsets, steps, sizes, scale, slice_, first_query,
+        first_key, y, x,
+    ):  # fmt: skip
+        """The scores of a block of queries and one of keys."""
+        thread, head_dim = y * threads_x + x, sizes[HEAD_DIM]
+        query_base = offsets[QUERY, slice_] + first_query * steps[QUERY, 0]
+        key_base = offsets[KEY, slice_] + first_key * steps[KEY, 0]
+        for i in range(rows):
+            for j in range(columns):
+                scores[i, j] = zero
+        for f in range(0, head_dim, features):
+            left = head_dim - f
+            cuda.syncthreads()
+            at, present = query_base + f * steps[QUERY, 1], sizes[QUERIES] - first_query
+            load_tile(
+                query_tile, block_q, features, pitch, scale, query, at, steps, QUERY, present, left, thread, threads
+            )
+            at, present = key_base + f * steps[KEY, 1], sizes[KEYS] - first_key
+            load_tile(key_tile, block_k, features, pitch, one, key, at, steps, KEY, present, left, thread, threads)
+            cuda.syncthreads()
+            multiply(scores, query_tile, key_tile, y, x)
+        restrict(scores, seen, mask, offsets[MASK, slice_], steps, sizes, first_query, first_key, y, x)
 
     def kernel(query, key, value, mask, out, lse, offsets, steps, sizes, scale, keep_scale, seed_low, seed_high):
         query_tile = cuda.shared.array(query_size, real)
         key_tile = cuda.shared.array(key_size, real)  # after the scores: the weights
+        shared_tile = cuda.shared.array(shared_size, real)  # what a row's threads tell each other
         scores = cuda.local.array((rows, columns), real)
         seen = cuda.local.array((rows, columns), np.bool_)
+        shifts = cuda.local.array(rows, real)
+        wholes = cuda.local.array(rows, real)
+        m = cuda.local.array(rows, real)
+        total = cuda.local.array(rows, real)
         x, y = cuda.threadIdx.x, cuda.threadIdx.y
         thread = y * threads_x + x
 
-        queries, keys, head_dim = sizes[QUERIES], sizes[KEYS], sizes[HEAD_DIM]
+        queries, keys = sizes[QUERIES], sizes[KEYS]
         key_blocks = (keys + block_k - 1) // block_k
         query_blocks = (queries + block_q - 1) // block_q
         block = cuda.blockIdx.x
@@ -252,32 +286,44 @@ def weights(spec: Weights) -> Any:
         block = block // key_blocks
         first_query = block % query_blocks * block_q
         slice_ = block // query_blocks
-        query_base = offsets[QUERY, slice_] + first_query * steps[QUERY, 0]
-        key_base = offsets[KEY, slice_] + first_key * steps[KEY, 0]
 
+        lost = False
         for i in range(rows):
-            for j in range(columns):
-                scores[i, j] = zero
-        for f in range(0, head_dim, features):
-            left = head_dim - f
+            row = first_query + y + i * threads_y
+            sums = lse[slice_ * queries + row] if row < queries else zero
+            lost = lost or coarse < abs(sums) < infinite
+            shifts[i], wholes[i] = sums * to_scores if sums != lowest else zero, one
+        if cuda.syncthreads_or(np.int32(1 if lost else 0)):
+            for i in range(rows):
+                m[i], total[i] = lowest, zero
+            for other_key in range(0, keys, block_k):
+                find_scores(
+                    scores, seen, query_tile, key_tile, query, key, mask, offsets, steps, sizes, scale, slice_,
+                    first_query, other_key, y, x,
+                )  # fmt: skip
+                cuda.syncthreads()
+                publish(scores, shared_tile, y, x)
+                cuda.syncthreads()
+                absorb(scores, seen, shared_tile, key_tile, m, total, scores, y, x)
             cuda.syncthreads()
-            at, present = query_base + f * steps[QUERY, 1], queries - first_query
-            load_tile(
-                query_tile, block_q, features, pitch, scale, query, at, steps, QUERY, present, left, thread, threads
-            )
-            at, present = key_base + f * steps[KEY, 1], keys - first_key
-            load_tile(key_tile, block_k, features, pitch, one, key, at, steps, KEY, present, left, thread, threads)
+            for i in range(rows):
+                shared_tile[(y + i * threads_y) * threads_x + x] = total[i]
             cuda.syncthreads()
-            multiply(scores, query_tile, key_tile, y, x)
-        restrict(scores, seen, mask, offsets[MASK, slice_], steps, sizes, first_query, first_key, y, x)
+            for i in range(rows):
+                if coarse * to_scores < abs(shifts[i]) < infinite:
+                    shifts[i], wholes[i] = m[i], zero
+                    for other in range(threads_x):
+                        wholes[i] += shared_tile[(y + i * threads_y) * threads_x + other]
 
+        find_scores(
+            scores, seen, query_tile, key_tile, query, key, mask, offsets, steps, sizes, scale, slice_, first_query,
+            first_key, y, x,
+        )  # fmt: skip
         cuda.syncthreads()
         for i in range(rows):
             row = first_query + y + i * threads_y
-            shift = lse[slice_ * queries + row] * to_scores if row < queries else zero
-            shift = shift if shift != lowest else zero
             for j in range(columns):
-                weight = exp2((scores[i, j] - shift) * unit)
+                weight = exp2((scores[i, j] - shifts[i]) * unit) / wholes[i]
                 # of a sum of exp(score) no score takes more than all of it, whatever rounding says
                 weight = one if weight > one else weight
                 key_tile[(y + i * threads_y) * (block_k + 1) + x + j * threads_x] = weight

@@ -50,8 +50,9 @@ from fastattn.problem import Problem
 
 WIDEST = 128
 CAPABILITY = (8, 0)
-MOST = 2**31 - 2**10  # queries and keys: what is counted in 32 bits is the sum of both, and some tiles more
+MOST = 2**29 - 2**10  # queries and keys: in 32 bits are bytes of a number for each of both, and some tiles more
 SCALES = (1e-30, 1e30)  # between these a score in base 2 is as good a number as the score
+IN_ROWS = (QUERY, KEY, VALUE, OUT)  # what is read and written 16 bytes at a time, or 4
 
 
 def shape_for(storage: str, mask: str, width: int) -> TileShape:
@@ -161,7 +162,13 @@ def grid_of(shape: TileShape, problem: Problem) -> int:
 
 
 def against(
-    storage: str, mask: str, problem: Problem, table: Table, addresses: Sequence[int], capability: tuple[int, int]
+    storage: str,
+    mask: str,
+    problem: Problem,
+    table: Table,
+    addresses: Sequence[int],
+    capability: tuple[int, int],
+    in_rows: Sequence[int] = IN_ROWS,
 ) -> str | None:
     """Say why a call cannot have this kernel; None if it can.
 
@@ -173,13 +180,15 @@ def against(
     table : Table
         On the host.
     addresses : sequence of int
-        Where the memory of query, key, value and out begins.
+        Where the memory of what has to lie in rows begins.
     capability : (int, int)
         Of the GPU.
+    in_rows : sequence of int
+        Which rows of the table these are.
     """
     low, high = SCALES
     halves = 16 // HALF
-    rows = [QUERY, KEY, VALUE, OUT]
+    rows = list(in_rows)
     if storage not in ("float16", "bfloat16"):
         return f"{storage} is not what tensor cores multiply here"
     if capability < CAPABILITY:
@@ -194,7 +203,7 @@ def against(
         if not 0 < size <= WIDEST or size % CHUNK:
             return f"{name} size {size} is not a multiple of 8 up to 128"
     if problem.queries + problem.keys > MOST:
-        return f"lengths {problem.queries} and {problem.keys} are not below 2^31 together"
+        return f"lengths {problem.queries} and {problem.keys} are not below 2^29 together"
     if (table.steps[rows, 1] != 1).any():
         return "features are not next to each other in memory"
     if (table.steps[rows, 0] % halves).any() or (table.offsets[rows] % halves).any() or any(a % 16 for a in addresses):

@@ -53,6 +53,8 @@ from fastattn.cuda.plan import (
 from fastattn.cuda.primitives import global_address, hold_loads, unrolled
 from fastattn.problem import Problem
 
+MOST = 2**31 - 2**20  # bytes of a slice of a gradient, which are counted in 32 bits, and those of some rows more
+
 
 class Gradients(NamedTuple):
     """What a kernel is compiled for.
@@ -239,10 +241,7 @@ def against(
     storage: str, mask: str, problem: Problem, table: Table, addresses: Sequence[int], capability: tuple[int, int]
 ) -> str | None:
     """Say why a call cannot have these kernels; None if it can. The arguments are those of the forward kernel's."""
-    why = tensor_cores.against(storage, mask, problem, table, addresses, capability)
-    if why is None and table.steps[GRAD_OUT, 1] != 1:
-        return "features are not next to each other in memory"
-    halves = 16 // HALF
-    if why is None and (table.steps[GRAD_OUT, 0] % halves or (table.offsets[GRAD_OUT] % halves).any()):
-        return "rows do not begin at multiples of 16 bytes"
-    return why
+    size = max(problem.queries, problem.keys) * max(problem.head_dim, problem.value_dim) * HALF
+    if size > MOST:
+        return f"a gradient of {size} bytes for a slice is not below 2 GiB"
+    return tensor_cores.against(storage, mask, problem, table, addresses, capability, (QUERY, KEY, VALUE, GRAD_OUT))

@@ -20,7 +20,7 @@ from numba import config, cuda
 from strategies import LAYOUTS, laid_out
 
 import fastattn
-from fastattn.cuda import arrays, attention, available, detect
+from fastattn.cuda import arrays, attention, available, compile, detect
 
 Attention = Callable[..., Any]
 simulator_only = pytest.mark.skipif(not config.ENABLE_CUDASIM, reason="plays with addresses of host memory")
@@ -108,6 +108,20 @@ def test_the_same_bits_in_any_layout_on_tensor_cores(cuda_attention: Attention, 
 
 
 @simulator_only
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name not in ("byte-swapped", "unaligned")])
+def test_the_same_bits_of_gradients_in_any_layout_on_tensor_cores(layout: str) -> None:
+    rng = np.random.default_rng(0)
+    shapes = {"grad_out": 5, "query": 5, "key": 9, "value": 9, "out": 5}
+    host = {name: rng.standard_normal((2, length, 8)).astype(np.float16) for name, length in shapes.items()}
+    lse = np.zeros((2, 5), np.float32)
+    wanted = fastattn.attention_backward(*host.values(), lse, backend="cuda")
+    for names in (("grad_out",), ("key",), ("out",), tuple(host)):
+        device = [Interface(laid_out(a, layout) if name in names else a) for name, a in host.items()]
+        found = fastattn.attention_backward(*device, Interface(lse))
+        assert [one.copy_to_host().tobytes() for one in found] == [one.tobytes() for one in wanted]
+
+
+@simulator_only
 def test_repeated_heads_of_halves_are_copied_once(cuda_attention: Attention) -> None:
     rng = np.random.default_rng(0)
     query, key = rng.standard_normal((2, 5, 16)).astype(np.float16), rng.standard_normal((9, 16)).astype(np.float16)
@@ -167,6 +181,8 @@ def test_tensors_of_pytorch_come_back_as_such(
 def test_arrays_of_cupy_come_back_as_such(cuda_attention: Attention, monkeypatch: pytest.MonkeyPatch) -> None:
     class Array(Interface):
         """An array of the module that follows."""
+
+        device = nullcontext()
 
     Array.__module__ = "cupy"
     stream = SimpleNamespace(ptr=0)
@@ -233,6 +249,37 @@ def test_what_is_written_on_other_streams_is_waited_for(driver: Driver) -> None:
     assert ("wait", "external_stream", 88) in driver.said
     assert ("wait", "external_stream", 77) not in driver.said
     assert place.stream.args == (77,)
+
+
+def test_the_default_stream_of_pytorch_is_that_of_the_device(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+
+    class Derived(torch.Tensor):  # type: ignore[misc, name-defined, unused-ignore]
+        """A tensor of somebody else's module."""
+
+    for pointer, stream in ((0, 1), (77, 77)):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda *a, p=pointer: SimpleNamespace(cuda_stream=p))
+        for tensor in (torch.ones(2, 2), torch.ones(2, 2).as_subclass(Derived)):
+            assert arrays.read("query", tensor).stream == stream
+
+
+def test_capsules_are_ready_on_the_stream_that_they_were_asked_for(driver: Driver) -> None:
+    given = arrays.read("key", Capsule(np.zeros((2, 3), np.float32)))
+    assert given.stream == 1
+    place = arrays.place_of({"query": on_stream(77), "key": given})
+    assert ("wait", "legacy_default_stream") in driver.said
+    arrays.settle({"query": on_stream(77)}, place)
+    assert ("wait", "external_stream", 77) not in driver.said
+    arrays.settle({"key": given}, place)  # its memory may go with the capsule
+    assert driver.said[-1] == ("wait", "external_stream", 77)
+
+
+def test_tables_have_arrived_before_any_stream_reads_them(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("SIMULATED", False), ("cuda", driver), ("stream_of_tables", driver.external_stream)):
+        monkeypatch.setattr(compile, name, value)
+    compile.table(np.zeros(3, np.int64), 5)
+    assert [said[0] for said in driver.said] == ["external_stream", "to_device", "wait"]
+    assert driver.said[-1] == ("wait", "external_stream", 5)
 
 
 def test_kernels_are_given_all_memory_that_an_array_spans(driver: Driver) -> None:

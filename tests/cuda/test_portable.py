@@ -177,9 +177,10 @@ def test_the_lowest_mask_is_a_number_and_gives_the_mean(cuda_attention: Attentio
         return
     if np.finfo(mask_dtype).max < np.finfo(dtype).max:
         mask = mask.astype(dtype)
-    out = cuda_attention(query, key, value, mask)
+    out, weights = cuda_attention(query, key, value, mask, return_weights=True)
     np.testing.assert_allclose(out[0], value.mean(0), rtol=0, atol=1e-6)
     np.testing.assert_allclose(out[1], value[2], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(weights, [np.full(6, 1 / 6), np.arange(6) == 2, np.full(6, 1 / 6)], rtol=0, atol=1e-6)
 
 
 @dtypes

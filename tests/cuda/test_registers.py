@@ -13,6 +13,7 @@ import ctypes, itertools, math
 from llvmlite import binding, ir
 import fastattn.cuda.registers as registers
 from fastattn.cuda.registers import F32, I32, I64, Value, as_value
+from fastattn.cuda import ptx
 from fastattn.cuda.ptx import narrow, select, widen
 
 binding.initialize_native_target()
@@ -80,6 +81,17 @@ check(lambda a: widen(a, "bfloat16"), [I32], F32, [(0x3FC0,), (0xFF80,)], lambda
 
 call = on_cpu(lambda a: -a, [F32], F32)
 assert math.copysign(1, call(0.0)) == -1
+
+# what a warp does together is not moved to where some of its lanes do not come
+module = ir.Module()
+emitted = ir.Function(module, ir.FunctionType(ir.VoidType(), [I32, F32]), "emitted")
+registers._builders.append(ir.IRBuilder(emitted.append_basic_block()))
+word, number = map(Value, emitted.args)
+ptx.warp_index(), ptx.load_matrices(word), ptx.load_matrices_transposed(word), ptx.shuffle(word, word)
+ptx.shuffle_xor(number, 1), ptx.warp_any(word), ptx.mma([word] * 4, [word] * 2, [number] * 4, "float16")
+registers._builders.pop()
+together = [line for line in str(module).splitlines() if ".sync" in line]
+assert len(together) == 7 and all("convergent" in line for line in together), together
 
 for wrong in (lambda a: bool(a < 3), lambda a: a + 1.5, lambda a: a / 2):
     try:

@@ -160,6 +160,14 @@ def test_no_keys() -> None:
 # -- the memory --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("queries", [5, 40])
+def test_scores_beyond_float32_are_not_taken_for_no_keys(cuda_attention: Any, queries: int) -> None:
+    query, key = np.full((queries, 8), 60000, np.float16), np.full((40, 8), 60000, np.float16)
+    out, lse = cuda_attention(query, key, key, scale=9e29, is_causal=True, return_lse=True)
+    assert np.isnan(out).all()
+    assert np.isnan(lse).all()
+
+
 def conflicts(offsets: Any) -> int:
     """How often a group of 8 lanes, 16 bytes each, needs a bank of shared memory for a second word."""
     more = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastattn
-from fastattn.cuda import backward
+from fastattn.cuda import backward, emulated, gradient_fragments
 from fastattn.cuda import tensor_cores_backward as tensor_cores
-from fastattn.cuda.available import Device
+from fastattn.cuda.available import SIMULATED, Device
 from fastattn.cuda.fragments import TileShape
+from fastattn.cuda.plan import Table
+from fastattn.problem import describe
 
 STORAGES = ("bfloat16", "float16")
 SMALL = TileShape("bfloat16", "none", width=64, warps=1, rows=16, keys=16, blocks=1)
@@ -121,6 +124,24 @@ def test_the_same_bits_every_time_and_in_any_batch() -> None:
     for one, other, part in zip(whole, again, alone, strict=True):
         np.testing.assert_array_equal(one, other)
         np.testing.assert_array_equal(one[1:], part)
+
+
+@pytest.mark.skipif(not SIMULATED, reason="only the simulator tells what is stored where")
+def test_bytes_of_a_gradient_that_32_bits_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    places: list[Any] = []
+    monkeypatch.setattr(gradient_fragments, "global_address", lambda array, at: emulated.Address(array, at * 2))
+    monkeypatch.setattr(gradient_fragments, "store_pair", lambda place, word, when: places.append(place.offset))
+    shape, thread = SMALL._replace(width=128), np.arange(32, dtype=np.int32)
+    store = gradient_fragments.make_gradient_steps(shape, of_keys=True, apart=False).store
+    problem = describe(*(np.zeros((1, 16, 128), np.float32),) * 3)[0]
+    none = Table(np.zeros((8, 1), np.int64), np.tile(np.int64([128, 1]), (8, 1)), np.zeros(8, np.int64))
+    for count in (2**22, 2**23 - 2**12, 2**23 + 16):
+        places.clear()
+        store([np.zeros(32, np.float32)] * 64, 1.0, None, 0, count - 16, count, 128, thread)
+        right = np.max(places) == count * 256 - 4
+        large = replace(problem, keys=count)
+        against = tensor_cores.against("float16", "none", large, none, (0,), (8, 0))
+        assert (against is None) == right == (count < 2**23), against
 
 
 def test_calls_that_suit_them_get_these_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
