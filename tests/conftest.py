@@ -39,20 +39,13 @@ settings.load_profile(os.environ.get("FASTATTN_TEST_PROFILE", "default"))
 
 
 WHOLE_SUITE = 1000  # tests: fewer do not want most of the kernels
-WARM_UP = """
-from fastattn import isa
-from fastattn.cpu import kernels
-for row in filter(isa.runs_here, isa.TABLE):
-    for name in kernels.names(row):
-        kernels.library(name, row)
-"""
 _warmup: list[subprocess.Popen[str]] = []
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Have all kernels compiled on another core meanwhile: else tests wait for that a third of the time."""
+    """Have all kernels compiled on another core meanwhile: tests would wait for that a fifth of the time."""
     if len(session.items) > WHOLE_SUITE and not session.config.option.collectonly:
-        _warmup.append(processes.start(WARM_UP))
+        _warmup.append(processes.start("import fastattn; fastattn.warmup()"))
 
 
 def pytest_unconfigure() -> None:

@@ -156,16 +156,6 @@ def kernel_name(kind: str, dtype: str, tile) -> str:
     return f"{kind}-{dtype}-{tile.rows}x{tile.vectors}"
 
 
-def names(row: Isa) -> list[str]:
-    """The names of all libraries that calls on a row of the ISA table want."""
-    sizes = ((row.rows, row.vectors), (row.tall_rows, 1))
-    found = ["schedule"]
-    for dtype in ("float32", "float64"):
-        found += [f"{kind}-{dtype}-{rows}x{vectors}" for kind in ATTENTION for rows, vectors in sizes]
-        found += [f"{kind}-{dtype}-{row.rows}x{row.vectors}" for kind in BACKWARD]
-    return found
-
-
 def warmup(progress=None) -> None:
     """Compile every kernel for this machine, or load it from the cache, so that no later call waits.
 
@@ -180,10 +170,14 @@ def warmup(progress=None) -> None:
     >>> fastattn.warmup()  # doctest: +SKIP
     """
     row = host()
-    wanted = names(row)
-    for done, name in enumerate(wanted):
+    sizes = ((row.rows, row.vectors), (row.tall_rows, 1))
+    names = ["schedule"]
+    for dtype in ("float32", "float64"):
+        names += [f"{kind}-{dtype}-{rows}x{vectors}" for kind in ATTENTION for rows, vectors in sizes]
+        names += [f"{kind}-{dtype}-{row.rows}x{row.vectors}" for kind in BACKWARD]
+    for done, name in enumerate(names):
         if progress is not None:
-            progress(done, len(wanted), name)
+            progress(done, len(names), name)
         library(name, row)
     if progress is not None:
-        progress(len(wanted), len(wanted), "")
+        progress(len(names), len(names), "")
