@@ -155,7 +155,7 @@ def run(
         with scratch_memory(threads * plan.scratch_bytes) as scratch:
             call = np.empty(1, CALL)
             at = call.ctypes.data
-            kernels.fill(at, plan.address, scratch, seed, objects)
+            kernels.fill(at, plan.address, scratch, plan.scratch_bytes, seed, objects)
             pool.run(kernels, at, plan.tasks, plan.flops, threads)
     if threads > 1:
         pool.note_call()

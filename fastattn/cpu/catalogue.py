@@ -95,7 +95,7 @@ def _quick(task):
     @jit
     def quick(plan, scratch, seed, objects):
         call = call_memory()
-        fill(call, plan, scratch, seed, objects)
+        fill(call, plan, scratch, 0, seed, objects)  # one thread: no need to tell how much each one has
         for number in range(plan_view(plan).tasks):
             task(call, 0, number)
 
@@ -103,7 +103,7 @@ def _quick(task):
 
 
 @jit
-def fill(at, plan, scratch, seed, objects):
+def fill(at, plan, scratch, scratch_bytes, seed, objects):
     """Write a call record, given for each array, in the record's order, where the object is; None stands for no array.
 
     Reading a tuple here costs nothing; each further argument of a call from Python costs a tenth of a microsecond.
@@ -111,7 +111,7 @@ def fill(at, plan, scratch, seed, objects):
     call, none = call_view(at), plan_view(plan).none
     call.plan = plan
     call.scratch = scratch
-    call.scratch_bytes = plan_view(plan).scratch_bytes
+    call.scratch_bytes = scratch_bytes
     call.seed = seed
     call.query = address_of(load_i64(objects), none)
     call.key = address_of(load_i64(objects + 8), none)

@@ -42,7 +42,6 @@ PLAN = np.dtype(
         ("tasks", i8),
         ("ahead", i8),  # heads from a task to the one this thread is likely to do next; 0: nothing is asked for there
         ("none", i8),  # where Python's None is
-        ("scratch_bytes", i8),  # working memory of one thread
         ("query_bytes", i8),  # of a block of queries, as the scores want them
         ("key_bytes", i8),  # of a block of keys, the same; 0 where keys are read in place
     ]

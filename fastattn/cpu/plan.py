@@ -181,7 +181,7 @@ def make_plan(
 
     scores = (WORK_ROWS + key_block) * row_bytes + tile.lanes * tile.lanes * 8
     values = (key_block + tile.rows) * (problem.value_dim + tile.rows) * problem.dtype.itemsize
-    plan["scratch_bytes"] = scratch_bytes = aligned(group * state + key_bytes + values + scores)
+    scratch_bytes = aligned(group * state + key_bytes + values + scores)
     plan["none"] = id(None)
     flops = heads * blocks * flops_per_block * (0.5 if problem.causal_offset is not None else 1.0)
     return Plan(problem, tile, record, record.ctypes.data, tasks, flops, scratch_bytes)
