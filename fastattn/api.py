@@ -151,13 +151,8 @@ def attention(
     else:
         plain = None
 
-    backend = check_backend(backend, ATTENTION_BACKENDS)
-    if backend is None and any_on_device(query, key, value, attn_mask, out):
-        backend = "cuda"
+    backend = backend_of_attention(backend, query, key, value, attn_mask, out)
     if backend == "cuda":
-        from fastattn.cuda.available import require
-
-        require()
         from fastattn.cuda import attention as cuda  # imports numba-cuda, which nothing else needs
 
         return cuda.attention(
@@ -201,6 +196,26 @@ def attention(
         cpu.remember(_prepared, plain, prepared)
     results = cpu.attention(prepared, arrays, seed, target, return_lse, return_weights)
     return delivered(results, target, out)
+
+
+def backend_of_attention(given: object, *arrays: object) -> str | None:
+    """Return the backend that is asked for, or the one for where the arrays are: "cuda", or None for the CPU.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If no backend has that name.
+    RuntimeError
+        If it is "cuda", and something is missing for that.
+    """
+    backend = check_backend(given, ATTENTION_BACKENDS)
+    if backend is None and any_on_device(*arrays):
+        backend = "cuda"
+    if backend == "cuda":
+        from fastattn.cuda.available import require  # imports Numba, which a cached kernel of the CPU does not need
+
+        require()
+    return backend
 
 
 def target_for(out: NDArray[Any] | None, problem: Problem, arrays: tuple[NDArray[Any] | None, ...]) -> NDArray[Any]:

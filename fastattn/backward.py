@@ -8,11 +8,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastattn import reference
-from fastattn.api import ATTENTION_BACKENDS, BACKENDS
+from fastattn.api import BACKENDS, backend_of_attention
 from fastattn.cpu import additive_gradients
 from fastattn.cpu import gradients as cpu
 from fastattn.cpu.pool import get_num_threads
-from fastattn.cuda.detect import any_on_device
 from fastattn.gradients import as_given, describe_upstream, own_dtype, seed_of_forward, wants_mask
 from fastattn.problem import as_additive_operands, as_operands, check_backend, describe, describe_additive
 
@@ -99,13 +98,8 @@ def attention_backward(
     >>> [grad.shape for grad in grads]
     [(1, 8, 16, 64), (1, 8, 16, 64), (1, 8, 16, 64)]
     """
-    backend = check_backend(backend, ATTENTION_BACKENDS)
-    if backend is None and any_on_device(grad_out, query, key, value, out, lse, attn_mask, grad_lse):
-        backend = "cuda"
+    backend = backend_of_attention(backend, grad_out, query, key, value, out, lse, attn_mask, grad_lse)
     if backend == "cuda":
-        from fastattn.cuda.available import require
-
-        require()
         from fastattn.cuda import backward as cuda  # imports numba-cuda, which nothing else needs
 
         return cuda.attention_backward(

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from fastattn.cpu import pool
 from fastattn.cpu.kernels import Library, kernel_name, library
-from fastattn.cpu.layout import ALIGNMENT, CALL
+from fastattn.cpu.layout import ALIGNMENT, CALL, OBJECT_HEADER
 from fastattn.cpu.plan import Plan, make_plan
 from fastattn.isa import host
 from fastattn.problem import Operands, Problem
@@ -22,7 +22,6 @@ from fastattn.problem import Operands, Problem
 Array = NDArray[Any]
 T = TypeVar("T")
 
-OBJECT_HEADER = object.__basicsize__
 TUPLE_HEADER = tuple.__basicsize__
 REMEMBERED = 1024  # plans
 _memory = threading.local()

@@ -6,7 +6,7 @@ from fastattn import build as compiler
 from fastattn.cpu import additive_backward, backward, claim, mask_gradient
 from fastattn.cpu.forward import forward_group
 from fastattn.cpu.kernels import BACKWARD
-from fastattn.cpu.layout import CALL
+from fastattn.cpu.layout import CALL, OBJECT_HEADER
 from fastattn.cpu.received import receive_group
 from fastattn.cpu.summary import choose_group, summarise_group
 from fastattn.cpu.tasks import call_view, plan_view, task_function
@@ -16,7 +16,6 @@ from fastattn.isa import Isa
 from fastattn.simd import TileShape, jit, load_i64, stack_memory, tile_fill, tile_store
 
 call_memory = stack_memory(CALL.itemsize)
-OBJECT_HEADER = object.__basicsize__
 
 # What is compiled for attention and what is asked of its weights. The forward pass without a mask or dropout is a
 # kernel of its own: one for all of it would make a first call wait for what it does not use.

@@ -8,6 +8,7 @@ All strides are in bytes; addresses are integers.
 import numpy as np
 
 i8, f8 = np.int64, np.float64
+OBJECT_HEADER = object.__basicsize__  # bytes of a Python object before what is its type's own
 
 PLAN = np.dtype(
     [

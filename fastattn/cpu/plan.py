@@ -171,6 +171,7 @@ def make_plan(
     everything = heads * (problem.queries + problem.keys) * features
     if first_read <= AHEAD_BYTES and everything > CACHED_BYTES:
         plan["ahead"] = threads
+    plan["none"] = id(None)
     plan["query_bytes"], plan["key_bytes"] = query_bytes, key_bytes
     plan["blocks"], plan["group"], plan["groups"] = blocks, group, groups
     plan["tasks"] = tasks = heads * groups
@@ -182,6 +183,5 @@ def make_plan(
     scores = (WORK_ROWS + key_block) * row_bytes + tile.lanes * tile.lanes * 8
     values = (key_block + tile.rows) * (problem.value_dim + tile.rows) * problem.dtype.itemsize
     scratch_bytes = aligned(group * state + key_bytes + values + scores)
-    plan["none"] = id(None)
     flops = heads * blocks * flops_per_block * (0.5 if problem.causal_offset is not None else 1.0)
     return Plan(problem, tile, record, record.ctypes.data, tasks, flops, scratch_bytes)

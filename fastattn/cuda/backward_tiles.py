@@ -12,9 +12,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from fastattn.cuda.elements import device, loader, mask_loader, philox, real_of
+from fastattn.cuda.elements import device, keeps, loader, mask_loader, real_of
 from fastattn.cuda.tiles import is_floating
 
 __all__ = ["Tiles", "Tiling", "make_tiles"]
@@ -163,19 +161,6 @@ def _make_weights(tiling: Tiling, storage: str, mask_storage: str, dropout: bool
             numbers[1, i] = delta
 
     @device
-    def kept(number, heads, i, j, seed_low, seed_high, drop_below):
-        """Whether dropout keeps the weight of query i and key j in slice `number`."""
-        w0, w1, w2, w3 = philox(j // 4, i, number % heads, number // heads, seed_low, seed_high)
-        place, word = j % 4, w0
-        if place == 1:
-            word = w1
-        elif place == 2:
-            word = w2
-        elif place == 3:
-            word = w3
-        return word >= np.uint64(drop_below)
-
-    @device
     def weigh(
         scores, grads, numbers, mask, mask_at, mask_row, mask_column, number, first_query, first_key, keys, reach,
         heads, seed_low, seed_high, drop_below, keep_scale, tx, ty,
@@ -204,7 +189,7 @@ def _make_weights(tiling: Tiling, storage: str, mask_storage: str, dropout: bool
                     weight, grad = share, grads[r, c]
                     if dropout:
                         factor = zero
-                        if kept(number, heads, i, j, seed_low, seed_high, drop_below):
+                        if keeps(number, heads, i, j, seed_low, seed_high, drop_below):
                             factor = keep_scale
                         weight, grad = share * factor, grad * factor
                     grad = share * (grad - delta)

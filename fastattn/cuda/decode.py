@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import cuda, types
 
-from fastattn.cuda.elements import MASKS, STORAGE, device, loader, mask_loader, philox, real_of, storer
+from fastattn.cuda.elements import MASKS, STORAGE, device, keeps, loader, mask_loader, real_of, storer
 from fastattn.cuda.plan import (
     CAUSAL_OFFSET,
     DROP_BELOW,
@@ -195,17 +195,9 @@ def _score_functions(spec: Decode) -> tuple[Any, Any]:
     @device
     def dropped(keep_scale, number, heads, i, j, seed_low, seed_high, drop_below):
         """keep_scale, or 0."""
-        w0, w1, w2, w3 = philox(j // 4, i, number % heads, number // heads, seed_low, seed_high)
-        place, word = j % 4, w0
-        if place == 1:
-            word = w1
-        elif place == 2:
-            word = w2
-        elif place == 3:
-            word = w3
-        factor = keep_scale
-        if word < np.uint64(drop_below):
-            factor = zero
+        factor = zero
+        if keeps(number, heads, i, j, seed_low, seed_high, drop_below):
+            factor = keep_scale
         return factor
 
     return biased, dropped

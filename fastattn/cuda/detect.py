@@ -32,7 +32,7 @@ def is_on_device(given: Any) -> bool:
 
 def any_on_device(*given: Any) -> bool:
     """Whether one of these is an array in the memory of a GPU."""
-    return any(not isinstance(one, HOST) and is_on_device(one) for one in given)
+    return any(is_on_device(one) for one in given)
 
 
 def library_of(given: Any) -> str:

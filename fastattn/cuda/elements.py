@@ -152,3 +152,17 @@ def philox(group, query, head, batch, seed_low, seed_high):
         c2, c3 = (product_0 >> HALF) ^ c3 ^ k1, product_0 & LOW
         k0, k1 = (k0 + WEYL_0) & LOW, (k1 + WEYL_1) & LOW
     return c0, c1, c2, c3
+
+
+@device
+def keeps(slice_number, heads, query, key, seed_low, seed_high, drop_below):
+    """Whether dropout keeps one weight, of a slice as `fastattn.cuda.plan` counts them."""
+    w0, w1, w2, w3 = philox(key // 4, query, slice_number % heads, slice_number // heads, seed_low, seed_high)
+    place, word = key % 4, w0
+    if place == 1:
+        word = w1
+    elif place == 2:
+        word = w2
+    elif place == 3:
+        word = w3
+    return word >= np.uint64(drop_below)
