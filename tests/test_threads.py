@@ -261,7 +261,7 @@ class Counted:
         self.address = self.memory.ctypes.data
 
     def run(self, workers: pool._Pool, others: int) -> bool:
-        return workers.run(self.counting.addresses["task"], self.address, TASKS, 1e6, others)
+        return workers.run(self.counting, self.address, TASKS, 1e6, others)
 
     def alone(self) -> None:
         for number in range(TASKS):
@@ -362,13 +362,13 @@ def test_a_call_that_ended_cancels_no_other(counting: Library) -> None:
     native = library("schedule")
     workers.grow(1)
     first, second = Counted(counting), Counted(counting)
-    task, woken = counting.addresses["task"], workers.woken.ctypes.data
-    assert native.start(workers.address, task, first.address, TASKS, 0, woken) == 0
-    assert native.start(workers.address, task, second.address, TASKS, 0, woken) == pool.TAKEN
+    task = counting.addresses["task"]
+    assert native.start(workers.address, task, first.address, TASKS, 0, 0, 0) == pool.MORE
+    assert native.start(workers.address, task, second.address, TASKS, 0, 0, 0) == pool.TAKEN
     native.cancel(workers.address, second.address)
     assert native.take_part(workers.address, TASKS, 10) == pool.DONE
     first.check()
-    assert native.start(workers.address, task, second.address, TASKS, 0, woken) == 0
+    assert native.start(workers.address, task, second.address, TASKS, 0, 0, 0) == pool.MORE
     native.cancel(workers.address, first.address)
     assert native.take_part(workers.address, TASKS, 10) == pool.DONE
     second.check()

@@ -82,12 +82,12 @@ def pause(typingctx):
 
 
 @intrinsic
-def call_task(typingctx, task, call, slot, number):
-    """Run the compiled task function at an address."""
+def call_compiled(typingctx, address, arguments):
+    """Call the exported function at an address with a tuple of integers; returns what it returns."""
 
     def codegen(context, builder, sig, values):
-        fnty = ir.FunctionType(ir.VoidType(), [_WORD] * 3)
-        builder.call(builder.inttoptr(values[0], fnty.as_pointer()), values[1:])
-        return context.get_dummy_value()
+        given = cgutils.unpack_tuple(builder, values[1])
+        fnty = ir.FunctionType(_WORD, [_WORD] * len(given))
+        return builder.call(builder.inttoptr(values[0], fnty.as_pointer()), given)
 
-    return signature(types.none, types.intp, types.intp, types.intp, types.intp), codegen
+    return signature(types.int64, types.intp, arguments), codegen

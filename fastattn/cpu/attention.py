@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from fastattn.cpu import pool
 from fastattn.cpu.kernels import Library, kernel_name, library
-from fastattn.cpu.layout import ALIGNMENT, CALL, OBJECT_HEADER
+from fastattn.cpu.layout import ALIGNMENT, OBJECT_HEADER, RECORD_BYTES
 from fastattn.cpu.plan import Plan, make_plan
 from fastattn.isa import host
 from fastattn.problem import Operands, Problem
@@ -147,17 +147,17 @@ def run(
     if not _objects_are_as_expected():
         memory = _objects(arrays)
         objects = memory.ctypes.data
-    if plan.flops < pool.TURN_FLOPS and not (threads > 1 and pool.is_worth_sharing(plan.flops)):
-        scratch, _ = _scratch(plan.scratch_bytes)
-        kernels.quick(plan.address, scratch, seed, objects)
+    is_shared = threads > 1 and pool.is_worth_sharing(plan.flops)
+    if not is_shared and plan.flops < pool.TURN_FLOPS:
+        at, _ = _scratch(RECORD_BYTES + plan.scratch_bytes)
+        kernels.quick(at, plan.address, seed, objects)
     else:
-        with scratch_memory(threads * plan.scratch_bytes) as scratch:
-            call = np.empty(1, CALL)
-            at = call.ctypes.data
-            kernels.fill(at, plan.address, scratch, plan.scratch_bytes, seed, objects)
-            pool.run(kernels, at, plan.tasks, plan.flops, threads)
+        at, held = _scratch(RECORD_BYTES + threads * plan.scratch_bytes)
+        _memory.held = None  # who interrupts needs memory of its own
+        pool.run(kernels, at, plan.tasks, plan.flops, threads, (plan.address, plan.scratch_bytes, seed, objects))
+        _memory.held = at, held
     if threads > 1:
-        pool.note_call()
+        pool.note_call(min(threads, plan.tasks) - 1)
 
 
 def attention(

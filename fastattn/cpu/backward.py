@@ -24,7 +24,8 @@ are added one by one, where a query may look.
 
 from fastattn.cpu.atomics import atomic_load, atomic_store, pause
 from fastattn.cpu.dropout import drop
-from fastattn.cpu.forward import clear, prefetch_rows, visible_keys
+from fastattn.cpu.ahead import prefetch_rows
+from fastattn.cpu.forward import clear, visible_keys
 from fastattn.cpu.layout import GRADIENT_AXIS, GRADIENT_CALL, GRADIENT_PLAN
 from fastattn.cpu.masks import INFINITY, looks_at, lowest, restrict
 from fastattn.cpu.pack import pack_queries

@@ -6,16 +6,15 @@ from fastattn import build as compiler
 from fastattn.cpu import additive_backward, backward, claim, mask_gradient
 from fastattn.cpu.forward import forward_group
 from fastattn.cpu.kernels import BACKWARD
-from fastattn.cpu.layout import CALL, OBJECT_HEADER
+from fastattn.cpu.atomics import call_compiled
+from fastattn.cpu.layout import OBJECT_HEADER, RECORD_BYTES, START
 from fastattn.cpu.received import receive_group
 from fastattn.cpu.summary import choose_group, summarise_group
 from fastattn.cpu.tasks import call_view, plan_view, task_function
 from fastattn.cpu.tiles import packed_product
 from fastattn.cpu.weights import weigh_group
 from fastattn.isa import Isa
-from fastattn.simd import TileShape, jit, load_i64, stack_memory, tile_fill, tile_store
-
-call_memory = stack_memory(CALL.itemsize)
+from fastattn.simd import TileShape, jit, load_i64, tile_fill, tile_store
 
 # What is compiled for attention and what is asked of its weights. The forward pass without a mask or dropout is a
 # kernel of its own: one for all of it would make a first call wait for what it does not use.
@@ -42,7 +41,7 @@ def build(name: str, row: Isa, entries: dict[str, int]) -> bytes:
     """Object code of the library `name`: "schedule", or kind-dtype-ROWSxVECTORS."""
     kind, *parameters = name.split("-")
     if kind == "schedule":
-        functions = {entry: jit(getattr(claim, entry)) for entry in entries}
+        functions = {entry: getattr(claim, entry) for entry in entries}
     else:
         dtype, size = parameters
         rows, vectors = map(int, size.split("x"))
@@ -74,7 +73,7 @@ def _peak(tile):
 
 def _attention(task):
     """A task function, and the ways to run it in the calling thread."""
-    return {"task": task, "alone": _alone(task), "quick": _quick(task), "fill": fill}
+    return {"task": task, "alone": _alone(task), "quick": _quick(task), "shared": shared, "fill": fill}
 
 
 def _alone(task):
@@ -89,27 +88,34 @@ def _alone(task):
 
 
 def _quick(task):
-    """Run a whole call in the calling thread, on a call record of its own; takes what `fill` takes."""
+    """Run a whole call in the calling thread; takes what `fill` takes, but for how much memory other threads have."""
 
     @jit
-    def quick(plan, scratch, seed, objects):
-        call = call_memory()
-        fill(call, plan, scratch, 0, seed, objects)  # one thread: no need to tell how much each one has
+    def quick(at, plan, seed, objects):
+        fill(at, plan, 0, seed, objects)
         for number in range(plan_view(plan).tasks):
-            task(call, 0, number)
+            task(at, 0, number)
 
     return quick
 
 
 @jit
-def fill(at, plan, scratch, scratch_bytes, seed, objects):
-    """Write a call record, given for each array, in the record's order, where the object is; None stands for no array.
+def shared(at, plan, scratch_bytes, seed, objects, pool, task, limit, most, spins):
+    """Write a call's record and run its tasks, with others: `fill`, then `start` of `fastattn.cpu.claim`."""
+    fill(at, plan, scratch_bytes, seed, objects)
+    return call_compiled(load_i64(pool + START), (pool, task, at, plan_view(plan).tasks, limit, most, spins))
 
-    Reading a tuple here costs nothing; each further argument of a call from Python costs a tenth of a microsecond.
+
+@jit
+def fill(at, plan, scratch_bytes, seed, objects):
+    """Write a call's record, with its working memory behind it.
+
+    `objects` says for each array, in the record's order, where the object is; None stands for no array. Reading a tuple
+    here costs nothing; each further argument of a call from Python costs a tenth of a microsecond.
     """
     call, none = call_view(at), plan_view(plan).none
     call.plan = plan
-    call.scratch = scratch
+    call.scratch = at + RECORD_BYTES
     call.scratch_bytes = scratch_bytes
     call.seed = seed
     call.query = address_of(load_i64(objects), none)

@@ -15,10 +15,11 @@ from fastattn.cpu.atomics import (
     atomic_load,
     atomic_replace,
     atomic_store,
-    call_task,
+    call_compiled,
     pause,
 )
 from fastattn.cpu.layout import (
+    ASLEEP,
     CALL_AT,
     DONE,
     LIMIT_SHIFT,
@@ -31,6 +32,7 @@ from fastattn.cpu.layout import (
     TASKS,
     TASKS_MASK,
     WAITING,
+    WOKEN,
     WORKER_BYTES,
     WORKERS,
 )
@@ -46,15 +48,17 @@ def claim_one(pool, worker):
             return False
         if atomic_replace(pool + OFFER, offer, offer - 1):
             number = load_i64(pool + TASKS) - (offer & TASKS_MASK)
-            call_task(load_i64(pool + TASK), load_i64(pool + CALL_AT), worker + 1, number)
+            call_compiled(load_i64(pool + TASK), (load_i64(pool + CALL_AT), worker + 1, number))
             atomic_add(pool + PENDING, -1)
             return True
 
 
-def start(pool, task, call, tasks, limit, woken):
-    """Open a call to `limit` workers, unless another has the pool (TAKEN).
+@jit
+def start(pool, task, call, tasks, limit, most, spins):
+    """Open a call to `limit` workers, unless another has the pool (TAKEN), and take part.
 
-    Writes the indices of those that sleep, to be woken, to `woken`; returns how many.
+    Where some of them sleep, it is left at ASLEEP plus how many, and their indices stand where the pool's WOKEN says:
+    the caller wakes them first.
     """
     if not atomic_replace(pool + OWNER, 0, call):
         return TAKEN
@@ -63,14 +67,15 @@ def start(pool, task, call, tasks, limit, woken):
     store_i64(pool + TASKS, tasks)
     atomic_store(pool + PENDING, tasks)
     atomic_store(pool + OFFER, limit << LIMIT_SHIFT | tasks)
-    count = 0
+    count, woken = 0, load_i64(pool + WOKEN)
     for worker in range(limit):
         if atomic_exchange(pool + WORKERS + worker * WORKER_BYTES, 0) == 1:
             store_i64(woken + 8 * count, worker)
             count += 1
-    return count
+    return ASLEEP + count if count else take_part(pool, most, spins)
 
 
+@jit
 def take_part(pool, most, spins):
     """The caller's share: at most `most` tasks, then, if none is left, wait for the others for a while.
 
@@ -90,6 +95,7 @@ def take_part(pool, most, spins):
     return WAITING
 
 
+@jit
 def cancel(pool, call):
     """If the call has the pool: withdraw what nobody has claimed, wait for what somebody has, give the pool back."""
     if atomic_load(pool + OWNER) != call:
@@ -102,6 +108,7 @@ def cancel(pool, call):
     return DONE
 
 
+@jit
 def work(pool, worker, spins):
     """A worker's life between two sleeps: run tasks; when none came for `spins` rounds, lie down and return."""
     idle = 0

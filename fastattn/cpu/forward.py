@@ -16,6 +16,7 @@ order, whatever the others hold. (Only how additive attention computes a score d
 import math
 
 from fastattn.cpu import additive
+from fastattn.cpu.ahead import NOTHING, ask, list_memory, prefetch_rows, want, want_nothing, want_share
 from fastattn.cpu.dropout import drop
 from fastattn.cpu.layout import MASK_BOOL, MASK_NONE
 from fastattn.cpu.masks import looks_at, restrict
@@ -30,57 +31,14 @@ from fastattn.simd import (
     load_element,
     load_u8,
     maximum,
-    prefetch,
     store_element,
     tile_fill,
     tile_load,
     tile_repeat,
     tile_store,
 )
-from fastattn.simd.memory import LINE
 
 LN_2 = 0.6931471805599453
-NOTHING = (0, 0, 0, 0, 0, 0, 0)  # to ask for ahead
-
-
-@jit
-def prefetch_rows(rows, row, count, length):
-    """Ask for `count` rows of `length` bytes."""
-    for j in range(count):
-        for offset in range(0, length, LINE):
-            prefetch(rows + j * row + offset)
-
-
-@jit
-def share_of_rows(first, first_row, first_bytes, second, second_row, second_bytes, count, share, shares):
-    """What is to be asked for of `count` rows of two matrices in one of `shares` parts, for `ask`."""
-    step = (count + shares - 1) // shares
-    begin = min(share * step, count)
-    end = min(begin + step, count)
-    first += begin * first_row
-    second += begin * second_row
-    return first, first_row, first_bytes, second, second_row, second_bytes, end - begin
-
-
-@jit
-def rows_at_once(ahead, count, rows):
-    """How many rows to ask for with each panel of `rows`, of `count` in all."""
-    return (ahead[6] * rows + count - 1) // max(count, 1)
-
-
-@jit
-def ask(ahead, count):
-    """Ask for the next `count` rows of both matrices, and return what is left.
-
-    A few at a time: a core has room for no more lines on their way from memory, and waits if asked for more.
-    """
-    first, first_row, first_bytes, second, second_row, second_bytes, left = ahead
-    count = min(count, left)
-    prefetch_rows(first, first_row, count, first_bytes)
-    prefetch_rows(second, second_row, count, second_bytes)
-    first += count * first_row
-    second += count * second_row
-    return first, first_row, first_bytes, second, second_row, second_bytes, left - count
 
 
 @jit
@@ -104,16 +62,14 @@ def load_keys(tile, plan, target, source, count):
 
 
 @jit
-def score_block(tile, plan, q, key, first, count, start, scores, best, ahead):
+def score_block(tile, plan, q, key, first, count, start, scores, best, wanted):
     """scores[j][i] = start[i] + key[first + j] · q[i] for `count` keys; the maximum of `best` and of them over j.
 
-    Meanwhile the rows that `ahead` tells of are asked for.
+    Meanwhile what is on the list `wanted` is asked for.
     """
     if tile.additive:
-        ask(ahead, ahead[6])
         return additive.score_block(tile, plan, q, key, first, count, start, scores, best)
     features = plan.head_dim
-    at_once = rows_at_once(ahead, count, tile.rows)
     panel, row, column = key_steps(tile, plan)
     key += first // tile.rows * panel
     initial = tile_repeat(tile, start)
@@ -125,7 +81,7 @@ def score_block(tile, plan, q, key, first, count, start, scores, best, ahead):
             acc = product(initial, key, row, column, q, tile.row_bytes, features)
         tile_store(acc, scores, tile.row_bytes)
         best = maximum(largest_row(acc), best)
-        ahead = ask(ahead, at_once)
+        ask(wanted)
         key += panel
         scores += tile.rows * tile.row_bytes
     for _ in range(whole, count):
@@ -138,10 +94,9 @@ def score_block(tile, plan, q, key, first, count, start, scores, best, ahead):
 
 
 @jit
-def add_values(tile, plan, weights, count, value, out, ahead):
-    """out[p][i] += Σ_j value[j][p] · weights[j][i]; meanwhile the rows that `ahead` tells of are asked for."""
+def add_values(tile, plan, weights, count, value, out, wanted):
+    """out[p][i] += Σ_j value[j][p] · weights[j][i]; meanwhile what is on the list is asked for."""
     features = plan.value_dim
-    at_once = rows_at_once(ahead, features, tile.rows)
     panel, row, column = value_steps(tile, plan)
     if tile.additive and tile.vectors == 1 and column == tile.itemsize:  # few queries: most lanes would be empty
         done = features - features % (tile.quad.rows * tile.lanes)
@@ -157,7 +112,7 @@ def add_values(tile, plan, weights, count, value, out, ahead):
         else:
             acc = product(acc, value, column, row, weights, tile.row_bytes, count)
         tile_store(acc, out, tile.row_bytes)
-        ahead = ask(ahead, at_once)
+        ask(wanted)
         value += panel
         out += tile.rows * tile.row_bytes
     for _ in range(whole, features):
@@ -236,7 +191,7 @@ def visible_keys(tile, plan, first_query, first_key, mask):
 
 
 @jit
-def scores_of(tile, plan, q, m, relative, count, safe, first_query, first_key, key, mask, work, ahead):
+def scores_of(tile, plan, q, m, relative, count, safe, first_query, first_key, key, mask, work, wanted):
     """The block of scores of some queries with `count` keys: their place; their maximum over the keys at `work`.
 
     `relative`: less m, from which the sums of products then start.
@@ -246,11 +201,11 @@ def scores_of(tile, plan, q, m, relative, count, safe, first_query, first_key, k
     if relative:
         start = start - tile_load(tile.single, m, 0)
     best = tile_fill(tile.single, MINUS_INFINITY)
-    best = score_block(tile, plan, q, key, 0, safe, start, scores, best, ahead)
+    best = score_block(tile, plan, q, key, 0, safe, start, scores, best, wanted)
     if safe < count:
         tile_store(best, work, 0)
         rest = scores + safe * tile.row_bytes
-        score_block(tile, plan, q, key, safe, count - safe, start, rest, best, NOTHING)
+        score_block(tile, plan, q, key, safe, count - safe, start, rest, best, wanted)
         present = min(tile.width, plan.queries - first_query)
         position = plan.first_position + first_query
         mask += safe * plan.mask_column
@@ -315,27 +270,24 @@ def forward_group(tile, call, plan, head, first_block, blocks, scratch):
     if plan.causal:
         last = min(first_query + blocks * tile.width, plan.queries) - 1
         end = min(end, plan.first_position + last + 1)
-    # The first keys and values come while the queries are packed: a call after a pause finds nothing in the caches.
-    key_bytes, value_bytes = plan.head_dim * tile.itemsize, plan.value_dim * tile.itemsize
-    prefetch_rows(key, plan.key_row, min(plan.key_block, end), key_bytes)
-    prefetch_rows(value, plan.value_row, min(plan.key_block, end), value_bytes)
+    wanted = list_memory()
     # What this thread will want next, if all goes as it should: the same part of another head.
-    then_query = then_key = then_value = then_out = then_count = 0
+    then_query = then_key = then_value = 0
     if plan.ahead > 0 and head + plan.ahead < plan.tasks // plan.groups:
         then_query, then_key, then_value, _, _ = locate(call, plan, head + plan.ahead)
         then_query += call.query + first_query * plan.query_row
         then_key += call.key
         then_value += call.value
-        then_out = out + first_query * plan.out_row
-        then_count = min(blocks * tile.width, plan.queries - first_query)
-    for b in range(blocks):
-        first = first_query + b * tile.width
-        state = scratch + b * state_bytes
-        present = min(tile.width, plan.queries - first)
-        source = query + first * plan.query_row
-        load_queries(tile, call, plan, state, source, present, packed_keys)
-        clear(tile, state + q_bytes, plan.value_dim + 2)
-    for first_key in range(0, end, plan.key_block):
+    key_bytes, value_bytes = plan.head_dim * tile.itemsize, plan.value_dim * tile.itemsize
+    prefetch_rows(key, plan.key_row, min(plan.key_block, end), key_bytes)
+    prefetch_rows(value, plan.value_row, min(plan.key_block, end), value_bytes)
+    if tile.additive:  # in working memory that packed keys need later
+        for b in range(blocks):
+            first = first_query + b * tile.width
+            present = min(tile.width, plan.queries - first)
+            source = query + first * plan.query_row
+            load_queries(tile, call, plan, scratch + b * state_bytes, source, present, packed_keys)
+    for first_key in range(0, max(end, 1), plan.key_block):
         keys, values = key + first_key * plan.key_row, value + first_key * plan.value_row
         count = min(plan.key_block, end - first_key)
         keys_at, values_at = load_keys(tile, plan, packed_keys, keys, count), values
@@ -349,44 +301,51 @@ def forward_group(tile, call, plan, head, first_block, blocks, scratch):
         finite = True
         if plan.causal or (tile.masked and plan.mask_kind != MASK_NONE):
             finite = are_finite(tile, plan, values, count)
+        skipped = 0
         for b in range(blocks):
             first = first_query + b * tile.width
-            masks = mask + first * plan.mask_row + first_key * plan.mask_column
-            count, safe = visible_keys(tile, plan, first, first_key, masks)
-            if count == 0:
-                continue
-            # Asked for meanwhile: a share of the next keys and values; in the end, of what this thread does then, and
-            # where the result will be written.
-            coming = after = NOTHING
-            if next_count > 0:
-                coming = share_of_rows(
-                    next_key, plan.key_row, key_bytes, next_value, plan.value_row, value_bytes, next_count, b, blocks
-                )
-            if then_query != 0 and first_key + plan.key_block >= end:
-                after = share_of_rows(
-                    then_query, plan.query_row, key_bytes, then_out, plan.out_row, value_bytes, then_count, b, blocks
-                )
-            elif tile.masked and plan.mask_row != 0:
-                below = masks + tile.width * plan.mask_row
-                after = (below, plan.mask_row, plan.key_block * plan.mask_itemsize, 0, 0, 0, tile.width)
+            present = min(tile.width, plan.queries - first)
             q = scratch + b * state_bytes
             block = q + q_bytes
             m = block + out_bytes
-            scores = scores_of(tile, plan, q, m, relative, count, safe, first, first_key, keys_at, masks, work, coming)
-            top = tile_load(tile.single, work, 0)
-            absorb(tile, scores, count, top, relative, unit, m, m + tile.row_bytes, block, plan.value_dim)
-            if tile.masked and plan.drop_below > 0:
-                drop(tile, plan, call.seed, scores, count, head, first, first_key)
-            if not finite and safe < count:
-                present = min(tile.width, plan.queries - first)
-                offset = plan.first_position + first - first_key
-                add_visible_values(tile, plan, scores, count, values, values_at, masks, present, offset, block)
+            source = query + first * plan.query_row
+            if first_key == 0:
+                if not tile.additive:
+                    load_queries(tile, call, plan, q, source, present, 0)
+                clear(tile, block, plan.value_dim + 2)
+            own_end = min(end, plan.first_position + first + present) if plan.causal else end
+            is_last = first_key + plan.key_block >= own_end and (first_key == 0 or first_key < own_end)
+            masks = mask + first * plan.mask_row + first_key * plan.mask_column
+            count, safe = visible_keys(tile, plan, first, first_key, masks)
+            if count > 0:
+                want_nothing(wanted, (count + plan.value_dim) // tile.rows)
+                if plan.ahead > 0:
+                    if is_last:
+                        want(wanted, out + first * plan.out_row, plan.out_row, value_bytes, present)
+                        if b + 1 == blocks and then_query != 0:
+                            want(wanted, then_query, plan.query_row, key_bytes, tile.width)
+                    if first_key == 0 and b + 1 < blocks:
+                        below = source + tile.width * plan.query_row
+                        want(wanted, below, plan.query_row, key_bytes, min(tile.width, plan.queries - first - tile.width))
+                if tile.masked and plan.mask_row != 0:
+                    below = masks + tile.width * plan.mask_row
+                    want(wanted, below, plan.mask_row, plan.key_block * plan.mask_itemsize, tile.width)
+                if next_count > 0:
+                    share, shares = b - skipped, blocks - skipped
+                    want_share(wanted, next_key, plan.key_row, key_bytes, next_count, share, shares)
+                    want_share(wanted, next_value, plan.value_row, value_bytes, next_count, share, shares)
+                scores = scores_of(tile, plan, q, m, relative, count, safe, first, first_key, keys_at, masks, work, wanted)
+                top = tile_load(tile.single, work, 0)
+                absorb(tile, scores, count, top, relative, unit, m, m + tile.row_bytes, block, plan.value_dim)
+                if tile.masked and plan.drop_below > 0:
+                    drop(tile, plan, call.seed, scores, count, head, first, first_key)
+                if not finite and safe < count:
+                    offset = plan.first_position + first - first_key
+                    add_visible_values(tile, plan, scores, count, values, values_at, masks, present, offset, block)
+                else:
+                    add_values(tile, plan, scores, count, values_at, block, wanted)
             else:
-                add_values(tile, plan, scores, count, values_at, block, after)
-    for b in range(blocks):
-        first = first_query + b * tile.width
-        block = scratch + b * state_bytes + q_bytes
-        m = block + out_bytes
-        present = min(tile.width, plan.queries - first)
-        rows = out + first * plan.out_row
-        finish(tile, plan, m, m + tile.row_bytes, block, rows, lse + first * tile.itemsize if lse != 0 else 0, present)
+                skipped += 1
+            if is_last:
+                rows, logs = out + first * plan.out_row, lse + first * tile.itemsize if lse != 0 else 0
+                finish(tile, plan, m, m + tile.row_bytes, block, rows, logs, present)

@@ -46,9 +46,9 @@ ATTENTION = ("forward", "masked", "weights", "summary", "received", "chosen", "a
 BACKWARD = ("backward", "backward_masked", "mask_gradient", "additive_backward")
 ENTRIES: dict[str, dict[str, int]] = {
     **{kind: {"task": 3, "alone": 3} for kind in BACKWARD},
-    **{kind: {"task": 3, "alone": 3, "quick": 4, "fill": 6} for kind in ATTENTION},
+    **{kind: {"task": 3, "alone": 3, "quick": 4, "shared": 10, "fill": 5} for kind in ATTENTION},
     "peak": {"run": 5},
-    "schedule": {"start": 6, "take_part": 3, "cancel": 2, "work": 3},
+    "schedule": {"start": 7, "take_part": 3, "cancel": 2, "work": 3},
 }
 
 _loaded: dict[tuple[str, Isa], Library] = {}

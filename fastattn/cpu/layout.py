@@ -207,16 +207,18 @@ QUERY_NUMBERS = 3  # of a query: `numbers`
 
 MASK_NONE, MASK_BOOL, MASK_SAME, MASK_OTHER, MASK_HALF = range(5)
 ALIGNMENT = 64
+RECORD_BYTES = -(-CALL.itemsize // ALIGNMENT) * ALIGNMENT  # in front of a call's working memory
 
 # The scheduler's shared memory, offsets in bytes: words that different threads write often have lines of their own.
 OFFER = 0  # tasks nobody has claimed, and above LIMIT_SHIFT the number of workers that may take part
 PENDING = 64  # tasks nobody has finished
 TASK, CALL_AT, TASKS = 128, 136, 144  # of the current call
 OWNER = 152  # the address of the call that has the pool, 0 if none has
+START, WOKEN = 160, 168  # the addresses of the compiled `start`, and of the list of workers that a call has to wake
 WORKERS = 192  # one line a worker: 1 while it sleeps, or is about to
 WORKER_BYTES = 64
 LIMIT_SHIFT = 48
 TASKS_MASK = (1 << LIMIT_SHIFT) - 1
 
-DONE, MORE, WAITING = 0, 1, 2  # what the caller is told
+DONE, MORE, WAITING, ASLEEP = range(4)  # what the caller is told; above ASLEEP, how many
 TAKEN = -1  # another call has the pool

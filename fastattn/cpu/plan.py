@@ -169,7 +169,7 @@ def make_plan(
     features = (problem.head_dim + problem.value_dim) * problem.dtype.itemsize
     first_read = (group * tile.width + key_block) * features
     everything = heads * (problem.queries + problem.keys) * features
-    if first_read <= AHEAD_BYTES and everything > CACHED_BYTES:
+    if everything > CACHED_BYTES:
         plan["ahead"] = threads
     plan["none"] = id(None)
     plan["query_bytes"], plan["key_bytes"] = query_bytes, key_bytes

@@ -18,13 +18,15 @@ from typing import Any
 import numpy as np
 
 from fastattn.cpu.kernels import Library, library
-from fastattn.cpu.layout import DONE, TAKEN, WAITING, WORKER_BYTES, WORKERS
+from fastattn.cpu.layout import ASLEEP, DONE, START, TAKEN, WAITING, WOKEN, WORKER_BYTES, WORKERS
 
-SPINS = 8000  # rounds of waiting, some 25 ns each, before a worker sleeps
+SPIN = 25  # nanoseconds that a round of waiting takes, or more
+SPINS = 8000  # rounds of waiting before a worker sleeps
 TURN_FLOPS = 2e9  # work the caller does between two looks at Python's signals
 WORTH_SHARING = 4e6  # operations: below this, sharing the work with a worker that is awake brings nothing
 WORTH_WAKING = 12e6  # and below this, with one that has to be woken
 WARM = 1_000_000  # nanoseconds after a call in which workers are taken to be awake, or the next call to be near
+LONGEST_PAUSE = 100_000_000  # nanoseconds between calls that come regularly
 MOST = 1024  # threads
 
 
@@ -116,6 +118,38 @@ def num_threads(n: int) -> Iterator[None]:
         _override.reset(token)
 
 
+class _Rhythm:
+    """When calls come. After two pauses of the same length the next call is foreseen, and workers get up in time.
+
+    A worker that sleeps when a call comes is late by 100 to 300 µs, as much as a small call takes. One that gets up
+    early waits for the call: for 1/16 of a pause, at most, and if no call comes, once.
+    """
+
+    ended = 0  # when the last call did; all times in nanoseconds
+    pause = 0  # before the last call
+    due = 0  # when the next call is foreseen; 0: it is not
+    early = 0  # how long before that workers are up, and after
+    workers = 0  # how many
+
+    def begin(self) -> bool:
+        """Note that a call begins; whether workers are awake, or the next call is near."""
+        now = time.perf_counter_ns()
+        pause = now - self.ended
+        regular = abs(pause - self.pause) < pause >> 4 and WARM < pause < LONGEST_PAUSE
+        self.early = pause >> 5 if regular else 0
+        self.pause = pause
+        return pause < WARM or abs(now - self.due) < self.early
+
+    def end(self) -> None:
+        """Note that a call has ended."""
+        self.ended = now = time.perf_counter_ns()
+        self.due = now + self.pause if self.early else 0
+
+    def seconds_of_sleep(self) -> float:
+        """How long a worker may sleep until the next call is near; 0 if none is foreseen."""
+        return max(0.0, (self.due - self.early - time.perf_counter_ns()) / 1e9)
+
+
 class _Pool:
     """The workers of one process."""
 
@@ -136,7 +170,10 @@ class _Pool:
             return
         with self.growing:
             if self.native is None:
-                self.native = library("schedule")
+                native = library("schedule")
+                words = self.memory[(self.address - self.memory.ctypes.data) // 8 :]
+                words[START // 8], words[WOKEN // 8] = native.addresses["start"], self.woken.ctypes.data
+                self.native = native
             while len(self.beds) < workers:
                 bed = allocate_lock()
                 bed.acquire()
@@ -150,28 +187,39 @@ class _Pool:
                 except RuntimeError:  # too many threads, or the interpreter is about to exit: tasks do not wait for it
                     return
 
-    def run(self, task: int, call: int, tasks: int, flops: float, workers: int) -> bool:
-        """Run tasks with up to `workers` others; False if another call has the pool."""
-        self.grow(workers)
-        native = self.native
-        most = max(1, int(TURN_FLOPS * tasks / flops))
+    def run(
+        self, kernels: Library, call: int, tasks: int, flops: float, workers: int, arguments: tuple[int, ...] = ()
+    ) -> bool:
+        """Run tasks with up to `workers` others; False if another call has the pool. `arguments` as in `run`."""
+        if len(self.beds) < workers:
+            self.grow(workers)
+        native, task = self.native, kernels.addresses["task"]
+        limit, most = min(workers, len(self.beds)), max(1, int(TURN_FLOPS * tasks / flops))
         try:
-            count = native.start(self.address, task, call, tasks, min(workers, len(self.beds)), self.woken.ctypes.data)
-            if count == TAKEN:
+            if arguments:
+                state = kernels.shared(call, *arguments, self.address, task, limit, most, SPINS)
+            else:
+                state = native.start(self.address, task, call, tasks, limit, most, SPINS)
+            if state == TAKEN:
                 return False
-            if count:
-                cpu = _current_cpu()
-                for worker in self.woken[:count].tolist():
-                    if self.avoided[worker] != cpu:
-                        self._avoid(worker, cpu)
-                    _wake(self.beds[worker])
-            while (state := native.take_part(self.address, most, SPINS)) != DONE:
+            if state > ASLEEP:
+                self._wake(state - ASLEEP)
+            while state != DONE:
                 if state == WAITING:
                     _yield()  # to the worker that we wait for, if it waits for this CPU
+                state = native.take_part(self.address, most, SPINS)
         except BaseException:  # Ctrl-C: withdraw the tasks, since what they write to is about to be given up
             self._cancel(call)
             raise
         return True
+
+    def _wake(self, count: int) -> None:
+        """Wake those that are on the list."""
+        cpu = _current_cpu()
+        for worker in self.woken[:count].tolist():
+            if self.avoided[worker] != cpu:
+                self._avoid(worker, cpu)
+            _wake(self.beds[worker])
 
     def _avoid(self, worker: int, cpu: int) -> None:
         """Let a sleeping worker wake up on another CPU than the caller's, where it would wait for the caller to end.
@@ -209,9 +257,15 @@ def _wake(bed: LockType) -> None:
 def _live(pool: _Pool, bed: LockType) -> None:
     """A worker's life. Its frame keeps shared memory and compiled code alive, also while the interpreter exits."""
     work, worker = pool.native.work, pool.beds.index(bed)
+    spins = SPINS
     while True:
-        work(pool.address, worker, SPINS)
-        bed.acquire()
+        work(pool.address, worker, spins)
+        spins = SPINS
+        seconds = _rhythm.seconds_of_sleep()
+        if seconds == 0 or worker >= _rhythm.workers:
+            bed.acquire()
+        elif not bed.acquire(timeout=seconds):
+            spins += 2 * _rhythm.early // SPIN
 
 
 def _find_current_cpu() -> Callable[[], int]:
@@ -226,37 +280,47 @@ def _find_current_cpu() -> Callable[[], int]:
 _current_cpu = _find_current_cpu()
 _yield: Callable[[], object] = getattr(os, "sched_yield", lambda: time.sleep(0))
 _pool = _Pool()
-_last_call = 0  # when, in nanoseconds
+_rhythm = _Rhythm()
 
 
 def _forget() -> None:
-    global _pool
-    _pool = _Pool()
+    global _pool, _rhythm
+    _pool, _rhythm = _Pool(), _Rhythm()
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)
 
 
-def run(kernels: Library, call: int, tasks: int, flops: float, threads: int) -> None:
-    """Run a call's tasks, on up to `threads` threads, and return when all are done."""
+def run(
+    kernels: Library, call: int, tasks: int, flops: float, threads: int, arguments: tuple[int, ...] = ()
+) -> None:
+    """Run a call's tasks, on up to `threads` threads, and return when all are done.
+
+    `call` is where its record is, or will be: with `arguments`, those of `kernels.fill` behind that, it is written first.
+    """
     workers = min(threads, tasks) - 1
-    if workers > 0 and _pool.run(kernels.addresses["task"], call, tasks, flops, workers):
+    if workers > 0 and _pool.run(kernels, call, tasks, flops, workers, arguments):
         return
+    if arguments and workers <= 0:
+        kernels.fill(call, *arguments)
     step = tasks if flops <= TURN_FLOPS else max(1, int(TURN_FLOPS * tasks / flops))
     for first in range(0, tasks, step):
         kernels.alone(call, first, min(first + step, tasks))
 
 
 def is_worth_sharing(flops: float) -> bool:
-    """Whether to share work: much of it always is, less only while workers are awake or will be wanted again soon."""
-    return flops >= WORTH_WAKING or time.perf_counter_ns() - _last_call < WARM
+    """Note that a call begins; whether to share its work.
+
+    Much work always is, less only while workers are awake or will be wanted again soon.
+    """
+    return _rhythm.begin() or flops >= WORTH_WAKING
 
 
-def note_call() -> None:
-    """Remember when the last call ended that could have been shared."""
-    global _last_call
-    _last_call = time.perf_counter_ns()
+def note_call(workers: int) -> None:
+    """Note that a call has ended that could have been shared with so many workers."""
+    _rhythm.workers = workers
+    _rhythm.end()
 
 
 def concurrency(tasks: int, flops: float, threads: int) -> int:

@@ -10,7 +10,8 @@ in order, so that each sum has one owner and one order of its terms, and needs n
     received[j] = Σ_i sums[j][i]                     over the lanes, once
 """
 
-from fastattn.cpu.forward import NOTHING, clear, load_keys, scores_of, visible_keys
+from fastattn.cpu.ahead import NOTHING
+from fastattn.cpu.forward import clear, load_keys, scores_of, visible_keys
 from fastattn.cpu.masks import lowest
 from fastattn.cpu.pack import pack_queries
 from fastattn.cpu.softmax import MINUS_INFINITY, exp2

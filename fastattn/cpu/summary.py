@@ -17,7 +17,8 @@ taken of a weight, and as x is relative to m nothing large is subtracted. m and 
 
 import math
 
-from fastattn.cpu.forward import LN_2, NOTHING, clear, load_keys, scores_of, visible_keys
+from fastattn.cpu.ahead import NOTHING
+from fastattn.cpu.forward import LN_2, clear, load_keys, scores_of, visible_keys
 from fastattn.cpu.layout import SUMMARY
 from fastattn.cpu.pack import pack_queries
 from fastattn.cpu.softmax import MINUS_INFINITY, SLACK, exp2, exponentials
