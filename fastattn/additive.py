@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from fastattn import reference
 from fastattn.api import BACKENDS, delivered, target_for
 from fastattn.cpu import attention as cpu
+from fastattn.cpu.builtin import signatures
 from fastattn.cpu.pool import get_num_threads
 from fastattn.problem import as_additive_operands, check_backend, check_flag, check_out, describe_additive
 
@@ -93,41 +94,22 @@ def additive_attention(
     (8, 16, 64)
     """
     # as in `attention`: a call like an earlier one, with plain arguments, finds its plan by what it depends on
-    ndarray = np.ndarray
+    plain = None
     if (
-        type(query) is ndarray
-        and type(key) is ndarray
-        and type(value) is ndarray
-        and type(weight) is ndarray
-        and (attn_mask is None or type(attn_mask) is ndarray)
-        and (is_causal is False or is_causal is True)
+        (is_causal is False or is_causal is True)
         and type(return_lse) is bool
         and return_weights is False
         and out is None
         and backend is None
     ):
-        plain = (
-            query.shape,
-            query.strides,
-            query.dtype,
-            key.shape,
-            key.strides,
-            key.dtype,
-            value.shape,
-            value.strides,
-            value.dtype,
-            weight.shape,
-            weight.strides,
-            weight.dtype,
-            None if attn_mask is None else (attn_mask.shape, attn_mask.strides, attn_mask.dtype),
-            is_causal,
-            get_num_threads(),
-        )
-        prepared = _prepared.get(plain)
-        if prepared is not None:
-            return cpu.attention(prepared, (query, key, value, attn_mask), 0, None, return_lse, False, weight)
-    else:
-        plain = None
+        agreed = signatures.of(query, key, value, weight, attn_mask)
+        if agreed:
+            plain = agreed, is_causal, get_num_threads()
+            prepared = _prepared.get(plain)
+            if prepared is not None:
+                given: Any = (query, key, value, attn_mask)
+                vector: Any = weight
+                return cpu.attention(prepared, given, 0, None, return_lse, False, vector)
 
     check_backend(backend, BACKENDS)
     if backend == "reference":

@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from fastattn import reference
 from fastattn.cpu import attention as cpu
+from fastattn.cpu.builtin import signatures
 from fastattn.cpu.pool import get_num_threads
 from fastattn.cuda.detect import any_on_device
 from fastattn.problem import Problem, as_operands, check_backend, check_flag, check_out, describe, seed_from
@@ -112,13 +113,9 @@ def attention(
     True
     """
     # A call like an earlier one, with plain arguments, finds its plan by what it depends on: no validation is repeated.
-    ndarray = np.ndarray
+    plain = None
     if (
-        type(query) is ndarray
-        and type(key) is ndarray
-        and type(value) is ndarray
-        and (attn_mask is None or type(attn_mask) is ndarray)
-        and (is_causal is False or is_causal is True)
+        (is_causal is False or is_causal is True)
         and (scale is None or type(scale) is float)
         and type(enable_gqa) is bool
         and dropout_p == 0.0
@@ -129,27 +126,13 @@ def attention(
         and out is None
         and backend is None
     ):
-        plain = (
-            query.shape,
-            query.strides,
-            query.dtype,
-            key.shape,
-            key.strides,
-            key.dtype,
-            value.shape,
-            value.strides,
-            value.dtype,
-            None if attn_mask is None else (attn_mask.shape, attn_mask.strides, attn_mask.dtype),
-            is_causal,
-            scale,
-            enable_gqa,
-            get_num_threads(),
-        )
-        prepared = _prepared.get(plain)
-        if prepared is not None:
-            return cpu.attention(prepared, (query, key, value, attn_mask), 0, None, return_lse, False)
-    else:
-        plain = None
+        agreed = signatures.of(query, key, value, attn_mask)
+        if agreed:
+            plain = agreed, is_causal, scale, enable_gqa, get_num_threads()
+            prepared = _prepared.get(plain)
+            if prepared is not None:
+                given: Any = (query, key, value, attn_mask)
+                return cpu.attention(prepared, given, 0, None, return_lse, False)
 
     backend = backend_of_attention(backend, query, key, value, attn_mask, out)
     if backend == "cuda":

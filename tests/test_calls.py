@@ -1,49 +1,136 @@
-"""How a call reaches compiled code: where it reads addresses, and what it asks of memory ahead."""
+"""How a call reaches compiled code: what it reads of objects, and what it asks of memory ahead."""
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import numpy as np
 import pytest
 
 import fastattn
+from fastattn import additive, api
 from fastattn.cpu import attention as cpu
-from fastattn.cpu import plan
+from fastattn.cpu import builtin, plan
 
 
 def inputs(*shape: int) -> Any:
     return np.random.default_rng(0).standard_normal((3, *shape), dtype=np.float32)
 
 
+@pytest.fixture
+def plans(monkeypatch: pytest.MonkeyPatch) -> dict[Any, Any]:
+    """Forget what is known about calls; return the plans that are made from now on."""
+    made: dict[Any, Any] = {}
+    monkeypatch.setattr(cpu, "_prepared", made)
+    monkeypatch.setattr("fastattn.api._prepared", {})
+    monkeypatch.setattr("fastattn.additive._prepared", {})
+    return made
+
+
+# -- builtins ----------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("shape", [(1, 2, 5, 8), (2, 4, 300, 64)], ids=["one call", "in tasks"])
-def test_where_objects_look_different_addresses_are_handed_over(
-    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+def test_where_objects_look_different_there_are_no_builtins(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch, plans: dict[Any, Any]
 ) -> None:
     query, key, value = inputs(*shape)
     mask = np.random.default_rng(1).random(shape[-2:-1]) < 0.8
 
     def results() -> list[Any]:
         weighted = fastattn.attention(query, key, value, mask, return_lse=True, return_weights=True)
-        return [fastattn.attention(query, key, value), *weighted]
+        dropped = fastattn.attention(query, key, value, dropout_p=0.5, rng=2**64 - 1)
+        weight = query[0, 0, 0]
+        return [
+            fastattn.attention(query, key, value),
+            fastattn.attention(query, key, value),  # known by now
+            dropped,
+            *weighted,
+            fastattn.additive_attention(query, key, value, weight),
+            fastattn.additive_attention(query, key, value, weight),
+        ]
 
     wanted = results()
-    assert cpu._objects_are_as_expected()
-    monkeypatch.setattr(cpu, "_objects_are_as_expected", lambda: False)
+    assert builtin.objects_are_as_expected()
+    assert all(prepared.quick for prepared in plans.values())
+    plans.clear()
+    for module in (cpu, builtin):
+        monkeypatch.setattr(module, "objects_are_as_expected", lambda: False)
+    signatures = builtin.Signatures()
+    for module in (api, additive):
+        monkeypatch.setattr(module, "signatures", signatures)
+        monkeypatch.setattr(module, "_prepared", {})
     for array, other in zip(results(), wanted, strict=True):
         np.testing.assert_array_equal(array, other)
+    assert not any(prepared.quick for prepared in plans.values())
+    assert isinstance(signatures.of(query), tuple)
+
+
+class Subclass(np.ndarray[Any, Any]):
+    pass
+
+
+def test_signatures_tell_apart_what_plans_depend_on() -> None:
+    array = np.zeros((4, 6), np.float32)
+    different = [
+        array,
+        array.T,
+        array[:2],
+        array[:, ::2],
+        array[:, ::-1],
+        array[None],
+        array.reshape(6, 4),
+        array.astype(np.float64),
+        array.astype(">f4"),
+        array.astype(np.int32),
+        array.astype(np.uint32),
+        array.astype(np.float16),
+        np.zeros((), np.float32),
+        np.zeros((4, 0), np.float32),
+        np.broadcast_to(array[:1], (4, 6)),
+        np.zeros((1,) * 32, np.float32),
+        None,
+    ]
+    of = builtin.signatures.of
+    found = {(of(a, array), of(array, a)) for a in different}
+    assert len(found) == len(different)
+    assert len({of(None, array), of(array, None), of(array), of(array, array), of()}) == 5
+    again = pickle.loads(pickle.dumps(array))
+    assert of(again, array.T.copy().T) == of(array, array.T.copy().T)
+
+
+def test_what_is_no_array_has_no_signature() -> None:
+    array = np.zeros((2, 3), np.float32)
+    for other in (array.view(Subclass), np.ma.masked_array(array), [[1.0]], 3, np.float32(3), "text", object(), type):
+        assert builtin.signatures.of(array, other) == b""
+        assert builtin._described(array, other) == b""
+
+
+def test_builtins_take_seeds_of_64_bits(plans: dict[Any, Any]) -> None:
+    query, key, value = inputs(1, 2, 9, 8)
+    for seed in (0, 1, 2**63, 2**64 - 1):
+        out, weights = fastattn.attention(query, key, value, dropout_p=0.5, rng=seed, return_weights=True)
+        alone = fastattn.attention(query, key, value, dropout_p=0.5, rng=seed)
+        np.testing.assert_array_equal(alone, out)
+        np.testing.assert_allclose(weights @ value, out, rtol=1e-5, atol=1e-6)
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("causal", [False, True])
-def test_asking_ahead_changes_nothing(threads: int, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_asking_ahead_changes_nothing(
+    threads: int, causal: bool, monkeypatch: pytest.MonkeyPatch, plans: dict[Any, Any]
+) -> None:
     query, key, value = inputs(3, 5, 70, 40)
     key, value = key[:, ::-1], value[..., ::-1, :]  # the next head is before this one, the next key as well
     with fastattn.num_threads(threads):
         wanted = fastattn.attention(query, key, value, is_causal=causal)
         monkeypatch.setattr(plan, "CACHED_BYTES", 0)  # as for a large call
-        monkeypatch.setattr(cpu, "_prepared", {})
+        plans.clear()
         monkeypatch.setattr("fastattn.api._prepared", {})
         np.testing.assert_array_equal(fastattn.attention(query, key, value, is_causal=causal), wanted)
-        record = next(iter(cpu._prepared.values())).plan.record
+        record = next(iter(plans.values())).plan.record
         assert record[: plan.PLAN.itemsize].view(plan.PLAN)["ahead"][0] == threads

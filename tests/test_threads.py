@@ -22,6 +22,7 @@ from fastattn import api
 from fastattn.cpu import attention as cpu
 from fastattn.cpu import pool
 from fastattn.cpu.kernels import Library, library
+from fastattn.cpu.layout import MORE
 from fastattn.isa import host
 
 Array = NDArray[Any]
@@ -363,15 +364,69 @@ def test_a_call_that_ended_cancels_no_other(counting: Library) -> None:
     workers.grow(1)
     first, second = Counted(counting), Counted(counting)
     task = counting.addresses["task"]
-    assert native.start(workers.address, task, first.address, TASKS, 0, 0, 0) == pool.MORE
-    assert native.start(workers.address, task, second.address, TASKS, 0, 0, 0) == pool.TAKEN
+    assert native.start(workers.address, task, first.address, TASKS, 0, 0) == MORE
+    assert native.start(workers.address, task, second.address, TASKS, 0, 0) == pool.TAKEN
     native.cancel(workers.address, second.address)
-    assert native.take_part(workers.address, TASKS, 10) == pool.DONE
+    assert native.take_part(workers.address, TASKS) == pool.DONE
     first.check()
-    assert native.start(workers.address, task, second.address, TASKS, 0, 0, 0) == pool.MORE
+    assert native.start(workers.address, task, second.address, TASKS, 0, 0) == MORE
     native.cancel(workers.address, first.address)
-    assert native.take_part(workers.address, TASKS, 10) == pool.DONE
+    assert native.take_part(workers.address, TASKS) == pool.DONE
     second.check()
+
+
+def test_regular_calls_are_foreseen(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 10**12
+    monkeypatch.setattr(pool.time, "perf_counter_ns", lambda: now)
+    rhythm = pool._Rhythm()
+
+    def call(pause_ms: float) -> bool:
+        """Call after a pause; whether workers were expected to be awake."""
+        nonlocal now
+        now += int(pause_ms * 1e6)
+        awake = rhythm.begin()
+        now += 300_000
+        rhythm.end()
+        return awake
+
+    assert [call(pause) for pause in (20, 20, 20.2, 20.2)] == [False, False, False, True]
+    assert rhythm.seconds_of_sleep() == pytest.approx(0.0202 * 31 / 32, abs=1e-6)
+    now += 19_600_000
+    assert rhythm.seconds_of_sleep() == 0, "it is time to be up"
+    now += 10_000_000
+    assert rhythm.seconds_of_sleep() == 0, "the call did not come"
+    assert [call(pause) for pause in (5, 40, 13)] == [False, False, False]
+    assert rhythm.seconds_of_sleep() == 0, "no two pauses were alike"
+    assert [call(pause) for pause in (150, 150, 150)] == [False, False, False], "too long to wait for"
+    assert [call(pause) for pause in (0.01, 0.5)] == [True, True], "workers do not sleep yet"
+
+
+def test_workers_get_up_before_a_regular_call(monkeypatch: pytest.MonkeyPatch, counting: Library) -> None:
+    monkeypatch.setattr(pool, "SPINS", 1)
+    rhythm = pool._Rhythm()
+    monkeypatch.setattr(pool, "_rhythm", rhythm)
+    workers, call = pool._Pool(), Counted(counting)
+    woken: list[int] = []
+    wake = workers._wake
+
+    def waking(count: int) -> None:
+        woken.append(count)
+        wake(count)
+
+    monkeypatch.setattr(workers, "_wake", waking)
+
+    def is_there_unwoken() -> bool:
+        """Whether the worker took part in a call although nobody had woken it."""
+        time.sleep(0.02)
+        woken.clear()
+        rhythm.begin()
+        assert call.run(workers, 1)
+        rhythm.workers = 1
+        rhythm.end()
+        return bool(call.check()[1] > 0) and rhythm.early > 0 and not woken
+
+    assert until(is_there_unwoken)
+    rhythm.due = 0
 
 
 def test_without_more_threads_the_caller_does_the_work(monkeypatch: pytest.MonkeyPatch, counting: Library) -> None:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import threading
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastattn.cpu import pool
+from fastattn.cpu.builtin import bind, objects_are_as_expected
 from fastattn.cpu.kernels import Library, kernel_name, library
-from fastattn.cpu.layout import ALIGNMENT, OBJECT_HEADER, RECORD_BYTES
+from fastattn.cpu.layout import ALIGNMENT, CALL, RECORD_BYTES
 from fastattn.cpu.plan import Plan, make_plan
 from fastattn.isa import host
 from fastattn.problem import Operands, Problem
@@ -22,8 +21,8 @@ from fastattn.problem import Operands, Problem
 Array = NDArray[Any]
 T = TypeVar("T")
 
-TUPLE_HEADER = tuple.__basicsize__
 REMEMBERED = 1024  # plans
+CALL_NAMES = CALL.names or ()
 _memory = threading.local()
 
 
@@ -44,30 +43,6 @@ def scratch_memory(size: int) -> Iterator[int]:
     _memory.held = None  # who interrupts needs memory of its own
     yield scratch
     _memory.held = scratch, held
-
-
-@cache
-def _objects_are_as_expected() -> bool:
-    """Whether an array's address stands behind the object's header, and a tuple's items behind its own.
-
-    Compiled code reads them there. Asking an array for its address takes longer than computing a small call.
-    """
-    array = np.zeros(3)[1:]
-    arrays = (array, None)
-    return (
-        ctypes.c_size_t.from_address(id(array) + OBJECT_HEADER).value == array.ctypes.data
-        and ctypes.c_size_t.from_address(id(arrays) + TUPLE_HEADER).value == id(array)
-        and ctypes.c_size_t.from_address(id(arrays) + TUPLE_HEADER + 8).value == id(None)
-    )
-
-
-def _objects(arrays: tuple[Array | None, ...]) -> Array:
-    """The same for where they do not: memory that looks to compiled code like a tuple's items, and like arrays."""
-    memory = np.zeros(2 * len(arrays), np.uint64)
-    for i, array in enumerate(arrays):
-        memory[i] = id(None) if array is None else memory.ctypes.data + 8 * (len(arrays) + i) - OBJECT_HEADER
-        memory[len(arrays) + i] = 0 if array is None else array.ctypes.data
-    return memory
 
 
 _prepared: dict[Any, Prepared] = {}
@@ -118,6 +93,14 @@ class Prepared:
             forward = "masked" if problem.mask_kind != "none" or problem.dropout_p > 0 else "forward"
             self._weights = "weights"
         self.forward = library(kernel_name(forward, problem.dtype.name, plan.tile))
+        self.quick: Callable[..., int] | None = None
+        if objects_are_as_expected():
+            most = pool.tasks_at_a_time(plan.tasks, plan.flops)
+            numbers = {"plan": plan.address, "scratch_bytes": plan.scratch_bytes}
+            self.quick = bind(self.forward, "quick", **numbers)
+            if self.threads > 1:
+                numbers.update(task=self.forward.addresses["task"], workers=self.threads - 1, most=most)
+                self.shared = bind(self.forward, "shared", **numbers)
 
     @property
     def weights(self) -> Library:
@@ -142,22 +125,35 @@ def run(
     """Run a plan's tasks, on arrays whose addresses are those of the operands that it was made for."""
     if not plan.tasks:
         return
-    arrays = (query, key, value, mask, out, lse, weights, weight)
-    objects = id(arrays) + TUPLE_HEADER
-    if not _objects_are_as_expected():
-        memory = _objects(arrays)
-        objects = memory.ctypes.data
+    arrays = {"query": query, "key": key, "value": value, "mask": mask, "out": out, "lse": lse}
+    arrays |= {"weights": weights, "weight": weight}
+    numbers = {name: array.ctypes.data for name, array in arrays.items() if array is not None}
+    numbers["seed"] = seed - 2**64 if seed >= 2**63 else seed
+    with scratch_memory(threads * plan.scratch_bytes) as scratch:
+        numbers |= {"plan": plan.address, "scratch": scratch, "scratch_bytes": plan.scratch_bytes}
+        call = np.array([numbers.get(name, 0) for name in CALL_NAMES], np.int64)
+        pool.run(kernels, call.ctypes.data, plan.tasks, plan.flops, threads)
+
+
+def run_prepared(prepared: Prepared, *objects: Any) -> None:
+    """Run a call's tasks. `objects`: query, key, value, mask, out, lse, weight, seed."""
+    plan, threads, quick = prepared.plan, prepared.threads, prepared.quick
+    if not plan.tasks:
+        return
     is_shared = threads > 1 and pool.is_worth_sharing(plan.flops)
-    if not is_shared and plan.flops < pool.TURN_FLOPS:
-        at, _ = _scratch(RECORD_BYTES + plan.scratch_bytes)
-        kernels.quick(at, plan.address, seed, objects)
-    else:
+    if quick is None or (threads == 1 and plan.flops >= pool.TURN_FLOPS):
+        query, key, value, mask, out, lse, weight, seed = objects
+        run(plan, threads, prepared.forward, seed, query, key, value, mask, out, lse, weight=weight)
+    elif is_shared:
         at, held = _scratch(RECORD_BYTES + threads * plan.scratch_bytes)
         _memory.held = None  # who interrupts needs memory of its own
-        pool.run(kernels, at, plan.tasks, plan.flops, threads, (plan.address, plan.scratch_bytes, seed, objects))
+        pool.share(prepared.forward, prepared.shared, (held, *objects), at, plan.tasks, plan.flops, threads - 1)
         _memory.held = at, held
+    else:
+        _, held = _scratch(RECORD_BYTES + plan.scratch_bytes)
+        quick(held, *objects)
     if threads > 1:
-        pool.note_call(min(threads, plan.tasks) - 1)
+        pool.note_call(threads - 1)
 
 
 def attention(
@@ -182,7 +178,7 @@ def attention(
     if return_weights:
         weights = np.empty(problem.weights_shape, problem.dtype)
         run(plan, threads, prepared.weights, seed, query, key, mask=mask, weights=weights, weight=weight)
-    run(plan, threads, prepared.forward, seed, query, key, value, mask, result, lse, weight=weight)
+    run_prepared(prepared, query, key, value, mask, result, lse, weight, seed)
     if lse is None and weights is None:
         return result
     return tuple(array for array in (result, lse, weights) if array is not None)

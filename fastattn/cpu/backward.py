@@ -22,9 +22,9 @@ replaced by 0 in the last three products, since where they may be looked at ds h
 are added one by one, where a query may look.
 """
 
+from fastattn.cpu.ahead import prefetch_rows
 from fastattn.cpu.atomics import atomic_load, atomic_store, pause
 from fastattn.cpu.dropout import drop
-from fastattn.cpu.ahead import prefetch_rows
 from fastattn.cpu.forward import clear, visible_keys
 from fastattn.cpu.layout import GRADIENT_AXIS, GRADIENT_CALL, GRADIENT_PLAN
 from fastattn.cpu.masks import INFINITY, looks_at, lowest, restrict

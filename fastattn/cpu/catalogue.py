@@ -4,17 +4,16 @@ import numpy as np
 
 from fastattn import build as compiler
 from fastattn.cpu import additive_backward, backward, claim, mask_gradient
+from fastattn.cpu.entry import quick_function, shared, signature
 from fastattn.cpu.forward import forward_group
 from fastattn.cpu.kernels import BACKWARD
-from fastattn.cpu.atomics import call_compiled
-from fastattn.cpu.layout import OBJECT_HEADER, RECORD_BYTES, START
 from fastattn.cpu.received import receive_group
 from fastattn.cpu.summary import choose_group, summarise_group
-from fastattn.cpu.tasks import call_view, plan_view, task_function
+from fastattn.cpu.tasks import task_function
 from fastattn.cpu.tiles import packed_product
 from fastattn.cpu.weights import weigh_group
 from fastattn.isa import Isa
-from fastattn.simd import TileShape, jit, load_i64, tile_fill, tile_store
+from fastattn.simd import TileShape, jit, tile_fill, tile_store
 
 # What is compiled for attention and what is asked of its weights. The forward pass without a mask or dropout is a
 # kernel of its own: one for all of it would make a first call wait for what it does not use.
@@ -38,10 +37,12 @@ IN_PLACE = ("weights", "chosen", "additive_weights")  # take blocks of queries o
 
 
 def build(name: str, row: Isa, entries: dict[str, int]) -> bytes:
-    """Object code of the library `name`: "schedule", or kind-dtype-ROWSxVECTORS."""
+    """Object code of the library `name`: "schedule", "signature", or kind-dtype-ROWSxVECTORS."""
     kind, *parameters = name.split("-")
     if kind == "schedule":
         functions = {entry: getattr(claim, entry) for entry in entries}
+    elif kind == "signature":
+        functions = {"signature": signature}
     else:
         dtype, size = parameters
         rows, vectors = map(int, size.split("x"))
@@ -73,7 +74,7 @@ def _peak(tile):
 
 def _attention(task):
     """A task function, and the ways to run it in the calling thread."""
-    return {"task": task, "alone": _alone(task), "quick": _quick(task), "shared": shared, "fill": fill}
+    return {"task": task, "alone": _alone(task), "quick": quick_function(task), "shared": shared}
 
 
 def _alone(task):
@@ -85,50 +86,3 @@ def _alone(task):
             task(call, 0, number)
 
     return alone
-
-
-def _quick(task):
-    """Run a whole call in the calling thread; takes what `fill` takes, but for how much memory other threads have."""
-
-    @jit
-    def quick(at, plan, seed, objects):
-        fill(at, plan, 0, seed, objects)
-        for number in range(plan_view(plan).tasks):
-            task(at, 0, number)
-
-    return quick
-
-
-@jit
-def shared(at, plan, scratch_bytes, seed, objects, pool, task, limit, most, spins):
-    """Write a call's record and run its tasks, with others: `fill`, then `start` of `fastattn.cpu.claim`."""
-    fill(at, plan, scratch_bytes, seed, objects)
-    return call_compiled(load_i64(pool + START), (pool, task, at, plan_view(plan).tasks, limit, most, spins))
-
-
-@jit
-def fill(at, plan, scratch_bytes, seed, objects):
-    """Write a call's record, with its working memory behind it.
-
-    `objects` says for each array, in the record's order, where the object is; None stands for no array. Reading a tuple
-    here costs nothing; each further argument of a call from Python costs a tenth of a microsecond.
-    """
-    call, none = call_view(at), plan_view(plan).none
-    call.plan = plan
-    call.scratch = at + RECORD_BYTES
-    call.scratch_bytes = scratch_bytes
-    call.seed = seed
-    call.query = address_of(load_i64(objects), none)
-    call.key = address_of(load_i64(objects + 8), none)
-    call.value = address_of(load_i64(objects + 16), none)
-    call.mask = address_of(load_i64(objects + 24), none)
-    call.out = address_of(load_i64(objects + 32), none)
-    call.lse = address_of(load_i64(objects + 40), none)
-    call.weights = address_of(load_i64(objects + 48), none)
-    call.weight = address_of(load_i64(objects + 56), none)
-
-
-@jit
-def address_of(array, none):
-    """The address of an array's first element, which stands behind the object's header; 0 for None."""
-    return load_i64(array + OBJECT_HEADER) if array != none else 0

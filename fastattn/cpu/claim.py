@@ -27,6 +27,8 @@ from fastattn.cpu.layout import (
     OFFER,
     OWNER,
     PENDING,
+    SPINS_AT,
+    STAFF,
     TAKEN,
     TASK,
     TASKS,
@@ -54,14 +56,15 @@ def claim_one(pool, worker):
 
 
 @jit
-def start(pool, task, call, tasks, limit, most, spins):
-    """Open a call to `limit` workers, unless another has the pool (TAKEN), and take part.
+def start(pool, task, call, tasks, limit, most):
+    """Open a call to `limit` workers, if there are so many, unless another has the pool (TAKEN), and take part.
 
     Where some of them sleep, it is left at ASLEEP plus how many, and their indices stand where the pool's WOKEN says:
     the caller wakes them first.
     """
     if not atomic_replace(pool + OWNER, 0, call):
         return TAKEN
+    limit = min(limit, load_i64(pool + STAFF))
     store_i64(pool + TASK, task)
     store_i64(pool + CALL_AT, call)
     store_i64(pool + TASKS, tasks)
@@ -72,11 +75,11 @@ def start(pool, task, call, tasks, limit, most, spins):
         if atomic_exchange(pool + WORKERS + worker * WORKER_BYTES, 0) == 1:
             store_i64(woken + 8 * count, worker)
             count += 1
-    return ASLEEP + count if count else take_part(pool, most, spins)
+    return ASLEEP + count if count else take_part(pool, most)
 
 
 @jit
-def take_part(pool, most, spins):
+def take_part(pool, most):
     """The caller's share: at most `most` tasks, then, if none is left, wait for the others for a while.
 
     Returns DONE, MORE (tasks are left) or WAITING (the others are not done), so that the caller comes back to Python
@@ -87,7 +90,7 @@ def take_part(pool, most, spins):
             break
     if atomic_load(pool + OFFER) & TASKS_MASK:
         return MORE
-    for _ in range(spins):
+    for _ in range(load_i64(pool + SPINS_AT)):
         if atomic_load(pool + PENDING) == 0:
             atomic_store(pool + OWNER, 0)
             return DONE

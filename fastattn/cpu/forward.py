@@ -325,8 +325,8 @@ def forward_group(tile, call, plan, head, first_block, blocks, scratch):
                         if b + 1 == blocks and then_query != 0:
                             want(wanted, then_query, plan.query_row, key_bytes, tile.width)
                     if first_key == 0 and b + 1 < blocks:
-                        below = source + tile.width * plan.query_row
-                        want(wanted, below, plan.query_row, key_bytes, min(tile.width, plan.queries - first - tile.width))
+                        rows = min(tile.width, plan.queries - first - tile.width)
+                        want(wanted, source + tile.width * plan.query_row, plan.query_row, key_bytes, rows)
                 if tile.masked and plan.mask_row != 0:
                     below = masks + tile.width * plan.mask_row
                     want(wanted, below, plan.mask_row, plan.key_block * plan.mask_itemsize, tile.width)
@@ -334,7 +334,9 @@ def forward_group(tile, call, plan, head, first_block, blocks, scratch):
                     share, shares = b - skipped, blocks - skipped
                     want_share(wanted, next_key, plan.key_row, key_bytes, next_count, share, shares)
                     want_share(wanted, next_value, plan.value_row, value_bytes, next_count, share, shares)
-                scores = scores_of(tile, plan, q, m, relative, count, safe, first, first_key, keys_at, masks, work, wanted)
+                scores = scores_of(
+                    tile, plan, q, m, relative, count, safe, first, first_key, keys_at, masks, work, wanted
+                )
                 top = tile_load(tile.single, work, 0)
                 absorb(tile, scores, count, top, relative, unit, m, m + tile.row_bytes, block, plan.value_dim)
                 if tile.masked and plan.drop_below > 0:

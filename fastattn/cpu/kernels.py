@@ -46,9 +46,10 @@ ATTENTION = ("forward", "masked", "weights", "summary", "received", "chosen", "a
 BACKWARD = ("backward", "backward_masked", "mask_gradient", "additive_backward")
 ENTRIES: dict[str, dict[str, int]] = {
     **{kind: {"task": 3, "alone": 3} for kind in BACKWARD},
-    **{kind: {"task": 3, "alone": 3, "quick": 4, "shared": 10, "fill": 5} for kind in ATTENTION},
+    **{kind: {"task": 3, "alone": 3, "quick": 3, "shared": 3} for kind in ATTENTION},
     "peak": {"run": 5},
-    "schedule": {"start": 7, "take_part": 3, "cancel": 2, "work": 3},
+    "signature": {"signature": 3},
+    "schedule": {"start": 6, "take_part": 2, "cancel": 2, "work": 3},
 }
 
 _loaded: dict[tuple[str, Isa], Library] = {}
@@ -171,7 +172,7 @@ def warmup(progress=None) -> None:
     """
     row = host()
     sizes = ((row.rows, row.vectors), (row.tall_rows, 1))
-    names = ["schedule"]
+    names = ["schedule", "signature"]
     for dtype in ("float32", "float64"):
         names += [f"{kind}-{dtype}-{rows}x{vectors}" for kind in ATTENTION for rows, vectors in sizes]
         names += [f"{kind}-{dtype}-{row.rows}x{row.vectors}" for kind in BACKWARD]

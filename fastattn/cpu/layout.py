@@ -8,7 +8,11 @@ All strides are in bytes; addresses are integers.
 import numpy as np
 
 i8, f8 = np.int64, np.float64
-OBJECT_HEADER = object.__basicsize__  # bytes of a Python object before what is its type's own
+# Where Python's and NumPy's C interfaces put things, bytes behind the header that each object has: its type stands at
+# the header's end, and the address of an array's first element right behind it.
+OBJECT_HEADER = object.__basicsize__
+ARRAY_RANK, ARRAY_DIMENSIONS, ARRAY_STRIDES, ARRAY_DTYPE = 8, 16, 24, 40
+DTYPE_NUMBER = 8  # of a dtype: eight bytes for kind, byte order, and number
 
 PLAN = np.dtype(
     [
@@ -42,7 +46,6 @@ PLAN = np.dtype(
         ("groups", i8),  # tasks per head
         ("tasks", i8),
         ("ahead", i8),  # heads from a task to the one this thread is likely to do next; 0: nothing is asked for there
-        ("none", i8),  # where Python's None is
         ("query_bytes", i8),  # of a block of queries, as the scores want them
         ("key_bytes", i8),  # of a block of keys, the same; 0 where keys are read in place
     ]
@@ -64,6 +67,24 @@ CALL = np.dtype(
         ("seed", i8),
         ("scratch", i8),  # working memory, one piece per participating thread
         ("scratch_bytes", i8),  # of one piece
+    ]
+)
+
+# What a compiled function that Python calls as a builtin is bound to.
+LINK = np.dtype(
+    [
+        ("none", i8),  # where Python's None is, and NumPy's type of arrays
+        ("array_type", i8),
+        ("save_thread", i8),  # the addresses of functions of Python's C interface
+        ("restore_thread", i8),
+        ("to_int", i8),
+        ("from_int", i8),
+        ("to_bytes", i8),
+        ("plan", i8),
+        ("scratch_bytes", i8),  # of one thread
+        ("task", i8),
+        ("workers", i8),  # that may take part besides the caller
+        ("most", i8),  # tasks that the caller does between two looks at Python's signals
     ]
 )
 
@@ -215,6 +236,7 @@ PENDING = 64  # tasks nobody has finished
 TASK, CALL_AT, TASKS = 128, 136, 144  # of the current call
 OWNER = 152  # the address of the call that has the pool, 0 if none has
 START, WOKEN = 160, 168  # the addresses of the compiled `start`, and of the list of workers that a call has to wake
+STAFF, SPINS_AT = 176, 184  # how many workers there are, and rounds of waiting before one sleeps
 WORKERS = 192  # one line a worker: 1 while it sleeps, or is about to
 WORKER_BYTES = 64
 LIMIT_SHIFT = 48

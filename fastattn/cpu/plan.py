@@ -19,7 +19,6 @@ from fastattn.isa import Isa
 from fastattn.problem import Operands, Problem
 
 GROUP_BYTES = 512 << 10  # state of the query blocks taken through the keys together, which the packing is shared by
-AHEAD_BYTES = 384 << 10  # of what the next task reads first, at most, to be asked for during a task
 CACHED_BYTES = 1 << 20  # of all queries and keys: where they are no more, they may still be near from the last call
 TASKS_PER_THREAD = 4  # enough to even out, as long as there are blocks to split into
 PACKED_BYTES = 128 << 10  # packed keys and values of a block, at most: the other part of a level-2 cache
@@ -167,11 +166,9 @@ def make_plan(
     plan["heads"] = problem.heads
     plan["key_block"] = key_block
     features = (problem.head_dim + problem.value_dim) * problem.dtype.itemsize
-    first_read = (group * tile.width + key_block) * features
     everything = heads * (problem.queries + problem.keys) * features
     if everything > CACHED_BYTES:
         plan["ahead"] = threads
-    plan["none"] = id(None)
     plan["query_bytes"], plan["key_bytes"] = query_bytes, key_bytes
     plan["blocks"], plan["group"], plan["groups"] = blocks, group, groups
     plan["tasks"] = tasks = heads * groups

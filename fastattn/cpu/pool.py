@@ -18,7 +18,18 @@ from typing import Any
 import numpy as np
 
 from fastattn.cpu.kernels import Library, library
-from fastattn.cpu.layout import ASLEEP, DONE, START, TAKEN, WAITING, WOKEN, WORKER_BYTES, WORKERS
+from fastattn.cpu.layout import (
+    ASLEEP,
+    DONE,
+    SPINS_AT,
+    STAFF,
+    START,
+    TAKEN,
+    WAITING,
+    WOKEN,
+    WORKER_BYTES,
+    WORKERS,
+)
 
 SPIN = 25  # nanoseconds that a round of waiting takes, or more
 SPINS = 8000  # rounds of waiting before a worker sleeps
@@ -164,22 +175,26 @@ class _Pool:
         self.threads: list[threading.Thread] = []
         self.native: Any = None
 
+    def _write(self, offset: int, number: int) -> None:
+        self.memory[(self.address - self.memory.ctypes.data + offset) // 8] = number
+
     def grow(self, workers: int) -> None:
         """Have at least so many workers, or as many as the system allows."""
         if len(self.beds) >= workers:
             return
         with self.growing:
             if self.native is None:
-                native = library("schedule")
-                words = self.memory[(self.address - self.memory.ctypes.data) // 8 :]
-                words[START // 8], words[WOKEN // 8] = native.addresses["start"], self.woken.ctypes.data
-                self.native = native
+                self.native = library("schedule")
+                self._write(START, self.native.addresses["start"])
+                self._write(WOKEN, self.woken.ctypes.data)
+                self._write(SPINS_AT, SPINS)
             while len(self.beds) < workers:
                 bed = allocate_lock()
                 bed.acquire()
                 # First the list, which gives the worker its number: no interruption may make two of the same.
                 self.avoided.append(-1)
                 self.beds.append(bed)
+                self._write(STAFF, len(self.beds))
                 try:
                     thread = threading.Thread(target=_live, args=(self, bed), name="fastattn", daemon=True)
                     self.threads.append(thread)
@@ -187,19 +202,18 @@ class _Pool:
                 except RuntimeError:  # too many threads, or the interpreter is about to exit: tasks do not wait for it
                     return
 
-    def run(
-        self, kernels: Library, call: int, tasks: int, flops: float, workers: int, arguments: tuple[int, ...] = ()
-    ) -> bool:
-        """Run tasks with up to `workers` others; False if another call has the pool. `arguments` as in `run`."""
-        if len(self.beds) < workers:
-            self.grow(workers)
-        native, task = self.native, kernels.addresses["task"]
-        limit, most = min(workers, len(self.beds)), max(1, int(TURN_FLOPS * tasks / flops))
+    def run(self, kernels: Library, call: int, tasks: int, flops: float, workers: int) -> bool:
+        """Run the tasks of a call with up to `workers` others; False if another call has the pool."""
+        self.grow(workers)
+        most = tasks_at_a_time(tasks, flops)
+        arguments = (self.address, kernels.addresses["task"], call, tasks, workers, most)
+        return self.open(self.native.start, arguments, call, most)
+
+    def open(self, opening: Callable[..., int], arguments: tuple[Any, ...], call: int, most: int) -> bool:
+        """Run the tasks of the call that `opening(*arguments)` opens; False if another call has the pool."""
+        native = self.native
         try:
-            if arguments:
-                state = kernels.shared(call, *arguments, self.address, task, limit, most, SPINS)
-            else:
-                state = native.start(self.address, task, call, tasks, limit, most, SPINS)
+            state = opening(*arguments)
             if state == TAKEN:
                 return False
             if state > ASLEEP:
@@ -207,7 +221,7 @@ class _Pool:
             while state != DONE:
                 if state == WAITING:
                     _yield()  # to the worker that we wait for, if it waits for this CPU
-                state = native.take_part(self.address, most, SPINS)
+                state = native.take_part(self.address, most)
         except BaseException:  # Ctrl-C: withdraw the tasks, since what they write to is about to be given up
             self._cancel(call)
             raise
@@ -292,21 +306,39 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)
 
 
-def run(
-    kernels: Library, call: int, tasks: int, flops: float, threads: int, arguments: tuple[int, ...] = ()
-) -> None:
-    """Run a call's tasks, on up to `threads` threads, and return when all are done.
-
-    `call` is where its record is, or will be: with `arguments`, those of `kernels.fill` behind that, it is written first.
-    """
+def run(kernels: Library, call: int, tasks: int, flops: float, threads: int) -> None:
+    """Run a call's tasks, on up to `threads` threads, and return when all are done."""
     workers = min(threads, tasks) - 1
-    if workers > 0 and _pool.run(kernels, call, tasks, flops, workers, arguments):
-        return
-    if arguments and workers <= 0:
-        kernels.fill(call, *arguments)
-    step = tasks if flops <= TURN_FLOPS else max(1, int(TURN_FLOPS * tasks / flops))
+    if workers <= 0 or not _pool.run(kernels, call, tasks, flops, workers):
+        _run_alone(kernels, call, tasks, flops)
+
+
+def share(
+    kernels: Library,
+    shared: Callable[..., int],
+    objects: tuple[Any, ...],
+    call: int,
+    tasks: int,
+    flops: float,
+    workers: int,
+) -> None:
+    """The same for a call that `shared`, a builtin, opens: given `objects`, it writes the record at `call`."""
+    pool = _pool
+    if len(pool.beds) < workers:
+        pool.grow(workers)
+    if not pool.open(shared, (pool.memory, *objects), call, tasks_at_a_time(tasks, flops)):
+        _run_alone(kernels, call, tasks, flops)
+
+
+def _run_alone(kernels: Library, call: int, tasks: int, flops: float) -> None:
+    step = tasks if flops <= TURN_FLOPS else tasks_at_a_time(tasks, flops)
     for first in range(0, tasks, step):
         kernels.alone(call, first, min(first + step, tasks))
+
+
+def tasks_at_a_time(tasks: int, flops: float) -> int:
+    """How many tasks a thread does between two looks at Python's signals."""
+    return max(1, int(TURN_FLOPS * tasks / max(flops, 1.0)))
 
 
 def is_worth_sharing(flops: float) -> bool:

@@ -1,7 +1,7 @@
 """The matrix of attention weights, for those who ask for it: two passes over the keys, the second knows the sums."""
 
-from fastattn.cpu.dropout import drop
 from fastattn.cpu.ahead import NOTHING
+from fastattn.cpu.dropout import drop
 from fastattn.cpu.forward import clear, load_keys, load_queries, scores_of, visible_keys
 from fastattn.cpu.pack import unpack_rows
 from fastattn.cpu.softmax import absorb, exponentials

@@ -453,7 +453,7 @@ def stack_memory(size):
     @intrinsic
     def memory(typingctx):
         def codegen(context, builder, sig, values):
-            place = cgutils.alloca_once(builder, ir.ArrayType(ir.IntType(8), size))
+            place = cgutils.alloca_once(builder, ir.IntType(8), size)  # as an array it would be filled with 0
             place.align = 64
             return builder.ptrtoint(place, ir.IntType(64))
 
