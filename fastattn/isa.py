@@ -34,9 +34,9 @@ class Isa:
         Keys taken through the softmax at a time.
     scalef : bool
         Whether the machine scales by a power of two in one instruction (AVX-512's vscalef).
-    reach : int
-        How many bytes ahead the micro-kernel asks for a panel, to have it in the first-level cache; 0 where the machine
-        sees to that itself.
+    panels : bool
+        Whether blocks of keys and values are laid out anew for a group of query blocks, in the order of their use.
+        Otherwise they are read where they lie, or if that is awkward, from a copy of the rows.
     """
 
     name: str
@@ -48,13 +48,13 @@ class Isa:
     tall_rows: int
     key_block: int
     scalef: bool = False
-    reach: int = 0
+    panels: bool = True
 
 
 _X86_V3 = ("avx2", "fma", "f16c", "bmi", "bmi2", "lzcnt", "movbe", "popcnt")
 _X86_V4 = (*_X86_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
 TABLE = (
-    Isa("avx512", "x86-64-v4", _X86_V4, 64, 8, 2, 8, 128, scalef=True, reach=512),
+    Isa("avx512", "x86-64-v4", _X86_V4, 64, 8, 2, 8, 128, scalef=True, panels=False),
     Isa("avx2", "x86-64-v3", _X86_V3, 32, 4, 2, 8, 128),
     Isa("generic", "", (), 16, 4, 2, 8, 128),
 )

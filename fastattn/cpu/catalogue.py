@@ -46,10 +46,11 @@ def build(name: str, row: Isa, entries: dict[str, int]) -> bytes:
     else:
         dtype, size = parameters
         rows, vectors = map(int, size.split("x"))
-        packed = kind not in IN_PLACE and vectors > 1  # a tall tile is for few queries
+        by_groups = kind not in IN_PLACE and vectors > 1  # a tall tile is for few queries
+        packed, dense = by_groups and row.panels, by_groups and not row.panels
         lanes = row.vector_bytes // np.dtype(dtype).itemsize
         masked, additive = kind not in ("forward", "backward"), kind.startswith("additive")
-        tile = TileShape(dtype, lanes, rows, vectors, row.scalef, packed, masked, additive, row.reach)
+        tile = TileShape(dtype, lanes, rows, vectors, row.scalef, packed, masked, additive, dense)
         if kind == "peak":
             functions = {"run": _peak(tile)}
         elif kind in BACKWARD:

@@ -20,10 +20,10 @@ from fastattn.cpu.ahead import NOTHING, ask, list_memory, prefetch_rows, want, w
 from fastattn.cpu.dropout import drop
 from fastattn.cpu.layout import MASK_BOOL, MASK_NONE
 from fastattn.cpu.masks import looks_at, restrict
-from fastattn.cpu.pack import key_steps, pack_keys, pack_queries, pack_values, unpack_rows, value_steps
+from fastattn.cpu.pack import copy_rows, key_steps, pack_keys, pack_queries, pack_values, unpack_rows, value_steps
 from fastattn.cpu.softmax import MINUS_INFINITY, absorb
 from fastattn.cpu.tasks import locate
-from fastattn.cpu.tiles import packed_product, product
+from fastattn.cpu.tiles import column_product, packed_product, product, row_product
 from fastattn.simd import (
     all_zero,
     jit,
@@ -58,6 +58,22 @@ def load_keys(tile, plan, target, source, count):
     if tile.packed:
         pack_keys(tile, target, source, plan.key_row, plan.key_column, count, plan.head_dim)
         return target
+    if tile.dense and plan.key_bytes > 0:
+        copy_rows(tile, target, plan.key_step, source, plan.key_row, plan.key_column, count, plan.head_dim)
+        return target
+    return source
+
+
+@jit
+def load_values(tile, plan, target, source, count):
+    """The same for values."""
+    if tile.packed:
+        panel, _, _ = value_steps(tile, plan)
+        pack_values(tile, target, source, plan.value_row, plan.value_column, count, plan.value_dim, panel)
+        return target
+    if tile.dense and plan.value_bytes > 0:
+        copy_rows(tile, target, plan.value_step, source, plan.value_row, plan.value_column, count, plan.value_dim)
+        return target
     return source
 
 
@@ -77,6 +93,8 @@ def score_block(tile, plan, q, key, first, count, start, scores, best, wanted):
     for _ in range(0, whole, tile.rows):
         if tile.packed:
             acc = packed_product(tile, initial, key, q, features)
+        elif tile.dense:
+            acc = row_product(tile, initial, key, row, q, features)
         else:
             acc = product(initial, key, row, column, q, tile.row_bytes, features)
         tile_store(acc, scores, tile.row_bytes)
@@ -109,6 +127,8 @@ def add_values(tile, plan, weights, count, value, out, wanted):
         acc = tile_load(tile, out, tile.row_bytes)
         if tile.packed:
             acc = packed_product(tile, acc, value, weights, count)
+        elif tile.dense:
+            acc = column_product(tile, acc, value, row, weights, count)
         else:
             acc = product(acc, value, column, row, weights, tile.row_bytes, count)
         tile_store(acc, out, tile.row_bytes)
@@ -258,10 +278,7 @@ def forward_group(tile, call, plan, head, first_block, blocks, scratch):
     state_bytes = q_bytes + out_bytes + 2 * tile.row_bytes
     packed_keys = scratch + blocks * state_bytes
     packed_values = packed_keys + plan.key_bytes
-    work = packed_values
-    value_panel, _, _ = value_steps(tile, plan)
-    if tile.packed:
-        work += (plan.value_dim + tile.rows - 1) // tile.rows * value_panel
+    work = packed_values + plan.value_bytes
 
     # Under a float mask m may stem from the mask, and be far from the scores.
     relative = not tile.masked or plan.mask_kind <= MASK_BOOL
@@ -290,10 +307,8 @@ def forward_group(tile, call, plan, head, first_block, blocks, scratch):
     for first_key in range(0, max(end, 1), plan.key_block):
         keys, values = key + first_key * plan.key_row, value + first_key * plan.value_row
         count = min(plan.key_block, end - first_key)
-        keys_at, values_at = load_keys(tile, plan, packed_keys, keys, count), values
-        if tile.packed:
-            values_at = packed_values
-            pack_values(tile, values_at, values, plan.value_row, plan.value_column, count, plan.value_dim, value_panel)
+        keys_at = load_keys(tile, plan, packed_keys, keys, count)
+        values_at = load_values(tile, plan, packed_values, values, count)
         next_count = min(plan.key_block, end - first_key - plan.key_block)
         next_key, next_value = keys + plan.key_block * plan.key_row, values + plan.key_block * plan.value_row
         if next_count <= 0 and then_query != 0:

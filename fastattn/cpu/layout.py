@@ -48,6 +48,9 @@ PLAN = np.dtype(
         ("ahead", i8),  # heads from a task to the one this thread is likely to do next; 0: nothing is asked for there
         ("query_bytes", i8),  # of a block of queries, as the scores want them
         ("key_bytes", i8),  # of a block of keys, the same; 0 where keys are read in place
+        ("value_bytes", i8),  # of a block of values; 0 where they are
+        ("key_step", i8),  # from row to row as the micro-kernel finds them, in place or copied
+        ("value_step", i8),
     ]
 )
 

@@ -27,6 +27,8 @@ def key_steps(tile, plan):
     if tile.packed:
         panel_row = tile.rows * tile.itemsize
         return plan.head_dim * panel_row, tile.itemsize, panel_row
+    if tile.dense:
+        return tile.rows * plan.key_step, plan.key_step, tile.itemsize
     return tile.rows * plan.key_row, plan.key_row, plan.key_column
 
 
@@ -36,6 +38,8 @@ def value_steps(tile, plan):
     if tile.packed:
         panel_row = tile.rows * tile.itemsize
         return plan.key_block * panel_row, panel_row, tile.itemsize
+    if tile.dense:
+        return tile.rows * tile.itemsize, plan.value_step, tile.itemsize
     return tile.rows * plan.value_column, plan.value_row, plan.value_column
 
 
@@ -79,6 +83,21 @@ def unpack_rows(tile, block, factors, target, row, column, present, features):
             for p in range(done, features):
                 element = load_element(tile, lanes_at + p * tile.row_bytes + i * tile.itemsize) * one
                 store_element(tile, rows_at + i * row + p * column, element)
+
+
+@jit
+def copy_rows(tile, target, target_row, source, row, column, count, features):
+    """target[j][p] = source[j][p], rows `target_row` bytes apart."""
+    for _ in range(count):
+        p = 0
+        if column == tile.itemsize:
+            while p + tile.lanes <= features:
+                tile_store(tile_load(tile.vector, source + p * tile.itemsize, 0), target + p * tile.itemsize, 0)
+                p += tile.lanes
+        for q in range(p, features):
+            store_element(tile, target + q * tile.itemsize, load_element(tile, source + q * column))
+        source += row
+        target += target_row
 
 
 @jit

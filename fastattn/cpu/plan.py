@@ -23,6 +23,7 @@ CACHED_BYTES = 1 << 20  # of all queries and keys: where they are no more, they 
 TASKS_PER_THREAD = 4  # enough to even out, as long as there are blocks to split into
 PACKED_BYTES = 128 << 10  # packed keys and values of a block, at most: the other part of a level-2 cache
 LEAST_KEYS = 32  # in a block, however large they are
+FARTHEST = 3 << 10  # bytes from row to row of keys or values that are read in place: beyond, few sets of the caches serve
 LOG2_E = math.log2(math.e)
 TASK_FLOPS = 4e9  # at most, where a group can be made smaller: no thread is away from Python for long
 ADDITIVE_FLOPS = 10.0  # what a feature of an additive score takes the time of
@@ -60,6 +61,20 @@ def choose_key_block(row: Isa, problem: Problem) -> int:
     ):
         key_block //= 2
     return key_block
+
+
+def room_for_rows(row: Isa, tile: Tile, array: np.ndarray, elements: int) -> tuple[int, int]:
+    """Room for a block of keys or values, 0 where they are read in place; and where rows are, how far apart they are.
+
+    `elements`: of a block in panels.
+    """
+    step, column = array.strides[-2:]
+    if tile.vectors == 1:
+        return 0, step
+    dense = array.shape[-1] * tile.itemsize
+    if not row.panels and column == tile.itemsize and abs(step) <= max(FARTHEST, dense):
+        return 0, step
+    return aligned(elements * tile.itemsize), dense
 
 
 def additive_query_bytes(tile: Tile, features: int) -> int:
@@ -137,11 +152,12 @@ def make_plan(
     key_block = choose_key_block(row, problem)
     if additive:
         query_bytes = additive_query_bytes(tile, problem.head_dim)
-        key_bytes = additive_key_bytes(tile, problem.head_dim, key_block)
+        key_bytes, key_step = additive_key_bytes(tile, problem.head_dim, key_block), 0
     else:
         query_bytes = problem.head_dim * row_bytes
-        panels = (key_block + tile.rows) // tile.rows if tile.vectors > 1 else 0
-        key_bytes = panels * tile.rows * problem.head_dim * problem.dtype.itemsize
+        key_bytes, key_step = room_for_rows(row, tile, key, key_block * problem.head_dim)
+    panels = -(-problem.value_dim // tile.rows)
+    value_bytes, value_step = room_for_rows(row, tile, value, key_block * panels * tile.rows)
     state = query_bytes + (problem.value_dim + 2) * row_bytes
     group = group_size(blocks, state, flops_per_block, heads, threads)
     groups = -(-blocks // group)
@@ -169,7 +185,8 @@ def make_plan(
     everything = heads * (problem.queries + problem.keys) * features
     if everything > CACHED_BYTES:
         plan["ahead"] = threads
-    plan["query_bytes"], plan["key_bytes"] = query_bytes, key_bytes
+    plan["query_bytes"], plan["key_bytes"], plan["value_bytes"] = query_bytes, key_bytes, value_bytes
+    plan["key_step"], plan["value_step"] = key_step, value_step
     plan["blocks"], plan["group"], plan["groups"] = blocks, group, groups
     plan["tasks"] = tasks = heads * groups
     axes = record[PLAN.itemsize :].view(AXIS)
@@ -178,7 +195,6 @@ def make_plan(
         axes[i] = (size, *strides)
 
     scores = (WORK_ROWS + key_block) * row_bytes + tile.lanes * tile.lanes * 8
-    values = (key_block + tile.rows) * (problem.value_dim + tile.rows) * problem.dtype.itemsize
-    scratch_bytes = aligned(group * state + key_bytes + values + scores)
+    scratch_bytes = aligned(group * state + key_bytes + value_bytes + scores)
     flops = heads * blocks * flops_per_block * (0.5 if problem.causal_offset is not None else 1.0)
     return Plan(problem, tile, record, record.ctypes.data, tasks, flops, scratch_bytes)

@@ -84,7 +84,7 @@ def receive_group(tile, call, plan, head, first_block, blocks, scratch):
     packed = state + QUERY_ROWS * tile.row_bytes
     work = packed
     keys, block_bytes = key + start * plan.key_row, plan.key_block * plan.key_row
-    if tile.packed:
+    if plan.key_bytes > 0:
         block_bytes = plan.key_bytes
         for b in range(blocks):
             first_key = start + b * plan.key_block

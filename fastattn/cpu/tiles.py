@@ -1,4 +1,4 @@
-"""The micro-kernel: both products of attention, and nothing else, run through these two functions.
+"""The micro-kernel: both products of attention, and nothing else, run through these functions.
 
     out[m, n] = start[m, n] + Σ_p a[m, p] · b[p, n]
 
@@ -6,7 +6,7 @@
 out[rows][vectors] stays in registers over the whole sum.
 """
 
-from fastattn.simd import inline, jit, prefetch_columns, tile_rank1
+from fastattn.simd import inline, jit, tile_rank1
 
 
 @jit
@@ -30,8 +30,6 @@ def packed_product(tile, start, a, b, count):
     row, column = tile.itemsize, tile.rows * tile.itemsize
     acc = start
     for _ in range(count >> 2):
-        if tile.reach:
-            prefetch_columns(tile, a + tile.reach)
         acc = tile_rank1(acc, a, row, b)
         acc = tile_rank1(acc, a + column, row, b + tile.row_bytes)
         acc = tile_rank1(acc, a + 2 * column, row, b + 2 * tile.row_bytes)
@@ -41,5 +39,43 @@ def packed_product(tile, start, a, b, count):
     for _ in range(count & 3):
         acc = tile_rank1(acc, a, row, b)
         a += column
+        b += tile.row_bytes
+    return acc
+
+
+@inline
+def row_product(tile, start, a, row, b, count):
+    """The same for rows where they lie, a[m][p], each one contiguous: keys."""
+    element = tile.itemsize
+    acc = start
+    for _ in range(count >> 2):
+        acc = tile_rank1(acc, a, row, b)
+        acc = tile_rank1(acc, a + element, row, b + tile.row_bytes)
+        acc = tile_rank1(acc, a + 2 * element, row, b + 2 * tile.row_bytes)
+        acc = tile_rank1(acc, a + 3 * element, row, b + 3 * tile.row_bytes)
+        a += 4 * element
+        b += 4 * tile.row_bytes
+    for _ in range(count & 3):
+        acc = tile_rank1(acc, a, row, b)
+        a += element
+        b += tile.row_bytes
+    return acc
+
+
+@inline
+def column_product(tile, start, a, row, b, count):
+    """The same for columns of rows where they lie, a[p][m], each row contiguous: values."""
+    element = tile.itemsize
+    acc = start
+    for _ in range(count >> 2):
+        acc = tile_rank1(acc, a, element, b)
+        acc = tile_rank1(acc, a + row, element, b + tile.row_bytes)
+        acc = tile_rank1(acc, a + 2 * row, element, b + 2 * tile.row_bytes)
+        acc = tile_rank1(acc, a + 3 * row, element, b + 3 * tile.row_bytes)
+        a += 4 * row
+        b += 4 * tile.row_bytes
+    for _ in range(count & 3):
+        acc = tile_rank1(acc, a, element, b)
+        a += row
         b += tile.row_bytes
     return acc

@@ -400,37 +400,19 @@ def store_element(typingctx, shape, address, value):
     return signature(types.none, shape, types.intp, value), codegen
 
 
-def ask_for(builder, address, level):
-    """Emit a prefetch of the line at `address`, which may be anywhere: 3 is nearest."""
-    i32, byte = ir.IntType(32), ir.IntType(8).as_pointer()
-    fnty = ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32])
-    fn = cgutils.get_or_insert_function(builder.module, fnty, "llvm.prefetch.p0")
-    builder.call(fn, [builder.inttoptr(address, byte), *(ir.Constant(i32, n) for n in (0, level, 1))])
-
-
 @intrinsic
 def prefetch(typingctx, address):
     """Ask for the cache line at `address`, which may be anywhere, to be brought near."""
 
     def codegen(context, builder, sig, values):
-        ask_for(builder, values[0], 2)
+        i32, byte = ir.IntType(32), ir.IntType(8).as_pointer()
+        fnty = ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32])
+        fn = cgutils.get_or_insert_function(builder.module, fnty, "llvm.prefetch.p0")
+        # to read, into the second-level cache, data
+        builder.call(fn, [builder.inttoptr(values[0], byte), *(ir.Constant(i32, n) for n in (0, 2, 1))])
         return context.get_dummy_value()
 
     return signature(types.none, types.intp), codegen
-
-
-@intrinsic
-def prefetch_columns(typingctx, shape, address):
-    """Ask for four columns of a panel of as many rows as the shape has to be in the first-level cache soon."""
-    if not isinstance(shape, ShapeType):
-        return None
-
-    def codegen(context, builder, sig, values):
-        for offset in range(0, 4 * shape.shape.rows * shape.shape.itemsize, LINE):
-            ask_for(builder, builder.add(values[1], ir.Constant(values[1].type, offset)), 3)
-        return context.get_dummy_value()
-
-    return signature(types.none, shape, types.intp), codegen
 
 
 def record_view(dtype):

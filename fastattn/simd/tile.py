@@ -16,8 +16,8 @@ class TileShape:
 
     What it says is known while a kernel is compiled, and branches on it are decided then. `scalef`: the machine has
     AVX-512's instruction for scaling by a power of two. `packed`: the kernel packs the matrices that it takes scalars
-    from. `masked`: its calls may have a mask, or dropout. `additive`: its scores are those of additive attention.
-    `reach`: how many bytes ahead the micro-kernel asks for what it reads.
+    from. `dense`: if not, each of their rows is contiguous, or is copied. `masked`: its calls may have a mask, or
+    dropout. `additive`: its scores are those of additive attention.
     """
 
     dtype: str
@@ -28,7 +28,7 @@ class TileShape:
     packed: bool = False
     masked: bool = False
     additive: bool = False
-    reach: int = 0
+    dense: bool = False
 
     @property
     def itemsize(self):
@@ -149,7 +149,7 @@ def _constant_shape(context, builder, ty, value):
 
 _INTEGERS = (
     "scalef",
-    "reach",
+    "dense",
     "packed",
     "masked",
     "additive",
