@@ -144,6 +144,27 @@ MUTATIONS = (
         ("test_simd.py", "test_exp2_is_right_to_some_units and float32x4"),
     ),
     Mutation(
+        "calls are told apart by shapes, whatever the strides",
+        "cpu/entry.py",
+        "for axes in (load_i64(array + ARRAY_DIMENSIONS), load_i64(array + ARRAY_STRIDES)):",
+        "for axes in (load_i64(array + ARRAY_DIMENSIONS), load_i64(array + ARRAY_DIMENSIONS)):",
+        ("test_calls.py", "test_signatures_tell_apart"),
+    ),
+    Mutation(
+        "copied rows lie as far apart as the user's",
+        "cpu/pack.py",
+        "        source += row\n        target += target_row\n",
+        "        source += row\n        target += row\n",
+        ("test_calls.py", "test_keys_and_values_may_lie_anyhow"),
+    ),
+    Mutation(
+        "a block of queries is finished with its first keys",
+        "cpu/forward.py",
+        "is_last = first_key + plan.key_block >= own_end and (first_key == 0 or first_key < own_end)",
+        "is_last = first_key == 0",
+        ("test_calls.py", "test_keys_and_values_may_lie_anyhow"),
+    ),
+    Mutation(
         "two threads may claim the same task",
         "cpu/claim.py",
         "if atomic_replace(pool + OFFER, offer, offer - 1):",
@@ -232,7 +253,7 @@ MUTATIONS = (
         "cpu/additive.py",
         "rest = x - n * HALF_LN2_HIGH_32 - n * HALF_LN2_LOW_32",
         "rest = x - n * HALF_LN2_HIGH_32",
-        ("test_additive.py", "test_sums_at_and_beyond_the_reach_of_denominators"),
+        ("test_simd.py", "test_exp_twice_is_right"),
     ),
     Mutation(
         "the second of two features has the factor of the first",

@@ -125,6 +125,7 @@ def test_sums_at_and_beyond_the_reach_of_denominators(dtype: Any, queries: int) 
         value = numbers(rng, (1, 9, 2), dtype)
         tolerances.check_call(attend, query, key, value, weight=numbers(rng, (5,), dtype))
         tolerances.check_call(attend, -query, key, value, weight=numbers(rng, (5,), dtype, 40))
+        tolerances.check_call(attend, -query, -key, value, weight=numbers(rng, (5,), dtype))
         tolerances.check_call(attend, key, np.broadcast_to(query[:, :1], key.shape), value, weight=np.ones(5, dtype))
 
 

@@ -134,3 +134,44 @@ def test_asking_ahead_changes_nothing(
         np.testing.assert_array_equal(fastattn.attention(query, key, value, is_causal=causal), wanted)
         record = next(iter(plans.values())).plan.record
         assert record[: plan.PLAN.itemsize].view(plan.PLAN)["ahead"][0] == threads
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("lanes", ["here", "sixteen"])
+def test_keys_and_values_may_lie_anyhow(lanes: str, dtype: Any, causal: bool, request: pytest.FixtureRequest) -> None:
+    """Rows next to each other, far apart, not contiguous, in reverse, all the same: the same bits."""
+    if lanes == "sixteen":
+        request.getfixturevalue("sixteen_lanes")
+    query, key, value = (x.astype(dtype) for x in inputs(1, 2, 150, 37))
+
+    def far(x: Any) -> Any:
+        wide = np.full((1, 2, 150, 1200), np.nan, dtype)
+        wide[..., 5:42] = x
+        return wide[..., 5:42]
+
+    def strided(x: Any) -> Any:
+        wide = np.full((1, 2, 150, 37, 3), np.nan, dtype)
+        wide[..., 1] = x
+        return wide[..., 1]
+
+    layouts = (
+        far,
+        strided,
+        lambda x: np.ascontiguousarray(x.swapaxes(1, 2)).swapaxes(1, 2),
+        lambda x: np.ascontiguousarray(x.swapaxes(-1, -2)).swapaxes(-1, -2),
+        lambda x: np.ascontiguousarray(x[..., ::-1, :])[..., ::-1, :],
+        lambda x: np.ascontiguousarray(x[..., ::-1])[..., ::-1],
+    )
+    wanted = fastattn.attention(query, key, value, is_causal=causal, return_lse=True)
+    received = fastattn.attention_summary(query, key, is_causal=causal).received
+    for of_keys in layouts:
+        for of_values in layouts[:3]:
+            found = fastattn.attention(query, of_keys(key), of_values(value), is_causal=causal, return_lse=True)
+            for array, other in zip(found, wanted, strict=True):
+                np.testing.assert_array_equal(array, other)
+        again = fastattn.attention_summary(query, of_keys(key), is_causal=causal).received
+        np.testing.assert_array_equal(again, received)
+    same = np.broadcast_to(key[..., :1, :], key.shape), np.broadcast_to(value[..., :1, :], value.shape)
+    expected = fastattn.attention(query, *map(np.ascontiguousarray, same), is_causal=causal)
+    np.testing.assert_array_equal(fastattn.attention(query, *same, is_causal=causal), expected)

@@ -59,7 +59,7 @@ stack_memory_of_a_quad = stack_memory(4 * 64)  # four of the largest vectors
 
 @jit
 def exp_twice(tile, x):
-    """exp(2x) by elements, to 2 units in the last place; NaN for NaN. |x| is at most `reach`, or the result is any.
+    """exp(2x) by elements, to 2.2 units in the last place; NaN for NaN. |x| is at most `reach`, or the result is any.
 
     2x = 2 (n · ln(2) / 2 + r), so that exp(2x) = 2^n · 2^(r · 2 log2(e)). The rounding of x · log2(e) alone would cost
     as many digits as n has.

@@ -306,7 +306,7 @@ def forward_group(tile, call, plan, head, first_block, blocks, scratch):
             load_queries(tile, call, plan, scratch + b * state_bytes, source, present, packed_keys)
     for first_key in range(0, max(end, 1), plan.key_block):
         keys, values = key + first_key * plan.key_row, value + first_key * plan.value_row
-        count = min(plan.key_block, end - first_key)
+        count = max(0, min(plan.key_block, end - first_key))
         keys_at = load_keys(tile, plan, packed_keys, keys, count)
         values_at = load_values(tile, plan, packed_values, values, count)
         next_count = min(plan.key_block, end - first_key - plan.key_block)

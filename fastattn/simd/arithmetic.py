@@ -123,16 +123,57 @@ def _avx512(builder, shape, name, args):
     return builder.call(cgutils.get_or_insert_function(builder.module, fnty, name), args)
 
 
+def _fraction(bits):
+    downward = ir.Constant(ir.IntType(32), bits << 4 | 1)
+
+    def emit(builder, shape, a):
+        return _avx512(builder, shape, "reduce", [a, downward]) if shape.scalef else a
+
+    return emit
+
+
 @intrinsic
 def fraction(typingctx, a):
     """a - floor(a), 0 for an infinity (AVX-512's vreduce); only where the shape says `scalef`."""
+    return elementwise(_fraction(0), a)
 
-    def emit(builder, shape, a):
-        if not shape.scalef:
-            return a
-        return _avx512(builder, shape, "reduce", [a, ir.Constant(ir.IntType(32), 1)])  # 1: towards -inf
 
-    return elementwise(emit, a)
+@intrinsic
+def fraction_of_sixteenths(typingctx, a):
+    """a less the multiple of 1/16 at or below it, 0 for an infinity; only where the shape says `scalef`."""
+    return elementwise(_fraction(4), a)
+
+
+@intrinsic
+def pick_sixteenth(typingctx, a, table):
+    """table[floor(16 a) mod 16] of sixteen float64 (AVX-512's vpermi2); only where the shape says `scalef`."""
+    if not (isinstance(a, TileType) and isinstance(table, types.UniTuple) and table.count == 16):
+        return None
+
+    def codegen(context, builder, sig, values):
+        shape, i32 = a.shape, ir.IntType(32)
+        vector, integers = vector_of(shape), integers_of(shape)
+
+        def call(name, *args):
+            fnty = ir.FunctionType(vector, [arg.type for arg in args])
+            return builder.call(cgutils.get_or_insert_function(builder.module, fnty, f"llvm.x86.avx512.{name}"), args)
+
+        halves = []
+        scalars = cgutils.unpack_tuple(builder, values[1], 16)
+        for numbers in (scalars[:8], scalars[8:]):
+            half = ir.Constant(vector, ir.Undefined)
+            for i, number in enumerate(numbers):
+                half = builder.insert_element(half, number, ir.Constant(i32, i))
+            halves.append(half)
+        # A sum this large has sixteenths in its last bit: rounded down, its lowest four bits are the index.
+        large, downward = ir.Constant(vector, [1.5 * 2.0**48] * 8), ir.Constant(i32, 9)
+        out = []
+        for x in vectors_of(builder, shape, values[0]):
+            index = builder.bitcast(call("add.pd.512", x, large, downward), integers)
+            out.append(call("vpermi2var.pd.512", halves[0], index, halves[1]))
+        return make_tile(builder, shape, out)
+
+    return signature(a, a, table), codegen
 
 
 @intrinsic
