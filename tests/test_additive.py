@@ -118,14 +118,17 @@ def test_sums_at_and_beyond_the_reach_of_denominators(dtype: Any, queries: int) 
     info = np.finfo(dtype)
     reach = 21.0 if dtype == np.float32 else 170.0
     rng = np.random.default_rng(0)
-    for far in (reach / 2 - 1, reach / 2 + 1, reach, 2 * reach, 44, 89, 360, 710, 1e4, float(info.max) / 4):
+    for far in (reach / 2 - 1, reach / 2 + 1, reach - 1, reach, 2 * reach, 44, 89, 360, 710, 1e4, float(info.max) / 4):
         near = rng.uniform(-1, 1, (1, 9, 5))
         query = np.full((1, queries, 5), far).astype(dtype)
         key = (near - far).astype(dtype)
         value = numbers(rng, (1, 9, 2), dtype)
         tolerances.check_call(attend, query, key, value, weight=numbers(rng, (5,), dtype))
         tolerances.check_call(attend, -query, key, value, weight=numbers(rng, (5,), dtype, 40))
-        tolerances.check_call(attend, -query, -key, value, weight=numbers(rng, (5,), dtype))
+        # a large denominator and a small one: their product overflows, and the small one matters
+        mixed_query, mixed_key = query.copy(), -key
+        mixed_query[..., 1::2] = mixed_key[..., 1::2] = 1.5
+        tolerances.check_call(attend, mixed_query, mixed_key, value, weight=numbers(rng, (5,), dtype))
         tolerances.check_call(attend, key, np.broadcast_to(query[:, :1], key.shape), value, weight=np.ones(5, dtype))
 
 

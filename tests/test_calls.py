@@ -164,6 +164,7 @@ def test_keys_and_values_may_lie_anyhow(lanes: str, dtype: Any, causal: bool, re
         lambda x: np.ascontiguousarray(x[..., ::-1])[..., ::-1],
     )
     wanted = fastattn.attention(query, key, value, is_causal=causal, return_lse=True)
+    np.testing.assert_allclose(wanted[0], fastattn.reference.attention(query, key, value, is_causal=causal), atol=1e-5)
     received = fastattn.attention_summary(query, key, is_causal=causal).received
     for of_keys in layouts:
         for of_values in layouts[:3]:
