@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 import fastattn
-from fastattn import additive, api
+from fastattn import additive, api, build
+from fastattn.cpu import ahead, builtin, plan
 from fastattn.cpu import attention as cpu
-from fastattn.cpu import builtin, plan
+from fastattn.cpu.kernels import Library
+from fastattn.isa import host
 
 
 def inputs(*shape: int) -> Any:
@@ -134,6 +136,35 @@ def test_asking_ahead_changes_nothing(
         np.testing.assert_array_equal(fastattn.attention(query, key, value, is_causal=causal), wanted)
         record = next(iter(plans.values())).plan.record
         assert record[: plan.PLAN.itemsize].view(plan.PLAN)["ahead"][0] == threads
+
+
+def test_what_is_wanted_is_asked_for_in_equal_shares() -> None:
+    counts = {"want_nothing": 2, "want": 5, "want_share": 7, "ask": 1}
+    functions = {name: (getattr(ahead, name), count) for name, count in counts.items()}
+    native = Library(build.emit(functions, host()), host(), counts)
+    memory = np.zeros(64, np.int64)
+    at = memory.ctypes.data
+    rows = np.zeros((40, 1000), np.uint8)
+    place, row = rows.ctypes.data, rows.strides[0]
+
+    native.want_nothing(at, 7)
+    native.want(at, place, row, 500, 10)  # rows of 8 lines
+    native.want(at, place, row, 1, 3)
+    native.want(at, place, row, 64, 0)
+    native.want_share(at, place, row, 65, 40, 2, 3)  # rows 28 to 39
+    native.want_share(at, place, row, 64, 2, 2, 3)  # nothing is left of two for the third
+    pieces = memory[ahead.LIST_BYTES // 8 :][: 5 * ahead.PIECE_BYTES // 8].view(ahead.PIECE)
+    assert memory[:1].tolist() == [5]
+    assert pieces["left"].tolist() == [80, 3, 0, 24, 0]
+    native.ask(at)
+    assert pieces["left"].tolist() == [80 - 12, 3 - 1, 0, 24 - 4, 0]
+    assert pieces["next"][[0, 1, 3]].tolist() == [place + row + 4 * 64, place + row, place + 30 * row]
+    for _ in range(6):
+        native.ask(at)
+    assert not pieces["left"].any()
+    assert pieces["next"][[0, 1, 3]].tolist() == [place + 10 * row, place + 3 * row, place + 40 * row]
+    native.ask(at)
+    assert not pieces["left"].any()
 
 
 @pytest.mark.parametrize("causal", [False, True])

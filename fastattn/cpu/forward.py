@@ -333,6 +333,7 @@ def forward_group(tile, call, plan, head, first_block, blocks, scratch):
             masks = mask + first * plan.mask_row + first_key * plan.mask_column
             count, safe = visible_keys(tile, plan, first, first_key, masks)
             if count > 0:
+                # What comes next, what is wanted first before the rest.
                 want_nothing(wanted, (count + plan.value_dim) // tile.rows)
                 if plan.ahead > 0:
                     if is_last:
