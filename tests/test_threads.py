@@ -378,18 +378,23 @@ def test_a_call_that_ended_cancels_no_other(counting: Library) -> None:
 def test_regular_calls_are_foreseen(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 10**12
     monkeypatch.setattr(pool.time, "perf_counter_ns", lambda: now)
-    rhythm = pool._Rhythm()
+    rhythm = pool.Rhythm()
 
-    def call(pause_ms: float) -> bool:
-        """Call after a pause; whether workers were expected to be awake."""
+    def call(pause_ms: float, heeds: bool = True) -> bool:
+        """Call after a pause; whether workers were expected to be awake. `heeds`: one looks at the clock then."""
         nonlocal now
         now += int(pause_ms * 1e6)
         awake = rhythm.begin()
         now += 300_000
-        rhythm.end()
+        told.append(rhythm.end(1))
+        if heeds:
+            rhythm.seconds_of_sleep()
         return awake
 
+    told: list[bool] = []
     assert [call(pause) for pause in (20, 20, 20.2, 20.2)] == [False, False, False, True]
+    assert told == [False, False, True, False], "at first, a worker has to be told"
+    assert [call(20.2, heeds=False), call(20.2), call(20.2)] == [True, False, True], "a worker that sleeps is not up"
     assert rhythm.seconds_of_sleep() == pytest.approx(0.0202 * 31 / 32, abs=1e-6)
     now += 19_600_000
     assert rhythm.seconds_of_sleep() == 0, "it is time to be up"
@@ -403,8 +408,8 @@ def test_regular_calls_are_foreseen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_workers_get_up_before_a_regular_call(monkeypatch: pytest.MonkeyPatch, counting: Library) -> None:
     monkeypatch.setattr(pool, "SPINS", 1)
-    rhythm = pool._Rhythm()
-    monkeypatch.setattr(pool, "_rhythm", rhythm)
+    rhythm = pool.Rhythm()
+    monkeypatch.setattr(pool, "rhythm", rhythm)
     workers, call = pool._Pool(), Counted(counting)
     woken: list[int] = []
     wake = workers._wake
@@ -421,8 +426,8 @@ def test_workers_get_up_before_a_regular_call(monkeypatch: pytest.MonkeyPatch, c
         woken.clear()
         rhythm.begin()
         assert call.run(workers, 1)
-        rhythm.workers = 1
-        rhythm.end()
+        if rhythm.end(1):
+            pool._wake(workers.beds[0])
         return bool(call.check()[1] > 0) and rhythm.early > 0 and not woken
 
     assert until(is_there_unwoken)

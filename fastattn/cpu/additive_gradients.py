@@ -70,7 +70,7 @@ def backward(
             given["round"] = number
             pool.run(kernels, call.ctypes.data, plan.tasks, plan.flops, threads)
     if threads > 1:
-        pool.note_call(threads - 1)
+        pool.rhythm.end(threads - 1)
     with np.errstate(all="ignore"):
         return grad_query, grad_key, grad_value, parts.sum(axis=0, dtype=np.float64).astype(dtype)
 

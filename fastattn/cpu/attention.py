@@ -93,13 +93,13 @@ class Prepared:
             forward = "masked" if problem.mask_kind != "none" or problem.dropout_p > 0 else "forward"
             self._weights = "weights"
         self.forward = library(kernel_name(forward, problem.dtype.name, plan.tile))
+        self.most = pool.tasks_at_a_time(plan.tasks, plan.flops)
         self.quick: Callable[..., int] | None = None
         if objects_are_as_expected():
-            most = pool.tasks_at_a_time(plan.tasks, plan.flops)
             numbers = {"plan": plan.address, "scratch_bytes": plan.scratch_bytes}
             self.quick = bind(self.forward, "quick", **numbers)
             if self.threads > 1:
-                numbers.update(task=self.forward.addresses["task"], workers=self.threads - 1, most=most)
+                numbers.update(task=self.forward.addresses["task"], workers=self.threads - 1, most=self.most)
                 self.shared = bind(self.forward, "shared", **numbers)
 
     @property
@@ -140,20 +140,22 @@ def run_prepared(prepared: Prepared, *objects: Any) -> None:
     plan, threads, quick = prepared.plan, prepared.threads, prepared.quick
     if not plan.tasks:
         return
-    is_shared = threads > 1 and pool.is_worth_sharing(plan.flops)
+    # Much work is always shared, less only while workers are awake or will be wanted again soon.
+    is_shared = threads > 1 and (pool.rhythm.begin() or plan.flops >= pool.WORTH_WAKING)
     if quick is None or (threads == 1 and plan.flops >= pool.TURN_FLOPS):
         query, key, value, mask, out, lse, weight, seed = objects
         run(plan, threads, prepared.forward, seed, query, key, value, mask, out, lse, weight=weight)
     elif is_shared:
         at, held = _scratch(RECORD_BYTES + threads * plan.scratch_bytes)
         _memory.held = None  # who interrupts needs memory of its own
-        pool.share(prepared.forward, prepared.shared, (held, *objects), at, plan.tasks, plan.flops, threads - 1)
+        arguments = (held, *objects)
+        pool.share(prepared.forward, prepared.shared, arguments, at, plan.tasks, plan.flops, threads - 1, prepared.most)
         _memory.held = at, held
     else:
         _, held = _scratch(RECORD_BYTES + plan.scratch_bytes)
         quick(held, *objects)
-    if threads > 1:
-        pool.note_call(threads - 1)
+    if threads > 1 and pool.rhythm.end(threads - 1):
+        pool.rouse(threads - 1)
 
 
 def attention(

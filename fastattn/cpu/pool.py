@@ -129,7 +129,7 @@ def num_threads(n: int) -> Iterator[None]:
         _override.reset(token)
 
 
-class _Rhythm:
+class Rhythm:
     """When calls come. After two pauses of the same length the next call is foreseen, and workers get up in time.
 
     A worker that sleeps when a call comes is late by 100 to 300 µs, as much as a small call takes. One that gets up
@@ -141,6 +141,7 @@ class _Rhythm:
     due = 0  # when the next call is foreseen; 0: it is not
     early = 0  # how long before that workers are up, and after
     workers = 0  # how many
+    heeded = -1  # the `due` that a worker has set itself an alarm for
 
     def begin(self) -> bool:
         """Note that a call begins; whether workers are awake, or the next call is near."""
@@ -149,16 +150,27 @@ class _Rhythm:
         regular = abs(pause - self.pause) < pause >> 4 and WARM < pause < LONGEST_PAUSE
         self.early = pause >> 5 if regular else 0
         self.pause = pause
-        return pause < WARM or abs(now - self.due) < self.early
+        return pause < WARM or (self.heeded == self.due and abs(now - self.due) < self.early)
 
-    def end(self) -> None:
-        """Note that a call has ended."""
+    def end(self, workers: int) -> bool:
+        """Note that a call for so many workers has ended.
+
+        Returns whether the next one is foreseen, and workers sleep that do not know.
+        """
+        self.workers = workers
         self.ended = now = time.perf_counter_ns()
+        is_new = self.early > 0 and self.heeded != self.due
         self.due = now + self.pause if self.early else 0
+        return is_new
 
     def seconds_of_sleep(self) -> float:
         """How long a worker may sleep until the next call is near; 0 if none is foreseen."""
-        return max(0.0, (self.due - self.early - time.perf_counter_ns()) / 1e9)
+        due = self.due
+        seconds = (due - self.early - time.perf_counter_ns()) / 1e9
+        if seconds <= 0:
+            return 0.0
+        self.heeded = due
+        return seconds
 
 
 class _Pool:
@@ -205,27 +217,23 @@ class _Pool:
     def run(self, kernels: Library, call: int, tasks: int, flops: float, workers: int) -> bool:
         """Run the tasks of a call with up to `workers` others; False if another call has the pool."""
         self.grow(workers)
-        most = tasks_at_a_time(tasks, flops)
-        arguments = (self.address, kernels.addresses["task"], call, tasks, workers, most)
-        return self.open(self.native.start, arguments, call, most)
-
-    def open(self, opening: Callable[..., int], arguments: tuple[Any, ...], call: int, most: int) -> bool:
-        """Run the tasks of the call that `opening(*arguments)` opens; False if another call has the pool."""
-        native = self.native
+        task, most = kernels.addresses["task"], tasks_at_a_time(tasks, flops)
         try:
-            state = opening(*arguments)
-            if state == TAKEN:
-                return False
-            if state > ASLEEP:
-                self._wake(state - ASLEEP)
-            while state != DONE:
-                if state == WAITING:
-                    _yield()  # to the worker that we wait for, if it waits for this CPU
-                state = native.take_part(self.address, most)
-        except BaseException:  # Ctrl-C: withdraw the tasks, since what they write to is about to be given up
-            self._cancel(call)
+            state = self.native.start(self.address, task, call, tasks, workers, most)
+            return self.finish(state, most) != TAKEN
+        except BaseException:
+            self.cancel(call)
             raise
-        return True
+
+    def finish(self, state: int, most: int) -> int:
+        """Go on with a call that was opened in this state, until all is done; not if it is TAKEN."""
+        if state > ASLEEP:
+            self._wake(state - ASLEEP)
+        while state not in (DONE, TAKEN):
+            if state == WAITING:
+                _yield()  # to the worker that we wait for, if it waits for this CPU
+            state = self.native.take_part(self.address, most)
+        return state
 
     def _wake(self, count: int) -> None:
         """Wake those that are on the list."""
@@ -251,7 +259,8 @@ class _Pool:
         except OSError:  # a sandbox may forbid it
             pass
 
-    def _cancel(self, call: int) -> None:
+    def cancel(self, call: int) -> None:
+        """After Ctrl-C, withdraw the tasks of a call, since what they write to is about to be given up."""
         while True:
             try:
                 self.native.cancel(self.address, call)
@@ -275,11 +284,11 @@ def _live(pool: _Pool, bed: LockType) -> None:
     while True:
         work(pool.address, worker, spins)
         spins = SPINS
-        seconds = _rhythm.seconds_of_sleep()
-        if seconds == 0 or worker >= _rhythm.workers:
+        seconds = rhythm.seconds_of_sleep()
+        if seconds == 0 or worker >= rhythm.workers:
             bed.acquire()
         elif not bed.acquire(timeout=seconds):
-            spins += 2 * _rhythm.early // SPIN
+            spins += 2 * rhythm.early // SPIN
 
 
 def _find_current_cpu() -> Callable[[], int]:
@@ -294,12 +303,12 @@ def _find_current_cpu() -> Callable[[], int]:
 _current_cpu = _find_current_cpu()
 _yield: Callable[[], object] = getattr(os, "sched_yield", lambda: time.sleep(0))
 _pool = _Pool()
-_rhythm = _Rhythm()
+rhythm = Rhythm()
 
 
 def _forget() -> None:
-    global _pool, _rhythm
-    _pool, _rhythm = _Pool(), _Rhythm()
+    global _pool, rhythm
+    _pool, rhythm = _Pool(), Rhythm()
 
 
 if hasattr(os, "register_at_fork"):
@@ -321,12 +330,20 @@ def share(
     tasks: int,
     flops: float,
     workers: int,
+    most: int,
 ) -> None:
     """The same for a call that `shared`, a builtin, opens: given `objects`, it writes the record at `call`."""
     pool = _pool
     if len(pool.beds) < workers:
         pool.grow(workers)
-    if not pool.open(shared, (pool.memory, *objects), call, tasks_at_a_time(tasks, flops)):
+    try:
+        state = shared(pool.memory, *objects)
+        if state != DONE:
+            state = pool.finish(state, most)
+    except BaseException:
+        pool.cancel(call)
+        raise
+    if state == TAKEN:
         _run_alone(kernels, call, tasks, flops)
 
 
@@ -341,18 +358,10 @@ def tasks_at_a_time(tasks: int, flops: float) -> int:
     return max(1, int(TURN_FLOPS * tasks / max(flops, 1.0)))
 
 
-def is_worth_sharing(flops: float) -> bool:
-    """Note that a call begins; whether to share its work.
-
-    Much work always is, less only while workers are awake or will be wanted again soon.
-    """
-    return _rhythm.begin() or flops >= WORTH_WAKING
-
-
-def note_call(workers: int) -> None:
-    """Note that a call has ended that could have been shared with so many workers."""
-    _rhythm.workers = workers
-    _rhythm.end()
+def rouse(workers: int) -> None:
+    """Wake so many workers, to look at the clock."""
+    for bed in _pool.beds[:workers]:
+        _wake(bed)
 
 
 def concurrency(tasks: int, flops: float, threads: int) -> int:
