@@ -47,6 +47,7 @@ __all__ = ["PACE_S", "Effort", "Result", "measure", "others_seconds", "sample", 
 
 PACE_S = 0.020
 """The pause between two calls of a "paced" case."""
+_PACED_CALLS = 25  # of a sample: the first ones still feel what was before, in caches, clocks and threads
 _DISTURBED = 0.25  # cores that others take; less cannot be told from the clock ticks in which Linux counts
 _ATTEMPTS = 3
 
@@ -203,7 +204,7 @@ def sample(run: Callable[[], Any], pace: Pace, seconds: float) -> float:
         return (clock() - begin) / count
 
     times = []
-    count = max(5, math.ceil(seconds / PACE_S)) if pace == "paced" else math.ceil(seconds / estimate)
+    count = _PACED_CALLS if pace == "paced" else math.ceil(seconds / estimate)
     for _ in range(count):
         if pace == "paced":
             time.sleep(PACE_S)

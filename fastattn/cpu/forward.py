@@ -343,13 +343,13 @@ def forward_group(tile, call, plan, head, first_block, blocks, scratch):
                     if first_key == 0 and b + 1 < blocks:
                         rows = min(tile.width, plan.queries - first - tile.width)
                         want(wanted, source + tile.width * plan.query_row, plan.query_row, key_bytes, rows)
-                if tile.masked and plan.mask_row != 0:
-                    below = masks + tile.width * plan.mask_row
-                    want(wanted, below, plan.mask_row, plan.key_block * plan.mask_itemsize, tile.width)
                 if next_count > 0:
                     share, shares = b - skipped, blocks - skipped
                     want_share(wanted, next_key, plan.key_row, key_bytes, next_count, share, shares)
                     want_share(wanted, next_value, plan.value_row, value_bytes, next_count, share, shares)
+                if tile.masked and plan.mask_row != 0:
+                    below = masks + tile.width * plan.mask_row
+                    want(wanted, below, plan.mask_row, plan.key_block * plan.mask_itemsize, tile.width)
                 scores = scores_of(
                     tile, plan, q, m, relative, count, safe, first, first_key, keys_at, masks, work, wanted
                 )
