@@ -102,6 +102,13 @@ def test_signatures_tell_apart_what_plans_depend_on() -> None:
     assert of(again, array.T.copy().T) == of(array, array.T.copy().T)
 
 
+@pytest.mark.skipif(int(np.__version__.partition(".")[0]) < 2, reason="this NumPy has 32 axes at most")
+def test_an_array_of_very_many_axes_has_no_signature() -> None:
+    array = np.zeros((1,) * 33, np.float32)
+    assert builtin.signatures.of(array, array) == b""
+    assert builtin.signatures.of(array[0], array[0]) != b""
+
+
 def test_what_is_no_array_has_no_signature() -> None:
     array = np.zeros((2, 3), np.float32)
     for other in (array.view(Subclass), np.ma.masked_array(array), [[1.0]], 3, np.float32(3), "text", object(), type):

@@ -116,7 +116,7 @@ def _described(*arrays: Array | None) -> Hashable:
 class Signatures:
     """`of` arrays, as a key: equal for arrays that agree in dtypes, shapes and strides.
 
-    It is b"" where one of the arguments is neither None nor an array, or is of a subclass.
+    It is b"" where one of the arguments is neither None nor an array, or is of a subclass, or has more than 32 axes.
     """
 
     def __init__(self) -> None:

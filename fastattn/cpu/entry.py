@@ -21,7 +21,7 @@ from fastattn.cpu.tasks import call_view, plan_view
 from fastattn.simd import jit, load_i64, record_view, stack_memory, store_i64
 
 MOST_ARRAYS = 5
-MOST_AXES = 64  # of an array, as NumPy has it
+MOST_AXES = 32  # of an array that has a signature
 WORD = 8
 MISSING = -1  # in a signature: None
 
@@ -97,7 +97,10 @@ def shared(self, objects, count):
 
 @jit
 def signature(self, objects, count):
-    """Ranks, dtypes, shapes and strides of arrays, as bytes; none at all where an object is neither array nor None."""
+    """Ranks, dtypes, shapes and strides of arrays, as bytes; none at all where an object is neither array nor None.
+
+    Nor where an array has very many axes: the bytes are put together on the stack.
+    """
     link = link_view(load_i64(self + OBJECT_HEADER))
     begin = at = signature_memory()
     for place in range(objects, objects + count * WORD, WORD):
@@ -110,6 +113,8 @@ def signature(self, objects, count):
             return call_compiled(link.to_bytes, (begin, 0))
         array += OBJECT_HEADER
         rank = load_i64(array + ARRAY_RANK) & 0xFFFFFFFF
+        if rank > MOST_AXES:
+            return call_compiled(link.to_bytes, (begin, 0))
         store_i64(at, rank)
         store_i64(at + WORD, load_i64(load_i64(array + ARRAY_DTYPE) + OBJECT_HEADER + DTYPE_NUMBER))
         at += 2 * WORD
