@@ -37,6 +37,8 @@ class Isa:
     panels : bool
         Whether blocks of keys and values are laid out anew for a group of query blocks, in the order of their use.
         Otherwise they are read where they lie, or if that is awkward, from a copy of the rows.
+    block_bytes : int
+        What a block of keys and values may take of the second-level cache; blocks of long rows have fewer keys.
     """
 
     name: str
@@ -49,12 +51,13 @@ class Isa:
     key_block: int
     scalef: bool = False
     panels: bool = True
+    block_bytes: int = 128 << 10
 
 
 _X86_V3 = ("avx2", "fma", "f16c", "bmi", "bmi2", "lzcnt", "movbe", "popcnt")
 _X86_V4 = (*_X86_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
 TABLE = (
-    Isa("avx512", "x86-64-v4", _X86_V4, 64, 8, 2, 8, 128, scalef=True, panels=False),
+    Isa("avx512", "x86-64-v4", _X86_V4, 64, 8, 2, 8, 128, scalef=True, panels=False, block_bytes=256 << 10),
     Isa("avx2", "x86-64-v3", _X86_V3, 32, 4, 2, 8, 128),
     Isa("generic", "", (), 16, 4, 2, 8, 128),
 )

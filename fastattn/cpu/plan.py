@@ -21,7 +21,6 @@ from fastattn.problem import Operands, Problem
 GROUP_BYTES = 512 << 10  # state of the query blocks taken through the keys together, which the packing is shared by
 CACHED_BYTES = 1 << 20  # of all queries and keys: where they are no more, they may still be near from the last call
 TASKS_PER_THREAD = 4  # enough to even out, as long as there are blocks to split into
-PACKED_BYTES = 128 << 10  # packed keys and values of a block, at most: the other part of a level-2 cache
 LEAST_KEYS = 32  # in a block, however large they are
 FARTHEST = 3 << 10  # bytes from row to row that are read in place: beyond, they fall into few sets of the caches
 LOG2_E = math.log2(math.e)
@@ -53,11 +52,11 @@ def choose_tile(row: Isa, dtype: np.dtype, queries: int) -> Tile:
 
 
 def choose_key_block(row: Isa, problem: Problem) -> int:
-    """The table's number of keys, halved until their packed rows leave room in the level-2 cache."""
+    """The table's number of keys, halved until their rows leave room in the level-2 cache."""
     key_block = row.key_block
     while (
         key_block > LEAST_KEYS
-        and key_block * (problem.head_dim + problem.value_dim) * problem.dtype.itemsize > PACKED_BYTES
+        and key_block * (problem.head_dim + problem.value_dim) * problem.dtype.itemsize > row.block_bytes
     ):
         key_block //= 2
     return key_block
