@@ -92,7 +92,7 @@ MUTATIONS = (
         "cpu/masks.py",
         "where_greater(INFINITY, largest, saturate(tile, biased), biased)",
         "biased",
-        ("test_semantics.py", "test_a_row_of_the_lowest_number_gives_the_mean and cpu"),
+        ("test_semantics.py", "test_the_lowest_number_and_a_large_negative_score and cpu"),
     ),
     Mutation(
         "NaN in a masked value leaks",

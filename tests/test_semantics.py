@@ -335,6 +335,14 @@ def test_a_row_of_the_lowest_number_gives_the_mean(
 
 
 @dtypes
+def test_the_lowest_number_and_a_large_negative_score_stay_finite(attention: Attention, dtype: Any) -> None:
+    query, key, value = np.ones((1, 40, 4), dtype), np.full((1, 70, 4), -1, dtype), inputs((40, 70), dtype=dtype)[2]
+    mask = np.full((40, 70), np.finfo(dtype).min)
+    out = attention(query, key, value, mask, scale=float(np.finfo(dtype).max) / 1200)
+    close(out, np.broadcast_to(value.mean(-2, keepdims=True, dtype=np.float64), out.shape), dtype)
+
+
+@dtypes
 def test_the_lowest_number_on_some_keys_leaves_them_out(attention: Attention, dtype: Any) -> None:
     query, key, value = inputs((60, 90), dtype=dtype)
     mask = np.zeros(90, dtype)
