@@ -10,7 +10,7 @@ from fastattn.cpu.kernels import BACKWARD
 from fastattn.cpu.received import receive_group
 from fastattn.cpu.summary import choose_group, summarise_group
 from fastattn.cpu.tasks import task_function
-from fastattn.cpu.tiles import packed_product
+from fastattn.cpu.tiles import unrolled_product
 from fastattn.cpu.weights import weigh_group
 from fastattn.isa import Isa
 from fastattn.simd import TileShape, jit, tile_fill, tile_store
@@ -67,7 +67,7 @@ def _peak(tile):
     @jit
     def run(a, b, out, count, repeats):
         for _ in range(repeats):
-            acc = packed_product(tile, tile_fill(tile, 0.0), a, b, count)
+            acc = unrolled_product(tile, tile_fill(tile, 0.0), a, tile.itemsize, tile.rows * tile.itemsize, b, count)
             tile_store(acc, out, tile.row_bytes)
 
     return run

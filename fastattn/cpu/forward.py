@@ -23,7 +23,7 @@ from fastattn.cpu.masks import looks_at, restrict
 from fastattn.cpu.pack import copy_rows, key_steps, pack_keys, pack_queries, pack_values, unpack_rows, value_steps
 from fastattn.cpu.softmax import MINUS_INFINITY, absorb
 from fastattn.cpu.tasks import locate
-from fastattn.cpu.tiles import column_product, packed_product, product, row_product
+from fastattn.cpu.tiles import product, unrolled_product
 from fastattn.simd import (
     all_zero,
     jit,
@@ -91,10 +91,8 @@ def score_block(tile, plan, q, key, first, count, start, scores, best, wanted):
     initial = tile_repeat(tile, start)
     whole = count - count % tile.rows
     for _ in range(0, whole, tile.rows):
-        if tile.packed:
-            acc = packed_product(tile, initial, key, q, features)
-        elif tile.dense:
-            acc = row_product(tile, initial, key, row, q, features)
+        if tile.packed or tile.dense:
+            acc = unrolled_product(tile, initial, key, row, column, q, features)
         else:
             acc = product(initial, key, row, column, q, tile.row_bytes, features)
         tile_store(acc, scores, tile.row_bytes)
@@ -125,10 +123,8 @@ def add_values(tile, plan, weights, count, value, out, wanted):
     whole = features - features % tile.rows
     for _ in range(0, whole, tile.rows):
         acc = tile_load(tile, out, tile.row_bytes)
-        if tile.packed:
-            acc = packed_product(tile, acc, value, weights, count)
-        elif tile.dense:
-            acc = column_product(tile, acc, value, row, weights, count)
+        if tile.packed or tile.dense:
+            acc = unrolled_product(tile, acc, value, column, row, weights, count)
         else:
             acc = product(acc, value, column, row, weights, tile.row_bytes, count)
         tile_store(acc, out, tile.row_bytes)

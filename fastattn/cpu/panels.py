@@ -12,6 +12,7 @@ be any of the three in c += a · b: c and b as they are, and a, of which single 
 """
 
 from fastattn.cpu.masks import INFINITY
+from fastattn.cpu.tiles import unrolled_product
 from fastattn.simd import (
     absolute,
     all_zero,
@@ -58,19 +59,7 @@ def along(tile, acc, a, a_panel, b, count):
 @jit
 def across(tile, acc, a, b, count):
     """acc[m][n] + Σ_k a[k][m] · b[k][n] over `count` k."""
-    element, row = tile.itemsize, tile.row_bytes
-    for _ in range(count >> 2):
-        acc = tile_rank1(acc, a, element, b)
-        acc = tile_rank1(acc, a + row, element, b + row)
-        acc = tile_rank1(acc, a + 2 * row, element, b + 2 * row)
-        acc = tile_rank1(acc, a + 3 * row, element, b + 3 * row)
-        a += 4 * row
-        b += 4 * row
-    for _ in range(count & 3):
-        acc = tile_rank1(acc, a, element, b)
-        a += row
-        b += row
-    return acc
+    return unrolled_product(tile, acc, a, tile.itemsize, tile.row_bytes, b, count)
 
 
 @jit

@@ -1,4 +1,4 @@
-"""The micro-kernel: both products of attention, and nothing else, run through these functions.
+"""The micro-kernel: both products of attention, and nothing else, run through these two functions.
 
     out[m, n] = start[m, n] + Σ_p a[m, p] · b[p, n]
 
@@ -21,61 +21,22 @@ def product(start, a, a_row, a_column, b, b_row, count):
 
 
 @inline
-def packed_product(tile, start, a, b, count):
-    """The same for a packed panel, a[p][m]: what is next in memory is next in the sum.
+def unrolled_product(tile, start, a, a_row, a_column, b, count):
+    """The same, for callers of which one stride of a is fixed: packed panels, and rows that are each contiguous.
 
     Four columns a round: with so few rounds the processor foresees the last one, which otherwise costs it as much as
-    five of them.
+    five of them. (With two free strides LLVM would keep addresses of the four on the stack.)
     """
-    row, column = tile.itemsize, tile.rows * tile.itemsize
     acc = start
     for _ in range(count >> 2):
-        acc = tile_rank1(acc, a, row, b)
-        acc = tile_rank1(acc, a + column, row, b + tile.row_bytes)
-        acc = tile_rank1(acc, a + 2 * column, row, b + 2 * tile.row_bytes)
-        acc = tile_rank1(acc, a + 3 * column, row, b + 3 * tile.row_bytes)
-        a += 4 * column
+        acc = tile_rank1(acc, a, a_row, b)
+        acc = tile_rank1(acc, a + a_column, a_row, b + tile.row_bytes)
+        acc = tile_rank1(acc, a + 2 * a_column, a_row, b + 2 * tile.row_bytes)
+        acc = tile_rank1(acc, a + 3 * a_column, a_row, b + 3 * tile.row_bytes)
+        a += 4 * a_column
         b += 4 * tile.row_bytes
     for _ in range(count & 3):
-        acc = tile_rank1(acc, a, row, b)
-        a += column
-        b += tile.row_bytes
-    return acc
-
-
-@inline
-def row_product(tile, start, a, row, b, count):
-    """The same for rows where they lie, a[m][p], each one contiguous: keys."""
-    element = tile.itemsize
-    acc = start
-    for _ in range(count >> 2):
-        acc = tile_rank1(acc, a, row, b)
-        acc = tile_rank1(acc, a + element, row, b + tile.row_bytes)
-        acc = tile_rank1(acc, a + 2 * element, row, b + 2 * tile.row_bytes)
-        acc = tile_rank1(acc, a + 3 * element, row, b + 3 * tile.row_bytes)
-        a += 4 * element
-        b += 4 * tile.row_bytes
-    for _ in range(count & 3):
-        acc = tile_rank1(acc, a, row, b)
-        a += element
-        b += tile.row_bytes
-    return acc
-
-
-@inline
-def column_product(tile, start, a, row, b, count):
-    """The same for columns of rows where they lie, a[p][m], each row contiguous: values."""
-    element = tile.itemsize
-    acc = start
-    for _ in range(count >> 2):
-        acc = tile_rank1(acc, a, element, b)
-        acc = tile_rank1(acc, a + row, element, b + tile.row_bytes)
-        acc = tile_rank1(acc, a + 2 * row, element, b + 2 * tile.row_bytes)
-        acc = tile_rank1(acc, a + 3 * row, element, b + 3 * tile.row_bytes)
-        a += 4 * row
-        b += 4 * tile.row_bytes
-    for _ in range(count & 3):
-        acc = tile_rank1(acc, a, element, b)
-        a += row
+        acc = tile_rank1(acc, a, a_row, b)
+        a += a_column
         b += tile.row_bytes
     return acc
