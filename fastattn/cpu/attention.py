@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,11 +18,13 @@ from fastattn.cpu.plan import Plan, make_plan
 from fastattn.isa import host
 from fastattn.problem import Operands, Problem
 
+if TYPE_CHECKING:
+    from fastattn.cpu.gradients import GradientPlan
+
 Array = NDArray[Any]
 T = TypeVar("T")
 
 REMEMBERED = 1024  # plans
-CALL_NAMES = CALL.names or ()
 _memory = threading.local()
 
 
@@ -126,12 +128,24 @@ def run(
     if not plan.tasks:
         return
     arrays = {"query": query, "key": key, "value": value, "mask": mask, "out": out, "lse": lse}
-    arrays |= {"weights": weights, "weight": weight}
+    run_call(CALL, plan, threads, kernels, seed, {**arrays, "weights": weights, "weight": weight})
+
+
+def run_call(
+    layout: np.dtype[Any],
+    plan: Plan | GradientPlan,
+    threads: int,
+    kernels: Library,
+    seed: int,
+    arrays: Mapping[str, Array | None],
+) -> None:
+    """Write a call's record, whose fields are whole numbers, and run the plan's tasks."""
     numbers = {name: array.ctypes.data for name, array in arrays.items() if array is not None}
+    numbers["plan"] = plan.record.ctypes.data
     numbers["seed"] = seed - 2**64 if seed >= 2**63 else seed
     with scratch_memory(threads * plan.scratch_bytes) as scratch:
-        numbers |= {"plan": plan.address, "scratch": scratch, "scratch_bytes": plan.scratch_bytes}
-        call = np.array([numbers.get(name, 0) for name in CALL_NAMES], np.int64)
+        numbers["scratch"], numbers["scratch_bytes"] = scratch, plan.scratch_bytes
+        call = np.array([numbers.get(name, 0) for name in layout.names or ()], np.int64)
         pool.run(kernels, call.ctypes.data, plan.tasks, plan.flops, threads)
 
 

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from fastattn.cpu import pool
-from fastattn.cpu.attention import remember, scratch_memory
+from fastattn.cpu.attention import remember, run_call
 from fastattn.cpu.kernels import kernel_name, library
 from fastattn.cpu.layout import GRADIENT_ARRAYS, GRADIENT_AXIS, GRADIENT_CALL, GRADIENT_PARTS, GRADIENT_PLAN
 from fastattn.cpu.plan import LOG2_E, TASK_FLOPS, TASKS_PER_THREAD, Tile, aligned, mask_kind
@@ -24,7 +24,6 @@ STATE_BYTES = 1 << 20  # of a group of key blocks, at most: keys, values, and th
 
 
 Arrays: TypeAlias = "dict[str, Array | None]"
-CALL_NAMES = GRADIENT_CALL.names or ()  # all of them whole numbers
 _plans: dict[Any, GradientPlan] = {}
 
 
@@ -114,15 +113,9 @@ def _run(kind: str, plan: GradientPlan, problem: Problem, arrays: Arrays, seed: 
     heads = math.prod(problem.rows_shape)
     arrays["query_tickets"] = np.zeros(heads * plan.query_blocks, np.int64)
     arrays["key_tickets"] = np.zeros(heads * plan.groups, np.int64)
-    numbers = {name: 0 if array is None else array.ctypes.data for name, array in arrays.items()}
-    numbers["plan"] = plan.record.ctypes.data
-    numbers["seed"] = seed - 2**64 if seed >= 2**63 else seed
     kernels = library(kernel_name(kind, problem.dtype.name, plan.tile))
     threads = pool.concurrency(plan.tasks, plan.flops, threads)
-    with scratch_memory(threads * plan.scratch_bytes) as address:
-        numbers["scratch"], numbers["scratch_bytes"] = address, plan.scratch_bytes
-        call = np.array([numbers[name] for name in CALL_NAMES], np.int64)
-        pool.run(kernels, call.ctypes.data, plan.tasks, plan.flops, threads)
+    run_call(GRADIENT_CALL, plan, threads, kernels, seed, arrays)
 
 
 def _planned(make: Callable[..., GradientPlan], problem: Problem, arrays: Arrays, own: list[int], threads: int) -> Any:
