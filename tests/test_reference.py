@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import Call, calls
 
-from fastattn import reference, selection
+from fastattn import reference, rounding, selection
 from fastattn.problem import as_operands, describe
 
 
@@ -93,7 +93,7 @@ def imports(file: str) -> set[str | None]:
 
 
 def test_it_imports_nothing_but_numpy_and_the_checks_of_arguments() -> None:
-    checks = {"fastattn.problem", "fastattn.selection", "fastattn.gradients"}
+    checks = {"fastattn.problem", "fastattn.selection", "fastattn.gradients", "fastattn.rounding"}
     parts = {"fastattn.reference.forward", "fastattn.reference.backward"}
     for module in parts:
         own = imports(sys.modules[module].__file__ or "")
@@ -101,6 +101,7 @@ def test_it_imports_nothing_but_numpy_and_the_checks_of_arguments() -> None:
     assert {name for name in imports(selection.__file__) if name and name.startswith("fastattn")} == {
         "fastattn.problem"
     }
+    assert imports(rounding.__file__) <= {"__future__", "math", "typing", "numpy", "numpy.typing"}
 
 
 # -- the tolerances ----------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The derivative of attention in plain NumPy, on whole matrices and in the wider type.
 
-With the weights P = exp(scores - lse), the factors Z of dropout (1 without), out = (P · Z) value, and the gradient dO
-of the result, the chain rule gives
+With the weights P = exp(scores - lse), whatever of lse was lost when it was rounded (`fastattn.rounding`), the factors
+Z of dropout (1 without), out = (P · Z) value, and the gradient dO of the result, the chain rule gives
 
     dvalue  = (P · Z)ᵀ dO
     dP      = Z · (dO valueᵀ)
@@ -28,7 +28,8 @@ from fastattn.problem import (
     describe,
     describe_additive,
 )
-from fastattn.reference.forward import SUM_ELEMENTS, kept_weights, scores_of, visibility, weighted_sum
+from fastattn.reference.forward import SUM_ELEMENTS, kept_weights, scores_of, visibility, weighted_sum, weights_from
+from fastattn.rounding import slack
 
 __all__ = ["Gradients", "additive_attention_backward", "attention_backward", "differentiate"]
 
@@ -148,8 +149,7 @@ def differentiate(
     wide = scores.dtype
     grad_out, out, lse = (array.astype(wide) for array in upstream[:3])
     visible = visible & (lse != -np.inf)[..., None]
-    # of a sum of exp(score) no score takes more than all of it
-    weights = np.where(visible, np.minimum(np.exp(scores - lse[..., None]), 1), 0)
+    weights = np.where(visible, weights_from(scores, lse, slack(problem.dtype, problem.head_dim)), 0)
     kept: Any = kept_weights(problem, seed) * problem.keep_scale if problem.dropout_p > 0 else 1
     row_sums = (grad_out * out).sum(axis=-1)
     if upstream.grad_lse is not None:

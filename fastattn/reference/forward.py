@@ -24,6 +24,7 @@ from fastattn.problem import (
     describe_additive,
     seed_from,
 )
+from fastattn.rounding import is_of_these_keys, slack
 from fastattn.selection import Choice, as_selection, check_lse, check_top_k, describe_scores, positions
 
 __all__ = [
@@ -217,9 +218,7 @@ def attention_weights(
             weights = evaluate(problem, operands)[2]
         else:
             scores = scores_of(problem, operands, visibility(problem, operands.mask)).reshape(problem.weights_shape)
-            sums = check_lse(lse, problem)[..., None]
-            # of a sum of exp(score) no score takes more than all of it
-            weights = np.minimum(np.exp(scores - np.where(sums == -np.inf, np.inf, sums)), 1)
+            weights = weights_from(scores, check_lse(lse, problem), slack(problem.dtype, problem.head_dim))
     result: NDArray[Any] = weights.astype(problem.dtype)[..., positions(chosen)[:, None], positions(keys)]
     return result
 
@@ -327,14 +326,8 @@ def evaluate(
     weights : ndarray, shape problem.weights_shape
     """
     visible = visibility(problem, operands.mask)
-    scores = scores_of(problem, operands, visible, weight)
-    highest = scores.max(axis=-1, keepdims=True, initial=-np.inf)
-    empty = highest == -np.inf
-    highest = np.where(empty, 0, highest)
-    weights = np.exp(scores - highest)
-    total = weights.sum(axis=-1, keepdims=True)
-    lse = highest + np.log(total)
-    weights = np.where(empty, 0, weights / total)
+    weights, lse = softmax(scores_of(problem, operands, visible, weight))
+    empty = lse[..., None] == -np.inf
 
     if problem.dropout_p > 0:
         weights = weights * kept_weights(problem, seed) * problem.keep_scale
@@ -344,6 +337,27 @@ def evaluate(
         saturated(lse, problem.dtype).reshape(problem.lse_shape),
         weights.reshape(problem.weights_shape),
     )
+
+
+def softmax(scores: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return the softmax of the scores of each query, and its log-sum-exp; 0 and -inf where all are -inf."""
+    highest = scores.max(axis=-1, keepdims=True, initial=-np.inf)
+    highest = np.where(highest == -np.inf, 0, highest)
+    powers = np.exp(scores - highest)
+    total = powers.sum(axis=-1, keepdims=True)
+    return np.where(total == 0, 0, powers / total), (highest + np.log(total))[..., 0]
+
+
+def weights_from(scores: NDArray[Any], lse: NDArray[Any], slack: float) -> NDArray[Any]:
+    """Return exp(scores - lse) for a rounded lse, which may be that of more keys than these.
+
+    Where it is not, the weights are the softmax itself, of which nothing is lost to the rounding.
+    """
+    weights, own = softmax(scores)
+    given = lse.astype(scores.dtype)
+    # of a sum of exp(score) no score takes more than all of it
+    taken = np.minimum(np.exp(scores - np.where(given == -np.inf, np.inf, given)[..., None]), 1)
+    return np.where(is_of_these_keys(given, own, slack)[..., None], weights, taken)
 
 
 def scores_of(
