@@ -13,6 +13,7 @@ from fastattn.cpu import statistics
 from fastattn.cpu.pool import get_num_threads
 from fastattn.problem import Operands, Problem, check_backend
 from fastattn.reference import AttentionSummary
+from fastattn.rounding import is_of_these_keys, is_precise, slack
 from fastattn.selection import (
     Choice,
     Selection,
@@ -82,7 +83,8 @@ def attention_weights(
     Notes
     -----
     A weight is exp(score - lse). Without `lse` the sums keep more digits than an lse of the call's dtype has room for;
-    given one, a weight is as exact as that is: to about eps · abs(lse), relative.
+    given one, a weight is as exact as that is: to about eps · abs(lse), relative. Where that is more than 1e-5, or
+    1e-12 in float64, the sums of these rows are computed all the same.
 
     Examples
     --------
@@ -108,8 +110,28 @@ def attention_weights(
     if lse is None:
         m, l = _sums(problem, operands, chosen, threads)
     else:
-        m, l = statistics.sums_from(smaller, take(check_lse(lse, problem), -1, chosen))
+        m, l = _sums_from(problem, operands, take(check_lse(lse, problem), -1, chosen), chosen, threads)
     return statistics.weigh(smaller, pieces, threads, m, l)
+
+
+def _sums_from(problem: Problem, operands: Operands, lse: Array, rows: Selection, threads: int) -> tuple[Array, Array]:
+    """Return m and l of the chosen rows, made of their log-sum-exps.
+
+    Where these have lost digits, m and l are those of `_sums`, unless an lse is that of more keys than these.
+    """
+    m, l = statistics.sums_from(problem, lse)
+    rounded = ~is_precise(lse)
+    some = np.flatnonzero(rounded.any(axis=tuple(range(lse.ndim - 1))))
+    if some.size:
+        places = (..., some)
+        own_m, own_l = _sums(problem, operands, as_selection("rows", np.asarray(rows)[some], problem.queries), threads)
+        with np.errstate(all="ignore"):
+            unit = statistics.unit_of(problem)
+            own = own_m.astype(np.float64) * unit + np.log(own_l.astype(np.float64))
+            given = lse[places].astype(np.float64)
+            known = rounded[places] & is_of_these_keys(given, own, slack(problem.dtype, problem.head_dim))
+        m[places], l[places] = np.where(known, own_m, m[places]), np.where(known, own_l, l[places])
+    return m, l
 
 
 def _sums(problem: Problem, operands: Operands, rows: Selection, threads: int) -> tuple[Array, Array]:

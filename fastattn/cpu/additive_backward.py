@@ -21,12 +21,14 @@ all are.
 
 from fastattn.cpu import tasks
 from fastattn.cpu.additive import copy_row, load_rows, padded, sum_of
+from fastattn.cpu.additive_sums import absorb_keys, clear_states, store_sums, take_sums
 from fastattn.cpu.additive_terms import differentiate_vector, places_view
 from fastattn.cpu.forward import clear, visible_keys
 from fastattn.cpu.layout import ADDITIVE_BACKWARD, ADDITIVE_PLACES, QUERY_NUMBERS
 from fastattn.cpu.masks import restrict
 from fastattn.cpu.pack import pack_queries, unpack_rows
 from fastattn.cpu.softmax import MINUS_INFINITY
+from fastattn.cpu.sums import any_has_lost
 from fastattn.cpu.tasks import locate
 from fastattn.cpu.tiles import product
 from fastattn.simd import (
@@ -126,7 +128,7 @@ def load_weight(tile, plan, places, source):
 
 @jit
 def load_upstream(tile, plan, places, grad_out, out, lse, present):
-    """rows[i] = dO[i], padded with 0; of each query: its lse, Σ dO · out, and 1 where dO is not finite."""
+    """rows[i] = dO[i], padded with 0; of each query: its lse, Σ dO · out, 1 where dO is not finite, and 0."""
     row_bytes = value_bytes(tile, plan)
     length = row_bytes // tile.itemsize
     room, rows, numbers = places.work, places.rows, places.numbers
@@ -142,6 +144,7 @@ def load_upstream(tile, plan, places, grad_out, out, lse, present):
         store_element(tile, numbers, load_element(tile, lse + i * tile.itemsize))
         store_element(tile, numbers + tile.itemsize, sum_of(tile, room))
         store_element(tile, numbers + 2 * tile.itemsize, 0.0 if all_zero(odd) else 1.0)
+        store_element(tile, numbers + 3 * tile.itemsize, 0.0)
         grad_out += plan.out_row
         out += plan.value_dim * tile.itemsize
         rows += row_bytes
@@ -331,6 +334,20 @@ def deliver_weight(tile, places, target, features, fresh):
 
 
 @jit
+def find_sums(tile, plan, given, places, key, mask, first_query, queries, lse, sums):
+    """Form the sums of those queries of a block whose lse has lost digits, over all keys."""
+    clear_states(tile, plan, places, queries)
+    for first_key in range(0, plan.keys, plan.key_block):
+        count = min(plan.key_block, plan.keys - first_key)
+        filled = (count + tile.width - 1) // tile.width * tile.width
+        masks = mask + first_key * plan.mask_column
+        if hide(tile, plan, places, masks, first_query, queries, first_key, filled, lse):
+            keys = key + first_key * plan.key_row
+            absorb_keys(tile, plan, given, places, keys, lse, queries, count, filled)
+    store_sums(tile, plan, given, places, lse, queries, sums)
+
+
+@jit
 def differentiate_block(tile, plan, places, key, value, queries, count, filled):
     """All that a block of queries and one of keys, where there is anything to look at, have to do with each other."""
     load_keys(tile, plan, places, key, value, queries, count, filled)
@@ -375,6 +392,11 @@ def differentiate_chunk(tile, call, plan, head, chunk, _, scratch):
         load_rows(tile, source, plan.query_row, plan.query_column, queries, plan.head_dim, places.q_raws, exps, largest)
         upstream = grad_out + first * plan.out_row
         load_upstream(tile, plan, places, upstream, given.out + row * values_bytes, lse, queries)
+        if any_has_lost(tile, given, lse, queries):
+            sums = given.sums + 2 * row * tile.itemsize
+            if first_round:
+                find_sums(tile, plan, given, places, key, mask + first * plan.mask_row, first, queries, lse, sums)
+            take_sums(tile, given, places, lse, queries, sums)
         fill(tile, places.grad_queries, queries * row_bytes, 0.0)
         for first_key in range(key_start, key_end, plan.key_block):
             count = min(plan.key_block, key_end - first_key)

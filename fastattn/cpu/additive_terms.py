@@ -112,17 +112,18 @@ def clear_hidden(tile, hidden, terms, row_bytes):
 
 
 @jit
-def slopes_of(tile, lanes, hidden, lse, row_sum, weights, slopes, terms, row_bytes):
+def slopes_of(tile, lanes, hidden, shift, row_sum, rest, weights, slopes, terms, row_bytes):
     """Make P of scores, over dO · value at `weights`, and -dS at `slopes`, which may be where `lanes` is; returns dS.
 
-    `hidden` is what is added to the scores: -inf for a key that the query may not look at.
+    `hidden` is what is added to the scores: -inf for a key that the query may not look at. P is 2 to the power of
+    (score - shift) log2(e) - rest: the shift is usually the log-sum-exp, and the rest 0 (`fastattn.cpu.additive_sums`).
     """
     bias = tile_load(tile.vector, hidden, 0)
     score = sum_rows(tile_transpose(tile_load(tile.square, lanes, tile.vector_bytes)))
     if not all_finite(score):
         clear_hidden(tile, hidden, terms, row_bytes)
     # of a sum of exp(score) no score takes more than all of it
-    weight = minimum(1.0, exp2(tile, (saturate(tile, score + bias) - lse) * LOG2_E))
+    weight = minimum(1.0, exp2(tile, (saturate(tile, score + bias) - shift) * LOG2_E - rest))
     slope = weight * (tile_load(tile.vector, weights, 0) - row_sum)
     slope = where_greater(lowest(tile), bias, 0.0, slope)
     tile_store(where_greater(lowest(tile), bias, 0.0, weight), weights, 0)
@@ -173,8 +174,9 @@ def differentiate_vector(tile, places, plan, queries, j):
                 tile_store(tile_fill(tile.vector, 0.0), weights + at, 0)
             else:
                 numbers = places.numbers + i * QUERY_NUMBERS * tile.itemsize
-                lse, row_sum = load_element(tile, numbers), load_element(tile, numbers + tile.itemsize)
-                slope = slopes_of(tile, lanes, hidden + at, lse, row_sum, weights + at, lanes, terms, row_bytes)
+                shift, row_sum = load_element(tile, numbers), load_element(tile, numbers + tile.itemsize)
+                rest, here = load_element(tile, numbers + 3 * tile.itemsize), weights + at
+                slope = slopes_of(tile, lanes, hidden + at, shift, row_sum, rest, here, lanes, terms, row_bytes)
                 tile_store(tile_load(tile.vector, places.slope_sums, 0) + slope, places.slope_sums, 0)
             terms += terms_bytes
             lanes += lanes_bytes

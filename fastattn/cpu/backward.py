@@ -27,7 +27,7 @@ from fastattn.cpu.atomics import atomic_load, atomic_store, pause
 from fastattn.cpu.dropout import drop
 from fastattn.cpu.forward import clear, visible_keys
 from fastattn.cpu.layout import GRADIENT_AXIS, GRADIENT_CALL, GRADIENT_PLAN
-from fastattn.cpu.masks import INFINITY, looks_at, lowest, restrict
+from fastattn.cpu.masks import INFINITY, looks_at, lowest
 from fastattn.cpu.pack import pack_queries
 from fastattn.cpu.panels import (
     add_across,
@@ -40,6 +40,7 @@ from fastattn.cpu.panels import (
     unpack_panels,
 )
 from fastattn.cpu.softmax import MINUS_INFINITY, exp2
+from fastattn.cpu.sums import any_has_lost, find_sums, hide_keys, load_sums, relate
 from fastattn.simd import (
     jit,
     load_element,
@@ -216,11 +217,14 @@ def copy_numbers(tile, target, source, present, length, factor):
 
 
 @jit
-def differentiate(tile, plan, scores, grads, count, hidden, start, delta):
-    """Turn a block of scores into weights p, and one of value · do into ds. `hidden`: some may not be looked at."""
+def differentiate(tile, plan, scores, grads, count, hidden, natural, start, delta):
+    """Turn a block of scores into weights p, and one of value · do into ds.
+
+    `hidden`: some may not be looked at. `natural`: scores are no exponents yet, but sums with a float mask.
+    """
     for _ in range(count):
         score = tile_load(tile.single, scores, 0)
-        if tile.masked and plan.unit != 1.0:
+        if tile.masked and natural:
             exponent = (score - start) * plan.unit
         else:
             exponent = score
@@ -244,11 +248,11 @@ def whole_tiles(tile, count):
 
 
 @jit
-def weigh(tile, call, plan, number, s, first_query, first_key, offset, mask, scratch):
+def weigh(tile, call, plan, number, s, first_query, first_key, offset, mask, lost, scratch):
     """The weights p of one tile width of queries, number `s` of its block, and a block of keys, and their ds.
 
-    `offset` is where in a panel the block of keys begins. Returns how many keys are looked at; p and ds of the others
-    are 0 in the same tile, and not written behind it.
+    `offset` is where in a panel the block of keys begins; `lost`, whether the lse of a query has lost digits. Returns
+    how many keys are looked at; p and ds of the others are 0 in the same tile, and not written behind it.
     """
     count, safe = visible_keys(tile, plan, first_query, first_key, mask)
     if count == 0:
@@ -271,16 +275,14 @@ def weigh(tile, call, plan, number, s, first_query, first_key, offset, mask, scr
     product_along(tile, grad_begin, count, values, plan.panel, grad_lanes, plan.value_dim, grads)
     if tile.masked and plan.drop_below > 0:
         drop(tile, plan, call.seed, grads, count, number, first_query, first_key)
-    rest = safe * tile.row_bytes
+    hide_keys(tile, plan, weights, count, safe, first_query, first_key, mask, scratch)
+    natural = plan.unit != 1.0 and not lost
+    if lost:
+        relate(tile, plan, weights, count, s, scratch)
     if safe < count:
-        present = min(tile.width, plan.queries - first_query)
-        position = plan.first_position + first_query
-        work = scratch + plan.work_at
-        masks = mask + safe * plan.mask_column
-        buffer = work + tile.row_bytes
-        restrict(tile, plan, weights + rest, count - safe, masks, present, position, first_key + safe, work, buffer)
-        differentiate(tile, plan, weights + rest, grads + rest, count - safe, True, start, delta)
-    differentiate(tile, plan, weights, grads, safe, False, start, delta)
+        rest = safe * tile.row_bytes
+        differentiate(tile, plan, weights + rest, grads + rest, count - safe, True, natural, start, delta)
+    differentiate(tile, plan, weights, grads, safe, False, natural, start, delta)
     if tile.masked and plan.drop_below > 0:
         drop(tile, plan, call.seed, weights, count, number, first_query, first_key)
     behind = whole_tiles(tile, count) - count
@@ -400,9 +402,15 @@ def differentiate_group(tile, call, plan, kv_head, group, turn, scratch):
             find_deltas(tile, plan, grads, outs, lse, grad_lse, present, deltas, scratch)
         full = load_lanes(tile, plan, queries, grads, lse, present, plan.score_scale, scratch)
         finite = load_rows(tile, plan, queries, grads, lse, present, full, scratch)
+        lost = any_has_lost(tile, plan, lse, present)
+        if lost and group == 0:
+            at = mask + first_query * plan.mask_row
+            find_sums(tile, plan, key, at, lse, first_query, present, deltas, scratch)
 
         ticket = query_tickets + block * WORD
         wait_for(ticket, group)
+        if lost:
+            load_sums(tile, plan, lse, present, deltas, scratch)
         copy_numbers(tile, scratch + plan.deltas_at, deltas, present, plan.query_block, plan.score_scale)
         pack_panels(tile, query_sums, query_panel, sums, plan.grad_query_row, element, present, plan.head_dim)
         following = plan.query_block
@@ -422,7 +430,7 @@ def differentiate_group(tile, call, plan, kv_head, group, turn, scratch):
                     following += step
                 ahead = s * tile.width
                 at = masks + ahead * plan.mask_row
-                count = weigh(tile, call, plan, number, s, first_query + ahead, start_key, offset, at, scratch)
+                count = weigh(tile, call, plan, number, s, first_query + ahead, start_key, offset, at, lost, scratch)
                 store_i64(scratch + plan.counts_at + s * WORD, count)
                 most = max(most, count)
                 if count > 0:

@@ -17,6 +17,7 @@ from fastattn.cpu.plan import LOG2_E, TASK_FLOPS, TASKS_PER_THREAD, Tile, aligne
 from fastattn.gradients import Upstream
 from fastattn.isa import Isa, host
 from fastattn.problem import Array, Operands, Problem, Shape, split_shape
+from fastattn.rounding import PRECISE, slack
 
 QUERY_BLOCK_BYTES = 256  # a row of queries taken together: what a visit adds to a gradient of keys and values at a time
 KEY_BLOCK = 128
@@ -92,7 +93,7 @@ def attention_backward(
 
     arrays["lse"] = lse = np.ascontiguousarray(upstream.lse)
     arrays["grad_lse"] = None if upstream.grad_lse is None else np.ascontiguousarray(upstream.grad_lse)
-    arrays["deltas"] = np.empty(lse.size, dtype)
+    arrays["deltas"] = np.empty((3, lse.size), dtype)
     masked = problem.mask_kind != "none" or problem.dropout_p > 0
     plan = _planned(_by_keys, problem, arrays, own, threads)
     _run("backward_masked" if masked else "backward", plan, problem, arrays, seed, threads)
@@ -195,6 +196,9 @@ def _plan(problem: Problem, arrays: Arrays, own: list[int], row: Isa) -> Gradien
         "scale": problem.scale * (1.0 if natural else LOG2_E),
         "unit": LOG2_E if natural else 1.0,
         "score_scale": problem.scale,
+        "precise": PRECISE[problem.dtype.name],
+        "slack": slack(problem.dtype, problem.head_dim),
+        "numbers": heads * problem.queries * itemsize,
         "drop_below": problem.drop_threshold,
         "keep_scale": problem.keep_scale,
         "axes": len(lead),
@@ -247,6 +251,8 @@ def _split(
         "query_lanes": numbers * problem.head_dim,
         "grad_lanes": numbers * problem.value_dim,
         "starts": numbers,
+        "shifts": numbers,
+        "rests": numbers,
         "deltas": numbers,
         "counts": 8 * subs,
         "work": row_bytes + 8 * tile.lanes * tile.lanes,

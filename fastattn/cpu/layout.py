@@ -118,6 +118,8 @@ GRADIENT_PARTS = (
     "query_lanes",  # queries once more, and the gradient of their result, with queries in the lanes
     "grad_lanes",
     "starts",  # a number for each query: what the exponent of a score begins with
+    "shifts",  # where an lse has lost digits: what is subtracted from scores, and then from exponents
+    "rests",
     "deltas",  # and what is subtracted from the gradient of a weight
     "counts",  # how many keys of a block the queries of each tile width look at
     "work",
@@ -135,6 +137,9 @@ GRADIENT_PLAN = np.dtype(
         ("grad_value_row", i8),
         ("grad_mask_row", i8),
         ("score_scale", f8),  # the scale itself, whatever base the scores are kept in
+        ("precise", f8),  # below this magnitude an lse has not lost digits that matter
+        ("slack", f8),  # how far an lse may be from the sum of its row, relative to its size
+        ("numbers", i8),  # bytes of one number for each query of all heads
         ("query_block", i8),  # queries taken together, some tile widths
         ("query_blocks", i8),
         ("outer", i8),  # heads of keys, or of a mask
@@ -157,7 +162,7 @@ GRADIENT_CALL = np.dtype(
         *((name, i8) for name in GRADIENT_ARRAYS),
         ("lse", i8),  # contiguous, one number for each query of all heads; so is grad_lse, unless 0
         ("grad_lse", i8),
-        ("deltas", i8),  # the same: what the first group of keys finds, for those that follow
+        ("deltas", i8),  # what the first group of keys finds, for those that follow: deltas, and m and log2(l) behind
         ("query_tickets", i8),  # for each block of queries of each head: the groups of keys that have been there
         ("key_tickets", i8),  # for each group of keys of each head: the parts of the queries that have been there
         ("seed", i8),
@@ -196,6 +201,9 @@ ADDITIVE_BACKWARD = np.dtype(
         ("grad_key", i8),
         ("grad_value", i8),
         ("grad_weight", i8),  # a row for each task of a round, which takes its part of the sum
+        ("sums", i8),  # m and log2(l) of each query whose lse has lost digits, for all rounds
+        ("precise", f8),  # as in GRADIENT_PLAN
+        ("slack", f8),
     ]
 )
 
@@ -206,7 +214,7 @@ ADDITIVE_PLACES = np.dtype(
         ("grad_weight", i8),
         ("sums", i8),  # of the weights, in lanes
         ("slope_sums", i8),  # of all dS, in lanes
-        ("numbers", i8),  # lse, Σ dO · out, whether dO is not finite
+        ("numbers", i8),  # lse, Σ dO · out, whether dO is not finite, 0; or m and log2(l) for the first and the last
         ("q_largest", i8),  # the largest |query|, |key|; raws and exponentials as in `fastattn.cpu.additive`
         ("q_raws", i8),
         ("q_exps", i8),
@@ -227,7 +235,7 @@ ADDITIVE_PLACES = np.dtype(
     ]
 )
 
-QUERY_NUMBERS = 3  # of a query: `numbers`
+QUERY_NUMBERS = 4  # of a query: `numbers`
 
 MASK_NONE, MASK_BOOL, MASK_SAME, MASK_OTHER, MASK_HALF = range(5)
 ALIGNMENT = 64

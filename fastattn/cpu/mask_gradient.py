@@ -6,12 +6,13 @@ one column. Whatever is added there comes by in one order:
 
     for each head of queries that the mask is broadcast to:
         for each block of queries, for each block of keys of the rectangle:
-            sums[j][i] += ds[j][i]                    as in the backward pass, which must have found the deltas
+            sums[j][i] += ds[j][i]                    as in the backward pass, which must have found the deltas and sums
 """
 
 from fastattn.cpu.backward import call_view, copy_numbers, load_keys, load_lanes, locate, plan_view, weigh
 from fastattn.cpu.forward import clear
 from fastattn.cpu.pack import unpack_rows
+from fastattn.cpu.sums import any_has_lost, load_sums
 from fastattn.simd import jit, load_element, store_element, tile_fill, tile_load, tile_store
 
 
@@ -75,6 +76,9 @@ def differentiate_rectangle(tile, call, plan, mask_head, query_task, key_task, s
             lse = call.lse + at
             rows, grads = query + first_query * plan.query_row, grad_out + first_query * plan.grad_out_row
             load_lanes(tile, plan, rows, grads, lse, present, 1.0, scratch)
+            lost = any_has_lost(tile, plan, lse, present)
+            if lost:
+                load_sums(tile, plan, lse, present, call.deltas + at, scratch)
             copy_numbers(tile, scratch + plan.deltas_at, call.deltas + at, present, plan.query_block, 1.0)
             for start_key in range(first_key, end, plan.key_block):
                 masks = mask + first_query * plan.mask_row + start_key * plan.mask_column
@@ -83,7 +87,8 @@ def differentiate_rectangle(tile, call, plan, mask_head, query_task, key_task, s
                 for s in range((present + tile.width - 1) // tile.width):
                     ahead = s * tile.width
                     place = masks + ahead * plan.mask_row
-                    found = weigh(tile, call, plan, number, s, first_query + ahead, start_key, 0, place, scratch)
+                    first = first_query + ahead
+                    found = weigh(tile, call, plan, number, s, first, start_key, 0, place, lost, scratch)
                     grads_at = scratch + plan.score_grads_at + s * plan.score_panel
                     add_block(tile, sums + s * plan.score_panel, grads_at, found, present - ahead)
     first_query = first_block * plan.query_block

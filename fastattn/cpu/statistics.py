@@ -44,15 +44,19 @@ def sums(problem: Problem, operands: Operands, threads: int) -> tuple[Array, Arr
     return m, l
 
 
+def unit_of(problem: Problem) -> float:
+    """Return the natural logarithm of the base that m is in: e under a floating mask, else 2."""
+    return 1.0 if problem.mask_kind == "float" else LN_2
+
+
 def sums_from(problem: Problem, lse: Array) -> tuple[Array, Array]:
     """Return the same, made of log-sum-exps: exp(score - lse) is 2^((score - m) · unit).
 
     A query that looks at no key has an lse of -inf, and weights of 0: as 2^-inf, whatever its scores. One whose lse is
     NaN has weights of NaN, those of hidden keys included, whose score l alone meets.
     """
-    unit = 1.0 if problem.mask_kind == "float" else LN_2
     with np.errstate(all="ignore"):
-        m = np.ascontiguousarray(np.where(lse == -np.inf, np.inf, lse) / unit, problem.dtype)
+        m = np.ascontiguousarray(np.where(lse == -np.inf, np.inf, lse) / unit_of(problem), problem.dtype)
         return m, np.where(np.isnan(m), m, np.ones(1, m.dtype))
 
 
