@@ -13,6 +13,7 @@ from fastattn.cpu.builtin import signatures
 from fastattn.cpu.pool import get_num_threads
 from fastattn.cuda.detect import any_on_device
 from fastattn.problem import Problem, as_operands, check_backend, check_flag, check_out, describe, seed_from
+from fastattn.widening import exceeds_float32, in_float64, narrowed
 
 BACKENDS = ("cpu", "reference")  # of everything
 ATTENTION_BACKENDS = ("cpu", "cuda", "reference")  # of attention, which CUDA has kernels for
@@ -172,6 +173,11 @@ def attention(
     return_lse = check_flag("return_lse", return_lse)
     return_weights = check_flag("return_weights", return_weights)
     seed = seed_from(rng, problem.dropout_p > 0)
+    if exceeds_float32(problem):
+        wide = (*in_float64(*arrays[:3], mask=arrays[3]), dropout_p, is_causal, scale, enable_gqa)
+        results = attention(*wide, return_lse=True, return_weights=return_weights, rng=seed, backend="cpu")
+        target = target_for(check_out(out, problem), problem, ())
+        return _rounded(*results, target=target, return_lse=return_lse)
     target = target_for(check_out(out, problem), problem, arrays)
     prepared = cpu.prepare(problem, operands, target, get_num_threads())
     given = (query, key, value, attn_mask)
@@ -179,6 +185,14 @@ def attention(
         cpu.remember(_prepared, plain, prepared)
     results = cpu.attention(prepared, arrays, seed, target, return_lse, return_weights)
     return delivered(results, target, out)
+
+
+def _rounded(out: Any, lse: Any, *weights: Any, target: NDArray[Any], return_lse: bool) -> Any:
+    """Return in float32 what a call in float64 gave, the result in `target`."""
+    with np.errstate(all="ignore"):
+        np.copyto(target, out, casting="same_kind")
+    results = (target, *((narrowed(lse, within=True),) if return_lse else ()), *map(narrowed, weights))
+    return results if len(results) > 1 else target
 
 
 def backend_of_attention(given: object, *arrays: object) -> str | None:

@@ -14,6 +14,7 @@ from fastattn.cpu import gradients as cpu
 from fastattn.cpu.pool import get_num_threads
 from fastattn.gradients import as_given, describe_upstream, own_dtype, seed_of_forward, wants_mask
 from fastattn.problem import as_additive_operands, as_operands, check_backend, describe, describe_additive
+from fastattn.widening import exceeds_float32, in_float64, narrowed
 
 __all__ = ["additive_attention_backward", "attention_backward"]
 
@@ -140,6 +141,11 @@ def attention_backward(
     upstream = describe_upstream(problem, grad_out, out, lse, grad_lse)
     with_mask = wants_mask(grad_mask, arrays[3])
     seed = seed_of_forward(rng, problem)
+    if exceeds_float32(problem):
+        *wide, mask = in_float64(*arrays[:3], mask=arrays[3])
+        given: Any = (grad_out, *wide, out, lse, mask, dropout_p, is_causal, scale, enable_gqa)
+        gradients = attention_backward(*given, rng=seed, grad_lse=grad_lse, grad_mask=with_mask, backend="cpu")
+        return (*map(narrowed, gradients[:3]), *gradients[3:])
     shapes = arrays[1].shape, arrays[2].shape
     mask_shape = arrays[3].shape if with_mask and arrays[3] is not None else None
     found = cpu.attention_backward(problem, operands, upstream, shapes, mask_shape, seed, get_num_threads())

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastattn.problem import Array, Problem, Shape, as_upstream, check_flag, seed_from, split_shape
+from fastattn.rounding import coarser
 
 __all__ = [
     "Upstream",
@@ -38,12 +39,15 @@ class Upstream(NamedTuple):
     out : ndarray, shape (*batch, Hk, G, Lq, Dv)
     lse : ndarray, shape (*batch, Hk, G, Lq)
     grad_lse : ndarray, shape (*batch, Hk, G, Lq), or None
+    rounded : numpy.dtype
+        What `lse` was rounded to, which may be less precise than the call.
     """
 
     grad_out: Array
     out: Array
     lse: Array
     grad_lse: Array | None
+    rounded: np.dtype[Any]
 
 
 def describe_upstream(
@@ -73,6 +77,7 @@ def describe_upstream(
         result("out", out),
         sums("lse", lse),
         None if grad_lse is None else sums("grad_lse", grad_lse),
+        coarser(lse, problem.dtype),
     )
 
 

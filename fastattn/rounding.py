@@ -16,18 +16,29 @@ import math
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["PRECISE", "is_of_these_keys", "is_precise", "slack"]
+__all__ = ["coarser", "is_of_these_keys", "is_precise", "limit_of", "saturated", "slack"]
 
 #: Below this magnitude a rounded lse costs half of the error that gradients are promised to have (docs/training.md),
 #: or less: half a unit in the last place of the lse, and another where it is converted to base 2.
 PRECISE = {"float32": 128.0, "float64": 2048.0}
 
 
-def is_precise(lse: NDArray[Any]) -> NDArray[np.bool_]:
+def coarser(given: ArrayLike, dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Return the less precise one of two dtypes: of what was given, if that is a floating array, and of a call."""
+    own = given.dtype if isinstance(given, np.ndarray) and given.dtype.kind == "f" else dtype
+    return own if np.finfo(own).eps > np.finfo(dtype).eps else dtype
+
+
+def limit_of(dtype: np.dtype[Any], rounded: np.dtype[Any]) -> float:
+    """Return the magnitude below which a log-sum-exp is precise enough for a call, with what it was rounded to."""
+    return PRECISE[dtype.name] if rounded == dtype else 0.0
+
+
+def is_precise(lse: NDArray[Any], limit: float) -> NDArray[np.bool_]:
     """Say which log-sum-exps can be taken for what they say; infinities and NaN can."""
-    precise: NDArray[np.bool_] = (np.abs(lse) < PRECISE[lse.dtype.name]) | ~np.isfinite(lse)
+    precise: NDArray[np.bool_] = (np.abs(lse) < limit) | ~np.isfinite(lse)
     return precise
 
 
@@ -43,3 +54,11 @@ def slack(dtype: np.dtype[Any], features: int) -> float:
 def is_of_these_keys(lse: Any, own: Any, slack: float) -> Any:
     """Say which of the given log-sum-exps are sums over no other keys than these, whose own sums are `own`."""
     return np.isfinite(lse) & (own - lse >= -slack * np.abs(lse))
+
+
+def saturated(values: Any, dtype: np.dtype[Any]) -> Any:
+    """Hold finite values within the range of `dtype`, so that none becomes infinite there; infinities stay."""
+    limit = np.finfo(dtype).max
+    if np.finfo(values.dtype).max <= limit:
+        return values
+    return np.where(np.isinf(values), values, np.clip(values, -limit, limit))

@@ -13,7 +13,7 @@ from fastattn.cpu import statistics
 from fastattn.cpu.pool import get_num_threads
 from fastattn.problem import Operands, Problem, check_backend
 from fastattn.reference import AttentionSummary
-from fastattn.rounding import is_of_these_keys, is_precise, slack
+from fastattn.rounding import coarser, is_of_these_keys, is_precise, limit_of, slack
 from fastattn.selection import (
     Choice,
     Selection,
@@ -26,6 +26,7 @@ from fastattn.selection import (
     part,
     take,
 )
+from fastattn.widening import exceeds_float32, in_float64, narrowed
 
 __all__ = ["AttentionSummary", "attention_summary", "attention_weights"]
 
@@ -104,24 +105,31 @@ def attention_weights(
             query, key, attn_mask, is_causal, scale, enable_gqa, rows=rows, columns=columns, lse=lse
         )
     problem, operands = describe_scores(query, key, attn_mask, is_causal, scale, enable_gqa)
+    if exceeds_float32(problem):
+        wide = (*_in_float64(query, key, attn_mask), is_causal, scale, enable_gqa)
+        return narrowed(attention_weights(*wide, rows=rows, columns=columns, lse=lse, backend="cpu"))
     chosen, keys = as_selection("rows", rows, problem.queries), as_selection("columns", columns, problem.keys)
     threads = get_num_threads()
     smaller, pieces = part(problem, operands, chosen, keys)
     if lse is None:
         m, l = _sums(problem, operands, chosen, threads)
     else:
-        m, l = _sums_from(problem, operands, take(check_lse(lse, problem), -1, chosen), chosen, threads)
+        given = take(check_lse(lse, problem), -1, chosen)
+        m, l = _sums_from(problem, operands, given, coarser(lse, problem.dtype), chosen, threads)
     return statistics.weigh(smaller, pieces, threads, m, l)
 
 
-def _sums_from(problem: Problem, operands: Operands, lse: Array, rows: Selection, threads: int) -> tuple[Array, Array]:
+def _sums_from(
+    problem: Problem, operands: Operands, lse: Array, rounded: np.dtype[Any], rows: Selection, threads: int
+) -> tuple[Array, Array]:
     """Return m and l of the chosen rows, made of their log-sum-exps.
 
-    Where these have lost digits, m and l are those of `_sums`, unless an lse is that of more keys than these.
+    Where these have lost digits, `rounded` to a dtype, m and l are those of `_sums`, unless an lse is that of more keys
+    than these.
     """
     m, l = statistics.sums_from(problem, lse)
-    rounded = ~is_precise(lse)
-    some = np.flatnonzero(rounded.any(axis=tuple(range(lse.ndim - 1))))
+    lost = ~is_precise(lse, limit_of(problem.dtype, rounded))
+    some = np.flatnonzero(lost.any(axis=tuple(range(lse.ndim - 1))))
     if some.size:
         places = (..., some)
         own_m, own_l = _sums(problem, operands, as_selection("rows", np.asarray(rows)[some], problem.queries), threads)
@@ -129,7 +137,7 @@ def _sums_from(problem: Problem, operands: Operands, lse: Array, rows: Selection
             unit = statistics.unit_of(problem)
             own = own_m.astype(np.float64) * unit + np.log(own_l.astype(np.float64))
             given = lse[places].astype(np.float64)
-            known = rounded[places] & is_of_these_keys(given, own, slack(problem.dtype, problem.head_dim))
+            known = lost[places] & is_of_these_keys(given, own, slack(rounded, problem.head_dim))
         m[places], l[places] = np.where(known, own_m, m[places]), np.where(known, own_l, l[places])
     return m, l
 
@@ -223,4 +231,15 @@ def attention_summary(
     if backend == "reference":
         return reference.attention_summary(query, key, attn_mask, is_causal, scale, enable_gqa, top_k=top_k)
     problem, operands = describe_scores(query, key, attn_mask, is_causal, scale, enable_gqa)
+    if exceeds_float32(problem):
+        wide = (*_in_float64(query, key, attn_mask), is_causal, scale, enable_gqa)
+        found = attention_summary(*wide, top_k=top_k, backend="cpu")
+        weights, indices, entropy, lse, received = found
+        return AttentionSummary(
+            narrowed(weights), indices, narrowed(entropy), narrowed(lse, within=True), narrowed(received)
+        )
     return AttentionSummary(*statistics.summarise(problem, operands, get_num_threads(), check_top_k(top_k)))
+
+
+def _in_float64(query: ArrayLike, key: ArrayLike, mask: ArrayLike | None) -> tuple[Any, ...]:
+    return in_float64(np.asarray(query), np.asarray(key), mask=None if mask is None else np.asarray(mask))

@@ -61,7 +61,7 @@ def prepare(
         exact, sums, _ = reference.evaluate(problem, views)
     out = Halves(exact, shape.storage).numbers.reshape(*rows, problem.queries, problem.value_dim)
     lse = np.ascontiguousarray(sums, np.float32).reshape(*rows, problem.queries)
-    upstream = Upstream(grad_out.numbers.reshape(out.shape), out, lse, None)
+    upstream = Upstream(grad_out.numbers.reshape(out.shape), out, lse, None, lse.dtype)
     with np.errstate(all="ignore"):
         deltas = (upstream.grad_out * out).sum(-1, dtype=np.float32)
     table_views = [

@@ -422,3 +422,24 @@ def test_lists_and_integers() -> None:
     found = fastattn.attention_backward([[1, 2]], [[1, 0]], [[1, 2], [0, 1]], [[1, 2], [3, 4]], [[2, 3]], [1])
     assert [gradient.dtype.name for gradient in found] == ["float64"] * 3
     assert call_with(grad_out=np.ones((5, 3), np.float32))()[0].dtype == np.float64
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", [None, "padding", "float, -inf"])
+@pytest.mark.parametrize(
+    ("scale", "of_query", "of_key"), [(1e39, 1e-19, 1e-20), (-1e60, 1e-30, 1e-30), (1e-76, 1e38, 1e38)]
+)
+def test_a_scale_need_not_be_a_number_of_float32(
+    dtype: Any, kind: str | None, scale: float, of_query: float, of_key: float
+) -> None:
+    rng = np.random.default_rng(8)
+    query, key = (
+        (of_query * rng.standard_normal((70, 4))).astype(dtype),
+        (of_key * rng.standard_normal((90, 4))).astype(dtype),
+    )
+    value, grad_out = (rng.standard_normal((n, 5)).astype(dtype) for n in (90, 70))
+    mask = None if kind is None else random_mask(rng, (70, 90), kind, np.float32)
+    with_mask = mask is not None and mask.dtype.kind == "f"
+    found = gradients(grad_out, query, key, value, mask, scale=scale, grad_mask=with_mask)
+    wanted = tolerances.expected_gradients(grad_out, query, key, value, mask, scale=scale)
+    tolerances.check_gradients(found, (query, key, value, mask), *wanted)

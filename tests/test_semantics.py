@@ -777,6 +777,39 @@ def test_scores_of_1e36_are_finite_work(attention: Attention, dtype: Any, scale:
     np.testing.assert_array_equal(out, np.broadcast_to(value[:, 77:78], out.shape))
 
 
+#: Magnitudes of a scale, of queries and of keys, whose product is 1; those of float64 exceed float32.
+BEYOND = [(1e39, 1e-19, 1e-20), (1e60, 1e-30, 1e-30), (1e39, 1e-39, 1.0), (1e-76, 1e38, 1e38), (1e-40, 1e35, 1e5)]
+
+
+@dtypes
+@pytest.mark.parametrize("mask", [None, "bool", "float"])
+@pytest.mark.parametrize(("scale", "of_query", "of_key"), BEYOND)
+def test_a_scale_need_not_be_a_number_of_float32(
+    attention: Attention, dtype: Any, mask: str | None, scale: float, of_query: float, of_key: float
+) -> None:
+    query, key, value = (array[..., :4] for array in inputs((50, 70)))
+    query, key, value = (query * of_query).astype(dtype), (key * of_key).astype(dtype), value.astype(dtype)
+    bias = normal(50, 70, seed=4).astype(dtype)
+    given = None if mask is None else bias > 0 if mask == "bool" else bias
+    for sign in (1, -1):
+        options: Any = {"scale": sign * scale, "dropout_p": 0.2, "rng": 5}
+        results = tolerances.check_call(attention, query, key, value, given, **options)
+        assert np.isfinite(results[1]).all()
+        out = np.empty_like(results[0])
+        assert attention(query, key, value, given, **options, out=out) is out
+        assert out.tobytes() == results[0].tobytes()
+
+
+@dtypes
+def test_a_scale_beyond_float32_may_leave_no_score_that_is_finite(attention: Attention, dtype: Any) -> None:
+    """All of a row at -3e38 and a score far below it: the first share the row, as with any scale."""
+    lowest = np.finfo(np.float32).min
+    query, key, value = np.ones((1, 1), dtype), np.array([[0.0], [0], [-1]], dtype), np.eye(3, dtype=dtype)
+    out, lse = attention(query, key, value, np.full(3, lowest), scale=1e39, return_lse=True)
+    np.testing.assert_allclose(out, [[0.5, 0.5, 0]])
+    assert np.isfinite(lse).all()
+
+
 # -- what a call leaves alone ------------------------------------------------------------------------------------------
 
 

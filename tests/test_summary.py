@@ -77,6 +77,21 @@ def test_summary_of_extreme_sizes(call: Call) -> None:
     check_summary(without_values(call), call.options)
 
 
+@pytest.mark.parametrize(
+    ("scale", "of_query", "of_key"), [(1e39, 1e-19, 1e-20), (-1e60, 1e-30, 1e-30), (1e-76, 1e38, 1e38)]
+)
+def test_a_scale_need_not_be_a_number_of_float32(backend: str, scale: float, of_query: float, of_key: float) -> None:
+    rng = np.random.default_rng(8)
+    query, key = ((size * rng.standard_normal((n, 4))).astype(np.float32) for size, n in ((of_query, 60), (of_key, 90)))
+    args = query, key, rng.standard_normal((60, 90), np.float32)
+    summary = check_summary(args, {"scale": scale}, 3, backend)
+    wanted = tolerances.expected(query, key, key, args[2], scale=scale)
+    for lse in (None, summary.lse):
+        found = fastattn.attention_weights(*args, scale=scale, rows=[5, 3], columns=slice(7), lse=lse, backend=backend)
+        assert found.dtype == np.float32
+        assert (np.abs(found - wanted.weights[[5, 3], :7]) <= wanted.weights_bound[[5, 3]] + 1e-6).all()
+
+
 @given(call=calls(empty=True), top_k=top_ks)
 def test_summary_of_axes_of_length_zero(backend: str, call: Call, top_k: int) -> None:
     check_summary(without_values(call), call.options, top_k, backend)

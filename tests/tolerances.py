@@ -285,6 +285,7 @@ def expected_gradients(
         out.reshape(*rows, problem.queries, problem.value_dim),
         lse.reshape(*rows, problem.queries),
         None if grad_lse is None else grad_lse.reshape(*rows, problem.queries),
+        problem.dtype,
     )
     exact = reference.differentiate(problem, operands, upstream, seed)
     with np.errstate(all="ignore"):

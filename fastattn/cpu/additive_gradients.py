@@ -16,7 +16,7 @@ from fastattn.cpu.plan import TASK_FLOPS, Plan, Tile, aligned, make_plan, padded
 from fastattn.gradients import Upstream
 from fastattn.isa import Isa, host
 from fastattn.problem import Array, Operands, Problem
-from fastattn.rounding import PRECISE, slack
+from fastattn.rounding import limit_of, slack
 
 BLOCK = 128  # queries, and keys, that meet in working memory
 QUERY_BYTES, KEY_BYTES = 256 << 10, 128 << 10  # of their features and values, at most
@@ -62,6 +62,7 @@ def backward(
     arrays = {"query": query, "key": key, "value": value, "mask": mask, "lse": lse, "weight": weight, "out": given}
     _note(call, plan=plan.record, **arrays)
     _note(given, grad_out=upstream.grad_out, out=out, grad_query=grad_query, grad_key=grad_key, grad_value=grad_value)
+    given["precise"], given["slack"] = limit_of(dtype, upstream.rounded), slack(upstream.rounded, problem.head_dim)
     sums = np.empty((heads * problem.queries, 2), dtype)
     _note(given, grad_weight=parts, sums=sums)
     kernels = library(kernel_name("additive_backward", dtype.name, plan.tile))
@@ -100,7 +101,6 @@ def plan_rounds(problem: Problem, operands: Operands, grad_out: Array, row: Isa,
     given: Any = np.zeros(1, ADDITIVE_BACKWARD)
     given["query_block"], given["query_blocks"] = query_block, -(-query_blocks // chunks)
     given["key_blocks"] = -(-key_blocks // chunks)
-    given["precise"], given["slack"] = PRECISE[problem.dtype.name], slack(problem.dtype, features)
     given["together"] = together = max(1, min(query_block, TERMS_BYTES // max(1, tile.lanes * row_bytes)))
 
     plan = make_plan(problem, operands, grad_out, row, threads)

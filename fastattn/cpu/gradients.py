@@ -17,7 +17,7 @@ from fastattn.cpu.plan import LOG2_E, TASK_FLOPS, TASKS_PER_THREAD, Tile, aligne
 from fastattn.gradients import Upstream
 from fastattn.isa import Isa, host
 from fastattn.problem import Array, Operands, Problem, Shape, split_shape
-from fastattn.rounding import PRECISE, slack
+from fastattn.rounding import limit_of, slack
 
 QUERY_BLOCK_BYTES = 256  # a row of queries taken together: what a visit adds to a gradient of keys and values at a time
 KEY_BLOCK = 128
@@ -95,10 +95,10 @@ def attention_backward(
     arrays["grad_lse"] = None if upstream.grad_lse is None else np.ascontiguousarray(upstream.grad_lse)
     arrays["deltas"] = np.empty((3, lse.size), dtype)
     masked = problem.mask_kind != "none" or problem.dropout_p > 0
-    plan = _planned(_by_keys, problem, arrays, own, threads)
+    plan = _planned(_by_keys, problem, arrays, upstream.rounded, own, threads)
     _run("backward_masked" if masked else "backward", plan, problem, arrays, seed, threads)
     if grad_mask is not None:
-        plan = _planned(_by_rectangles, problem, arrays, mask_axes, threads)
+        plan = _planned(_by_rectangles, problem, arrays, upstream.rounded, mask_axes, threads)
         _run("mask_gradient", plan, problem, arrays, seed, threads)
     return grad_query, grad_key, grad_value, grad_mask
 
@@ -119,12 +119,20 @@ def _run(kind: str, plan: GradientPlan, problem: Problem, arrays: Arrays, seed: 
     run_call(GRADIENT_CALL, plan, threads, kernels, seed, arrays)
 
 
-def _planned(make: Callable[..., GradientPlan], problem: Problem, arrays: Arrays, own: list[int], threads: int) -> Any:
+def _planned(
+    make: Callable[..., GradientPlan],
+    problem: Problem,
+    arrays: Arrays,
+    rounded: np.dtype[Any],
+    own: list[int],
+    threads: int,
+) -> Any:
     """Return the plan of a call, which all calls share that agree in all but addresses."""
     mask, grad_mask = arrays["mask"], arrays["grad_mask"]
     key = (
         make,
         problem,
+        rounded,
         tuple(own),
         tuple(None if array is None else array.strides for array in arrays.values()),
         None if mask is None else mask.dtype,
@@ -134,14 +142,16 @@ def _planned(make: Callable[..., GradientPlan], problem: Problem, arrays: Arrays
     )
     plan = _plans.get(key)
     if plan is None:
-        plan = make(problem, arrays, own, host(), threads)
+        plan = make(problem, arrays, rounded, own, host(), threads)
         remember(_plans, key, plan)
     return plan
 
 
-def _by_keys(problem: Problem, arrays: Arrays, own: list[int], row: Isa, threads: int) -> GradientPlan:
+def _by_keys(
+    problem: Problem, arrays: Arrays, rounded: np.dtype[Any], own: list[int], row: Isa, threads: int
+) -> GradientPlan:
     """Plan the backward pass: its tasks own keys of one head, of which some leading axes make one each."""
-    plan = _plan(problem, arrays, own, row)
+    plan = _plan(problem, arrays, rounded, own, row)
     fields = plan.fields
     outer, inner, blocks = int(fields["outer"]), int(fields["inner"]), int(fields["blocks"])
     panels = _panels(plan.tile, problem.head_dim) + _panels(plan.tile, problem.value_dim)
@@ -156,9 +166,11 @@ def _by_keys(problem: Problem, arrays: Arrays, own: list[int], row: Isa, threads
     return _split(plan, problem, outer * inner, group=group, groups=groups, part=part, parts=parts)
 
 
-def _by_rectangles(problem: Problem, arrays: Arrays, own: list[int], row: Isa, threads: int) -> GradientPlan:
+def _by_rectangles(
+    problem: Problem, arrays: Arrays, rounded: np.dtype[Any], own: list[int], row: Isa, threads: int
+) -> GradientPlan:
     """Plan the gradient of a mask: tasks own rectangles of it."""
-    plan = _plan(problem, arrays, own, row)
+    plan = _plan(problem, arrays, rounded, own, row)
     fields = plan.fields
     groups = int(fields["blocks"]) if fields["mask_keys"] > 1 else 1
     parts = int(fields["query_blocks"]) if fields["mask_queries"] > 1 else 1
@@ -170,7 +182,7 @@ def _panels(tile: Tile, features: int) -> int:
     return -(-features // tile.width)
 
 
-def _plan(problem: Problem, arrays: Arrays, own: list[int], row: Isa) -> GradientPlan:
+def _plan(problem: Problem, arrays: Arrays, rounded: np.dtype[Any], own: list[int], row: Isa) -> GradientPlan:
     """Write down everything but how the work is split."""
     itemsize = problem.dtype.itemsize
     tile = Tile(row.rows, row.vectors, row.vector_bytes // itemsize, itemsize)
@@ -196,8 +208,8 @@ def _plan(problem: Problem, arrays: Arrays, own: list[int], row: Isa) -> Gradien
         "scale": problem.scale * (1.0 if natural else LOG2_E),
         "unit": LOG2_E if natural else 1.0,
         "score_scale": problem.scale,
-        "precise": PRECISE[problem.dtype.name],
-        "slack": slack(problem.dtype, problem.head_dim),
+        "precise": limit_of(problem.dtype, rounded),
+        "slack": slack(rounded, problem.head_dim),
         "numbers": heads * problem.queries * itemsize,
         "drop_below": problem.drop_threshold,
         "keep_scale": problem.keep_scale,

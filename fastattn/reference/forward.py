@@ -24,7 +24,7 @@ from fastattn.problem import (
     describe_additive,
     seed_from,
 )
-from fastattn.rounding import is_of_these_keys, slack
+from fastattn.rounding import coarser, is_of_these_keys, saturated, slack
 from fastattn.selection import Choice, as_selection, check_lse, check_top_k, describe_scores, positions
 
 __all__ = [
@@ -218,7 +218,9 @@ def attention_weights(
             weights = evaluate(problem, operands)[2]
         else:
             scores = scores_of(problem, operands, visibility(problem, operands.mask)).reshape(problem.weights_shape)
-            weights = weights_from(scores, check_lse(lse, problem), slack(problem.dtype, problem.head_dim))
+            weights = weights_from(
+                scores, check_lse(lse, problem), slack(coarser(lse, problem.dtype), problem.head_dim)
+            )
     result: NDArray[Any] = weights.astype(problem.dtype)[..., positions(chosen)[:, None], positions(keys)]
     return result
 
@@ -394,14 +396,6 @@ def visibility(problem: Problem, mask: NDArray[Any] | None) -> NDArray[np.bool_]
         position = np.arange(problem.queries)[:, None] + problem.causal_offset
         visible &= np.arange(problem.keys) <= position
     return visible
-
-
-def saturated(values: Any, dtype: np.dtype[Any]) -> Any:
-    """Hold finite values within the range of `dtype`, so that none becomes infinite there; infinities stay."""
-    limit = np.finfo(dtype).max
-    if np.finfo(values.dtype).max <= limit:
-        return values
-    return np.where(np.isinf(values), values, np.clip(values, -limit, limit))
 
 
 def weighted_sum(weights: NDArray[Any], value: NDArray[Any], visible: NDArray[np.bool_]) -> NDArray[Any]:

@@ -171,7 +171,11 @@ def test_half_precision(storage: str, is_causal: bool) -> None:
     operands = describe(query, key, value, mask, 0.2, is_causal, None, True)[1]
     rows = problem.rows_shape
     upstream = Upstream(
-        grad_out.reshape(*rows, 9, 6), rounded.astype(np.float32).reshape(*rows, 9, 6), lse.reshape(*rows, 9), None
+        grad_out.reshape(*rows, 9, 6),
+        rounded.astype(np.float32).reshape(*rows, 9, 6),
+        lse.reshape(*rows, 9),
+        None,
+        lse.dtype,
     )
     exact = reference.differentiate(problem, operands, upstream, 7)
     wanted = (exact.query, exact.key, exact.value, exact.scores)

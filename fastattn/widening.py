@@ -1,0 +1,42 @@
+"""Scales that float32 does not hold: such a call is computed in float64, and its results are rounded.
+
+A kernel multiplies queries by the scale, as a number of their dtype. That of float32 has room for scales of any use.
+But 1e39 is infinite there, and 1e-60 is 0, where queries of 1e-19 and keys of 1e38 make scores of usual size of them.
+In float64 there is room for all finite scales, and for their products with numbers of float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastattn.problem import FLOAT64, Problem
+from fastattn.rounding import saturated
+
+__all__ = ["exceeds_float32", "in_float64", "narrowed"]
+
+Array = NDArray[Any]
+
+FLOAT32 = np.dtype(np.float32)
+
+#: Magnitudes of a scale that float32 holds with all their digits, and that leave room for queries of up to 1e28.
+LEAST, MOST = 2.0**-125, 2.0**32
+
+
+def exceeds_float32(problem: Problem) -> bool:
+    """Whether a call in float32 has a scale that it cannot be computed with."""
+    return problem.dtype == np.float32 and problem.scale != 0 and not LEAST <= abs(problem.scale) <= MOST
+
+
+def in_float64(*operands: Array, mask: Array | None) -> tuple[Any, ...]:
+    """Return the arrays of a call in float64; its mask as float32 has it, with no finite number beyond its range."""
+    of_float32 = mask if mask is None or mask.dtype.kind == "b" else saturated(mask, FLOAT32)
+    return (*(array.astype(FLOAT64) for array in operands), of_float32)
+
+
+def narrowed(array: Array, within: bool = False) -> Array:
+    """Return a result in float32; `within`: a finite one as a finite one, as log-sum-exps are."""
+    with np.errstate(all="ignore"):
+        return (saturated(array, FLOAT32) if within else array).astype(FLOAT32)
