@@ -357,3 +357,19 @@ def test_what_is_precise_is_where_the_promise_begins(dtype: Any) -> None:
     half_a_unit = float(kind.eps) * limit / 4
     converted = float(kind.eps) * np.log(2) * limit / 2
     assert half_a_unit + converted <= tolerances.GRADIENT_PROMISE[np.dtype(dtype)] / 2
+
+
+@every_backend
+def test_a_log_sum_exp_of_a_lesser_dtype_than_its_call(backend: str) -> None:
+    """Where one framework computes in float32 what another differentiates in float64."""
+    grad_out, *args = exact_inputs(70, 300, np.float64)
+    for size in (0.0, -1e4):
+        mask = np.full((70, 300), size)
+        out, lse = fastattn.attention(*args, mask, scale=1.0, return_lse=True)
+        found = fastattn.attention_backward(
+            grad_out, *args, out, lse.astype(np.float32), mask, scale=1.0, backend=backend
+        )
+        scores = args[0] @ args[1].T + mask
+        tolerances.check_promise(found, exact_gradients(grad_out, *args, scores)[:3], np.float64)
+        weights = fastattn.attention_weights(*args[:2], mask, scale=1.0, lse=lse.astype(np.float32), backend=backend)
+        np.testing.assert_allclose(weights, softmax(scores), rtol=1e-12)
