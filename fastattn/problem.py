@@ -630,7 +630,7 @@ def check_scale(given: object) -> float | None:
         scale = float(given)  # type: ignore[arg-type]
     except OverflowError:
         scale = math.inf
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:  # torch.compile can trace this, unlike math.isfinite
         raise ValueError(f"scale: {_said(given)}; expected a finite real number, or None for 1/sqrt(head_dim)")
     return scale
 

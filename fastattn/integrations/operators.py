@@ -72,8 +72,8 @@ def attention(
         options["rng"] = int(seed)
     if _length_first(query):
         problem, _ = describe(*as_operands(*arrays), dropout_p, CAUSAL[causal], scale, enable_gqa)
-        batch, heads, length, features = problem.out_shape
-        options["out"] = np.empty((batch, length, heads, features), problem.dtype).swapaxes(1, 2)
+        *batch, heads, length, features = problem.out_shape
+        options["out"] = np.empty((*batch, length, heads, features), problem.dtype).swapaxes(-3, -2)
     out, lse = _call(fastattn.attention, *arrays, dropout_p, CAUSAL[causal], scale, enable_gqa, **options)
     return torch.from_numpy(out), torch.from_numpy(lse)
 
@@ -163,11 +163,11 @@ def _call(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
 
 
 def _length_first(query: Tensor) -> bool:
-    """Whether query lies as (B, L, H, D), seen as (B, H, L, D): a projection, whose heads were split.
+    """Whether query lies as (..., L, H, D), seen as (..., H, L, D): a projection, whose heads were split.
 
     The result then lies likewise, so that merging the heads again needs no copy.
     """
-    return bool(query.dim() == 4 and query.size(1) > 1 and query.size(2) > 1 and query.stride(1) < query.stride(2))
+    return bool(query.dim() > 2 and query.size(-3) > 1 and query.size(-2) > 1 and query.stride(-3) < query.stride(-2))
 
 
 # -- fake kernels ------------------------------------------------------------------------------------------------------
@@ -177,8 +177,8 @@ def _attention_fake(query: Tensor, key: Tensor, value: Tensor, *options: Any) ->
     shape = _rows(query, key, value)
     features = value.size(-1)
     if _length_first(query):
-        batch, heads, length = shape
-        out = query.new_empty((batch, length, heads, features)).transpose(1, 2)
+        *batch, heads, length = shape
+        out = query.new_empty((*batch, length, heads, features)).transpose(-3, -2)
     else:
         out = query.new_empty((*shape, features))
     return out, query.new_empty(shape)
@@ -284,11 +284,18 @@ def refuse(ctx: Any, *gradients: Tensor | None) -> None:
 def _one_by_one(name: str, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
     """Call an operator on each sample alone: which weights it drops depends on the sample's seed and nothing else."""
     operator = getattr(torch.ops.fastattn, name).default
+    size = info.batch_size
+
+    def sample(arg: Any, axis: int | None, i: int) -> Any:
+        if axis is None:
+            return arg
+        # of no samples the results have a shape nevertheless, which one of zeros tells
+        return arg.select(axis, i) if size else arg.new_zeros((*arg.shape[:axis], *arg.shape[axis + 1 :]))
+
     samples = [
-        operator(*(arg if axis is None else arg.select(axis, i) for arg, axis in zip(args, in_dims, strict=True)))
-        for i in range(info.batch_size)
+        operator(*(sample(arg, axis, i) for arg, axis in zip(args, in_dims, strict=True))) for i in range(max(1, size))
     ]
-    results = tuple(torch.stack(parts) for parts in zip(*samples, strict=True))
+    results = tuple(torch.stack(parts)[:size] for parts in zip(*samples, strict=True))
     return results, (0,) * len(results)
 
 
