@@ -15,6 +15,7 @@ import math
 import numbers
 import os
 import reprlib
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -38,6 +39,8 @@ __all__ = [
     "check_shape_of_out",
     "describe",
     "describe_additive",
+    "is_causal_bias",
+    "is_hollow",
     "seed_from",
     "split_shape",
 ]
@@ -272,13 +275,38 @@ def _as_array(name: str, given: object) -> Array:
     if isinstance(given, np.ma.MaskedArray):
         raise TypeError(f"{name}: a numpy.ma.MaskedArray was given; expected an ndarray, and its mask as attn_mask")
     try:
-        return np.asarray(given)
+        array = np.asarray(given)
     except MemoryError:
         raise
     except ValueError as error:
         raise ValueError(f"{name}: {_said(given)} cannot be made an array; expected an array_like: {error}") from error
     except Exception as error:
         raise TypeError(f"{name}: {_said(given)} cannot be made an array; expected an array_like: {error}") from error
+    if is_causal_bias(given):
+        raise TypeError(f"{name}: a {type(given).__name__}, which has no numbers; expected is_causal to say the same")
+    if is_hollow(given):
+        raise TypeError(f"{name}: a tensor of shape {array.shape} that has no memory; expected one that has")
+    return array
+
+
+def is_causal_bias(given: object) -> bool:
+    """Whether this is a bias of ``torch.nn.attention.bias``: a tensor in name only, whose memory means nothing."""
+    bias = sys.modules.get("torch.nn.attention.bias")  # where it is not imported, there is none
+    return bias is not None and isinstance(given, bias.CausalBias)
+
+
+def is_hollow(given: Any) -> bool:
+    """Whether this is a tensor of PyTorch's without memory, of which an array can be made all the same.
+
+    Its memory has been let go, or its numbers are those of another tensor.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(given, torch.Tensor):
+        return False
+    try:
+        return not given.data_ptr() and given.numel() > 0 and not given._is_zerotensor()
+    except RuntimeError:  # it stands for a tensor that PyTorch finds when it makes the array
+        return False
 
 
 def _check_operand_dtype(name: str, dtype: np.dtype[Any], half: bool = False) -> None:
@@ -630,7 +658,7 @@ def check_scale(given: object) -> float | None:
         scale = float(given)  # type: ignore[arg-type]
     except OverflowError:
         scale = math.inf
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:  # torch.compile can trace this, unlike math.isfinite
         raise ValueError(f"scale: {_said(given)}; expected a finite real number, or None for 1/sqrt(head_dim)")
     return scale
 

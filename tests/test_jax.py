@@ -93,3 +93,34 @@ def test_what_is_refused_is_refused_while_tracing() -> None:
         jax.jit(attention)(query, key[..., 1:], value)
     with pytest.raises(ValueError, match="is_causal: 'top'"):
         attention(query, key, value, None, "top")
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_what_is_no_array_is_refused_by_name(place: int) -> None:
+    """JAX takes a sparse array, or a list, for a tree of arrays."""
+    from jax.experimental import sparse
+
+    given: list[Any] = [*arrays((2, 5, 8), (2, 6, 8), (2, 6, 8)), None]
+    name = ("query", "key", "value", "attn_mask")[place]
+    for other, kind in ((sparse.BCOO.fromdense(given[0]), "BCOO"), (given[0].tolist(), "list")):
+        given[place] = other
+        for attend in (attention, jax.jit(attention)):
+            with pytest.raises(TypeError, match=f"{name}: {kind}; expected a jax.Array"):
+                attend(*given)
+
+
+RANKS: dict[str, tuple[tuple[int, ...], ...]] = {
+    "key and value of rank 5": ((2, 3, 5, 8), (4, 1, 3, 7, 8), (4, 1, 3, 7, 8)),
+    "query of rank 2": ((5, 8), (2, 3, 7, 8), (3, 7, 6)),
+    "mask of rank 0": ((2, 3, 5, 8), (2, 3, 7, 8), (2, 3, 7, 8), ()),
+    "mask of rank 1": ((2, 3, 5, 8), (2, 3, 7, 8), (2, 3, 7, 8), (7,)),
+}
+
+
+@pytest.mark.parametrize("name", RANKS)
+def test_arrays_of_any_ranks_broadcast(name: str) -> None:
+    given = [np.asarray(array) for array in arrays(*RANKS[name])]
+    for attend in (attention, jax.jit(attention)):
+        np.testing.assert_array_equal(attend(*given), fastattn.attention(*given))
+    gradients = jax.grad(lambda *args: attention(*args).sum(), tuple(range(len(given))))(*given)
+    assert [gradient.shape for gradient in gradients] == [*RANKS[name]]

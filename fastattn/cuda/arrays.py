@@ -170,9 +170,20 @@ def _read_torch(name: str, given: Any) -> Given:
 
     storage = str(given.dtype).removeprefix("torch.")
     _check_storage(name, storage, f"{given.dtype}")
+    if given.is_nested or given.layout is not torch.strided:
+        kind = "a nested tensor" if given.is_nested else f"a tensor of layout {given.layout}"
+        raise TypeError(f"{name}: {kind}; expected one of a single shape, and layout torch.strided")
+    if given.is_neg():
+        raise TypeError(f"{name}: a tensor whose change of sign PyTorch has put off; expected its .resolve_neg()")
+    try:
+        address = int(given.data_ptr())
+    except RuntimeError:  # it stands for others, under a transform of torch.func
+        address = 0
+    if not address and given.numel():
+        raise TypeError(f"{name}: a tensor of shape {tuple(given.shape)} that has no memory; expected one that has")
     device = 0 if given.device.index is None else int(given.device.index)
     stream = None if SIMULATED else int(torch.cuda.current_stream(given.device).cuda_stream) or LEGACY
-    return Given(given, int(given.data_ptr()), tuple(given.shape), tuple(given.stride()), storage, device, stream)
+    return Given(given, address, tuple(given.shape), tuple(given.stride()), storage, device, stream)
 
 
 def _read_interface(name: str, given: Any, interface: dict[str, Any]) -> Given:

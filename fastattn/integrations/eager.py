@@ -5,10 +5,13 @@
 - A derivative may be asked for: the call is an ``autograd.Function``, which ``torch.func`` understands, too. Inside, it
   is the kernel again, or the operator where a transform or a mode has to see it.
 - The call is being compiled or traced: it is the operator, with the derivative that is registered for it.
+
+The operator is also what a subclass of ``torch.Tensor`` gets to see, which may do with it whatever it likes.
 """
 
 from __future__ import annotations
 
+from itertools import takewhile
 from typing import Any, TypeAlias
 
 import torch
@@ -16,7 +19,7 @@ from torch.autograd import forward_ad
 
 from fastattn.integrations import operators
 
-__all__ = ["additive_attention", "attention"]
+__all__ = ["PLAIN", "additive_attention", "attention"]
 
 Tensor: TypeAlias = Any  # PyTorch's types are not known where it is not installed
 
@@ -27,13 +30,14 @@ _transforming = getattr(torch._C, "_are_functorch_transforms_active", lambda: Tr
 _moded = getattr(torch._C, "_len_torch_dispatch_stack", lambda: True)
 _traced = getattr(torch._C, "_get_tracing_state", lambda: True)
 _batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda tensor: True)
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+PLAIN = (torch.Tensor, torch.nn.Parameter)  # classes that add nothing to what a tensor is
 
 
 def attention(*args: Any) -> Any:
     """Call ``fastattn::attention``; the result and its log-sum-exp."""
     if _compiled():
-        return torch.ops.fastattn.attention.default(*args)
+        return _operate("attention", args)
     if _transforming() or forward_ad._current_level >= 0:
         return _TransformedAttention.apply(*args)
     return _Attention.apply(*args) if _wants_gradient(args) else _attention(*args)
@@ -42,7 +46,7 @@ def attention(*args: Any) -> Any:
 def additive_attention(*args: Any) -> Any:
     """Call ``fastattn::additive_attention``; the result and its log-sum-exp."""
     if _compiled():
-        return torch.ops.fastattn.additive_attention.default(*args)
+        return _operate("additive_attention", args)
     if _transforming() or forward_ad._current_level >= 0:
         return _TransformedAdditiveAttention.apply(*args)
     return _AdditiveAttention.apply(*args) if _wants_gradient(args) else _additive_attention(*args)
@@ -64,20 +68,55 @@ def _wants_gradient(args: tuple[Any, ...]) -> bool:
 
 
 def _attention(*args: Any) -> Any:
-    return (operators.attention if _plain(args) else torch.ops.fastattn.attention.default)(*args)
+    return operators.attention(*args) if _plain(args) else _operate("attention", args)
 
 
 def _attention_backward(*args: Any) -> Any:
-    return (operators.attention_backward if _plain(args) else torch.ops.fastattn.attention_backward.default)(*args)
+    return operators.attention_backward(*args) if _plain(args) else _operate("attention_backward", args)
 
 
 def _additive_attention(*args: Any) -> Any:
-    return (operators.additive_attention if _plain(args) else torch.ops.fastattn.additive_attention.default)(*args)
+    return operators.additive_attention(*args) if _plain(args) else _operate("additive_attention", args)
 
 
 def _additive_attention_backward(*args: Any) -> Any:
-    operator = torch.ops.fastattn.additive_attention_backward.default
-    return (operators.additive_attention_backward if _plain(args) else operator)(*args)
+    if _plain(args):
+        return operators.additive_attention_backward(*args)
+    return _operate("additive_attention_backward", args)
+
+
+def _operate(name: str, args: tuple[Any, ...]) -> Any:
+    """Call an operator.
+
+    Raises
+    ------
+    TypeError
+        With the name of the argument, if a subclass of ``torch.Tensor`` does not let it be called.
+    """
+    operator = getattr(torch.ops.fastattn, name).default
+    try:
+        return operator(*args)
+    except (TypeError, RuntimeError, AssertionError) as error:
+        _blame(operator, args, error)
+        raise
+
+
+def _blame(operator: Any, args: tuple[Any, ...], error: Exception) -> None:
+    """Raise a TypeError if it is a subclass of ``torch.Tensor`` that did not let an operator be called."""
+    if _moded():
+        return  # what is raised under a mode may be meant for the mode
+    for argument, given in zip(operator._schema.arguments, args, strict=True):
+        if isinstance(given, torch.Tensor) and _overrides(type(given)):
+            raise TypeError(
+                f"{argument.name}: a {type(given).__name__}, which fastattn's operator cannot be called with; expected "
+                f"a torch.Tensor: {error}"
+            ) from error
+
+
+def _overrides(kind: type) -> bool:
+    """Whether a class of tensors has its own idea of what operations are."""
+    own = takewhile(lambda base: base not in PLAIN, kind.__mro__)
+    return any(name in vars(base) for base in own for name in ("__torch_function__", "__torch_dispatch__"))
 
 
 def _plain(args: tuple[Any, ...]) -> bool:
@@ -85,7 +124,7 @@ def _plain(args: tuple[Any, ...]) -> bool:
     if _transforming() or _moded() or _traced():
         return False
     for arg in args:
-        if isinstance(arg, torch.Tensor) and (type(arg) not in _PLAIN or _batched(arg)):
+        if isinstance(arg, torch.Tensor) and (type(arg) not in PLAIN or _batched(arg)):
             return False
     return True
 

@@ -18,6 +18,7 @@ from fastattn.problem import Problem, as_operands, describe
 __all__ = ["attention"]
 
 OPTIONS = ("is_causal", "scale", "enable_gqa")
+ARRAYS = (jax.Array, np.ndarray, np.generic)
 Array: TypeAlias = Any  # JAX's types are not known where it is not installed
 
 
@@ -57,7 +58,7 @@ def attention(
     Raises
     ------
     TypeError
-        If query, key and value are not all float32, or all float64.
+        If an argument is no array, or query, key and value are not all float32, or all float64.
     ValueError
         If shapes do not go together. The message names the argument.
 
@@ -74,6 +75,9 @@ def attention(
 
 def _problem(arrays: tuple[Array, Array, Array, Array | None], *options: Any) -> Problem:
     """Check a call while it is traced, when there are shapes and no numbers yet."""
+    for name, array in zip(("query", "key", "value", "attn_mask"), arrays, strict=True):
+        if not isinstance(array, ARRAYS) and not (array is None and name == "attn_mask"):
+            raise TypeError(f"{name}: {type(array).__name__}; expected a jax.Array")
     for name, array in zip(("query", "key", "value"), arrays, strict=False):
         if array.dtype not in (np.float32, np.float64) or array.dtype != arrays[0].dtype:
             raise TypeError(f"{name}: dtype {array.dtype}; expected float32 or float64, the same for all three")

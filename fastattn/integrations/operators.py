@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 import fastattn
-from fastattn.problem import Array, as_operands, describe
+from fastattn.problem import Array, as_operands, describe, is_hollow
 
 __all__ = [
     "additive_attention",
@@ -66,14 +66,15 @@ def attention(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Compute attention and its log-sum-exp."""
-    arrays = _arrays(query, key, value, attn_mask)
+    arrays = _arrays(query=query, key=key, value=value, attn_mask=attn_mask)
     options: dict[str, Any] = {"return_lse": True}
     if seed is not None:
         options["rng"] = int(seed)
-    if _length_first(query):
+    in_one_piece = query.numel() > 0 and query.is_contiguous()  # which takes less time to find out
+    if not in_one_piece and _length_first(query):
         problem, _ = describe(*as_operands(*arrays), dropout_p, CAUSAL[causal], scale, enable_gqa)
-        batch, heads, length, features = problem.out_shape
-        options["out"] = np.empty((batch, length, heads, features), problem.dtype).swapaxes(1, 2)
+        *batch, heads, length, features = problem.out_shape
+        options["out"] = np.empty((*batch, length, heads, features), problem.dtype).swapaxes(-3, -2)
     out, lse = _call(fastattn.attention, *arrays, dropout_p, CAUSAL[causal], scale, enable_gqa, **options)
     return torch.from_numpy(out), torch.from_numpy(lse)
 
@@ -98,13 +99,13 @@ def attention_backward(
     upstream = torch.zeros_like(out) if grad_out is None else grad_out
     gradients = _call(
         fastattn.attention_backward,
-        *_arrays(upstream, query, key, value, out, lse, attn_mask),
+        *_arrays(grad_out=upstream, query=query, key=key, value=value, out=out, lse=lse, attn_mask=attn_mask),
         dropout_p,
         CAUSAL[causal],
         scale,
         enable_gqa,
         rng=None if seed is None else int(seed),
-        grad_lse=None if grad_lse is None else _array(grad_lse),
+        grad_lse=None if grad_lse is None else _array("grad_lse", grad_lse),
         grad_mask=grad_mask,
     )
     grad_query, grad_key, grad_value, *rest = map(_tensor, gradients)
@@ -115,7 +116,7 @@ def additive_attention(
     query: Tensor, key: Tensor, value: Tensor, weight: Tensor, attn_mask: Tensor | None, causal: str
 ) -> tuple[Tensor, Tensor]:
     """Compute additive attention and its log-sum-exp."""
-    arrays = _arrays(query, key, value, weight, attn_mask)
+    arrays = _arrays(query=query, key=key, value=value, weight=weight, attn_mask=attn_mask)
     out, lse = _call(fastattn.additive_attention, *arrays, CAUSAL[causal], return_lse=True)
     return torch.from_numpy(out), torch.from_numpy(lse)
 
@@ -132,20 +133,36 @@ def additive_attention_backward(
     causal: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute the gradients of query, key, value and weight."""
-    arrays = _arrays(grad_out, query, key, value, weight, out, lse, attn_mask)
+    arrays = _arrays(
+        grad_out=grad_out, query=query, key=key, value=value, weight=weight, out=out, lse=lse, attn_mask=attn_mask
+    )
     gradients = _call(fastattn.additive_attention_backward, *arrays, CAUSAL[causal])
     grad_query, grad_key, grad_value, grad_weight = map(_tensor, gradients)
     return grad_query, grad_key, grad_value, grad_weight
 
 
-def _array(tensor: Tensor) -> Array:
-    """Return the memory of a tensor as an array: a copy only where PyTorch has put off a change of sign."""
+def _array(name: str, tensor: Tensor) -> Array:
+    """Return the memory of a tensor as an array: a copy only where PyTorch has put off a change of sign.
+
+    Raises
+    ------
+    TypeError
+        If it has no memory.
+    """
+    try:
+        if tensor.data_ptr():
+            plain: Array = tensor.numpy()
+            return plain
+    except RuntimeError:
+        pass  # not without force: it requires grad, has a sign that is put off, or stands for another tensor
+    if is_hollow(tensor):
+        raise TypeError(f"{name}: a tensor of shape {tuple(tensor.shape)} that has no memory; expected one that has")
     array: Array = tensor.numpy(force=True)
     return array
 
 
-def _arrays(*tensors: Tensor | None) -> list[Any]:
-    return [None if tensor is None else _array(tensor) for tensor in tensors]
+def _arrays(**tensors: Tensor | None) -> list[Any]:
+    return [None if tensor is None else _array(name, tensor) for name, tensor in tensors.items()]
 
 
 def _tensor(gradient: Array) -> Tensor:
@@ -163,11 +180,11 @@ def _call(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
 
 
 def _length_first(query: Tensor) -> bool:
-    """Whether query lies as (B, L, H, D), seen as (B, H, L, D): a projection, whose heads were split.
+    """Whether query lies as (..., L, H, D), seen as (..., H, L, D): a projection, whose heads were split.
 
     The result then lies likewise, so that merging the heads again needs no copy.
     """
-    return bool(query.dim() == 4 and query.size(1) > 1 and query.size(2) > 1 and query.stride(1) < query.stride(2))
+    return bool(query.dim() > 2 and query.size(-3) > 1 and query.size(-2) > 1 and query.stride(-3) < query.stride(-2))
 
 
 # -- fake kernels ------------------------------------------------------------------------------------------------------
@@ -177,8 +194,8 @@ def _attention_fake(query: Tensor, key: Tensor, value: Tensor, *options: Any) ->
     shape = _rows(query, key, value)
     features = value.size(-1)
     if _length_first(query):
-        batch, heads, length = shape
-        out = query.new_empty((batch, length, heads, features)).transpose(1, 2)
+        *batch, heads, length = shape
+        out = query.new_empty((*batch, length, heads, features)).transpose(-3, -2)
     else:
         out = query.new_empty((*shape, features))
     return out, query.new_empty(shape)
@@ -284,11 +301,18 @@ def refuse(ctx: Any, *gradients: Tensor | None) -> None:
 def _one_by_one(name: str, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
     """Call an operator on each sample alone: which weights it drops depends on the sample's seed and nothing else."""
     operator = getattr(torch.ops.fastattn, name).default
+    size = info.batch_size
+
+    def sample(arg: Any, axis: int | None, i: int) -> Any:
+        if axis is None:
+            return arg
+        # of no samples the results have a shape nevertheless, which one of zeros tells
+        return arg.select(axis, i) if size else arg.new_zeros((*arg.shape[:axis], *arg.shape[axis + 1 :]))
+
     samples = [
-        operator(*(arg if axis is None else arg.select(axis, i) for arg, axis in zip(args, in_dims, strict=True)))
-        for i in range(info.batch_size)
+        operator(*(sample(arg, axis, i) for arg, axis in zip(args, in_dims, strict=True))) for i in range(max(1, size))
     ]
-    results = tuple(torch.stack(parts) for parts in zip(*samples, strict=True))
+    results = tuple(torch.stack(parts)[:size] for parts in zip(*samples, strict=True))
     return results, (0,) * len(results)
 
 

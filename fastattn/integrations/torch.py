@@ -14,7 +14,7 @@ except ImportError as error:
     raise ImportError("fastattn.integrations.torch needs PyTorch: pip install torch, or fastattn[torch]") from error
 
 from fastattn.integrations import eager
-from fastattn.problem import check_causal, check_dropout, check_flag, check_scale
+from fastattn.problem import check_causal, check_dropout, check_flag, check_scale, is_causal_bias
 
 __all__ = ["additive_attention", "attention_with_lse", "scaled_dot_product_attention"]
 
@@ -47,7 +47,8 @@ def scaled_dot_product_attention(
     value : torch.Tensor, shape (..., Hk, Lk, Dv)
     attn_mask : torch.Tensor, broadcasting to (..., Hq, Lq, Lk), optional
         Boolean, where True takes part, or float16, float32 or float64, added to the scores. It may be given together
-        with `is_causal`.
+        with `is_causal`. ``torch.nn.attention.bias.causal_upper_left(Lq, Lk)`` and ``causal_lower_right(Lq, Lk)`` mean
+        ``is_causal=True`` and ``is_causal="bottom-right"``.
     dropout_p : float
         Probability that a weight is dropped. Which ones, ``torch.manual_seed`` determines.
     is_causal : bool or "bottom-right"
@@ -65,7 +66,8 @@ def scaled_dot_product_attention(
     Raises
     ------
     TypeError
-        If an argument is no tensor, is not on the CPU, or has a dtype that is not supported: half precision is not.
+        If an argument is no tensor, is not on the CPU, or has a dtype that is not supported: half precision is not. If
+        it is nested, sparse, or of a subclass that does not let fastattn's operators be called.
     ValueError
         If shapes do not go together, or a number is out of range. The message names the argument.
     NotImplementedError
@@ -75,7 +77,8 @@ def scaled_dot_product_attention(
     -----
     Works under ``torch.compile``, ``torch.func``, ``no_grad`` and ``inference_mode``. Under CPU autocast it computes in
     float32, as PyTorch's own operations do that need it. At most ``torch.get_num_threads()`` threads are used, and no
-    more than `fastattn.get_num_threads`; results do not depend on that.
+    more than `fastattn.get_num_threads`; results do not depend on that. A subclass of ``torch.Tensor`` is handed to the
+    operator ``fastattn::attention``, and may have its own idea of it.
 
     Examples
     --------
@@ -137,10 +140,8 @@ def attention_with_lse(
     if torch.is_autocast_enabled("cpu"):
         query, key, value, attn_mask = map(_autocast, (query, key, value, attn_mask))
     _check(query=query, key=key, value=value)
-    if attn_mask is not None:
-        _check_mask(attn_mask)
-    dropout_p, causal = check_dropout(dropout_p), check_causal(is_causal)
-    scale, enable_gqa = check_scale(scale), check_flag("enable_gqa", enable_gqa)
+    attn_mask, causal = _mask_and_causality(attn_mask, check_causal(is_causal), query, key)
+    dropout_p, scale, enable_gqa = check_dropout(dropout_p), check_scale(scale), check_flag("enable_gqa", enable_gqa)
     seed = _draw_seed() if dropout_p > 0 else None
     results: tuple[Tensor, Tensor] = eager.attention(
         query, key, value, attn_mask, dropout_p, causal, scale, enable_gqa, seed
@@ -166,7 +167,8 @@ def additive_attention(
     value : torch.Tensor, shape (..., Lk, Dv)
     weight : torch.Tensor, shape (D,)
     attn_mask : torch.Tensor, broadcasting to (..., Lq, Lk), optional
-        Boolean, where True takes part, or float16, float32 or float64, added to the scores. It has no gradient.
+        Boolean, where True takes part, or float16, float32 or float64, added to the scores. It has no gradient. A
+        ``torch.nn.attention.bias`` means causality, as in `scaled_dot_product_attention`.
     is_causal : bool or "bottom-right"
         True: query i looks at the keys up to i. "bottom-right": up to i + Lk - Lq.
 
@@ -177,7 +179,8 @@ def additive_attention(
     Raises
     ------
     TypeError
-        If an argument is no tensor, is not on the CPU, or has a dtype that is not supported.
+        If an argument is no tensor, is not on the CPU, has a dtype that is not supported, is nested or sparse, or of a
+        subclass that does not let fastattn's operators be called.
     ValueError
         If shapes do not go together. The message names the argument.
     NotImplementedError
@@ -201,13 +204,12 @@ def additive_attention(
     if torch.is_autocast_enabled("cpu"):
         query, key, value, weight, attn_mask = map(_autocast, (query, key, value, weight, attn_mask))
     _check(query=query, key=key, value=value, weight=weight)
-    if attn_mask is not None:
-        _check_mask(attn_mask)
-        if attn_mask.requires_grad and torch.is_grad_enabled():
-            raise NotImplementedError(
-                "attn_mask: requires grad; expected one that does not: additive attention has no gradient of its mask"
-            )
-    return eager.additive_attention(query, key, value, weight, attn_mask, check_causal(is_causal))[0]
+    attn_mask, causal = _mask_and_causality(attn_mask, check_causal(is_causal), query, key)
+    if attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
+        raise NotImplementedError(
+            "attn_mask: requires grad; expected one that does not: additive attention has no gradient of its mask"
+        )
+    return eager.additive_attention(query, key, value, weight, attn_mask, causal)[0]
 
 
 # -- checks ------------------------------------------------------------------------------------------------------------
@@ -232,20 +234,72 @@ def _check(**tensors: Tensor) -> None:
             raise TypeError(f"{name}: dtype {tensor.dtype}; expected {dtype}, as query")
 
 
-def _check_mask(mask: Tensor) -> None:
+def _mask_and_causality(mask: Tensor | None, causal: str, query: Tensor, key: Tensor) -> tuple[Tensor | None, str]:
+    """Return the mask, checked, and the word for causality; a bias of PyTorch's that means causality is no mask.
+
+    Raises
+    ------
+    TypeError
+        If the mask is none that the kernels can read.
+    ValueError
+        If a bias is for other lengths than there are.
+    """
+    if mask is None:
+        return None, causal
+    if _is_causal_bias(mask):
+        return None, _with_bias(causal, mask, query, key)
     _check_memory("attn_mask", mask)
     if mask.dtype not in MASK_DTYPES:
         wanted = ", ".join(map(str, MASK_DTYPES))
         raise TypeError(f"attn_mask: dtype {mask.dtype} is not supported; expected one of {wanted}")
+    return mask, causal
+
+
+def _with_bias(causal: str, bias: Tensor, query: Tensor, key: Tensor) -> str:
+    """Return the word for a bias of PyTorch's together with what is_causal said: of two, the one that hides more."""
+    lengths = (*query.shape[-2:-1], *key.shape[-2:-1])
+    if (bias.seq_len_q, bias.seq_len_kv) != lengths:
+        raise ValueError(
+            f"attn_mask: a {type(bias).__name__} for {bias.seq_len_q} queries and {bias.seq_len_kv} keys; expected "
+            f"lengths {lengths}, those of query and key"
+        )
+    meant = {"UPPER_LEFT": "top-left", "LOWER_RIGHT": "bottom-right"}[bias.variant.name]
+    if causal in ("no", meant):
+        return meant
+    return "top-left" if lengths[0] <= lengths[1] else "bottom-right"
 
 
 def _check_memory(name: str, tensor: Tensor) -> None:
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{name}: {type(tensor).__name__}; expected a torch.Tensor")
+    if type(tensor) not in eager.PLAIN:
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name}: {type(tensor).__name__}; expected a torch.Tensor")
+        _check_subclass(name, tensor)
+    if tensor.is_nested:
+        raise TypeError(
+            f"{name}: a nested tensor; expected one of a single shape, which torch.nested.to_padded_tensor makes, and "
+            "an attn_mask that hides the padding"
+        )
     if not tensor.is_cpu:
         raise TypeError(f"{name}: a tensor on device {tensor.device}; expected one on the CPU")
     if tensor.layout is not torch.strided:
         raise TypeError(f"{name}: a tensor of layout {tensor.layout}; expected torch.strided")
+
+
+def _check_subclass(name: str, tensor: Tensor) -> None:
+    """Refuse a tensor that does not say what it is: one that has no shape yet, or whose class tells nothing."""
+    if _is_causal_bias(tensor):
+        raise TypeError(f"{name}: a {type(tensor).__name__}, which has no numbers; expected it as attn_mask")
+    for attribute in ("is_nested", "is_cpu", "layout", "dtype", "shape", "requires_grad"):
+        try:
+            getattr(tensor, attribute)
+        except Exception as error:
+            raise TypeError(
+                f"{name}: a {type(tensor).__name__} whose {attribute} cannot be read; expected a torch.Tensor: {error}"
+            ) from error
+
+
+def _is_causal_bias(tensor: Any) -> bool:
+    return type(tensor) not in eager.PLAIN and is_causal_bias(tensor)
 
 
 def _autocast(tensor: Any) -> Any:

@@ -177,6 +177,28 @@ def test_tensors_of_pytorch_come_back_as_such(
     assert torch.equal(target, out)
 
 
+@pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning", "ignore:Accessing the data pointer of FakeTensor")
+def test_tensors_of_pytorch_without_memory_to_read_are_refused() -> None:
+    torch = pytest.importorskip("torch")
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    plain = torch.ones(2, 3)
+    freed = plain.clone()
+    freed.untyped_storage().resize_(0)
+    refused = {
+        "a nested tensor": [torch.nested.nested_tensor([plain])],
+        "a tensor of layout torch.sparse_coo": [plain.to_sparse()],
+        "a tensor whose change of sign PyTorch has put off": [torch._neg_view(plain)],
+        r"a tensor of shape \(2, 3\) that has no memory": [freed, FakeTensorMode().from_tensor(plain)],
+    }
+    for message, tensors in refused.items():
+        for tensor in tensors:
+            with pytest.raises(TypeError, match=f"key: {message}"):
+                arrays.read("key", tensor)
+    with pytest.raises(TypeError, match=r"key: a tensor of shape \(3,\) that has no memory"):
+        torch.func.vmap(lambda row: arrays.read("key", row))(plain)
+
+
 @simulator_only
 def test_arrays_of_cupy_come_back_as_such(cuda_attention: Attention, monkeypatch: pytest.MonkeyPatch) -> None:
     class Array(Interface):
