@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from fastattn import reference
 from fastattn.cpu import attention as cpu
 from fastattn.cpu.builtin import signatures
+from fastattn.cpu.objects import address_of
 from fastattn.cpu.pool import get_num_threads
 from fastattn.cuda.detect import any_on_device
 from fastattn.problem import Problem, as_operands, check_backend, check_flag, check_out, describe, seed_from
@@ -226,5 +227,5 @@ def must_be_apart(out: NDArray[Any], arrays: tuple[NDArray[Any] | None, ...]) ->
     assert query is not None
     if any(array is not None and np.may_share_memory(out, array) for array in others):
         return True
-    same = out.ctypes.data == query.ctypes.data and out.shape == query.shape and out.strides == query.strides
+    same = address_of(out) == address_of(query) and out.shape == query.shape and out.strides == query.strides
     return not same and np.may_share_memory(out, query)

@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastattn.cpu import pool
-from fastattn.cpu.builtin import bind, objects_are_as_expected
+from fastattn.cpu.builtin import bind
 from fastattn.cpu.kernels import Library, kernel_name, library
 from fastattn.cpu.layout import ALIGNMENT, CALL, RECORD_BYTES
+from fastattn.cpu.objects import address_of, objects_are_as_expected
 from fastattn.cpu.plan import Plan, make_plan
 from fastattn.isa import host
 from fastattn.problem import Operands, Problem
@@ -33,7 +34,7 @@ def _scratch(size: int) -> tuple[int, Array]:
     held = getattr(_memory, "held", None)
     if held is None or held[1].size < size + ALIGNMENT:
         array = np.empty(size + ALIGNMENT, np.uint8)
-        address = array.ctypes.data
+        address = address_of(array)
         held = _memory.held = (address + -address % ALIGNMENT, array)
     return held
 
@@ -94,7 +95,7 @@ class Prepared:
         else:
             forward = "masked" if problem.mask_kind != "none" or problem.dropout_p > 0 else "forward"
             self._weights = "weights"
-        self.forward = library(kernel_name(forward, problem.dtype.name, plan.tile))
+        self.forward = library(kernel_name(forward, problem.dtype, plan.tile))
         self.most = pool.tasks_at_a_time(plan.tasks, plan.flops)
         self.quick: Callable[..., int] | None = None
         if objects_are_as_expected():
@@ -107,7 +108,7 @@ class Prepared:
     @property
     def weights(self) -> Library:
         """The kernels of the matrix of weights, which few calls want."""
-        return library(kernel_name(self._weights, self.problem.dtype.name, self.plan.tile))
+        return library(kernel_name(self._weights, self.problem.dtype, self.plan.tile))
 
 
 def run(
@@ -140,13 +141,13 @@ def run_call(
     arrays: Mapping[str, Array | None],
 ) -> None:
     """Write a call's record, whose fields are whole numbers, and run the plan's tasks."""
-    numbers = {name: array.ctypes.data for name, array in arrays.items() if array is not None}
-    numbers["plan"] = plan.record.ctypes.data
+    numbers = {name: address_of(array) for name, array in arrays.items() if array is not None}
+    numbers["plan"] = address_of(plan.record)
     numbers["seed"] = seed - 2**64 if seed >= 2**63 else seed
     with scratch_memory(threads * plan.scratch_bytes) as scratch:
         numbers["scratch"], numbers["scratch_bytes"] = scratch, plan.scratch_bytes
         call = np.array([numbers.get(name, 0) for name in layout.names or ()], np.int64)
-        pool.run(kernels, call.ctypes.data, plan.tasks, plan.flops, threads)
+        pool.run(kernels, address_of(call), plan.tasks, plan.flops, threads)
 
 
 def run_prepared(prepared: Prepared, *objects: Any) -> None:

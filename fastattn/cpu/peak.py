@@ -8,6 +8,7 @@ import time
 import numpy as np
 
 from fastattn.cpu.kernels import library
+from fastattn.cpu.objects import address_of
 from fastattn.isa import host
 
 LENGTH = 128  # of the sums: operands of a few KiB
@@ -46,7 +47,7 @@ def _rate(dtype: str, rows: int, vectors: int, threads: int, seconds: float) -> 
     barrier = threading.Barrier(threads)
 
     def loop(index: int) -> None:
-        a = memory[index].ctypes.data
+        a = address_of(memory[index])
         b = a + rows * LENGTH * memory[index].itemsize
         out = b + width * LENGTH * memory[index].itemsize
         barrier.wait()

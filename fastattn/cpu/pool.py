@@ -30,6 +30,7 @@ from fastattn.cpu.layout import (
     WORKER_BYTES,
     WORKERS,
 )
+from fastattn.cpu.objects import address_of
 
 SPIN = 25  # nanoseconds that a round of waiting takes, or more
 SPINS = 8000  # rounds of waiting before a worker sleeps
@@ -178,7 +179,7 @@ class _Pool:
 
     def __init__(self) -> None:
         self.memory = np.zeros(WORKERS // 8 + MOST * WORKER_BYTES // 8 + 8, np.int64)
-        address = self.memory.ctypes.data
+        address = address_of(self.memory)
         self.address = address + -address % 64
         self.woken = np.zeros(MOST, np.int64)
         self.beds: list[LockType] = []  # one per worker: it sleeps by waiting for it
@@ -188,7 +189,7 @@ class _Pool:
         self.native: Any = None
 
     def _write(self, offset: int, number: int) -> None:
-        self.memory[(self.address - self.memory.ctypes.data + offset) // 8] = number
+        self.memory[(self.address - address_of(self.memory) + offset) // 8] = number
 
     def grow(self, workers: int) -> None:
         """Have at least so many workers, or as many as the system allows."""
@@ -198,7 +199,7 @@ class _Pool:
             if self.native is None:
                 self.native = library("schedule")
                 self._write(START, self.native.addresses["start"])
-                self._write(WOKEN, self.woken.ctypes.data)
+                self._write(WOKEN, address_of(self.woken))
                 self._write(SPINS_AT, SPINS)
             while len(self.beds) < workers:
                 bed = allocate_lock()
