@@ -11,7 +11,7 @@ from fastattn import reference
 from fastattn.cpu import attention as cpu
 from fastattn.cpu.builtin import signatures
 from fastattn.cpu.objects import address_of
-from fastattn.cpu.pool import get_num_threads
+from fastattn.cpu.pool import get_num_threads, threads_of_call
 from fastattn.cuda.detect import any_on_device
 from fastattn.problem import Problem, as_operands, check_backend, check_flag, check_out, describe, seed_from
 
@@ -129,7 +129,7 @@ def attention(
     ):
         agreed = signatures.of(query, key, value, attn_mask)
         if agreed:
-            plain = agreed, is_causal, scale, enable_gqa, get_num_threads()
+            plain = agreed, is_causal, scale, enable_gqa, threads_of_call()
             prepared = _prepared.get(plain)
             if prepared is not None:
                 given: Any = (query, key, value, attn_mask)
@@ -174,7 +174,8 @@ def attention(
     return_weights = check_flag("return_weights", return_weights)
     seed = seed_from(rng, problem.dropout_p > 0)
     target = target_for(check_out(out, problem), problem, arrays)
-    prepared = cpu.prepare(problem, operands, target, get_num_threads())
+    threads = get_num_threads() if plain is None else plain[-1]
+    prepared = cpu.prepare(problem, operands, target, threads)
     given = (query, key, value, attn_mask)
     if plain is not None and all(array is its for array, its in zip(arrays, given, strict=True)):
         cpu.remember(_prepared, plain, prepared)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastattn.cpu import pool
+from fastattn import os_threads
+from fastattn.cpu import pool, processors
 from fastattn.cpu.builtin import bind
 from fastattn.cpu.kernels import Library, kernel_name, library
 from fastattn.cpu.layout import ALIGNMENT, CALL, RECORD_BYTES
@@ -26,7 +26,7 @@ Array = NDArray[Any]
 T = TypeVar("T")
 
 REMEMBERED = 1024  # plans
-_memory = threading.local()
+_memory = os_threads.local()
 
 
 def _scratch(size: int) -> tuple[int, Array]:
@@ -155,16 +155,22 @@ def run_prepared(prepared: Prepared, *objects: Any) -> None:
     plan, threads, quick = prepared.plan, prepared.threads, prepared.quick
     if not plan.tasks:
         return
-    # Much work is always shared, less only while workers are awake or will be wanted again soon.
-    is_shared = threads > 1 and (pool.rhythm.begin() or plan.flops >= pool.WORTH_WAKING)
-    if quick is None or (threads == 1 and plan.flops >= pool.TURN_FLOPS):
+    is_shared = is_long = False
+    if threads > 1:  # much work is always shared, less only while workers are awake or will be wanted again soon
+        is_shared = pool.rhythm.begin() or plan.flops >= pool.WORTH_WAKING
+    elif plan.flops >= pool.WORTH_SHARING:
+        processors.look_if_old()
+        is_long = plan.flops >= pool.TURN_FLOPS
+    if quick is None or is_long:
         query, key, value, mask, out, lse, weight, seed = objects
         run(plan, threads, prepared.forward, seed, query, key, value, mask, out, lse, weight=weight)
     elif is_shared:
         at, held = _scratch(RECORD_BYTES + threads * plan.scratch_bytes)
         _memory.held = None  # who interrupts needs memory of its own
         arguments = (held, *objects)
-        pool.share(prepared.forward, prepared.shared, arguments, at, plan.tasks, plan.flops, threads - 1, prepared.most)
+        most, tasks, flops = prepared.most, plan.tasks, plan.flops
+        if not pool.share(prepared.forward, prepared.shared, arguments, at, tasks, flops, threads - 1, most):
+            quick(*arguments)
         _memory.held = at, held
     else:
         _, held = _scratch(RECORD_BYTES + plan.scratch_bytes)

@@ -13,7 +13,6 @@ import os
 import platform
 import sys
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -26,6 +25,7 @@ import numpy as np
 
 from fastattn import machine
 from fastattn.isa import Isa, host
+from fastattn.os_threads import RLock
 
 
 class Library:
@@ -57,7 +57,7 @@ ENTRIES: dict[str, dict[str, int]] = {
 }
 
 _loaded: dict[tuple[str, Isa], Library] = {}
-_lock = threading.RLock()
+_lock = RLock()
 if hasattr(os, "register_at_fork"):  # a fork waits for a compilation to end: a child could never finish it
     os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
