@@ -26,12 +26,20 @@ Array = NDArray[Any]
 T = TypeVar("T")
 
 REMEMBERED = 1024  # plans
-_memory = os_threads.local()
+
+
+class _Memory(os_threads.local):
+    """Working memory of the calling thread: an address, and the array that it is in; None while a call has it."""
+
+    held: tuple[int, Array] | None = None
+
+
+_memory = _Memory()
 
 
 def _scratch(size: int) -> tuple[int, Array]:
     """This thread's working memory of at least `size` bytes: its address, and what keeps it alive."""
-    held = getattr(_memory, "held", None)
+    held = _memory.held
     if held is None or held[1].size < size + ALIGNMENT:
         array = np.empty(size + ALIGNMENT, np.uint8)
         address = address_of(array)

@@ -33,6 +33,7 @@ from fastattn.cpu.layout import (
     WORKERS,
 )
 from fastattn.cpu.objects import address_of
+from fastattn.cpu.processors import MOST
 
 SPIN = 25  # nanoseconds that a round of waiting takes, or more
 SPINS = 8000  # rounds of waiting before a worker sleeps
@@ -41,7 +42,6 @@ WORTH_SHARING = 4e6  # operations: below this, sharing the work with a worker th
 WORTH_WAKING = 12e6  # and below this, with one that has to be woken
 WARM = 1_000_000  # nanoseconds after a call in which workers are taken to be awake, or the next call to be near
 LONGEST_PAUSE = 100_000_000  # nanoseconds between calls that come regularly
-MOST = 1024  # threads
 TRY_AGAIN = 1_000_000_000  # nanoseconds after which a system that had no more threads is asked again
 
 
@@ -92,7 +92,7 @@ def threads_of_call() -> int:
         return override
     if _threads is None:
         _threads = _from_environment()
-    return _threads or min(_known.count or processors.look(), MOST)
+    return _threads or _known.count or processors.look()
 
 
 def set_num_threads(n: int) -> None:
@@ -193,7 +193,7 @@ class _Pool:
         self.native: Any = None
         self.staff = 0  # workers: as many as threads were started
         self.beds: list[os_threads.Lock] = []  # one per worker: it sleeps by waiting for it
-        self.unborn: set[int] = set()  # workers whose threads have not begun to run
+        self.unborn: set[os_threads.Lock] = set()  # the beds of those whose threads have not begun to run
         self.threads: dict[int, int | None] = {}  # by worker, the system's number of its thread, while that lives
         self.avoided: list[object] = []  # one per worker: the CPU that it keeps off, and those the caller could run on
         self.try_again = 0  # when the system may be asked for more threads
@@ -226,18 +226,19 @@ class _Pool:
         for the same worker, and the later one ends at once.
         """
         while self.staff < workers:
-            if len(self.beds) == self.staff:
+            worker = self.staff
+            if len(self.beds) == worker:
                 bed = os_threads.allocate_lock()
                 bed.acquire()
                 self.avoided.append(None)
-                self.unborn.add(self.staff)
-                self.beds.append(bed)
+                self.unborn.add(bed)
+                self.beds.append(bed)  # which gives the worker its number
             try:
-                os_threads.start_new_thread(_live, (self, self.staff))
+                os_threads.start_new_thread(_live, (self, self.beds[worker]))
             except (RuntimeError, MemoryError):  # too many threads, or too little memory, or a subinterpreter
                 self.try_again = time.perf_counter_ns() + TRY_AGAIN
                 return
-            self.staff += 1
+            self.staff = max(self.staff, worker + 1)
             self._write(STAFF, self.staff)
 
     def run(self, kernels: Library, call: int, tasks: int, flops: float, workers: int) -> bool:
@@ -303,14 +304,14 @@ def _wake(bed: os_threads.Lock) -> None:
         bed.release()
 
 
-def _live(pool: _Pool, worker: int) -> None:
+def _live(pool: _Pool, bed: os_threads.Lock) -> None:
     """A worker's life. Its frame keeps shared memory and compiled code alive, also while the interpreter exits."""
     try:
-        pool.unborn.remove(worker)
+        pool.unborn.remove(bed)
     except KeyError:  # another thread lives it
         return
+    work, worker = pool.native.work, pool.beds.index(bed)
     pool.threads[worker] = os_threads.get_native_id()
-    work, bed = pool.native.work, pool.beds[worker]
     spins = SPINS
     try:
         while True:

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from fastattn.os_threads import local
 
+MOST = 1024  # threads of a call
 LOOK_AGAIN = 100_000_000  # nanoseconds after which what is known of a thread's affinity is old
 
 
@@ -32,7 +33,7 @@ known = _Known()
 def look() -> int:
     """Look how many CPUs the calling thread may use, and note it in `known`."""
     known.cpus = affinity()
-    known.count = count = min(len(known.cpus) or most(), most())
+    known.count = count = min(len(known.cpus) or limit(), limit())
     known.old = time.perf_counter_ns() + LOOK_AGAIN
     return count
 
@@ -52,9 +53,9 @@ def affinity() -> frozenset[int]:
 
 
 @cache
-def most() -> int:
+def limit() -> int:
     """The CPUs that the machine has (or ``PYTHON_CPU_COUNT`` says), or as many as the quota is for, rounded up."""
-    return max(1, math.ceil(min(os.cpu_count() or 1, quota())))
+    return max(1, math.ceil(min(os.cpu_count() or 1, quota(), MOST)))
 
 
 def quota(proc: Path = Path("/proc/self")) -> float:
@@ -123,7 +124,7 @@ def _quota_of(group: Path) -> float:
 
 def _forget() -> None:
     """In a forked child, which may be in other groups."""
-    most.cache_clear()
+    limit.cache_clear()
     known.count = known.old = 0
 
 
