@@ -62,7 +62,7 @@ def _rate(dtype: str, rows: int, vectors: int, threads: int, seconds: float) -> 
             thread = threading.Thread(target=loop, args=(index,))
             thread.start()
             others.append(thread)
-    except RuntimeError:  # the system gives no more threads: those there are show what they can do
+    except (RuntimeError, MemoryError):  # the system gives no more threads: those there are show what they can do
         pass
     finally:
         go.set()
