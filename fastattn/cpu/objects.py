@@ -67,6 +67,7 @@ def _look_up() -> None:
     words.view([("first", np.int64), ("second", np.int64)])[0]
     for method in (words.all, words.any, words.max, words.mean, words.min, words.prod, words.sum):
         method()
+    words.clip(0, 1)
 
 
 _look_up()
