@@ -12,7 +12,7 @@ import processes
 import pytest
 
 import fastattn
-from fastattn import os_threads
+from fastattn import bench, os_threads
 from fastattn.cpu import peak, pool
 
 PREAMBLE = """
@@ -221,6 +221,13 @@ def test_a_thread_that_is_gone_is_moved_nowhere(lives: Lives) -> None:
         time.sleep(0.001)
     assert not workers.threads
     workers._move(0, 0, frozenset({0, 1}))
+
+
+def test_bench_refuses_what_no_call_may_have(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as status:
+        bench.main(["--quick", "--threads", "99999"])
+    assert status.value.code == 2
+    assert capsys.readouterr().err == "python -m fastattn bench: --threads: 99999; expected 1 to 1024\n"
 
 
 def test_numbers_that_nobody_can_have(monkeypatch: pytest.MonkeyPatch) -> None:
