@@ -7,6 +7,7 @@ import contextlib
 import functools
 import importlib.metadata
 import io
+import math
 import os
 import platform
 import subprocess
@@ -21,6 +22,7 @@ import numpy as np
 import fastattn
 from fastattn import isa
 from fastattn.api import ATTENTION_BACKENDS
+from fastattn.cpu import processors
 from fastattn.cpu.kernels import cache_folder
 from fastattn.demo import cli
 from fastattn.guide import cli as guide
@@ -130,11 +132,10 @@ def _isa() -> str:
 
 
 def _cores() -> str:
-    total = os.cpu_count() or 1
-    try:
-        return f"{len(os.sched_getaffinity(0))} for this process, of {total}"
-    except AttributeError:  # not on this platform
-        return str(total)
+    """How many CPUs there are, how many of them are for this process, and for how many it has time."""
+    total, allowed, quota = os.cpu_count() or 1, processors.affinity(), processors.quota()
+    said = f"{len(allowed)} for this process, of {total}" if allowed else str(total)
+    return said if quota == math.inf else f"{said}; a quota of {quota:.3g}"
 
 
 def _cache() -> str:

@@ -11,7 +11,7 @@ from fastattn import reference
 from fastattn.api import BACKENDS, delivered, target_for
 from fastattn.cpu import attention as cpu
 from fastattn.cpu.builtin import signatures
-from fastattn.cpu.pool import get_num_threads
+from fastattn.cpu.pool import get_num_threads, threads_of_call
 from fastattn.problem import as_additive_operands, check_backend, check_flag, check_out, describe_additive
 
 _prepared: dict[Any, cpu.Prepared] = {}
@@ -104,7 +104,7 @@ def additive_attention(
     ):
         agreed = signatures.of(query, key, value, weight, attn_mask)
         if agreed:
-            plain = agreed, is_causal, get_num_threads()
+            plain = agreed, is_causal, threads_of_call()
             prepared = _prepared.get(plain)
             if prepared is not None:
                 given: Any = (query, key, value, attn_mask)
@@ -131,7 +131,8 @@ def additive_attention(
     return_weights = check_flag("return_weights", return_weights)
     arrays = (query_, key_, value_, mask_)
     target = target_for(check_out(out, problem), problem, (*arrays, weight_))
-    prepared = cpu.prepare(problem, operands, target, get_num_threads(), additive=True)
+    threads = get_num_threads() if plain is None else plain[-1]
+    prepared = cpu.prepare(problem, operands, target, threads, additive=True)
     if (
         plain is not None
         and query_ is query

@@ -10,7 +10,8 @@ from numpy.typing import ArrayLike, NDArray
 from fastattn import reference
 from fastattn.cpu import attention as cpu
 from fastattn.cpu.builtin import signatures
-from fastattn.cpu.pool import get_num_threads
+from fastattn.cpu.objects import address_of
+from fastattn.cpu.pool import get_num_threads, threads_of_call
 from fastattn.cuda.detect import any_on_device
 from fastattn.problem import Problem, as_operands, check_backend, check_flag, check_out, describe, seed_from
 from fastattn.widening import exceeds_float32, in_float64, narrowed
@@ -129,7 +130,7 @@ def attention(
     ):
         agreed = signatures.of(query, key, value, attn_mask)
         if agreed:
-            plain = agreed, is_causal, scale, enable_gqa, get_num_threads()
+            plain = agreed, is_causal, scale, enable_gqa, threads_of_call()
             prepared = _prepared.get(plain)
             if prepared is not None:
                 given: Any = (query, key, value, attn_mask)
@@ -179,7 +180,8 @@ def attention(
         target = target_for(check_out(out, problem), problem, ())
         return _rounded(*results, target=target, return_lse=return_lse)
     target = target_for(check_out(out, problem), problem, arrays)
-    prepared = cpu.prepare(problem, operands, target, get_num_threads())
+    threads = get_num_threads() if plain is None else plain[-1]
+    prepared = cpu.prepare(problem, operands, target, threads)
     given = (query, key, value, attn_mask)
     if plain is not None and all(array is its for array, its in zip(arrays, given, strict=True)):
         cpu.remember(_prepared, plain, prepared)
@@ -240,5 +242,5 @@ def must_be_apart(out: NDArray[Any], arrays: tuple[NDArray[Any] | None, ...]) ->
     assert query is not None
     if any(array is not None and np.may_share_memory(out, array) for array in others):
         return True
-    same = out.ctypes.data == query.ctypes.data and out.shape == query.shape and out.strides == query.strides
+    same = address_of(out) == address_of(query) and out.shape == query.shape and out.strides == query.strides
     return not same and np.may_share_memory(out, query)

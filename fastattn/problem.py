@@ -271,8 +271,13 @@ def _as_common(given: dict[str, ArrayLike], half: bool = False) -> list[Array]:
     return [_as_plain(array, dtype) for array in arrays.values()]
 
 
+def is_masked(given: object) -> bool:
+    """Whether it is a ``np.ma.MaskedArray``; NumPy imports `np.ma` at the first mention."""
+    return type(given) is not np.ndarray and isinstance(given, np.ndarray) and isinstance(given, np.ma.MaskedArray)
+
+
 def _as_array(name: str, given: object) -> Array:
-    if isinstance(given, np.ma.MaskedArray):
+    if is_masked(given):
         raise TypeError(f"{name}: a numpy.ma.MaskedArray was given; expected an ndarray, and its mask as attn_mask")
     try:
         array = np.asarray(given)
@@ -309,8 +314,13 @@ def is_hollow(given: Any) -> bool:
         return False
 
 
+def _name_of(dtype: np.dtype[Any]) -> str:
+    """``dtype.name`` of a plain dtype. NumPy imports a module for it each time, and not when Python is about to end."""
+    return dtype.type.__name__.rstrip("_")  # it was "bool_" before NumPy 2
+
+
 def _check_operand_dtype(name: str, dtype: np.dtype[Any], half: bool = False) -> None:
-    if dtype.name in NOT_YET:
+    if _name_of(dtype) in NOT_YET:
         if half:
             return
         raise TypeError(f"{name}: dtype {dtype} is not supported yet on the CPU; expected float32, float64 or integers")
@@ -329,10 +339,10 @@ def _as_mask(given: ArrayLike, half: bool = False) -> Array:
             f"attn_mask: dtype {dtype} could mean two things; expected boolean (True takes part) or a floating dtype "
             "(added to the scores)"
         )
-    if half and dtype.name in NOT_YET:
+    if half and _name_of(dtype) in NOT_YET:
         return _as_plain(mask, dtype.newbyteorder("="))
-    if dtype.name not in MASK_DTYPES or dtype.type is np.longdouble:
-        yet = " yet" if dtype.name in NOT_YET else ""
+    if _name_of(dtype) not in MASK_DTYPES or dtype.type is np.longdouble:
+        yet = " yet" if _name_of(dtype) in NOT_YET else ""
         raise TypeError(f"attn_mask: dtype {dtype} is not supported{yet}; expected one of {', '.join(MASK_DTYPES)}")
     return _as_plain(mask, dtype.newbyteorder("="))
 
@@ -773,7 +783,7 @@ def check_out(out: object, problem: Problem) -> Array | None:
     """
     if out is None:
         return None
-    if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
+    if not isinstance(out, np.ndarray) or is_masked(out):
         raise TypeError(f"out: {_said(out)}; expected None or a numpy.ndarray")
     if out.dtype != problem.dtype:
         raise TypeError(f"out: dtype {out.dtype}; expected {problem.dtype}, the dtype of the result")

@@ -72,11 +72,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     from fastattn.bench.cases import CASES, QUICK, select
     from fastattn.bench.host import this_host
     from fastattn.bench.measure import Effort, measure
+    from fastattn.cpu.processors import MOST
     from fastattn.terminal import Progress, Style
 
     on_gpu = args.backend == "cuda"
     if on_gpu and args.threads:
         parser.error("--threads: a GPU has no use for it")
+    if args.threads and args.threads > MOST:
+        parser.error(f"--threads: {args.threads}; expected 1 to {MOST}")
     everything: Any = gpu.CASES if on_gpu else CASES
     quick: Any = gpu.QUICK if on_gpu else QUICK
     try:

@@ -8,7 +8,6 @@ compared with `fastattn.reference`; an engine that cannot do a case, or does it 
 from __future__ import annotations
 
 import importlib.metadata
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 import fastattn
 from fastattn import reference
 from fastattn.bench.cases import Arguments, Case
+from fastattn.cpu import processors
 
 __all__ = ["ENGINES", "OURS", "Call", "Engine", "Unavailable", "check", "cores", "prepare"]
 
@@ -84,7 +84,7 @@ class Engine:
 
 def cores() -> int:
     """Return the number of CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return processors.look()
 
 
 def check(result: NDArray[Any], arguments: Arguments, limit: float | None = None) -> None:

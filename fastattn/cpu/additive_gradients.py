@@ -12,6 +12,7 @@ from fastattn.cpu import pool
 from fastattn.cpu.attention import scratch_memory
 from fastattn.cpu.kernels import kernel_name, library
 from fastattn.cpu.layout import ADDITIVE_BACKWARD, ADDITIVE_PLACES, CALL, PLAN, QUERY_NUMBERS
+from fastattn.cpu.objects import address_of
 from fastattn.cpu.plan import TASK_FLOPS, Plan, Tile, aligned, make_plan, padded
 from fastattn.gradients import Upstream
 from fastattn.isa import Isa, host
@@ -65,13 +66,13 @@ def backward(
     given["precise"], given["slack"] = limit_of(dtype, upstream.rounded), slack(upstream.rounded, problem.head_dim)
     sums = np.empty((heads * problem.queries, 2), dtype)
     _note(given, grad_weight=parts, sums=sums)
-    kernels = library(kernel_name("additive_backward", dtype.name, plan.tile))
+    kernels = library(kernel_name("additive_backward", dtype, plan.tile))
     threads = pool.concurrency(plan.tasks, plan.flops, threads)
     with scratch_memory(threads * plan.scratch_bytes) as address:
         call["scratch"], call["scratch_bytes"] = address, plan.scratch_bytes
         for number in range(rounds):
             given["round"] = number
-            pool.run(kernels, call.ctypes.data, plan.tasks, plan.flops, threads)
+            pool.run(kernels, address_of(call), plan.tasks, plan.flops, threads)
     if threads > 1:
         pool.rhythm.end(threads - 1)
     with np.errstate(all="ignore"):
@@ -81,7 +82,7 @@ def backward(
 def _note(record: Array, **arrays: Array | None) -> None:
     """Write down where arrays are."""
     for name, array in arrays.items():
-        record[name] = 0 if array is None else array.ctypes.data
+        record[name] = 0 if array is None else address_of(array)
 
 
 def plan_rounds(problem: Problem, operands: Operands, grad_out: Array, row: Isa, threads: int) -> tuple[Plan, Array]:
@@ -113,7 +114,7 @@ def plan_rounds(problem: Problem, operands: Operands, grad_out: Array, row: Isa,
         plan,
         tile=tile,
         record=record,
-        address=record.ctypes.data,
+        address=address_of(record),
         tasks=heads * chunks,
         flops=heads * flops / chunks * (0.5 if problem.causal_offset is not None else 1.0),
         scratch_bytes=aligned(_scratch_bytes(tile, query_block, key_block, features, value_dim, together)),

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastattn.cpu import pool
-from fastattn.cpu.builtin import bind, objects_are_as_expected
+from fastattn import os_threads
+from fastattn.cpu import pool, processors
+from fastattn.cpu.builtin import bind
 from fastattn.cpu.kernels import Library, kernel_name, library
 from fastattn.cpu.layout import ALIGNMENT, CALL, RECORD_BYTES
+from fastattn.cpu.objects import address_of, objects_are_as_expected
 from fastattn.cpu.plan import Plan, make_plan
 from fastattn.isa import host
 from fastattn.problem import Operands, Problem
@@ -25,15 +26,23 @@ Array = NDArray[Any]
 T = TypeVar("T")
 
 REMEMBERED = 1024  # plans
-_memory = threading.local()
+
+
+class _Memory(os_threads.local):
+    """Working memory of the calling thread: an address, and the array that it is in; None while a call has it."""
+
+    held: tuple[int, Array] | None = None
+
+
+_memory = _Memory()
 
 
 def _scratch(size: int) -> tuple[int, Array]:
     """This thread's working memory of at least `size` bytes: its address, and what keeps it alive."""
-    held = getattr(_memory, "held", None)
+    held = _memory.held
     if held is None or held[1].size < size + ALIGNMENT:
         array = np.empty(size + ALIGNMENT, np.uint8)
-        address = array.ctypes.data
+        address = address_of(array)
         held = _memory.held = (address + -address % ALIGNMENT, array)
     return held
 
@@ -94,7 +103,7 @@ class Prepared:
         else:
             forward = "masked" if problem.mask_kind != "none" or problem.dropout_p > 0 else "forward"
             self._weights = "weights"
-        self.forward = library(kernel_name(forward, problem.dtype.name, plan.tile))
+        self.forward = library(kernel_name(forward, problem.dtype, plan.tile))
         self.most = pool.tasks_at_a_time(plan.tasks, plan.flops)
         self.quick: Callable[..., int] | None = None
         if objects_are_as_expected():
@@ -107,7 +116,7 @@ class Prepared:
     @property
     def weights(self) -> Library:
         """The kernels of the matrix of weights, which few calls want."""
-        return library(kernel_name(self._weights, self.problem.dtype.name, self.plan.tile))
+        return library(kernel_name(self._weights, self.problem.dtype, self.plan.tile))
 
 
 def run(
@@ -140,13 +149,13 @@ def run_call(
     arrays: Mapping[str, Array | None],
 ) -> None:
     """Write a call's record, whose fields are whole numbers, and run the plan's tasks."""
-    numbers = {name: array.ctypes.data for name, array in arrays.items() if array is not None}
-    numbers["plan"] = plan.record.ctypes.data
+    numbers = {name: address_of(array) for name, array in arrays.items() if array is not None}
+    numbers["plan"] = address_of(plan.record)
     numbers["seed"] = seed - 2**64 if seed >= 2**63 else seed
     with scratch_memory(threads * plan.scratch_bytes) as scratch:
         numbers["scratch"], numbers["scratch_bytes"] = scratch, plan.scratch_bytes
         call = np.array([numbers.get(name, 0) for name in layout.names or ()], np.int64)
-        pool.run(kernels, call.ctypes.data, plan.tasks, plan.flops, threads)
+        pool.run(kernels, address_of(call), plan.tasks, plan.flops, threads)
 
 
 def run_prepared(prepared: Prepared, *objects: Any) -> None:
@@ -154,16 +163,22 @@ def run_prepared(prepared: Prepared, *objects: Any) -> None:
     plan, threads, quick = prepared.plan, prepared.threads, prepared.quick
     if not plan.tasks:
         return
-    # Much work is always shared, less only while workers are awake or will be wanted again soon.
-    is_shared = threads > 1 and (pool.rhythm.begin() or plan.flops >= pool.WORTH_WAKING)
-    if quick is None or (threads == 1 and plan.flops >= pool.TURN_FLOPS):
+    is_shared = is_long = False
+    if threads > 1:  # much work is always shared, less only while workers are awake or will be wanted again soon
+        is_shared = pool.rhythm.begin() or plan.flops >= pool.WORTH_WAKING
+    elif plan.flops >= pool.WORTH_SHARING:
+        processors.look_if_old()
+        is_long = plan.flops >= pool.TURN_FLOPS
+    if quick is None or is_long:
         query, key, value, mask, out, lse, weight, seed = objects
         run(plan, threads, prepared.forward, seed, query, key, value, mask, out, lse, weight=weight)
     elif is_shared:
         at, held = _scratch(RECORD_BYTES + threads * plan.scratch_bytes)
         _memory.held = None  # who interrupts needs memory of its own
         arguments = (held, *objects)
-        pool.share(prepared.forward, prepared.shared, arguments, at, plan.tasks, plan.flops, threads - 1, prepared.most)
+        most, tasks, flops = prepared.most, plan.tasks, plan.flops
+        if not pool.share(prepared.forward, prepared.shared, arguments, at, tasks, flops, threads - 1, most):
+            quick(*arguments)
         _memory.held = at, held
     else:
         _, held = _scratch(RECORD_BYTES + plan.scratch_bytes)

@@ -15,15 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastattn.cpu.kernels import Library, library
-from fastattn.cpu.layout import (
-    ARRAY_DIMENSIONS,
-    ARRAY_DTYPE,
-    ARRAY_RANK,
-    ARRAY_STRIDES,
-    DTYPE_NUMBER,
-    LINK,
-    OBJECT_HEADER,
-)
+from fastattn.cpu.layout import LINK
+from fastattn.cpu.objects import objects_are_as_expected
 
 Array = NDArray[Any]
 METH_FASTCALL = 0x80
@@ -42,33 +35,6 @@ class _Definition(ctypes.Structure):
 
 # By the function's address: definitions, and the code itself, have to live as long as the builtins.
 _definitions: dict[int, tuple[_Definition, Library]] = {}
-
-
-def _word(address: int, bits: int = 64) -> int:
-    return (ctypes.c_uint32 if bits == 32 else ctypes.c_uint64).from_address(address).value
-
-
-@cache
-def objects_are_as_expected() -> bool:
-    """Whether builtins can be made here, and arrays look as compiled code expects."""
-    array = np.zeros((3, 4), np.float32)[1:, ::2]
-    fields = id(array) + OBJECT_HEADER
-    axes = (_word(fields + ARRAY_DIMENSIONS), _word(fields + ARRAY_STRIDES))
-
-    def number(dtype: Any) -> int:
-        return _word(id(np.dtype(dtype)) + OBJECT_HEADER + DTYPE_NUMBER)
-
-    return (
-        ctypes.sizeof(ctypes.c_void_p) == 8
-        and hasattr(ctypes, "pythonapi")
-        and _word(fields - 8) == id(np.ndarray)
-        and _word(fields) == array.ctypes.data
-        and _word(fields + ARRAY_RANK, 32) == array.ndim
-        and tuple(_word(axis + 8 * i) for axis in axes for i in range(2)) == array.shape + array.strides
-        and _word(fields + ARRAY_DTYPE) == id(array.dtype)
-        and len({number(kind) for kind in ("=f4", "<f8", ">f8", "=i4", "=u4", "=i8", "=f2", "?")}) == 8
-        and number("=f4") == number(np.float32)
-    )
 
 
 @cache

@@ -114,7 +114,7 @@ def _run(kind: str, plan: GradientPlan, problem: Problem, arrays: Arrays, seed: 
     heads = math.prod(problem.rows_shape)
     arrays["query_tickets"] = np.zeros(heads * plan.query_blocks, np.int64)
     arrays["key_tickets"] = np.zeros(heads * plan.groups, np.int64)
-    kernels = library(kernel_name(kind, problem.dtype.name, plan.tile))
+    kernels = library(kernel_name(kind, problem.dtype, plan.tile))
     threads = pool.concurrency(plan.tasks, plan.flops, threads)
     run_call(GRADIENT_CALL, plan, threads, kernels, seed, arrays)
 

@@ -13,15 +13,19 @@ import os
 import platform
 import sys
 import tempfile
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from sys import is_finalizing
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from fastattn import machine
 from fastattn.isa import Isa, host
+from fastattn.os_threads import RLock
 
 
 class Library:
@@ -53,7 +57,7 @@ ENTRIES: dict[str, dict[str, int]] = {
 }
 
 _loaded: dict[tuple[str, Isa], Library] = {}
-_lock = threading.RLock()
+_lock = RLock()
 if hasattr(os, "register_at_fork"):  # a fork waits for a compilation to end: a child could never finish it
     os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
@@ -133,28 +137,57 @@ def library(name: str, row: Isa | None = None) -> Library:
     row = row or host()
     found = _loaded.get((name, row))
     if found is None:
-        with _lock:
+        with _one_at_a_time():
             found = _loaded.get((name, row))
             if found is None:
-                found = _loaded[name, row] = Library(_code(name, row), row, ENTRIES[name.partition("-")[0]])
+                found = _loaded[name, row] = _load(name, row)
     return found
+
+
+@contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Hold the lock. As the interpreter ends nobody else needs it, but a thread may have gone that held it."""
+    held = _lock.acquire(blocking=not is_finalizing())
+    try:
+        yield
+    finally:
+        if held:
+            _lock.release()
+
+
+def _load(name: str, row: Isa) -> Library:
+    try:
+        return Library(_code(name, row), row, ENTRIES[name.partition("-")[0]])
+    except Exception as error:
+        if not is_finalizing():
+            raise
+        raise RuntimeError(
+            f"the kernel {name} has not been used before, and cannot be made while Python ends: "
+            "a call to fastattn.warmup, earlier, makes all kernels"
+        ) from error
+
+
+@cache  # as the interpreter ends, nothing can be imported, not even again
+def _compiler() -> Callable[[str, Isa, dict[str, int]], bytes]:
+    from fastattn.cpu import catalogue  # imports Numba, which a cached kernel does not need
+
+    return catalogue.build
 
 
 def _code(name: str, row: Isa) -> bytes:
     path = _path(name, row)
     code = _read(path) if path else None
     if code is None:
-        from fastattn.cpu import catalogue  # imports Numba, which a cached kernel does not need
-
-        code = catalogue.build(name, row, ENTRIES[name.partition("-")[0]])
+        code = _compiler()(name, row, ENTRIES[name.partition("-")[0]])
         if path:
             _write(path, code)
     return code
 
 
-def kernel_name(kind: str, dtype: str, tile) -> str:
+def kernel_name(kind: str, dtype: np.dtype[Any], tile) -> str:
     """The name of a kernel for a dtype and a register tile."""
-    return f"{kind}-{dtype}-{tile.rows}x{tile.vectors}"
+    name = dtype.type.__name__  # for `dtype.name` NumPy imports a module each time
+    return f"{kind}-{name}-{tile.rows}x{tile.vectors}"
 
 
 def warmup(progress=None) -> None:

@@ -8,6 +8,7 @@ import time
 import numpy as np
 
 from fastattn.cpu.kernels import library
+from fastattn.cpu.objects import address_of
 from fastattn.isa import host
 
 LENGTH = 128  # of the sums: operands of a few KiB
@@ -43,21 +44,28 @@ def _rate(dtype: str, rows: int, vectors: int, threads: int, seconds: float) -> 
     repeats = max(1, int(2e6 / flops) * 10)
     memory = [np.ones((rows + 2 * width) * LENGTH, dtype) for _ in range(threads)]
     best = [np.inf] * threads
-    barrier = threading.Barrier(threads)
+    go = threading.Event()
 
     def loop(index: int) -> None:
-        a = memory[index].ctypes.data
+        a = address_of(memory[index])
         b = a + rows * LENGTH * memory[index].itemsize
         out = b + width * LENGTH * memory[index].itemsize
-        barrier.wait()
+        go.wait()
         end = time.perf_counter() + seconds
         while (start := time.perf_counter()) < end:
             run(a, b, out, LENGTH, repeats)
             best[index] = min(best[index], time.perf_counter() - start)
 
-    others = [threading.Thread(target=loop, args=(index,)) for index in range(1, threads)]
-    for thread in others:
-        thread.start()
+    others: list[threading.Thread] = []
+    try:
+        for index in range(1, threads):
+            thread = threading.Thread(target=loop, args=(index,))
+            thread.start()
+            others.append(thread)
+    except (RuntimeError, MemoryError):  # the system gives no more threads: those there are show what they can do
+        pass
+    finally:
+        go.set()
     loop(0)
     for thread in others:
         thread.join()

@@ -15,6 +15,7 @@ from fastattn.cpu.layout import (
     MASK_SAME,
     PLAN,
 )
+from fastattn.cpu.objects import address_of
 from fastattn.isa import Isa
 from fastattn.problem import Operands, Problem
 
@@ -196,4 +197,4 @@ def make_plan(
     scores = (WORK_ROWS + key_block) * row_bytes + tile.lanes * tile.lanes * 8
     scratch_bytes = aligned(group * state + key_bytes + value_bytes + scores)
     flops = heads * blocks * flops_per_block * (0.5 if problem.causal_offset is not None else 1.0)
-    return Plan(problem, tile, record, record.ctypes.data, tasks, flops, scratch_bytes)
+    return Plan(problem, tile, record, address_of(record), tasks, flops, scratch_bytes)

@@ -1,22 +1,24 @@
 """Threads: Python threads that claim tasks inside compiled code, and the calls that open tasks to them.
 
-The protocol is in `fastattn.cpu.claim`. Workers are daemon threads. One that has found nothing for a while sleeps on a
-lock; a call that is worth it wakes the sleepers it wants and works itself. A second call that finds the pool taken runs
-its tasks in its own thread. A forked child has no workers, and starts its own when it needs them.
+The protocol is in `fastattn.cpu.claim`. Workers are threads that keep no process from its end. One that has found
+nothing for a while sleeps on a lock; a call that is worth it wakes the sleepers it wants and works itself. A second
+call that finds the pool taken runs its tasks in its own thread. A forked child has no workers, and starts its own when
+it needs them. Where the system gives no more threads, those there are do the work.
 """
 
 import contextlib
 import ctypes
 import os
-import threading
 import time
-from _thread import LockType, allocate_lock
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from sys import is_finalizing
 from typing import Any
 
 import numpy as np
 
+from fastattn import os_threads
+from fastattn.cpu import processors
 from fastattn.cpu.kernels import Library, library
 from fastattn.cpu.layout import (
     ASLEEP,
@@ -30,6 +32,8 @@ from fastattn.cpu.layout import (
     WORKER_BYTES,
     WORKERS,
 )
+from fastattn.cpu.objects import address_of
+from fastattn.cpu.processors import MOST
 
 SPIN = 25  # nanoseconds that a round of waiting takes, or more
 SPINS = 8000  # rounds of waiting before a worker sleeps
@@ -38,15 +42,7 @@ WORTH_SHARING = 4e6  # operations: below this, sharing the work with a worker th
 WORTH_WAKING = 12e6  # and below this, with one that has to be woken
 WARM = 1_000_000  # nanoseconds after a call in which workers are taken to be awake, or the next call to be near
 LONGEST_PAUSE = 100_000_000  # nanoseconds between calls that come regularly
-MOST = 1024  # threads
-
-
-def available_cpus() -> int:
-    """The number of CPUs that this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on this platform
-        return os.cpu_count() or 1
+TRY_AGAIN = 1_000_000_000  # nanoseconds after which a system that had no more threads is asked again
 
 
 def _checked(name: str, n: object) -> int:
@@ -57,10 +53,10 @@ def _checked(name: str, n: object) -> int:
     return int(n)
 
 
-def _initial() -> int:
+def _from_environment() -> int:
     given = os.environ.get("FASTATTN_NUM_THREADS", "")
     if not given:
-        return min(available_cpus(), MOST)
+        return BY_PROCESSORS
     try:
         number = int(given)
     except ValueError:
@@ -68,8 +64,10 @@ def _initial() -> int:
     return _checked("FASTATTN_NUM_THREADS", number)
 
 
-_threads: int | None = None
+BY_PROCESSORS = 0  # as many threads as the caller may use CPUs
+_threads: int | None = None  # None: the environment has yet to be asked
 _override: ContextVar[int | None] = ContextVar("fastattn.num_threads", default=None)
+_known = processors.known
 
 
 def get_num_threads() -> int:
@@ -78,15 +76,23 @@ def get_num_threads() -> int:
     Returns
     -------
     int
-        What `num_threads` or `set_num_threads` said, else ``FASTATTN_NUM_THREADS``, else the CPUs this process may use.
+        What `num_threads` or `set_num_threads` said, else ``FASTATTN_NUM_THREADS``, else the CPUs that the calling
+        thread may use now: those of its affinity, or fewer where a container has a quota.
     """
+    if not _threads:
+        processors.look()
+    return threads_of_call()
+
+
+def threads_of_call() -> int:
+    """The same by what is known of the calling thread. A call that takes its time looks again, for those to come."""
     global _threads
     override = _override.get()
     if override is not None:
         return override
     if _threads is None:
-        _threads = _initial()
-    return _threads
+        _threads = _from_environment()
+    return _threads or _known.count or processors.look()
 
 
 def set_num_threads(n: int) -> None:
@@ -146,6 +152,8 @@ class Rhythm:
     def begin(self) -> bool:
         """Note that a call begins; whether workers are awake, or the next call is near."""
         now = time.perf_counter_ns()
+        if now > _known.old:
+            processors.look()  # for the calls to come
         pause = now - self.ended
         regular = abs(pause - self.pause) < pause >> 4 and WARM < pause < LONGEST_PAUSE
         self.early = pause >> 5 if regular else 0
@@ -178,45 +186,65 @@ class _Pool:
 
     def __init__(self) -> None:
         self.memory = np.zeros(WORKERS // 8 + MOST * WORKER_BYTES // 8 + 8, np.int64)
-        address = self.memory.ctypes.data
+        address = address_of(self.memory)
         self.address = address + -address % 64
         self.woken = np.zeros(MOST, np.int64)
-        self.beds: list[LockType] = []  # one per worker: it sleeps by waiting for it
-        self.avoided: list[int] = []  # one per worker: the CPU that it keeps off, -1 for none
-        self.growing = threading.RLock()  # a signal handler may call while this very thread grows the pool
-        self.threads: list[threading.Thread] = []
+        self.growing = os_threads.RLock()  # a signal handler may call while this very thread grows the pool
         self.native: Any = None
+        self.staff = 0  # workers: as many as threads were started
+        self.beds: list[os_threads.Lock] = []  # one per worker: it sleeps by waiting for it
+        self.unborn: set[os_threads.Lock] = set()  # the beds of those whose threads have not begun to run
+        self.threads: dict[int, int | None] = {}  # by worker, the system's number of its thread, while that lives
+        self.avoided: list[object] = []  # one per worker: the CPU that it keeps off, and those the caller could run on
+        self.try_again = 0  # when the system may be asked for more threads
 
     def _write(self, offset: int, number: int) -> None:
-        self.memory[(self.address - self.memory.ctypes.data + offset) // 8] = number
+        self.memory[(self.address - address_of(self.memory) + offset) // 8] = number
 
-    def grow(self, workers: int) -> None:
-        """Have at least so many workers, or as many as the system allows."""
-        if len(self.beds) >= workers:
-            return
+    def grow(self, workers: int) -> bool:
+        """Have at least so many workers, or as many as the system allows; False if nothing can be shared any more.
+
+        That is when the interpreter ends: no thread is born then, and one that held a lock may be gone.
+        """
+        if is_finalizing():
+            return self.native is not None
         with self.growing:
             if self.native is None:
-                self.native = library("schedule")
-                self._write(START, self.native.addresses["start"])
-                self._write(WOKEN, self.woken.ctypes.data)
+                native = library("schedule")
+                self._write(START, native.addresses["start"])
+                self._write(WOKEN, address_of(self.woken))
                 self._write(SPINS_AT, SPINS)
-            while len(self.beds) < workers:
-                bed = allocate_lock()
+                self.native = native
+            if self.staff < workers and time.perf_counter_ns() >= self.try_again:
+                self._start(workers)
+        return True
+
+    def _start(self, workers: int) -> None:
+        """Start threads until there are so many workers.
+
+        A worker counts from when its thread was started. After an interruption in between, another thread is started
+        for the same worker, and the later one ends at once.
+        """
+        while self.staff < workers:
+            worker = self.staff
+            if len(self.beds) == worker:
+                bed = os_threads.allocate_lock()
                 bed.acquire()
-                # First the list, which gives the worker its number: no interruption may make two of the same.
-                self.avoided.append(-1)
-                self.beds.append(bed)
-                self._write(STAFF, len(self.beds))
-                try:
-                    thread = threading.Thread(target=_live, args=(self, bed), name="fastattn", daemon=True)
-                    self.threads.append(thread)
-                    thread.start()
-                except RuntimeError:  # too many threads, or the interpreter is about to exit: tasks do not wait for it
-                    return
+                self.avoided.append(None)
+                self.unborn.add(bed)
+                self.beds.append(bed)  # which gives the worker its number
+            try:
+                os_threads.start_new_thread(_live, (self, self.beds[worker]))
+            except (RuntimeError, MemoryError):  # too many threads, or too little memory, or a subinterpreter
+                self.try_again = time.perf_counter_ns() + TRY_AGAIN
+                return
+            self.staff = max(self.staff, worker + 1)
+            self._write(STAFF, self.staff)
 
     def run(self, kernels: Library, call: int, tasks: int, flops: float, workers: int) -> bool:
         """Run the tasks of a call with up to `workers` others; False if another call has the pool."""
-        self.grow(workers)
+        if not self.grow(workers):
+            return False
         task, most = kernels.addresses["task"], tasks_at_a_time(tasks, flops)
         try:
             state = self.native.start(self.address, task, call, tasks, workers, most)
@@ -231,33 +259,32 @@ class _Pool:
             self._wake(state - ASLEEP)
         while state not in (DONE, TAKEN):
             if state == WAITING:
-                _yield()  # to the worker that we wait for, if it waits for this CPU
+                os_threads.give_way()  # to the worker that we wait for, if it waits for this CPU
             state = self.native.take_part(self.address, most)
         return state
 
     def _wake(self, count: int) -> None:
         """Wake those that are on the list."""
-        cpu = _current_cpu()
+        processors.look_if_old()
+        place = _current_cpu(), _known.cpus
         for worker in self.woken[:count].tolist():
-            if self.avoided[worker] != cpu:
-                self._avoid(worker, cpu)
+            if self.avoided[worker] != place:
+                self.avoided[worker] = place
+                self._move(worker, *place)
             _wake(self.beds[worker])
 
-    def _avoid(self, worker: int, cpu: int) -> None:
+    def _move(self, worker: int, cpu: int, allowed: frozenset[int]) -> None:
         """Let a sleeping worker wake up on another CPU than the caller's, where it would wait for the caller to end.
 
-        Schedulers like to wake a thread where its waker runs; on small machines it may stay there for milliseconds.
+        Schedulers like to wake a thread where its waker runs; on small machines it may stay there for milliseconds. It
+        may be any other CPU that the caller could run on: what restricts one caller does not restrict workers for good.
         """
-        self.avoided[worker] = cpu
-        thread = self.threads[worker].native_id if worker < len(self.threads) else None
-        if cpu < 0 or thread is None:
+        thread = self.threads.get(worker)
+        # As the interpreter ends, threads do, unseen; what had the number of one may be anything.
+        if cpu < 0 or thread is None or len(allowed) < 2 or is_finalizing():
             return
-        try:
-            allowed = os.sched_getaffinity(0)
-            if len(allowed) > 1:
-                os.sched_setaffinity(thread, allowed - {cpu})
-        except OSError:  # a sandbox may forbid it
-            pass
+        with contextlib.suppress(OSError):  # a sandbox may forbid it
+            os.sched_setaffinity(thread, allowed - {cpu})
 
     def cancel(self, call: int) -> None:
         """After Ctrl-C, withdraw the tasks of a call, since what they write to is about to be given up."""
@@ -272,23 +299,31 @@ class _Pool:
                 continue
 
 
-def _wake(bed: LockType) -> None:
+def _wake(bed: os_threads.Lock) -> None:
     with contextlib.suppress(RuntimeError):  # not locked: it has been woken, and has yet to notice
         bed.release()
 
 
-def _live(pool: _Pool, bed: LockType) -> None:
+def _live(pool: _Pool, bed: os_threads.Lock) -> None:
     """A worker's life. Its frame keeps shared memory and compiled code alive, also while the interpreter exits."""
+    try:
+        pool.unborn.remove(bed)
+    except KeyError:  # another thread lives it
+        return
     work, worker = pool.native.work, pool.beds.index(bed)
+    pool.threads[worker] = os_threads.get_native_id()
     spins = SPINS
-    while True:
-        work(pool.address, worker, spins)
-        spins = SPINS
-        seconds = rhythm.seconds_of_sleep()
-        if seconds == 0 or worker >= rhythm.workers:
-            bed.acquire()
-        elif not bed.acquire(timeout=seconds):
-            spins += 2 * rhythm.early // SPIN
+    try:
+        while True:
+            work(pool.address, worker, spins)
+            spins = SPINS
+            seconds = rhythm.seconds_of_sleep()
+            if seconds == 0 or worker >= rhythm.workers:
+                bed.acquire()
+            elif not bed.acquire(timeout=seconds):
+                spins += 2 * rhythm.early // SPIN
+    finally:
+        pool.threads.pop(worker)  # the system may give its number to others
 
 
 def _find_current_cpu() -> Callable[[], int]:
@@ -301,7 +336,6 @@ def _find_current_cpu() -> Callable[[], int]:
 
 
 _current_cpu = _find_current_cpu()
-_yield: Callable[[], object] = getattr(os, "sched_yield", lambda: time.sleep(0))
 _pool = _Pool()
 rhythm = Rhythm()
 
@@ -331,11 +365,14 @@ def share(
     flops: float,
     workers: int,
     most: int,
-) -> None:
-    """The same for a call that `shared`, a builtin, opens: given `objects`, it writes the record at `call`."""
+) -> bool:
+    """The same for a call that `shared`, a builtin, opens: given `objects`, it writes the record at `call`.
+
+    False if nothing can be shared any more, and nothing has been done.
+    """
     pool = _pool
-    if len(pool.beds) < workers:
-        pool.grow(workers)
+    if pool.staff < workers and not pool.grow(workers):
+        return False
     try:
         state = shared(pool.memory, *objects)
         if state != DONE:
@@ -345,6 +382,7 @@ def share(
         raise
     if state == TAKEN:
         _run_alone(kernels, call, tasks, flops)
+    return True
 
 
 def _run_alone(kernels: Library, call: int, tasks: int, flops: float) -> None:

@@ -13,6 +13,7 @@ from fastattn.cpu import pool
 from fastattn.cpu.attention import run
 from fastattn.cpu.kernels import kernel_name, library
 from fastattn.cpu.layout import PLAN, SUMMARY
+from fastattn.cpu.objects import address_of
 from fastattn.cpu.plan import Plan, aligned, group_size, make_plan
 from fastattn.isa import host
 from fastattn.problem import Operands, Problem
@@ -72,12 +73,12 @@ def _record(top_k: int = 0, **arrays: Array) -> Array:
     record = np.zeros(1, SUMMARY)
     record["top_k"] = top_k
     for name, array in arrays.items():
-        record[name] = array.ctypes.data
+        record[name] = address_of(array)
     return record
 
 
 def _run(kind: str, plan: Plan, operands: Operands, threads: int, record: Array, weights: Array | None = None) -> None:
-    kernels = library(kernel_name(kind, plan.problem.dtype.name, plan.tile))
+    kernels = library(kernel_name(kind, plan.problem.dtype, plan.tile))
     threads = pool.concurrency(plan.tasks, plan.flops, threads)
     run(plan, threads, kernels, 0, operands.query, operands.key, mask=operands.mask, out=record, weights=weights)
 
@@ -110,7 +111,7 @@ def _by_keys(plan: Plan, operands: Operands, threads: int) -> Plan:
     return replace(
         plan,
         record=record,
-        address=record.ctypes.data,
+        address=address_of(record),
         tasks=tasks,
         scratch_bytes=aligned(group * state + block),
     )

@@ -15,7 +15,6 @@ import importlib.metadata
 import os
 import platform
 import re
-import threading
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -27,9 +26,10 @@ from numba import cuda
 
 from fastattn.cpu.kernels import cache_folder
 from fastattn.cuda.available import SIMULATED
+from fastattn.os_threads import RLock
 
 Factory = Callable[[Any], Any]
-_lock = threading.RLock()
+_lock = RLock()
 
 
 @functools.cache

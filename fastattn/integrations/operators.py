@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 import fastattn
+from fastattn.cpu.pool import threads_of_call
 from fastattn.problem import Array, as_operands, describe, is_hollow
 
 __all__ = [
@@ -173,7 +174,7 @@ def _tensor(gradient: Array) -> Tensor:
 def _call(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """Call with no more threads than PyTorch may use; in a worker of a DataLoader that is one."""
     threads = torch.get_num_threads()
-    if threads >= fastattn.get_num_threads():
+    if threads >= threads_of_call():
         return function(*args, **options)
     with fastattn.num_threads(threads):
         return function(*args, **options)
