@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from fastattn import reference
 from fastattn.cpu import attention as cpu
-from fastattn.cpu.builtin import signatures
+from fastattn.cpu.builtin import in_default_mode, signatures
 from fastattn.cpu.pool import get_num_threads
 from fastattn.cuda.detect import any_on_device
 from fastattn.problem import Problem, as_operands, check_backend, check_flag, check_out, describe, seed_from
@@ -167,6 +167,40 @@ def attention(
             rng=rng,
             out=out,
         )
+    return _on_cpu(
+        plain,
+        query,
+        key,
+        value,
+        attn_mask,
+        dropout_p,
+        is_causal,
+        scale,
+        enable_gqa,
+        return_lse,
+        return_weights,
+        rng,
+        out,
+    )
+
+
+@in_default_mode
+def _on_cpu(
+    plain: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any,
+    dropout_p: float,
+    is_causal: bool | str,
+    scale: float | None,
+    enable_gqa: bool,
+    return_lse: bool,
+    return_weights: bool,
+    rng: int | np.random.Generator | None,
+    out: NDArray[Any] | None,
+) -> Any:
+    """Plan a call and run it; one like it, with the same `plain`, finds the plan."""
     arrays = as_operands(query, key, value, attn_mask)
     problem, operands = describe(*arrays, dropout_p, is_causal, scale, enable_gqa)
     return_lse = check_flag("return_lse", return_lse)
