@@ -153,4 +153,4 @@ def in_default_mode(function: F) -> F:
 def _calling(function: Callable[..., Any]) -> Callable[..., Any]:
     if not objects_are_as_expected():
         return function
-    return bind(library("mode"), "in_default_mode", METH_VARARGS | METH_KEYWORDS, function=id(function))
+    return bind(library("signature"), "in_default_mode", METH_VARARGS | METH_KEYWORDS, function=id(function))

@@ -37,14 +37,12 @@ IN_PLACE = ("weights", "chosen", "additive_weights")  # take blocks of queries o
 
 
 def build(name: str, row: Isa, entries: dict[str, int]) -> bytes:
-    """Object code of the library `name`: "schedule", "signature", "mode", or kind-dtype-ROWSxVECTORS."""
+    """Object code of the library `name`: "schedule", "signature", or kind-dtype-ROWSxVECTORS."""
     kind, *parameters = name.split("-")
     if kind == "schedule":
         functions = {entry: getattr(claim, entry) for entry in entries}
     elif kind == "signature":
-        functions = {"signature": signature}
-    elif kind == "mode":
-        functions = {"in_default_mode": in_default_mode}
+        functions = {"signature": signature, "in_default_mode": in_default_mode}
     else:
         dtype, size = parameters
         rows, vectors = map(int, size.split("x"))

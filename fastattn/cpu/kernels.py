@@ -48,8 +48,7 @@ ENTRIES: dict[str, dict[str, int]] = {
     **{kind: {"task": 3, "alone": 3} for kind in BACKWARD},
     **{kind: {"task": 3, "alone": 3, "quick": 3, "shared": 3} for kind in ATTENTION},
     "peak": {"run": 5},
-    "signature": {"signature": 3},
-    "mode": {"in_default_mode": 3},
+    "signature": {"signature": 3, "in_default_mode": 3},
     "schedule": {"start": 6, "take_part": 2, "cancel": 2, "work": 3},
 }
 

@@ -21,7 +21,7 @@ def warmup(progress=None) -> None:
     """
     row = host()
     sizes = ((row.rows, row.vectors), (row.tall_rows, 1))
-    names = ["schedule", "signature", "mode"]
+    names = ["schedule", "signature"]
     for dtype in ("float32", "float64"):
         names += [f"{kind}-{dtype}-{rows}x{vectors}" for kind in ATTENTION for rows, vectors in sizes]
         names += [f"{kind}-{dtype}-{row.rows}x{row.vectors}" for kind in BACKWARD]
