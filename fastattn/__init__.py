@@ -3,8 +3,8 @@
 from fastattn.additive import additive_attention
 from fastattn.api import attention
 from fastattn.backward import additive_attention_backward, attention_backward
-from fastattn.cpu.kernels import warmup
 from fastattn.cpu.pool import get_num_threads, num_threads, set_num_threads
+from fastattn.cpu.warmup import warmup
 from fastattn.layers import BahdanauAttention, LuongAttention, MultiHeadAttention, rotary, sinusoidal_positions
 from fastattn.summary import AttentionSummary, attention_summary, attention_weights
 

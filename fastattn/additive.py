@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from fastattn import reference
 from fastattn.api import BACKENDS, delivered, target_for
 from fastattn.cpu import attention as cpu
-from fastattn.cpu.builtin import signatures
+from fastattn.cpu.builtin import in_default_mode, signatures
 from fastattn.cpu.pool import get_num_threads, threads_of_call
 from fastattn.problem import as_additive_operands, check_backend, check_flag, check_out, describe_additive
 
@@ -124,6 +124,23 @@ def additive_attention(
             return_weights=return_weights,
             out=out,
         )
+    return _on_cpu(plain, query, key, value, weight, attn_mask, is_causal, return_lse, return_weights, out)
+
+
+@in_default_mode
+def _on_cpu(
+    plain: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    weight: Any,
+    attn_mask: Any,
+    is_causal: bool | str,
+    return_lse: bool,
+    return_weights: bool,
+    out: NDArray[Any] | None,
+) -> Any:
+    """Plan a call and run it; one like it, with the same `plain`, finds the plan."""
     query_, key_, value_, weight_, mask_ = as_additive_operands(query, key, value, weight, attn_mask)
     problem, operands = describe_additive(query_, key_, value_, weight_, mask_, is_causal)
     weight_ = np.ascontiguousarray(weight_)

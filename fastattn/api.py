@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from fastattn import reference
 from fastattn.cpu import attention as cpu
-from fastattn.cpu.builtin import signatures
+from fastattn.cpu.builtin import in_default_mode, signatures
 from fastattn.cpu.objects import address_of
 from fastattn.cpu.pool import get_num_threads, threads_of_call
 from fastattn.cuda.detect import any_on_device
@@ -137,38 +137,33 @@ def attention(
                 return cpu.attention(prepared, given, 0, None, return_lse, False)
 
     backend = backend_of_attention(backend, query, key, value, attn_mask, out)
+    call = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if backend == "cuda":
         from fastattn.cuda import attention as cuda  # imports numba-cuda, which nothing else needs
 
-        return cuda.attention(
-            query,
-            key,
-            value,
-            attn_mask,
-            dropout_p,
-            is_causal,
-            scale,
-            enable_gqa,
-            return_lse,
-            return_weights,
-            rng,
-            out,
-        )
+        return cuda.attention(*call, return_lse, return_weights, rng, out)
     if backend == "reference":
-        return reference.attention(
-            query,
-            key,
-            value,
-            attn_mask,
-            dropout_p,
-            is_causal,
-            scale,
-            enable_gqa,
-            return_lse=return_lse,
-            return_weights=return_weights,
-            rng=rng,
-            out=out,
-        )
+        return reference.attention(*call, return_lse=return_lse, return_weights=return_weights, rng=rng, out=out)
+    return _on_cpu(plain, *call, return_lse, return_weights, rng, out)
+
+
+@in_default_mode
+def _on_cpu(
+    plain: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any,
+    dropout_p: float,
+    is_causal: bool | str,
+    scale: float | None,
+    enable_gqa: bool,
+    return_lse: bool,
+    return_weights: bool,
+    rng: int | np.random.Generator | None,
+    out: NDArray[Any] | None,
+) -> Any:
+    """Plan a call and run it; one like it, with the same `plain`, finds the plan."""
     arrays = as_operands(query, key, value, attn_mask)
     problem, operands = describe(*arrays, dropout_p, is_causal, scale, enable_gqa)
     return_lse = check_flag("return_lse", return_lse)

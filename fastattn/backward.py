@@ -11,6 +11,7 @@ from fastattn import reference
 from fastattn.api import BACKENDS, backend_of_attention
 from fastattn.cpu import additive_gradients
 from fastattn.cpu import gradients as cpu
+from fastattn.cpu.builtin import in_default_mode
 from fastattn.cpu.pool import get_num_threads
 from fastattn.gradients import as_given, describe_upstream, own_dtype, seed_of_forward, wants_mask
 from fastattn.problem import as_additive_operands, as_operands, check_backend, describe, describe_additive
@@ -100,42 +101,33 @@ def attention_backward(
     [(1, 8, 16, 64), (1, 8, 16, 64), (1, 8, 16, 64)]
     """
     backend = backend_of_attention(backend, grad_out, query, key, value, out, lse, attn_mask, grad_lse)
+    call = (grad_out, query, key, value, out, lse, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if backend == "cuda":
         from fastattn.cuda import backward as cuda  # imports numba-cuda, which nothing else needs
 
-        return cuda.attention_backward(
-            grad_out,
-            query,
-            key,
-            value,
-            out,
-            lse,
-            attn_mask,
-            dropout_p,
-            is_causal,
-            scale,
-            enable_gqa,
-            rng,
-            grad_lse,
-            grad_mask,
-        )
+        return cuda.attention_backward(*call, rng, grad_lse, grad_mask)
     if backend == "reference":
-        return reference.attention_backward(
-            grad_out,
-            query,
-            key,
-            value,
-            out,
-            lse,
-            attn_mask,
-            dropout_p,
-            is_causal,
-            scale,
-            enable_gqa,
-            rng=rng,
-            grad_lse=grad_lse,
-            grad_mask=grad_mask,
-        )
+        return reference.attention_backward(*call, rng=rng, grad_lse=grad_lse, grad_mask=grad_mask)
+    return _on_cpu(*call, rng, grad_lse, grad_mask)
+
+
+@in_default_mode
+def _on_cpu(
+    grad_out: ArrayLike,
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    out: ArrayLike,
+    lse: ArrayLike,
+    attn_mask: ArrayLike | None,
+    dropout_p: float,
+    is_causal: bool | str,
+    scale: float | None,
+    enable_gqa: bool,
+    rng: int | np.random.Generator | None,
+    grad_lse: ArrayLike | None,
+    grad_mask: bool,
+) -> tuple[NDArray[Any], ...]:
     arrays = as_operands(query, key, value, attn_mask)
     problem, operands = describe(*arrays, dropout_p, is_causal, scale, enable_gqa)
     upstream = describe_upstream(problem, grad_out, out, lse, grad_lse)
@@ -220,6 +212,21 @@ def additive_attention_backward(
         return reference.additive_attention_backward(
             grad_out, query, key, value, weight, out, lse, attn_mask, is_causal
         )
+    return _additive_on_cpu(grad_out, query, key, value, weight, out, lse, attn_mask, is_causal)
+
+
+@in_default_mode
+def _additive_on_cpu(
+    grad_out: ArrayLike,
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    weight: ArrayLike,
+    out: ArrayLike,
+    lse: ArrayLike,
+    attn_mask: ArrayLike | None,
+    is_causal: bool | str,
+) -> tuple[NDArray[Any], ...]:
     arrays = as_additive_operands(query, key, value, weight, attn_mask)
     problem, operands = describe_additive(*arrays, is_causal)
     upstream = describe_upstream(problem, grad_out, out, lse)

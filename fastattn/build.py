@@ -19,6 +19,7 @@ from numba.core.registry import cpu_target
 
 from fastattn.isa import Isa
 from fastattn.machine import target_machine
+from fastattn.simd.mode import with_default_mode
 
 
 class _Library(JITCodeLibrary):
@@ -109,7 +110,8 @@ def emit(functions: dict[str, tuple[Any, int]], row: Isa) -> bytes:
     ----------
     functions : dict of str to (function, int)
         What each exported symbol runs: a function under `fastattn.simd.jit`, and the number of its arguments, which are
-        64-bit integers. Those that return nothing return 0.
+        64-bit integers. Those that return nothing return 0. It runs in the default floating-point mode, whatever its
+        caller's is.
     row : Isa
         The row of the ISA table to generate code for.
     """
@@ -132,15 +134,20 @@ def emit(functions: dict[str, tuple[Any, int]], row: Isa) -> bytes:
 
 
 def _entry(descriptor: Any, target: Any, symbol: str) -> str:
-    """LLVM IR of an exported function: it calls Numba's, whose convention adds a result pointer and a status."""
+    """LLVM IR of an exported function: it calls Numba's, whose convention adds a result pointer and a status.
+
+    Here, and nowhere else, compiled code begins and ends: so this is where the floating-point mode changes.
+    """
     module = ir.Module(symbol)
+    module.triple = llvm.get_process_triple()
     fnty = target.call_conv.get_function_type(descriptor.restype, descriptor.argtypes)
     callee = ir.Function(module, fnty, descriptor.llvm_func_name)
     word = ir.IntType(64)
     entry = ir.Function(module, ir.FunctionType(word, list(fnty.args)[2:]), symbol)
     builder = ir.IRBuilder(entry.append_basic_block())
     result, status = builder.alloca(fnty.args[0].pointee), ir.Constant(fnty.args[1], None)  # no kernel raises
-    builder.call(callee, [result, status, *entry.args])
+    arguments = [result, status, *entry.args]
+    with_default_mode(builder, lambda: builder.call(callee, arguments, attrs=("noinline",)))
     builder.ret(builder.load(result) if descriptor.restype in types.integer_domain else ir.Constant(word, 0))
     return str(module)
 

@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from fastattn import reference
 from fastattn.api import BACKENDS
 from fastattn.cpu import statistics
+from fastattn.cpu.builtin import in_default_mode
 from fastattn.cpu.pool import get_num_threads
 from fastattn.problem import Operands, Problem, check_backend
 from fastattn.reference import AttentionSummary
@@ -104,6 +105,21 @@ def attention_weights(
         return reference.attention_weights(
             query, key, attn_mask, is_causal, scale, enable_gqa, rows=rows, columns=columns, lse=lse
         )
+    return _weights_on_cpu(query, key, attn_mask, is_causal, scale, enable_gqa, rows, columns, lse)
+
+
+@in_default_mode
+def _weights_on_cpu(
+    query: ArrayLike,
+    key: ArrayLike,
+    attn_mask: ArrayLike | None,
+    is_causal: bool | str,
+    scale: float | None,
+    enable_gqa: bool,
+    rows: Choice,
+    columns: Choice,
+    lse: ArrayLike | None,
+) -> Array:
     problem, operands = describe_scores(query, key, attn_mask, is_causal, scale, enable_gqa)
     if exceeds_float32(problem):
         wide = (*_in_float64(query, key, attn_mask), is_causal, scale, enable_gqa)
@@ -230,6 +246,19 @@ def attention_summary(
     check_backend(backend, BACKENDS)
     if backend == "reference":
         return reference.attention_summary(query, key, attn_mask, is_causal, scale, enable_gqa, top_k=top_k)
+    return _summary_on_cpu(query, key, attn_mask, is_causal, scale, enable_gqa, top_k)
+
+
+@in_default_mode
+def _summary_on_cpu(
+    query: ArrayLike,
+    key: ArrayLike,
+    attn_mask: ArrayLike | None,
+    is_causal: bool | str,
+    scale: float | None,
+    enable_gqa: bool,
+    top_k: int,
+) -> AttentionSummary:
     problem, operands = describe_scores(query, key, attn_mask, is_causal, scale, enable_gqa)
     if exceeds_float32(problem):
         wide = (*_in_float64(query, key, attn_mask), is_causal, scale, enable_gqa)

@@ -417,6 +417,27 @@ MUTATIONS = (
         ("test_additive_backward.py", "test_gradients_by_hand"),
     ),
     Mutation(
+        "compiled code runs in its caller's floating-point mode",
+        "simd/mode.py",
+        "builder.store(ir.Constant(_I32, MXCSR_DEFAULT), default)",
+        "builder.store(builder.load(before), default)",
+        ("test_floating_mode.py", "test_the_same_bits_in_any_mode and attention and float32 or born"),
+    ),
+    Mutation(
+        "the caller's floating-point mode is not given back",
+        "simd/mode.py",
+        "    result = emit()\n    builder.call(load, [builder.bitcast(before, _BYTES)])",
+        "    result = emit()",
+        ("test_floating_mode.py", "test_a_mode_outlives_an_exception"),
+    ),
+    Mutation(
+        "what is computed around kernels is computed in the caller's floating-point mode",
+        "cpu/builtin.py",
+        "if not objects_are_as_expected():\n        return function",
+        "if objects_are_as_expected():\n        return function",
+        ("test_floating_mode.py", "test_the_same_bits_in_any_mode and mixed_dtypes and float32"),
+    ),
+    Mutation(
         "CUDA: the causal limit is off by one",
         "cuda/tiles.py",
         "key <= query + sizes[CAUSAL_OFFSET]",

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import floating_modes
 import numpy as np
 import pytest
 import tolerances
@@ -959,6 +960,11 @@ def test_the_same_bits_at_any_thread_count(
             with fastattn.num_threads(threads):
                 for _ in range(3):
                     assert_same(cpu_attention(*args, **options), alone)
+
+
+@floating_modes.needs_modes
+def test_the_same_bits_in_any_floating_point_mode() -> None:
+    assert floating_modes.check(np.float32, names=["attention", "masked", "backward"]) == 3 * len(floating_modes.MODES)
 
 
 @dtypes

@@ -8,8 +8,8 @@ interface describes (PyMethodDef).
 
 import ctypes
 from collections.abc import Callable, Hashable
-from functools import cache
-from typing import Any
+from functools import cache, wraps
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,8 @@ from fastattn.cpu.layout import LINK
 from fastattn.cpu.objects import objects_are_as_expected
 
 Array = NDArray[Any]
-METH_FASTCALL = 0x80
+F = TypeVar("F", bound=Callable[..., Any])
+METH_VARARGS, METH_KEYWORDS, METH_FASTCALL = 0x1, 0x2, 0x80
 
 
 class _Definition(ctypes.Structure):
@@ -54,17 +55,18 @@ def _interface() -> dict[str, int]:
         "to_int": address(python.PyLong_FromLongLong),
         "from_int": address(python.PyLong_AsUnsignedLongLongMask),
         "to_bytes": address(python.PyBytes_FromStringAndSize),
+        "call": address(python.PyObject_Call),
     }
 
 
-def bind(kernels: Library, name: str, **numbers: int) -> Callable[..., Any]:
+def bind(kernels: Library, name: str, flags: int = METH_FASTCALL, **numbers: int) -> Callable[..., Any]:
     """A compiled function as a builtin that is bound to a record of `LINK` with these numbers."""
     link = np.zeros(1, LINK)
     for field, number in {**_interface(), **numbers}.items():
         link[field] = number
     address = kernels.addresses[name]
     if address not in _definitions:
-        _definitions[address] = _Definition(name.encode(), address, METH_FASTCALL, None), kernels
+        _definitions[address] = _Definition(name.encode(), address, flags, None), kernels
     make = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.py_object, ctypes.c_void_p)
     function: Callable[..., Any] = make(("PyCFunction_NewEx", ctypes.pythonapi))(
         ctypes.addressof(_definitions[address][0]), link, None
@@ -97,3 +99,24 @@ class Signatures:
 
 
 signatures = Signatures()
+
+
+def in_default_mode(function: F) -> F:
+    """Make a function run in the default floating-point mode and give its caller's back, however it ends.
+
+    Kernels do so by themselves. This is for what Python and NumPy compute around them, and results depend on: a scale,
+    the conversion of an argument, the sum of a gradient.
+    """
+
+    @wraps(function)
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        return _calling(function)(*arguments, **keywords)
+
+    return cast("F", call)
+
+
+@cache
+def _calling(function: Callable[..., Any]) -> Callable[..., Any]:
+    if not objects_are_as_expected():
+        return function
+    return bind(library("signature"), "in_default_mode", METH_VARARGS | METH_KEYWORDS, function=id(function))

@@ -4,7 +4,7 @@ import numpy as np
 
 from fastattn import build as compiler
 from fastattn.cpu import additive_backward, backward, claim, mask_gradient
-from fastattn.cpu.entry import quick_function, shared, signature
+from fastattn.cpu.entry import in_default_mode, quick_function, shared, signature
 from fastattn.cpu.forward import forward_group
 from fastattn.cpu.kernels import BACKWARD
 from fastattn.cpu.received import receive_group
@@ -42,7 +42,7 @@ def build(name: str, row: Isa, entries: dict[str, int]) -> bytes:
     if kind == "schedule":
         functions = {entry: getattr(claim, entry) for entry in entries}
     elif kind == "signature":
-        functions = {"signature": signature}
+        functions = {"signature": signature, "in_default_mode": in_default_mode}
     else:
         dtype, size = parameters
         rows, vectors = map(int, size.split("x"))

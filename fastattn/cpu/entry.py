@@ -1,7 +1,8 @@
 """The compiled functions that Python calls as builtins: given objects, of which they read what they need themselves.
 
 Each is what CPython calls METH_FASTCALL: it is given the object that it is bound to (a record of `LINK`, as an array),
-the address of the arguments' own addresses, and their number. `fastattn.cpu.builtin` makes builtins of them.
+the address of the arguments' own addresses, and their number; or METH_VARARGS | METH_KEYWORDS: that object, a tuple and
+a dictionary. `fastattn.cpu.builtin` makes builtins of them.
 """
 
 from fastattn.cpu.atomics import call_compiled
@@ -93,6 +94,13 @@ def shared(self, objects, count):
     state = call_compiled(load_i64(pool + START), (pool, link.task, at, tasks, link.workers, link.most))
     call_compiled(link.restore_thread, (thread,))
     return call_compiled(link.to_int, (state,))
+
+
+@jit
+def in_default_mode(self, arguments, keywords):
+    """Call a function of Python's: in the default floating-point mode, since that is what compiled code runs in."""
+    link = link_view(load_i64(self + OBJECT_HEADER))
+    return call_compiled(link.call, (link.function, arguments, keywords))
 
 
 @jit

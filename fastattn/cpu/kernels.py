@@ -52,7 +52,7 @@ ENTRIES: dict[str, dict[str, int]] = {
     **{kind: {"task": 3, "alone": 3} for kind in BACKWARD},
     **{kind: {"task": 3, "alone": 3, "quick": 3, "shared": 3} for kind in ATTENTION},
     "peak": {"run": 5},
-    "signature": {"signature": 3},
+    "signature": {"signature": 3, "in_default_mode": 3},
     "schedule": {"start": 6, "take_part": 2, "cancel": 2, "work": 3},
 }
 
@@ -188,30 +188,3 @@ def kernel_name(kind: str, dtype: np.dtype[Any], tile) -> str:
     """The name of a kernel for a dtype and a register tile."""
     name = dtype.type.__name__  # for `dtype.name` NumPy imports a module each time
     return f"{kind}-{name}-{tile.rows}x{tile.vectors}"
-
-
-def warmup(progress=None) -> None:
-    """Compile every kernel for this machine, or load it from the cache, so that no later call waits.
-
-    Parameters
-    ----------
-    progress : callable, optional
-        Called as ``progress(done, total, label)`` before each kernel, and once at the end.
-
-    Examples
-    --------
-    >>> import fastattn
-    >>> fastattn.warmup()  # doctest: +SKIP
-    """
-    row = host()
-    sizes = ((row.rows, row.vectors), (row.tall_rows, 1))
-    names = ["schedule", "signature"]
-    for dtype in ("float32", "float64"):
-        names += [f"{kind}-{dtype}-{rows}x{vectors}" for kind in ATTENTION for rows, vectors in sizes]
-        names += [f"{kind}-{dtype}-{row.rows}x{row.vectors}" for kind in BACKWARD]
-    for done, name in enumerate(names):
-        if progress is not None:
-            progress(done, len(names), name)
-        library(name, row)
-    if progress is not None:
-        progress(len(names), len(names), "")

@@ -83,6 +83,8 @@ LINK = np.dtype(
         ("to_int", i8),
         ("from_int", i8),
         ("to_bytes", i8),
+        ("call", i8),
+        ("function", i8),  # of Python's, to be called
         ("plan", i8),
         ("scratch_bytes", i8),  # of one thread
         ("task", i8),

@@ -20,7 +20,7 @@ from fastattn.problem import Operands, Problem
 
 Array = NDArray[Any]
 
-LN_2 = math.log(2.0)
+LN_2 = 0.6931471805599453
 MORE_STATE = 2  # rows of a query block's state besides those that the forward pass has too
 QUERY_ROWS = 2  # rows besides the queries of the one query block that a task on keys works on
 
