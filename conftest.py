@@ -20,7 +20,7 @@ collect_ignore = [
     for module, libraries in NEEDS.items()
     if any(find_spec(library) is None for library in libraries)
 ]
-collect_ignore_glob = [] if find_spec("numba_cuda") else ["fastattn/cuda/*"]
+collect_ignore_glob = ["fastattn/__pyinstaller/hook-*"] + ([] if find_spec("numba_cuda") else ["fastattn/cuda/*"])
 
 
 def has_gpu() -> bool:

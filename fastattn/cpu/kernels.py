@@ -1,14 +1,13 @@
 """Compiled kernels, on demand: found in memory, in the cache on disk, or built.
 
 A kernel's file is named by a hash of everything its code depends on: the kernel's name and parameters, the row of the
-ISA table, the versions of Python, Numba and llvmlite, and the source of every module that takes part. So a stale file
+ISA table, the versions of Python, Numba and llvmlite, and the content of every module that takes part. So a stale file
 is never looked at. Files appear by an atomic rename, and begin with a checksum of the rest; where no folder can be
 written, kernels are built anew in every process.
 """
 
 import ctypes
 import hashlib
-import importlib.metadata
 import os
 import platform
 import sys
@@ -16,11 +15,11 @@ import tempfile
 import threading
 from collections.abc import Callable
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastattn import machine
+from fastattn.cpu.digest import of_modules, version
 from fastattn.isa import Isa, host
 
 
@@ -85,16 +84,10 @@ def cache_folder() -> Path | None:
 
 @cache
 def _source_digest() -> bytes:
-    digest = hashlib.sha256()
-    root = files("fastattn")
-    sources = [root / "build.py", root / "machine.py", *(root / "simd").iterdir(), *(root / "cpu").iterdir()]
-    for item in sorted(sources, key=str):
-        if item.name.endswith(".py"):
-            digest.update(item.name.encode() + b"\0" + item.read_bytes())
-    versions = [importlib.metadata.version(name) for name in ("numba", "llvmlite")]
+    modules = of_modules("fastattn.build", "fastattn.machine", "fastattn.simd", "fastattn.cpu")
+    versions = [version(name) for name in ("numba", "llvmlite")]
     identity = (versions, platform.python_version(), platform.machine(), sys.platform, object.__basicsize__)
-    digest.update(repr(identity).encode())
-    return digest.digest()
+    return hashlib.sha256(modules + repr(identity).encode()).digest()
 
 
 def _path(name: str, row: Isa) -> Path | None:

@@ -1,7 +1,7 @@
 """Kernels, compiled on demand, and what is compiled kept on disk.
 
 A kernel comes from a function of a specification, a named tuple, which returns the kernel's Python function. What Numba
-compiles of it is kept in a folder whose name is a hash of the source of every module that takes part and of the
+compiles of it is kept in a folder whose name is a hash of the content of every module that takes part and of the
 versions of Python, NumPy, Numba and numba-cuda, under a name that tells the specification: so nothing stale is ever
 looked at. Numba's own cache would look at the one file that a kernel stands in.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import importlib.metadata
 import os
 import platform
 import re
@@ -19,12 +18,12 @@ import threading
 import types
 import warnings
 from collections.abc import Callable, Iterator
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from numba import cuda
 
+from fastattn.cpu.digest import of_modules, version
 from fastattn.cpu.kernels import cache_folder
 from fastattn.cuda.available import SIMULATED
 
@@ -34,14 +33,10 @@ _lock = threading.RLock()
 
 @functools.cache
 def source_digest() -> str:
-    """A hash of all sources of this package, and of the versions of what compiles them."""
-    digest = hashlib.sha256()
-    for item in sorted(files("fastattn.cuda").iterdir(), key=str):
-        if item.name.endswith(".py"):
-            digest.update(item.name.encode() + b"\0" + item.read_bytes())
-    identity = [importlib.metadata.version(name) for name in ("numba", "numba-cuda", "numpy")]
-    digest.update(repr((identity, platform.python_version(), platform.machine())).encode())
-    return digest.hexdigest()[:32]
+    """A hash of all modules of this package, and of the versions of what compiles them."""
+    versions = [version(name) for name in ("numba", "numba-cuda", "numpy")]
+    identity = repr((versions, platform.python_version(), platform.machine()))
+    return hashlib.sha256(of_modules("fastattn.cuda") + identity.encode()).hexdigest()[:32]
 
 
 def folder() -> Path | None:

@@ -52,6 +52,16 @@ def test_a_changed_source_is_compiled_anew(tmp_path: Path) -> None:
     assert outcome() == FOUND
 
 
+def test_a_tree_of_pyc_files_has_a_folder_of_its_own(tmp_path: Path) -> None:
+    def outcome(root: Path) -> str:
+        changes = {"FASTATTN_CACHE_DIR": str(tmp_path / "cache"), "NUMBA_ENABLE_CUDASIM": "0"}
+        return processes.run(COMPILE, root, **changes).strip()
+
+    package = processes.PACKAGE
+    one, other = (processes.compiled(package, tmp_path / name) for name in ("one", "other"))
+    assert [outcome(root) for root in (one, other, package.parent)] == [COMPILED, FOUND, COMPILED]
+
+
 def test_no_launch_warns_of_a_small_grid() -> None:
     code = """
 import warnings
