@@ -6,6 +6,7 @@ import ast
 import importlib.metadata
 import os
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -326,11 +327,39 @@ def test_a_relative_folder_stays_where_it_was(filled: Path) -> None:
 # -- nowhere to write --------------------------------------------------------------------------------------------------
 
 
-def test_without_a_folder_it_works_uncached(tmp_path: Path) -> None:
+def test_without_a_named_folder_it_works_uncached_and_says_so_once(tmp_path: Path) -> None:
+    """Two kernels are compiled, and there is one warning."""
     file = tmp_path / "file"
     file.write_text("")
-    assert processes.run(CALL, FASTATTN_CACHE_DIR=str(file / "below")) == "right\n"
+    process = processes.start(CALL, FASTATTN_CACHE_DIR=str(file / "below"))
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, out) == (0, "right\n")
+    assert err.count("Warning") == 1
+    assert f"RuntimeWarning: FASTATTN_CACHE_DIR='{file / 'below'}' cannot be written" in err
     assert file.read_text() == ""
+
+
+def test_without_a_folder_that_nobody_named_nothing_is_said(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    places = dict.fromkeys(("HOME", "XDG_CACHE_HOME", "LOCALAPPDATA"), str(file / "below"))
+    assert processes.run(CALL, FASTATTN_CACHE_DIR=None, **places) == "right\n"
+
+
+def test_a_named_folder_that_is_full_is_warned_of_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where some kernels are in it; where all are, nothing is written and nothing is said."""
+
+    def full(*args: object, **options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(kernels, "_warned", threading.Lock())
+    monkeypatch.setattr(kernels.tempfile, "NamedTemporaryFile", full)
+    monkeypatch.setattr(kernels.os, "environ", {})
+    kernels._code("schedule", isa.host())
+    monkeypatch.setattr(kernels.os, "environ", {"FASTATTN_CACHE_DIR": str(folder)})
+    with pytest.warns(RuntimeWarning, match="FASTATTN_CACHE_DIR=.* cannot be written"):
+        kernels._code("schedule", isa.host())
+    kernels._code("schedule", isa.host())  # a second warning would be an error here
 
 
 @pytest.mark.parametrize("place", ["/proc/fastattn", "/dev/null", "x" * 5000])

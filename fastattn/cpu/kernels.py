@@ -13,6 +13,7 @@ import platform
 import sys
 import tempfile
 import threading
+import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -63,23 +64,44 @@ def cache_folder() -> Path | None:
 
     None where that folder can neither be written nor has kernels in it: one filled beforehand may be read-only.
     """
-    named = os.environ.get("FASTATTN_CACHE_DIR")
     try:
-        if named:
-            folder = Path(named)
-        elif sys.platform == "win32":
-            folder = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "fastattn"
-        elif sys.platform == "darwin":
-            folder = Path.home() / "Library" / "Caches" / "fastattn"
-        else:
-            folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastattn"
-        folder = folder.absolute()  # the program may go elsewhere
+        folder = _chosen_folder()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not any(folder.glob("*.o")):
             tempfile.TemporaryFile(dir=folder).close()
         return folder
     except (OSError, RuntimeError):  # RuntimeError: no home folder
         return None
+
+
+def _chosen_folder() -> Path:
+    named = os.environ.get("FASTATTN_CACHE_DIR")
+    if named:
+        folder = Path(named)
+    elif sys.platform == "win32":
+        folder = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "fastattn"
+    elif sys.platform == "darwin":
+        folder = Path.home() / "Library" / "Caches" / "fastattn"
+    else:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastattn"
+    return folder.absolute()  # the program may go elsewhere
+
+
+_warned = threading.Lock()  # taken for good by the one warning of a process
+
+
+def warn_not_kept() -> None:
+    """Say, once in a process, that a kernel cannot be kept in the folder that the user has named.
+
+    Nothing is said of a folder that nobody has asked for, nor of a read-only one in which every kernel is found.
+    """
+    named = os.environ.get("FASTATTN_CACHE_DIR")
+    if named and _warned.acquire(blocking=False):
+        warnings.warn(
+            f"FASTATTN_CACHE_DIR={named!r} cannot be written: kernels are compiled anew in each process",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 @cache
@@ -107,7 +129,8 @@ def _read(path: Path) -> bytes | None:
     return code if hashlib.sha256(code).digest() == checksum else None
 
 
-def _write(path: Path, code: bytes) -> None:
+def _write(path: Path, code: bytes) -> bool:
+    """Whether the file could be written."""
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
             try:
@@ -118,7 +141,8 @@ def _write(path: Path, code: bytes) -> None:
                 os.unlink(file.name)
                 raise
     except OSError:  # a full or vanished disk: the kernel is in memory all the same
-        pass
+        return False
+    return True
 
 
 def library(name: str, row: Isa | None = None) -> Library:
@@ -140,8 +164,8 @@ def _code(name: str, row: Isa) -> bytes:
         from fastattn.cpu import catalogue  # imports Numba, which a cached kernel does not need
 
         code = catalogue.build(name, row, ENTRIES[name.partition("-")[0]])
-        if path:
-            _write(path, code)
+        if path is None or not _write(path, code):
+            warn_not_kept()
     return code
 
 

@@ -8,7 +8,6 @@ looked at. Numba's own cache would look at the one file that a kernel stands in.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import os
@@ -24,7 +23,7 @@ from typing import Any
 from numba import cuda
 
 from fastattn.cpu.digest import of_modules, version
-from fastattn.cpu.kernels import cache_folder
+from fastattn.cpu.kernels import cache_folder, warn_not_kept
 from fastattn.cuda.available import SIMULATED
 
 Factory = Callable[[Any], Any]
@@ -74,7 +73,9 @@ def kernel(factory: Factory, spec: Any, **options: Any) -> Any:
         return cuda.jit(function)
     dispatcher = cuda.jit(**options)(function)
     where = folder()
-    if where is not None:
+    if where is None:
+        warn_not_kept()
+    else:
         dispatcher._cache = kept_in(where, function)
     return dispatcher
 
@@ -114,8 +115,10 @@ def kept_in(where: Path, function: Any) -> Any:
                 return None
 
         def save_overload(self, sig: Any, data: Any) -> None:
-            with contextlib.suppress(OSError):  # a full or vanished disk: the kernel is in memory all the same
+            try:
                 super().save_overload(sig, data)
+            except OSError:  # a full or vanished disk: the kernel is in memory all the same
+                warn_not_kept()
 
     return Kept(function)
 
