@@ -9,22 +9,19 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
+
+from fastattn.arguments import Parser, number, output_file, program
+from fastattn.cpu.pool import MOST
 
 __all__ = ["main"]
 
-
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
+PICTURES = (".png", ".svg", ".pdf")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="python -m fastattn bench",
+    parser = Parser(
+        prog=f"{program()} bench",
         description="Measure attention on this machine: fastattn, NumPy, and those of PyTorch, OpenVINO and "
         "ONNX Runtime that are installed. Anything else that runs at the same time spoils the figures.",
     )
@@ -38,18 +35,23 @@ def _parser() -> argparse.ArgumentParser:
         help="only cases whose name contains TEXT; may be given several times",
     )
     parser.add_argument("--list", action="store_true", help="print the names of the cases, and stop")
-    parser.add_argument("--rounds", type=_positive, metavar="N", help="samples of each engine in each case")
-    parser.add_argument("--threads", type=_positive, metavar="N", help="threads of each engine (default: all cores)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured to FILE")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw a picture (.png, .svg, .pdf; needs matplotlib)")
+    parser.add_argument(
+        "--rounds", type=number("number of rounds", 1), metavar="N", help="samples of each engine in each case"
+    )
+    parser.add_argument(
+        "--threads",
+        type=number("number of threads", 1, MOST),
+        metavar="N",
+        help="threads of each engine (default: all cores)",
+    )
+    parser.add_argument("--json", type=output_file(), metavar="FILE", help="write all that was measured to FILE")
+    parser.add_argument(
+        "--plot",
+        type=output_file(*PICTURES),
+        metavar="FILE",
+        help=f"draw a picture ({', '.join(PICTURES)}; needs matplotlib)",
+    )
     return parser
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,14 +88,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.list:
         print("\n".join(case.name for case in cases))
         return 0
-    for option, path in (("--json", args.json), ("--plot", args.plot)):
-        if path is not None and not path.absolute().parent.is_dir():
-            parser.error(f"{option}: {path.absolute().parent} is not a folder")
     if args.plot is not None:
+        if args.json is not None and args.plot.absolute() == args.json.absolute():
+            parser.error("--plot: the same file as --json")
         try:
             import matplotlib  # noqa: F401
         except ImportError:
-            parser.error("--plot: matplotlib is not installed")
+            parser.error("--plot: matplotlib is not installed: pip install 'fastattn[plot]'")
 
     if on_gpu and (reason := gpu.why_not()):
         parser.error(f"--backend cuda: {reason}")
