@@ -1,4 +1,4 @@
-"""A wheel and an sdist, each installed into an empty environment and used there."""
+"""A wheel and an sdist, each installed into an empty environment and used there; an application frozen from one."""
 
 from __future__ import annotations
 
@@ -89,3 +89,41 @@ def test_it_runs_from_an_empty_environment(kind: str, distributions: dict[str, P
     version, place = run(python, "-W", "error", "-c", USE, cwd=tmp_path).split()
     assert version == fastattn.__version__
     assert Path(place).is_relative_to(tmp_path / "venv")
+
+
+APPLICATION = """
+import sys
+import numpy as np
+import fastattn
+from fastattn.__main__ import main
+
+if len(sys.argv) > 1:
+    sys.exit(main())
+query, key, value = np.random.default_rng(0).standard_normal((3, 2, 4, 33, 16), dtype=np.float32)
+result = fastattn.attention(query, key, value, is_causal=True)
+expected = fastattn.attention(query, key, value, is_causal=True, backend="reference")
+np.testing.assert_allclose(result, expected, atol=1e-5)
+print(sys.frozen, "numba" in sys.modules)
+"""
+
+
+@pytest.mark.skipif("FASTATTN_SLOW" not in os.environ, reason="takes minutes; FASTATTN_SLOW=1 runs it")
+def test_pyinstaller_freezes_it(
+    distributions: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an application of no source files computes and compiles, keeps, and finds again."""
+    run(sys.executable, "-m", "venv", tmp_path / "venv", cwd=tmp_path)
+    binaries = tmp_path / "venv" / ("Scripts" if os.name == "nt" else "bin")
+    run(binaries / "python", "-m", "pip", "install", "--quiet", distributions["wheel"], "pyinstaller", cwd=tmp_path)
+    (tmp_path / "application.py").write_text(APPLICATION)
+    run(binaries / "pyinstaller", "--log-level", "ERROR", "application.py", cwd=tmp_path)
+    application = tmp_path / "dist" / "application" / "application"
+    monkeypatch.setenv("FASTATTN_CACHE_DIR", str(tmp_path / "cache"))
+    assert run(application, cwd=tmp_path).split() == ["True", "True"]
+    compiled = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
+    assert len(compiled) == 2
+    assert run(application, cwd=tmp_path).split() == ["True", "False"], "Numba is not imported for a cached kernel"
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()} == compiled
+    assert run(application, "--version", cwd=tmp_path) == f"fastattn {fastattn.__version__}\n"
+    assert "missing" not in run(application, "info", cwd=tmp_path)
+    assert "History and reading" in run(application, "guide", "history", cwd=tmp_path)
