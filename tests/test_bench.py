@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -18,7 +19,7 @@ import pytest
 
 import fastattn
 from fastattn import arguments
-from fastattn.bench import main, measure, peers, report
+from fastattn.bench import chart, main, measure, peers, report
 from fastattn.bench.cases import CASES, GROUPS, QUICK, Case, select
 from fastattn.bench.host import Host, this_host
 from fastattn.bench.measure import Effort, Result
@@ -388,10 +389,31 @@ def test_this_host_has_a_name() -> None:
     assert "core" in host.name
 
 
-def test_a_picture_is_drawn(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    report.save_png(outcomes(), HOST, tmp_path / "picture.png")
-    assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
+@pytest.mark.parametrize(("suffix", "begins"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".PDF", b"%PDF")])
+def test_a_picture_is_drawn(tmp_path: Path, suffix: str, begins: bytes) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib, which draws the picture, is not installed")
+    alone = Result(Case("alone", 1, 1, 8, 8), {"fastattn": [1.0]})
+    for number, results in enumerate((outcomes(), [*outcomes(), alone], [alone])):
+        path = tmp_path / f"{number}{suffix}"
+        chart.save_picture(results, HOST, path)
+        assert path.read_bytes().startswith(begins)
+
+
+def test_the_picture_says_what_the_table_says(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib, which draws the picture, is not installed")
+    chart.save_picture(outcomes(), HOST, tmp_path / "picture.svg")
+    drawn = set(re.findall(r"<!-- (.*?) -->", (tmp_path / "picture.svg").read_text("utf-8")))
+    for outcome in outcomes():
+        assert {outcome.case.name, report.versus(outcome), *outcome.times} <= drawn
+    assert any(text.startswith(f"{HOST.name}, {HOST.isa}") for text in drawn)
+
+
+def test_speeds_are_the_ratios_of_the_rounds() -> None:
+    """Of a machine that grew slower in the second round, ours and the others' times alike."""
+    slower = Result(Case("float32", 1, 1, 8, 8), {"fastattn": [1.0, 8.0], "PyTorch": [2.0, 16.0], "NumPy": [4.0, 32.0]})
+    assert chart.speeds(slower) == {"fastattn": 2.0, "PyTorch": 1.0, "NumPy": 0.5}
+    assert chart.speeds(Result(Case("alone", 1, 1, 8, 8), {"fastattn": [1.0]})) == {}
+    assert chart.speeds(Result(Case("absent", 1, 1, 8, 8), {"NumPy": [1.0]})) == {}
 
 
 # --------------------------------------------------------------------------------------------------------------------

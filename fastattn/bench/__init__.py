@@ -1,7 +1,8 @@
 """How fast: fastattn, NumPy and the other libraries that are installed, side by side on this machine.
 
 ``python -m fastattn bench`` runs `main`. `fastattn.bench.cases` has what is measured, `fastattn.bench.peers` who,
-`fastattn.bench.measure` how, `fastattn.bench.report` shows it. `fastattn.bench.gpu` is all of that for a GPU.
+`fastattn.bench.measure` how, `fastattn.bench.report` and `fastattn.bench.chart` show it. `fastattn.bench.gpu` is all of
+that for a GPU.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
 
-    from fastattn.bench import gpu, report
+    from fastattn.bench import chart, gpu, report
     from fastattn.bench.cases import CASES, QUICK, select
     from fastattn.bench.host import this_host
     from fastattn.bench.measure import Effort, measure
@@ -124,5 +125,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json is not None:
         report.save_json(results, host, args.json)
     if args.plot is not None:
-        report.save_png(results, host, args.plot)
+        chart.save_picture(results, host, args.plot)
     return 0
