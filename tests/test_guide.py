@@ -39,7 +39,9 @@ needs_model = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in MODULES),
     reason=f"the guide's packages are not all installed: {minilm.INSTALL}",
 )
-needs_matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not there")
+needs_matplotlib = pytest.mark.skipif(
+    importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed"
+)
 needs_docs = pytest.mark.skipif(not FOLDER.exists(), reason="not in the source tree")
 every_page = pytest.mark.parametrize("name", guide.PAGES)
 

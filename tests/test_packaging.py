@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -19,7 +20,9 @@ ROOT = Path(__file__).parents[1]
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not (ROOT / "pyproject.toml").exists(), reason="not in the source tree"),
-    pytest.mark.skipif(importlib.util.find_spec("build") is None, reason="the package build is not installed"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("build") is None, reason="what builds wheels is not installed: pip install build"
+    ),
 ]
 
 USE = """
@@ -73,12 +76,33 @@ def test_what_they_contain(distributions: dict[str, Path]) -> None:
         "fastattn/py.typed",
         "tests/test_packaging.py",
         "benchmarks/conftest.py",
+        "docs/start.md",
+        "hatch_build.py",
         "README.md",
         "LICENSE",
         "Makefile",
     ]
     assert set(expected) <= packed
     assert not [name for name in packed if "__pycache__" in name or name.startswith((".venv", ".git/"))]
+
+
+def test_what_an_index_shows_has_no_links_that_lead_nowhere(distributions: dict[str, Path]) -> None:
+    """An index knows nothing of the repository: what README.md links there is plain text."""
+    with zipfile.ZipFile(distributions["wheel"]) as wheel:
+        metadata = wheel.read(f"fastattn-{fastattn.__version__}.dist-info/METADATA").decode()
+    with tarfile.open(distributions["sdist"]) as sdist:
+        packed = sdist.extractfile(f"fastattn-{fastattn.__version__}/PKG-INFO")
+        assert packed is not None
+        assert packed.read().decode() == metadata
+    fields, _, shown = metadata.partition("\n\n")
+    assert "\nDescription-Content-Type: text/markdown" in fields
+    assert all(link.startswith("https://") for link in re.findall(r"\]\(([^)]*)\)", shown))
+    readme = (ROOT / "README.md").read_text("utf-8")
+    headings = re.findall(r"^#.*$|^```.*$|^\|.*$", readme, re.MULTILINE)
+    assert re.findall(r"^#.*$|^```.*$|^\|.*$", shown, re.MULTILINE) == headings
+    assert "see Getting started." in shown
+    assert '*Picture: Whom "it" looks at.*' in shown
+    assert "in the source distribution" in shown
 
 
 @pytest.mark.parametrize("kind", ["wheel", "sdist"])
@@ -89,6 +113,9 @@ def test_it_runs_from_an_empty_environment(kind: str, distributions: dict[str, P
     version, place = run(python, "-W", "error", "-c", USE, cwd=tmp_path).split()
     assert version == fastattn.__version__
     assert Path(place).is_relative_to(tmp_path / "venv")
+    for command in ([python.with_name("fastattn")], [python, "-m", "fastattn"]):
+        assert run(*command, "--version", cwd=tmp_path) == f"fastattn {fastattn.__version__}\n"
+    assert run(python.with_name("fastattn"), "--help", cwd=tmp_path).startswith("usage: fastattn ")
 
 
 APPLICATION = """
