@@ -5,9 +5,12 @@ from __future__ import annotations
 import ctypes
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import numba
+import pytest
 
+ROOT = Path(__file__).parent
 NEEDS = {
     "eager": ["torch"],
     "operators": ["torch"],
@@ -20,7 +23,7 @@ collect_ignore = [
     for module, libraries in NEEDS.items()
     if any(find_spec(library) is None for library in libraries)
 ]
-collect_ignore_glob = [] if find_spec("numba_cuda") else ["fastattn/cuda/*"]
+collect_ignore_glob = ["fastattn/__pyinstaller/hook-*"] + ([] if find_spec("numba_cuda") else ["fastattn/cuda/*"])
 
 
 def has_gpu() -> bool:
@@ -36,3 +39,21 @@ def has_gpu() -> bool:
 # Numba decides between GPU and simulator where numba.cuda is first imported, so this has to come before all tests
 if not has_gpu():
     numba.config.ENABLE_CUDASIM = 1
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Take ``--benchmark``, which people type, for pytest-benchmark's ``--benchmark-only``."""
+    only = "run the benchmarks, and no tests: --benchmark-only"
+    parser.addoption("--benchmark", action="store_true", dest="benchmark_only", default=False, help=only)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Refuse to run benchmarks without what measures them."""
+    if config.getoption("benchmark_only") and not config.pluginmanager.hasplugin("benchmark"):
+        raise pytest.UsageError("--benchmark needs pytest-benchmark: pip install 'fastattn[bench]'")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Look for no tests where benchmarks alone are run: all of them would be reported as skipped."""
+    tests = any(collection_path.is_relative_to(ROOT / folder) for folder in ("fastattn", "tests"))
+    return True if tests and config.getoption("benchmark_only") else None

@@ -1,4 +1,4 @@
-"""Benchmarks run where they are asked for: ``pytest --benchmark-only``, or this folder named on the command line."""
+"""Benchmarks run where they are asked for: ``pytest --benchmark``, or this folder named on the command line."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastattn.arguments import Parser, number, output_file
 from fastattn.bench import report
 from fastattn.bench.cases import CASES, select
 from fastattn.bench.host import this_host
@@ -23,19 +24,24 @@ ROOT = Path(__file__).parents[1]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
-    parser.add_argument("--docs", type=Path, default=ROOT / "docs" / "benchmarks.md")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--readme", type=output_file(), default=ROOT / "README.md")
+    parser.add_argument("--docs", type=output_file(), default=ROOT / "docs" / "benchmarks.md")
     parser.add_argument("--no-readme", action="store_true", help="write docs/benchmarks.md only")
-    parser.add_argument("--rounds", type=int, default=Effort().rounds)
+    parser.add_argument("--rounds", type=number("number of rounds", 1), default=Effort().rounds)
     parser.add_argument("--case", action="append", default=[], help="only cases whose name contains this, for a try")
     args = parser.parse_args(argv)
+    try:
+        cases = select(args.case, CASES)
+        if not args.no_readme:
+            report.with_table(args.readme.read_text("utf-8"), "")
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
 
     host, style = this_host(), Style.of(sys.stdout)
     engines = list(host.versions)
     print(report.header(engines, style))
     results = []
-    cases = select(args.case, CASES)
     for index, case in enumerate(cases):
         with Progress(f"{index + 1} of {len(cases)}: {case.name}") as progress:
             results.append(measure(case, Effort(rounds=args.rounds), progress=progress))

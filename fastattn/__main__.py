@@ -1,4 +1,4 @@
-"""The command line: ``python -m fastattn``."""
+"""The command line: ``python -m fastattn``, or the command ``fastattn``."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 
 import fastattn
 from fastattn import isa
 from fastattn.api import ATTENTION_BACKENDS
+from fastattn.arguments import Parser, program
 from fastattn.cpu import processors
 from fastattn.cpu.kernels import cache_folder
 from fastattn.demo import cli
@@ -31,21 +32,14 @@ from fastattn.terminal import Progress, Style, UserError, printable, wrap
 __all__ = ["main"]
 
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Exit with status 2."""
-        self.exit(2, f"{self.prog}: {message} (see --help)\n")
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The commands and their arguments."""
     parser = Parser(
-        prog="python -m fastattn",
+        prog=program(),
         description="Exact attention for NumPy arrays, at the speed of the machine.",
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=f"fastattn {fastattn.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
     demo = commands.add_parser(
         "demo",
@@ -142,9 +136,17 @@ def _cache() -> str:
     """The folder of compiled kernels, and what is in it."""
     folder = cache_folder()
     if folder is None:
-        return "none: no folder can be written, each process compiles; FASTATTN_CACHE_DIR names one"
+        return f"none: {_no_folder()}, each process compiles"
     sizes = [item.stat().st_size for item in folder.glob("*.o")]
     return f"{folder} ({len(sizes)} kernels, {sum(sizes) / 1e6:.1f} MB)"
+
+
+def _no_folder() -> str:
+    """Why there is no cache."""
+    named = os.environ.get("FASTATTN_CACHE_DIR")
+    if named:
+        return f"FASTATTN_CACHE_DIR={printable(named)!r} cannot be written"
+    return "no folder can be written (FASTATTN_CACHE_DIR names one)"
 
 
 def _versions() -> str:
@@ -184,12 +186,13 @@ def _cuda() -> str:
 
 def warmup(args: argparse.Namespace) -> int:
     """Compile everything, with progress."""
+    folder = cache_folder()
+    if folder is None:
+        raise UserError(f"{_no_folder()}, so that no later process would find what is compiled")
     start = time.perf_counter()
     with Progress("compiling") as progress:
         fastattn.warmup(progress)
-    folder = cache_folder()
-    where = f"kept in {folder}" if folder else "not kept, as no folder can be written: FASTATTN_CACHE_DIR names one"
-    print(f"All kernels for {isa.host().name} are ready, {where} ({time.perf_counter() - start:.1f} s).")
+    print(f"All kernels for {isa.host().name} are ready in {folder} ({time.perf_counter() - start:.1f} s).")
     return 0
 
 
@@ -220,10 +223,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character shows ? in its place
     try:
-        status = _run(arguments)
+        with _warnings_of_one_line():
+            status = _run(arguments)
         sys.stdout.flush()
     except UserError as error:
-        print(f"python -m fastattn: {error}", file=sys.stderr)
+        print(f"{program()}: {error}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
         status = 130
@@ -231,6 +235,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
     return status
+
+
+@contextlib.contextmanager
+def _warnings_of_one_line() -> Iterator[None]:
+    """Warnings without the place in a source, which says nothing to whoever has typed a command."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *place: f"{program()}: {message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def _run(arguments: list[str]) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import compileall
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +25,7 @@ def start(code: str, root: Path = PACKAGE.parent, **changes: str | None) -> subp
     """Start Python on some code."""
     return subprocess.Popen(
         [sys.executable, "-c", code],
-        cwd=root,  # where -c looks first
+        cwd=root if root.is_dir() else root.parent,  # where -c looks first; a zip file is no folder
         env=environment(root, **changes),
         text=True,
         stdin=subprocess.PIPE,
@@ -47,3 +49,12 @@ def finish(process: subprocess.Popen[str], timeout: float = 120) -> str:
 def run(code: str, root: Path = PACKAGE.parent, timeout: float = 120, **changes: str | None) -> str:
     """Run some Python code in a new process and return what it prints."""
     return finish(start(code, root, **changes), timeout)
+
+
+def compiled(package: Path, place: Path, optimize: int = 0) -> Path:
+    """Return a folder with a package compiled to .pyc files, and no sources."""
+    copy = shutil.copytree(package, place / package.name, ignore=shutil.ignore_patterns("__pycache__"))
+    assert compileall.compile_dir(copy, quiet=1, legacy=True, optimize=optimize)
+    for path in copy.rglob("*.py"):
+        path.unlink()
+    return place

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -13,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import processes
 import pytest
 
 import fastattn
-from fastattn.bench import main, measure, peers, report
+from fastattn import arguments
+from fastattn.bench import chart, main, measure, peers, report
 from fastattn.bench.cases import CASES, GROUPS, QUICK, Case, select
 from fastattn.bench.host import Host, this_host
 from fastattn.bench.measure import Effort, Result
@@ -386,10 +389,31 @@ def test_this_host_has_a_name() -> None:
     assert "core" in host.name
 
 
-def test_a_picture_is_drawn(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    report.save_png(outcomes(), HOST, tmp_path / "picture.png")
-    assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
+@pytest.mark.parametrize(("suffix", "begins"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".PDF", b"%PDF")])
+def test_a_picture_is_drawn(tmp_path: Path, suffix: str, begins: bytes) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib, which draws the picture, is not installed")
+    alone = Result(Case("alone", 1, 1, 8, 8), {"fastattn": [1.0]})
+    for number, results in enumerate((outcomes(), [*outcomes(), alone], [alone])):
+        path = tmp_path / f"{number}{suffix}"
+        chart.save_picture(results, HOST, path)
+        assert path.read_bytes().startswith(begins)
+
+
+def test_the_picture_says_what_the_table_says(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib, which draws the picture, is not installed")
+    chart.save_picture(outcomes(), HOST, tmp_path / "picture.svg")
+    drawn = set(re.findall(r"<!-- (.*?) -->", (tmp_path / "picture.svg").read_text("utf-8")))
+    for outcome in outcomes():
+        assert {outcome.case.name, report.versus(outcome), *outcome.times} <= drawn
+    assert any(text.startswith(f"{HOST.name}, {HOST.isa}") for text in drawn)
+
+
+def test_speeds_are_the_ratios_of_the_rounds() -> None:
+    """Of a machine that grew slower in the second round, ours and the others' times alike."""
+    slower = Result(Case("float32", 1, 1, 8, 8), {"fastattn": [1.0, 8.0], "PyTorch": [2.0, 16.0], "NumPy": [4.0, 32.0]})
+    assert chart.speeds(slower) == {"fastattn": 2.0, "PyTorch": 1.0, "NumPy": 0.5}
+    assert chart.speeds(Result(Case("alone", 1, 1, 8, 8), {"fastattn": [1.0]})) == {}
+    assert chart.speeds(Result(Case("absent", 1, 1, 8, 8), {"NumPy": [1.0]})) == {}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -426,33 +450,114 @@ def test_the_command_lists_its_cases(capsys: pytest.CaptureFixture[str]) -> None
     [
         (["--case", "nothing"], "no case is called 'nothing'"),
         (["--json", "/no/such/folder/x.json"], "/no/such/folder is not a folder"),
-        (["--rounds", "0"], "--rounds"),
-        (["--rounds", "many"], "--rounds"),
+        (["--rounds", "0"], "--rounds: '0' is not a number of rounds of at least 1"),
+        (["--rounds", "many"], "--rounds: 'many' is not a number of rounds of at least 1"),
+        (["--threads", "0"], "--threads: '0' is not a number of threads from 1 to 1024"),
+        (["--threads", "99999"], "--threads: '99999' is not a number of threads from 1 to 1024"),
+        (["--plot", "x.foo"], "--plot: 'x.foo' does not end in .png or .svg or .pdf"),
+        (["--plot", "x"], "--plot: 'x' does not end in"),
+        (["--plot", "/no/such/folder/x.png"], "/no/such/folder is not a folder"),
+        (["--json", "."], "--json: . is a folder"),
+        (["--json", "x.png", "--plot", "x.png"], "--plot: the same file as --json"),
+        (["--json", "y" * 300], "--json: cannot write yyy"),
+        (["--case", "tiny", "--case", "nothing"], "no case is called 'nothing'"),
         (["--fast"], "--fast"),
     ],
 )
-def test_the_command_refuses_in_one_line(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_refuses_in_one_line(
+    arguments: list[str],
+    says: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Before it measures, and leaving nothing behind."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(measure, "measure", None)
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     assert stopped.value.code == 2
-    error = capsys.readouterr().err
-    assert says in error
-    assert error.count("\n") == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert says in printed.err
+    assert printed.err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.usefixtures("few")
-def test_the_script_that_writes_the_readme(tmp_path: Path) -> None:
+def test_a_file_is_what_it_was_until_it_is_written(tmp_path: Path) -> None:
+    """Also what can be opened only once."""
+    file = tmp_path / "file.json"
+    file.write_text("before")
+    assert arguments.output_file(".json")(str(file)) == file
+    assert file.read_text() == "before"
+    assert arguments.output_file()("/dev/null") == Path("/dev/null")
+    assert arguments.output_file(".png")(str(tmp_path / "a.PNG")) == tmp_path / "a.PNG"
+    assert [path.name for path in tmp_path.iterdir()] == ["file.json"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pytest_benchmark") is None, reason="pytest-benchmark is not installed")
+def test_the_option_that_people_type_is_the_plugins() -> None:
+    def collected(option: str) -> list[str]:
+        command = [sys.executable, "-m", "pytest", option, "--collect-only", "-q", "-p", "no:cacheprovider"]
+        done = subprocess.run(
+            command, cwd=ROOT, env=processes.environment(), text=True, capture_output=True, timeout=120
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return [line for line in done.stdout.splitlines() if "::" in line]
+
+    found = collected("--benchmark")
+    assert found == collected("--benchmark-only")
+    assert {name.partition("::")[0] for name in found} == {
+        path.relative_to(ROOT).as_posix() for path in ROOT.glob("benchmarks/bench_*.py")
+    }
+
+
+@pytest.fixture(scope="module")
+def readme_table() -> Any:
+    """Return the script that writes the README's table."""
     spec = importlib.util.spec_from_file_location("readme_table", ROOT / "benchmarks" / "readme_table.py")
     assert spec is not None
     assert spec.loader is not None
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
+    return script
+
+
+@pytest.mark.usefixtures("few")
+def test_the_script_that_writes_the_readme(readme_table: Any, tmp_path: Path) -> None:
     readme, docs = tmp_path / "README.md", tmp_path / "benchmarks.md"
     readme.write_text("# fastattn\n<!-- table:begin -->\n<!-- table:end -->\nwords\n")
     docs.write_text(report.with_section("# Benchmarks\n", "Another machine", "its table"))
     paths = ["--readme", str(readme), "--docs", str(docs)]
-    assert script.main([*paths, "--rounds", "1", "--case", "(1,1,16,64)"]) == 0
+    assert readme_table.main([*paths, "--rounds", "1", "--case", "(1,1,16,64)"]) == 0
     assert "| tiny, in a loop (1,1,16,64) | **" in readme.read_text()
     assert readme.read_text().endswith("-->\nwords\n")
     assert "its table" in docs.read_text()
     assert f"## {this_host().name}" in docs.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--rounds", "0"], "--rounds"),
+        (["--case", "nothing"], "no case is called 'nothing'"),
+        (["--readme", "no-markers.md"], "the text has no <!-- table:begin -->"),
+        (["--readme", "missing.md"], "No such file"),
+        (["--docs", "missing/benchmarks.md"], "is not a folder"),
+    ],
+)
+def test_the_script_refuses_before_it_measures(
+    readme_table: Any,
+    arguments: list[str],
+    says: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "no-markers.md").write_text("# fastattn\n")
+    monkeypatch.setattr(readme_table, "measure", None)
+    with pytest.raises(SystemExit) as stopped:
+        readme_table.main(arguments)
+    assert stopped.value.code == 2
+    assert says in capsys.readouterr().err

@@ -6,6 +6,7 @@ import ast
 import importlib.metadata
 import os
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import processes
 import pytest
 
 from fastattn import isa
-from fastattn.cpu import kernels
+from fastattn.cpu import digest, kernels
 
 CALL = """
 import sys
@@ -168,6 +169,99 @@ def test_versions_are_in_the_name(monkeypatch: pytest.MonkeyPatch, package: str)
     assert digest() != before
 
 
+def test_the_same_kernels_without_assertions() -> None:
+    """`python -O` finds what `python` has compiled: what is compiled has no assertion that only one of them keeps."""
+    for path in imported_by("fastattn.cpu.catalogue", {}).values():
+        for node in ast.walk(ast.parse((processes.PACKAGE.parent / path).read_text())):
+            assert not isinstance(node, ast.Assert), f"{path}:{node.lineno}"
+            assert not (isinstance(node, ast.Name) and node.id == "__debug__"), f"{path}:{node.lineno}"
+
+
+@pytest.mark.parametrize("level", ["1", "2"])
+def test_optimised_python_finds_them(filled: Path, level: str) -> None:
+    code = CALL + NO_NUMBA + "print(__debug__, fastattn.attention.__doc__ is None)"
+    printed = processes.run(code, FASTATTN_CACHE_DIR=str(filled), PYTHONOPTIMIZE=level)
+    assert printed == f"right\nFalse {level == '2'}\n"
+
+
+# -- no source files ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> Path:
+    """Return a copy of the package, all of it sources."""
+    copy = tmp_path / "sources" / "fastattn"
+    return shutil.copytree(processes.PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+
+
+def test_a_tree_of_pyc_files_is_never_stale(sources: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    tree = processes.compiled(sources, tmp_path / "tree")
+    assert processes.run(CALL, tree, FASTATTN_CACHE_DIR=str(cache)) == "right\n"
+    before = names(cache)
+    archive = shutil.make_archive(str(tmp_path / "tree"), "zip", processes.compiled(sources, tmp_path / "elsewhere"))
+    assert processes.run(CALL + NO_NUMBA, Path(archive), FASTATTN_CACHE_DIR=str(cache)) == "right\n"
+    assert names(cache) == before, "the same code elsewhere is the same kernels"
+    softmax = sources / "cpu" / "softmax.py"
+    softmax.write_text(softmax.read_text() + "\nNEAREST_32 = DOWN_32 = (1.0, 0.0)\n")
+    edited = processes.compiled(sources, tmp_path / "edited")
+    assert processes.run(CALL, edited, FASTATTN_CACHE_DIR=str(cache)) == "wrong\n"
+    assert len(names(cache)) == len(before) + 2
+    assert processes.run(CALL + NO_NUMBA, tree, FASTATTN_CACHE_DIR=str(cache)) == "right\n"
+
+
+def test_a_zip_file_has_the_kernels_of_its_sources(sources: Path, filled: Path, tmp_path: Path) -> None:
+    before = names(filled)
+    archive = shutil.make_archive(str(tmp_path / "sources"), "zip", sources.parent)
+    code = CALL + NO_NUMBA + "print('.zip' in fastattn.__file__)"
+    assert processes.run(code, Path(archive), FASTATTN_CACHE_DIR=str(filled)) == "right\nTrue\n"
+    assert names(filled) == before
+
+
+def test_code_has_the_same_name_in_every_process(sources: Path, tmp_path: Path) -> None:
+    """Whatever Python's hashes and its optimisation are; and another one than its sources."""
+    tree = processes.compiled(sources, tmp_path / "tree", optimize=2)
+    archive = Path(shutil.make_archive(str(tmp_path / "code"), "zip", tree))
+    code = "from fastattn.cpu import kernels\nprint(kernels._source_digest().hex())"
+    found = {
+        processes.run(code, root, PYTHONHASHSEED=seed, PYTHONOPTIMIZE=level)
+        for root, seed, level in [(tree, "1", None), (tree, "2", "2"), (archive, "3", None)]
+    }
+    assert len(found) == 1
+    assert found != {processes.run(code)}
+
+
+def test_code_is_known_by_what_it_does() -> None:
+    def written(source: str, name: str = "a.py") -> str:
+        return digest._written(compile(source, name, "exec", dont_inherit=True))
+
+    source = "def f(x, y=-0.0):\n    return x in {'a', 'b', 'c'} and (1, 2.0, None, b'z', x[1:2])\n"
+    assert written(source) == written("\n\n" + source, "elsewhere.py")
+    others = [
+        ("-0.0", "0.0"),
+        ("'c'", "'d'"),
+        ("2.0", "2"),
+        ("None", "..."),
+        ("b'z'", "'z'"),
+        ("y", "z"),
+        ("and", "or"),
+    ]
+    found = {written(source.replace(*change)) for change in [("", ""), *others]}
+    assert len(found) == 1 + len(others)
+    code = f"from fastattn.cpu import digest\nprint(digest._written(compile({source!r}, 'b.py', 'exec')))"
+    assert {processes.run(code, PYTHONHASHSEED=seed) for seed in "123"} == {written(source) + "\n"}
+
+
+def test_a_version_without_metadata_is_asked_of_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = digest.version("numba")
+
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    assert digest.version("numba") == expected
+
+
 # -- shared, and damaged -----------------------------------------------------------------------------------------------
 
 
@@ -233,11 +327,39 @@ def test_a_relative_folder_stays_where_it_was(filled: Path) -> None:
 # -- nowhere to write --------------------------------------------------------------------------------------------------
 
 
-def test_without_a_folder_it_works_uncached(tmp_path: Path) -> None:
+def test_without_a_named_folder_it_works_uncached_and_says_so_once(tmp_path: Path) -> None:
+    """Two kernels are compiled, and there is one warning."""
     file = tmp_path / "file"
     file.write_text("")
-    assert processes.run(CALL, FASTATTN_CACHE_DIR=str(file / "below")) == "right\n"
+    process = processes.start(CALL, FASTATTN_CACHE_DIR=str(file / "below"))
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, out) == (0, "right\n")
+    assert err.count("Warning") == 1
+    assert f"RuntimeWarning: FASTATTN_CACHE_DIR='{file / 'below'}' cannot be written" in err
     assert file.read_text() == ""
+
+
+def test_without_a_folder_that_nobody_named_nothing_is_said(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    places = dict.fromkeys(("HOME", "XDG_CACHE_HOME", "LOCALAPPDATA"), str(file / "below"))
+    assert processes.run(CALL, FASTATTN_CACHE_DIR=None, **places) == "right\n"
+
+
+def test_a_named_folder_that_is_full_is_warned_of_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where some kernels are in it; where all are, nothing is written and nothing is said."""
+
+    def full(*args: object, **options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(kernels, "_warned", threading.Lock())
+    monkeypatch.setattr(kernels.tempfile, "NamedTemporaryFile", full)
+    monkeypatch.setattr(kernels.os, "environ", {})
+    kernels._code("schedule", isa.host())
+    monkeypatch.setattr(kernels.os, "environ", {"FASTATTN_CACHE_DIR": str(folder)})
+    with pytest.warns(RuntimeWarning, match="FASTATTN_CACHE_DIR=.* cannot be written"):
+        kernels._code("schedule", isa.host())
+    kernels._code("schedule", isa.host())  # a second warning would be an error here
 
 
 @pytest.mark.parametrize("place", ["/proc/fastattn", "/dev/null", "x" * 5000])

@@ -110,6 +110,18 @@ def test_the_changelog_has_this_version() -> None:
     assert f"\n## [{fastattn.__version__}]" in read("CHANGELOG.md")
 
 
+def test_the_lowest_versions_are_those_of_the_package() -> None:
+    package = read("pyproject.toml")
+    for name, pattern in (
+        ("Python", r'requires-python = ">=([\d.]+)"'),
+        ("NumPy", r'"numpy>=([\d.]+)"'),
+        ("Numba", r'"numba>=([\d.]+)"'),
+    ):
+        found = re.search(pattern, package)
+        assert found is not None
+        assert f"{name} ≥ {found[1]}" in read("README.md")
+
+
 # -- commands ----------------------------------------------------------------------------------------------------------
 
 

@@ -21,8 +21,10 @@ FOLDER = ROOT / "docs" / "examples"
 if not FOLDER.exists():
     pytest.skip("not in the source tree", allow_module_level=True)
 
-has_digits = pytest.mark.skipif(importlib.util.find_spec("sklearn") is None, reason="scikit-learn is not there")
-has_matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not there")
+has_digits = pytest.mark.skipif(importlib.util.find_spec("sklearn") is None, reason="scikit-learn is not installed")
+has_matplotlib = pytest.mark.skipif(
+    importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed"
+)
 
 
 def load(name: str) -> ModuleType:

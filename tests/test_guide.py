@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import processes
 import pytest
 
 import fastattn
-from fastattn import guide
+from fastattn import arguments, guide
 from fastattn.__main__ import main
 from fastattn.demo import minilm
 from fastattn.guide import (
@@ -38,7 +39,9 @@ needs_model = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in MODULES),
     reason=f"the guide's packages are not all installed: {minilm.INSTALL}",
 )
-needs_matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not there")
+needs_matplotlib = pytest.mark.skipif(
+    importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed"
+)
 needs_docs = pytest.mark.skipif(not FOLDER.exists(), reason="not in the source tree")
 every_page = pytest.mark.parametrize("name", guide.PAGES)
 
@@ -214,7 +217,7 @@ def test_a_duration_has_its_unit_and_is_taken_for_a_time() -> None:
 def test_a_table_in_both_forms() -> None:
     table = Table(["name", "count"], [["one *two*", "3"], ["four", "25"]])
     assert cli.show(table, PLAIN) == ["  name     count", "  one two      3", "  four        25"]
-    page = guide.Page(1, "bottleneck", "Title", "Why?", lambda: iter(()))
+    page = guide.Page("bottleneck", "Title", "Why?")
     assert "| name | count |\n| --- | ---: |\n| one *two* | 3 |\n| four | 25 |" in markdown.text(page, [table])
 
 
@@ -378,6 +381,40 @@ def test_missing_packages_are_one_line_and_status_2(
     assert not list(tmp_path.iterdir())
 
 
+@every_page
+def test_a_page_that_lacks_a_package_says_so_before_it_begins(
+    run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data.model.cache_clear()
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in MODULES else found(name))
+    status, out, err = run(name, *(["--save", "folder"] if importlib.util.find_spec("matplotlib") else []))
+    data.model.cache_clear()
+    page = guide.load(name)
+    if page.model:
+        assert (status, out) == (2, "")
+        assert err.count("\n") == 1
+        assert "pip install" in err
+        assert not list(tmp_path.iterdir())
+    else:
+        assert (status, err) == (0, "")
+
+
+def test_titles_do_not_come_from_docstrings() -> None:
+    """Which `python -OO` leaves out."""
+    code = "import sys\nfrom fastattn.__main__ import main\nmain(['guide'])"
+    assert processes.run(code, PYTHONOPTIMIZE="2", COLUMNS="80") == processes.run(code, COLUMNS="80")
+
+
+def test_without_source_files_a_page_runs_but_for_the_code(tmp_path: Path) -> None:
+    tree = processes.compiled(processes.PACKAGE, tmp_path / "tree")
+    code = "from fastattn.guide import data, tiles\nprint(len(data.fables()), next(iter(tiles.steps()))[:0])\n"
+    code += "from fastattn.guide.page import Listing\nprint(Listing.of(tiles.tiles, tiles.formula).text)"
+    printed = processes.run(code, tree)
+    assert printed == "9 \n(the code of tiles, formula is not shown: there are no source files here)\n"
+
+
 @needs_matplotlib
 def test_pictures_are_saved(run: Any, tmp_path: Path) -> None:
     status, out, err = run("history", "--save", str(tmp_path / "new" / "folder"))
@@ -394,3 +431,15 @@ def test_a_folder_that_cannot_be_is_one_line(run: Any, tmp_path: Path) -> None:
     assert (status, out) == (2, "")
     assert err.count("\n") == 1
     assert "cannot make the folder" in err
+
+
+@needs_matplotlib
+def test_a_folder_that_cannot_be_written_is_one_line(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(**options: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(arguments.tempfile, "TemporaryFile", refused)
+    status, out, err = run("history", "--save", str(tmp_path))
+    assert (status, out) == (2, "")
+    assert err.count("\n") == 1
+    assert "cannot write to the folder" in err

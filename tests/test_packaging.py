@@ -1,9 +1,10 @@
-"""A wheel and an sdist, each installed into an empty environment and used there."""
+"""A wheel and an sdist, each installed into an empty environment and used there; an application frozen from one."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -19,7 +20,9 @@ ROOT = Path(__file__).parents[1]
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not (ROOT / "pyproject.toml").exists(), reason="not in the source tree"),
-    pytest.mark.skipif(importlib.util.find_spec("build") is None, reason="the package build is not installed"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("build") is None, reason="what builds wheels is not installed: pip install build"
+    ),
 ]
 
 USE = """
@@ -73,12 +76,33 @@ def test_what_they_contain(distributions: dict[str, Path]) -> None:
         "fastattn/py.typed",
         "tests/test_packaging.py",
         "benchmarks/conftest.py",
+        "docs/start.md",
+        "hatch_build.py",
         "README.md",
         "LICENSE",
         "Makefile",
     ]
     assert set(expected) <= packed
     assert not [name for name in packed if "__pycache__" in name or name.startswith((".venv", ".git/"))]
+
+
+def test_what_an_index_shows_has_no_links_that_lead_nowhere(distributions: dict[str, Path]) -> None:
+    """An index knows nothing of the repository: what README.md links there is plain text."""
+    with zipfile.ZipFile(distributions["wheel"]) as wheel:
+        metadata = wheel.read(f"fastattn-{fastattn.__version__}.dist-info/METADATA").decode()
+    with tarfile.open(distributions["sdist"]) as sdist:
+        packed = sdist.extractfile(f"fastattn-{fastattn.__version__}/PKG-INFO")
+        assert packed is not None
+        assert packed.read().decode() == metadata
+    fields, _, shown = metadata.partition("\n\n")
+    assert "\nDescription-Content-Type: text/markdown" in fields
+    assert all(link.startswith("https://") for link in re.findall(r"\]\(([^)]*)\)", shown))
+    readme = (ROOT / "README.md").read_text("utf-8")
+    headings = re.findall(r"^#.*$|^```.*$|^\|.*$", readme, re.MULTILINE)
+    assert re.findall(r"^#.*$|^```.*$|^\|.*$", shown, re.MULTILINE) == headings
+    assert "see Getting started." in shown
+    assert '*Picture: Whom "it" looks at.*' in shown
+    assert "in the source distribution" in shown
 
 
 @pytest.mark.parametrize("kind", ["wheel", "sdist"])
@@ -89,3 +113,44 @@ def test_it_runs_from_an_empty_environment(kind: str, distributions: dict[str, P
     version, place = run(python, "-W", "error", "-c", USE, cwd=tmp_path).split()
     assert version == fastattn.__version__
     assert Path(place).is_relative_to(tmp_path / "venv")
+    for command in ([python.with_name("fastattn")], [python, "-m", "fastattn"]):
+        assert run(*command, "--version", cwd=tmp_path) == f"fastattn {fastattn.__version__}\n"
+    assert run(python.with_name("fastattn"), "--help", cwd=tmp_path).startswith("usage: fastattn ")
+
+
+APPLICATION = """
+import sys
+import numpy as np
+import fastattn
+from fastattn.__main__ import main
+
+if len(sys.argv) > 1:
+    sys.exit(main())
+query, key, value = np.random.default_rng(0).standard_normal((3, 2, 4, 33, 16), dtype=np.float32)
+result = fastattn.attention(query, key, value, is_causal=True)
+expected = fastattn.attention(query, key, value, is_causal=True, backend="reference")
+np.testing.assert_allclose(result, expected, atol=1e-5)
+print(sys.frozen, "numba" in sys.modules)
+"""
+
+
+@pytest.mark.skipif("FASTATTN_SLOW" not in os.environ, reason="takes minutes; FASTATTN_SLOW=1 runs it")
+def test_pyinstaller_freezes_it(
+    distributions: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an application of no source files computes and compiles, keeps, and finds again."""
+    run(sys.executable, "-m", "venv", tmp_path / "venv", cwd=tmp_path)
+    binaries = tmp_path / "venv" / ("Scripts" if os.name == "nt" else "bin")
+    run(binaries / "python", "-m", "pip", "install", "--quiet", distributions["wheel"], "pyinstaller", cwd=tmp_path)
+    (tmp_path / "application.py").write_text(APPLICATION)
+    run(binaries / "pyinstaller", "--log-level", "ERROR", "application.py", cwd=tmp_path)
+    application = tmp_path / "dist" / "application" / "application"
+    monkeypatch.setenv("FASTATTN_CACHE_DIR", str(tmp_path / "cache"))
+    assert run(application, cwd=tmp_path).split() == ["True", "True"]
+    compiled = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
+    assert len(compiled) == 2
+    assert run(application, cwd=tmp_path).split() == ["True", "False"], "Numba is not imported for a cached kernel"
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()} == compiled
+    assert run(application, "--version", cwd=tmp_path) == f"fastattn {fastattn.__version__}\n"
+    assert "missing" not in run(application, "info", cwd=tmp_path)
+    assert "History and reading" in run(application, "guide", "history", cwd=tmp_path)

@@ -10,11 +10,14 @@ import time
 from pathlib import Path
 
 from fastattn.guide import PAGES, load
-from fastattn.guide.markdown import contents, write
+from fastattn.guide.markdown import contents, need_matplotlib, write
 
 FOLDER = Path(__file__).parent
 
 if __name__ == "__main__":
+    if unknown := set(sys.argv[1:]) - set(PAGES):
+        sys.exit(f"no pages of the guide: {', '.join(sorted(unknown))}; they are: {', '.join(PAGES)}")
+    need_matplotlib()
     for name in sys.argv[1:] or PAGES:
         start = time.perf_counter()
         page = load(name)

@@ -1,7 +1,8 @@
 """How fast: fastattn, NumPy and the other libraries that are installed, side by side on this machine.
 
 ``python -m fastattn bench`` runs `main`. `fastattn.bench.cases` has what is measured, `fastattn.bench.peers` who,
-`fastattn.bench.measure` how, `fastattn.bench.report` shows it. `fastattn.bench.gpu` is all of that for a GPU.
+`fastattn.bench.measure` how, `fastattn.bench.report` and `fastattn.bench.chart` show it. `fastattn.bench.gpu` is all of
+that for a GPU.
 """
 
 from __future__ import annotations
@@ -9,22 +10,19 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
+
+from fastattn.arguments import Parser, number, output_file, program
+from fastattn.cpu.processors import MOST
 
 __all__ = ["main"]
 
-
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
+PICTURES = (".png", ".svg", ".pdf")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="python -m fastattn bench",
+    parser = Parser(
+        prog=f"{program()} bench",
         description="Measure attention on this machine: fastattn, NumPy, and those of PyTorch, OpenVINO and "
         "ONNX Runtime that are installed. Anything else that runs at the same time spoils the figures.",
     )
@@ -38,18 +36,23 @@ def _parser() -> argparse.ArgumentParser:
         help="only cases whose name contains TEXT; may be given several times",
     )
     parser.add_argument("--list", action="store_true", help="print the names of the cases, and stop")
-    parser.add_argument("--rounds", type=_positive, metavar="N", help="samples of each engine in each case")
-    parser.add_argument("--threads", type=_positive, metavar="N", help="threads of each engine (default: all cores)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured to FILE")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw a picture (.png, .svg, .pdf; needs matplotlib)")
+    parser.add_argument(
+        "--rounds", type=number("number of rounds", 1), metavar="N", help="samples of each engine in each case"
+    )
+    parser.add_argument(
+        "--threads",
+        type=number("number of threads", 1, MOST),
+        metavar="N",
+        help="threads of each engine (default: all cores)",
+    )
+    parser.add_argument("--json", type=output_file(), metavar="FILE", help="write all that was measured to FILE")
+    parser.add_argument(
+        "--plot",
+        type=output_file(*PICTURES),
+        metavar="FILE",
+        help=f"draw a picture ({', '.join(PICTURES)}; needs matplotlib)",
+    )
     return parser
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,18 +71,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
 
-    from fastattn.bench import gpu, report
+    from fastattn.bench import chart, gpu, report
     from fastattn.bench.cases import CASES, QUICK, select
     from fastattn.bench.host import this_host
     from fastattn.bench.measure import Effort, measure
-    from fastattn.cpu.processors import MOST
     from fastattn.terminal import Progress, Style
 
     on_gpu = args.backend == "cuda"
     if on_gpu and args.threads:
         parser.error("--threads: a GPU has no use for it")
-    if args.threads and args.threads > MOST:
-        parser.error(f"--threads: {args.threads}; expected 1 to {MOST}")
     everything: Any = gpu.CASES if on_gpu else CASES
     quick: Any = gpu.QUICK if on_gpu else QUICK
     try:
@@ -89,14 +89,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.list:
         print("\n".join(case.name for case in cases))
         return 0
-    for option, path in (("--json", args.json), ("--plot", args.plot)):
-        if path is not None and not path.absolute().parent.is_dir():
-            parser.error(f"{option}: {path.absolute().parent} is not a folder")
     if args.plot is not None:
+        if args.json is not None and args.plot.absolute() == args.json.absolute():
+            parser.error("--plot: the same file as --json")
         try:
             import matplotlib  # noqa: F401
         except ImportError:
-            parser.error("--plot: matplotlib is not installed")
+            parser.error("--plot: matplotlib is not installed: pip install 'fastattn[plot]'")
 
     if on_gpu and (reason := gpu.why_not()):
         parser.error(f"--backend cuda: {reason}")
@@ -126,5 +125,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json is not None:
         report.save_json(results, host, args.json)
     if args.plot is not None:
-        report.save_png(results, host, args.plot)
+        chart.save_picture(results, host, args.plot)
     return 0

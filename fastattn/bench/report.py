@@ -1,4 +1,4 @@
-"""How it is shown: lines and bars for a terminal, Markdown for the README, JSON, a picture."""
+"""How it is shown: lines and bars for a terminal, Markdown for the README, JSON."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = [
     "markdown",
     "reasons",
     "save_json",
-    "save_png",
+    "versus",
     "with_section",
     "with_table",
 ]
@@ -52,7 +52,8 @@ def _cell(result: Result, engine: str) -> str:
     return number(result.figure(engine)) if engine in result.times else "–"
 
 
-def _versus(result: Result) -> str:
+def versus(result: Result) -> str:
+    """Return how many times faster than the best of the others fastattn is."""
     ratio = result.ratio(result.best_peer) if result.best_peer else None
     return "–" if ratio is None else f"{ratio:.2f} × {result.best_peer}"
 
@@ -78,7 +79,7 @@ def line(result: Result, engines: Sequence[str], style: Style) -> str:
     for name in engines:
         cell = pad(_cell(result, name), _NUMBER_WIDTH, right=True)
         text += style.bold(cell) if name == OURS.name else cell
-    return f"{text}  {pad(result.case.unit, 4)}{pad(_of_peak(result), 10, right=True)}   {_versus(result)}"
+    return f"{text}  {pad(result.case.unit, 4)}{pad(_of_peak(result), 10, right=True)}   {versus(result)}"
 
 
 def bars(results: Sequence[Result], style: Style) -> list[str]:
@@ -138,7 +139,7 @@ def markdown(results: Sequence[Result], host: Host) -> str:
         for result in chosen:
             cells = [_cell(result, name) for name in engines]
             cells[0] = f"**{cells[0]}**"
-            rows.append([result.case.name, *cells, *([_of_peak(result)] if rate else []), _versus(result)])
+            rows.append([result.case.name, *cells, *([_of_peak(result)] if rate else []), versus(result)])
         blocks.append("\n".join("| " + " | ".join(row) + " |" for row in rows))
     return "\n\n".join([*blocks, f"Measured on {host}."])
 
@@ -194,32 +195,3 @@ def save_json(results: Sequence[Result], host: Host, path: Path) -> None:
     """Write all that was measured."""
     content = {"host": asdict(host), "results": [result.as_dict() for result in results]}
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def save_png(results: Sequence[Result], host: Host, path: Path) -> None:
-    """Draw how fast each engine is in each case, relative to the fastest peer.
-
-    Raises
-    ------
-    ImportError
-        If matplotlib is not installed.
-    """
-    from matplotlib.figure import Figure
-
-    engines = [name for name in host.versions if any(name in result.times for result in results)]
-    figure = Figure(figsize=(9, 0.6 + 0.13 * (len(engines) + 1.5) * len(results)), layout="constrained")
-    axes = figure.subplots()
-    for index, name in enumerate(engines):
-        places, lengths = [], []
-        for row, result in enumerate(results):
-            if name in result.times and result.best_peer:
-                places.append(row + 0.8 * (index / len(engines) - 0.5))
-                lengths.append(result.seconds(result.best_peer) / result.seconds(name))
-        axes.barh(places, lengths, height=0.8 / len(engines), align="edge", label=name)
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(results)), [result.case.name for result in results])
-    axes.invert_yaxis()
-    axes.set_xlabel("speed, 1 = the fastest of the others")
-    axes.set_title(host.name, fontsize="medium")
-    axes.legend()
-    figure.savefig(path, dpi=120)

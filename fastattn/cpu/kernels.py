@@ -1,22 +1,21 @@
 """Compiled kernels, on demand: found in memory, in the cache on disk, or built.
 
 A kernel's file is named by a hash of everything its code depends on: the kernel's name and parameters, the row of the
-ISA table, the versions of Python, Numba and llvmlite, and the source of every module that takes part. So a stale file
+ISA table, the versions of Python, Numba and llvmlite, and the content of every module that takes part. So a stale file
 is never looked at. Files appear by an atomic rename, and begin with a checksum of the rest; where no folder can be
 written, kernels are built anew in every process.
 """
 
 import ctypes
 import hashlib
-import importlib.metadata
 import os
 import platform
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from sys import is_finalizing
 from typing import TYPE_CHECKING, Any
@@ -24,8 +23,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastattn import machine
+from fastattn.cpu.digest import of_modules, version
 from fastattn.isa import Isa, host
-from fastattn.os_threads import RLock
+from fastattn.os_threads import RLock, allocate_lock
 
 
 class Library:
@@ -68,17 +68,8 @@ def cache_folder() -> Path | None:
 
     None where that folder can neither be written nor has kernels in it: one filled beforehand may be read-only.
     """
-    named = os.environ.get("FASTATTN_CACHE_DIR")
     try:
-        if named:
-            folder = Path(named)
-        elif sys.platform == "win32":
-            folder = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "fastattn"
-        elif sys.platform == "darwin":
-            folder = Path.home() / "Library" / "Caches" / "fastattn"
-        else:
-            folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastattn"
-        folder = folder.absolute()  # the program may go elsewhere
+        folder = _chosen_folder()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not any(folder.glob("*.o")):
             tempfile.TemporaryFile(dir=folder).close()
@@ -87,18 +78,42 @@ def cache_folder() -> Path | None:
         return None
 
 
+def _chosen_folder() -> Path:
+    named = os.environ.get("FASTATTN_CACHE_DIR")
+    if named:
+        folder = Path(named)
+    elif sys.platform == "win32":
+        folder = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "fastattn"
+    elif sys.platform == "darwin":
+        folder = Path.home() / "Library" / "Caches" / "fastattn"
+    else:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastattn"
+    return folder.absolute()  # the program may go elsewhere
+
+
+_warned = allocate_lock()  # taken for good by the one warning of a process
+
+
+def warn_not_kept() -> None:
+    """Say, once in a process, that a kernel cannot be kept in the folder that the user has named.
+
+    Nothing is said of a folder that nobody has asked for, nor of a read-only one in which every kernel is found.
+    """
+    named = os.environ.get("FASTATTN_CACHE_DIR")
+    if named and _warned.acquire(blocking=False):
+        warnings.warn(
+            f"FASTATTN_CACHE_DIR={named!r} cannot be written: kernels are compiled anew in each process",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
 @cache
 def _source_digest() -> bytes:
-    digest = hashlib.sha256()
-    root = files("fastattn")
-    sources = [root / "build.py", root / "machine.py", *(root / "simd").iterdir(), *(root / "cpu").iterdir()]
-    for item in sorted(sources, key=str):
-        if item.name.endswith(".py"):
-            digest.update(item.name.encode() + b"\0" + item.read_bytes())
-    versions = [importlib.metadata.version(name) for name in ("numba", "llvmlite")]
+    modules = of_modules("fastattn.build", "fastattn.machine", "fastattn.simd", "fastattn.cpu")
+    versions = [version(name) for name in ("numba", "llvmlite")]
     identity = (versions, platform.python_version(), platform.machine(), sys.platform, object.__basicsize__)
-    digest.update(repr(identity).encode())
-    return digest.digest()
+    return hashlib.sha256(modules + repr(identity).encode()).digest()
 
 
 def _path(name: str, row: Isa) -> Path | None:
@@ -118,7 +133,8 @@ def _read(path: Path) -> bytes | None:
     return code if hashlib.sha256(code).digest() == checksum else None
 
 
-def _write(path: Path, code: bytes) -> None:
+def _write(path: Path, code: bytes) -> bool:
+    """Whether the file could be written."""
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
             try:
@@ -129,7 +145,8 @@ def _write(path: Path, code: bytes) -> None:
                 os.unlink(file.name)
                 raise
     except OSError:  # a full or vanished disk: the kernel is in memory all the same
-        pass
+        return False
+    return True
 
 
 def library(name: str, row: Isa | None = None) -> Library:
@@ -179,8 +196,8 @@ def _code(name: str, row: Isa) -> bytes:
     code = _read(path) if path else None
     if code is None:
         code = _compiler()(name, row, ENTRIES[name.partition("-")[0]])
-        if path:
-            _write(path, code)
+        if path is None or not _write(path, code):
+            warn_not_kept()
     return code
 
 

@@ -1,30 +1,28 @@
 """Kernels, compiled on demand, and what is compiled kept on disk.
 
 A kernel comes from a function of a specification, a named tuple, which returns the kernel's Python function. What Numba
-compiles of it is kept in a folder whose name is a hash of the source of every module that takes part and of the
+compiles of it is kept in a folder whose name is a hash of the content of every module that takes part and of the
 versions of Python, NumPy, Numba and numba-cuda, under a name that tells the specification: so nothing stale is ever
 looked at. Numba's own cache would look at the one file that a kernel stands in.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
-import importlib.metadata
 import os
 import platform
 import re
 import types
 import warnings
 from collections.abc import Callable, Iterator
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from numba import cuda
 
-from fastattn.cpu.kernels import cache_folder
+from fastattn.cpu.digest import of_modules, version
+from fastattn.cpu.kernels import cache_folder, warn_not_kept
 from fastattn.cuda.available import SIMULATED
 from fastattn.os_threads import RLock
 
@@ -34,14 +32,10 @@ _lock = RLock()
 
 @functools.cache
 def source_digest() -> str:
-    """A hash of all sources of this package, and of the versions of what compiles them."""
-    digest = hashlib.sha256()
-    for item in sorted(files("fastattn.cuda").iterdir(), key=str):
-        if item.name.endswith(".py"):
-            digest.update(item.name.encode() + b"\0" + item.read_bytes())
-    identity = [importlib.metadata.version(name) for name in ("numba", "numba-cuda", "numpy")]
-    digest.update(repr((identity, platform.python_version(), platform.machine())).encode())
-    return digest.hexdigest()[:32]
+    """A hash of all modules of this package, and of the versions of what compiles them."""
+    versions = [version(name) for name in ("numba", "numba-cuda", "numpy")]
+    identity = repr((versions, platform.python_version(), platform.machine()))
+    return hashlib.sha256(of_modules("fastattn.cuda") + identity.encode()).hexdigest()[:32]
 
 
 def folder() -> Path | None:
@@ -79,7 +73,9 @@ def kernel(factory: Factory, spec: Any, **options: Any) -> Any:
         return cuda.jit(function)
     dispatcher = cuda.jit(**options)(function)
     where = folder()
-    if where is not None:
+    if where is None:
+        warn_not_kept()
+    else:
         dispatcher._cache = kept_in(where, function)
     return dispatcher
 
@@ -119,8 +115,10 @@ def kept_in(where: Path, function: Any) -> Any:
                 return None
 
         def save_overload(self, sig: Any, data: Any) -> None:
-            with contextlib.suppress(OSError):  # a full or vanished disk: the kernel is in memory all the same
+            try:
                 super().save_overload(sig, data)
+            except OSError:  # a full or vanished disk: the kernel is in memory all the same
+                warn_not_kept()
 
     return Kept(function)
 

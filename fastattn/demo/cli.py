@@ -6,12 +6,13 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fastattn.arguments import number, program
 from fastattn.demo.words import Look, Word, find_word, in_words, join_pieces, sharpest
 from fastattn.terminal import (
     Progress,
@@ -44,37 +45,22 @@ def add_parsers(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``demo`` and its ``search``."""
     parser.add_argument("--text", help=f"the sentence to read (default: {TEXT!r})")
     parser.add_argument("--word", help='the word that looks; "the:2" is the second "the" (default: the sharpest look)')
-    parser.add_argument("--layer", type=number("layer", 6), help="layer, 0 to 5 (default: where it looks most sharply)")
-    parser.add_argument("--head", type=number("head", 12), help="head, 0 to 11 (default: which looks most sharply)")
+    parser.add_argument(
+        "--layer", type=number("layer", 0, 5), help="layer, 0 to 5 (default: where it looks most sharply)"
+    )
+    parser.add_argument("--head", type=number("head", 0, 11), help="head, 0 to 11 (default: which looks most sharply)")
     parser.set_defaults(run=demo)
     commands = parser.add_subparsers(title="and", metavar="search", dest="more")
     finder = commands.add_parser(
         "search",
         help="rank the sentences of text files by their meaning",
-        description="Rank the sentences of text files by how near their meaning is to the query's, and tell the time "
-        "a sentence takes: with fastattn, and with the same model on plain NumPy attention.",
-        epilog='example: python -m fastattn demo search "how is memory saved?" README.md docs/*.md',
+        description="Rank the sentences of text files by how near their meaning is to the query's.",
+        epilog=f'example: {program()} demo search "how is memory saved?" README.md docs/*.md',
     )
     finder.add_argument("query", help="what to look for: a question or a few words")
     finder.add_argument("files", nargs="+", metavar="FILE", help="text files in UTF-8; - is standard input")
-    finder.add_argument("--top", type=number("number of sentences", None, 1), default=5, help="how many to show (5)")
+    finder.add_argument("--top", type=number("number of sentences", 1), default=5, help="how many to show (5)")
     finder.set_defaults(run=search)
-
-
-def number(name: str, below: int | None, least: int = 0) -> Callable[[str], int]:
-    """An argparse type: a whole number from `least`, and less than `below`."""
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if value < least or (below is not None and value >= below):
-            allowed = f"from {least} to {below - 1}" if below is not None else f"of at least {least}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {name} {allowed}")
-        return value
-
-    return parse
 
 
 def demo(args: argparse.Namespace) -> int:
@@ -128,7 +114,7 @@ def demo(args: argparse.Namespace) -> int:
         say('Next: --layer 5 --head 11 draws the other head, --text "..." reads a sentence of yours, and')
     else:
         say("Next: --word, --layer and --head look elsewhere, and")
-    say('python -m fastattn demo search "query" FILE... searches by meaning.')
+    say(f'{program()} demo search "query" FILE... searches by meaning.')
     return 0
 
 
@@ -199,15 +185,19 @@ def picture(words: Sequence[Word], weights: NDArray[np.float64], looks: Sequence
 
 
 def search(args: argparse.Namespace) -> int:
-    """Rank sentences by meaning, and compare fastattn with plain NumPy attention on the way."""
-    from fastattn.demo.search import compare, rank, read_sentences
+    """Rank sentences by meaning."""
+    from fastattn.demo.search import check_readable, rank, read_sentences
 
     style = Style.of(sys.stdout)
+    given = [f"--{name}" for name in ("text", "word", "layer", "head") if getattr(args, name) is not None]
+    if given:
+        raise UserError(f"search draws no head, and has no use for {', '.join(given)}")
     query = printable(args.query)
     if not query:
         raise UserError("the query is empty")
-    sentences = read_sentences(args.files)
+    check_readable(args.files)
     model = load_model()
+    sentences = read_sentences(args.files)
     texts = [sentence.text for sentence in sentences]
     with Progress("reading sentences") as progress:
         vectors = model.embed(texts, progress=progress)
@@ -221,23 +211,7 @@ def search(args: argparse.Namespace) -> int:
         where = style.dim(where[max(0, len(where) - (style.width - 20)) :])  # its end says more
         print(f"\n{place:2}  {style.bold(f'{cosine:.2f}')} {drawn} {where}")
         print(*wrap(sentence.text, style.width, "    "), sep="\n")
-    sys.stdout.flush()
-
-    with Progress("timing both ways, alternately") as progress:
-        timing = compare(model, texts, progress)
-    cross = "×" if style.blocks else "x"
-    print(f"\nTime per sentence, medians over {timing.sentences} of them:\n")
-    print(style.dim(f"{'':17}{'fastattn':>10}{'NumPy':>10}"))
-    for label, fast, plain in (
-        ("whole model", timing.fast, timing.plain),
-        ("attention alone", timing.fast_attention, timing.plain_attention),
-    ):
-        print(f"  {label:15}{_duration(fast):>10}{_duration(plain):>10}{plain / fast:7.1f} {cross}")
     return 0
-
-
-def _duration(seconds: float) -> str:
-    return f"{1e6 * seconds:.0f} µs" if seconds < 1e-3 else f"{1e3 * seconds:.1f} ms"
 
 
 def load_model() -> MiniLM:

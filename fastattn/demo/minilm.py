@@ -32,7 +32,6 @@ __all__ = [
     "fast_attention",
     "gelu",
     "model_folder",
-    "plain_attention",
     "recording_attention",
 ]
 
@@ -52,19 +51,6 @@ Attend = Callable[[Floats, Floats, Floats, "NDArray[np.bool_] | None"], Floats]
 def fast_attention(query: Floats, key: Floats, value: Floats, attn_mask: NDArray[np.bool_] | None = None) -> Floats:
     """Attention by fastattn: the call that this demo is about."""
     out: Floats = fastattn.attention(query, key, value, attn_mask)
-    return out
-
-
-def plain_attention(query: Floats, key: Floats, value: Floats, attn_mask: NDArray[np.bool_] | None = None) -> Floats:
-    """Attention as one writes it in NumPy, to compare with."""
-    weights: Floats = query @ key.swapaxes(-1, -2)
-    weights *= 1 / math.sqrt(query.shape[-1])
-    if attn_mask is not None:
-        np.copyto(weights, -np.inf, where=~attn_mask)
-    weights -= weights.max(axis=-1, keepdims=True)
-    np.exp(weights, out=weights)
-    weights /= weights.sum(axis=-1, keepdims=True)
-    out: Floats = np.matmul(weights, value)
     return out
 
 

@@ -1,24 +1,20 @@
-"""Semantic search in text files: sentences, their order by meaning, and how long a sentence takes."""
+"""Semantic search in text files: sentences, and their order by meaning."""
 
 from __future__ import annotations
 
 import re
-import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastattn.demo.minilm import Attend, Floats, MiniLM, batches, fast_attention, plain_attention
 from fastattn.terminal import UserError, printable
 
-__all__ = ["Sentence", "Timing", "compare", "read_sentences", "split_sentences"]
+__all__ = ["Sentence", "check_readable", "rank", "read_sentences", "split_sentences"]
 
-FEWEST_ROUNDS, MOST_ROUNDS = 3, 25
 #: A sentence ends at . ! ? or …, perhaps with closing quotes or brackets, before a space and what may begin another.
 _END = re.compile(r"[.!?…]+[\"'”’»)\]]*\s+(?=[\"'“‘«(\[¿¡—–-]*[^\W_a-z])|[。！？]+[」』）]*")
 _ABBREVIATION = re.compile(
@@ -36,17 +32,6 @@ class Sentence:
     text: str
     file: str
     line: int
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Medians in seconds for one sentence: of the whole model, and of its attention alone."""
-
-    sentences: int
-    fast: float
-    plain: float
-    fast_attention: float
-    plain_attention: float
 
 
 def split_sentences(text: str) -> Iterator[tuple[int, str]]:
@@ -83,6 +68,28 @@ def _split_paragraph(text: str, first_line: int) -> Iterator[tuple[int, str]]:
         start = end
 
 
+def check_readable(files: Sequence[str]) -> None:
+    """Refuse files that cannot be read, before any of them is.
+
+    Raises
+    ------
+    UserError
+        If there is no such file, or if it cannot be opened.
+    """
+    for path in (Path(file) for file in files if file != "-"):
+        try:
+            path.stat()
+            if path.is_file() or path.is_dir():  # what is neither, such as a pipe, may be opened only once
+                path.open("rb").close()
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+            raise _unreadable(str(path), error) from error
+
+
+def _unreadable(file: str, error: OSError | ValueError) -> UserError:
+    reason = (error.strerror if isinstance(error, OSError) else str(error)) or str(error)
+    return UserError(f"cannot read {printable(file)}: {reason}")
+
+
 def read_sentences(files: Sequence[str]) -> list[Sentence]:
     """Read the sentences of text files in UTF-8; "-" is standard input.
 
@@ -95,9 +102,8 @@ def read_sentences(files: Sequence[str]) -> list[Sentence]:
     for file in files:
         try:
             data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-            reason = (error.strerror if isinstance(error, OSError) else str(error)) or str(error)
-            raise UserError(f"cannot read {printable(file)}: {reason}") from error
+        except (OSError, ValueError) as error:
+            raise _unreadable(file, error) from error
         try:
             text = data.decode("utf-8-sig")
         except UnicodeDecodeError as error:
@@ -114,75 +120,3 @@ def rank(vectors: NDArray[np.float32], query: NDArray[np.float32], count: int) -
     """The `count` rows most similar to the query, as (row, cosine): all are unit vectors, so it is one product."""
     cosines = vectors @ query
     return [(int(index), float(cosines[index])) for index in np.argsort(-cosines, kind="stable")[:count]]
-
-
-def compare(
-    model: MiniLM,
-    sentences: Sequence[str],
-    progress: Callable[[int, int], None] | None = None,
-    sample: int = 128,
-    seconds: float = 3.0,
-    clock: Callable[[], float] = time.perf_counter,
-) -> Timing:
-    """Time the model on fastattn and on plain NumPy attention, alternately, on the same batches of sentences.
-
-    At most `sample` sentences are taken, evenly from all. Each batch is run by both in turn, and who is first
-    alternates; after `seconds`, but three rounds at least, the medians of the rounds are taken.
-    """
-    chosen = np.unique(np.linspace(0, len(sentences) - 1, min(sample, len(sentences))).astype(int))
-    encoded = [encoding.ids for encoding in model.tokenizer.encode_batch([sentences[index] for index in chosen])]
-    work = [[encoded[index] for index in batch] for batch in batches([len(ids) for ids in encoded])]
-    watches = (_Stopwatch(fast_attention, clock), _Stopwatch(plain_attention, clock))
-
-    def run_all(turn: int) -> None:
-        for number, batch in enumerate(work):
-            for watch in watches if (turn + number) % 2 else reversed(watches):
-                watch.run(model, batch)
-
-    run_all(0)  # warms up
-    for watch in watches:
-        watch.new_round(keep=False)
-    began, elapsed, done = clock(), 0.0, 0
-    while done < FEWEST_ROUNDS or (done < MOST_ROUNDS and elapsed < seconds):
-        done += 1
-        run_all(done)
-        for watch in watches:
-            watch.new_round()
-        elapsed = clock() - began
-        if progress is not None:
-            progress(done, max(done, FEWEST_ROUNDS, min(MOST_ROUNDS, int(done * seconds / max(elapsed, 1e-9)))))
-    (fast, fast_inside), (plain, plain_inside) = (watch.medians(len(encoded)) for watch in watches)
-    return Timing(len(encoded), fast, plain, fast_inside, plain_inside)
-
-
-class _Stopwatch:
-    """Times the model on one attention, and the attention in it."""
-
-    def __init__(self, attend: Attend, clock: Callable[[], float]) -> None:
-        self.attend, self.clock = attend, clock
-        self.whole: list[float] = []  # of each round
-        self.inside: list[float] = []
-        self.whole_sum = self.inside_sum = 0.0
-
-    def new_round(self, keep: bool = True) -> None:
-        """Keep the sums of the round that ends, or forget them."""
-        if keep:
-            self.whole.append(self.whole_sum)
-            self.inside.append(self.inside_sum)
-        self.whole_sum = self.inside_sum = 0.0
-
-    def run(self, model: MiniLM, batch: Sequence[Sequence[int]]) -> None:
-        """Run the model on a batch."""
-        start = self.clock()
-        model.embed_batch(batch, self._timed)
-        self.whole_sum += self.clock() - start
-
-    def _timed(self, query: Floats, key: Floats, value: Floats, attn_mask: NDArray[np.bool_] | None) -> Floats:
-        start = self.clock()
-        out = self.attend(query, key, value, attn_mask)
-        self.inside_sum += self.clock() - start
-        return out
-
-    def medians(self, sentences: int) -> tuple[float, float]:
-        """Seconds for one sentence, in the whole model and in the attention."""
-        return statistics.median(self.whole) / sentences, statistics.median(self.inside) / sentences

@@ -1,33 +1,19 @@
 """What attention is, from the beginning: pages that measure what they say, in a terminal and as docs/guide/.
 
-A page is a module of this package. The first line of its docstring is its title, the rest what it answers; its
-``steps`` yields paragraphs, pieces of code, tables and pictures, and computes every number in them. The same steps
-become a page in the terminal (`cli.py`) and one in Markdown with pictures by matplotlib (`markdown.py`), so that
-the two cannot disagree.
+A page is a module of this package, whose ``steps`` yields paragraphs, pieces of code, tables and pictures, and computes
+every number in them. The same steps become a page in the terminal (`cli.py`) and one in Markdown with pictures by
+matplotlib (`markdown.py`), so that the two cannot disagree.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fastattn.guide.page import Step
 
-__all__ = ["PAGES", "Page", "find", "load"]
-
-#: The pages in the order in which they are meant to be read; a name is also that of the module, with _ for -.
-PAGES = (
-    "bottleneck",
-    "lookup",
-    "formula",
-    "self-attention",
-    "heads",
-    "cross-attention",
-    "bahdanau-luong",
-    "tiles",
-    "history",
-)
+__all__ = ["CONTENTS", "PAGES", "Page", "find", "load"]
 
 
 @dataclass(frozen=True)
@@ -36,26 +22,80 @@ class Page:
 
     Attributes
     ----------
-    number : int
-        Its place in the guide, from 1.
     name, title, question : str
         What the command line calls it, its heading, and what it answers, in one sentence.
-    steps : callable
-        Computes the page, step by step.
+    model : bool
+        Whether it reads the model of the demo, whose packages it needs.
     """
 
-    number: int
     name: str
     title: str
     question: str
-    steps: Callable[[], Iterator[Step]]
+    model: bool = True
+
+    @property
+    def number(self) -> int:
+        """Its place in the guide, from 1."""
+        return PAGES.index(self.name) + 1
+
+    def steps(self) -> Iterator[Step]:
+        """Compute the page, step by step."""
+        module = importlib.import_module(f"{__name__}.{self.name.replace('-', '_')}")
+        steps: Iterator[Step] = module.steps()
+        return steps
+
+
+#: The pages in the order in which they are meant to be read; a name is also that of the module, with _ for -.
+CONTENTS = (
+    Page(
+        "bottleneck",
+        "The bottleneck, and what attention does",
+        "Why is one vector not enough for a sentence, and what can be read from many?",
+    ),
+    Page(
+        "lookup",
+        "Queries, keys, values: a dictionary that answers softly",
+        "What are a query, a key and a value, and what does attention compute from them?",
+    ),
+    Page(
+        "formula",
+        "The formula, and why it divides by √d",
+        "What does each part of softmax(QKᵀ/√d)V do, and what happens without the root?",
+    ),
+    Page(
+        "self-attention",
+        "Self-attention: a sentence looks at itself",
+        'Where does "it" look in "The animal didn\'t cross the street because it was too tired", and who told it?',
+    ),
+    Page(
+        "heads",
+        "Heads: what 72 of them look at",
+        "Does a head have a job? We measure all 72 of MiniLM on Aesop's fables.",
+    ),
+    Page(
+        "cross-attention",
+        "Cross-attention: one sentence looks at another",
+        "How do the words of one sentence find their partners in another, where all stands in another order?",
+    ),
+    Page(
+        "bahdanau-luong",
+        "Bahdanau and Luong: other scores, and windows",
+        "How were queries and keys compared before the scaled dot product, and what if a query looks at a window only?",
+    ),
+    Page(
+        "tiles",
+        "From the formula to online softmax to tiles",
+        "How is attention computed without its matrix, and why is that faster, too?",
+        model=False,
+    ),
+    Page("history", "History and reading", "Who had which idea, and where is it written?", model=False),
+)
+PAGES = tuple(page.name for page in CONTENTS)
 
 
 def load(name: str) -> Page:
     """The page of this name, one of `PAGES`."""
-    module = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
-    title, _, question = (module.__doc__ or "").partition("\n\n")
-    return Page(PAGES.index(name) + 1, name, title.strip().rstrip("."), " ".join(question.split()), module.steps)
+    return CONTENTS[PAGES.index(name)]
 
 
 def find(wanted: str) -> str | None:

@@ -1,7 +1,4 @@
-"""Bahdanau and Luong: other scores, and windows
-
-How were queries and keys compared before the scaled dot product, and what if a query looks at a window only?
-"""
+"""The page "bahdanau-luong" of the guide."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The bottleneck, and what attention does
-
-Why is one vector not enough for a sentence, and what can be read from many?
-"""
+"""The page "bottleneck" of the guide."""
 
 from __future__ import annotations
 

@@ -8,7 +8,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from fastattn.arguments import folder_to_write, program
 from fastattn.guide import PAGES, find, load
+from fastattn.guide.markdown import need_matplotlib, save
 from fastattn.guide.page import Listing, Picture, Step, Table
 from fastattn.terminal import Style, UserError, display_width, pad, printable, wrap
 
@@ -39,22 +41,22 @@ def guide(args: argparse.Namespace) -> int:
     name = find(args.name)
     if name is None:
         raise UserError(f'"{printable(args.name)}" is not a page of the guide; the pages are: {", ".join(PAGES)}')
-    if args.save is not None:
-        from fastattn.guide.markdown import need_matplotlib, save
-
-        need_matplotlib()
-        try:
-            args.save.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--save: cannot make the folder {args.save}: {error}") from error
     page = load(name)
+    if args.save is not None:
+        need_matplotlib()
+    if page.model:
+        from fastattn.guide.data import model
+
+        model()  # says what is missing before the page has begun
+    if args.save is not None:
+        folder_to_write("--save", args.save)
     print(style.bold(f"{page.number}. {page.title}"))
     for step in page.steps():
         print("", *show(step, style), sep="\n", flush=True)
         if args.save is not None and isinstance(step, Picture):
             print(style.dim(f"  written to {save(step, args.save)}"))
     if page.number < len(PAGES):
-        print("", *wrap(f"Next: python -m fastattn guide {PAGES[page.number]}", style.width), sep="\n")
+        print("", *wrap(f"Next: {program()} guide {PAGES[page.number]}", style.width), sep="\n")
     return 0
 
 
@@ -64,7 +66,7 @@ def _contents(style: Style) -> Iterator[str]:
     for page in map(load, PAGES):
         yield f"  {page.number}  {style.bold(pad(page.name, 16))} {page.title}"
     yield ""
-    yield from wrap("python -m fastattn guide NAME shows a page.", style.width)
+    yield from wrap(f"{program()} guide NAME shows a page.", style.width)
 
 
 def show(step: Step, style: Style) -> list[str]:

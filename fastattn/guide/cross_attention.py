@@ -1,7 +1,4 @@
-"""Cross-attention: one sentence looks at another
-
-How do the words of one sentence find their partners in another, where all stands in another order?
-"""
+"""The page "cross-attention" of the guide."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The formula, and why it divides by √d
-
-What does each part of softmax(QKᵀ/√d)V do, and what happens without the root?
-"""
+"""The page "formula" of the guide."""
 
 from __future__ import annotations
 

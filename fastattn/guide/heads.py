@@ -1,7 +1,4 @@
-"""Heads: what 72 of them look at
-
-Does a head have a job? We measure all 72 of MiniLM on Aesop's fables.
-"""
+"""The page "heads" of the guide."""
 
 from __future__ import annotations
 

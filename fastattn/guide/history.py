@@ -1,7 +1,4 @@
-"""History and reading
-
-Who had which idea, and where is it written?
-"""
+"""The page "history" of the guide."""
 
 from __future__ import annotations
 

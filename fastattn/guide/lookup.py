@@ -1,7 +1,4 @@
-"""Queries, keys, values: a dictionary that answers softly
-
-What are a query, a key and a value, and what does attention compute from them?
-"""
+"""The page "lookup" of the guide."""
 
 from __future__ import annotations
 

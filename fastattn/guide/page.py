@@ -52,7 +52,11 @@ class Listing:
     @classmethod
     def of(cls, *functions: Callable[..., Any]) -> Listing:
         """The source of functions that the page runs itself: what is read is what was measured."""
-        sources = (textwrap.dedent(inspect.getsource(function)).strip() for function in functions)
+        try:
+            sources = [textwrap.dedent(inspect.getsource(function)).strip() for function in functions]
+        except OSError:  # an application without source files runs them all the same
+            names = ", ".join(function.__name__ for function in functions)
+            return cls(f"(the code of {names} is not shown: there are no source files here)")
         return cls("\n\n\n".join(sources), "python")
 
 

@@ -1,7 +1,4 @@
-"""Self-attention: a sentence looks at itself
-
-Where does "it" look in "The animal didn't cross the street because it was too tired", and who told it?
-"""
+"""The page "self-attention" of the guide."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""From the formula to online softmax to tiles
-
-How is attention computed without its matrix, and why is that faster, too?
-"""
+"""The page "tiles" of the guide."""
 
 from __future__ import annotations
 

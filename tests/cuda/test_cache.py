@@ -52,6 +52,24 @@ def test_a_changed_source_is_compiled_anew(tmp_path: Path) -> None:
     assert outcome() == FOUND
 
 
+def test_a_tree_of_pyc_files_has_a_folder_of_its_own(tmp_path: Path) -> None:
+    def outcome(root: Path) -> str:
+        changes = {"FASTATTN_CACHE_DIR": str(tmp_path / "cache"), "NUMBA_ENABLE_CUDASIM": "0"}
+        return processes.run(COMPILE, root, **changes).strip()
+
+    package = processes.PACKAGE
+    one, other = (processes.compiled(package, tmp_path / name) for name in ("one", "other"))
+    assert [outcome(root) for root in (one, other, package.parent)] == [COMPILED, FOUND, COMPILED]
+
+
+def test_a_named_folder_that_cannot_be_written_is_warned_of(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    process = processes.start(COMPILE, FASTATTN_CACHE_DIR=str(tmp_path / "file" / "below"), NUMBA_ENABLE_CUDASIM="0")
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, out) == (0, f"{COMPILED}\n"), err
+    assert err.count("RuntimeWarning: FASTATTN_CACHE_DIR=") == 1
+
+
 def test_no_launch_warns_of_a_small_grid() -> None:
     code = """
 import warnings
