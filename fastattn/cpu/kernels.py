@@ -110,7 +110,7 @@ def warn_not_kept() -> None:
 
 @cache
 def _source_digest() -> bytes:
-    modules = of_modules("fastattn.build", "fastattn.machine", "fastattn.simd", "fastattn.cpu")
+    modules = of_modules("fastattn.build", "fastattn.machine", "fastattn.os_threads", "fastattn.simd", "fastattn.cpu")
     versions = [version(name) for name in ("numba", "llvmlite")]
     identity = (versions, platform.python_version(), platform.machine(), sys.platform, object.__basicsize__)
     return hashlib.sha256(modules + repr(identity).encode()).digest()
