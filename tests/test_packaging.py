@@ -77,7 +77,6 @@ def test_what_they_contain(distributions: dict[str, Path]) -> None:
         "tests/test_packaging.py",
         "benchmarks/conftest.py",
         "docs/start.md",
-        "hatch_build.py",
         "README.md",
         "LICENSE",
         "Makefile",
