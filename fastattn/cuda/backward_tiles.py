@@ -13,6 +13,7 @@ import math
 from typing import Any, NamedTuple
 
 from fastattn.cuda.elements import device, keeps, loader, mask_loader, real_of
+from fastattn.cuda.plan import DELTA, NUMBERS, REST, SHIFT
 from fastattn.cuda.tiles import is_floating
 
 __all__ = ["Tiles", "Tiling", "make_tiles"]
@@ -150,28 +151,28 @@ def _make_weights(tiling: Tiling, storage: str, mask_storage: str, dropout: bool
     zero, hidden, lowest = real(0.0), real(-0.0), real(-math.inf)
 
     @device
-    def load_rows(numbers, lse, lse_at, lse_step, deltas, deltas_at, first_query, queries, thread):
-        """Load lse and delta of a tile of queries; an lse of -inf hides what is behind the last one."""
+    def load_rows(numbers_here, numbers, at, first_query, queries, thread):
+        """Load the numbers of a tile of queries; a shift of -inf hides what is behind the last one."""
         for i in range(thread, tile, threads):
-            sums, delta = lowest, zero
+            shift, rest, delta = lowest, zero, zero
             if first_query + i < queries:
-                sums = lse[lse_at + (first_query + i) * lse_step]
-                delta = deltas[deltas_at + first_query + i]
-            numbers[0, i] = sums
-            numbers[1, i] = delta
+                own = at + NUMBERS * (first_query + i)
+                shift, rest, delta = numbers[own + SHIFT], numbers[own + REST], numbers[own + DELTA]
+            numbers_here[SHIFT, i], numbers_here[REST, i], numbers_here[DELTA, i] = shift, rest, delta
 
     @device
     def weigh(
-        scores, grads, numbers, mask, mask_at, mask_row, mask_column, number, first_query, first_key, keys, reach,
+        scores, grads, numbers_here, mask, mask_at, mask_row, mask_column, number, first_query, first_key, keys, reach,
         heads, seed_low, seed_high, drop_below, keep_scale, tx, ty,
     ):  # fmt: skip
         """Turn scores into weights after dropout, and dO · value into dS; -0.0 and 0 where hidden."""
         for r in range(rows):
             i = first_query + ty + r * side
-            lse, delta = numbers[0, ty + r * side], numbers[1, ty + r * side]
+            shift, rest = numbers_here[SHIFT, ty + r * side], numbers_here[REST, ty + r * side]
+            delta = numbers_here[DELTA, ty + r * side]
             for c in range(rows):
                 j = first_key + tx + c * side
-                visible = lse != lowest and j < keys and j <= i + reach
+                visible = shift != lowest and j < keys and j <= i + reach
                 score = scores[r, c]
                 if masked and visible:
                     if mask_is_bool:
@@ -182,7 +183,7 @@ def _make_weights(tiling: Tiling, storage: str, mask_storage: str, dropout: bool
                         score += bias
                 weight, grad = hidden, zero
                 if visible:
-                    exponent = score - lse
+                    exponent = (score - shift) - rest
                     if exponent > zero:  # no weight is above 1, whatever the roundings of huge scores
                         exponent = zero
                     share = real(math.exp(exponent))

@@ -132,6 +132,18 @@ def choose_weights(facts: Facts) -> Choice:
     )
 
 
+def choose_shifts(storage: str, mask: str, problem: Problem, in_base_2: bool) -> Choice:
+    """The kernel of what weights are computed from: there is one; `in_base_2` as in `portable.Shifts`."""
+    tiles = tiles_for(storage, problem)
+    return Choice(
+        portable.find_shifts,
+        portable.Shifts(storage, mask, tiles, in_base_2),
+        slices_of(problem) * -(-problem.queries // tiles.queries),
+        (tiles.threads_x, tiles.threads_y),
+        "portable, the only one of shifts",
+    )
+
+
 def said(capability: tuple[int, int]) -> str:
     """Which kernels calls get on a GPU, and why, in a few words."""
     few = f"keys split over blocks where up to {decode.MAX_ROWS} queries share them"

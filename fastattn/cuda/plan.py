@@ -24,6 +24,12 @@ QUERY, KEY, VALUE, MASK, OUT = range(5)
 GRAD_OUT, LSE, GRAD_LSE = range(5, 8)
 OPERANDS = 8
 
+#: Three numbers of each query, one query after the other: its weights are exp(score - SHIFT - REST), and DELTA is for
+#: the backward pass. SHIFT is the log-sum-exp, and REST 0. But where rounding has taken from the log-sum-exp what
+#: matters, SHIFT is the greatest score, and REST the logarithm of the sum of exp(score - SHIFT).
+SHIFT, REST, DELTA = range(3)
+NUMBERS = 3
+
 #: Places in the vector of sizes.
 QUERIES, KEYS, HEAD_DIM, VALUE_DIM, HEADS, SLICES, CAUSAL_OFFSET, DROP_BELOW = range(8)
 

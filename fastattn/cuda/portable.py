@@ -29,7 +29,23 @@ import numpy as np
 from numba import cuda, types
 
 from fastattn.cuda.elements import LN_2, LOG2_E, MASKS, STORAGE, device, exp2, loader, log2, real_of, storer
-from fastattn.cuda.plan import CAUSAL_OFFSET, HEAD_DIM, KEY, KEYS, MASK, OUT, QUERIES, QUERY, SLICES, VALUE, VALUE_DIM
+from fastattn.cuda.plan import (
+    CAUSAL_OFFSET,
+    HEAD_DIM,
+    KEY,
+    KEYS,
+    LSE,
+    MASK,
+    NUMBERS,
+    OUT,
+    QUERIES,
+    QUERY,
+    REST,
+    SHIFT,
+    SLICES,
+    VALUE,
+    VALUE_DIM,
+)
 from fastattn.cuda.tiles import (
     Tiles,
     addition,
@@ -40,6 +56,7 @@ from fastattn.cuda.tiles import (
     softmax_functions,
     tile_loader,
 )
+from fastattn.rounding import PRECISE
 
 
 class Forward(NamedTuple):
@@ -60,13 +77,22 @@ class Weights(NamedTuple):
     tiles: Tiles
 
 
+class Shifts(NamedTuple):
+    """What a kernel of shifts is compiled for; `in_base_2`: whether there is a factor log2(e) in the scale."""
+
+    storage: str
+    mask: str
+    tiles: Tiles
+    in_base_2: bool
+
+
 class Copy(NamedTuple):
     """What a kernel that copies a result is compiled for."""
 
     storage: str
 
 
-def argument_types(spec: Forward | Weights) -> tuple[Any, ...]:
+def argument_types(spec: Forward | Weights | Shifts) -> tuple[Any, ...]:
     """The Numba types of a kernel's arguments."""
     real = types.float64 if spec.storage == "float64" else types.float32
     element = _numba_type(STORAGE[spec.storage])
@@ -90,7 +116,7 @@ def forward(spec: Forward) -> Any:
     real = real_of(storage)
     store, load_tile, multiply = storer(storage), tile_loader(loader(storage, real), real), multiplication(tiles)
     restrict = restriction(tiles, mask_kind, real)
-    publish, absorb = softmax_functions(tiles, mask_kind, real)
+    publish, absorb = softmax_functions(tiles, real, in_base_2=not is_floating(mask_kind))
     drop = dropping(tiles, real)
     add_values, add_visible_values = addition(tiles, real)
     threads_y, threads_x, rows, columns, values, features, value_rows = tiles
@@ -220,32 +246,22 @@ def forward(spec: Forward) -> Any:
     return kernel
 
 
-def weights(spec: Weights) -> Any:
-    """The kernel of the weights, from the log-sum-exp: a block of threads for each block of queries and keys.
-
-    `out` is the matrix of weights; `value` is not read. Where scores are so large that the logarithm of their number
-    is lost in the log-sum-exp, as under a mask of finfo.min throughout, the block takes the softmax of the row itself.
-    """
-    storage, mask_kind, dropout, tiles = spec
+def _make_find_scores(tiles: Tiles, storage: str, mask_kind: str) -> Any:
+    """A device function of a block of queries and one of keys."""
     real = real_of(storage)
-    store, load_tile, multiply = storer(storage), tile_loader(loader(storage, real), real), multiplication(tiles)
-    restrict, drop = restriction(tiles, mask_kind, real), dropping(tiles, real)
-    publish, absorb = softmax_functions(tiles._replace(values=0), mask_kind, real)
-    threads_y, threads_x, rows, columns, _, features, _ = tiles
-    threads, block_q, block_k, pitch = tiles.threads, tiles.queries, tiles.keys, tiles.features + 1
-    query_size, key_size = block_q * pitch, max(block_k * pitch, block_q * (block_k + 1))
-    lowest, one, zero = real(-math.inf), real(1), real(0)
-    # scores are in base 2, but for those under a floating mask
-    unit, to_scores = real(LOG2_E if is_floating(mask_kind) else 1.0), real(1.0 if is_floating(mask_kind) else LOG2_E)
-    shared_size = block_q * threads_x
-    coarse, infinite = real(1 / np.finfo(real).eps), real(math.inf)
+    load_tile, multiply, restrict = (
+        tile_loader(loader(storage, real), real), multiplication(tiles), restriction(tiles, mask_kind, real),
+    )  # fmt: skip
+    threads, block_q, block_k, features = tiles.threads, tiles.queries, tiles.keys, tiles.features
+    rows, columns, threads_x, pitch = tiles.rows, tiles.columns, tiles.threads_x, tiles.features + 1
+    one, zero = real(1), real(0)
 
     @device
     def find_scores(
         scores, seen, query_tile, key_tile, query, key, mask, offsets, steps, sizes, scale, slice_, first_query,
         first_key, y, x,
     ):  # fmt: skip
-        """The scores of a block of queries and one of keys."""
+        """The scores, and whether the query may look at the key."""
         thread, head_dim = y * threads_x + x, sizes[HEAD_DIM]
         query_base = offsets[QUERY, slice_] + first_query * steps[QUERY, 0]
         key_base = offsets[KEY, slice_] + first_key * steps[KEY, 0]
@@ -265,16 +281,112 @@ def weights(spec: Weights) -> Any:
             multiply(scores, query_tile, key_tile, y, x)
         restrict(scores, seen, mask, offsets[MASK, slice_], steps, sizes, first_query, first_key, y, x)
 
-    def kernel(query, key, value, mask, out, lse, offsets, steps, sizes, scale, keep_scale, seed_low, seed_high):
+    return find_scores
+
+
+def shifts_types(spec: Shifts) -> tuple[Any, ...]:
+    """The Numba types of the arguments of `find_shifts`."""
+    query, key, _, mask, _, real, offsets, steps, sizes, scale, *_ = argument_types(spec)
+    return query, key, mask, real, real, offsets, steps, sizes, scale, scale
+
+
+def find_shifts(spec: Shifts) -> Any:
+    """The kernel of SHIFT and REST of each query: a block of threads for each block of queries of each slice.
+
+    Scores and numbers are in base 2 where the scale has a factor log2(e) in it. Where a log-sum-exp is so large that
+    its rounding matters, the block goes over the keys once more: see `fastattn.rounding`, which has `slack` as well.
+    """
+    storage, mask_kind, tiles, in_base_2 = spec
+    real = real_of(storage)
+    find_scores = _make_find_scores(tiles, storage, mask_kind)
+    publish, absorb = softmax_functions(tiles._replace(values=0), real, in_base_2)
+    threads_y, threads_x, rows, columns, _, features, _ = tiles
+    block_q, block_k, pitch = tiles.queries, tiles.keys, features + 1
+    query_size, key_size = block_q * pitch, max(block_k * pitch, block_q * (block_k + 1))
+    shared_size = block_q * threads_x
+    lowest, zero, infinite = real(-math.inf), real(0), real(math.inf)
+    to_scores, to_natural = real(LOG2_E if in_base_2 else 1.0), real(1.0 if in_base_2 else LN_2)
+    coarse = real(PRECISE[np.dtype(real).name])
+
+    def kernel(query, key, mask, lse, numbers, offsets, steps, sizes, scale, slack):
         query_tile = cuda.shared.array(query_size, real)
-        key_tile = cuda.shared.array(key_size, real)  # after the scores: the weights
+        key_tile = cuda.shared.array(key_size, real)  # after the scores: exp(score - m), which nobody reads
         shared_tile = cuda.shared.array(shared_size, real)  # what a row's threads tell each other
         scores = cuda.local.array((rows, columns), real)
         seen = cuda.local.array((rows, columns), np.bool_)
-        shifts = cuda.local.array(rows, real)
-        wholes = cuda.local.array(rows, real)
         m = cuda.local.array(rows, real)
         total = cuda.local.array(rows, real)
+        x, y = cuda.threadIdx.x, cuda.threadIdx.y
+
+        queries = sizes[QUERIES]
+        blocks = (queries + block_q - 1) // block_q
+        slice_, first_query = cuda.blockIdx.x // blocks, cuda.blockIdx.x % blocks * block_q
+        lse_at = offsets[LSE, slice_] + first_query * steps[LSE, 0]
+        numbers_at = NUMBERS * (slice_ * queries + first_query)
+        lost = False
+        for i in range(rows):
+            m[i], total[i] = lowest, zero
+            row = y + i * threads_y
+            if first_query + row < queries:
+                sums = lse[lse_at + row * steps[LSE, 0]]
+                lost = lost or coarse <= abs(sums) < infinite
+                if x == 0:
+                    numbers[numbers_at + NUMBERS * row + SHIFT] = sums * to_scores
+                    numbers[numbers_at + NUMBERS * row + REST] = zero
+        if cuda.syncthreads_or(np.int32(1 if lost else 0)) == 0:
+            return
+
+        # after the last key that one of these queries may look at
+        end = min(sizes[KEYS], min(queries, first_query + block_q) + sizes[CAUSAL_OFFSET])
+        for first_key in range(0, end, block_k):
+            find_scores(
+                scores, seen, query_tile, key_tile, query, key, mask, offsets, steps, sizes, scale, slice_, first_query,
+                first_key, y, x,
+            )  # fmt: skip
+            cuda.syncthreads()
+            publish(scores, shared_tile, y, x)
+            cuda.syncthreads()
+            absorb(scores, seen, shared_tile, key_tile, m, total, scores, y, x)
+        cuda.syncthreads()
+        for i in range(rows):
+            shared_tile[(y + i * threads_y) * threads_x + x] = total[i]
+        cuda.syncthreads()
+        for i in range(rows):
+            row = y + i * threads_y
+            if x == 0 and first_query + row < queries:
+                sums, whole = lse[lse_at + row * steps[LSE, 0]], zero
+                for other in range(threads_x):
+                    whole += shared_tile[row * threads_x + other]
+                rest, given = log2(whole) * to_natural, sums * to_scores
+                # the log-sum-exp may be that of more keys than these
+                if coarse <= abs(sums) < infinite and (m[i] - given) + rest >= -slack * abs(given):
+                    numbers[numbers_at + NUMBERS * row + SHIFT] = m[i]
+                    numbers[numbers_at + NUMBERS * row + REST] = rest
+
+    return kernel
+
+
+def weights(spec: Weights) -> Any:
+    """The kernel of the weights: a block of threads for each block of queries and keys.
+
+    `out` is the matrix of weights, and in the place of the log-sum-exp there are the numbers of `find_shifts`; `value`
+    is not read.
+    """
+    storage, mask_kind, dropout, tiles = spec
+    real = real_of(storage)
+    store, find_scores, drop = storer(storage), _make_find_scores(tiles, storage, mask_kind), dropping(tiles, real)
+    threads_y, threads_x, rows, columns, _, features, _ = tiles
+    block_q, block_k, pitch = tiles.queries, tiles.keys, features + 1
+    query_size, key_size = block_q * pitch, max(block_k * pitch, block_q * (block_k + 1))
+    lowest, one, zero = real(-math.inf), real(1), real(0)
+    # scores are in base 2, but for those under a floating mask
+    unit = real(LOG2_E if is_floating(mask_kind) else 1.0)
+
+    def kernel(query, key, value, mask, out, numbers, offsets, steps, sizes, scale, keep_scale, seed_low, seed_high):
+        query_tile = cuda.shared.array(query_size, real)
+        key_tile = cuda.shared.array(key_size, real)  # after the scores: the weights
+        scores = cuda.local.array((rows, columns), real)
+        seen = cuda.local.array((rows, columns), np.bool_)
         x, y = cuda.threadIdx.x, cuda.threadIdx.y
         thread = y * threads_x + x
 
@@ -287,34 +399,6 @@ def weights(spec: Weights) -> Any:
         first_query = block % query_blocks * block_q
         slice_ = block // query_blocks
 
-        lost = False
-        for i in range(rows):
-            row = first_query + y + i * threads_y
-            sums = lse[slice_ * queries + row] if row < queries else zero
-            lost = lost or coarse < abs(sums) < infinite
-            shifts[i], wholes[i] = sums * to_scores if sums != lowest else zero, one
-        if cuda.syncthreads_or(np.int32(1 if lost else 0)):
-            for i in range(rows):
-                m[i], total[i] = lowest, zero
-            for other_key in range(0, keys, block_k):
-                find_scores(
-                    scores, seen, query_tile, key_tile, query, key, mask, offsets, steps, sizes, scale, slice_,
-                    first_query, other_key, y, x,
-                )  # fmt: skip
-                cuda.syncthreads()
-                publish(scores, shared_tile, y, x)
-                cuda.syncthreads()
-                absorb(scores, seen, shared_tile, key_tile, m, total, scores, y, x)
-            cuda.syncthreads()
-            for i in range(rows):
-                shared_tile[(y + i * threads_y) * threads_x + x] = total[i]
-            cuda.syncthreads()
-            for i in range(rows):
-                if coarse * to_scores < abs(shifts[i]) < infinite:
-                    shifts[i], wholes[i] = m[i], zero
-                    for other in range(threads_x):
-                        wholes[i] += shared_tile[(y + i * threads_y) * threads_x + other]
-
         find_scores(
             scores, seen, query_tile, key_tile, query, key, mask, offsets, steps, sizes, scale, slice_, first_query,
             first_key, y, x,
@@ -322,8 +406,14 @@ def weights(spec: Weights) -> Any:
         cuda.syncthreads()
         for i in range(rows):
             row = first_query + y + i * threads_y
+            shift, rest = zero, zero
+            if row < queries:
+                at = NUMBERS * (slice_ * queries + row)
+                shift, rest = numbers[at + SHIFT], numbers[at + REST]
+            if shift == lowest:  # no key at all: -inf less -inf is NaN
+                shift = zero
             for j in range(columns):
-                weight = exp2((scores[i, j] - shifts[i]) * unit) / wholes[i]
+                weight = exp2(((scores[i, j] - shift) - rest) * unit)
                 # of a sum of exp(score) no score takes more than all of it, whatever rounding says
                 weight = one if weight > one else weight
                 key_tile[(y + i * threads_y) * (block_k + 1) + x + j * threads_x] = weight

@@ -131,7 +131,7 @@ def restriction(tiles: Tiles, mask_kind: str, real: Any) -> Any:
     return restrict
 
 
-def softmax_functions(tiles: Tiles, mask_kind: str, real: Any) -> tuple[Any, Any]:
+def softmax_functions(tiles: Tiles, real: Any, in_base_2: bool) -> tuple[Any, Any]:
     """The device functions of the online softmax: `publish` maxima, then `absorb` a block of scores."""
     rows, columns, values, threads_y, threads_x = (
         tiles.rows,
@@ -141,7 +141,7 @@ def softmax_functions(tiles: Tiles, mask_kind: str, real: Any) -> tuple[Any, Any
         tiles.threads_x,
     )
     pitch = tiles.keys + 1
-    unit = real(LOG2_E if is_floating(mask_kind) else 1.0)
+    unit = real(1.0 if in_base_2 else LOG2_E)
     lowest, zero, hidden = real(-math.inf), real(0), real(-0.0)
 
     @device
