@@ -17,8 +17,21 @@ from fastattn.cuda.available import capability_of
 from fastattn.cuda.choice import Choice, Facts, choose_forward, choose_shifts, choose_weights, wants_rows
 from fastattn.cuda.compile import kernel, launch, table
 from fastattn.cuda.elements import LOG2_E, MASKS, real_of
-from fastattn.cuda.plan import KEY, LSE, MASK, NUMBERS, OUT, QUERY, VALUE, Table, copy_table, make_table, slices_of
-from fastattn.cuda.tiles import is_floating
+from fastattn.cuda.plan import (
+    KEY,
+    LSE,
+    MASK,
+    NUMBERS,
+    OUT,
+    QUERY,
+    VALUE,
+    Table,
+    copy_table,
+    is_extreme,
+    make_table,
+    slices_of,
+)
+from fastattn.cuda.tiles import in_base_2
 from fastattn.problem import (
     Operands,
     Problem,
@@ -75,7 +88,12 @@ class Call(NamedTuple):
     @property
     def real(self) -> Any:
         """The NumPy type of the arithmetic."""
-        return real_of(self.storage)
+        return real_of(self.storage, is_extreme(self.problem))
+
+    @property
+    def base_2(self) -> bool:
+        """Whether scores are in base 2 in the forward pass of the portable kernels."""
+        return in_base_2(self.mask, is_extreme(self.problem))
 
 
 def attention(
@@ -233,7 +251,7 @@ def evaluate(call: Call, seed: int, out: Given | None, want_weights: bool) -> tu
     result = out
     if result is None or any(overlap(result, array) for array in inputs) or (in_rows and not has_rows(result)):
         result = place.new("out", problem.out_shape, call.storage)
-    lse = place.new("lse", problem.lse_shape, np.dtype(call.real).name)
+    lse = place.new("lse", problem.lse_shape, problem.dtype.name)
     if few_queries:
         decoding.attend(call, result, lse, seed, functools.partial(_uploaded_tables, call, result))
     else:
@@ -266,7 +284,7 @@ def run(call: Call, kind: str, choose: Callable[[Facts], Choice], out: Given, ls
         out.memory(),
         lse.memory(),
         *plan.tables,
-        scale_of(call, in_base_2=not is_floating(call.mask)),
+        scale_of(call, call.base_2),
         real(problem.keep_scale),
         np.uint32(seed & 0xFFFFFFFF),
         np.uint32(seed >> 32),
@@ -278,7 +296,7 @@ def find_weights(call: Call, weights: Given, lse: Given, seed: int) -> None:
     """Queue the matrix of weights, from the log-sum-exp of the same keys."""
     tables = plan_of(call, "weights", choose_weights, weights).tables
     numbers = new_numbers(call)
-    queue_shifts(call, lse, numbers, tables, in_base_2=not is_floating(call.mask), slack=math.inf)
+    queue_shifts(call, lse, numbers, tables, call.base_2, slack=math.inf)
     run(call, "weights", choose_weights, weights, numbers, seed)
 
 
@@ -288,16 +306,16 @@ def new_numbers(call: Call) -> Given:
     return call.place.new("numbers of queries", (count,), np.dtype(call.real).name)
 
 
-def queue_shifts(call: Call, lse: Given, numbers: Given, tables: Any, in_base_2: bool, slack: float) -> None:
+def queue_shifts(call: Call, lse: Given, numbers: Given, tables: Any, base_2: bool, slack: float) -> None:
     """Queue the numbers of the portable kernels, but for deltas.
 
     A log-sum-exp that is coarse, and within `slack` of that of these keys, is of no other keys: see
     `fastattn.rounding`.
     """
-    givens, choice = call.givens, choose_shifts(call.storage, call.mask, call.problem, in_base_2)
+    givens, choice = call.givens, choose_shifts(call.storage, call.mask, call.problem, base_2)
     arrays = (givens["query"].memory(), givens["key"].memory(), mask_of(call), lse.memory(), numbers.memory())
     if choice.grid:
-        arguments = (*arrays, *tables, scale_of(call, in_base_2), call.real(slack))
+        arguments = (*arrays, *tables, scale_of(call, base_2), call.real(slack))
         launch(kernel(choice.factory, choice.spec), choice.grid, choice.block, call.place.stream, arguments)
 
 
@@ -306,10 +324,9 @@ def mask_of(call: Call) -> Any:
     return call.givens["attn_mask"].memory() if "attn_mask" in call.givens else nothing(MASKS["bool"])
 
 
-def scale_of(call: Call, in_base_2: bool = False) -> Any:
+def scale_of(call: Call, base_2: bool = False) -> Any:
     """The scale in the type of the arithmetic, with a factor log2(e) where scores are in base 2."""
-    with np.errstate(all="ignore"):  # a scale beyond float32 is infinite there
-        return call.real(call.problem.scale * (LOG2_E if in_base_2 else 1.0))
+    return call.real(call.problem.scale * (LOG2_E if base_2 else 1.0))
 
 
 def plan_of(call: Call, kind: str, choose: Callable[[Facts], Choice], out: Given) -> Plan:

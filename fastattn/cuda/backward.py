@@ -32,7 +32,20 @@ from fastattn.cuda.backward_tiles import Tiling
 from fastattn.cuda.choice import wants_rows
 from fastattn.cuda.compile import kernel, launch, table
 from fastattn.cuda.elements import MASKS
-from fastattn.cuda.plan import GRAD_LSE, GRAD_OUT, KEY, LSE, MASK, NUMBERS, OUT, QUERY, VALUE, make_table, slices_of
+from fastattn.cuda.plan import (
+    GRAD_LSE,
+    GRAD_OUT,
+    KEY,
+    LSE,
+    MASK,
+    NUMBERS,
+    OUT,
+    QUERY,
+    VALUE,
+    is_extreme,
+    make_table,
+    slices_of,
+)
 from fastattn.cuda.tensor_cores import block_of, grid_of
 from fastattn.gradients import Upstream, describe_upstream, seed_of_forward, wants_mask
 from fastattn.problem import Problem, Shape, as_upstream, describe, split_shape
@@ -70,14 +83,14 @@ class Plan(NamedTuple):
 
 
 def tiling_for(storage: str, problem: Problem) -> Tiling:
-    """How blocks divide the work: 64 x 64 scores with 256 threads of 4 x 4; of float64 32 x 32, of 2 x 2.
+    """How blocks divide the work: 64 x 64 scores with 256 threads of 4 x 4; in float64 32 x 32, of 2 x 2.
 
     A thread has four columns of a gradient or, where this saves computing the weights again for others, eight: not
     with dropout, whose random words need registers as well.
     """
     if SIMULATED:
         return SMALL
-    if storage == "float64":
+    if storage == "float64" or is_extreme(problem):
         return Tiling(side=16, rows=2, columns=4, depth=8)
     many = max(problem.head_dim, problem.value_dim) > 64 and problem.dropout_p == 0
     return Tiling(side=16, rows=4, columns=8 if many else 4, depth=8)
@@ -184,7 +197,7 @@ def differentiate(call: Call, others: dict[str, Given], seed: int, with_mask: bo
         # the portable kernels sum the products of a score in an order of their own, and have their own numbers
         numbers = queue_deltas(call, plan, others)
         bound = slack(problem.dtype, problem.head_dim)
-        queue_shifts(call, others["lse"], numbers, plan.tables, in_base_2=False, slack=bound)
+        queue_shifts(call, others["lse"], numbers, plan.tables, base_2=False, slack=bound)
     if plan.against is not None:
         queue_portable(call, plan, others, numbers, results, seed)
     if with_mask:
@@ -206,8 +219,8 @@ def queue_deltas(call: Call, plan: Plan, others: dict[str, Given]) -> Given:
     """Queue the deltas; the numbers of all queries, in which SHIFT and REST are still to be written."""
     tiling, with_lse, numbers = tiling_for(call.storage, call.problem), "grad_lse" in others, new_numbers(call)
     # whether there is a mask, or dropout, does not matter here: one kernel serves all
-    spec = portable.Backward(call.storage, "none", False, tiling)
-    grad_lse = others["grad_lse"].memory() if with_lse else nothing(call.real)
+    spec = portable.Backward(call.storage, "none", False, tiling, extreme=is_extreme(call.problem))
+    grad_lse = others["grad_lse"].memory() if with_lse else nothing(call.problem.dtype.type)
     arrived = (others["grad_out"].memory(), others["out"].memory(), grad_lse, with_lse)
     arguments = (*arrived, *plan.tables, numbers.memory())
     _queue(call, portable.find_deltas, spec, -(-numbers.shape[0] // (NUMBERS * tiling.side)), arguments)
@@ -224,7 +237,8 @@ def _common(
 ) -> tuple[portable.Backward, tuple[Any, ...]]:
     """The specification of the portable kernels, and the arguments that they have in common."""
     problem, givens = call.problem, call.givens
-    spec = portable.Backward(call.storage, call.mask, problem.dropout_p > 0, tiling_for(call.storage, problem))
+    tiling, extreme = tiling_for(call.storage, problem), is_extreme(problem)
+    spec = portable.Backward(call.storage, call.mask, problem.dropout_p > 0, tiling, extreme=extreme)
     arrays = (*(givens[operand].memory() for operand in ("query", "key", "value")), mask_of(call))
     arrived = (others["grad_out"].memory(), numbers.memory())
     options = (scale_of(call), np.uint32(seed & 0xFFFFFFFF), np.uint32(seed >> 32), call.real(problem.keep_scale))

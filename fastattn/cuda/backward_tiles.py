@@ -67,17 +67,17 @@ class Tiles(NamedTuple):
     weigh: Any
 
 
-def make_tiles(tiling: Tiling, storage: str, mask: str, dropout: bool) -> Tiles:
+def make_tiles(tiling: Tiling, storage: str, mask: str, dropout: bool, extreme: bool) -> Tiles:
     """Make the device functions for a type of elements, and one of the mask's, "none" if there is none."""
-    stage_across, stage = _make_stages(tiling, storage)
-    clear, multiply, multiply_visible = _make_sums(tiling, storage)
-    load_rows, weigh = _make_weights(tiling, storage, mask, dropout)
+    real, narrow = real_of(storage, extreme), real_of(storage)
+    stage_across, stage = _make_stages(tiling, storage, real)
+    clear, multiply, multiply_visible = _make_sums(tiling, real)
+    load_rows, weigh = _make_weights(tiling, mask, dropout, real, narrow)
     return Tiles(clear, multiply, multiply_visible, stage_across, stage, load_rows, weigh)
 
 
-def _make_sums(tiling: Tiling, storage: str) -> tuple[Any, Any, Any]:
+def _make_sums(tiling: Tiling, real: Any) -> tuple[Any, Any, Any]:
     side, rows, columns, depth = tiling.side, tiling.rows, tiling.columns, tiling.depth
-    real = real_of(storage)
     zero, one = real(0.0), real(1.0)
 
     @device
@@ -109,9 +109,8 @@ def _make_sums(tiling: Tiling, storage: str) -> tuple[Any, Any, Any]:
     return clear, multiply, multiply_visible
 
 
-def _make_stages(tiling: Tiling, storage: str) -> tuple[Any, Any]:
+def _make_stages(tiling: Tiling, storage: str, real: Any) -> tuple[Any, Any]:
     depth, tile, threads, features = tiling.depth, tiling.tile, tiling.threads, tiling.features
-    real = real_of(storage)
     load, zero = loader(storage, real), real(0.0)
 
     @device
@@ -143,11 +142,10 @@ def _make_stages(tiling: Tiling, storage: str) -> tuple[Any, Any]:
     return stage_across, stage
 
 
-def _make_weights(tiling: Tiling, storage: str, mask_storage: str, dropout: bool) -> tuple[Any, Any]:
+def _make_weights(tiling: Tiling, mask_storage: str, dropout: bool, real: Any, narrow: Any) -> tuple[Any, Any]:
     side, rows, tile, threads = tiling.side, tiling.rows, tiling.tile, tiling.threads
-    real = real_of(storage)
     masked, mask_is_bool = mask_storage != "none", mask_storage == "bool"
-    load_mask = mask_loader(mask_storage if is_floating(mask_storage) else storage, real)
+    load_mask = mask_loader(mask_storage if is_floating(mask_storage) else "float32", real, narrow)
     zero, hidden, lowest = real(0.0), real(-0.0), real(-math.inf)
 
     @device

@@ -34,6 +34,11 @@ NUMBERS = 3
 QUERIES, KEYS, HEAD_DIM, VALUE_DIM, HEADS, SLICES, CAUSAL_OFFSET, DROP_BELOW = range(8)
 
 
+#: Scales, by dtype, between which a score comes of a scaled query, in base 2 as well. Others but 0 are *extreme*: then
+#: all arithmetic is in float64, whatever the storage, and nothing in base 2.
+SCALES = {"float32": (1e-30, 1e30), "float64": (0.0, 1e300)}
+
+
 class Table(NamedTuple):
     """What is the same for all calls of the same shapes and strides, as arrays of int64.
 
@@ -71,6 +76,12 @@ def sizes_of(problem: Problem) -> NDArray[np.int64]:
         ],
         np.int64,
     )
+
+
+def is_extreme(problem: Problem) -> bool:
+    """Say whether the scale is extreme."""
+    low, high = SCALES[problem.dtype.name]
+    return problem.scale != 0 and not low <= abs(problem.scale) <= high
 
 
 def slices_of(problem: Problem) -> int:

@@ -12,7 +12,8 @@ and threads speak to each other through shared memory alone. Values wider than a
 blocks of threads that each compute the scores again.
 
 Scores are in base 2: the scale has a factor log2(e) in it. Under a floating mask they stay in base e, since finfo.min
-times log2(e) is no number; `unit` is log2(e) then, else 1.
+times log2(e) is no number, and where the scale is extreme (see `fastattn.cuda.plan`), which has all arithmetic in
+float64 as well; `unit` is log2(e) then, else 1.
 
 A key that a query may not look at has the weight -0.0, which adds nothing to a finite sum. Where a block of values
 holds NaN or infinities, weights that are -0.0 are left out, as 0 · NaN is NaN.
@@ -28,7 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import cuda, types
 
-from fastattn.cuda.elements import LN_2, LOG2_E, MASKS, STORAGE, device, exp2, loader, log2, real_of, storer
+from fastattn.cuda.elements import LN_2, LOG2_E, MASKS, STORAGE, device, exp2, holder, loader, log2, real_of, storer
 from fastattn.cuda.plan import (
     CAUSAL_OFFSET,
     HEAD_DIM,
@@ -50,7 +51,7 @@ from fastattn.cuda.tiles import (
     Tiles,
     addition,
     dropping,
-    is_floating,
+    in_base_2,
     multiplication,
     restriction,
     softmax_functions,
@@ -60,12 +61,16 @@ from fastattn.rounding import PRECISE
 
 
 class Forward(NamedTuple):
-    """What a forward kernel is compiled for; `mask` is "none" or the type that the mask is stored in."""
+    """What a forward kernel is compiled for; `mask` is "none" or the type that the mask is stored in.
+
+    `extreme` is what `fastattn.cuda.plan` says of the scale.
+    """
 
     storage: str
     mask: str
     dropout: bool
     tiles: Tiles
+    extreme: bool = False
 
 
 class Weights(NamedTuple):
@@ -75,15 +80,17 @@ class Weights(NamedTuple):
     mask: str
     dropout: bool
     tiles: Tiles
+    extreme: bool = False
 
 
 class Shifts(NamedTuple):
-    """What a kernel of shifts is compiled for; `in_base_2`: whether there is a factor log2(e) in the scale."""
+    """What a kernel of shifts is compiled for; `base_2`: whether there is a factor log2(e) in the scale."""
 
     storage: str
     mask: str
     tiles: Tiles
-    in_base_2: bool
+    base_2: bool
+    extreme: bool = False
 
 
 class Copy(NamedTuple):
@@ -94,10 +101,11 @@ class Copy(NamedTuple):
 
 def argument_types(spec: Forward | Weights | Shifts) -> tuple[Any, ...]:
     """The Numba types of a kernel's arguments."""
-    real = types.float64 if spec.storage == "float64" else types.float32
+    real = _numba_type(real_of(spec.storage, spec.extreme))
+    sums = _numba_type(real_of(spec.storage)) if isinstance(spec, Forward) else real
     element = _numba_type(STORAGE[spec.storage])
     mask = types.uint8 if spec.mask == "none" else _numba_type(MASKS[spec.mask])
-    operands = [types.Array(kind, 1, "C") for kind in (element, element, element, mask, element, real)]
+    operands = [types.Array(kind, 1, "C") for kind in (element, element, element, mask, element, sums)]
     table = types.Array(types.int64, 2, "C")
     return (*operands, table, table, types.Array(types.int64, 1, "C"), real, real, types.uint32, types.uint32)
 
@@ -112,11 +120,11 @@ def forward(spec: Forward) -> Any:
     A block of threads for each block of queries of each slice, and of columns of the result, all along x. The last
     queries come first: under a causal mask they have the most to do.
     """
-    storage, mask_kind, dropout, tiles = spec
-    real = real_of(storage)
+    storage, mask_kind, dropout, tiles, extreme = spec
+    real, base_2 = real_of(storage, extreme), in_base_2(mask_kind, extreme)
     store, load_tile, multiply = storer(storage), tile_loader(loader(storage, real), real), multiplication(tiles)
-    restrict = restriction(tiles, mask_kind, real)
-    publish, absorb = softmax_functions(tiles, real, in_base_2=not is_floating(mask_kind))
+    restrict = restriction(tiles, mask_kind, real, real_of(storage))
+    publish, absorb = softmax_functions(tiles, real, base_2)
     drop = dropping(tiles, real)
     add_values, add_visible_values = addition(tiles, real)
     threads_y, threads_x, rows, columns, values, features, value_rows = tiles
@@ -127,7 +135,8 @@ def forward(spec: Forward) -> Any:
     key_size = max(block_k * pitch, block_q * (block_k + 1))
     value_size = max(value_rows * block_v, block_q * threads_x)
     lowest, one, zero = real(-math.inf), real(1), real(0)
-    to_natural, ln_2 = real(1.0 if is_floating(mask_kind) else LN_2), real(LN_2)
+    to_natural, ln_2 = real(LN_2 if base_2 else 1.0), real(LN_2)
+    hold = holder(real, real_of(storage) if extreme else np.float64)
 
     def kernel(query, key, value, mask, out, lse, offsets, steps, sizes, scale, keep_scale, seed_low, seed_high):
         query_tile = cuda.shared.array(query_size, real)
@@ -235,7 +244,8 @@ def forward(spec: Forward) -> Any:
                 for other in range(threads_x):
                     whole += value_tile[(y + i * threads_y) * threads_x + other]
                 if x == 0 and first_value == 0:
-                    lse[slice_ * queries + row] = m[i] * to_natural + log2(whole) * ln_2 if whole != zero else lowest
+                    sums_of_row = m[i] * to_natural + log2(whole) * ln_2 if whole != zero else lowest
+                    lse[slice_ * queries + row] = hold(sums_of_row)
                 at = offsets[OUT, slice_] + row * steps[OUT, 0]
                 for c in range(values):
                     column = first_value + x + c * threads_x
@@ -246,12 +256,11 @@ def forward(spec: Forward) -> Any:
     return kernel
 
 
-def _make_find_scores(tiles: Tiles, storage: str, mask_kind: str) -> Any:
+def _make_find_scores(spec: Weights | Shifts) -> Any:
     """A device function of a block of queries and one of keys."""
-    real = real_of(storage)
-    load_tile, multiply, restrict = (
-        tile_loader(loader(storage, real), real), multiplication(tiles), restriction(tiles, mask_kind, real),
-    )  # fmt: skip
+    tiles, storage, real = spec.tiles, spec.storage, real_of(spec.storage, spec.extreme)
+    load_tile, multiply = tile_loader(loader(storage, real), real), multiplication(tiles)
+    restrict = restriction(tiles, spec.mask, real, real_of(storage))
     threads, block_q, block_k, features = tiles.threads, tiles.queries, tiles.keys, tiles.features
     rows, columns, threads_x, pitch = tiles.rows, tiles.columns, tiles.threads_x, tiles.features + 1
     one, zero = real(1), real(0)
@@ -287,7 +296,8 @@ def _make_find_scores(tiles: Tiles, storage: str, mask_kind: str) -> Any:
 def shifts_types(spec: Shifts) -> tuple[Any, ...]:
     """The Numba types of the arguments of `find_shifts`."""
     query, key, _, mask, _, real, offsets, steps, sizes, scale, *_ = argument_types(spec)
-    return query, key, mask, real, real, offsets, steps, sizes, scale, scale
+    lse = types.Array(_numba_type(real_of(spec.storage)), 1, "C")
+    return query, key, mask, lse, real, offsets, steps, sizes, scale, scale
 
 
 def find_shifts(spec: Shifts) -> Any:
@@ -296,17 +306,16 @@ def find_shifts(spec: Shifts) -> Any:
     Scores and numbers are in base 2 where the scale has a factor log2(e) in it. Where a log-sum-exp is so large that
     its rounding matters, the block goes over the keys once more: see `fastattn.rounding`, which has `slack` as well.
     """
-    storage, mask_kind, tiles, in_base_2 = spec
-    real = real_of(storage)
-    find_scores = _make_find_scores(tiles, storage, mask_kind)
-    publish, absorb = softmax_functions(tiles._replace(values=0), real, in_base_2)
+    storage, _, tiles, base_2, extreme = spec
+    real, find_scores = real_of(storage, extreme), _make_find_scores(spec)
+    publish, absorb = softmax_functions(tiles._replace(values=0), real, base_2)
     threads_y, threads_x, rows, columns, _, features, _ = tiles
     block_q, block_k, pitch = tiles.queries, tiles.keys, features + 1
     query_size, key_size = block_q * pitch, max(block_k * pitch, block_q * (block_k + 1))
     shared_size = block_q * threads_x
     lowest, zero, infinite = real(-math.inf), real(0), real(math.inf)
-    to_scores, to_natural = real(LOG2_E if in_base_2 else 1.0), real(1.0 if in_base_2 else LN_2)
-    coarse = real(PRECISE[np.dtype(real).name])
+    to_scores, from_base_2 = real(LOG2_E if base_2 else 1.0), real(1.0 if base_2 else LN_2)
+    coarse = real(PRECISE[np.dtype(real_of(storage)).name])
 
     def kernel(query, key, mask, lse, numbers, offsets, steps, sizes, scale, slack):
         query_tile = cuda.shared.array(query_size, real)
@@ -328,7 +337,7 @@ def find_shifts(spec: Shifts) -> Any:
             m[i], total[i] = lowest, zero
             row = y + i * threads_y
             if first_query + row < queries:
-                sums = lse[lse_at + row * steps[LSE, 0]]
+                sums = real(lse[lse_at + row * steps[LSE, 0]])
                 lost = lost or coarse <= abs(sums) < infinite
                 if x == 0:
                     numbers[numbers_at + NUMBERS * row + SHIFT] = sums * to_scores
@@ -354,10 +363,10 @@ def find_shifts(spec: Shifts) -> Any:
         for i in range(rows):
             row = y + i * threads_y
             if x == 0 and first_query + row < queries:
-                sums, whole = lse[lse_at + row * steps[LSE, 0]], zero
+                sums, whole = real(lse[lse_at + row * steps[LSE, 0]]), zero
                 for other in range(threads_x):
                     whole += shared_tile[row * threads_x + other]
-                rest, given = log2(whole) * to_natural, sums * to_scores
+                rest, given = log2(whole) * from_base_2, sums * to_scores
                 # the log-sum-exp may be that of more keys than these
                 if coarse <= abs(sums) < infinite and (m[i] - given) + rest >= -slack * abs(given):
                     numbers[numbers_at + NUMBERS * row + SHIFT] = m[i]
@@ -372,15 +381,14 @@ def weights(spec: Weights) -> Any:
     `out` is the matrix of weights, and in the place of the log-sum-exp there are the numbers of `find_shifts`; `value`
     is not read.
     """
-    storage, mask_kind, dropout, tiles = spec
-    real = real_of(storage)
-    store, find_scores, drop = storer(storage), _make_find_scores(tiles, storage, mask_kind), dropping(tiles, real)
+    storage, mask_kind, dropout, tiles, extreme = spec
+    real = real_of(storage, extreme)
+    store, find_scores, drop = storer(storage), _make_find_scores(spec), dropping(tiles, real)
     threads_y, threads_x, rows, columns, _, features, _ = tiles
     block_q, block_k, pitch = tiles.queries, tiles.keys, features + 1
     query_size, key_size = block_q * pitch, max(block_k * pitch, block_q * (block_k + 1))
     lowest, one, zero = real(-math.inf), real(1), real(0)
-    # scores are in base 2, but for those under a floating mask
-    unit = real(LOG2_E if is_floating(mask_kind) else 1.0)
+    unit = real(1.0 if in_base_2(mask_kind, extreme) else LOG2_E)
 
     def kernel(query, key, value, mask, out, numbers, offsets, steps, sizes, scale, keep_scale, seed_low, seed_high):
         query_tile = cuda.shared.array(query_size, real)

@@ -76,13 +76,15 @@ class Backward(NamedTuple):
     Attributes
     ----------
     storage : {"float16", "bfloat16", "float32", "float64"}
-        What operands and gradients are stored in. The arithmetic is in float32 or float64.
+        What operands and gradients are stored in. The arithmetic is in float32, or in float64 for float64.
     mask : str
         The same of the mask, or "bool", or "none".
     dropout : bool
     tiling : Tiling
     key, value : bool
         What `grad_keys` computes: both at once where the same slices share key and value.
+    extreme : bool
+        What `fastattn.cuda.plan` says of the scale: the arithmetic is in float64.
     """
 
     storage: str
@@ -91,6 +93,12 @@ class Backward(NamedTuple):
     tiling: Tiling
     key: bool = True
     value: bool = True
+    extreme: bool = False
+
+    @property
+    def real(self) -> Any:
+        """The NumPy type of the arithmetic."""
+        return real_of(self.storage, self.extreme)
 
 
 def _array(kind: Any, rank: int = 1) -> Any:
@@ -99,12 +107,12 @@ def _array(kind: Any, rank: int = 1) -> Any:
 
 def deltas_types(spec: Backward) -> tuple[Any, ...]:
     """The Numba types of the arguments of `find_deltas`."""
-    element, real, table = _array(STORAGE[spec.storage]), _array(real_of(spec.storage)), _array(np.int64, 2)
-    return element, element, real, types.boolean, table, table, _array(np.int64), real
+    element, real, table = _array(STORAGE[spec.storage]), _array(spec.real), _array(np.int64, 2)
+    return element, element, _array(real_of(spec.storage)), types.boolean, table, table, _array(np.int64), real
 
 
 def _common_types(spec: Backward) -> tuple[Any, ...]:
-    element, real, table = _array(STORAGE[spec.storage]), _array(real_of(spec.storage)), _array(np.int64, 2)
+    element, real, table = _array(STORAGE[spec.storage]), _array(spec.real), _array(np.int64, 2)
     mask = _array(MASKS["bool" if spec.mask == "none" else spec.mask])
     tables = (table, table, _array(np.int64), table)
     return (*[element] * 3, mask, element, real, *tables, real.dtype, types.uint32, types.uint32, real.dtype)
@@ -129,7 +137,7 @@ def mask_types(spec: Backward) -> tuple[Any, ...]:
 def _make_differentiate(spec: Backward, tiles: Tiles) -> Any:
     """A device function of a tile of queries and one of keys."""
     side, rows, depth = spec.tiling.side, spec.tiling.rows, spec.tiling.depth
-    real, stage_across, weigh = real_of(spec.storage), tiles.stage_across, tiles.weigh
+    real, stage_across, weigh = spec.real, tiles.stage_across, tiles.weigh
     zero, unit = real(0.0), real(1.0)
 
     @device
@@ -186,8 +194,7 @@ def _make_differentiate(spec: Backward, tiles: Tiles) -> Any:
 
 def find_deltas(spec: Backward) -> Any:
     """The kernel of delta: `side` threads a row, and so many rows a block."""
-    storage, side = spec.storage, spec.tiling.side
-    real = real_of(storage)
+    storage, side, real = spec.storage, spec.tiling.side, spec.real
     load, zero, width = loader(storage, real), real(0.0), side + PADDING
 
     def kernel(grad_out, out, grad_lse, with_lse, offsets, steps, sizes, numbers):
@@ -221,11 +228,11 @@ def grad_keys(spec: Backward) -> Any:
     Blocks stand along x: first the parts of `features` columns, `chunks` of them, then the tiles of keys, then the rows
     of `members`, which say what slices share an argument.
     """
-    storage, mask_storage, dropout, tiling, with_key, with_value = spec
+    storage, mask_storage, dropout, tiling, with_key, with_value, extreme = spec
     side, rows, columns, depth, tile = tiling.side, tiling.rows, tiling.columns, tiling.depth, tiling.tile
     features, wide, width = tiling.features, max(tile, tiling.features) + PADDING, tile + PADDING
-    real, store = real_of(storage), storer(storage)
-    tiles = make_tiles(tiling, storage, mask_storage, dropout)
+    real, store = spec.real, storer(storage)
+    tiles = make_tiles(tiling, storage, mask_storage, dropout, extreme)
     clear, multiply, multiply_visible, stage, load_rows = (
         tiles.clear, tiles.multiply, tiles.multiply_visible, tiles.stage, tiles.load_rows,
     )  # fmt: skip
@@ -303,11 +310,11 @@ def grad_keys(spec: Backward) -> Any:
 
 def grad_queries(spec: Backward) -> Any:
     """The kernel of the gradient of queries, with blocks like those of `grad_keys`."""
-    storage, mask_storage, dropout, tiling, _, _ = spec
+    storage, mask_storage, dropout, tiling, _, _, extreme = spec
     side, rows, columns, depth, tile = tiling.side, tiling.rows, tiling.columns, tiling.depth, tiling.tile
     features, wide, width = tiling.features, max(tile, tiling.features) + PADDING, tile + PADDING
-    real, store = real_of(storage), storer(storage)
-    tiles = make_tiles(tiling, storage, mask_storage, dropout)
+    real, store = spec.real, storer(storage)
+    tiles = make_tiles(tiling, storage, mask_storage, dropout, extreme)
     clear, multiply, stage, load_rows = tiles.clear, tiles.multiply, tiles.stage, tiles.load_rows
     differentiate = _make_differentiate(spec, tiles)
 
@@ -369,10 +376,10 @@ def grad_mask(spec: Backward) -> Any:
     A block has a tile of it, and goes through the slices of a row of `members`, and along an axis of length 1 through
     all tiles of the scores.
     """
-    storage, mask_storage, dropout, tiling, _, _ = spec
+    storage, mask_storage, dropout, tiling, _, _, extreme = spec
     side, rows, depth, tile, width = tiling.side, tiling.rows, tiling.depth, tiling.tile, tiling.tile + PADDING
-    real, store = real_of(storage), storer(mask_storage)
-    tiles = make_tiles(tiling, storage, mask_storage, dropout)
+    real, store = spec.real, storer(mask_storage)
+    tiles = make_tiles(tiling, storage, mask_storage, dropout, extreme)
     load_rows, differentiate, zero = tiles.load_rows, _make_differentiate(spec, tiles), real(0.0)
 
     def kernel(
