@@ -101,8 +101,9 @@ class Copy(NamedTuple):
 
 def argument_types(spec: Forward | Weights | Shifts) -> tuple[Any, ...]:
     """The Numba types of a kernel's arguments."""
-    real = _numba_type(real_of(spec.storage, spec.extreme))
-    sums = _numba_type(real_of(spec.storage)) if isinstance(spec, Forward) else real
+    # of kernels on tensor cores the scale is never extreme
+    real = _numba_type(real_of(spec.storage, getattr(spec, "extreme", False)))
+    sums = real if isinstance(spec, (Weights, Shifts)) else _numba_type(real_of(spec.storage))
     element = _numba_type(STORAGE[spec.storage])
     mask = types.uint8 if spec.mask == "none" else _numba_type(MASKS[spec.mask])
     operands = [types.Array(kind, 1, "C") for kind in (element, element, element, mask, element, sums)]

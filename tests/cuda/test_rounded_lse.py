@@ -222,14 +222,41 @@ def test_large_scores_on_tensor_cores(storage: str, mask: str) -> None:
     near(found, dense.gradients(*arrays, scores, 1.0)[:3], storage)
 
 
-def test_calls_on_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through the public function: the gradient of the mask comes of a portable kernel."""
+@pytest.fixture
+def queued(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Give calls the kernels on tensor cores, and return a list of those that got them."""
     monkeypatch.setattr(backward, "_plans", {})
     monkeypatch.setattr(backward, "device", lambda: Device(0, "one that is not there", (8, 0), "none"))
-    queued: list[Any] = []
+    found: list[Any] = []
     queue = backward.queue_tensor_cores
-    monkeypatch.setattr(backward, "queue_tensor_cores", lambda *a: (queued.append(a), queue(*a)))
+    monkeypatch.setattr(backward, "queue_tensor_cores", lambda *a: (found.append(a), queue(*a)))
+    return found
+
+
+def test_calls_on_tensor_cores(queued: list[Any]) -> None:
+    """Through the public function: the gradient of the mask comes of a portable kernel."""
     grad_out, query, key, value = integers((20, 8), (20, 8), (24, 8), (24, 8), dtype=np.float16)
     mask = np.where(np.arange(20)[:, None] % 3 == 0, 0, np.float16(-65504)) * np.ones(24, np.float16)
     checked(np.float16, grad_out, query, key, value, mask.astype(np.float16))
     assert len(queued) == 1
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_an_lse_of_more_keys_on_tensor_cores(queued: list[Any], masked: bool) -> None:
+    grad_out, query, key, value = integers((20, 8), (20, 8), (40, 8), (40, 8), dtype=np.float16)
+    query[:, 0], key[:, 0] = 64, 8
+    mask = np.zeros((20, 40), np.float16) if masked else None
+    out, lse = attention(query, key, value, mask, return_lse=True)
+    assert (lse > PRECISE["float32"]).all()
+    whole = attention_backward(grad_out, query, key, value, out, lse, mask)
+    pieces = [
+        attention_backward(grad_out, query, key[part], value[part], out, lse, None if mask is None else mask[:, part])
+        for part in (slice(16), slice(16, 40))
+    ]
+    assert len(queued) == 3
+    of_queries, of_keys, of_values = zip(*pieces, strict=True)
+    # the gradient of a query is a sum of large terms, which differ in the pieces
+    most = float(np.abs(of_queries[0]).max())
+    np.testing.assert_allclose(sum(of_queries), whole[0], rtol=0, atol=4 * EPS["float16"] * most)
+    for one, other in ((np.concatenate(of_keys), whole[1]), (np.concatenate(of_values), whole[2])):
+        np.testing.assert_allclose(one, other, rtol=0, atol=4 * EPS["float16"] * float(np.abs(other).max()))
