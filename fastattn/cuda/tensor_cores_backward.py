@@ -16,6 +16,8 @@ share them. What is hidden has P = dS = 0. Tiles in which anything is not finite
 out of the last products: of queries and keys for good, since where they may be looked at dS is NaN, and of dO to be
 added afterwards where it is looked at.
 
+For lse there are two numbers, which `find_shifts` writes: nothing is lost to its rounding (`fastattn.rounding`).
+
 The gradient of a score is rounded to halves: in float16 it is infinite beyond 65504, as it is in PyTorch.
 
 References
@@ -54,7 +56,9 @@ from fastattn.cuda.plan import (
 from fastattn.cuda.primitives import global_address, hold_loads, unrolled
 from fastattn.problem import Problem
 
-MOST = 2**31 - 2**20  # bytes of a slice of a gradient, which are counted in 32 bits, and those of some rows more
+# Bytes of a slice of a gradient, which are counted in 32 bits, and those of some rows more. So are the numbers of its
+# queries, which have fewer bytes.
+MOST = 2**31 - 2**20
 
 
 class Gradients(NamedTuple):
