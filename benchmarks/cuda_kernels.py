@@ -117,6 +117,11 @@ def on_tensor_cores() -> Iterator[Kernel]:
             name = f"tensor cores, gradients of {'keys, values' if of_keys else 'queries'}, {kind}"
             taken = backward.argument_types(spec)
             yield Kernel(name, backward.gradients, spec, taken, options, shape.threads, shape.blocks)
+        spec = backward.spec_for(storage, mask, width, of_keys=False)
+        options, shape, taken = backward.options(spec), spec.shape, backward.shifts_types(spec)
+        yield Kernel(
+            f"tensor cores, shifts, {kind}", backward.find_shifts, spec, taken, options, shape.threads, shape.blocks
+        )
 
 
 def for_few_queries() -> Iterator[Kernel]:
@@ -146,6 +151,9 @@ def portable_ones() -> Iterator[Kernel]:
             spec: Any = kind(storage, "none", False, tiles)
             name = f"portable {factory.__name__}, {storage}, {width}"
             yield Kernel(name, factory, spec, portable.argument_types(spec), {}, tiles.threads, 1)
+        shifts = choice.choose_shifts(storage, "none", problem, base_2=False).spec
+        taken = portable.shifts_types(shifts)
+        yield Kernel(f"portable shifts, {storage}, {width}", portable.find_shifts, shifts, taken, {}, tiles.threads, 1)
         tiling = backward.tiling_for(storage, problem)
         spec = portable_backward.Backward(storage, "none", False, tiling)
         for what, factory, taken in (

@@ -18,15 +18,16 @@ from tolerances import expected_gradients, folded
 
 from fastattn import reference
 from fastattn.cuda import tensor_cores_backward as tensor_cores
-from fastattn.cuda.available import SIMULATED
 from fastattn.cuda.backward import members_of
 from fastattn.cuda.compile import kernel, launch
 from fastattn.cuda.elements import LOG2_E
 from fastattn.cuda.emulated import from_halves
 from fastattn.cuda.fragments import TileShape
-from fastattn.cuda.plan import GRAD_OUT, KEY, LSE, MASK, QUERY, VALUE, make_table
+from fastattn.cuda.plan import DELTA, GRAD_OUT, KEY, LSE, MASK, NUMBERS, QUERY, VALUE, make_table
+from fastattn.cuda.tensor_cores import block_of, grid_of
 from fastattn.gradients import Upstream
 from fastattn.problem import describe, split_shape
+from fastattn.rounding import slack
 
 Array = np.ndarray[Any, Any]
 
@@ -39,6 +40,12 @@ class Work(NamedTuple):
     arguments: list[Any]
     results: list[Halves]
 
+    @property
+    def numbers(self) -> Array:
+        """SHIFT, REST and DELTA of each query."""
+        numbers: Array = self.arguments[5].copy_to_host().reshape(-1, NUMBERS)
+        return numbers
+
 
 def operands(
     rng: Any, storage: str, query: tuple[int, ...], key: tuple[int, ...], columns: int | None = None
@@ -50,16 +57,21 @@ def operands(
 
 
 def prepare(
-    shape: TileShape, given: list[Halves], mask: Any, apart: bool, **options: Any
+    shape: TileShape, given: list[Halves], mask: Any, apart: bool, arrives: Array | None = None, **options: Any
 ) -> tuple[list[Work], Upstream]:
-    """Return the kernel of the gradient of queries, that of keys and values, and what arrives at them."""
+    """Return the kernel of the gradient of queries, that of keys and values, and what arrives at them.
+
+    The output that arrives is the exact one, rounded, unless `arrives` says otherwise.
+    """
     grad_out, query, key, value = given
     numbers = mask.numbers if isinstance(mask, Halves) else mask
     problem, views = describe(query.numbers, key.numbers, value.numbers, numbers, **options)
     rows = problem.rows_shape
     with np.errstate(all="ignore"):
         exact, sums, _ = reference.evaluate(problem, views)
-    out = Halves(exact, shape.storage).numbers.reshape(*rows, problem.queries, problem.value_dim)
+    out = Halves(exact if arrives is None else arrives, shape.storage).numbers.reshape(
+        *rows, problem.queries, problem.value_dim
+    )
     lse = np.ascontiguousarray(sums, np.float32).reshape(*rows, problem.queries)
     upstream = Upstream(grad_out.numbers.reshape(out.shape), out, lse, None, lse.dtype)
     with np.errstate(all="ignore"):
@@ -78,13 +90,20 @@ def prepare(
         shown = shown.view(np.uint8 if shown.dtype == bool else shown.dtype).reshape(-1)
     tables = make_table(problem, table_views)
     unit = np.float32(problem.scale * (1.0 if shape.floating else LOG2_E))
+    numbers_of_queries = np.full((deltas.size, NUMBERS), np.nan, np.float32)
+    numbers_of_queries[:, DELTA] = deltas.reshape(-1)
+    taken = cuda.to_device(numbers_of_queries.reshape(-1))
+    arrays = [query, key, shown.reshape(-1), lse.reshape(-1), taken, *tables]
+    arguments = [*arrays, unit, np.float32(slack(problem.dtype, problem.head_dim))]
+    spec = tensor_cores.Gradients(shape, of_keys=False)
+    run_kernel(tensor_cores.find_shifts, spec, grid_of(shape, problem), [on_device(one) for one in arguments])
     work = []
     for of_keys in (False, True):
         own = (key, value, query, grad_out) if of_keys else (query, grad_out, key, value)
         like = [key, value] if of_keys else [query]
         members = members_of(split_shape(like[0].numbers.shape, problem, of_keys), problem)
         results = [Halves(np.full(array.numbers.shape, np.nan), shape.storage) for array in like]
-        arguments = [*own, shown.reshape(-1), lse.reshape(-1), deltas.reshape(-1), *tables, members]
+        arguments = [*own, shown.reshape(-1), taken, *tables, members]
         arguments += [unit, np.float32(problem.scale), results[0], results[-1]]
         length = problem.keys if of_keys else problem.queries
         grid = -(-length // shape.queries) * members.shape[0]
@@ -92,23 +111,28 @@ def prepare(
     return work, upstream
 
 
+def on_device(argument: Any) -> Any:
+    """An argument as a kernel takes it."""
+    if isinstance(argument, Halves):
+        return argument.memory
+    return cuda.to_device(argument) if isinstance(argument, np.ndarray) else argument
+
+
+def run_kernel(factory: Any, spec: tensor_cores.Gradients, grid: int, arguments: list[Any]) -> None:
+    """Compile and launch a kernel."""
+    made = kernel(factory, spec, **tensor_cores.options(spec))
+    launch(made, grid, block_of(spec.shape), 0, tuple(arguments))
+
+
 def launched(work: Work) -> list[Array]:
     """Run a kernel, and return the gradients as float32."""
     places = {id(result): result.memory for result in work.results}
 
-    def moved(argument: Any) -> Any:
-        if isinstance(argument, Halves):
-            place = places.get(id(argument))
-            return argument.memory if place is None else place
-        return cuda.to_device(argument) if isinstance(argument, np.ndarray) else argument
-
-    shape = work.spec.shape
-    made = kernel(tensor_cores.gradients, work.spec, **tensor_cores.options(work.spec))
-    block = (shape.warps if SIMULATED else shape.threads), 1
-    launch(made, work.grid, block, 0, tuple(map(moved, work.arguments)))
+    arguments = [places.get(id(argument), on_device(argument)) for argument in work.arguments]
+    run_kernel(tensor_cores.gradients, work.spec, work.grid, arguments)
     found = [places[id(result)].copy_to_host().view(np.uint16) for result in work.results]
     return [
-        from_halves(bits, shape.storage).reshape(result.numbers.shape)
+        from_halves(bits, work.spec.shape.storage).reshape(result.numbers.shape)
         for bits, result in zip(found, work.results, strict=True)
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -13,11 +14,24 @@ from numpy.typing import NDArray
 from fastattn.cuda import decoding, portable
 from fastattn.cuda.arrays import Given, HostPlace, Place, check_together, nothing, place_of, read, settle
 from fastattn.cuda.available import capability_of
-from fastattn.cuda.choice import Choice, Facts, choose_forward, choose_weights, wants_rows
+from fastattn.cuda.choice import Choice, Facts, choose_forward, choose_shifts, choose_weights, wants_rows
 from fastattn.cuda.compile import kernel, launch, table
 from fastattn.cuda.elements import LOG2_E, MASKS, real_of
-from fastattn.cuda.plan import KEY, MASK, OUT, QUERY, VALUE, Table, copy_table, make_table
-from fastattn.cuda.tiles import is_floating
+from fastattn.cuda.plan import (
+    KEY,
+    LSE,
+    MASK,
+    NUMBERS,
+    OUT,
+    QUERY,
+    VALUE,
+    Table,
+    copy_table,
+    is_extreme,
+    make_table,
+    slices_of,
+)
+from fastattn.cuda.tiles import in_base_2
 from fastattn.problem import (
     Operands,
     Problem,
@@ -74,7 +88,12 @@ class Call(NamedTuple):
     @property
     def real(self) -> Any:
         """The NumPy type of the arithmetic."""
-        return real_of(self.storage)
+        return real_of(self.storage, is_extreme(self.problem))
+
+    @property
+    def base_2(self) -> bool:
+        """Whether scores are in base 2 in the forward pass of the portable kernels."""
+        return in_base_2(self.mask, is_extreme(self.problem))
 
 
 def attention(
@@ -232,7 +251,7 @@ def evaluate(call: Call, seed: int, out: Given | None, want_weights: bool) -> tu
     result = out
     if result is None or any(overlap(result, array) for array in inputs) or (in_rows and not has_rows(result)):
         result = place.new("out", problem.out_shape, call.storage)
-    lse = place.new("lse", problem.lse_shape, np.dtype(call.real).name)
+    lse = place.new("lse", problem.lse_shape, problem.dtype.name)
     if few_queries:
         decoding.attend(call, result, lse, seed, functools.partial(_uploaded_tables, call, result))
     else:
@@ -240,7 +259,7 @@ def evaluate(call: Call, seed: int, out: Given | None, want_weights: bool) -> tu
     weights = None
     if want_weights:
         weights = place.new("weights", problem.weights_shape, call.storage)
-        run(call, "weights", choose_weights, weights, lse, seed)
+        find_weights(call, weights, lse, seed)
     if out is not None and result is not out:
         copy(result, out, place)
         result = out
@@ -255,27 +274,59 @@ def overlap(one: Given, other: Given) -> bool:
 
 def run(call: Call, kind: str, choose: Callable[[Facts], Choice], out: Given, lse: Given, seed: int) -> None:
     """Queue a kernel that reads the operands and writes `out`, a matrix for each slice."""
-    problem, place, real = call.problem, call.place, call.real
+    problem, place, real, givens = call.problem, call.place, call.real, call.givens
     plan = plan_of(call, kind, choose, out)
     if plan.choice.grid == 0:
         return
-    givens = call.givens
-    mask = givens["attn_mask"].memory() if "attn_mask" in givens else nothing(MASKS["bool"])
-    unit = 1.0 if is_floating(call.mask) else LOG2_E
-    with np.errstate(all="ignore"):  # a scale beyond float32 is infinite there
-        scale = real(problem.scale * unit)
     arguments = (
         *(givens[name].memory() for name in ("query", "key", "value")),
-        mask,
+        mask_of(call),
         out.memory(),
         lse.memory(),
         *plan.tables,
-        scale,
+        scale_of(call, call.base_2),
         real(problem.keep_scale),
         np.uint32(seed & 0xFFFFFFFF),
         np.uint32(seed >> 32),
     )
     launch(plan.kernel, plan.choice.grid, plan.choice.block, place.stream, arguments)
+
+
+def find_weights(call: Call, weights: Given, lse: Given, seed: int) -> None:
+    """Queue the matrix of weights, from the log-sum-exp of the same keys."""
+    tables = plan_of(call, "weights", choose_weights, weights).tables
+    numbers = new_numbers(call)
+    queue_shifts(call, lse, numbers, tables, call.base_2, slack=math.inf)
+    run(call, "weights", choose_weights, weights, numbers, seed)
+
+
+def new_numbers(call: Call) -> Given:
+    """Memory for the numbers of all queries: see `fastattn.cuda.plan`."""
+    count = slices_of(call.problem) * call.problem.queries * NUMBERS
+    return call.place.new("numbers of queries", (count,), np.dtype(call.real).name)
+
+
+def queue_shifts(call: Call, lse: Given, numbers: Given, tables: Any, base_2: bool, slack: float) -> None:
+    """Queue the numbers of the portable kernels, but for deltas.
+
+    A log-sum-exp that is coarse, and within `slack` of that of these keys, is of no other keys: see
+    `fastattn.rounding`.
+    """
+    givens, choice = call.givens, choose_shifts(call.storage, call.mask, call.problem, base_2)
+    arrays = (givens["query"].memory(), givens["key"].memory(), mask_of(call), lse.memory(), numbers.memory())
+    if choice.grid:
+        arguments = (*arrays, *tables, scale_of(call, base_2), call.real(slack))
+        launch(kernel(choice.factory, choice.spec), choice.grid, choice.block, call.place.stream, arguments)
+
+
+def mask_of(call: Call) -> Any:
+    """The memory of the mask, or what stands for it where there is none."""
+    return call.givens["attn_mask"].memory() if "attn_mask" in call.givens else nothing(MASKS["bool"])
+
+
+def scale_of(call: Call, base_2: bool = False) -> Any:
+    """The scale in the type of the arithmetic, with a factor log2(e) where scores are in base 2."""
+    return call.real(call.problem.scale * (LOG2_E if base_2 else 1.0))
 
 
 def plan_of(call: Call, kind: str, choose: Callable[[Facts], Choice], out: Given) -> Plan:
@@ -305,6 +356,7 @@ def tables_of(call: Call, out: Given) -> Table:
         (KEY, operands.key, givens["key"].span[0]),
         (VALUE, operands.value, givens["value"].span[0]),
         (OUT, split_heads(problem, out), out.span[0]),
+        (LSE, np.empty(problem.lse_shape, np.float32).reshape(*problem.rows_shape, problem.queries, 1), 0),
     ]
     if operands.mask is not None:
         views.append((MASK, operands.mask, givens["attn_mask"].span[0]))

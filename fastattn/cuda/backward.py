@@ -19,7 +19,11 @@ from fastattn.cuda.attention import (
     common_storage,
     copied,
     has_rows,
+    mask_of,
     moved,
+    new_numbers,
+    queue_shifts,
+    scale_of,
     uploaded,
     with_rows,
 )
@@ -27,11 +31,25 @@ from fastattn.cuda.available import SIMULATED, device
 from fastattn.cuda.backward_tiles import Tiling
 from fastattn.cuda.choice import wants_rows
 from fastattn.cuda.compile import kernel, launch, table
-from fastattn.cuda.elements import LOG2_E, MASKS
-from fastattn.cuda.plan import GRAD_LSE, GRAD_OUT, KEY, LSE, MASK, OUT, QUERY, VALUE, make_table, slices_of
-from fastattn.cuda.tensor_cores import block_of
+from fastattn.cuda.elements import MASKS
+from fastattn.cuda.plan import (
+    GRAD_LSE,
+    GRAD_OUT,
+    KEY,
+    LSE,
+    MASK,
+    NUMBERS,
+    OUT,
+    QUERY,
+    VALUE,
+    is_extreme,
+    make_table,
+    slices_of,
+)
+from fastattn.cuda.tensor_cores import block_of, grid_of
 from fastattn.gradients import Upstream, describe_upstream, seed_of_forward, wants_mask
 from fastattn.problem import Problem, Shape, as_upstream, describe, split_shape
+from fastattn.rounding import slack
 
 __all__ = ["attention_backward", "tiling_for"]
 
@@ -65,14 +83,14 @@ class Plan(NamedTuple):
 
 
 def tiling_for(storage: str, problem: Problem) -> Tiling:
-    """How blocks divide the work: 64 x 64 scores with 256 threads of 4 x 4; of float64 32 x 32, of 2 x 2.
+    """How blocks divide the work: 64 x 64 scores with 256 threads of 4 x 4; in float64 32 x 32, of 2 x 2.
 
     A thread has four columns of a gradient or, where this saves computing the weights again for others, eight: not
     with dropout, whose random words need registers as well.
     """
     if SIMULATED:
         return SMALL
-    if storage == "float64":
+    if storage == "float64" or is_extreme(problem):
         return Tiling(side=16, rows=2, columns=4, depth=8)
     many = max(problem.head_dim, problem.value_dim) > 64 and problem.dropout_p == 0
     return Tiling(side=16, rows=4, columns=8 if many else 4, depth=8)
@@ -168,18 +186,22 @@ def _described(problem: Problem, others: dict[str, Given]) -> Upstream:
 def differentiate(call: Call, others: dict[str, Given], seed: int, with_mask: bool) -> tuple[Given, ...]:
     """Queue the work of a call; the gradients of query, key and value, and of the mask if wanted."""
     call, others = in_rows(call, others)
-    problem, place, real, givens = call.problem, call.place, call.real, call.givens
+    problem, place, givens = call.problem, call.place, call.givens
     names = ("query", "key", "value", *(("attn_mask",) if with_mask else ()))
     results = {name: place.new(f"gradient of {name}", givens[name].shape, givens[name].storage) for name in names}
-    deltas = place.new("deltas", (slices_of(problem) * problem.queries,), np.dtype(real).name)
     plan = plan_of(call, others)
-    queue_deltas(call, plan, others, deltas)
     if plan.against is None:
-        queue_tensor_cores(call, plan, others, deltas, results)
-    else:
-        queue_portable(call, plan, others, deltas, results, seed)
+        numbers = queue_deltas(call, plan, others)
+        queue_tensor_cores(call, plan, others, numbers, results)
+    if plan.against is not None or with_mask:
+        # the portable kernels sum the products of a score in an order of their own, and have their own numbers
+        numbers = queue_deltas(call, plan, others)
+        bound = slack(problem.dtype, problem.head_dim)
+        queue_shifts(call, others["lse"], numbers, plan.tables, base_2=False, slack=bound)
+    if plan.against is not None:
+        queue_portable(call, plan, others, numbers, results, seed)
     if with_mask:
-        queue_mask(call, plan, others, deltas, results["attn_mask"], seed)
+        queue_mask(call, plan, others, numbers, results["attn_mask"], seed)
     return tuple(results.values())
 
 
@@ -193,14 +215,16 @@ def in_rows(call: Call, others: dict[str, Given]) -> tuple[Call, dict[str, Given
     return with_rows(call), others
 
 
-def queue_deltas(call: Call, plan: Plan, others: dict[str, Given], deltas: Given) -> None:
-    """Queue delta, which all kernels read."""
-    tiling, rows, with_lse = tiling_for(call.storage, call.problem), deltas.shape[0], "grad_lse" in others
+def queue_deltas(call: Call, plan: Plan, others: dict[str, Given]) -> Given:
+    """Queue the deltas; the numbers of all queries, in which SHIFT and REST are still to be written."""
+    tiling, with_lse, numbers = tiling_for(call.storage, call.problem), "grad_lse" in others, new_numbers(call)
     # whether there is a mask, or dropout, does not matter here: one kernel serves all
-    spec = portable.Backward(call.storage, "none", False, tiling)
-    grad_lse = others["grad_lse"].memory() if with_lse else nothing(call.real)
-    arguments = (others["grad_out"].memory(), others["out"].memory(), grad_lse, with_lse, *plan.tables, deltas.memory())
-    _queue(call, portable.find_deltas, spec, -(-rows // tiling.side), arguments)
+    spec = portable.Backward(call.storage, "none", False, tiling, extreme=is_extreme(call.problem))
+    grad_lse = others["grad_lse"].memory() if with_lse else nothing(call.problem.dtype.type)
+    arrived = (others["grad_out"].memory(), others["out"].memory(), grad_lse, with_lse)
+    arguments = (*arrived, *plan.tables, numbers.memory())
+    _queue(call, portable.find_deltas, spec, -(-numbers.shape[0] // (NUMBERS * tiling.side)), arguments)
+    return numbers
 
 
 def _queue(call: Call, factory: Any, spec: portable.Backward, blocks: int, arguments: tuple[Any, ...]) -> None:
@@ -208,29 +232,21 @@ def _queue(call: Call, factory: Any, spec: portable.Backward, blocks: int, argum
         launch(kernel(factory, spec), blocks, (spec.tiling.side, spec.tiling.side), call.place.stream, arguments)
 
 
-def _scales(call: Call, unit: float = 1.0) -> Any:
-    with np.errstate(all="ignore"):  # a scale beyond float32 is infinite there
-        return call.real(call.problem.scale * unit)
-
-
-def _mask(call: Call) -> Any:
-    return call.givens["attn_mask"].memory() if "attn_mask" in call.givens else nothing(MASKS["bool"])
-
-
 def _common(
-    call: Call, plan: Plan, others: dict[str, Given], deltas: Given, name: str, seed: int
+    call: Call, plan: Plan, others: dict[str, Given], numbers: Given, name: str, seed: int
 ) -> tuple[portable.Backward, tuple[Any, ...]]:
     """The specification of the portable kernels, and the arguments that they have in common."""
     problem, givens = call.problem, call.givens
-    spec = portable.Backward(call.storage, call.mask, problem.dropout_p > 0, tiling_for(call.storage, problem))
-    arrays = (*(givens[operand].memory() for operand in ("query", "key", "value")), _mask(call))
-    arrived = (others["grad_out"].memory(), others["lse"].memory(), deltas.memory())
-    numbers = (_scales(call), np.uint32(seed & 0xFFFFFFFF), np.uint32(seed >> 32), call.real(problem.keep_scale))
-    return spec, (*arrays, *arrived, *plan.tables, plan.members[name], *numbers)
+    tiling, extreme = tiling_for(call.storage, problem), is_extreme(problem)
+    spec = portable.Backward(call.storage, call.mask, problem.dropout_p > 0, tiling, extreme=extreme)
+    arrays = (*(givens[operand].memory() for operand in ("query", "key", "value")), mask_of(call))
+    arrived = (others["grad_out"].memory(), numbers.memory())
+    options = (scale_of(call), np.uint32(seed & 0xFFFFFFFF), np.uint32(seed >> 32), call.real(problem.keep_scale))
+    return spec, (*arrays, *arrived, *plan.tables, plan.members[name], *options)
 
 
 def queue_portable(
-    call: Call, plan: Plan, others: dict[str, Given], deltas: Given, results: dict[str, Given], seed: int
+    call: Call, plan: Plan, others: dict[str, Given], numbers: Given, results: dict[str, Given], seed: int
 ) -> None:
     """Queue the gradients of query, key and value."""
     problem = call.problem
@@ -243,49 +259,63 @@ def queue_portable(
     def chunks(name: str) -> int:
         return -(-results[name].shape[-1] // tiling.features)
 
-    spec, common = _common(call, plan, others, deltas, "query", seed)
+    spec, common = _common(call, plan, others, numbers, "query", seed)
     own = chunks("query")
     _queue(call, portable.grad_queries, spec, blocks("query", problem.queries, own), (*common, own, query))
     if plan.together:
-        spec, common = _common(call, plan, others, deltas, "key", seed)
+        spec, common = _common(call, plan, others, numbers, "key", seed)
         own = max(chunks("key"), chunks("value"))
         _queue(call, portable.grad_keys, spec, blocks("key", problem.keys, own), (*common, own, key, value))
         return
     for name in ("key", "value"):
-        spec, common = _common(call, plan, others, deltas, name, seed)
+        spec, common = _common(call, plan, others, numbers, name, seed)
         spec, own = spec._replace(key=name == "key", value=name == "value"), chunks(name)
         _queue(call, portable.grad_keys, spec, blocks(name, problem.keys, own), (*common, own, key, value))
 
 
-def queue_mask(call: Call, plan: Plan, others: dict[str, Given], deltas: Given, result: Given, seed: int) -> None:
+def queue_mask(call: Call, plan: Plan, others: dict[str, Given], numbers: Given, result: Given, seed: int) -> None:
     """Queue the gradient of the mask."""
-    spec, common = _common(call, plan, others, deltas, "attn_mask", seed)
+    spec, common = _common(call, plan, others, numbers, "attn_mask", seed)
     queries, keys = split_shape(call.givens["attn_mask"].shape, call.problem)[-2:]
     blocks = -(-queries // spec.tiling.tile) * -(-keys // spec.tiling.tile) * plan.owners["attn_mask"]
     _queue(call, portable.grad_mask, spec, blocks, (*common, queries, keys, result.memory()))
 
 
 def queue_tensor_cores(
-    call: Call, plan: Plan, others: dict[str, Given], deltas: Given, results: dict[str, Given]
+    call: Call, plan: Plan, others: dict[str, Given], numbers: Given, results: dict[str, Given]
 ) -> None:
     """Queue the gradients of query, key and value on tensor cores."""
     problem, place, givens = call.problem, call.place, call.givens
     width = max(problem.head_dim, problem.value_dim)
     query, key, value = (givens[name].memory() for name in ("query", "key", "value"))
-    grad_out, lse = others["grad_out"].memory(), others["lse"].memory()
+    grad_out = others["grad_out"].memory()
+    queue_tensor_core_shifts(call, plan, others["lse"], numbers)
     for name, length, operands, written in (
         ("query", problem.queries, (query, grad_out, key, value), ("query", "query")),
         ("key", problem.keys, (key, value, query, grad_out), ("key", "value")),
     ):
         spec = tensor_cores_backward.spec_for(call.storage, call.mask, width, of_keys=name == "key")
         blocks = -(-length // spec.shape.queries) * plan.owners[name]
-        unit = _scales(call, 1.0 if spec.shape.floating else LOG2_E)
-        tables = (*plan.tables, plan.members[name])
-        arguments = (*operands, _mask(call), lse, deltas.memory(), *tables, unit, _scales(call))
+        tables, scales = (*plan.tables, plan.members[name]), (scale_of(call, not spec.shape.floating), scale_of(call))
+        arguments = (*operands, mask_of(call), numbers.memory(), *tables, *scales)
         gradients = (results[target].memory() for target in written)
         made = kernel(tensor_cores_backward.gradients, spec, **tensor_cores_backward.options(spec))
         if blocks:
             launch(made, blocks, block_of(spec.shape), place.stream, (*arguments, *gradients))
+
+
+def queue_tensor_core_shifts(call: Call, plan: Plan, lse: Given, numbers: Given) -> None:
+    """Queue SHIFT and REST as the kernels on tensor cores want them."""
+    problem, givens = call.problem, call.givens
+    width = max(problem.head_dim, problem.value_dim)
+    spec = tensor_cores_backward.spec_for(call.storage, call.mask, width, of_keys=False)
+    shape = spec.shape
+    arrays = (givens["query"].memory(), givens["key"].memory(), mask_of(call), lse.memory(), numbers.memory())
+    options = (scale_of(call, not shape.floating), call.real(slack(problem.dtype, problem.head_dim)))
+    made = kernel(tensor_cores_backward.find_shifts, spec, **tensor_cores_backward.options(spec))
+    blocks = grid_of(shape, problem)
+    if blocks:
+        launch(made, blocks, block_of(shape), call.place.stream, (*arrays, *plan.tables, *options))
 
 
 def plan_of(call: Call, others: dict[str, Given]) -> Plan:

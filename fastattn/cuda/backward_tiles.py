@@ -13,6 +13,7 @@ import math
 from typing import Any, NamedTuple
 
 from fastattn.cuda.elements import device, keeps, loader, mask_loader, real_of
+from fastattn.cuda.plan import DELTA, NUMBERS, REST, SHIFT
 from fastattn.cuda.tiles import is_floating
 
 __all__ = ["Tiles", "Tiling", "make_tiles"]
@@ -66,17 +67,17 @@ class Tiles(NamedTuple):
     weigh: Any
 
 
-def make_tiles(tiling: Tiling, storage: str, mask: str, dropout: bool) -> Tiles:
+def make_tiles(tiling: Tiling, storage: str, mask: str, dropout: bool, extreme: bool) -> Tiles:
     """Make the device functions for a type of elements, and one of the mask's, "none" if there is none."""
-    stage_across, stage = _make_stages(tiling, storage)
-    clear, multiply, multiply_visible = _make_sums(tiling, storage)
-    load_rows, weigh = _make_weights(tiling, storage, mask, dropout)
+    real, narrow = real_of(storage, extreme), real_of(storage)
+    stage_across, stage = _make_stages(tiling, storage, real)
+    clear, multiply, multiply_visible = _make_sums(tiling, real)
+    load_rows, weigh = _make_weights(tiling, mask, dropout, real, narrow)
     return Tiles(clear, multiply, multiply_visible, stage_across, stage, load_rows, weigh)
 
 
-def _make_sums(tiling: Tiling, storage: str) -> tuple[Any, Any, Any]:
+def _make_sums(tiling: Tiling, real: Any) -> tuple[Any, Any, Any]:
     side, rows, columns, depth = tiling.side, tiling.rows, tiling.columns, tiling.depth
-    real = real_of(storage)
     zero, one = real(0.0), real(1.0)
 
     @device
@@ -108,9 +109,8 @@ def _make_sums(tiling: Tiling, storage: str) -> tuple[Any, Any, Any]:
     return clear, multiply, multiply_visible
 
 
-def _make_stages(tiling: Tiling, storage: str) -> tuple[Any, Any]:
+def _make_stages(tiling: Tiling, storage: str, real: Any) -> tuple[Any, Any]:
     depth, tile, threads, features = tiling.depth, tiling.tile, tiling.threads, tiling.features
-    real = real_of(storage)
     load, zero = loader(storage, real), real(0.0)
 
     @device
@@ -142,36 +142,35 @@ def _make_stages(tiling: Tiling, storage: str) -> tuple[Any, Any]:
     return stage_across, stage
 
 
-def _make_weights(tiling: Tiling, storage: str, mask_storage: str, dropout: bool) -> tuple[Any, Any]:
+def _make_weights(tiling: Tiling, mask_storage: str, dropout: bool, real: Any, narrow: Any) -> tuple[Any, Any]:
     side, rows, tile, threads = tiling.side, tiling.rows, tiling.tile, tiling.threads
-    real = real_of(storage)
     masked, mask_is_bool = mask_storage != "none", mask_storage == "bool"
-    load_mask = mask_loader(mask_storage if is_floating(mask_storage) else storage, real)
+    load_mask = mask_loader(mask_storage if is_floating(mask_storage) else "float32", real, narrow)
     zero, hidden, lowest = real(0.0), real(-0.0), real(-math.inf)
 
     @device
-    def load_rows(numbers, lse, lse_at, lse_step, deltas, deltas_at, first_query, queries, thread):
-        """Load lse and delta of a tile of queries; an lse of -inf hides what is behind the last one."""
+    def load_rows(numbers_here, numbers, at, first_query, queries, thread):
+        """Load the numbers of a tile of queries; a shift of -inf hides what is behind the last one."""
         for i in range(thread, tile, threads):
-            sums, delta = lowest, zero
+            shift, rest, delta = lowest, zero, zero
             if first_query + i < queries:
-                sums = lse[lse_at + (first_query + i) * lse_step]
-                delta = deltas[deltas_at + first_query + i]
-            numbers[0, i] = sums
-            numbers[1, i] = delta
+                own = at + NUMBERS * (first_query + i)
+                shift, rest, delta = numbers[own + SHIFT], numbers[own + REST], numbers[own + DELTA]
+            numbers_here[SHIFT, i], numbers_here[REST, i], numbers_here[DELTA, i] = shift, rest, delta
 
     @device
     def weigh(
-        scores, grads, numbers, mask, mask_at, mask_row, mask_column, number, first_query, first_key, keys, reach,
+        scores, grads, numbers_here, mask, mask_at, mask_row, mask_column, number, first_query, first_key, keys, reach,
         heads, seed_low, seed_high, drop_below, keep_scale, tx, ty,
     ):  # fmt: skip
         """Turn scores into weights after dropout, and dO · value into dS; -0.0 and 0 where hidden."""
         for r in range(rows):
             i = first_query + ty + r * side
-            lse, delta = numbers[0, ty + r * side], numbers[1, ty + r * side]
+            shift, rest = numbers_here[SHIFT, ty + r * side], numbers_here[REST, ty + r * side]
+            delta = numbers_here[DELTA, ty + r * side]
             for c in range(rows):
                 j = first_key + tx + c * side
-                visible = lse != lowest and j < keys and j <= i + reach
+                visible = shift != lowest and j < keys and j <= i + reach
                 score = scores[r, c]
                 if masked and visible:
                     if mask_is_bool:
@@ -182,7 +181,7 @@ def _make_weights(tiling: Tiling, storage: str, mask_storage: str, dropout: bool
                         score += bias
                 weight, grad = hidden, zero
                 if visible:
-                    exponent = score - lse
+                    exponent = (score - shift) - rest
                     if exponent > zero:  # no weight is above 1, whatever the roundings of huge scores
                         exponent = zero
                     share = real(math.exp(exponent))

@@ -9,7 +9,7 @@ import numpy as np
 
 from fastattn.cuda import decode, decoding, portable, tensor_cores
 from fastattn.cuda.available import SIMULATED
-from fastattn.cuda.plan import OPERANDS, Table, slices_of
+from fastattn.cuda.plan import OPERANDS, Table, is_extreme, slices_of
 from fastattn.cuda.tiles import Tiles
 from fastattn.problem import Problem
 
@@ -67,12 +67,12 @@ class Facts(NamedTuple):
 
 
 def tiles_for(storage: str, problem: Problem) -> Tiles:
-    """The tiles of the portable kernels: 64 x 64 scores, with 256 threads of 4 x 4; of float64 32 x 32, of 2 x 2."""
+    """The tiles of the portable kernels: 64 x 64 scores, with 256 threads of 4 x 4; in float64 32 x 32, of 2 x 2."""
     if SIMULATED:
         return SMALL
     features = WIDE if NARROW < problem.head_dim <= WIDE else NARROW
     values = 4 if problem.value_dim <= SHORT_ROW else 8
-    if storage == "float64":
+    if storage == "float64" or is_extreme(problem):
         return Tiles(16, 16, 2, 2, values // 2, NARROW, 16)
     return Tiles(16, 16, 4, 4, values, features, 16)
 
@@ -111,7 +111,7 @@ def choose_forward(facts: Facts) -> Choice:
     blocks = -(-problem.queries // tiles.queries) * max(1, -(-problem.value_dim // tiles.value_columns))
     return Choice(
         portable.forward,
-        portable.Forward(storage, mask, problem.dropout_p > 0, tiles),
+        portable.Forward(storage, mask, problem.dropout_p > 0, tiles, is_extreme(problem)),
         slices_of(problem) * blocks,
         (tiles.threads_x, tiles.threads_y),
         f"portable, because of {against}{unsplit}",
@@ -125,10 +125,22 @@ def choose_weights(facts: Facts) -> Choice:
     blocks = -(-problem.queries // tiles.queries) * -(-problem.keys // tiles.keys)
     return Choice(
         portable.weights,
-        portable.Weights(storage, mask, problem.dropout_p > 0, tiles),
+        portable.Weights(storage, mask, problem.dropout_p > 0, tiles, is_extreme(problem)),
         slices_of(problem) * blocks,
         (tiles.threads_x, tiles.threads_y),
         "portable, the only one of weights",
+    )
+
+
+def choose_shifts(storage: str, mask: str, problem: Problem, base_2: bool) -> Choice:
+    """The kernel of what weights are computed from: there is one; `base_2` as in `portable.Shifts`."""
+    tiles = tiles_for(storage, problem)
+    return Choice(
+        portable.find_shifts,
+        portable.Shifts(storage, mask, tiles, base_2, is_extreme(problem)),
+        slices_of(problem) * -(-problem.queries // tiles.queries),
+        (tiles.threads_x, tiles.threads_y),
+        "portable, the only one of shifts",
     )
 
 

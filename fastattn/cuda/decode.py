@@ -176,7 +176,7 @@ def _score_functions(spec: Decode) -> tuple[Any, Any]:
     """Device functions of one row and one key: its score, and what dropout multiplies its weight by."""
     real = real_of(spec.storage)
     masked, mask_is_bool = spec.mask != "none", spec.mask == "bool"
-    load_mask = mask_loader("float32" if spec.mask in ("none", "bool") else spec.mask, real)
+    load_mask = mask_loader("float32" if spec.mask in ("none", "bool") else spec.mask, real, real)
     lowest, zero = real(-math.inf), real(0.0)
 
     @device

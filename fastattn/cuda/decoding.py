@@ -12,7 +12,7 @@ from fastattn.cuda.arrays import Given, nothing
 from fastattn.cuda.available import SIMULATED
 from fastattn.cuda.compile import kernel, launch
 from fastattn.cuda.elements import MASKS
-from fastattn.cuda.plan import slices_of
+from fastattn.cuda.plan import is_extreme, slices_of
 from fastattn.cuda.vectors import VECTOR_BYTES, vector_width
 from fastattn.problem import Problem
 
@@ -62,6 +62,8 @@ def against(problem: Problem) -> str | None:
         return f"{rows} queries share them, more than {most}"
     if not problem.keys:
         return "there are none"
+    if is_extreme(problem):
+        return f"scale {problem.scale:g} is extreme"
     for name, size in (("head", problem.head_dim), ("value", problem.value_dim)):
         if size > decode.MAX_FEATURES:
             return f"{name} size {size} is above {decode.MAX_FEATURES}"
@@ -110,8 +112,6 @@ def attend(call: Any, out: Given, lse: Given, seed: int, make_tables: Callable[[
     numbers = place.new("numbers of the parts", (2 * work.rows * work.parts,), name)
     sums = place.new("sums of the parts", (work.rows * work.parts * problem.value_dim,), name)
     mask = givens["attn_mask"].memory() if "attn_mask" in givens else nothing(MASKS["bool"])
-    with np.errstate(all="ignore"):  # a scale beyond float32 is infinite there
-        scale = real(problem.scale)
     arguments = (
         *(givens[operand].memory() for operand in ("query", "key", "value")),
         mask,
@@ -119,7 +119,7 @@ def attend(call: Any, out: Given, lse: Given, seed: int, make_tables: Callable[[
         sums.memory(),
         *tables,
         problem.group,
-        scale,
+        real(problem.scale),
         real(problem.keep_scale),
         np.uint32(seed & 0xFFFFFFFF),
         np.uint32(seed >> 32),

@@ -39,9 +39,9 @@ def device(function: Callable[..., Any]) -> Any:
     return function if SIMULATED else cuda.jit(device=True, forceinline=True)(function)
 
 
-def real_of(storage: str) -> Any:
-    """The NumPy type that a kernel computes in: float64 for float64, else float32."""
-    return np.float64 if storage == "float64" else np.float32
+def real_of(storage: str, extreme: bool = False) -> Any:
+    """The NumPy type that a kernel computes in: float64 for float64, and where the scale is extreme, else float32."""
+    return np.float64 if storage == "float64" or extreme else np.float32
 
 
 # -- elements ----------------------------------------------------------------------------------------------------------
@@ -90,20 +90,25 @@ def storer(storage: str) -> Any:
     return device(store)
 
 
-def mask_loader(storage: str, real: Any) -> Any:
-    """A device function of an element of a floating mask: the number, of type `real`, which no finite one overflows."""
-    limit = float(np.finfo(real).max)
-    if storage != "float64" or real is np.float64:
-        return loader(storage, real)
+def mask_loader(storage: str, real: Any, narrow: Any) -> Any:
+    """A device function of an element of a floating mask: the number, of type `real`, held in the range of `narrow`."""
+    return holder(real, narrow) if storage == "float64" else loader(storage, real)
 
-    def load(element):
+
+def holder(real: Any, narrow: Any) -> Any:
+    """A device function of a number: the same, of type `real`, but no finite one is beyond the range of `narrow`."""
+    if narrow is np.float64:
+        return loader("float64", real)
+    limit = float(np.finfo(narrow).max)
+
+    def hold(element):
         if element > limit and element < math.inf:
             return real(limit)
         if element < -limit and element > -math.inf:
             return real(-limit)
         return real(element)
 
-    return device(load)
+    return device(hold)
 
 
 def minus_zero_test(real: Any) -> Any:

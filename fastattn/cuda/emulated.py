@@ -253,7 +253,7 @@ def store_pair(address: Address, word: Array, when: Any) -> None:
 
 def store_float(address: Address, x: Array, when: Any) -> None:
     """Store a float32 in global memory, in lanes where `when` holds."""
-    _store(address, x.astype(np.float32), when)
+    _store(address, np.broadcast_to(np.float32(x), (LANES,)), when)
 
 
 # -- arithmetic --------------------------------------------------------------------------------------------------------

@@ -314,7 +314,10 @@ def make_steps(shape: TileShape) -> Steps:
 
     @unrolled
     def absorb(scores, highest, total, output, unit):
-        """Turn scores into weights, in halves, and bring the greatest score, the sums and the output up to them."""
+        """Turn scores into weights, in halves, and bring the greatest score, the sums and the output up to them.
+
+        The output may be empty, where only the sums are wanted.
+        """
         highest, total, output = list(highest), list(total), list(output)
         # the fragment of the scores is the one of a left factor, 2 matrices of 8 columns to each 16 columns of it
         weights = [None] * (len(scores) // 2)
@@ -335,7 +338,7 @@ def make_steps(shape: TileShape) -> Steps:
                     pair = [power(score, shift, unit) for score in own[2 * n : 2 * n + 2]]
                     total[row] = total[row] + (pair[0] + pair[1])
                     weights[(m * columns + n) * 2 + half] = pack(*pair, storage)
-                for n in range(features):
+                for n in range(features if output else 0):
                     for i in (2 * half, 2 * half + 1):
                         index = (m * features + n) * 4 + i
                         output[index] = output[index] * factor

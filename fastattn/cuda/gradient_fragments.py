@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from fastattn.cuda.elements import LOG2_E
+from fastattn.cuda.elements import LN_2, LOG2_E
 from fastattn.cuda.fragments import CHUNK, HALF, INFINITY, LANES, TileShape
+from fastattn.cuda.plan import DELTA, NUMBERS, REST, SHIFT
 from fastattn.cuda.primitives import (
     exp2,
     fma,
@@ -21,18 +22,24 @@ from fastattn.cuda.primitives import (
     load_half,
     load_shared,
     load_word,
+    log2,
+    maximum,
     narrow,
     pack,
     select,
     shared_memory,
     shuffle,
+    shuffle_xor,
+    store_float,
     store_pair,
     unrolled,
     warp_any,
     widen,
 )
+from fastattn.rounding import PRECISE
 
 FLOAT = 4  # bytes
+COARSE = PRECISE["float32"]
 
 
 class GradientSteps(NamedTuple):
@@ -47,6 +54,8 @@ class GradientSteps(NamedTuple):
     differentiate_seen: Any
     add_odd: Any
     store: Any
+    copy_sums: Any
+    store_shifts: Any
 
 
 def shared_bytes(shape: TileShape, apart: bool) -> int:
@@ -128,8 +137,8 @@ def make_gradient_steps(shape: TileShape, of_keys: bool, apart: bool) -> Gradien
 
     def make_differentiate(restricted):
         def differentiate(
-            scores, grads, first, begin, lse_at, lse_step, deltas_at, queries, keys, offset, mask_at, row_step,
-            column_step, unit, thread,
+            scores, grads, first, begin, numbers_at, queries, keys, offset, mask_at, row_step, column_step, unit,
+            thread,
         ):  # fmt: skip
             """Turn products of queries and keys into weights, those of dO and values into gradients of scores.
 
@@ -139,11 +148,10 @@ def make_gradient_steps(shape: TileShape, of_keys: bool, apart: bool) -> Gradien
             own, column = rows_of(first, thread), narrow(begin) + thread % LANES % 4 * 2
 
             def numbers_of(query):
-                within = query < queries
-                sums = load_float(lse_at + query * (lse_step * FLOAT), within)
+                within, at = query < queries, numbers_at + query * (NUMBERS * FLOAT)
+                shift, rest, delta = (load_float(at + place * FLOAT, within) for place in (SHIFT, REST, DELTA))
                 # of a query that looks at nothing every weight is 0
-                sums = select(sums == -INFINITY, INFINITY, sums)
-                return sums, load_float(deltas_at + query * FLOAT, within)
+                return select(shift == -INFINITY, INFINITY, shift), rest, delta
 
             weights, gradients = [None] * (2 * columns), [None] * (2 * columns)
             of_rows = [] if of_keys else [numbers_of(row) for row in own]
@@ -152,18 +160,18 @@ def make_gradient_steps(shape: TileShape, of_keys: bool, apart: bool) -> Gradien
                 for half in range(2):
                     pair = []
                     for i in range(2):
-                        lse, delta = of_columns[i] if of_keys else of_rows[half]
+                        shift, rest, delta = of_columns[i] if of_keys else of_rows[half]
                         score, grad = scores[4 * n + 2 * half + i], grads[4 * n + 2 * half + i]
                         query, key = pair_of(own[half], column + (8 * n + i))
                         sees, added = False, 0.0
                         if restricted:
                             within = are_near(query, key, queries, keys, offset)
                             sees, added = look(mask_at, row_step, column_step, query, key, within)
-                            sees = sees & (lse != INFINITY)
+                            sees = sees & (shift != INFINITY)
                         if shape.floating:  # finfo.min, which masks are full of, times log2(e) would be no number
-                            power = (fma(score, unit, added) - lse) * LOG2_E
+                            power = (fma(score, unit, added) - shift - rest) * LOG2_E
                         else:
-                            power = fma(score, unit, lse * -LOG2_E)
+                            power = fma(score, unit, -shift) - rest
                         weight = exp2(select(power > 0.0, 0.0, power))
                         gradient = weight * (grad - delta)
                         if restricted:
@@ -177,8 +185,7 @@ def make_gradient_steps(shape: TileShape, of_keys: bool, apart: bool) -> Gradien
 
     @unrolled
     def add_odd(
-        sums, bits, stage, first, begin, row, queries, keys, offset, mask_at, row_step, column_step, lse_at, lse_step,
-        thread,
+        sums, bits, stage, first, begin, row, queries, keys, offset, mask_at, row_step, column_step, numbers_at, thread,
     ):  # fmt: skip
         """Add what is not finite of one row of the second tile to the own rows that see it, or that it sees.
 
@@ -193,7 +200,8 @@ def make_gradient_steps(shape: TileShape, of_keys: bool, apart: bool) -> Gradien
         for own, word in zip(rows_of(first, thread), bits, strict=True):
             query, key = pair_of(own, other)
             seen = look(mask_at, row_step, column_step, query, key, are_near(query, key, queries, keys, offset))[0]
-            sees.append(seen & (load_float(lse_at + query * (lse_step * FLOAT), query < queries) != -INFINITY))
+            shift = load_float(numbers_at + (query * (NUMBERS * FLOAT) + SHIFT * FLOAT), query < queries)
+            sees.append(seen & (shift != -INFINITY))
             factors.append(select((shuffle(word, owner) >> place_of_bit & 1) != 0, 1.0, 0.0))
         added = list(sums)
         for n in range(features):
@@ -218,6 +226,43 @@ def make_gradient_steps(shape: TileShape, of_keys: bool, apart: bool) -> Gradien
                 address = target + row * (length * HALF) + where * HALF
                 store_pair(address, pack(*pair, storage), (row < count) & (where < length))
 
+    def sums_of(lse_at, lse_step, row, queries):
+        """The log-sum-exp of a query, in base 2 where the scores are, its magnitude, and whether it is coarse."""
+        exists = row < narrow(queries)
+        sums = load_float(lse_at + row * (lse_step * FLOAT), exists)
+        size = maximum(sums, -sums)
+        coarse = exists & (size >= COARSE) & (size < INFINITY)
+        return (sums, size, coarse) if shape.floating else (sums * LOG2_E, size * LOG2_E, coarse)
+
+    def store_numbers(numbers_at, row, shift, rest, when):
+        where = numbers_at + row * (NUMBERS * FLOAT)
+        store_float(where + SHIFT * FLOAT, shift, when)
+        store_float(where + REST * FLOAT, rest, when)
+
+    @unrolled
+    def copy_sums(numbers_at, lse_at, lse_step, first, queries, thread):
+        """Store SHIFT and REST as the log-sum-exp has them. Whether that is coarse for any query of the warp."""
+        found = False
+        for row in rows_of(first, thread):
+            sums, _, coarse = sums_of(lse_at, lse_step, row, queries)
+            store_numbers(numbers_at, row, sums, 0.0, (row < narrow(queries)) & (thread % 4 == 0))
+            found = found | coarse
+        return warp_any(found)
+
+    @unrolled
+    def store_shifts(highest, total, unit, numbers_at, lse_at, lse_step, slack, first, queries, thread):
+        """Store SHIFT and REST of the queries whose log-sum-exp is coarse, and of no more keys than these.
+
+        `highest` and `total` are what `absorb` makes of the scores of a block's queries.
+        """
+        for row, top, total_here in zip(rows_of(first, thread), highest, total, strict=True):
+            sums, size, coarse = sums_of(lse_at, lse_step, row, queries)
+            whole = total_here + shuffle_xor(total_here, 1)
+            whole = whole + shuffle_xor(whole, 2)
+            shift, rest = (top, log2(whole) * LN_2) if shape.floating else (top * unit, log2(whole))
+            own = (shift - sums) + rest >= -(slack * size)
+            store_numbers(numbers_at, row, shift, rest, coarse & own & (thread % 4 == 0))
+
     return GradientSteps(
         allocate,
         first_own,
@@ -228,4 +273,6 @@ def make_gradient_steps(shape: TileShape, of_keys: bool, apart: bool) -> Gradien
         make_differentiate(True),
         add_odd,
         store,
+        copy_sums,
+        store_shifts,
     )

@@ -24,8 +24,19 @@ QUERY, KEY, VALUE, MASK, OUT = range(5)
 GRAD_OUT, LSE, GRAD_LSE = range(5, 8)
 OPERANDS = 8
 
+#: Three numbers of each query, one query after the other: its weights are exp(score - SHIFT - REST), and DELTA is for
+#: the backward pass. SHIFT is the log-sum-exp, and REST 0. But where rounding has taken from the log-sum-exp what
+#: matters, SHIFT is the greatest score, and REST the logarithm of the sum of exp(score - SHIFT).
+SHIFT, REST, DELTA = range(3)
+NUMBERS = 3
+
 #: Places in the vector of sizes.
 QUERIES, KEYS, HEAD_DIM, VALUE_DIM, HEADS, SLICES, CAUSAL_OFFSET, DROP_BELOW = range(8)
+
+
+#: Scales, by dtype, between which a score comes of a scaled query, in base 2 as well. Others but 0 are *extreme*: then
+#: all arithmetic is in float64, whatever the storage, and nothing in base 2.
+SCALES = {"float32": (1e-30, 1e30), "float64": (0.0, 1e300)}
 
 
 class Table(NamedTuple):
@@ -65,6 +76,12 @@ def sizes_of(problem: Problem) -> NDArray[np.int64]:
         ],
         np.int64,
     )
+
+
+def is_extreme(problem: Problem) -> bool:
+    """Say whether the scale is extreme."""
+    low, high = SCALES[problem.dtype.name]
+    return problem.scale != 0 and not low <= abs(problem.scale) <= high
 
 
 def slices_of(problem: Problem) -> int:

@@ -12,7 +12,8 @@ and threads speak to each other through shared memory alone. Values wider than a
 blocks of threads that each compute the scores again.
 
 Scores are in base 2: the scale has a factor log2(e) in it. Under a floating mask they stay in base e, since finfo.min
-times log2(e) is no number; `unit` is log2(e) then, else 1.
+times log2(e) is no number, and where the scale is extreme (see `fastattn.cuda.plan`), which has all arithmetic in
+float64 as well; `unit` is log2(e) then, else 1.
 
 A key that a query may not look at has the weight -0.0, which adds nothing to a finite sum. Where a block of values
 holds NaN or infinities, weights that are -0.0 are left out, as 0 · NaN is NaN.
@@ -28,27 +29,48 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import cuda, types
 
-from fastattn.cuda.elements import LN_2, LOG2_E, MASKS, STORAGE, device, exp2, loader, log2, real_of, storer
-from fastattn.cuda.plan import CAUSAL_OFFSET, HEAD_DIM, KEY, KEYS, MASK, OUT, QUERIES, QUERY, SLICES, VALUE, VALUE_DIM
+from fastattn.cuda.elements import LN_2, LOG2_E, MASKS, STORAGE, device, exp2, holder, loader, log2, real_of, storer
+from fastattn.cuda.plan import (
+    CAUSAL_OFFSET,
+    HEAD_DIM,
+    KEY,
+    KEYS,
+    LSE,
+    MASK,
+    NUMBERS,
+    OUT,
+    QUERIES,
+    QUERY,
+    REST,
+    SHIFT,
+    SLICES,
+    VALUE,
+    VALUE_DIM,
+)
 from fastattn.cuda.tiles import (
     Tiles,
     addition,
     dropping,
-    is_floating,
+    in_base_2,
     multiplication,
     restriction,
     softmax_functions,
     tile_loader,
 )
+from fastattn.rounding import PRECISE
 
 
 class Forward(NamedTuple):
-    """What a forward kernel is compiled for; `mask` is "none" or the type that the mask is stored in."""
+    """What a forward kernel is compiled for; `mask` is "none" or the type that the mask is stored in.
+
+    `extreme` is what `fastattn.cuda.plan` says of the scale.
+    """
 
     storage: str
     mask: str
     dropout: bool
     tiles: Tiles
+    extreme: bool = False
 
 
 class Weights(NamedTuple):
@@ -58,6 +80,17 @@ class Weights(NamedTuple):
     mask: str
     dropout: bool
     tiles: Tiles
+    extreme: bool = False
+
+
+class Shifts(NamedTuple):
+    """What a kernel of shifts is compiled for; `base_2`: whether there is a factor log2(e) in the scale."""
+
+    storage: str
+    mask: str
+    tiles: Tiles
+    base_2: bool
+    extreme: bool = False
 
 
 class Copy(NamedTuple):
@@ -66,12 +99,14 @@ class Copy(NamedTuple):
     storage: str
 
 
-def argument_types(spec: Forward | Weights) -> tuple[Any, ...]:
+def argument_types(spec: Forward | Weights | Shifts) -> tuple[Any, ...]:
     """The Numba types of a kernel's arguments."""
-    real = types.float64 if spec.storage == "float64" else types.float32
+    # of kernels on tensor cores the scale is never extreme
+    real = _numba_type(real_of(spec.storage, getattr(spec, "extreme", False)))
+    sums = real if isinstance(spec, (Weights, Shifts)) else _numba_type(real_of(spec.storage))
     element = _numba_type(STORAGE[spec.storage])
     mask = types.uint8 if spec.mask == "none" else _numba_type(MASKS[spec.mask])
-    operands = [types.Array(kind, 1, "C") for kind in (element, element, element, mask, element, real)]
+    operands = [types.Array(kind, 1, "C") for kind in (element, element, element, mask, element, sums)]
     table = types.Array(types.int64, 2, "C")
     return (*operands, table, table, types.Array(types.int64, 1, "C"), real, real, types.uint32, types.uint32)
 
@@ -86,11 +121,11 @@ def forward(spec: Forward) -> Any:
     A block of threads for each block of queries of each slice, and of columns of the result, all along x. The last
     queries come first: under a causal mask they have the most to do.
     """
-    storage, mask_kind, dropout, tiles = spec
-    real = real_of(storage)
+    storage, mask_kind, dropout, tiles, extreme = spec
+    real, base_2 = real_of(storage, extreme), in_base_2(mask_kind, extreme)
     store, load_tile, multiply = storer(storage), tile_loader(loader(storage, real), real), multiplication(tiles)
-    restrict = restriction(tiles, mask_kind, real)
-    publish, absorb = softmax_functions(tiles, mask_kind, real)
+    restrict = restriction(tiles, mask_kind, real, real_of(storage))
+    publish, absorb = softmax_functions(tiles, real, base_2)
     drop = dropping(tiles, real)
     add_values, add_visible_values = addition(tiles, real)
     threads_y, threads_x, rows, columns, values, features, value_rows = tiles
@@ -101,7 +136,8 @@ def forward(spec: Forward) -> Any:
     key_size = max(block_k * pitch, block_q * (block_k + 1))
     value_size = max(value_rows * block_v, block_q * threads_x)
     lowest, one, zero = real(-math.inf), real(1), real(0)
-    to_natural, ln_2 = real(1.0 if is_floating(mask_kind) else LN_2), real(LN_2)
+    to_natural, ln_2 = real(LN_2 if base_2 else 1.0), real(LN_2)
+    hold = holder(real, real_of(storage) if extreme else np.float64)
 
     def kernel(query, key, value, mask, out, lse, offsets, steps, sizes, scale, keep_scale, seed_low, seed_high):
         query_tile = cuda.shared.array(query_size, real)
@@ -209,7 +245,8 @@ def forward(spec: Forward) -> Any:
                 for other in range(threads_x):
                     whole += value_tile[(y + i * threads_y) * threads_x + other]
                 if x == 0 and first_value == 0:
-                    lse[slice_ * queries + row] = m[i] * to_natural + log2(whole) * ln_2 if whole != zero else lowest
+                    sums_of_row = m[i] * to_natural + log2(whole) * ln_2 if whole != zero else lowest
+                    lse[slice_ * queries + row] = hold(sums_of_row)
                 at = offsets[OUT, slice_] + row * steps[OUT, 0]
                 for c in range(values):
                     column = first_value + x + c * threads_x
@@ -220,32 +257,21 @@ def forward(spec: Forward) -> Any:
     return kernel
 
 
-def weights(spec: Weights) -> Any:
-    """The kernel of the weights, from the log-sum-exp: a block of threads for each block of queries and keys.
-
-    `out` is the matrix of weights; `value` is not read. Where scores are so large that the logarithm of their number
-    is lost in the log-sum-exp, as under a mask of finfo.min throughout, the block takes the softmax of the row itself.
-    """
-    storage, mask_kind, dropout, tiles = spec
-    real = real_of(storage)
-    store, load_tile, multiply = storer(storage), tile_loader(loader(storage, real), real), multiplication(tiles)
-    restrict, drop = restriction(tiles, mask_kind, real), dropping(tiles, real)
-    publish, absorb = softmax_functions(tiles._replace(values=0), mask_kind, real)
-    threads_y, threads_x, rows, columns, _, features, _ = tiles
-    threads, block_q, block_k, pitch = tiles.threads, tiles.queries, tiles.keys, tiles.features + 1
-    query_size, key_size = block_q * pitch, max(block_k * pitch, block_q * (block_k + 1))
-    lowest, one, zero = real(-math.inf), real(1), real(0)
-    # scores are in base 2, but for those under a floating mask
-    unit, to_scores = real(LOG2_E if is_floating(mask_kind) else 1.0), real(1.0 if is_floating(mask_kind) else LOG2_E)
-    shared_size = block_q * threads_x
-    coarse, infinite = real(1 / np.finfo(real).eps), real(math.inf)
+def _make_find_scores(spec: Weights | Shifts) -> Any:
+    """A device function of a block of queries and one of keys."""
+    tiles, storage, real = spec.tiles, spec.storage, real_of(spec.storage, spec.extreme)
+    load_tile, multiply = tile_loader(loader(storage, real), real), multiplication(tiles)
+    restrict = restriction(tiles, spec.mask, real, real_of(storage))
+    threads, block_q, block_k, features = tiles.threads, tiles.queries, tiles.keys, tiles.features
+    rows, columns, threads_x, pitch = tiles.rows, tiles.columns, tiles.threads_x, tiles.features + 1
+    one, zero = real(1), real(0)
 
     @device
     def find_scores(
         scores, seen, query_tile, key_tile, query, key, mask, offsets, steps, sizes, scale, slice_, first_query,
         first_key, y, x,
     ):  # fmt: skip
-        """The scores of a block of queries and one of keys."""
+        """The scores, and whether the query may look at the key."""
         thread, head_dim = y * threads_x + x, sizes[HEAD_DIM]
         query_base = offsets[QUERY, slice_] + first_query * steps[QUERY, 0]
         key_base = offsets[KEY, slice_] + first_key * steps[KEY, 0]
@@ -265,16 +291,111 @@ def weights(spec: Weights) -> Any:
             multiply(scores, query_tile, key_tile, y, x)
         restrict(scores, seen, mask, offsets[MASK, slice_], steps, sizes, first_query, first_key, y, x)
 
-    def kernel(query, key, value, mask, out, lse, offsets, steps, sizes, scale, keep_scale, seed_low, seed_high):
+    return find_scores
+
+
+def shifts_types(spec: Shifts) -> tuple[Any, ...]:
+    """The Numba types of the arguments of `find_shifts`."""
+    query, key, _, mask, _, real, offsets, steps, sizes, scale, *_ = argument_types(spec)
+    lse = types.Array(_numba_type(real_of(spec.storage)), 1, "C")
+    return query, key, mask, lse, real, offsets, steps, sizes, scale, scale
+
+
+def find_shifts(spec: Shifts) -> Any:
+    """The kernel of SHIFT and REST of each query: a block of threads for each block of queries of each slice.
+
+    Scores and numbers are in base 2 where the scale has a factor log2(e) in it. Where a log-sum-exp is so large that
+    its rounding matters, the block goes over the keys once more: see `fastattn.rounding`, which has `slack` as well.
+    """
+    storage, _, tiles, base_2, extreme = spec
+    real, find_scores = real_of(storage, extreme), _make_find_scores(spec)
+    publish, absorb = softmax_functions(tiles._replace(values=0), real, base_2)
+    threads_y, threads_x, rows, columns, _, features, _ = tiles
+    block_q, block_k, pitch = tiles.queries, tiles.keys, features + 1
+    query_size, key_size = block_q * pitch, max(block_k * pitch, block_q * (block_k + 1))
+    shared_size = block_q * threads_x
+    lowest, zero, infinite = real(-math.inf), real(0), real(math.inf)
+    to_scores, from_base_2 = real(LOG2_E if base_2 else 1.0), real(1.0 if base_2 else LN_2)
+    coarse = real(PRECISE[np.dtype(real_of(storage)).name])
+
+    def kernel(query, key, mask, lse, numbers, offsets, steps, sizes, scale, slack):
         query_tile = cuda.shared.array(query_size, real)
-        key_tile = cuda.shared.array(key_size, real)  # after the scores: the weights
+        key_tile = cuda.shared.array(key_size, real)  # after the scores: exp(score - m), which nobody reads
         shared_tile = cuda.shared.array(shared_size, real)  # what a row's threads tell each other
         scores = cuda.local.array((rows, columns), real)
         seen = cuda.local.array((rows, columns), np.bool_)
-        shifts = cuda.local.array(rows, real)
-        wholes = cuda.local.array(rows, real)
         m = cuda.local.array(rows, real)
         total = cuda.local.array(rows, real)
+        x, y = cuda.threadIdx.x, cuda.threadIdx.y
+
+        queries = sizes[QUERIES]
+        blocks = (queries + block_q - 1) // block_q
+        slice_, first_query = cuda.blockIdx.x // blocks, cuda.blockIdx.x % blocks * block_q
+        lse_at = offsets[LSE, slice_] + first_query * steps[LSE, 0]
+        numbers_at = NUMBERS * (slice_ * queries + first_query)
+        lost = False
+        for i in range(rows):
+            m[i], total[i] = lowest, zero
+            row = y + i * threads_y
+            if first_query + row < queries:
+                sums = real(lse[lse_at + row * steps[LSE, 0]])
+                lost = lost or coarse <= abs(sums) < infinite
+                if x == 0:
+                    numbers[numbers_at + NUMBERS * row + SHIFT] = sums * to_scores
+                    numbers[numbers_at + NUMBERS * row + REST] = zero
+        if cuda.syncthreads_or(np.int32(1 if lost else 0)) == 0:
+            return
+
+        # after the last key that one of these queries may look at
+        end = min(sizes[KEYS], min(queries, first_query + block_q) + sizes[CAUSAL_OFFSET])
+        for first_key in range(0, end, block_k):
+            find_scores(
+                scores, seen, query_tile, key_tile, query, key, mask, offsets, steps, sizes, scale, slice_, first_query,
+                first_key, y, x,
+            )  # fmt: skip
+            cuda.syncthreads()
+            publish(scores, shared_tile, y, x)
+            cuda.syncthreads()
+            absorb(scores, seen, shared_tile, key_tile, m, total, scores, y, x)
+        cuda.syncthreads()
+        for i in range(rows):
+            shared_tile[(y + i * threads_y) * threads_x + x] = total[i]
+        cuda.syncthreads()
+        for i in range(rows):
+            row = y + i * threads_y
+            if x == 0 and first_query + row < queries:
+                sums, whole = real(lse[lse_at + row * steps[LSE, 0]]), zero
+                for other in range(threads_x):
+                    whole += shared_tile[row * threads_x + other]
+                rest, given = log2(whole) * from_base_2, sums * to_scores
+                # the log-sum-exp may be that of more keys than these
+                if coarse <= abs(sums) < infinite and (m[i] - given) + rest >= -slack * abs(given):
+                    numbers[numbers_at + NUMBERS * row + SHIFT] = m[i]
+                    numbers[numbers_at + NUMBERS * row + REST] = rest
+
+    return kernel
+
+
+def weights(spec: Weights) -> Any:
+    """The kernel of the weights: a block of threads for each block of queries and keys.
+
+    `out` is the matrix of weights, and in the place of the log-sum-exp there are the numbers of `find_shifts`; `value`
+    is not read.
+    """
+    storage, mask_kind, dropout, tiles, extreme = spec
+    real = real_of(storage, extreme)
+    store, find_scores, drop = storer(storage), _make_find_scores(spec), dropping(tiles, real)
+    threads_y, threads_x, rows, columns, _, features, _ = tiles
+    block_q, block_k, pitch = tiles.queries, tiles.keys, features + 1
+    query_size, key_size = block_q * pitch, max(block_k * pitch, block_q * (block_k + 1))
+    lowest, one, zero = real(-math.inf), real(1), real(0)
+    unit = real(1.0 if in_base_2(mask_kind, extreme) else LOG2_E)
+
+    def kernel(query, key, value, mask, out, numbers, offsets, steps, sizes, scale, keep_scale, seed_low, seed_high):
+        query_tile = cuda.shared.array(query_size, real)
+        key_tile = cuda.shared.array(key_size, real)  # after the scores: the weights
+        scores = cuda.local.array((rows, columns), real)
+        seen = cuda.local.array((rows, columns), np.bool_)
         x, y = cuda.threadIdx.x, cuda.threadIdx.y
         thread = y * threads_x + x
 
@@ -287,34 +408,6 @@ def weights(spec: Weights) -> Any:
         first_query = block % query_blocks * block_q
         slice_ = block // query_blocks
 
-        lost = False
-        for i in range(rows):
-            row = first_query + y + i * threads_y
-            sums = lse[slice_ * queries + row] if row < queries else zero
-            lost = lost or coarse < abs(sums) < infinite
-            shifts[i], wholes[i] = sums * to_scores if sums != lowest else zero, one
-        if cuda.syncthreads_or(np.int32(1 if lost else 0)):
-            for i in range(rows):
-                m[i], total[i] = lowest, zero
-            for other_key in range(0, keys, block_k):
-                find_scores(
-                    scores, seen, query_tile, key_tile, query, key, mask, offsets, steps, sizes, scale, slice_,
-                    first_query, other_key, y, x,
-                )  # fmt: skip
-                cuda.syncthreads()
-                publish(scores, shared_tile, y, x)
-                cuda.syncthreads()
-                absorb(scores, seen, shared_tile, key_tile, m, total, scores, y, x)
-            cuda.syncthreads()
-            for i in range(rows):
-                shared_tile[(y + i * threads_y) * threads_x + x] = total[i]
-            cuda.syncthreads()
-            for i in range(rows):
-                if coarse * to_scores < abs(shifts[i]) < infinite:
-                    shifts[i], wholes[i] = m[i], zero
-                    for other in range(threads_x):
-                        wholes[i] += shared_tile[(y + i * threads_y) * threads_x + other]
-
         find_scores(
             scores, seen, query_tile, key_tile, query, key, mask, offsets, steps, sizes, scale, slice_, first_query,
             first_key, y, x,
@@ -322,8 +415,14 @@ def weights(spec: Weights) -> Any:
         cuda.syncthreads()
         for i in range(rows):
             row = first_query + y + i * threads_y
+            shift, rest = zero, zero
+            if row < queries:
+                at = NUMBERS * (slice_ * queries + row)
+                shift, rest = numbers[at + SHIFT], numbers[at + REST]
+            if shift == lowest:  # no key at all: -inf less -inf is NaN
+                shift = zero
             for j in range(columns):
-                weight = exp2((scores[i, j] - shifts[i]) * unit) / wholes[i]
+                weight = exp2(((scores[i, j] - shift) - rest) * unit)
                 # of a sum of exp(score) no score takes more than all of it, whatever rounding says
                 weight = one if weight > one else weight
                 key_tile[(y + i * threads_y) * (block_k + 1) + x + j * threads_x] = weight

@@ -7,6 +7,8 @@ result (Dao et al. 2022, arXiv 2205.14135, appendix B; `fastattn.reference.backw
     dS[i][j]  = P · (Z · (dO[i] · value[j]) - delta[i])
     dvalue[j] = Σ_i P · Z · dO[i]      dkey[j] = scale Σ_i dS · query[i]      dquery[i] = scale Σ_j dS · key[j]
 
+For lse there are two numbers, which `fastattn.cuda.portable.find_shifts` writes: nothing is lost to its rounding.
+
 Every element of a gradient has one block of threads that computes all of it: its terms are added in one order, there
 are no atomic additions, and no partial sums in memory. This costs one recomputation: `grad_keys` goes through the
 queries that look at its keys, `grad_queries` through the keys that its queries look at, each with weights of its own.
@@ -17,7 +19,7 @@ What is in shared memory:
 
     left  [depth][tile]             right [depth][tile or features]             operands of a product
     weights, grads [summed index][row of the result]                            P · Z and dS, whole tiles
-    numbers [2][tile]                                                           lse and delta of the queries
+    numbers [3][tile]                                                           of the queries: see fastattn.cuda.plan
 
 What is hidden has P = -0.0 and dS = 0, and 0 times what is not finite must not arise. Queries and keys that are not
 finite are 0 in the last two products, since where they may be looked at dS is NaN. Of dO, infinities must arrive where
@@ -35,6 +37,7 @@ from fastattn.cuda.backward_tiles import Tiles, Tiling, make_tiles
 from fastattn.cuda.elements import MASKS, STORAGE, device, loader, real_of, storer
 from fastattn.cuda.plan import (
     CAUSAL_OFFSET,
+    DELTA,
     DROP_BELOW,
     GRAD_LSE,
     GRAD_OUT,
@@ -42,11 +45,12 @@ from fastattn.cuda.plan import (
     HEADS,
     KEY,
     KEYS,
-    LSE,
     MASK,
+    NUMBERS,
     OUT,
     QUERIES,
     QUERY,
+    SLICES,
     VALUE,
     VALUE_DIM,
 )
@@ -72,13 +76,15 @@ class Backward(NamedTuple):
     Attributes
     ----------
     storage : {"float16", "bfloat16", "float32", "float64"}
-        What operands and gradients are stored in. The arithmetic is in float32 or float64.
+        What operands and gradients are stored in. The arithmetic is in float32, or in float64 for float64.
     mask : str
         The same of the mask, or "bool", or "none".
     dropout : bool
     tiling : Tiling
     key, value : bool
         What `grad_keys` computes: both at once where the same slices share key and value.
+    extreme : bool
+        What `fastattn.cuda.plan` says of the scale: the arithmetic is in float64.
     """
 
     storage: str
@@ -87,6 +93,12 @@ class Backward(NamedTuple):
     tiling: Tiling
     key: bool = True
     value: bool = True
+    extreme: bool = False
+
+    @property
+    def real(self) -> Any:
+        """The NumPy type of the arithmetic."""
+        return real_of(self.storage, self.extreme)
 
 
 def _array(kind: Any, rank: int = 1) -> Any:
@@ -95,15 +107,15 @@ def _array(kind: Any, rank: int = 1) -> Any:
 
 def deltas_types(spec: Backward) -> tuple[Any, ...]:
     """The Numba types of the arguments of `find_deltas`."""
-    element, real, table = _array(STORAGE[spec.storage]), _array(real_of(spec.storage)), _array(np.int64, 2)
-    return element, element, real, types.boolean, table, table, _array(np.int64), real
+    element, real, table = _array(STORAGE[spec.storage]), _array(spec.real), _array(np.int64, 2)
+    return element, element, _array(real_of(spec.storage)), types.boolean, table, table, _array(np.int64), real
 
 
 def _common_types(spec: Backward) -> tuple[Any, ...]:
-    element, real, table = _array(STORAGE[spec.storage]), _array(real_of(spec.storage)), _array(np.int64, 2)
+    element, real, table = _array(STORAGE[spec.storage]), _array(spec.real), _array(np.int64, 2)
     mask = _array(MASKS["bool" if spec.mask == "none" else spec.mask])
     tables = (table, table, _array(np.int64), table)
-    return (*[element] * 3, mask, element, real, real, *tables, real.dtype, types.uint32, types.uint32, real.dtype)
+    return (*[element] * 3, mask, element, real, *tables, real.dtype, types.uint32, types.uint32, real.dtype)
 
 
 def keys_types(spec: Backward) -> tuple[Any, ...]:
@@ -125,7 +137,7 @@ def mask_types(spec: Backward) -> tuple[Any, ...]:
 def _make_differentiate(spec: Backward, tiles: Tiles) -> Any:
     """A device function of a tile of queries and one of keys."""
     side, rows, depth = spec.tiling.side, spec.tiling.rows, spec.tiling.depth
-    real, stage_across, weigh = real_of(spec.storage), tiles.stage_across, tiles.weigh
+    real, stage_across, weigh = spec.real, tiles.stage_across, tiles.weigh
     zero, unit = real(0.0), real(1.0)
 
     @device
@@ -157,7 +169,7 @@ def _make_differentiate(spec: Backward, tiles: Tiles) -> Any:
 
     @device
     def differentiate(
-        weights, grads, left, right, numbers, query, key, value, mask, grad_out, offsets, steps, sizes, number,
+        weights, grads, left, right, numbers_here, query, key, value, mask, grad_out, offsets, steps, sizes, number,
         first_query, first_key, scale, seed_low, seed_high, keep_scale,
     ):  # fmt: skip
         """P · Z and dS of slice `number`, -0.0 and 0 where hidden. How many elements of dO were not finite."""
@@ -171,8 +183,8 @@ def _make_differentiate(spec: Backward, tiles: Tiles) -> Any:
             KEY, key, offsets[KEY, number], first_key, keys, sizes[HEAD_DIM],
         )  # fmt: skip
         weigh(
-            weights, grads, numbers, mask, offsets[MASK, number], steps[MASK, 0], steps[MASK, 1], number, first_query,
-            first_key, keys, sizes[CAUSAL_OFFSET], sizes[HEADS], seed_low, seed_high, sizes[DROP_BELOW],
+            weights, grads, numbers_here, mask, offsets[MASK, number], steps[MASK, 0], steps[MASK, 1], number,
+            first_query, first_key, keys, sizes[CAUSAL_OFFSET], sizes[HEADS], seed_low, seed_high, sizes[DROP_BELOW],
             keep_scale, cuda.threadIdx.x, cuda.threadIdx.y,
         )  # fmt: skip
         return odd
@@ -182,17 +194,16 @@ def _make_differentiate(spec: Backward, tiles: Tiles) -> Any:
 
 def find_deltas(spec: Backward) -> Any:
     """The kernel of delta: `side` threads a row, and so many rows a block."""
-    storage, side = spec.storage, spec.tiling.side
-    real = real_of(storage)
+    storage, side, real = spec.storage, spec.tiling.side, spec.real
     load, zero, width = loader(storage, real), real(0.0), side + PADDING
 
-    def kernel(grad_out, out, grad_lse, with_lse, offsets, steps, sizes, deltas):
+    def kernel(grad_out, out, grad_lse, with_lse, offsets, steps, sizes, numbers):
         partial = cuda.shared.array((side, width), real)
         tx, ty = cuda.threadIdx.x, cuda.threadIdx.y
         queries, features = sizes[QUERIES], sizes[VALUE_DIM]
         row = cuda.blockIdx.x * side + ty
         number, i = row // queries, row % queries
-        here = row < deltas.shape[0]
+        here = row < sizes[SLICES] * queries
         total = zero
         if here:
             at = offsets[GRAD_OUT, number] + i * steps[GRAD_OUT, 0]
@@ -206,7 +217,7 @@ def find_deltas(spec: Backward) -> Any:
                 total += partial[ty, other]
             if with_lse:
                 total -= grad_lse[offsets[GRAD_LSE, number] + i * steps[GRAD_LSE, 0]]
-            deltas[row] = total
+            numbers[NUMBERS * row + DELTA] = total
 
     return kernel
 
@@ -217,25 +228,25 @@ def grad_keys(spec: Backward) -> Any:
     Blocks stand along x: first the parts of `features` columns, `chunks` of them, then the tiles of keys, then the rows
     of `members`, which say what slices share an argument.
     """
-    storage, mask_storage, dropout, tiling, with_key, with_value = spec
+    storage, mask_storage, dropout, tiling, with_key, with_value, extreme = spec
     side, rows, columns, depth, tile = tiling.side, tiling.rows, tiling.columns, tiling.depth, tiling.tile
     features, wide, width = tiling.features, max(tile, tiling.features) + PADDING, tile + PADDING
-    real, store = real_of(storage), storer(storage)
-    tiles = make_tiles(tiling, storage, mask_storage, dropout)
+    real, store = spec.real, storer(storage)
+    tiles = make_tiles(tiling, storage, mask_storage, dropout, extreme)
     clear, multiply, multiply_visible, stage, load_rows = (
         tiles.clear, tiles.multiply, tiles.multiply_visible, tiles.stage, tiles.load_rows,
     )  # fmt: skip
     differentiate = _make_differentiate(spec, tiles)
 
     def kernel(
-        query, key, value, mask, grad_out, lse, deltas, offsets, steps, sizes, members, scale, seed_low, seed_high,
+        query, key, value, mask, grad_out, numbers, offsets, steps, sizes, members, scale, seed_low, seed_high,
         keep_scale, chunks, grad_key, grad_value,
     ):  # fmt: skip
         left = cuda.shared.array((depth, wide), real)
         right = cuda.shared.array((depth, wide), real)
         weights = cuda.shared.array((tile, width), real)
         grads = cuda.shared.array((tile, width), real)
-        numbers = cuda.shared.array((2, tile), real)
+        numbers_here = cuda.shared.array((NUMBERS, tile), real)
         weights_here = cuda.local.array((rows, rows), real)
         grads_here = cuda.local.array((rows, rows), real)
         key_sums = cuda.local.array((rows, columns), real)
@@ -253,14 +264,14 @@ def grad_keys(spec: Backward) -> Any:
         for member in range(members.shape[1]):
             number = members[owner, member]
             query_at, grad_at = offsets[QUERY, number], offsets[GRAD_OUT, number]
-            lse_at, deltas_at = offsets[LSE, number], number * queries
+            numbers_at = NUMBERS * number * queries
             # the tile of the first query that may look at the first key
             for first_query in range(max(0, first_key - sizes[CAUSAL_OFFSET]) // tile * tile, queries, tile):
-                load_rows(numbers, lse, lse_at, steps[LSE, 0], deltas, deltas_at, first_query, queries, thread)
+                load_rows(numbers_here, numbers, numbers_at, first_query, queries, thread)
                 cuda.syncthreads()
                 odd = differentiate(
-                    weights_here, grads_here, left, right, numbers, query, key, value, mask, grad_out, offsets, steps,
-                    sizes, number, first_query, first_key, scale, seed_low, seed_high, keep_scale,
+                    weights_here, grads_here, left, right, numbers_here, query, key, value, mask, grad_out, offsets,
+                    steps, sizes, number, first_query, first_key, scale, seed_low, seed_high, keep_scale,
                 )  # fmt: skip
                 for r in range(rows):
                     for c in range(rows):
@@ -299,22 +310,22 @@ def grad_keys(spec: Backward) -> Any:
 
 def grad_queries(spec: Backward) -> Any:
     """The kernel of the gradient of queries, with blocks like those of `grad_keys`."""
-    storage, mask_storage, dropout, tiling, _, _ = spec
+    storage, mask_storage, dropout, tiling, _, _, extreme = spec
     side, rows, columns, depth, tile = tiling.side, tiling.rows, tiling.columns, tiling.depth, tiling.tile
     features, wide, width = tiling.features, max(tile, tiling.features) + PADDING, tile + PADDING
-    real, store = real_of(storage), storer(storage)
-    tiles = make_tiles(tiling, storage, mask_storage, dropout)
+    real, store = spec.real, storer(storage)
+    tiles = make_tiles(tiling, storage, mask_storage, dropout, extreme)
     clear, multiply, stage, load_rows = tiles.clear, tiles.multiply, tiles.stage, tiles.load_rows
     differentiate = _make_differentiate(spec, tiles)
 
     def kernel(
-        query, key, value, mask, grad_out, lse, deltas, offsets, steps, sizes, members, scale, seed_low, seed_high,
+        query, key, value, mask, grad_out, numbers, offsets, steps, sizes, members, scale, seed_low, seed_high,
         keep_scale, chunks, grad_query,
     ):  # fmt: skip
         left = cuda.shared.array((depth, width), real)
         right = cuda.shared.array((depth, wide), real)
         grads = cuda.shared.array((tile, width), real)
-        numbers = cuda.shared.array((2, tile), real)
+        numbers_here = cuda.shared.array((NUMBERS, tile), real)
         weights_here = cuda.local.array((rows, rows), real)
         grads_here = cuda.local.array((rows, rows), real)
         sums = cuda.local.array((rows, columns), real)
@@ -330,13 +341,13 @@ def grad_queries(spec: Backward) -> Any:
         clear(sums)
         for member in range(members.shape[1]):
             number = members[owner, member]
-            key_at, lse_at, deltas_at = offsets[KEY, number], offsets[LSE, number], number * queries
-            load_rows(numbers, lse, lse_at, steps[LSE, 0], deltas, deltas_at, first_query, queries, thread)
+            key_at, numbers_at = offsets[KEY, number], NUMBERS * number * queries
+            load_rows(numbers_here, numbers, numbers_at, first_query, queries, thread)
             cuda.syncthreads()
             for first_key in range(0, end, tile):
                 differentiate(
-                    weights_here, grads_here, left, right, numbers, query, key, value, mask, grad_out, offsets, steps,
-                    sizes, number, first_query, first_key, scale, seed_low, seed_high, keep_scale,
+                    weights_here, grads_here, left, right, numbers_here, query, key, value, mask, grad_out, offsets,
+                    steps, sizes, number, first_query, first_key, scale, seed_low, seed_high, keep_scale,
                 )  # fmt: skip
                 for r in range(rows):
                     for c in range(rows):
@@ -365,20 +376,20 @@ def grad_mask(spec: Backward) -> Any:
     A block has a tile of it, and goes through the slices of a row of `members`, and along an axis of length 1 through
     all tiles of the scores.
     """
-    storage, mask_storage, dropout, tiling, _, _ = spec
+    storage, mask_storage, dropout, tiling, _, _, extreme = spec
     side, rows, depth, tile, width = tiling.side, tiling.rows, tiling.depth, tiling.tile, tiling.tile + PADDING
-    real, store = real_of(storage), storer(mask_storage)
-    tiles = make_tiles(tiling, storage, mask_storage, dropout)
+    real, store = spec.real, storer(mask_storage)
+    tiles = make_tiles(tiling, storage, mask_storage, dropout, extreme)
     load_rows, differentiate, zero = tiles.load_rows, _make_differentiate(spec, tiles), real(0.0)
 
     def kernel(
-        query, key, value, mask, grad_out, lse, deltas, offsets, steps, sizes, members, scale, seed_low, seed_high,
+        query, key, value, mask, grad_out, numbers, offsets, steps, sizes, members, scale, seed_low, seed_high,
         keep_scale, mask_queries, mask_keys, result,
     ):  # fmt: skip
         left = cuda.shared.array((depth, width), real)
         right = cuda.shared.array((depth, width), real)
         grads = cuda.shared.array((tile, width), real)
-        numbers = cuda.shared.array((2, tile), real)
+        numbers_here = cuda.shared.array((NUMBERS, tile), real)
         weights_here = cuda.local.array((rows, rows), real)
         grads_here = cuda.local.array((rows, rows), real)
         sums = cuda.local.array((rows, rows), real)
@@ -402,13 +413,13 @@ def grad_mask(spec: Backward) -> Any:
                 sums[r, c] = zero
         for member in range(members.shape[1]):
             number = members[owner, member]
-            lse_at, deltas_at = offsets[LSE, number], number * queries
+            numbers_at = NUMBERS * number * queries
             for first_query in range(own_query, query_end, tile):
-                load_rows(numbers, lse, lse_at, steps[LSE, 0], deltas, deltas_at, first_query, queries, thread)
+                load_rows(numbers_here, numbers, numbers_at, first_query, queries, thread)
                 cuda.syncthreads()
                 for first_key in range(own_key, min(key_end, first_query + tile + sizes[CAUSAL_OFFSET]), tile):
                     differentiate(
-                        weights_here, grads_here, left, right, numbers, query, key, value, mask, grad_out, offsets,
+                        weights_here, grads_here, left, right, numbers_here, query, key, value, mask, grad_out, offsets,
                         steps, sizes, number, first_query, first_key, scale, seed_low, seed_high, keep_scale,
                     )  # fmt: skip
                     for r in range(rows):

@@ -40,9 +40,11 @@ from fastattn.cuda.plan import (
     OUT,
     QUERIES,
     QUERY,
+    SCALES,
     VALUE,
     VALUE_DIM,
     Table,
+    is_extreme,
     slices_of,
 )
 from fastattn.cuda.primitives import global_address, unrolled
@@ -51,7 +53,6 @@ from fastattn.problem import Problem
 WIDEST = 128
 CAPABILITY = (8, 0)
 MOST = 2**29 - 2**10  # queries and keys: in 32 bits are bytes of a number for each of both, and some tiles more
-SCALES = (1e-30, 1e30)  # between these a score in base 2 is as good a number as the score
 IN_ROWS = (QUERY, KEY, VALUE, OUT)  # what is read and written 16 bytes at a time, or 4
 
 
@@ -186,7 +187,7 @@ def against(
     in_rows : sequence of int
         Which rows of the table these are.
     """
-    low, high = SCALES
+    low, high = SCALES["float32"]
     halves = 16 // HALF
     rows = list(in_rows)
     if storage not in ("float16", "bfloat16"):
@@ -197,7 +198,7 @@ def against(
         return "dropout"
     if mask == "float64":
         return "a mask of float64"
-    if mask in ("none", "bool") and not low < problem.scale < high:
+    if is_extreme(problem) or (mask in ("none", "bool") and not low < problem.scale < high):
         return f"scale {problem.scale:g} is not between {low:g} and {high:g}"
     for name, size in (("head", problem.head_dim), ("value", problem.value_dim)):
         if not 0 < size <= WIDEST or size % CHUNK:

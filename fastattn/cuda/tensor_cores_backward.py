@@ -16,6 +16,8 @@ share them. What is hidden has P = dS = 0. Tiles in which anything is not finite
 out of the last products: of queries and keys for good, since where they may be looked at dS is NaN, and of dO to be
 added afterwards where it is looked at.
 
+For lse there are two numbers, which `find_shifts` writes: nothing is lost to its rounding (`fastattn.rounding`).
+
 The gradient of a score is rounded to halves: in float16 it is infinite beyond 65504, as it is in PyTorch.
 
 References
@@ -44,6 +46,7 @@ from fastattn.cuda.plan import (
     KEYS,
     LSE,
     MASK,
+    NUMBERS,
     QUERIES,
     QUERY,
     VALUE,
@@ -53,7 +56,9 @@ from fastattn.cuda.plan import (
 from fastattn.cuda.primitives import global_address, hold_loads, unrolled
 from fastattn.problem import Problem
 
-MOST = 2**31 - 2**20  # bytes of a slice of a gradient, which are counted in 32 bits, and those of some rows more
+# Bytes of a slice of a gradient, which are counted in 32 bits, and those of some rows more. So are the numbers of its
+# queries, which have fewer bytes.
+MOST = 2**31 - 2**20
 
 
 class Gradients(NamedTuple):
@@ -99,7 +104,7 @@ def argument_types(spec: Gradients) -> tuple[Any, ...]:
     element, real, table = array(STORAGE[spec.shape.storage]), array(np.float32), array(np.int64, 2)
     mask = array(MASKS["bool" if spec.shape.mask == "none" else spec.shape.mask])
     tables = (table, table, array(np.int64), table)
-    return (*[element] * 4, mask, real, real, *tables, types.float32, types.float32, element, element)
+    return (*[element] * 4, mask, real, *tables, types.float32, types.float32, element, element)
 
 
 def gradients(spec: Gradients) -> Any:
@@ -127,7 +132,7 @@ def gradients(spec: Gradients) -> Any:
     rows, tile = shape.queries, shape.keys
 
     def kernel(
-        a, b, c, d, mask, lse, deltas, offsets, steps, sizes, members, unit, scale, result, second_result
+        a, b, c, d, mask, numbers, offsets, steps, sizes, members, unit, scale, result, second_result
     ):  # fmt: skip
         count, others, offset = sizes[own_size], sizes[other_size], sizes[CAUSAL_OFFSET]
         queries, keys = sizes[QUERIES], sizes[KEYS]
@@ -191,8 +196,7 @@ def gradients(spec: Gradients) -> Any:
             if apart:
                 # where registers are this short, none is for the mask while there are factors in them
                 hold()
-            lse_at, deltas_at = address(lse, offsets[LSE, number]), address(deltas, number * queries)
-            mask_at = address(mask, offsets[MASK, number])
+            numbers_at, mask_at = address(numbers, NUMBERS * number * queries), address(mask, offsets[MASK, number])
             # whether the last key is seen by the first query
             if of_keys:
                 whole = begin + tile <= others and first + rows <= begin + offset + 1
@@ -200,13 +204,13 @@ def gradients(spec: Gradients) -> Any:
                 whole = begin + tile <= others and begin + tile <= first + offset + 1
             if masked or odd or not whole:
                 weights, score_grads = differentiate_seen(
-                    scores, grads, first, begin, lse_at, steps[LSE, 0], deltas_at, queries, keys, offset, mask_at,
-                    steps[MASK, 0], steps[MASK, 1], unit, thread,
+                    scores, grads, first, begin, numbers_at, queries, keys, offset, mask_at, steps[MASK, 0],
+                    steps[MASK, 1], unit, thread,
                 )  # fmt: skip
             else:
                 weights, score_grads = differentiate(
-                    scores, grads, first, begin, lse_at, steps[LSE, 0], deltas_at, queries, keys, offset, mask_at,
-                    steps[MASK, 0], steps[MASK, 1], unit, thread,
+                    scores, grads, first, begin, numbers_at, queries, keys, offset, mask_at, steps[MASK, 0],
+                    steps[MASK, 1], unit, thread,
                 )  # fmt: skip
             thread = own_thread()
             if odd:
@@ -217,7 +221,7 @@ def gradients(spec: Gradients) -> Any:
                     for row in range(tile):
                         second_sums = add_odd(
                             second_sums, bits, stage, first, begin, row, queries, keys, offset, mask_at,
-                            steps[MASK, 0], steps[MASK, 1], lse_at, steps[LSE, 0], thread,
+                            steps[MASK, 0], steps[MASK, 1], numbers_at, thread,
                         )  # fmt: skip
             else:
                 sums = accumulate(sums, score_grads, before(stage), thread)
@@ -228,6 +232,70 @@ def gradients(spec: Gradients) -> Any:
         if of_keys:
             at = owner * count * second_length
             store(second_sums, np.float32(1), second_result, at, first, count, second_length, thread)
+
+    return kernel
+
+
+def shifts_types(spec: Gradients) -> tuple[Any, ...]:
+    """The Numba types of the arguments of `find_shifts`."""
+    a, b, _, _, mask, numbers, offsets, steps, sizes, _, unit, *_ = argument_types(spec)
+    return a, b, mask, numbers, numbers, offsets, steps, sizes, unit, unit
+
+
+def find_shifts(spec: Gradients) -> Any:
+    """The kernel of SHIFT and REST of each query, those of `portable.find_shifts`, from the scores of these kernels.
+
+    A block of warps has a block of queries of a slice, and if need be goes over the keys like the forward pass.
+    """
+    shape = spec.shape
+    own, more = make_steps(shape), make_gradient_steps(shape, of_keys=False, apart=False)
+    copy_sums, store_shifts = more.copy_sums, more.store_shifts
+    allocate, own_thread, warp_of, part_of = own.allocate, own.own_thread, own.warp_of, own.part_of
+    tiles_of, first_key, stage_of, load_queries = own.tiles_of, own.first_key, own.stage_of, own.load_queries
+    copy_queries, copy_keys, close, clear = own.copy_queries, own.copy_keys, own.close, own.clear
+    wait_for_all, seen_by, limits_of = own.wait_for_all, own.seen_by, own.limits_of
+    multiply, restrict, absorb = own.multiply, own.restrict, own.absorb
+    address, masked = unrolled(global_address), shape.mask != "none"
+
+    def kernel(query, key, mask, lse, numbers, offsets, steps, sizes, unit, slack):
+        queries, keys, length, offset = sizes[QUERIES], sizes[KEYS], sizes[HEAD_DIM], sizes[CAUSAL_OFFSET]
+        part, first = part_of(cuda.blockIdx.x, queries)
+        thread, memory = own_thread(), allocate()
+        numbers_at, lse_at = address(numbers, NUMBERS * part * queries), address(lse, offsets[LSE, part])
+        coarse = copy_sums(numbers_at, lse_at, steps[LSE, 0], first, queries, thread)
+        if cuda.syncthreads_or(np.int32(1 if coarse else 0)) == 0:
+            return
+
+        block_sees, warp_sees, all_see = seen_by(first, queries, keys, offset, warp_of())
+        query_at, key_at = address(query, offsets[QUERY, part]), address(key, offsets[KEY, part])
+        mask_at, key_step = address(mask, offsets[MASK, part]), steps[KEY, 0]
+        copy_queries(stage_of(memory, 1), query_at, steps[QUERY, 0], first, queries, length, thread)
+        copy_keys(memory, key_at, key_step, 0, keys, length, thread)
+        close()
+        wait_for_all()
+        cuda.syncthreads()
+        left = load_queries(stage_of(memory, 1), thread)
+
+        _, highest, total = clear()
+        for tile in range(tiles_of(block_sees)):
+            thread = own_thread()
+            begin, after = first_key(tile), first_key(tile + 1)
+            wait_for_all()
+            # the tile is there for all warps, and none reads the one before it any more
+            cuda.syncthreads()
+            if after < block_sees:
+                copy_keys(stage_of(memory, tile + 1), key_at, key_step, after, keys, length, thread)
+                close()
+            if begin < warp_sees:
+                scores = multiply(left, stage_of(memory, tile), thread)
+                if masked or after > all_see:
+                    limits = limits_of(first, offset, keys, queries, thread)
+                    scores = restrict(
+                        scores, begin, limits, thread, first, mask_at, steps[MASK, 0], steps[MASK, 1], unit
+                    )
+                _, highest, total, _ = absorb(scores, highest, total, (), unit)
+        wait_for_all()
+        store_shifts(highest, total, unit, numbers_at, lse_at, steps[LSE, 0], slack, first, queries, thread)
 
     return kernel
 

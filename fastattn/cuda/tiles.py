@@ -59,6 +59,11 @@ def is_floating(mask_kind: str) -> bool:
     return mask_kind not in ("none", "bool")
 
 
+def in_base_2(mask_kind: str, extreme: bool) -> bool:
+    """Whether scores are in base 2: where no mask is added to them, and the scale is not extreme."""
+    return not is_floating(mask_kind) and not extreme
+
+
 def tile_loader(load: Any, real: Any) -> Any:
     """A device function that copies a part of an operand to shared memory, and says whether all of it is finite.
 
@@ -103,11 +108,11 @@ def multiplication(tiles: Tiles) -> Any:
     return multiply
 
 
-def restriction(tiles: Tiles, mask_kind: str, real: Any) -> Any:
-    """The device function that applies masks to scores."""
+def restriction(tiles: Tiles, mask_kind: str, real: Any, narrow: Any) -> Any:
+    """The device function that applies masks to scores; what is added is held in the range of `narrow`."""
     rows, columns, threads_y, threads_x = tiles.rows, tiles.columns, tiles.threads_y, tiles.threads_x
     has_bool, has_float = mask_kind == "bool", is_floating(mask_kind)
-    load_mask = mask_loader(mask_kind if has_float else "float32", real)
+    load_mask = mask_loader(mask_kind if has_float else "float32", real, narrow)
     lowest = real(-math.inf)
 
     @device
@@ -131,7 +136,7 @@ def restriction(tiles: Tiles, mask_kind: str, real: Any) -> Any:
     return restrict
 
 
-def softmax_functions(tiles: Tiles, mask_kind: str, real: Any) -> tuple[Any, Any]:
+def softmax_functions(tiles: Tiles, real: Any, base_2: bool) -> tuple[Any, Any]:
     """The device functions of the online softmax: `publish` maxima, then `absorb` a block of scores."""
     rows, columns, values, threads_y, threads_x = (
         tiles.rows,
@@ -141,7 +146,7 @@ def softmax_functions(tiles: Tiles, mask_kind: str, real: Any) -> tuple[Any, Any
         tiles.threads_x,
     )
     pitch = tiles.keys + 1
-    unit = real(LOG2_E if is_floating(mask_kind) else 1.0)
+    unit = real(1.0 if base_2 else LOG2_E)
     lowest, zero, hidden = real(-math.inf), real(0), real(-0.0)
 
     @device

@@ -35,9 +35,12 @@ KERNELS = {
 if SLOW:
     KERNELS["float32 and a float64 mask"] = ("float32", "float64", True, 128, 128)
 
+#: Of a storage with an extreme scale, all portable kernels: arithmetic is in a wider type than the storage's.
+EXTREME = ("bfloat16", "float64")  # storage and mask
+
 COMPILE = """
 import json
-from fastattn.cuda import choice, plan, portable
+from fastattn.cuda import backward, choice, plan, portable, portable_backward as gradients
 from fastattn.cuda.compile import ptx
 from fastattn.problem import Problem
 import numpy as np
@@ -52,6 +55,22 @@ for name, (storage, mask, dropout, head_dim, value_dim) in json.loads(KERNELS).i
         chosen = choose(facts)
         text = ptx(chosen.factory, chosen.spec, portable.argument_types(chosen.spec), CAPABILITY)
         made[f"{chosen.factory.__name__} of {name}"] = text
+if CAPABILITY == (8, 0):
+    (storage, mask), real = EXTREME, np.dtype(np.float32)
+    problem = Problem(real, (), 1, 1, 9, 9, 128, 128, (1, 9, 128), 1e39, 0, 0.5, "float")
+    facts = choice.Facts(storage, mask, problem, plan.make_table(problem, []), (0,) * 4, CAPABILITY)
+    work = [choice.choose_forward(facts), choice.choose_weights(facts)]
+    kernels = [(chosen.factory, chosen.spec, portable.argument_types(chosen.spec)) for chosen in work]
+    spec = choice.choose_shifts(storage, mask, problem, False).spec
+    kernels.append((portable.find_shifts, spec, portable.shifts_types(spec)))
+    spec = gradients.Backward(storage, mask, True, backward.tiling_for(storage, problem), extreme=True)
+    for factory, types in (
+        (gradients.find_deltas, gradients.deltas_types), (gradients.grad_queries, gradients.queries_types),
+        (gradients.grad_keys, gradients.keys_types), (gradients.grad_mask, gradients.mask_types),
+    ):
+        kernels.append((factory, spec, types(spec)))
+    for factory, spec, types in kernels:
+        made[f"{factory.__name__} of an extreme scale"] = ptx(factory, spec, types, CAPABILITY)
 print(json.dumps(made))
 """
 
@@ -69,7 +88,7 @@ def ptxas() -> str | None:
 def compiled(capability: tuple[int, int]) -> dict[str, str]:
     """Return the PTX of kernels for a compute capability, by their names: for a later one than the least a sample."""
     kernels = {name: kernel for name, kernel in KERNELS.items() if capability == LEAST or name in SAMPLE or SLOW}
-    code = f"KERNELS, CAPABILITY = {json.dumps(kernels)!r}, {capability!r}\n{COMPILE}"
+    code = f"KERNELS, EXTREME, CAPABILITY = {json.dumps(kernels)!r}, {EXTREME!r}, {capability!r}\n{COMPILE}"
     made: dict[str, str] = json.loads(processes.run(code, timeout=300, NUMBA_ENABLE_CUDASIM="0"))
     return made
 
@@ -99,3 +118,13 @@ def test_float32_kernels_compute_in_float32() -> None:
         assert "fma.rn.f32" in text[name]
         # a number of Python's that is left in the arithmetic makes all of it float64
         assert ".f64" not in text[name], name
+
+
+def test_an_extreme_scale_has_its_arithmetic_in_float64() -> None:
+    if ptxas() is None:
+        pytest.skip("the compiler's package is not installed: pip install nvidia-cuda-nvcc")
+    extreme = {name: text for name, text in compiled(LEAST).items() if "extreme" in name}
+    assert len(extreme) == 7
+    for name, text in extreme.items():
+        assert "fma.rn.f64" in text, name
+        assert "fma.rn.f32" not in text, name

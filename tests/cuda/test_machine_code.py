@@ -26,6 +26,7 @@ OTHERS = [
     "tensor cores, gradients of queries, bfloat16, 64",
     "tensor cores, gradients of keys, values, bfloat16, 128",
     "tensor cores, gradients of queries, bfloat16, 128, mask bool",
+    "tensor cores, shifts, bfloat16, 64",
     "few queries, bfloat16, 128, 8 rows",
     "few queries, merge, bfloat16, 128, 8 rows",
     "portable gradients of keys, values, float32, 128",
@@ -36,6 +37,8 @@ MORE = [
     "tensor cores, gradients of queries, bfloat16, 128",
     "tensor cores, gradients of keys, values, bfloat16, 64, mask float32",
     "tensor cores, gradients of keys, values, bfloat16, 128, mask bool",
+    "tensor cores, shifts, bfloat16, 128, mask float32",
+    "portable shifts, float32, 128",
     "portable gradients of queries, float32, 128",
 ]
 #: Those that are looked at for later architectures as well, as registers are short in them; FASTATTN_SLOW=1: all are.

@@ -21,6 +21,7 @@ import fastattn
 from fastattn.cuda import attention, backward, tensor_cores, tensor_cores_backward
 from fastattn.cuda.available import SIMULATED, Device
 from fastattn.cuda.fragments import TileShape
+from fastattn.cuda.plan import REST, SHIFT
 from fastattn.cuda.tensor_cores_backward import Gradients
 
 pytestmark = pytest.mark.skipif(not SIMULATED, reason="a GPU runs the kernels themselves")
@@ -40,11 +41,15 @@ GRADIENT_SHAPES = {
 #: Each shape, with a causal limit or without; the plain one both ways, as it has a path of its own for whole tiles.
 CASES = [("plain", False), ("plain", "bottom-right"), ("wide", False), ("bool", "bottom-right"), ("float", False)]
 CALL = ("float16", "none", 128)  # storage, mask and width of a whole call
-SPECS = [
-    *SHAPES.values(),
+GRADIENTS = [
     *(Gradients(shape, of_keys, apart) for shape, apart in GRADIENT_SHAPES.values() for of_keys in (False, True)),
-    tensor_cores.shape_for(*CALL),
     *(tensor_cores_backward.spec_for(*CALL, of_keys) for of_keys in (False, True)),
+]
+#: Kernels, by the names of what makes them and their specifications.
+KERNELS = [
+    *(("forward", shape) for shape in (*SHAPES.values(), tensor_cores.shape_for(*CALL))),
+    *(("gradients", spec) for spec in GRADIENTS),
+    *(("find_shifts", spec._replace(apart=False)) for spec in GRADIENTS if not spec.of_keys),
 ]
 COMPILE = """
 import json, pickle
@@ -53,12 +58,13 @@ from fastattn.cuda import portable, tensor_cores, tensor_cores_backward
 from fastattn.cuda.compile import ptx
 
 kinds = {
-    "TileShape": (tensor_cores.forward, portable.argument_types),
-    "Gradients": (tensor_cores_backward.gradients, tensor_cores_backward.argument_types),
+    "forward": (tensor_cores.forward, portable.argument_types),
+    "gradients": (tensor_cores_backward.gradients, tensor_cores_backward.argument_types),
+    "find_shifts": (tensor_cores_backward.find_shifts, tensor_cores_backward.shifts_types),
 }
 made = []
-for spec in pickle.loads(b64decode(SPECS)):
-    factory, types = kinds[type(spec).__name__]
+for name, spec in pickle.loads(b64decode(KERNELS)):
+    factory, types = kinds[name]
     made.append(ptx(factory, spec, types(spec), (8, 0)))
 print(json.dumps(made))
 """
@@ -66,10 +72,10 @@ print(json.dumps(made))
 
 @cache
 def texts() -> dict[Any, str]:
-    """The PTX of all kernels, by their specifications."""
-    code = f"SPECS = {b64encode(pickle.dumps(SPECS))!r}\n{COMPILE}"
+    """The PTX of all kernels."""
+    code = f"KERNELS = {b64encode(pickle.dumps(KERNELS))!r}\n{COMPILE}"
     made = json.loads(processes.run(code, timeout=300, NUMBA_ENABLE_CUDASIM="0"))
-    return dict(zip(SPECS, made, strict=True))
+    return dict(zip(KERNELS, made, strict=True))
 
 
 @pytest.fixture
@@ -83,8 +89,8 @@ def on_ptx(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             made, launched = (getattr(function, "usual", function) for function in (made, launched))
 
             def kernel(factory: Any, spec: Any, _usual: Any = made, **options: Any) -> Any:
-                if factory in (tensor_cores.forward, tensor_cores_backward.gradients):
-                    return change(texts()[spec])
+                if factory.__module__ in (tensor_cores.__name__, tensor_cores_backward.__name__):
+                    return change(texts()[factory.__name__, spec])
                 return _usual(factory, spec, **options)
 
             def launch(kernel: Any, grid: int, block: Any, stream: Any, arguments: Any, _usual: Any = launched) -> None:
@@ -140,7 +146,27 @@ def test_ptx_computes_gradients(on_ptx: Any, name: str, causal: bool | str) -> N
     given[0].bits[0, 2, 5], given[0].numbers[0, 2, 5] = bits, np.inf
     ran = on_ptx()
     half_gradients.check(shape, given, mask, apart, is_causal=causal, enable_gqa=True)
-    assert len(ran) == 2
+    assert len(ran) == 3
+
+
+@pytest.mark.parametrize("name", GRADIENT_SHAPES)
+def test_ptx_finds_shifts(on_ptx: Any, name: str) -> None:
+    """Scores so large that the block goes over the keys once more, beside others; the same numbers as in NumPy."""
+    rng = np.random.default_rng(0)
+    shape, _ = GRADIENT_SHAPES[name]
+    queries, keys = shape.queries + 5, 2 * shape.keys + 9
+    numbers = [rng.normal(size=(count, 64)) for count in (queries, queries, keys, keys)]
+    numbers[1][::3, 0], numbers[2][:, 0] = 128, 16
+    mask = mask_for(rng, shape, queries, keys)
+    given: Any = (shape, [Halves(array, shape.storage) for array in numbers], mask, False)
+    wanted = half_gradients.prepare(*given, is_causal="bottom-right")[0][0].numbers
+    ran = on_ptx()
+    found = half_gradients.prepare(*given, is_causal="bottom-right")[0][0].numbers
+    assert len(ran) == 1
+    seen = np.isfinite(wanted[:, SHIFT])
+    np.testing.assert_array_equal((wanted[:, REST] != 0)[seen], (np.arange(queries) % 3 == 0)[seen])
+    np.testing.assert_allclose(found[:, SHIFT], wanted[:, SHIFT], rtol=1e-6)
+    np.testing.assert_allclose(found[:, REST], wanted[:, REST], rtol=1e-3, atol=1e-3)
 
 
 def test_a_wrong_instruction_shows(on_ptx: Any) -> None:
@@ -155,7 +181,7 @@ def test_a_wrong_instruction_shows(on_ptx: Any) -> None:
         ("max.f32", "add.f32"),
     ):
         old, new = (" ".join(text.split()) for text in (old, new))
-        assert old in texts()[shape]
+        assert old in texts()["forward", shape]
         on_ptx(lambda text, old=old, new=new: text.replace(old, new))
         with pytest.raises(AssertionError):
             check(shape, *operands)
@@ -179,7 +205,7 @@ def test_calls_compute_what_the_simulator_does(on_ptx: Any, monkeypatch: pytest.
     wanted = results()
     ran = on_ptx()
     found = results()
-    assert len(ran) == 3
+    assert len(ran) == 4
     for one, other in zip(found, wanted, strict=True):
         most = float(np.abs(other).max())
         np.testing.assert_allclose(
