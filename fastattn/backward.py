@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastattn import reference
@@ -14,6 +13,7 @@ from fastattn.cpu import gradients as cpu
 from fastattn.cpu.pool import get_num_threads
 from fastattn.gradients import as_given, describe_upstream, own_dtype, seed_of_forward, wants_mask
 from fastattn.problem import as_additive_operands, as_operands, check_backend, describe, describe_additive
+from fastattn.seeds import Rng
 
 __all__ = ["additive_attention_backward", "attention_backward"]
 
@@ -31,7 +31,7 @@ def attention_backward(
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
-    rng: int | np.random.Generator | None = None,
+    rng: Rng | None = None,
     grad_lse: ArrayLike | None = None,
     grad_mask: bool = False,
     backend: str | None = None,

@@ -269,12 +269,11 @@ def _real(name: str, given: object) -> Array:
     array = _as_array(name, given)
     if array.dtype.kind in "biu":
         return array.astype(np.float64)
-    # what ml_dtypes adds to NumPy, such as bfloat16, is of another kind
-    if array.dtype.name == "bfloat16":
+    if array.dtype.type in (np.float16, np.float32, np.float64, np.longdouble):
+        return array
+    if np.can_cast(array.dtype, np.float32):  # what ml_dtypes adds to NumPy, such as bfloat16
         return array.astype(np.float32)
-    if array.dtype.kind != "f":
-        raise TypeError(f"{name}: dtype {array.dtype}; expected real numbers")
-    return array
+    raise TypeError(f"{name}: dtype {array.dtype}; expected real numbers")
 
 
 def _check_values(values: Array) -> None:

@@ -29,6 +29,7 @@ from fastattn.problem import (
     describe_additive,
 )
 from fastattn.reference.forward import SUM_ELEMENTS, kept_weights, scores_of, visibility, weighted_sum
+from fastattn.seeds import Rng
 
 __all__ = ["Gradients", "additive_attention_backward", "attention_backward", "differentiate"]
 
@@ -67,7 +68,7 @@ def attention_backward(
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
-    rng: int | np.random.Generator | None = None,
+    rng: Rng | None = None,
     grad_lse: ArrayLike | None = None,
     grad_mask: bool = False,
 ) -> tuple[NDArray[Any], ...]:
