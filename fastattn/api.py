@@ -13,7 +13,8 @@ from fastattn.cpu.builtin import in_default_mode, signatures
 from fastattn.cpu.objects import address_of
 from fastattn.cpu.pool import get_num_threads, threads_of_call
 from fastattn.cuda.detect import any_on_device
-from fastattn.problem import Problem, as_operands, check_backend, check_flag, check_out, describe, seed_from
+from fastattn.problem import Problem, as_operands, check_backend, check_flag, check_out, describe
+from fastattn.seeds import Rng, seed_from
 from fastattn.widening import exceeds_float32, in_float64, narrowed
 
 BACKENDS = ("cpu", "reference")  # of everything
@@ -33,7 +34,7 @@ def attention(
     *,
     return_lse: bool = False,
     return_weights: bool = False,
-    rng: int | np.random.Generator | None = None,
+    rng: Rng | None = None,
     out: NDArray[Any] | None = None,
     backend: str | None = None,
 ) -> Any:
@@ -50,7 +51,8 @@ def attention(
     key : array_like, shape (..., Hk, Lk, D)
     value : array_like, shape (..., Hk, Lk, Dv)
     attn_mask : array_like, broadcasting to (..., Hq, Lq, Lk), optional
-        Boolean, where True takes part, or float16, float32 or float64, added to the scores.
+        Boolean, where True takes part, or float16, float32 or float64, added to the scores. A mask of keys for each
+        element of a batch, (B, Lk), is ``mask[:, None, None]``.
     dropout_p : float
         Probability that a weight becomes 0; those that stay are multiplied by 1 / (1 - dropout_p).
     is_causal : bool or "bottom-right"
@@ -64,7 +66,8 @@ def attention(
     return_weights : bool
         Return the weights as well, after dropout. Only then does a matrix of Lq x Lk exist.
     rng : int or numpy.random.Generator, optional
-        Decides which weights are dropped: the same set for the same seed, on every backend.
+        Decides which weights are dropped: the same set for the same seed, on every backend. A RandomState, or another
+        of numpy.random's, does as well: see `fastattn.seeds.seed_from`.
     out : ndarray, shape (..., Hq, Lq, Dv), optional
         Where to write the result; it may overlap the arguments, as in ``out=query``.
     backend : {None, "cpu", "cuda", "reference"}
@@ -160,7 +163,7 @@ def _on_cpu(
     enable_gqa: bool,
     return_lse: bool,
     return_weights: bool,
-    rng: int | np.random.Generator | None,
+    rng: Rng | None,
     out: NDArray[Any] | None,
 ) -> Any:
     """Plan a call and run it; one like it, with the same `plain`, finds the plan."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastattn import reference
@@ -15,6 +14,7 @@ from fastattn.cpu.builtin import in_default_mode
 from fastattn.cpu.pool import get_num_threads
 from fastattn.gradients import as_given, describe_upstream, own_dtype, seed_of_forward, wants_mask
 from fastattn.problem import as_additive_operands, as_operands, check_backend, describe, describe_additive
+from fastattn.seeds import Rng
 from fastattn.widening import exceeds_float32, in_float64, narrowed
 
 __all__ = ["additive_attention_backward", "attention_backward"]
@@ -33,7 +33,7 @@ def attention_backward(
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
-    rng: int | np.random.Generator | None = None,
+    rng: Rng | None = None,
     grad_lse: ArrayLike | None = None,
     grad_mask: bool = False,
     backend: str | None = None,
@@ -124,7 +124,7 @@ def _on_cpu(
     is_causal: bool | str,
     scale: float | None,
     enable_gqa: bool,
-    rng: int | np.random.Generator | None,
+    rng: Rng | None,
     grad_lse: ArrayLike | None,
     grad_mask: bool,
 ) -> tuple[NDArray[Any], ...]:

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastattn.problem import Array, Problem, Shape, as_upstream, check_flag, seed_from, split_shape
+from fastattn.problem import Array, Problem, Shape, as_upstream, check_flag, split_shape
 from fastattn.rounding import coarser
+from fastattn.seeds import seed_from
 
 __all__ = [
     "Upstream",
@@ -87,7 +88,7 @@ def seed_of_forward(rng: object, problem: Problem) -> int:
     Raises
     ------
     TypeError, ValueError
-        As `fastattn.problem.seed_from`, and for None where weights are dropped: which ones, cannot be known.
+        As `fastattn.seeds.seed_from`, and for None where weights are dropped: which ones, cannot be known.
     """
     if rng is None and problem.dropout_p > 0:
         raise ValueError(

@@ -3,7 +3,7 @@
 A call goes through three steps. `as_operands` makes arrays of what the user gave and settles the dtype. `describe`
 settles the shapes: it returns a `Problem`, which says what is to be computed, and `Operands`, views of the arrays that
 all have the same axes, so that a backend needs to know nothing of broadcasting or head groups. The ``check_*``
-functions and `seed_from` do the same for the remaining arguments.
+functions do the same for the remaining arguments; what rng may be is in `fastattn.seeds`.
 
 What depends on shapes and options alone is worked out once and remembered, because a small call has only a few
 microseconds for all of this.
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 import numbers
-import os
 import reprlib
 import sys
 from collections.abc import Sequence
@@ -23,6 +22,9 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from fastattn import advice
+from fastattn.broadcasting import check_broadcasts
 
 __all__ = [
     "Operands",
@@ -41,7 +43,6 @@ __all__ = [
     "describe_additive",
     "is_causal_bias",
     "is_hollow",
-    "seed_from",
     "split_shape",
 ]
 
@@ -254,7 +255,7 @@ def as_upstream(
         array = given
     else:
         array = _as_array(name, given)
-        _check_operand_dtype(name, array.dtype, half)
+        _check_operand(name, array, given, half)
         array = _as_plain(array, dtype)
     if array.shape != shape:
         raise ValueError(f"{name}: shape {array.shape}; expected {shape}, the shape of {of}")
@@ -265,28 +266,32 @@ def _as_common(given: dict[str, ArrayLike], half: bool = False) -> list[Array]:
     """Make arrays of their common dtype of what was given under these names."""
     arrays = {name: _as_array(name, argument) for name, argument in given.items()}
     for name, array in arrays.items():
-        _check_operand_dtype(name, array.dtype, half)
+        _check_operand(name, array, given[name], half)
     common = np.result_type(*arrays.values())
     dtype = FLOAT64 if common.kind in "biu" else common.newbyteorder("=")
     return [_as_plain(array, dtype) for array in arrays.values()]
 
 
-def is_masked(given: object) -> bool:
-    """Whether it is a ``np.ma.MaskedArray``; NumPy imports `np.ma` at the first mention."""
-    return type(given) is not np.ndarray and isinstance(given, np.ndarray) and isinstance(given, np.ma.MaskedArray)
-
-
 def _as_array(name: str, given: object) -> Array:
-    if is_masked(given):
-        raise TypeError(f"{name}: a numpy.ma.MaskedArray was given; expected an ndarray, and its mask as attn_mask")
+    if given is None:
+        raise TypeError(f"{name}: None; expected an array_like")
+    if advice.is_masked(given) or advice.holds_masked(given):
+        where = "" if advice.is_masked(given) else " in a list"
+        also = ", and what takes no part as attn_mask" if name in ("query", "key", "value") else ""
+        raise TypeError(
+            f"{name}: a numpy.ma.MaskedArray{where}, whose mask would be lost; expected an ndarray, such as its "
+            f"filled(0){also}"
+        )
     try:
         array = np.asarray(given)
     except MemoryError:
         raise
-    except ValueError as error:
-        raise ValueError(f"{name}: {_said(given)} cannot be made an array; expected an array_like: {error}") from error
     except Exception as error:
-        raise TypeError(f"{name}: {_said(given)} cannot be made an array; expected an array_like: {error}") from error
+        kind = ValueError if isinstance(error, ValueError) else TypeError
+        raise kind(
+            f"{name}: {_said(given)} cannot be made an array; expected an array_like: {error}"
+            f"{advice.to_make_array(name, given)}"
+        ) from error
     if is_causal_bias(given):
         raise TypeError(f"{name}: a {type(given).__name__}, which has no numbers; expected is_causal to say the same")
     if is_hollow(given):
@@ -319,14 +324,27 @@ def _name_of(dtype: np.dtype[Any]) -> str:
     return dtype.type.__name__.rstrip("_")  # it was "bool_" before NumPy 2
 
 
-def _check_operand_dtype(name: str, dtype: np.dtype[Any], half: bool = False) -> None:
-    if _name_of(dtype) in NOT_YET:
-        if half:
-            return
-        raise TypeError(f"{name}: dtype {dtype} is not supported yet on the CPU; expected float32, float64 or integers")
-    # longdouble is told by its type, not its size: where it is as small as float64 it is refused all the same
-    if dtype.kind not in "biuf" or dtype.type is np.longdouble:
-        raise TypeError(f"{name}: dtype {dtype} is not supported; expected float32, float64 or integers")
+def _check_operand(name: str, array: Array, given: object, half: bool = False) -> None:
+    """Refuse an array, made of what was given, of a dtype that has no meaning here."""
+    dtype = array.dtype
+    if dtype.kind in "biu" or dtype.type in (np.float32, np.float64) or (half and _name_of(dtype) in NOT_YET):
+        return
+    _check_elements(name, array)
+    yet = " yet on the CPU" if _name_of(dtype) in NOT_YET else ""
+    raise TypeError(
+        f"{name}: dtype {dtype} is not supported{yet}; expected float32, float64 or integers"
+        f"{advice.to_convert(name, dtype, given)}"
+    )
+
+
+def _check_elements(name: str, array: Array) -> None:
+    """Refuse an array of objects for the first of them that is no number, such as None."""
+    if array.dtype.kind == "O":
+        for element in array.flat:
+            if not isinstance(element, numbers.Number):
+                raise TypeError(
+                    f"{name}: {'holds ' if array.ndim else ''}{_said(element)}; expected an array_like of numbers"
+                )
 
 
 def _as_mask(given: ArrayLike, half: bool = False) -> Array:
@@ -334,7 +352,7 @@ def _as_mask(given: ArrayLike, half: bool = False) -> Array:
         return given
     mask = _as_array("attn_mask", given)
     dtype = mask.dtype
-    if dtype.kind in "iu":
+    if dtype.kind in "iu" or dtype.name.startswith(("int", "uint")):  # as the narrow ones of ml_dtypes are called
         raise TypeError(
             f"attn_mask: dtype {dtype} could mean two things; expected boolean (True takes part) or a floating dtype "
             "(added to the scores)"
@@ -342,8 +360,12 @@ def _as_mask(given: ArrayLike, half: bool = False) -> Array:
     if half and _name_of(dtype) in NOT_YET:
         return _as_plain(mask, dtype.newbyteorder("="))
     if _name_of(dtype) not in MASK_DTYPES or dtype.type is np.longdouble:
+        _check_elements("attn_mask", mask)
         yet = " yet" if _name_of(dtype) in NOT_YET else ""
-        raise TypeError(f"attn_mask: dtype {dtype} is not supported{yet}; expected one of {', '.join(MASK_DTYPES)}")
+        raise TypeError(
+            f"attn_mask: dtype {dtype} is not supported{yet}; expected one of {', '.join(MASK_DTYPES)}"
+            f"{advice.to_convert('attn_mask', dtype, given)}"
+        )
     return _as_plain(mask, dtype.newbyteorder("="))
 
 
@@ -546,7 +568,7 @@ def _plan(
         mask_kind="none" if mask is None else "bool" if mask_is_bool else "float",
     )
     if mask is not None:
-        _check_mask_shape(mask, problem.weights_shape)
+        check_broadcasts("attn_mask", mask, problem.weights_shape, "the scores")
     return problem, _Plan(
         query=_axes(query, problem, queries),
         key=_axes(key, problem, keys, shared=True),
@@ -600,6 +622,8 @@ def _heads(query: Shape, key: Shape, value: Shape, enable_gqa: bool | None) -> t
     else:
         wanted = f"expected {hq} or 1"
     name, shape = ("key", key) if hk == kv else ("value", value)
+    if kv and hq % kv and query[-2] == key[-2] and hk == hv:  # as lengths and heads they would go together
+        wanted += ", or .swapaxes(-3, -2) of all three if their axes are (..., length, heads, features)"
     raise ValueError(f"{name}: shape {shape} has {kv} heads, and query of shape {query} has {hq}; {wanted}")
 
 
@@ -611,14 +635,6 @@ def _batch(query: Shape, key: Shape, value: Shape) -> Shape:
             f"query, key, value: shapes {query}, {key}, {value}; expected the axes on the left of the head axis, "
             f"{query[:-3]}, {key[:-3]}, {value[:-3]}, to broadcast"
         ) from None
-
-
-def _check_mask_shape(mask: Shape, scores: Shape) -> None:
-    fits = len(mask) <= len(scores) and all(
-        own in (1, full) for own, full in zip(reversed(mask), reversed(scores), strict=False)
-    )
-    if not fits:
-        raise ValueError(f"attn_mask: shape {mask}; expected one that broadcasts to {scores}, the shape of the scores")
 
 
 # -- the other arguments -----------------------------------------------------------------------------------------------
@@ -732,45 +748,6 @@ def check_backend(given: object, existing: Sequence[str]) -> str | None:
     raise kind(f"backend: {_said(given)}; expected None or one of {', '.join(map(repr, existing))}")
 
 
-def seed_from(rng: object, draw: bool = True) -> int:
-    """Return the 64-bit seed that decides which weights dropout keeps.
-
-    Parameters
-    ----------
-    rng : None, int or numpy.random.Generator
-        An int below 2**64 is the seed itself; a larger one is folded, its 64-bit words combined by exclusive or. A
-        Generator gives one 64-bit draw, and so moves on. None takes 64 bits from the operating system.
-    draw : bool
-        False where no weight is dropped: `rng` is checked, but a Generator is left where it stands, and 0 returned.
-
-    Returns
-    -------
-    int
-        In [0, 2**64).
-
-    Raises
-    ------
-    TypeError
-        If `rng` is anything else, True and False included.
-    ValueError
-        If it is a negative int.
-    """
-    if rng is None:
-        return int.from_bytes(os.urandom(8), "little") if draw else 0
-    if isinstance(rng, np.random.Generator):
-        return int(rng.integers(0, 2**64 - 1, dtype=np.uint64, endpoint=True)) if draw else 0
-    if isinstance(rng, bool) or not isinstance(rng, (int, np.integer)):
-        raise TypeError(f"rng: {_said(rng)}; expected None, a non-negative int or a numpy.random.Generator")
-    rest = int(rng)
-    if rest < 0:
-        raise ValueError(f"rng: {_said(rng)}; expected None, a non-negative int or a numpy.random.Generator")
-    seed = 0
-    while rest:
-        seed ^= rest & (2**64 - 1)
-        rest >>= 64
-    return seed
-
-
 def check_out(out: object, problem: Problem) -> Array | None:
     """Return `out` if the result can be written there; it may overlap the inputs, and may have any strides.
 
@@ -783,7 +760,7 @@ def check_out(out: object, problem: Problem) -> Array | None:
     """
     if out is None:
         return None
-    if not isinstance(out, np.ndarray) or is_masked(out):
+    if not isinstance(out, np.ndarray) or advice.is_masked(out):
         raise TypeError(f"out: {_said(out)}; expected None or a numpy.ndarray")
     if out.dtype != problem.dtype:
         raise TypeError(f"out: dtype {out.dtype}; expected {problem.dtype}, the dtype of the result")

@@ -14,7 +14,8 @@ from typing import Any, SupportsIndex, TypeAlias, cast
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastattn.problem import Operands, Problem, as_operands, describe, is_masked
+from fastattn import advice
+from fastattn.problem import Operands, Problem, as_operands, describe
 
 __all__ = [
     "Choice",
@@ -110,7 +111,7 @@ def as_selection(name: str, given: Choice, length: int) -> Selection:
         raise TypeError(f"{name}: of type {type(given).__name__}, which cannot be made an array; {expected}") from error
     if array.size == 0 and not isinstance(given, np.ndarray):
         array = array.astype(np.intp)  # an empty list has no integers to tell its type by
-    if is_masked(given) or array.dtype.kind not in "biu":
+    if advice.is_masked(given) or advice.holds_masked(given) or array.dtype.kind not in "biu":
         raise TypeError(f"{name}: an array of dtype {array.dtype} and type {type(given).__name__}; {expected}")
     if array.ndim == 0 and array.dtype.kind != "b":
         return as_selection(name, int(array), length)
@@ -165,8 +166,11 @@ def check_lse(given: ArrayLike, problem: Problem) -> Array:
         lse = np.asarray(given)
     except Exception as error:
         raise TypeError(f"lse: of type {type(given).__name__}; expected an array of floating dtype") from error
-    if is_masked(given) or lse.dtype.kind != "f":
-        raise TypeError(f"lse: type {type(given).__name__}, dtype {lse.dtype}; expected an array of floating dtype")
+    if advice.is_masked(given) or advice.holds_masked(given) or lse.dtype.kind != "f":
+        narrow = advice.to_convert("lse", lse.dtype, given) if lse.dtype.kind == "V" else ""
+        raise TypeError(
+            f"lse: type {type(given).__name__}, dtype {lse.dtype}; expected an array of floating dtype{narrow}"
+        )
     if lse.shape != problem.lse_shape:
         raise ValueError(f"lse: shape {lse.shape}; expected {problem.lse_shape}, one for each query")
     with np.errstate(all="ignore"):

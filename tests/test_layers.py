@@ -205,7 +205,7 @@ def test_what_is_assigned_to_a_parameter_is_checked() -> None:
     assert layer.out_proj_weight.dtype == np.float32
     with pytest.raises(ValueError, match="out_proj_weight: shape .3,.; expected .4, 4."):
         layer.out_proj_weight = np.ones(3)
-    with pytest.raises(TypeError, match="out_proj_weight: dtype object"):
+    with pytest.raises(TypeError, match="out_proj_weight: None; expected an array_like"):
         layer.out_proj_weight = None
 
 

@@ -198,6 +198,22 @@ class TestWeights:
         for head, query in itertools.product(range(2), range(6)):
             np.testing.assert_allclose(as_weights(summary).at(head).row(query), weights[head, query], rtol=1e-12)
 
+    def test_axes_of_length_one_need_no_index(self) -> None:
+        """A batch of one is what most have: head=3 is head 3."""
+        stack = as_weights(softmax_like(6, 1, 4, 3, 3))
+        np.testing.assert_array_equal(stack.head((2, 3)).values, stack.values[2, 0, 3])
+        np.testing.assert_array_equal(stack.head((2, 0, 3)).values, stack.values[2, 0, 3])
+        np.testing.assert_array_equal(stack.head(2, rank=1).values, stack.values[2, 0])
+        batch = as_weights(softmax_like(1, 4, 3, 3))
+        for head in (0, 3, -1):
+            np.testing.assert_array_equal(batch.head(head).values, batch.values[0, head])
+            np.testing.assert_array_equal(batch.head(head, rank=1).values, batch.values[0, head])
+            np.testing.assert_array_equal(batch.head((0, head)).values, batch.values[0, head])
+        one = as_weights(softmax_like(1, 1, 3, 3))
+        np.testing.assert_array_equal(one.head(0).values, one.values[0, 0])
+        summary = as_weights(summary_of(softmax_like(1, 4, 3, 3), 2))
+        np.testing.assert_array_equal(summary.head(2).received, summary.received[0, 2])
+
 
 # -- tokens ------------------------------------------------------------------------------------------------------------
 
@@ -213,6 +229,15 @@ class TestTokens:
             (["see", "(", "below", ")", "."], "see (below)."),
             (["東", "京", "tower"], "東京 tower"),
             (["a", "\n", "b", "Ċ"], "a \\n b \\n"),
+            (["<s>", "Hello", "Ġtoken", "ization", "</s>"], "<s> Hello tokenization </s>"),
+            (["▁Hello", "▁world", "</s>"], "Hello world </s>"),
+            (["<|im_start|>", "user", "Ċ", "Hi", "Ġthere"], "<|im_start|> user \\n Hi there"),
+            (["▁anti", "dis", "establish", "ment"], "antidisestablishment"),
+            # a few marks by chance make no tokenizer's list of words
+            (["the", "cat", " sat", "on", "it"], "the cat sat on it"),
+            (["The", "▁cat", "sat", "on"], "The cat sat on"),
+            (["a", "good", "▁", "film"], "a good ␣ film"),
+            (["un", "##do", " it", "now"], "undo it now"),
             (["##ing", "##"], "##ing ##"),
             (["", " ", "\x1b[2J"], "∅ ␣ [2J"),
         ],
@@ -221,6 +246,10 @@ class TestTokens:
         words = tokens.running_text(pieces)
         assert len(words) == len(pieces)
         assert "".join(gap + word for gap, word in words) == text
+
+    def test_columns_of_tables_are_sequences(self) -> None:
+        column = SimpleNamespace(tolist=lambda: ["a", "b"])
+        assert tokens.as_tokens("keys", column, 2, "key") == tokens.as_tokens("keys", np.array(["a", "b"]), 2, "key")
 
     def test_labels_are_short_and_never_empty(self) -> None:
         assert [tokens.label(each) for each in ("", " ", "\n", "▁the", "Ġ")] == ["∅", "␣", "\\n", "the", "␣"]
@@ -785,6 +814,7 @@ def test_bad_weights(function: Any, weights: Any, error: type[Exception], messag
 
 
 STACK = softmax_like(2, 3, 3)
+BATCH = softmax_like(2, 5, 3, 3)  # and heads
 
 
 @pytest.mark.parametrize(
@@ -792,6 +822,23 @@ STACK = softmax_like(2, 3, 3)
     [
         (lambda: plot.heatmap(STACK), ValueError, r"stack of shape \(2,\).*expected one head, .*head="),
         (lambda: plot.links(STACK[None].repeat(2, 0)), ValueError, r"stack of shape \(2, 2\).*expected heads"),
+        (lambda: plot.heatmap(STACK), ValueError, "choose with head=0$"),
+        (lambda: plot.heatmap(BATCH), ValueError, r"choose with head=\(0, 0\)$"),
+        (lambda: plot.heatmap(BATCH, head=0), ValueError, r"^head: 0 for the axes \(2, 5\).* such as head=\(0, 0\)$"),
+        (lambda: plot.text(BATCH, ["a", "b", "c"], head=1), ValueError, r"^head: 1 for .* such as head=\(0, 0\)$"),
+        (lambda: plot.links(BATCH), ValueError, r"expected heads, \(H, Lq, Lk\): choose with head=0$"),
+        (lambda: plot.links(BATCH[None].repeat(3, 0), head=0), ValueError, r"^head: 0 for .* such as head=\(0, 0\)$"),
+        (lambda: plot.heatmap(BATCH[:1], head=5), ValueError, r"^head: 5; expected an index of the axes \(5,\)"),
+        (
+            lambda: plot.heads(BATCH[None].repeat(3, 0)),
+            ValueError,
+            r"choose with weights\[:, 0\], the first of",
+        ),
+        (
+            lambda: plot.heads([BATCH] * 3),
+            ValueError,
+            r"^layer 0 .* choose with \[layer\[0\] for layer in",
+        ),
         (lambda: plot.heatmap(STACK, head=2), ValueError, r"^head: 2; expected an index of the axes \(2,\)"),
         (lambda: plot.heatmap(STACK, head=(0, 0)), ValueError, r"^head: \(0, 0\)"),
         (lambda: plot.heatmap(STACK, head=0.5), TypeError, "^head: 0.5 of type float"),

@@ -39,7 +39,8 @@ from numpy.typing import NDArray
 
 from fastattn import reference
 from fastattn.gradients import Upstream, folded
-from fastattn.problem import Problem, as_additive_operands, as_operands, describe, describe_additive, seed_from
+from fastattn.problem import Problem, as_additive_operands, as_operands, describe, describe_additive
+from fastattn.seeds import seed_from
 
 Array = NDArray[Any]
 

@@ -40,8 +40,8 @@ from fastattn.problem import (
     check_out,
     check_shape_of_out,
     describe,
-    seed_from,
 )
+from fastattn.seeds import seed_from
 
 REMEMBERED = 256  # plans
 ALIGNMENT = 16  # bytes: what a kernel may ask of where arrays begin

@@ -13,6 +13,7 @@ except ImportError as error:
     raise ImportError("fastattn.integrations.jax needs JAX: pip install jax, or fastattn[jax]") from error
 
 import fastattn
+from fastattn.advice import to_convert
 from fastattn.problem import Problem, as_operands, describe
 
 __all__ = ["attention"]
@@ -80,7 +81,9 @@ def _problem(arrays: tuple[Array, Array, Array, Array | None], *options: Any) ->
             raise TypeError(f"{name}: {type(array).__name__}; expected a jax.Array")
     for name, array in zip(("query", "key", "value"), arrays, strict=False):
         if array.dtype not in (np.float32, np.float64) or array.dtype != arrays[0].dtype:
-            raise TypeError(f"{name}: dtype {array.dtype}; expected float32 or float64, the same for all three")
+            plain = array.dtype in (np.float32, np.float64) or not np.can_cast(array.dtype, np.float32)
+            narrow = "" if plain else to_convert(name, array.dtype, array)
+            raise TypeError(f"{name}: dtype {array.dtype}; expected float32 or float64, the same for all three{narrow}")
     blank = [None if a is None else np.broadcast_to(np.zeros((), a.dtype), a.shape) for a in arrays]
     return describe(*as_operands(blank[0], blank[1], blank[2], blank[3]), 0.0, *options)[0]  # type: ignore[arg-type]
 

@@ -229,7 +229,10 @@ def _check(**tensors: Tensor) -> None:
         if dtype is None:
             dtype = tensor.dtype
             if dtype not in DTYPES:
-                raise TypeError(f"{name}: dtype {dtype} is not supported; expected torch.float32 or torch.float64")
+                raise TypeError(
+                    f"{name}: dtype {dtype} is not supported; expected torch.float32 or torch.float64"
+                    f"{_to_convert(name, tensor)}"
+                )
         elif tensor.dtype != dtype:
             raise TypeError(f"{name}: dtype {tensor.dtype}; expected {dtype}, as query")
 
@@ -251,7 +254,9 @@ def _mask_and_causality(mask: Tensor | None, causal: str, query: Tensor, key: Te
     _check_memory("attn_mask", mask)
     if mask.dtype not in MASK_DTYPES:
         wanted = ", ".join(map(str, MASK_DTYPES))
-        raise TypeError(f"attn_mask: dtype {mask.dtype} is not supported; expected one of {wanted}")
+        raise TypeError(
+            f"attn_mask: dtype {mask.dtype} is not supported; expected one of {wanted}{_to_convert('attn_mask', mask)}"
+        )
     return mask, causal
 
 
@@ -267,6 +272,11 @@ def _with_bias(causal: str, bias: Tensor, query: Tensor, key: Tensor) -> str:
     if causal in ("no", meant):
         return meant
     return "top-left" if lengths[0] <= lengths[1] else "bottom-right"
+
+
+def _to_convert(name: str, tensor: Tensor) -> str:
+    """Say how to get float32 of half precision."""
+    return f": {name}.float()" if tensor.dtype.is_floating_point else ""
 
 
 def _check_memory(name: str, tensor: Tensor) -> None:

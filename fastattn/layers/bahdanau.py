@@ -22,6 +22,7 @@ from fastattn.layers.backward import (
 )
 from fastattn.layers.base import Layer, as_inputs, check_size, common_batch, linear
 from fastattn.problem import Array, Shape, as_upstream, check_flag
+from fastattn.seeds import Rng
 
 __all__ = ["BahdanauAttention"]
 
@@ -64,7 +65,7 @@ class BahdanauAttention(Layer):
         Features of a decoder's state and of a source's annotation.
     hidden_dim : int
         Features inside the tanh.
-    rng : int, numpy.random.Generator or None
+    rng : int, numpy.random.Generator or RandomState, or None
         What the parameters are drawn from, as in PyTorch's linear layers: uniformly within ±1/√n, n being the number of
         features that a parameter is summed over. (The paper starts with `weight` and `bias` 0 and the matrices within
         some ±0.001, from where only training leads anywhere: all keys weigh the same.)
@@ -118,7 +119,7 @@ class BahdanauAttention(Layer):
         key_dim: int,
         hidden_dim: int,
         *,
-        rng: int | np.random.Generator | None = None,
+        rng: Rng | None = None,
         dtype: DTypeLike = np.float32,
     ) -> None:
         self.query_dim = check_size("query_dim", query_dim)

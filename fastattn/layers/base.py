@@ -15,6 +15,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
+from fastattn.advice import is_tensor
 from fastattn.problem import (
     FLOAT32,
     FLOAT64,
@@ -23,23 +24,23 @@ from fastattn.problem import (
     Shape,
     _as_array,
     _as_plain,
-    _check_operand_dtype,
+    _check_operand,
     _said,
 )
+from fastattn.seeds import generator_from
 
 __all__ = [
     "Layer",
     "as_inputs",
     "check_choice",
     "check_dtype",
-    "check_shape_fits",
     "check_size",
     "common_batch",
-    "generator_from",
     "linear",
 ]
 
 INSTALL = "pip install safetensors"
+PARAMETERS = ("float16", "bfloat16", "float32", "float64")  # what they may be given in
 Self = TypeVar("Self", bound="Layer")
 
 
@@ -79,7 +80,7 @@ class Layer(ABC):
 
         Parameters
         ----------
-        rng : int, numpy.random.Generator or None
+        rng : int, numpy.random.Generator or RandomState, or None
             The same number gives the same parameters, in float32 those of float64, rounded.
         dtype : dtype_like
             float32 or float64.
@@ -95,16 +96,13 @@ class Layer(ABC):
         known = self.__dict__.get("_parameters", {}).get(attribute)
         super().__setattr__(attribute, given if known is None else self._as_parameter(attribute, given, known[1]))
 
-    def _as_parameter(self, name: str, given: object, shape: Shape) -> Array:
+    def _as_parameter(self, name: str, given: Any, shape: Shape) -> Array:
         """Return an array of the layer's dtype: the one given if it is one."""
-        try:
-            array = np.asarray(given)
-        except Exception as error:
-            raise TypeError(
-                f"{name}: {_said(given)} cannot be made an array; expected shape {shape}: {error}"
-            ) from error
-        if array.dtype.kind != "f" or array.dtype.type is np.longdouble:
-            raise TypeError(f"{name}: dtype {array.dtype}; expected float16, float32 or float64")
+        if is_tensor(given) and not given.requires_grad and str(given.dtype) == "torch.bfloat16":
+            given = given.float()  # NumPy has no bfloat16 to make an array of
+        array = _as_array(name, given)
+        if array.dtype.name not in PARAMETERS or array.dtype.type is np.longdouble:
+            raise TypeError(f"{name}: dtype {array.dtype}; expected float16, float32 or float64, or bfloat16")
         if array.shape != shape:
             raise ValueError(f"{name}: shape {array.shape}; expected {shape}")
         with np.errstate(all="ignore"):
@@ -130,8 +128,8 @@ class Layer(ABC):
         Parameters
         ----------
         state : mapping of str to array_like
-            What `state_dict` returns, with the same names and shapes; PyTorch's tensors are arrays as well. Values are
-            copied, and converted to the dtype of the layer.
+            What `state_dict` returns, with the same names and shapes; PyTorch's tensors are arrays as well, those of
+            bfloat16 too. Values are copied, and converted to the dtype of the layer.
 
         Raises
         ------
@@ -141,7 +139,7 @@ class Layer(ABC):
             If a name is missing or unknown, a shape is another one, or a number is too large for the layer's dtype.
         """
         if not isinstance(state, Mapping):
-            raise TypeError(f"state: {_said(state)}; expected a mapping of names to arrays")
+            raise TypeError(f"state: {_said(state)}; expected a mapping of names to arrays, as state_dict() returns")
         names = [name for name, _ in self._parameters.values()]
         missing = [name for name in names if name not in state]
         unknown = [name for name in state if name not in names]
@@ -261,7 +259,7 @@ def as_inputs(dtype: np.dtype[Any] | None, /, **given: ArrayLike) -> list[Array]
     """
     arrays = {name: _as_array(name, array) for name, array in given.items()}
     for name, array in arrays.items():
-        _check_operand_dtype(name, array.dtype)
+        _check_operand(name, array, given[name])
     common = np.result_type(*arrays.values(), *([] if dtype is None else [dtype]))
     common = FLOAT64 if common.kind in "biu" else common.newbyteorder("=")
     converted: dict[int, Array] = {}
@@ -306,46 +304,7 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
     return y.reshape(*x.shape[:-1], len(weight))
 
 
-def check_shape_fits(name: str, shape: Shape, full: Shape) -> None:
-    """Check that an argument broadcasts to a shape, and does not enlarge it.
-
-    Raises
-    ------
-    ValueError
-        If it does not.
-    """
-    fits = len(shape) <= len(full) and all(
-        own in (1, other) for own, other in zip(reversed(shape), reversed(full), strict=False)
-    )
-    if not fits:
-        raise ValueError(f"{name}: shape {shape}; expected one that broadcasts to {full}")
-
-
 # -- arguments of constructors -----------------------------------------------------------------------------------------
-
-
-def generator_from(rng: object) -> np.random.Generator:
-    """Return a generator of random numbers.
-
-    Parameters
-    ----------
-    rng : int, numpy.random.Generator or None
-        An int is a seed; a Generator is used, and so moves on; None takes its seed from the operating system.
-
-    Raises
-    ------
-    TypeError
-        If `rng` is anything else.
-    ValueError
-        If it is a negative int.
-    """
-    if isinstance(rng, np.random.Generator):
-        return rng
-    if rng is not None and (isinstance(rng, bool) or not isinstance(rng, (int, np.integer))):
-        raise TypeError(f"rng: {_said(rng)}; expected None, a non-negative int or a numpy.random.Generator")
-    if rng is not None and rng < 0:
-        raise ValueError(f"rng: {_said(rng)}; expected None, a non-negative int or a numpy.random.Generator")
-    return np.random.default_rng(None if rng is None else int(rng))
 
 
 def check_dtype(given: DTypeLike) -> np.dtype[Any]:

@@ -30,6 +30,7 @@ from fastattn.layers.windows import (
     windows_backward,
 )
 from fastattn.problem import FLOAT64, MAX_RANK, Array, Shape, as_upstream, check_flag
+from fastattn.seeds import Rng
 
 __all__ = ["LuongAttention"]
 
@@ -92,7 +93,7 @@ class LuongAttention(Layer):
         Features of a value, `key_dim` unless given.
     hidden_dim : int, optional
         Features inside the tanh of the score, of the predicted position and of `attentional`; `query_dim` unless given.
-    rng : int, numpy.random.Generator or None
+    rng : int, numpy.random.Generator or RandomState, or None
         What the parameters are drawn from, uniformly within ±0.1 as in the paper.
     dtype : dtype_like
         float32 or float64.
@@ -151,7 +152,7 @@ class LuongAttention(Layer):
         window: int = 10,
         value_dim: int | None = None,
         hidden_dim: int | None = None,
-        rng: int | np.random.Generator | None = None,
+        rng: Rng | None = None,
         dtype: DTypeLike = np.float32,
     ) -> None:
         self.query_dim = check_size("query_dim", query_dim)

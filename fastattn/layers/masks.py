@@ -7,7 +7,7 @@ from typing import overload
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fastattn.layers.base import check_shape_fits
+from fastattn.broadcasting import check_broadcasts
 from fastattn.problem import Array, Shape, _as_array, _as_mask
 
 __all__ = ["as_key_mask", "as_lengths", "as_mask", "combine", "per_head"]
@@ -24,7 +24,7 @@ def as_mask(attn_mask: ArrayLike | None, scores: Shape) -> Array | None:
     if attn_mask is None:
         return None
     mask = _as_mask(attn_mask)
-    check_shape_fits("attn_mask", mask.shape, scores)
+    check_broadcasts("attn_mask", mask.shape, scores)
     return mask
 
 
@@ -43,7 +43,7 @@ def as_key_mask(key_mask: ArrayLike | None, keys: Shape) -> Array | None:
     mask = _as_array("key_mask", key_mask)
     if mask.dtype.kind != "b":
         raise TypeError(f"key_mask: dtype {mask.dtype}; expected boolean, where True takes part")
-    check_shape_fits("key_mask", mask.shape, keys)
+    check_broadcasts("key_mask", mask.shape, keys)
     return np.atleast_1d(mask)
 
 
@@ -60,7 +60,7 @@ def as_lengths(given: ArrayLike, batch: Shape, keys: int) -> Array:
     lengths = _as_array("key_lengths", given)
     if lengths.dtype.kind not in "iu":
         raise TypeError(f"key_lengths: dtype {lengths.dtype}; expected integers")
-    check_shape_fits("key_lengths", lengths.shape, batch)
+    check_broadcasts("key_lengths", lengths.shape, batch)
     if lengths.size and not (lengths.min() >= 0 and lengths.max() <= keys):
         raise ValueError(f"key_lengths: {lengths.min()} to {lengths.max()}; expected 0 to {keys}, the length of key")
     return lengths.astype(np.int64)

@@ -24,6 +24,7 @@ from fastattn.layers.backward import (
 from fastattn.layers.base import Layer, as_inputs, check_size, common_batch, linear
 from fastattn.layers.masks import as_key_mask, as_mask, combine, per_head
 from fastattn.problem import Array, Shape, as_upstream, check_flag
+from fastattn.seeds import Rng
 
 __all__ = ["MultiHeadAttention"]
 
@@ -67,7 +68,7 @@ class MultiHeadAttention(Layer):
         Features of a key and of a value before they are projected, E unless given.
     bias : bool
         Whether the projections add a bias.
-    rng : int, numpy.random.Generator or None
+    rng : int, numpy.random.Generator or RandomState, or None
         What the parameters are drawn from; the same number gives the same layer.
     dtype : dtype_like
         float32 or float64.
@@ -87,7 +88,8 @@ class MultiHeadAttention(Layer):
     -----
     Parameters start as PyTorch's do: projections to heads uniform as Glorot and Bengio have it, the last one within
     ±1/√E, biases 0. `state_dict` and `load_state_dict` use PyTorch's names and shapes, so that a state dict of
-    ``torch.nn.MultiheadAttention`` can be loaded as it is.
+    ``torch.nn.MultiheadAttention`` can be loaded as it is. It does not tell whether that layer has ``add_zero_attn``,
+    which this one has not.
 
     Masks are those of `fastattn.attention`: True takes part. In PyTorch's layer True is left out.
 
@@ -135,7 +137,7 @@ class MultiHeadAttention(Layer):
         kdim: int | None = None,
         vdim: int | None = None,
         bias: bool = True,
-        rng: int | np.random.Generator | None = None,
+        rng: Rng | None = None,
         dtype: DTypeLike = np.float32,
     ) -> None:
         self.embed_dim = check_size("embed_dim", embed_dim)

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastattn.layers.base import as_inputs, check_dtype, check_shape_fits, check_size
+from fastattn.broadcasting import check_broadcasts
+from fastattn.layers.base import as_inputs, check_dtype, check_size
 from fastattn.problem import FLOAT64, Array, _said, check_flag
 
 __all__ = ["rotary", "sinusoidal_positions"]
@@ -112,7 +113,7 @@ def rotary(x: ArrayLike, positions: ArrayLike, *, base: float = BASE, interleave
     dim = rows.shape[-1] if rows.ndim else 0
     if rows.ndim < 2 or dim % 2:
         raise ValueError(f"x: shape {rows.shape}; expected (..., length, features), with an even number of features")
-    check_shape_fits("positions", where.shape, rows.shape[:-1])
+    check_broadcasts("positions", where.shape, rows.shape[:-1])
     if not np.isfinite(where).all():
         raise ValueError("positions: some are NaN or infinite; expected finite numbers")
     base = _check_base(base)

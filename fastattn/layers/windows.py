@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fastattn.layers.base import as_inputs, check_shape_fits
+from fastattn.broadcasting import check_broadcasts
+from fastattn.layers.base import as_inputs
 from fastattn.layers.masks import combine
 from fastattn.layers.scores import Dot
 from fastattn.problem import FLOAT64, Array, Shape
@@ -64,7 +65,7 @@ def as_positions(given: ArrayLike | None, rows: Shape) -> Array:
     if given is None:
         return np.arange(rows[-1], dtype=np.float64)
     (positions,) = as_inputs(FLOAT64, positions=given)
-    check_shape_fits("positions", positions.shape, rows)
+    check_broadcasts("positions", positions.shape, rows)
     if not np.isfinite(positions).all():
         raise ValueError("positions: some are NaN or infinite; expected finite numbers")
     return positions

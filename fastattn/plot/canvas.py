@@ -6,18 +6,18 @@ matplotlib is loaded with this module, and this module only when something is dr
 from __future__ import annotations
 
 import math
-import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from fastattn.plot.colours import NAN_COLOUR, RAMP
 from fastattn.plot.tokens import label
-from fastattn.problem import _said
-from fastattn.terminal import display_width
+from fastattn.problem import Array, _said
 
 try:
     import matplotlib
-    from matplotlib import font_manager, ticker
+    from matplotlib import ticker
     from matplotlib.axes import Axes
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
@@ -27,10 +27,13 @@ except ImportError as error:
         'fastattn.plot draws with matplotlib, which is not installed here: pip install "fastattn[plot]"'
     ) from error
 
+from fastattn.plot.fonts import drawable, widths_of  # which imports matplotlib, too
+
 __all__ = [
+    "PAD",
+    "EveryFew",
     "as_axes",
     "as_colormap",
-    "drawable",
     "fit",
     "name_numbers",
     "name_tokens",
@@ -43,18 +46,11 @@ __all__ = [
 
 SMALLEST_FONT, LARGEST_FONT = 6.0, 10.0
 LINE = 1.2  # height of a line of text, of the font's size
-CHARACTER = 0.6  # width of a character, of the font's size: a little more than most have
+CLOSEST_LINE = 1.05  # the same where axes have become smaller since
+GAP = 0.3  # between texts on a line, of the font's size
 BAR_INCHES, BAR_GAP_INCHES = 0.12, 0.12
 SHORTEST_BAR, LONGEST_BAR = 0.6, 4.0
 SPACE, PAD = 3.0, 0.05  # around axes, in inches: while they are drawn, and then
-
-#: Fonts that have what most lack, of Chinese, Japanese and Korean writing and of symbols, on Linux, macOS and Windows.
-FALLBACKS = (
-    "Noto Sans CJK JP", "Noto Sans CJK SC", "Source Han Sans", "WenQuanYi Zen Hei", "Droid Sans Fallback",
-    "Hiragino Sans", "PingFang SC", "Apple SD Gothic Neo", "Yu Gothic", "Microsoft YaHei", "Malgun Gothic",
-    "Arial Unicode MS", "Noto Sans", "Noto Emoji", "Segoe UI Emoji", "Segoe UI Symbol", "Noto Sans Symbols2", "Symbola",
-    "Unifont", "DejaVu Sans",
-)  # fmt: skip
 
 
 # -- figures and axes --------------------------------------------------------------------------------------------------
@@ -157,7 +153,7 @@ def scale_beside(ax: Any, colormap: Any, vmax: float, remark: str, overflow: boo
         ScalarMappable(Normalize(0, vmax), colormap),
         cax=inset,
         extend="max" if overflow else "neither",
-        ticks=ticker.MaxNLocator(max(1, min(5, int(place[3] * height / 0.3)))),
+        ticks=_AsManyAsFit(5, 5, 0.3),
     )
     bar.set_label(f"weight{remark}", fontsize=8)
     bar.ax.tick_params(labelsize=8, width=0.6, length=2)
@@ -176,14 +172,27 @@ def scale_beside(ax: Any, colormap: Any, vmax: float, remark: str, overflow: boo
 # -- tokens along an axis ----------------------------------------------------------------------------------------------
 
 
-class _EveryFew(ticker.Locator):  # type: ignore[misc]
+class EveryFew(ticker.Locator):  # type: ignore[misc]
     """Ticks at every token if there is space for all their labels, else at every second, third, and so on.
 
     Decided whenever it is drawn, so that zooming in brings the other labels back.
+
+    Parameters
+    ----------
+    sizes : ndarray, shape (tokens,)
+        What each label takes along the axis, in points.
+    widest : int
+        The token with the widest label.
+
+    Attributes
+    ----------
+    only_widest : bool
+        Whether there is but one tick, at the widest label, as while a place for whichever labels is looked for.
     """
 
-    def __init__(self, count: int, font_points: float) -> None:
-        self.count, self.font_points = count, font_points
+    def __init__(self, sizes: Array, widest: int) -> None:
+        self.sizes, self.widest = sizes, widest
+        self.only_widest = False
 
     def __call__(self) -> list[int]:
         low, high = sorted(self.axis.get_view_interval())
@@ -191,13 +200,50 @@ class _EveryFew(ticker.Locator):  # type: ignore[misc]
 
     def tick_values(self, low: float, high: float) -> list[int]:
         """Return the ticks between two places of the axis."""
-        ax = self.axis.axes
-        box = ax.get_window_extent()
-        pixels = box.width if self.axis.axis_name == "x" else box.height
-        points = pixels * 72 / ax.figure.dpi
-        step = max(1, math.ceil((high - low) * LINE * self.font_points / max(points, 1e-9) - 1e-6))
-        first, last = max(0, math.ceil(low)), min(self.count - 1, math.floor(high))
+        if self.only_widest:
+            return [self.widest]
+        step = fitting_step(self.sizes, _length_in_points(self.axis) / (high - low))
+        first, last = max(0, math.ceil(low)), min(len(self.sizes) - 1, math.floor(high))
         return [place for place in range(0, last + 1, step) if place >= first]
+
+
+def fitting_step(sizes: Array, each: float) -> int:
+    """Return which every token can have its label, where a label is as long as `sizes` says and a token as `each`."""
+    count = len(sizes)
+    for step in range(max(1, int(sizes.min() / max(each, 1e-9))), count):
+        if ((sizes[:-step] + sizes[step:]) / 2).max() <= step * each + 1e-6:
+            return step
+    return count
+
+
+class _AsManyAsFit(ticker.MaxNLocator):  # type: ignore[misc]
+    """Ticks at round numbers, as many as there is space for whenever it is drawn.
+
+    Parameters
+    ----------
+    count : int
+        How many there are, if they are tokens: all have a tick if there is space.
+    most : int
+        How many ticks there are at most if not.
+    inches : float
+        The space of a tick.
+    **params
+        Of matplotlib's MaxNLocator.
+    """
+
+    def __init__(self, count: int, most: int, inches: float, **params: Any) -> None:
+        super().__init__(most, **params)
+        self.count, self.most, self.inches = count, most, inches
+
+    def __call__(self) -> Any:
+        space = int(_length_in_points(self.axis) / 72 / self.inches + 1e-6)
+        self.set_params(nbins=self.count if self.count <= space else max(1, min(space, self.most)))
+        return super().__call__()
+
+
+def _length_in_points(axis: Any) -> float:
+    box = axis.axes.get_window_extent()
+    return float((box.width if axis.axis_name == "x" else box.height) * 72 / axis.axes.figure.dpi)
 
 
 def name_tokens(axis: Any, tokens: Sequence[str] | None, count: int, inches: float) -> None:
@@ -218,24 +264,24 @@ def name_tokens(axis: Any, tokens: Sequence[str] | None, count: int, inches: flo
     font = font_points(inches)
     labels, families = drawable(map(label, tokens))
     written = dict(enumerate(map(verbatim, labels)))
-    axis.set_major_locator(_EveryFew(count, font))
+    widths = np.array(widths_of(labels, families, font))
+    lying = axis.axis_name == "x" and fitting_step(widths + GAP * font, inches * 72) == 1
+    sizes = widths + GAP * font if lying else np.full(count, CLOSEST_LINE * font)
+    axis.set_major_locator(EveryFew(sizes, int(widths.argmax())))
     axis.set_major_formatter(ticker.FuncFormatter(lambda place, _: written.get(place, "")))
-    fits = max(map(display_width, labels)) * CHARACTER * font <= inches * 72
     axis.axes.tick_params(
         axis=axis.axis_name,
         length=0,
         labelsize=font,
         labelfontfamily=families,
-        labelrotation=90 if axis.axis_name == "x" and not fits else 0,
+        labelrotation=90 if axis.axis_name == "x" and not lying else 0,
     )
 
 
 def name_numbers(axis: Any, count: int, inches: float) -> None:
     """Write numbers from 0 along an axis of `count` places: every one if there is space, or round ones."""
     axis.axes.tick_params(axis=axis.axis_name, length=0 if inches > 0.15 else 2, labelsize=8)
-    space = int(count * inches / 0.25)
-    most = count if count <= space else max(1, min(space, 8))
-    axis.set_major_locator(ticker.MaxNLocator(most, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
+    axis.set_major_locator(_AsManyAsFit(count, 8, 0.25, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
 
 
 def font_points(inches: float) -> float:
@@ -261,29 +307,3 @@ _TEX = str.maketrans(
     {c: "\\" + c for c in "#$%&_{}"}
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 )
-
-
-def drawable(labels: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Return labels that can be drawn without missing glyphs, and the font families to draw them with.
-
-    The families of the user's settings come first, then installed ones that have what these lack. What none has becomes
-    □, and what would have changed its look alone, such as the joiners of emoji, is left out.
-    """
-    labels = list(labels)
-    families = list(matplotlib.rcParams["font.family"])
-    wanted = set().union(*labels)
-    for family in families:
-        wanted -= _covered(family, wanted)
-    if wanted:
-        installed = {font.name for font in font_manager.fontManager.ttflist}
-        for family in FALLBACKS:
-            if family in installed and (covered := _covered(family, wanted)):
-                families.append(family)
-                wanted -= covered
-    instead = {ord(c): None if unicodedata.category(c) in ("Cf", "Mn", "Me", "Sk") else "□" for c in wanted}
-    return [text.translate(instead) for text in labels], families
-
-
-def _covered(family: str, characters: set[str]) -> set[str]:
-    font = font_manager.get_font(font_manager.findfont(font_manager.FontProperties(family=[family])))
-    return {c for c in characters if font.get_char_index(ord(c))}

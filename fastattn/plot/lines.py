@@ -52,8 +52,8 @@ def links(
     query : int, optional
         The only query whose lines to draw.
     head : int or tuple of int, optional
-        Which part of a stack: the index of the first axis, or of the first few. Needed if there are more axes than
-        that of the heads before the last two that are longer than 1.
+        Which part of a stack: an index of the first axis before the last two, or of the first few. Axes of length 1
+        count only if each axis has an index. Needed if there are more than that of the heads that are longer than 1.
     names : sequence of str, length H, optional
         What to call the heads in the legend, "head 0" and so on unless given.
     vmax : float, optional
@@ -92,7 +92,7 @@ def links(
     >>> len(ax.collections[0].get_segments())
     3
     """
-    from fastattn.plot import canvas
+    from fastattn.plot import canvas, room
 
     stack = as_weights(weights).head(head, rank=1)
     rows, columns = pair_of_tokens(queries, keys, (stack.queries, stack.keys))
@@ -128,8 +128,7 @@ def links(
     for title, side in zip(drawn_on.get_xticklabels(), ("right", "left"), strict=True):
         title.set_horizontalalignment(side)
     _draw_legend(drawn_on, called, any(np.isnan(each[2]).any() for each in found))
-    if ax is None:
-        canvas.fit(drawn_on)
+    canvas.fit(drawn_on) if ax is None else room.make_room(drawn_on)
     return drawn_on
 
 
@@ -174,9 +173,9 @@ def _draw_legend(ax: Any, names: Sequence[str], nan: bool) -> None:
     """Say below the lines whose they are."""
     from matplotlib.lines import Line2D
 
-    from fastattn.plot import canvas
+    from fastattn.plot import canvas, fonts
 
-    texts, families = canvas.drawable(names)
+    texts, families = fonts.drawable(names)
     handles = [
         Line2D([], [], color=colour, linewidth=2, label=canvas.verbatim(text) or " ")
         for colour, text in zip(HEAD_COLOURS, texts, strict=False)

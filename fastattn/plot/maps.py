@@ -26,6 +26,8 @@ HEAD_SIDE, HALF = 0.7, 0.45
 #: Fields along a side, however small the map.
 FEWEST_FIELDS = 8
 FRAME = "0.6"
+#: What an index of the axis after that of the layers chooses, in messages.
+BATCH = "the first of a batch, or another index"
 
 
 def heatmap(
@@ -52,8 +54,8 @@ def heatmap(
     keys : sequence of str, length Lk, optional
         The tokens that are looked at, along the top. The same as `queries` unless given, if there are as many.
     head : int or tuple of int, optional
-        Which head of a stack: the index of the first axis, or of the first few. Needed if one of the axes before
-        the last two is longer than 1.
+        Which head of a stack: an index of each axis before the last two, or of those that are longer than 1, as in
+        ``head=3`` of a batch of one. Needed if there is one that is.
     vmax : float, optional
         The weight of the darkest colour, the largest of the map unless given; the scale begins at 0. Give it to make
         pictures comparable.
@@ -95,7 +97,7 @@ def heatmap(
     >>> [label.get_text() for label in ax.get_yticklabels()]
     ['a', 'cat', 'sleeps']
     """
-    from fastattn.plot import canvas
+    from fastattn.plot import canvas, room
 
     one = as_weights(weights).head(head)
     rows, columns = pair_of_tokens(queries, keys, (one.queries, one.keys))
@@ -124,8 +126,7 @@ def heatmap(
     drawn.spines[:].set(edgecolor=FRAME, linewidth=0.6)
     if colorbar:
         canvas.scale_beside(drawn, colormap, top, _remark(one, {fields}), one.largest() > top, one.has_nan())
-    if ax is None:
-        canvas.fit(drawn)
+    canvas.fit(drawn) if ax is None else room.make_room(drawn)
     return drawn
 
 
@@ -182,7 +183,7 @@ def heads(
     >>> len(ax.images)
     72
     """
-    from fastattn.plot import canvas
+    from fastattn.plot import canvas, room
 
     layers = _layers(weights)
     widest = max(layer.lead[0] for layer in layers)
@@ -215,8 +216,7 @@ def heads(
     if colorbar:
         largest, nan = max(layer.largest() for layer in layers), any(layer.has_nan() for layer in layers)
         canvas.scale_beside(drawn, colormap, top, _remark(layers[0], fields), largest > top, nan)
-    if ax is None:
-        canvas.fit(drawn)
+    canvas.fit(drawn) if ax is None else room.make_room(drawn)
     return drawn
 
 
@@ -235,11 +235,11 @@ def _layers(given: Any) -> list[Weights]:
         layers = []
         for place, each in enumerate(given):
             try:
-                layers.append(as_weights(each).without_ones(1))
+                layers.append(as_weights(each).without_ones(1, f"[layer[0] for layer in weights], {BATCH}"))
             except (TypeError, ValueError) as error:
                 raise type(error)(f"layer {place} of {error}") from error
     else:
-        stack = as_weights(given).without_ones(2)
+        stack = as_weights(given).without_ones(2, f"weights[:, 0], {BATCH}")
         layers = [stack.at(place) for place in range(stack.lead[0])] if len(stack.lead) == 2 else [stack]
     return [layer if layer.lead else layer.at((np.newaxis, ...)) for layer in layers]
 

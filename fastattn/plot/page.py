@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from matplotlib.patches import Rectangle
 from matplotlib.transforms import Affine2D, ScaledTranslation
 
-from fastattn.plot import canvas
+from fastattn.plot import canvas, fonts
 from fastattn.plot.colours import ink_on, shade
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class _Pen:
 
 def draw(shaded: ShadedText, ax: Any) -> Any:
     """Draw shaded text on axes, or on a new figure that is as high as the text needs."""
-    texts, families = canvas.drawable([shaded.about + ":", *(word for _, word, _ in shaded.words)])
+    texts, families = fonts.drawable([shaded.about + ":", *(word for _, word, _ in shaded.words)])
     about, *texts = texts
     drawn = canvas.new_axes(WIDTH, 1.0) if ax is None else ax
     width, height = (72 * side for side in canvas.size_of(drawn))

@@ -139,12 +139,12 @@ def text(
         A weight for each token, or those of queries and keys.
     tokens : sequence of str, length Lk
         The tokens that are looked at. Pieces of words are joined: "##ing" of WordPiece, and what does not begin
-        with a space, "Ġ" or "▁" where other tokens do.
+        with a space, "Ġ" or "▁" where those that begin a word do.
     query : int, optional
         Whose weights to show. What each token receives, summed over all queries, unless given.
     head : int or tuple of int, optional
-        Which head of a stack: the index of the first axis, or of the first few. Needed if one of the axes before
-        the last two is longer than 1.
+        Which head of a stack: an index of each axis before the last two, or of those that are longer than 1, as in
+        ``head=3`` of a batch of one. Needed if there is one that is.
     vmax : float, optional
         The weight of the darkest shade, the largest that is shown unless given.
     ax : matplotlib.axes.Axes, optional

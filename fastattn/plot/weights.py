@@ -88,23 +88,29 @@ class Weights:
         part = slice(query, query + 1)
         return Weights(self.values[part], None if self.indices is None else self.indices[part], None, self.keys)
 
-    def without_ones(self, rank: int) -> Weights:
+    def without_ones(self, rank: int, chosen: str = "") -> Weights:
         """The stack with no more than `rank` axes before the last two, axes of length 1 left out as far as needed.
 
         Raises
         ------
         ValueError
-            If it has more that are longer than 1.
+            If it has more that are longer than 1: the message says what to choose some of them with, an example of
+            head= unless given.
         """
-        lead = list(self.lead)
-        while len(lead) > rank and 1 in lead:
-            lead.remove(1)
-        if len(lead) > rank:
+        fewer = self._squeezed(rank)
+        if len(fewer.lead) > rank:
             wanted = ("one head, (Lq, Lk)", "heads, (H, Lq, Lk)", "layers and heads, (layers, H, Lq, Lk)")[rank]
             raise ValueError(
                 f"weights: a stack of shape {self.lead} of maps of {self.queries} queries and {self.keys} keys; "
-                f"expected {wanted}" + (": choose with head=" if rank < 2 else "")
+                f"expected {wanted}: choose with {chosen or _first_of(len(fewer.lead) - rank)}"
             )
+        return fewer
+
+    def _squeezed(self, rank: int) -> Weights:
+        """The same without axes of length 1 before the last two, as far as there are more than `rank` of them."""
+        lead = list(self.lead)
+        while len(lead) > rank and 1 in lead:
+            lead.remove(1)
         return Weights(
             self.values.reshape(*lead, *self.values.shape[-2:]),
             None if self.indices is None else self.indices.reshape(*lead, *self.indices.shape[-2:]),
@@ -113,16 +119,25 @@ class Weights:
         )
 
     def head(self, index: Head, rank: int = 0) -> Weights:
-        """The heads that a user asks for, with no more than `rank` axes before the last two."""
+        """The heads that a user asks for, with no more than `rank` axes before the last two.
+
+        An index of fewer axes than there are is one of those that are longer than 1: of a batch of one, head 3 is 3.
+        """
         if index is None:
             return self.without_ones(rank)
         places = index if isinstance(index, tuple) else (index,)
         if any(isinstance(each, bool) or not isinstance(each, (int, np.integer)) for each in places):
             raise TypeError(f"head: {_said(index)}; expected an int or a tuple of ints")
-        fits = len(places) <= len(self.lead)
-        if not fits or any(not -n <= i < n for i, n in zip(places, self.lead, strict=False)):
-            raise ValueError(f"head: {index}; expected an index of the axes {self.lead} before queries and keys")
-        return self.at(tuple(int(each) for each in places)).without_ones(rank)
+        stack = self._squeezed(len(places))
+        fits = len(places) <= len(stack.lead)
+        if not fits or any(not -n <= i < n for i, n in zip(places, stack.lead, strict=False)):
+            raise ValueError(f"head: {index}; expected an index of the axes {stack.lead} before queries and keys")
+        if len(places) < len(stack.lead) - rank:
+            raise ValueError(
+                f"head: {index} for the axes {stack.lead} before queries and keys; expected an index of more of them, "
+                f"such as {_first_of(len(stack.lead) - rank)}"
+            )
+        return stack.at(tuple(int(each) for each in places)).without_ones(rank)
 
     def largest(self) -> float:
         """The largest weight that is a number; 0 if there is none."""
@@ -214,6 +229,11 @@ class Weights:
         )
 
 
+def _first_of(axes: int) -> str:
+    """What chooses the first of so many axes."""
+    return f"head={(0,) * axes if axes > 1 else 0}"
+
+
 def _edges(length: int, most: int) -> tuple[Array, int]:
     """Where each of at most `most` fields along a side begins, and how many cells the largest of them has."""
     size = -(-length // most)
@@ -269,12 +289,11 @@ def _real(name: str, given: object) -> Array:
     array = _as_array(name, given)
     if array.dtype.kind in "biu":
         return array.astype(np.float64)
-    # what ml_dtypes adds to NumPy, such as bfloat16, is of another kind
-    if array.dtype.name == "bfloat16":
+    if array.dtype.type in (np.float16, np.float32, np.float64, np.longdouble):
+        return array
+    if np.can_cast(array.dtype, np.float32):  # what ml_dtypes adds to NumPy, such as bfloat16
         return array.astype(np.float32)
-    if array.dtype.kind != "f":
-        raise TypeError(f"{name}: dtype {array.dtype}; expected real numbers")
-    return array
+    raise TypeError(f"{name}: dtype {array.dtype}; expected real numbers")
 
 
 def _check_values(values: Array) -> None:

@@ -30,6 +30,7 @@ from fastattn.problem import (
 )
 from fastattn.reference.forward import SUM_ELEMENTS, kept_weights, scores_of, visibility, weighted_sum, weights_from
 from fastattn.rounding import slack
+from fastattn.seeds import Rng
 
 __all__ = ["Gradients", "additive_attention_backward", "attention_backward", "differentiate"]
 
@@ -68,7 +69,7 @@ def attention_backward(
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
-    rng: int | np.random.Generator | None = None,
+    rng: Rng | None = None,
     grad_lse: ArrayLike | None = None,
     grad_mask: bool = False,
 ) -> tuple[NDArray[Any], ...]:

@@ -22,9 +22,9 @@ from fastattn.problem import (
     check_out,
     describe,
     describe_additive,
-    seed_from,
 )
 from fastattn.rounding import coarser, is_of_these_keys, saturated, slack
+from fastattn.seeds import Rng, seed_from
 from fastattn.selection import Choice, as_selection, check_lse, check_top_k, describe_scores, positions
 
 __all__ = [
@@ -54,7 +54,7 @@ def attention(
     *,
     return_lse: bool = False,
     return_weights: bool = False,
-    rng: int | np.random.Generator | None = None,
+    rng: Rng | None = None,
     out: NDArray[Any] | None = None,
 ) -> Any:
     """Scaled dot-product attention, softmax(query keyᵀ · scale + mask) value.
