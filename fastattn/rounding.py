@@ -22,7 +22,7 @@ __all__ = ["coarser", "is_of_these_keys", "is_precise", "limit_of", "saturated",
 
 #: Below this magnitude a rounded lse costs half of the error that gradients are promised to have (docs/training.md),
 #: or less: half a unit in the last place of the lse, and another where it is converted to base 2.
-PRECISE = {np.dtype(np.float32): 128.0, np.dtype(np.float64): 2048.0}
+PRECISE = {"float32": 128.0, "float64": 2048.0}
 
 
 def coarser(given: ArrayLike, dtype: np.dtype[Any]) -> np.dtype[Any]:
@@ -33,7 +33,7 @@ def coarser(given: ArrayLike, dtype: np.dtype[Any]) -> np.dtype[Any]:
 
 def limit_of(dtype: np.dtype[Any], rounded: np.dtype[Any]) -> float:
     """Return the magnitude below which a log-sum-exp is precise enough for a call, with what it was rounded to."""
-    return PRECISE[dtype] if rounded == dtype else 0.0
+    return PRECISE[dtype.type.__name__] if rounded == dtype else 0.0
 
 
 def is_precise(lse: NDArray[Any], limit: float) -> NDArray[np.bool_]:

@@ -353,7 +353,7 @@ def test_pytorch(size: float) -> None:
 def test_what_is_precise_is_where_the_promise_begins(dtype: Any) -> None:
     """Half of what is promised is left for all other roundings."""
     kind = np.finfo(dtype)
-    limit = PRECISE[kind.dtype]
+    limit = PRECISE[kind.dtype.name]
     half_a_unit = float(kind.eps) * limit / 4
     converted = float(kind.eps) * np.log(2) * limit / 2
     assert half_a_unit + converted <= tolerances.GRADIENT_PROMISE[np.dtype(dtype)] / 2

@@ -32,10 +32,10 @@ _lock = RLock()
 
 @functools.cache
 def source_digest() -> str:
-    """A hash of all modules of this package, and of the versions of what compiles them."""
+    """A hash of all modules of this package and of what they take from others, and of the versions of compilers."""
     versions = [version(name) for name in ("numba", "numba-cuda", "numpy")]
     identity = repr((versions, platform.python_version(), platform.machine()))
-    return hashlib.sha256(of_modules("fastattn.cuda") + identity.encode()).hexdigest()[:32]
+    return hashlib.sha256(of_modules("fastattn.cuda", "fastattn.rounding") + identity.encode()).hexdigest()[:32]
 
 
 def folder() -> Path | None:
