@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastattn import advice
+from fastattn.advice import holds_masked, to_convert, to_make_array
 from fastattn.broadcasting import check_broadcasts
 
 __all__ = [
@@ -272,7 +272,7 @@ def _as_common(given: dict[str, ArrayLike], half: bool = False) -> list[Array]:
 def _as_array(name: str, given: object) -> Array:
     if given is None:
         raise TypeError(f"{name}: None; expected an array_like")
-    if isinstance(given, np.ma.MaskedArray) or advice.holds_masked(given):
+    if isinstance(given, np.ma.MaskedArray) or holds_masked(given):
         where = "" if isinstance(given, np.ma.MaskedArray) else " in a list"
         also = ", and what takes no part as attn_mask" if name in ("query", "key", "value") else ""
         raise TypeError(
@@ -287,7 +287,7 @@ def _as_array(name: str, given: object) -> Array:
         kind = ValueError if isinstance(error, ValueError) else TypeError
         raise kind(
             f"{name}: {_said(given)} cannot be made an array; expected an array_like: {error}"
-            f"{advice.to_make_array(name, given)}"
+            f"{to_make_array(name, given)}"
         ) from error
 
 
@@ -300,7 +300,7 @@ def _check_operand(name: str, array: Array, given: object, half: bool = False) -
     yet = " yet on the CPU" if dtype.name in NOT_YET else ""
     raise TypeError(
         f"{name}: dtype {dtype} is not supported{yet}; expected float32, float64 or integers"
-        f"{advice.to_convert(name, dtype, given)}"
+        f"{to_convert(name, dtype, given)}"
     )
 
 
@@ -331,7 +331,7 @@ def _as_mask(given: ArrayLike, half: bool = False) -> Array:
         yet = " yet" if dtype.name in NOT_YET else ""
         raise TypeError(
             f"attn_mask: dtype {dtype} is not supported{yet}; expected one of {', '.join(MASK_DTYPES)}"
-            f"{advice.to_convert('attn_mask', dtype, given)}"
+            f"{to_convert('attn_mask', dtype, given)}"
         )
     return _as_plain(mask, dtype.newbyteorder("="))
 
