@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastattn import advice
+from fastattn.advice import holds_masked, is_masked, to_convert, to_make_array
 from fastattn.broadcasting import check_broadcasts
 
 __all__ = [
@@ -275,8 +275,8 @@ def _as_common(given: dict[str, ArrayLike], half: bool = False) -> list[Array]:
 def _as_array(name: str, given: object) -> Array:
     if given is None:
         raise TypeError(f"{name}: None; expected an array_like")
-    if advice.is_masked(given) or advice.holds_masked(given):
-        where = "" if advice.is_masked(given) else " in a list"
+    if is_masked(given) or holds_masked(given):
+        where = "" if is_masked(given) else " in a list"
         also = ", and what takes no part as attn_mask" if name in ("query", "key", "value") else ""
         raise TypeError(
             f"{name}: a numpy.ma.MaskedArray{where}, whose mask would be lost; expected an ndarray, such as its "
@@ -290,7 +290,7 @@ def _as_array(name: str, given: object) -> Array:
         kind = ValueError if isinstance(error, ValueError) else TypeError
         raise kind(
             f"{name}: {_said(given)} cannot be made an array; expected an array_like: {error}"
-            f"{advice.to_make_array(name, given)}"
+            f"{to_make_array(name, given)}"
         ) from error
     if is_causal_bias(given):
         raise TypeError(f"{name}: a {type(given).__name__}, which has no numbers; expected is_causal to say the same")
@@ -333,7 +333,7 @@ def _check_operand(name: str, array: Array, given: object, half: bool = False) -
     yet = " yet on the CPU" if _name_of(dtype) in NOT_YET else ""
     raise TypeError(
         f"{name}: dtype {dtype} is not supported{yet}; expected float32, float64 or integers"
-        f"{advice.to_convert(name, dtype, given)}"
+        f"{to_convert(name, dtype, given)}"
     )
 
 
@@ -364,7 +364,7 @@ def _as_mask(given: ArrayLike, half: bool = False) -> Array:
         yet = " yet" if _name_of(dtype) in NOT_YET else ""
         raise TypeError(
             f"attn_mask: dtype {dtype} is not supported{yet}; expected one of {', '.join(MASK_DTYPES)}"
-            f"{advice.to_convert('attn_mask', dtype, given)}"
+            f"{to_convert('attn_mask', dtype, given)}"
         )
     return _as_plain(mask, dtype.newbyteorder("="))
 
@@ -760,7 +760,7 @@ def check_out(out: object, problem: Problem) -> Array | None:
     """
     if out is None:
         return None
-    if not isinstance(out, np.ndarray) or advice.is_masked(out):
+    if not isinstance(out, np.ndarray) or is_masked(out):
         raise TypeError(f"out: {_said(out)}; expected None or a numpy.ndarray")
     if out.dtype != problem.dtype:
         raise TypeError(f"out: dtype {out.dtype}; expected {problem.dtype}, the dtype of the result")

@@ -14,7 +14,7 @@ from typing import Any, SupportsIndex, TypeAlias, cast
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastattn import advice
+from fastattn.advice import holds_masked, is_masked, to_convert
 from fastattn.problem import Operands, Problem, as_operands, describe
 
 __all__ = [
@@ -111,7 +111,7 @@ def as_selection(name: str, given: Choice, length: int) -> Selection:
         raise TypeError(f"{name}: of type {type(given).__name__}, which cannot be made an array; {expected}") from error
     if array.size == 0 and not isinstance(given, np.ndarray):
         array = array.astype(np.intp)  # an empty list has no integers to tell its type by
-    if advice.is_masked(given) or advice.holds_masked(given) or array.dtype.kind not in "biu":
+    if is_masked(given) or holds_masked(given) or array.dtype.kind not in "biu":
         raise TypeError(f"{name}: an array of dtype {array.dtype} and type {type(given).__name__}; {expected}")
     if array.ndim == 0 and array.dtype.kind != "b":
         return as_selection(name, int(array), length)
@@ -166,8 +166,8 @@ def check_lse(given: ArrayLike, problem: Problem) -> Array:
         lse = np.asarray(given)
     except Exception as error:
         raise TypeError(f"lse: of type {type(given).__name__}; expected an array of floating dtype") from error
-    if advice.is_masked(given) or advice.holds_masked(given) or lse.dtype.kind != "f":
-        narrow = advice.to_convert("lse", lse.dtype, given) if lse.dtype.kind == "V" else ""
+    if is_masked(given) or holds_masked(given) or lse.dtype.kind != "f":
+        narrow = to_convert("lse", lse.dtype, given) if lse.dtype.kind == "V" else ""
         raise TypeError(
             f"lse: type {type(given).__name__}, dtype {lse.dtype}; expected an array of floating dtype{narrow}"
         )

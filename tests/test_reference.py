@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import Call, calls
 
-from fastattn import reference, rounding, selection
+from fastattn import advice, broadcasting, problem, reference, rounding, seeds, selection
 from fastattn.problem import as_operands, describe
 
 
@@ -93,15 +93,20 @@ def imports(file: str) -> set[str | None]:
 
 
 def test_it_imports_nothing_but_numpy_and_the_checks_of_arguments() -> None:
-    checks = {"fastattn.problem", "fastattn.selection", "fastattn.gradients", "fastattn.rounding"}
+    checks = {f"fastattn.{name}" for name in ("problem", "selection", "gradients", "rounding", "seeds")}
     parts = {"fastattn.reference.forward", "fastattn.reference.backward"}
     for module in parts:
         own = imports(sys.modules[module].__file__ or "")
         assert own <= {"__future__", "typing", "numpy", "numpy.typing"} | checks | parts, module
-    assert {name for name in imports(selection.__file__) if name and name.startswith("fastattn")} == {
-        "fastattn.problem"
-    }
-    assert imports(rounding.__file__) <= {"__future__", "math", "typing", "numpy", "numpy.typing"}
+    for check, needs in {
+        advice: set(),
+        broadcasting: set(),
+        rounding: set(),
+        problem: {"fastattn.advice", "fastattn.broadcasting"},
+        seeds: {"fastattn.problem"},
+        selection: {"fastattn.problem", "fastattn.advice"},
+    }.items():
+        assert {name for name in imports(check.__file__) if name and name.startswith("fastattn")} == needs, check
 
 
 # -- the tolerances ----------------------------------------------------------------------------------------------------
