@@ -235,6 +235,7 @@ def make_gradient_steps(shape: TileShape, of_keys: bool, apart: bool) -> Gradien
         return (sums, size, coarse) if shape.floating else (sums * LOG2_E, size * LOG2_E, coarse)
 
     def store_numbers(numbers_at, row, shift, rest, when):
+        """Store SHIFT and REST of a query, in lanes where `when` holds."""
         where = numbers_at + row * (NUMBERS * FLOAT)
         store_float(where + SHIFT * FLOAT, shift, when)
         store_float(where + REST * FLOAT, rest, when)
