@@ -31,41 +31,65 @@ SIZES: dict[str, int] = (
     | dict.fromkeys(("n_group", "topk_group"), 1)
     | dict.fromkeys(("max_position_embeddings", "n_positions", "max_source_positions", "max_target_positions"), 64)
     | dict.fromkeys(("n_ctx", "context_length", "max_seq_len"), 64)
-    | {"num_key_value_heads": 2, "num_experts_per_tok": 2, "vocab_size": 99, "qk_head_dim": 16, "index_topk": 64}
+    | {"num_key_value_heads": 2, "num_experts_per_tok": 2, "num_experts_per_token": 2, "vocab_size": 99, "qk_head_dim": 16, "index_topk": 64}
     | {"image_size": 32, "patch_size": 8, "type_vocab_size": 2, "first_k_dense_replace": 1, "emb_size": 32}
 )
+
+#: Where a model cannot be made so, or takes nothing: keys for every head, which latent attention has, and more layers.
+MANY_KEYS: dict[str, int] = {"num_key_value_heads": 4, "num_hidden_layers": 4, "attn_layer_period": 2} | {
+    "attn_layer_offset": 1,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+}
+
+#: What is a model's own.
+OWN: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "attention"]},
+}
 
 #: What must be small whatever else is.
 ONLY_FEW = ("layer", "depth", "vocab_size", "image_size")
 
+LEVELS = (0, 1, 2)
 LENGTH, BATCH = 12, 3
 
 
 def small_config(kind: str, level: int = 0) -> Any:
-    """Return the configuration of a kind of model, small; at a higher level fewer of its sizes are changed."""
+    """Return the configuration of a kind of model, small; at a higher level it is another, that may fit where this did not."""
     return CONFIG_MAPPING[kind](**_small(CONFIG_MAPPING[kind], level))
 
 
 def _small(config_class: Any, level: int) -> dict[str, Any]:
     default = config_class()
+    table = SIZES | MANY_KEYS if level == 1 else SIZES
     sizes: dict[str, Any] = {}
     for name, given in default.to_dict().items():
-        chosen = SIZES.get(name)
-        if chosen is not None and type(given) is int and (level == 0 or any(word in name for word in ONLY_FEW)):
+        chosen = 99 if "vocab_size" in name else table.get(name)
+        if chosen is not None and type(given) is int and (level < 2 or any(word in name for word in ONLY_FEW)):
             sizes[name] = min(chosen, given) if given > 0 else given
         if name.endswith("_token_id") and type(given) is int and given > 2:
             sizes[name] = {"bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}.get(name, 0)
         if name == "sliding_window" and type(given) is int:
             sizes[name] = 5
-        if name == "rope_parameters" and isinstance(given, dict) and "mrope_section" in given and level == 0:
+        if name == "rope_parameters" and isinstance(given, dict) and ("mrope_section" in given or level == 1):
             sizes[name] = given | {"mrope_section": [1, 1, 2]}
-    if level == 0 and "head_dim" in sizes and "num_attention_heads" in sizes:
-        sizes["head_dim"] = 8
+    if "num_hidden_layers" in sizes:
+        sizes["num_hidden_layers"] = max(sizes["num_hidden_layers"], _layers_of_all_types(default))
     for name in config_class.sub_configs:
         part = getattr(default, name, None)
         if isinstance(part, transformers.PreTrainedConfig):
             sizes[name] = _small(type(part), level) | {"model_type": part.model_type}
-    return sizes
+    return sizes | OWN.get(config_class.model_type, {})
+
+
+def _layers_of_all_types(config: Any) -> int:
+    """Return how many layers it takes for each type of layer that a model has, if it is not many."""
+    types = getattr(config, "layer_types", None) or [""]
+    layers = max(types.index(each) for each in set(types)) + 1
+    return layers if layers <= 8 else 0
 
 
 def classes(kind: str) -> list[str]:
@@ -158,7 +182,7 @@ def _size(config: Any) -> int:
     return int(size if isinstance(size, int) else size[0])
 
 
-def build(name: str, config: Any, implementation: Any, dtype: Any = torch.float64) -> Any:
+def build(name: str, config: Any, implementation: Any, dtype: Any = torch.float32) -> Any:
     """Return a model of a class, evaluating."""
     torch.manual_seed(0)
     model = getattr(transformers, name)._from_config(config, attn_implementation=implementation)

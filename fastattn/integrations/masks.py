@@ -1,10 +1,9 @@
-"""Masks that transformers' models carry from where they ask for one to attention, and that nothing else can read.
+"""Masks that say no more than they must, and that are eager's to everybody but fastattn's attention.
 
-A model asks twice: for a mask, once for all its layers, and then in each layer for attention. Some layers do not ask for
-attention, but compute it, from the mask that the model has: eager's would do, which is added to the scores. A mask that
-means something else, such as one that leaves causality to the kernel, or that is boolean, would silently be wrong there.
-So what a mask means is in its dtype, one of those that PyTorch stores and does not compute with, and what fails for it is
-retold in a sentence with the model's name.
+A model asks twice: for a mask, once for all its layers, and then in each layer for attention. Some models cut and extend
+the mask in between, and some layers do not ask for attention, but compute it, and add the mask to their scores. They
+were written for eager's, Lq x Lk numbers for each row of the batch. A mask that means something else, such as one that is
+boolean, or leaves causality to the kernel, would silently be wrong there.
 """
 
 from __future__ import annotations
@@ -12,62 +11,73 @@ from __future__ import annotations
 from typing import Any, TypeAlias
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 Tensor: TypeAlias = Any  # PyTorch's types are not known where it is not installed
 
-#: The dtype of a mask that says for each key, and perhaps for each query, whether it is looked at.
-VISIBLE = torch.bits8
-#: Of one that says for each key whether it is padding; that the last query stands at the last key, and that no query
-#: looks at the keys behind it, goes without saying.
-CAUSAL_PADDING = torch.bits4x2
-#: Of one that says only the latter.
-CAUSAL = torch.bits2x4
+#: What asks a tensor for its shape, dtype or device, or for itself there, and not for its numbers.
+LOOKS = frozenset(("__get__", "__getitem__", "__len__", "dim", "is_floating_point", "numel", "size", "stride", "to"))
 
 
 class Mask(torch.Tensor):
-    """A mask of one of these dtypes, which can be cut, repeated and moved, and which only `read` reads."""
+    """A mask of the shape and dtype of eager's, whose numbers are made when something computes with them.
 
-    model: str
+    As a tensor it holds not-a-number, once: what reads it by a way that is not foreseen here does not go unnoticed.
+    """
+
+    kept: Tensor | None  #: boolean, broadcasting to the mask, where a query may look at a key; None: everywhere
+    causal: bool  #: whether no query looks at the keys behind it, the last one standing at the last key
+    numbers: Tensor | None  #: eager's mask, once it has been made
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Do what PyTorch does with any dtype, and say whose code asks for more."""
-        try:
-            result = super().__torch_function__(function, types, args, kwargs or {})
-        except Exception as error:
-            raise ValueError(
-                f"{_model_of(args, kwargs)}: the model computes with the mask itself ({_name(function)}), and the one that "
-                'fastattn makes is for its own attention alone; expected another attn_implementation, such as "eager"'
-            ) from error
-        if isinstance(result, cls):
-            result.model = _model_of(args, kwargs)
-        return result
+        """Call a function of PyTorch with eager's mask, if it wants more than to look."""
+        kwargs = kwargs or {}
+        if getattr(function, "__name__", "") in LOOKS:
+            with torch._C.DisableTorchFunctionSubclass():
+                found = function(*args, **kwargs)
+            if not isinstance(found, torch.Tensor):
+                return found
+            if isinstance(args[0], cls) and args[0].numbers is None and _is_all_of(args[0], found):
+                return args[0]
+        args, kwargs = tree_map_only(cls, as_eager, (args, kwargs))
+        return function(*args, **kwargs)
 
 
-def written(mask: Tensor, meaning: torch.dtype, model: str) -> Mask:
-    """Return a boolean mask in one of the dtypes above."""
-    found = mask.contiguous().view(meaning).as_subclass(Mask)
-    found.model = model
-    return found
+def compact(kept: Tensor | None, causal: bool, shape: tuple[int, ...], dtype: Any, device: Any) -> Mask:
+    """Return a mask of eager's shape and dtype."""
+    mask = torch.full((), torch.nan, dtype=dtype, device=device).expand(shape).as_subclass(Mask)
+    mask.kept, mask.causal, mask.numbers = kept, causal, None
+    return mask
 
 
-def read(mask: Tensor | None) -> tuple[Tensor | None, bool]:
+def as_eager(mask: Mask) -> Tensor:
+    """Return the numbers that eager's attention adds to its scores: 0, or the lowest one.
+
+    They are made once. The mask is then that tensor, for whoever has it may write to it.
+    """
+    if mask.numbers is None:
+        queries, keys = mask.shape[-2:]
+        visible = torch.ones((queries, keys), dtype=torch.bool, device=mask.device)
+        visible = visible.tril(keys - queries) if mask.causal else visible
+        visible = visible if mask.kept is None else visible & mask.kept
+        numbers = torch.zeros(mask.shape, dtype=mask.dtype, device=mask.device)
+        mask.numbers = numbers.masked_fill(~visible, torch.finfo(mask.dtype).min)
+    return mask.numbers
+
+
+def read(mask: Tensor | None, queries: int, keys: int) -> tuple[Tensor | None, bool]:
     """Return a mask that attention takes, and whether the last query stands at the last key, causally."""
-    if mask is None or mask.dtype not in (VISIBLE, CAUSAL_PADDING, CAUSAL):
-        return mask, False
-    if mask.dtype == CAUSAL:
-        return None, True
-    return mask.as_subclass(torch.Tensor).view(torch.bool), mask.dtype == CAUSAL_PADDING
+    return _read(mask, queries, keys) if isinstance(mask, Mask) else (mask, False)
 
 
-def _model_of(args: Any, kwargs: Any) -> str:
-    """Return the name of the model whose mask is among the arguments of a function."""
-    for argument in (*args, *(kwargs or {}).values()):
-        for entry in argument if isinstance(argument, (list, tuple)) else (argument,):
-            if isinstance(entry, Mask):
-                return getattr(entry, "model", "a model")
-    return "a model"
+@torch.compiler.disable  # a compiled layer of a model that is not compiled comes here: a whole one has eager's masks
+def _read(mask: Mask, queries: int, keys: int) -> tuple[Tensor | None, bool]:
+    if mask.numbers is not None or mask.shape[-2:] != (queries, keys):
+        return as_eager(mask), False
+    return mask.kept, mask.causal
 
 
-def _name(function: Any) -> str:
-    return str(getattr(function, "__name__", function))
+def _is_all_of(mask: Mask, found: Tensor) -> bool:
+    """Whether what an index or a move made of a mask is that mask."""
+    return (found.shape, found.stride(), found.dtype, found.device) == (mask.shape, mask.stride(), mask.dtype, mask.device)

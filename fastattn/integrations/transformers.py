@@ -4,10 +4,9 @@ A model asks twice: for a mask, once for all its layers, and then in each layer 
 every query which keys it may look at, Lq x Lk booleans for each row of the batch. Where a mask is no more than padding,
 `padding_mask` returns that alone, one boolean for each key, and leaves causality to the kernel.
 
-Any model can be made with the name of any attention, also one whose layers compute attention themselves, from a mask
-that means something else than they think. A class of models whose layers all do so is refused when a model is made, see
-`fastattn.integrations.model_code`; where some do, no mask is one that they could compute with, see
-`fastattn.integrations.masks`.
+Any model can be made with the name of any attention, also one whose layers compute attention themselves, from the mask.
+A class of models whose layers all do so is refused when a model is made, see `fastattn.integrations.model_code`; where
+some do, or where the model computes with the mask, that is eager's to them, see `fastattn.integrations.masks`.
 """
 
 from __future__ import annotations
@@ -171,14 +170,20 @@ def attention(
 
     Raises
     ------
+    TypeError
+        If the model computes in half precision, and not under autocast.
     ValueError
         If the model passes what is not computed here.
     """
+    if query.dtype in (torch.float16, torch.bfloat16) and not torch.is_autocast_enabled("cpu"):
+        raise TypeError(
+            f"{type(module).__name__}: a query of {query.dtype}; expected a model in float32 or float64: model.float()"
+        )
     causal: bool | str = False
     if attention_mask is None:
         causal = query.shape[2] > 1 and bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     else:
-        attention_mask, to_the_end = masks.read(attention_mask)
+        attention_mask, to_the_end = masks.read(attention_mask, query.shape[2], key.shape[2])
         causal = "bottom-right" if to_the_end else False
     _refuse(module, others, query, key, attention_mask, sliding_window)
     if position_bias is not None:
@@ -189,7 +194,7 @@ def attention(
         return out.transpose(1, 2).contiguous(), weights
     grouped = query.shape[1] != key.shape[1]
     out, lse = attention_with_lse(query, key, value, attention_mask, dropout, causal, scaling, grouped)
-    if attention_mask is not None and not is_tracing(query):
+    if attention_mask is not None:
         out = _as_eager(out, lse, query, key, value, scaling)
     if s_aux is not None:
         out = out * torch.sigmoid(lse - s_aux[:, None].to(lse.dtype))[..., None]
@@ -210,7 +215,7 @@ def padding_mask(
     device: Any = "cpu",
     **others: Any,
 ) -> Tensor | None:
-    """Return the mask of a model's layers, as transformers' ``sdpa_mask`` does, but padding alone where that will do.
+    """Return the mask of a model's layers, as transformers' ``eager_mask`` does, but padding alone where that will do.
 
     It does where the mask is bidirectional, or causal with the last query at the last key, and nothing else is in it. A
     window, or a chunk, is nothing else where it is longer than the keys are.
@@ -224,8 +229,8 @@ allow_is_causal_skip, allow_is_bidirectional_skip, device, **others
     Returns
     -------
     torch.Tensor or None
-        Shape (B, 1, 1, Lk), of dtype `CAUSAL_PADDING` if causality is to be added and else boolean; or (B, 1, Lq, Lk),
-        boolean. None: no key is hidden, but by causality.
+        Shape (B, 1, Lq, Lk): a `fastattn.integrations.masks.Mask`, or eager's own while the model is traced, or where its
+        cache is made for that. None: nothing is hidden.
     """
     given = {
         "batch_size": batch_size,
@@ -241,22 +246,21 @@ allow_is_causal_skip, allow_is_bidirectional_skip, device, **others
     }
     if is_tracing(attention_mask) or not isinstance(q_offset, int):
         return eager_mask(**given, **others)
+    shape, dtype = (batch_size, 1, q_length, kv_length), others.get("dtype", torch.float32)
     plain = local_size is None or max(q_length, kv_length) < local_size
     causal = allow_is_causal_skip and (mask_function is causal_mask_function or local_size is not None)
     both_ways = allow_is_bidirectional_skip and (mask_function is bidirectional_mask_function or local_size is not None)
     at_the_end = q_offset + q_length == kv_offset + kv_length
-    model = type(others.get("config")).__name__.removesuffix("Config")
     if not plain or not (both_ways or (causal and at_the_end)):
-        mask = sdpa_mask(**given, allow_is_causal_skip=False, **others)
-        return None if mask is None else masks.written(mask, masks.VISIBLE, model)
+        visible = sdpa_mask(**given, allow_is_causal_skip=False, **others)
+        return None if visible is None else masks.compact(visible, False, shape, dtype, device)
     causal = not both_ways and q_length > 1
     kept = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if kept is not None:
-        kept = kept[:, kv_offset : kv_offset + kv_length].bool()
+        kept = kept[:, kv_offset : kv_offset + kv_length].bool()[:, None, None, :]
     if kept is None or kept.all():
-        kept = torch.ones((1, kv_length), dtype=torch.bool, device=device)
-        return masks.written(kept[:, None, None, :], masks.CAUSAL, model) if causal else None
-    return masks.written(kept[:, None, None, :], masks.CAUSAL_PADDING if causal else masks.VISIBLE, model)
+        return masks.compact(None, True, shape, dtype, device) if causal else None
+    return masks.compact(kept, causal, shape, dtype, device)
 
 
 def _refuse(
@@ -306,6 +310,9 @@ def _as_eager(out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tenso
     what padding computes, and what a model generates that was given its padding at the end.
     """
     blind = lse.detach() == -math.inf
+    if is_tracing(query):
+        means = value.mean(-2, keepdim=True).repeat_interleave(out.shape[1] // value.shape[1], 1)
+        return torch.where(blind[..., None], means, out)
     if not blind.any():
         return out
     groups = out.shape[1] // value.shape[1]
