@@ -10,6 +10,8 @@ import numba
 
 NEEDS = {
     "eager": ["torch"],
+    "masks": ["torch"],
+    "model_code": ["torch", "transformers"],
     "operators": ["torch"],
     "torch": ["torch"],
     "transformers": ["torch", "transformers"],

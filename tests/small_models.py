@@ -31,7 +31,14 @@ SIZES: dict[str, int] = (
     | dict.fromkeys(("n_group", "topk_group"), 1)
     | dict.fromkeys(("max_position_embeddings", "n_positions", "max_source_positions", "max_target_positions"), 64)
     | dict.fromkeys(("n_ctx", "context_length", "max_seq_len"), 64)
-    | {"num_key_value_heads": 2, "num_experts_per_tok": 2, "num_experts_per_token": 2, "vocab_size": 99, "qk_head_dim": 16, "index_topk": 64}
+    | {
+        "num_key_value_heads": 2,
+        "num_experts_per_tok": 2,
+        "num_experts_per_token": 2,
+        "vocab_size": 99,
+        "qk_head_dim": 16,
+        "index_topk": 64,
+    }
     | {"image_size": 32, "patch_size": 8, "type_vocab_size": 2, "first_k_dense_replace": 1, "emb_size": 32}
 )
 
@@ -58,7 +65,7 @@ LENGTH, BATCH = 12, 3
 
 
 def small_config(kind: str, level: int = 0) -> Any:
-    """Return the configuration of a kind of model, small; at a higher level it is another, that may fit where this did not."""
+    """Return the configuration of a kind of model, small. That of a higher level may fit where one did not."""
     return CONFIG_MAPPING[kind](**_small(CONFIG_MAPPING[kind], level))
 
 
@@ -213,7 +220,9 @@ def looked_at(tensor: Any, kept: Any | None) -> Any:
         there = frames[None] < (kept.sum(1, keepdim=True) * tensor.shape[1] / kept.shape[1] - 3)
     else:
         return tensor
-    return torch.where(there.reshape(*there.shape, *[1] * (tensor.ndim - 2)), tensor, torch.zeros((), dtype=tensor.dtype))
+    return torch.where(
+        there.reshape(*there.shape, *[1] * (tensor.ndim - 2)), tensor, torch.zeros((), dtype=tensor.dtype)
+    )
 
 
 def kinds() -> list[str]:

@@ -1,9 +1,9 @@
 """Try every class of models of transformers that can be made small: attn_implementation="fastattn" against "eager".
 
 Run it as ``python tests/transformers_survey.py``; it takes about an hour, each class in a process of its own. It writes
-the table of docs/integrations.md, between the markers ``<!-- models:begin -->`` and ``<!-- models:end -->``. ``--only bert
-gpt2`` tries some kinds of models, and prints what it found. With ``--out FILE`` what was found is kept, a line of JSON for
-each class, and a class that the file has is not tried again.
+the table of docs/integrations.md, between the markers ``<!-- models:begin -->`` and ``<!-- models:end -->``. ``--only
+bert gpt2`` tries some kinds of models, and prints what it found. With ``--out FILE`` what was found is kept, a line of
+JSON for each class, and a class that the file has is not tried again.
 """
 
 from __future__ import annotations
@@ -198,7 +198,9 @@ def table(found: Sequence[dict[str, Any]]) -> str:
     worst: dict[str, str] = {}
     for entry in found:
         before = worst.get(entry["kind"], "not built")
-        if entry["outcome"] != "not built" and (before == "not built" or order.index(before) < order.index(entry["outcome"])):
+        if entry["outcome"] != "not built" and (
+            before == "not built" or order.index(before) < order.index(entry["outcome"])
+        ):
             worst[entry["kind"]] = entry["outcome"]
         worst.setdefault(entry["kind"], "not built")
     lines = ["| | kinds of models | classes |", "|---|---|---|"]

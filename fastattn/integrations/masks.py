@@ -1,9 +1,9 @@
 """Masks that say no more than they must, and that are eager's to everybody but fastattn's attention.
 
-A model asks twice: for a mask, once for all its layers, and then in each layer for attention. Some models cut and extend
-the mask in between, and some layers do not ask for attention, but compute it, and add the mask to their scores. They
-were written for eager's, Lq x Lk numbers for each row of the batch. A mask that means something else, such as one that is
-boolean, or leaves causality to the kernel, would silently be wrong there.
+A model asks twice: for a mask, once for all its layers, and then in each layer for attention. Some models cut and
+extend the mask in between, and some layers do not ask for attention, but compute it, and add the mask to their scores.
+They were written for eager's, Lq x Lk numbers for each row of the batch. A mask that means something else, such as one
+that is boolean, or leaves causality to the kernel, would silently be wrong there.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ Tensor: TypeAlias = Any  # PyTorch's types are not known where it is not install
 LOOKS = frozenset(("__get__", "__getitem__", "__len__", "dim", "is_floating_point", "numel", "size", "stride", "to"))
 
 
-class Mask(torch.Tensor):
+class Mask(torch.Tensor):  # type: ignore[misc]  # PyTorch's types are not known here
     """A mask of the shape and dtype of eager's, whose numbers are made when something computes with them.
 
-    As a tensor it holds not-a-number, once: what reads it by a way that is not foreseen here does not go unnoticed.
+    What lies in its memory is one NaN: what reads that by a way that is not foreseen here does not go unnoticed.
     """
 
     kept: Tensor | None  #: boolean, broadcasting to the mask, where a query may look at a key; None: everywhere
@@ -46,7 +46,7 @@ class Mask(torch.Tensor):
 
 def compact(kept: Tensor | None, causal: bool, shape: tuple[int, ...], dtype: Any, device: Any) -> Mask:
     """Return a mask of eager's shape and dtype."""
-    mask = torch.full((), torch.nan, dtype=dtype, device=device).expand(shape).as_subclass(Mask)
+    mask: Mask = torch.full((), torch.nan, dtype=dtype, device=device).expand(shape).as_subclass(Mask)
     mask.kept, mask.causal, mask.numbers = kept, causal, None
     return mask
 
@@ -71,7 +71,7 @@ def read(mask: Tensor | None, queries: int, keys: int) -> tuple[Tensor | None, b
     return _read(mask, queries, keys) if isinstance(mask, Mask) else (mask, False)
 
 
-@torch.compiler.disable  # a compiled layer of a model that is not compiled comes here: a whole one has eager's masks
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled layer of a model that is not compiled comes here: a whole one has eager's masks
 def _read(mask: Mask, queries: int, keys: int) -> tuple[Tensor | None, bool]:
     if mask.numbers is not None or mask.shape[-2:] != (queries, keys):
         return as_eager(mask), False
@@ -80,4 +80,9 @@ def _read(mask: Mask, queries: int, keys: int) -> tuple[Tensor | None, bool]:
 
 def _is_all_of(mask: Mask, found: Tensor) -> bool:
     """Whether what an index or a move made of a mask is that mask."""
-    return (found.shape, found.stride(), found.dtype, found.device) == (mask.shape, mask.stride(), mask.dtype, mask.device)
+    return (found.shape, found.stride(), found.dtype, found.device) == (
+        mask.shape,
+        mask.stride(),
+        mask.dtype,
+        mask.device,
+    )

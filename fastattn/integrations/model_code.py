@@ -46,14 +46,14 @@ def refusal(model: type[Any], implementation: str) -> str | None:
     reaches = any("get_interface" in _names(function) for function, _ in functions)
     if asks and not reaches and any(_attends(owner) for _, owner in functions if owner is not None):
         return (
-            f"{model.__name__}: its layers compute attention themselves, and do not ask transformers' AttentionInterface "
-            f'for "{implementation}"; {instead}'
+            f"{model.__name__}: its layers compute attention themselves, and do not ask transformers' "
+            f'AttentionInterface for "{implementation}"; {instead}'
         )
     return None
 
 
 def _reached(model: type[Any]) -> tuple[list[tuple[Any, type[Any] | None]], list[dict[str, Any]]]:
-    """Return the functions of a model, each with the class it belongs to, and the tables that attention is chosen from."""
+    """Return the functions of a model, each with its class, and the tables that a class of attention is chosen from."""
     functions: list[tuple[Any, type[Any] | None]] = []
     tables: list[dict[str, Any]] = []
     seen: set[int] = set()

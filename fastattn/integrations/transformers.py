@@ -175,10 +175,6 @@ def attention(
     ValueError
         If the model passes what is not computed here.
     """
-    if query.dtype in (torch.float16, torch.bfloat16) and not torch.is_autocast_enabled("cpu"):
-        raise TypeError(
-            f"{type(module).__name__}: a query of {query.dtype}; expected a model in float32 or float64: model.float()"
-        )
     causal: bool | str = False
     if attention_mask is None:
         causal = query.shape[2] > 1 and bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
@@ -229,8 +225,8 @@ allow_is_causal_skip, allow_is_bidirectional_skip, device, **others
     Returns
     -------
     torch.Tensor or None
-        Shape (B, 1, Lq, Lk): a `fastattn.integrations.masks.Mask`, or eager's own while the model is traced, or where its
-        cache is made for that. None: nothing is hidden.
+        Shape (B, 1, Lq, Lk): a `fastattn.integrations.masks.Mask`, or eager's own while the model is traced, or where
+        its cache is made for that. None: nothing is hidden.
     """
     given = {
         "batch_size": batch_size,
@@ -264,15 +260,23 @@ allow_is_causal_skip, allow_is_bidirectional_skip, device, **others
 
 
 def _refuse(
-    module: Any, others: dict[str, Any], query: Tensor, key: Tensor, attention_mask: Tensor | None, sliding_window: int | None
+    module: Any,
+    others: dict[str, Any],
+    query: Tensor,
+    key: Tensor,
+    attention_mask: Tensor | None,
+    sliding_window: int | None,
 ) -> None:
     """Refuse what would change the result and is not computed.
 
     Raises
     ------
-    ValueError
-        With its name.
+    TypeError, ValueError
+        With the name of the layer's class, which has the model's, and of the option.
     """
+    layer = type(module).__name__
+    if query.dtype in (torch.float16, torch.bfloat16) and not torch.is_autocast_enabled("cpu"):
+        raise TypeError(f"{layer}: a query of {query.dtype}; expected a model in float32 or float64: model.float()")
     packed = [others.pop(name, None) for name in ("cu_seq_lens_q", "cu_seq_lens_k")]
     numbered = others.pop("seq_idx", None)
     whole = attention_mask is not None and attention_mask.shape[-2] == query.shape[2]
@@ -280,19 +284,19 @@ def _refuse(
         several = any(ends is not None and ends.numel() > 2 for ends in packed)
         if several or (numbered is not None and bool((numbered != numbered.flatten()[0]).any())):
             raise ValueError(
-                f"{type(module).__name__}: cu_seq_lens_q, cu_seq_lens_k, seq_idx: several sequences in one, and no mask that keeps them apart; "
-                "expected position_ids that begin anew with each sequence, from which transformers makes one"
+                f"{layer}: cu_seq_lens_q, cu_seq_lens_k, seq_idx: several sequences in one, and no mask that keeps "
+                "them apart; expected position_ids that begin anew with each sequence, which transformers makes one of"
             )
     for name, given in others.items():
         if given is not None and given is not False and name not in HARMLESS:
             raise ValueError(
-                f"{type(module).__name__}: {name}: the model passes it to attention, and fastattn does not compute it; expected None, or "
-                'another attn_implementation, such as "eager"'
+                f"{layer}: {name}: the model passes it to attention, and fastattn does not compute it; expected None, "
+                'or another attn_implementation, such as "eager"'
             )
     if sliding_window is not None and not whole and key.shape[2] > sliding_window:
         raise ValueError(
-            f"{type(module).__name__}: sliding_window: {sliding_window} with {key.shape[2]} keys and no mask that says so; expected a mask of "
-            f"{query.shape[2]} x {key.shape[2]}"
+            f"{layer}: sliding_window: {sliding_window} with {key.shape[2]} keys and no mask that says so; expected a "
+            f"mask of {query.shape[2]} x {key.shape[2]}"
         )
 
 
