@@ -217,6 +217,8 @@ def test_a_mask_is_eagers_to_what_computes_with_it(kept: Any, queries: int) -> N
         lambda given: torch.cat((given, given), -1),
         lambda given: given[:, :, -1:],
         lambda given: given[..., :3],
+        lambda given: given.mT,
+        lambda given: given[[1, 0]],
         lambda given: (given == 0) & (given > -1),
         lambda given: torch.nn.functional.pad(given, (1, 0), value=7.0),
         lambda given: given.to(torch.float64),
@@ -272,6 +274,24 @@ def test_a_query_that_may_look_at_no_key_gets_what_eager_has() -> None:
         torch.testing.assert_close(some, others)
     with torch.no_grad():
         torch.testing.assert_close(ours.attention(Layer(), *tensors, both_masks(KEPT[1].bool())[0])[0], wanted)
+
+
+def test_no_mask_and_nothing_said_of_causality_is_no_causality() -> None:
+    class Silent:
+        """A layer that says nothing, as those have it whose mask says everything."""
+
+    class Layer(Silent):
+        is_causal = True
+
+    value = torch.arange(5.0).reshape(1, 1, 5, 1)
+    zeros = torch.zeros(1, 1, 5, 4)
+    for layer, said, wanted in (
+        (Silent(), None, 2.0),
+        (Silent(), True, 0.0),
+        (Layer(), None, 0.0),
+        (Layer(), False, 2.0),
+    ):
+        assert ours.attention(layer, zeros, zeros, value, None, is_causal=said)[0][0, 0, 0, 0] == wanted
 
 
 def test_padding_does_not_keep_sequences_apart() -> None:

@@ -18,6 +18,9 @@ Tensor: TypeAlias = Any  # PyTorch's types are not known where it is not install
 #: What asks a tensor for its shape, dtype or device, or for itself there, and not for its numbers.
 LOOKS = frozenset(("__get__", "__getitem__", "__len__", "dim", "is_floating_point", "numel", "size", "stride", "to"))
 
+#: Of these, what may have the mask itself as its result.
+KEEP = frozenset(("__getitem__", "to"))
+
 
 class Mask(torch.Tensor):  # type: ignore[misc]  # PyTorch's types are not known here
     """A mask of the shape and dtype of eager's, whose numbers are made when something computes with them.
@@ -38,7 +41,7 @@ class Mask(torch.Tensor):  # type: ignore[misc]  # PyTorch's types are not known
                 found = function(*args, **kwargs)
             if not isinstance(found, torch.Tensor):
                 return found
-            if isinstance(args[0], cls) and args[0].numbers is None and _is_all_of(args[0], found):
+            if function.__name__ in KEEP and isinstance(args[0], cls) and _is_all_of(args[0], found):
                 return args[0]
         args, kwargs = tree_map_only(cls, as_eager, (args, kwargs))
         return function(*args, **kwargs)
@@ -79,7 +82,9 @@ def _read(mask: Mask, queries: int, keys: int) -> tuple[Tensor | None, bool]:
 
 
 def _is_all_of(mask: Mask, found: Tensor) -> bool:
-    """Whether what an index or a move made of a mask is that mask."""
+    """Whether what an index or a move made of a mask is that mask, as long as it has no numbers of its own."""
+    if mask.numbers is not None:
+        return False
     return (found.shape, found.stride(), found.dtype, found.device) == (
         mask.shape,
         mask.stride(),

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import create_recurrent_attention_mask
 
 __all__ = ["refusal"]
@@ -43,7 +43,7 @@ def refusal(model: type[Any], implementation: str) -> str | None:
             names = ", ".join(f'"{name}"' for name in table)
             return f'{model.__name__}: "{implementation}", and its attention is one of {names}; {instead}'
     asks = any(_asks_for_a_mask(function) for function, _ in functions)
-    reaches = any("get_interface" in _names(function) for function, _ in functions)
+    reaches = any(_asks_for_attention(function) for function, _ in functions)
     if asks and not reaches and any(_attends(owner) for _, owner in functions if owner is not None):
         return (
             f"{model.__name__}: its layers compute attention themselves, and do not ask transformers' "
@@ -124,6 +124,11 @@ def _named(function: Any) -> Iterator[Any]:
             yield entry
 
 
+def _asks_for_attention(function: Any) -> bool:
+    """Whether a function looks up the attention that its model was made with."""
+    return any(isinstance(function.__globals__.get(name), AttentionInterface) for name in _names(function))
+
+
 def _asks_for_a_mask(function: Any) -> bool:
     """Whether a function calls one of those that make a mask for attention."""
     named = (function.__globals__.get(name) for name in _names(function))
@@ -135,8 +140,14 @@ def _asks_for_a_mask(function: Any) -> bool:
     )
 
 
+def _parameters(function: Any) -> tuple[str, ...]:
+    code = function.__code__
+    parameters: tuple[str, ...] = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    return parameters
+
+
 def _attends(owner: type[Any]) -> bool:
     """Whether a class computes weights, and is given a mask."""
     functions = list(_functions(owner))
-    masked = any("mask" in name for function in functions for name in inspect.signature(function).parameters)
+    masked = any("mask" in name for function in functions for name in _parameters(function))
     return masked and any(SOFTMAX & _names(function) for function in functions)

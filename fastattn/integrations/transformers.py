@@ -72,9 +72,13 @@ def register(name: str = "fastattn") -> None:
 
     Notes
     -----
-    Outputs, gradients and what ``generate`` returns are those of "sdpa", to rounding. What a model passes that cannot
+    Outputs, gradients and what ``generate`` returns are those of "eager", to rounding. What a model passes that cannot
     be computed raises a ValueError: it is never ignored. ``output_attentions=True`` in a call of the model returns the
     weights, which PyTorch then computes.
+
+    A model whose layers compute attention themselves raises a ValueError with the name of its class when it is made.
+    For this, ``PreTrainedModel.get_correct_attn_implementation`` is replaced by one that asks the class as well, of
+    the names that are registered here alone.
 
     Raises
     ------
@@ -140,7 +144,7 @@ def attention(
     Parameters
     ----------
     module : torch.nn.Module
-        The layer; its ``is_causal`` counts where neither `is_causal` nor a mask is given.
+        The layer; its ``is_causal`` counts, if it has one, where neither `is_causal` nor a mask is given.
     query : torch.Tensor, shape (B, Hq, Lq, D)
     key : torch.Tensor, shape (B, Hk, Lk, D)
     value : torch.Tensor, shape (B, Hk, Lk, Dv)
@@ -177,7 +181,7 @@ def attention(
     """
     causal: bool | str = False
     if attention_mask is None:
-        causal = query.shape[2] > 1 and bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+        causal = query.shape[2] > 1 and bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
     else:
         attention_mask, to_the_end = masks.read(attention_mask, query.shape[2], key.shape[2])
         causal = "bottom-right" if to_the_end else False
