@@ -13,6 +13,8 @@ import pytest
 ROOT = Path(__file__).parent
 NEEDS = {
     "eager": ["torch"],
+    "masks": ["torch"],
+    "model_code": ["torch", "transformers"],
     "operators": ["torch"],
     "torch": ["torch"],
     "transformers": ["torch", "transformers"],

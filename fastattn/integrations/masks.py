@@ -1,0 +1,93 @@
+"""Masks that say no more than they must, and that are eager's to everybody but fastattn's attention.
+
+A model asks twice: for a mask, once for all its layers, and then in each layer for attention. Some models cut and
+extend the mask in between, and some layers do not ask for attention, but compute it, and add the mask to their scores.
+They were written for eager's, Lq x Lk numbers for each row of the batch. A mask that means something else, such as one
+that is boolean, or leaves causality to the kernel, would silently be wrong there.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+Tensor: TypeAlias = Any  # PyTorch's types are not known where it is not installed
+
+#: What asks a tensor for its shape, dtype or device, or for itself there, and not for its numbers.
+LOOKS = frozenset(("__get__", "__getitem__", "__len__", "dim", "is_floating_point", "numel", "size", "stride", "to"))
+
+#: Of these, what may have the mask itself as its result.
+KEEP = frozenset(("__getitem__", "to"))
+
+
+class Mask(torch.Tensor):  # type: ignore[misc]  # PyTorch's types are not known here
+    """A mask of the shape and dtype of eager's, whose numbers are made when something computes with them.
+
+    What lies in its memory is one NaN: what reads that by a way that is not foreseen here does not go unnoticed.
+    """
+
+    kept: Tensor | None  #: boolean, broadcasting to the mask, where a query may look at a key; None: everywhere
+    causal: bool  #: whether no query looks at the keys behind it, the last one standing at the last key
+    numbers: Tensor | None  #: eager's mask, once it has been made
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call a function of PyTorch with eager's mask, if it wants more than to look."""
+        kwargs = kwargs or {}
+        if getattr(function, "__name__", "") in LOOKS:
+            with torch._C.DisableTorchFunctionSubclass():
+                found = function(*args, **kwargs)
+            if not isinstance(found, torch.Tensor):
+                return found
+            if function.__name__ in KEEP and isinstance(args[0], cls) and _is_all_of(args[0], found):
+                return args[0]
+        args, kwargs = tree_map_only(cls, as_eager, (args, kwargs))
+        return function(*args, **kwargs)
+
+
+def compact(kept: Tensor | None, causal: bool, shape: tuple[int, ...], dtype: Any, device: Any) -> Mask:
+    """Return a mask of eager's shape and dtype."""
+    mask: Mask = torch.full((), torch.nan, dtype=dtype, device=device).expand(shape).as_subclass(Mask)
+    mask.kept, mask.causal, mask.numbers = kept, causal, None
+    return mask
+
+
+def as_eager(mask: Mask) -> Tensor:
+    """Return the numbers that eager's attention adds to its scores: 0, or the lowest one.
+
+    They are made once. The mask is then that tensor, for whoever has it may write to it.
+    """
+    if mask.numbers is None:
+        queries, keys = mask.shape[-2:]
+        visible = torch.ones((queries, keys), dtype=torch.bool, device=mask.device)
+        visible = visible.tril(keys - queries) if mask.causal else visible
+        visible = visible if mask.kept is None else visible & mask.kept
+        numbers = torch.zeros(mask.shape, dtype=mask.dtype, device=mask.device)
+        mask.numbers = numbers.masked_fill(~visible, torch.finfo(mask.dtype).min)
+    return mask.numbers
+
+
+def read(mask: Tensor | None, queries: int, keys: int) -> tuple[Tensor | None, bool]:
+    """Return a mask that attention takes, and whether the last query stands at the last key, causally."""
+    return _read(mask, queries, keys) if isinstance(mask, Mask) else (mask, False)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled layer of a model that is not compiled comes here: a whole one has eager's masks
+def _read(mask: Mask, queries: int, keys: int) -> tuple[Tensor | None, bool]:
+    if mask.numbers is not None or mask.shape[-2:] != (queries, keys):
+        return as_eager(mask), False
+    return mask.kept, mask.causal
+
+
+def _is_all_of(mask: Mask, found: Tensor) -> bool:
+    """Whether what an index or a move made of a mask is that mask, as long as it has no numbers of its own."""
+    if mask.numbers is not None:
+        return False
+    return (found.shape, found.stride(), found.dtype, found.device) == (
+        mask.shape,
+        mask.stride(),
+        mask.dtype,
+        mask.device,
+    )
