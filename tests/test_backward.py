@@ -443,3 +443,21 @@ def test_a_scale_need_not_be_a_number_of_float32(
     found = gradients(grad_out, query, key, value, mask, scale=scale, grad_mask=with_mask)
     wanted = tolerances.expected_gradients(grad_out, query, key, value, mask, scale=scale)
     tolerances.check_gradients(found, (query, key, value, mask), *wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("features", [0, 3, 40])
+def test_values_without_features_have_no_gradients_but_0(dtype: Any, backend: str, mask: bool, features: int) -> None:
+    """Whatever the memory that is worked in has been left with."""
+    rng = np.random.default_rng(9)
+    before = rng.standard_normal((2, 600, 64)).astype(dtype)
+    gradients(before, before, before, before)
+    query, key = (rng.standard_normal((2, n, features)).astype(dtype) for n in (70, 300))
+    value, grad_out = np.zeros((2, 300, 0), dtype), np.zeros((2, 70, 0), dtype)
+    bias = rng.standard_normal((70, 300)).astype(dtype) if mask else None
+    out, lse = fastattn.attention(query, key, value, bias, return_lse=True)
+    found = fastattn.attention_backward(grad_out, query, key, value, out, lse, bias, grad_mask=mask, backend=backend)
+    for gradient in found:
+        np.testing.assert_array_equal(gradient, 0)
