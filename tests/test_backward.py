@@ -445,6 +445,24 @@ def test_a_scale_need_not_be_a_number_of_float32(
     tolerances.check_gradients(found, (query, key, value, mask), *wanted)
 
 
+@pytest.mark.parametrize("scale", [1e300, -1.7e308])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_largest_scales_make_nothing_infinite(scale: float, masked: bool) -> None:
+    """Scores of 0 are 0 under any scale, however large the queries: in every function."""
+    query, key = np.full((3, 2), 1e10, np.float32), np.zeros((4, 2), np.float32)
+    value, grad_out = np.eye(4, dtype=np.float32), np.ones((3, 4), np.float32)
+    mask = np.zeros((3, 4), np.float32) if masked else None
+    out, lse = fastattn.attention(query, key, value, mask, scale=scale, return_lse=True)
+    np.testing.assert_array_equal(out, 0.25)
+    np.testing.assert_allclose(lse, np.log(4), rtol=1e-6)
+    grads = fastattn.attention_backward(grad_out, query, key, value, out, lse, mask, scale=scale)
+    for gradient, wanted in zip(grads, (0, 0, 0.75), strict=True):
+        np.testing.assert_array_equal(gradient, wanted)
+    np.testing.assert_array_equal(fastattn.attention_weights(query, key, mask, scale=scale, lse=lse), 0.25)
+    summary = fastattn.attention_summary(query, key, mask, scale=scale)
+    np.testing.assert_allclose(summary.entropy, np.log(4), rtol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("mask", [False, True])
