@@ -15,7 +15,7 @@ from fastattn.cpu.pool import get_num_threads, threads_of_call
 from fastattn.cuda.detect import any_on_device
 from fastattn.problem import Problem, as_operands, check_backend, check_flag, check_out, describe
 from fastattn.seeds import Rng, seed_from
-from fastattn.widening import exceeds_float32, in_float64, narrowed
+from fastattn.widening import exceeds_float32, in_float64, narrowed, scale_in_float64
 
 BACKENDS = ("cpu", "reference")  # of everything
 ATTENTION_BACKENDS = ("cpu", "cuda", "reference")  # of attention, which CUDA has kernels for
@@ -173,9 +173,11 @@ def _on_cpu(
     return_weights = check_flag("return_weights", return_weights)
     seed = seed_from(rng, problem.dropout_p > 0)
     if exceeds_float32(problem):
+        checked = check_out(out, problem)
+        target = np.empty(problem.out_shape, problem.dtype) if checked is None else checked
+        scale = scale_in_float64(problem)
         wide = (*in_float64(*arrays[:3], mask=arrays[3]), dropout_p, is_causal, scale, enable_gqa)
         results = attention(*wide, return_lse=True, return_weights=return_weights, rng=seed, backend="cpu")
-        target = target_for(check_out(out, problem), problem, ())
         return _rounded(*results, target=target, return_lse=return_lse)
     target = target_for(check_out(out, problem), problem, arrays)
     threads = get_num_threads() if plain is None else plain[-1]

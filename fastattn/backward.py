@@ -15,7 +15,7 @@ from fastattn.cpu.pool import get_num_threads
 from fastattn.gradients import as_given, describe_upstream, own_dtype, seed_of_forward, wants_mask
 from fastattn.problem import as_additive_operands, as_operands, check_backend, describe, describe_additive
 from fastattn.seeds import Rng
-from fastattn.widening import exceeds_float32, in_float64, narrowed
+from fastattn.widening import exceeds_float32, in_float64, narrowed, scale_in_float64
 
 __all__ = ["additive_attention_backward", "attention_backward"]
 
@@ -135,7 +135,9 @@ def _on_cpu(
     seed = seed_of_forward(rng, problem)
     if exceeds_float32(problem):
         *wide, mask = in_float64(*arrays[:3], mask=arrays[3])
-        given: Any = (grad_out, *wide, out, lse, mask, dropout_p, is_causal, scale, enable_gqa)
+        scale = scale_in_float64(problem)
+        rounded = upstream.lse.reshape(problem.lse_shape)
+        given: Any = (grad_out, *wide, out, rounded, mask, dropout_p, is_causal, scale, enable_gqa)
         gradients = attention_backward(*given, rng=seed, grad_lse=grad_lse, grad_mask=with_mask, backend="cpu")
         return (*map(narrowed, gradients[:3]), *gradients[3:])
     shapes = arrays[1].shape, arrays[2].shape

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastattn.problem import Array, Problem, Shape, as_upstream, check_flag, split_shape
-from fastattn.rounding import coarser
+from fastattn.rounding import coarser, unsaturated
 from fastattn.seeds import seed_from
 
 __all__ = [
@@ -73,13 +73,14 @@ def describe_upstream(
         array = as_upstream(name, given, problem.dtype, problem.lse_shape, "the log-sum-exp")
         return array.reshape(*rows, queries)
 
-    return Upstream(
+    upstream = Upstream(
         result("grad_out", grad_out),
         result("out", out),
         sums("lse", lse),
         None if grad_lse is None else sums("grad_lse", grad_lse),
         coarser(lse, problem.dtype),
     )
+    return upstream._replace(lse=unsaturated(upstream.lse, upstream.rounded))
 
 
 def seed_of_forward(rng: object, problem: Problem) -> int:

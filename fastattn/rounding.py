@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["coarser", "is_of_these_keys", "is_precise", "limit_of", "saturated", "slack"]
+__all__ = ["coarser", "is_of_these_keys", "is_precise", "limit_of", "saturated", "slack", "unsaturated"]
 
 #: Below this magnitude a rounded lse costs half of the error that gradients are promised to have (docs/training.md),
 #: or less: half a unit in the last place of the lse, and another where it is converted to base 2.
@@ -26,9 +26,9 @@ PRECISE = {"float32": 128.0, "float64": 2048.0}
 
 
 def coarser(given: ArrayLike, dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """Return the less precise one of two dtypes: of what was given, if that is a floating array, and of a call."""
-    own = given.dtype if isinstance(given, np.ndarray) and given.dtype.kind == "f" else dtype
-    return own if np.finfo(own).eps > np.finfo(dtype).eps else dtype
+    """Return the less precise one of two dtypes: of what was given, if that has a floating one, and of a call."""
+    own = given.dtype if isinstance(given, np.ndarray) else np.asarray(given).dtype
+    return own if own.kind == "f" and np.finfo(own).eps > np.finfo(dtype).eps else dtype
 
 
 def limit_of(dtype: np.dtype[Any], rounded: np.dtype[Any]) -> float:
@@ -62,3 +62,13 @@ def saturated(values: Any, dtype: np.dtype[Any]) -> Any:
     if np.finfo(values.dtype).max <= limit:
         return values
     return np.where(np.isinf(values), values, np.clip(values, -limit, limit))
+
+
+def unsaturated(lse: NDArray[Any], rounded: np.dtype[Any]) -> NDArray[Any]:
+    """Return log-sum-exps with the lowest of their own dtype in place of the lowest of what they were `rounded` to.
+
+    Having been saturated, that one may stand for any number below.
+    """
+    if rounded == lse.dtype:
+        return lse
+    return np.where(lse == -np.finfo(rounded).max, -np.finfo(lse.dtype).max, lse)

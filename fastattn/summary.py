@@ -14,7 +14,7 @@ from fastattn.cpu.builtin import in_default_mode
 from fastattn.cpu.pool import get_num_threads
 from fastattn.problem import Operands, Problem, check_backend
 from fastattn.reference import AttentionSummary
-from fastattn.rounding import coarser, is_of_these_keys, is_precise, limit_of, slack
+from fastattn.rounding import coarser, is_of_these_keys, is_precise, limit_of, saturated, slack
 from fastattn.selection import (
     Choice,
     Selection,
@@ -27,7 +27,7 @@ from fastattn.selection import (
     part,
     take,
 )
-from fastattn.widening import exceeds_float32, in_float64, narrowed
+from fastattn.widening import exceeds_float32, in_float64, narrowed, scale_in_float64
 
 __all__ = ["AttentionSummary", "attention_summary", "attention_weights"]
 
@@ -122,8 +122,9 @@ def _weights_on_cpu(
 ) -> Array:
     problem, operands = describe_scores(query, key, attn_mask, is_causal, scale, enable_gqa)
     if exceeds_float32(problem):
-        wide = (*_in_float64(query, key, attn_mask), is_causal, scale, enable_gqa)
-        return narrowed(attention_weights(*wide, rows=rows, columns=columns, lse=lse, backend="cpu"))
+        wide = (*_in_float64(query, key, attn_mask), is_causal, scale_in_float64(problem), enable_gqa)
+        given = None if lse is None else check_lse(lse, problem)
+        return narrowed(attention_weights(*wide, rows=rows, columns=columns, lse=given, backend="cpu"))
     chosen, keys = as_selection("rows", rows, problem.queries), as_selection("columns", columns, problem.keys)
     threads = get_num_threads()
     smaller, pieces = part(problem, operands, chosen, keys)
@@ -151,7 +152,7 @@ def _sums_from(
         own_m, own_l = _sums(problem, operands, as_selection("rows", np.asarray(rows)[some], problem.queries), threads)
         with np.errstate(all="ignore"):
             unit = statistics.unit_of(problem)
-            own = own_m.astype(np.float64) * unit + np.log(own_l.astype(np.float64))
+            own = saturated(own_m.astype(np.float64) * unit + np.log(own_l.astype(np.float64)), rounded)
             given = lse[places].astype(np.float64)
             known = lost[places] & is_of_these_keys(given, own, slack(rounded, problem.head_dim))
         m[places], l[places] = np.where(known, own_m, m[places]), np.where(known, own_l, l[places])
@@ -261,7 +262,7 @@ def _summary_on_cpu(
 ) -> AttentionSummary:
     problem, operands = describe_scores(query, key, attn_mask, is_causal, scale, enable_gqa)
     if exceeds_float32(problem):
-        wide = (*_in_float64(query, key, attn_mask), is_causal, scale, enable_gqa)
+        wide = (*_in_float64(query, key, attn_mask), is_causal, scale_in_float64(problem), enable_gqa)
         found = attention_summary(*wide, top_k=top_k, backend="cpu")
         weights, indices, entropy, lse, received = found
         return AttentionSummary(

@@ -2,7 +2,8 @@
 
 A kernel multiplies queries by the scale, as a number of their dtype. That of float32 has room for scales of any use.
 But 1e39 is infinite there, and 1e-60 is 0, where queries of 1e-19 and keys of 1e38 make scores of usual size of them.
-In float64 there is room for all finite scales, and for their products with numbers of float32.
+In float64 there is room for all finite scales, and for the products of all but the very largest with numbers of
+float32.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from fastattn.problem import FLOAT64, Problem
 from fastattn.rounding import saturated
 
-__all__ = ["exceeds_float32", "in_float64", "narrowed"]
+__all__ = ["exceeds_float32", "in_float64", "narrowed", "scale_in_float64"]
 
 Array = NDArray[Any]
 
@@ -23,6 +24,9 @@ FLOAT32 = np.dtype(np.float32)
 
 #: Magnitudes of a scale that float32 holds with all their digits, and that leave room for queries of up to 1e28.
 LEAST, MOST = 2.0**-125, 2.0**32
+
+#: From here on every score, or gradient, that is not 0 is beyond float32; what it is made of is still within float64.
+BEYOND_ALL = 2.0**700
 
 
 def exceeds_float32(problem: Problem) -> bool:
@@ -34,6 +38,11 @@ def in_float64(*operands: Array, mask: Array | None) -> tuple[Any, ...]:
     """Return the arrays of a call in float64; its mask as float32 has it, with no finite number beyond its range."""
     of_float32 = mask if mask is None or mask.dtype.kind == "b" else saturated(mask, FLOAT32)
     return (*(array.astype(FLOAT64) for array in operands), of_float32)
+
+
+def scale_in_float64(problem: Problem) -> float:
+    """Return the scale of a call in float64, in whose products with numbers of float32 nothing becomes infinite."""
+    return min(max(problem.scale, -BEYOND_ALL), BEYOND_ALL)
 
 
 def narrowed(array: Array, within: bool = False) -> Array:

@@ -443,3 +443,39 @@ def test_a_scale_need_not_be_a_number_of_float32(
     found = gradients(grad_out, query, key, value, mask, scale=scale, grad_mask=with_mask)
     wanted = tolerances.expected_gradients(grad_out, query, key, value, mask, scale=scale)
     tolerances.check_gradients(found, (query, key, value, mask), *wanted)
+
+
+@pytest.mark.parametrize("scale", [1e300, -1.7e308])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_largest_scales_make_nothing_infinite(scale: float, masked: bool) -> None:
+    """Scores of 0 are 0 under any scale, however large the queries: in every function."""
+    query, key = np.full((3, 2), 1e10, np.float32), np.zeros((4, 2), np.float32)
+    value, grad_out = np.eye(4, dtype=np.float32), np.ones((3, 4), np.float32)
+    mask = np.zeros((3, 4), np.float32) if masked else None
+    out, lse = fastattn.attention(query, key, value, mask, scale=scale, return_lse=True)
+    np.testing.assert_array_equal(out, 0.25)
+    np.testing.assert_allclose(lse, np.log(4), rtol=1e-6)
+    grads = fastattn.attention_backward(grad_out, query, key, value, out, lse, mask, scale=scale)
+    for gradient, wanted in zip(grads, (0, 0, 0.75), strict=True):
+        np.testing.assert_array_equal(gradient, wanted)
+    np.testing.assert_array_equal(fastattn.attention_weights(query, key, mask, scale=scale, lse=lse), 0.25)
+    summary = fastattn.attention_summary(query, key, mask, scale=scale)
+    np.testing.assert_allclose(summary.entropy, np.log(4), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("features", [0, 3, 40])
+def test_values_without_features_have_no_gradients_but_0(dtype: Any, backend: str, mask: bool, features: int) -> None:
+    """Whatever the memory that is worked in has been left with."""
+    rng = np.random.default_rng(9)
+    before = rng.standard_normal((2, 600, 64)).astype(dtype)
+    gradients(before, before, before, before)
+    query, key = (rng.standard_normal((2, n, features)).astype(dtype) for n in (70, 300))
+    value, grad_out = np.zeros((2, 300, 0), dtype), np.zeros((2, 70, 0), dtype)
+    bias = rng.standard_normal((70, 300)).astype(dtype) if mask else None
+    out, lse = fastattn.attention(query, key, value, bias, return_lse=True)
+    found = fastattn.attention_backward(grad_out, query, key, value, out, lse, bias, grad_mask=mask, backend=backend)
+    for gradient in found:
+        np.testing.assert_array_equal(gradient, 0)

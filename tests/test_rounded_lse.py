@@ -373,3 +373,54 @@ def test_a_log_sum_exp_of_a_lesser_dtype_than_its_call(backend: str) -> None:
         tolerances.check_promise(found, exact_gradients(grad_out, *args, scores)[:3], np.float64)
         weights = fastattn.attention_weights(*args[:2], mask, scale=1.0, lse=lse.astype(np.float32), backend=backend)
         np.testing.assert_allclose(weights, softmax(scores), rtol=1e-12)
+
+
+@every_backend
+@pytest.mark.parametrize("kind", ["array", "list", "tensor"])
+def test_a_lesser_log_sum_exp_may_come_as_anything(kind: str, backend: str) -> None:
+    """In a list of NumPy's numbers, and in a tensor, it is as coarse as in an array."""
+    grad_out, *args = exact_inputs(20, 300, np.float64)
+    out, lse = fastattn.attention(*args, scale=1.0, return_lse=True)
+    coarse: Any = lse.astype(np.float32)
+    if kind == "list":
+        coarse = list(coarse)
+    elif kind == "tensor":
+        coarse = pytest.importorskip("torch").from_numpy(coarse)
+    found = fastattn.attention_backward(grad_out, *args, out, coarse, scale=1.0, backend=backend)
+    scores = args[0] @ args[1].T
+    tolerances.check_promise(found, exact_gradients(grad_out, *args, scores)[:3], np.float64)
+    weights = fastattn.attention_weights(*args[:2], scale=1.0, lse=coarse, backend=backend)
+    np.testing.assert_allclose(weights, softmax(scores), rtol=1e-12)
+
+
+LOWEST = float(np.finfo(np.float32).min)
+
+
+@every_backend
+@pytest.mark.parametrize(
+    ("scale", "query", "mask"),
+    [(1.0, -1e18, LOWEST), (1e39, -1.0, None), (1e39, -1.0, 0.0), (1e39, -1.0, True), (-1e39, 1.0, LOWEST)],
+)
+def test_a_log_sum_exp_that_was_saturated(scale: float, query: float, mask: Any, backend: str) -> None:
+    """The lowest number of a dtype stands for any below: it is no sum over more keys than these."""
+    queries, keys = np.full((1, 1), query, np.float32), np.full((4, 1), abs(query), np.float32)
+    masks = () if mask is None else (np.full((1, 4), mask, np.bool_ if mask is True else np.float32),)
+    values, grad_out = np.ones((4, 1), np.float32), np.ones((1, 1), np.float32)
+    found = gradients(grad_out, queries, keys, values, *masks, scale=scale, backend=backend)
+    np.testing.assert_array_equal(found[2], 0.25)
+    _, lse = fastattn.attention(queries, keys, values, *masks, scale=scale, return_lse=True, backend=backend)
+    assert lse == LOWEST
+    weights = fastattn.attention_weights(queries, keys, *masks, scale=scale, lse=lse, backend=backend)
+    np.testing.assert_array_equal(weights, 0.25)
+
+
+def test_a_log_sum_exp_in_a_list_is_no_more_precise_than_its_call() -> None:
+    """Not even where the call is computed in float64 for the sake of its scale."""
+    query, key, value = np.full((1, 1), 1e-19, np.float32), np.full((9, 1), 1e-17, np.float32), np.eye(9, dtype="f")
+    out, lse = fastattn.attention(query, key, value, scale=1e39, return_lse=True)
+    assert 1000 < lse < 1010
+    arrays = np.ones((1, 9), np.float32), query, key, value, out
+    for one in (lse, lse.tolist()):
+        np.testing.assert_allclose(fastattn.attention_backward(*arrays, one, scale=1e39)[2], 1 / 9, rtol=1e-6)
+        weights = fastattn.attention_weights(query, key, scale=1e39, lse=one)
+        np.testing.assert_allclose(weights, 1 / 9, rtol=1e-6)

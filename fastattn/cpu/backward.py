@@ -197,8 +197,9 @@ def find_deltas(tile, plan, grad_out, out, lse, grad_lse, present, deltas, scrat
     for offset in range(0, present * tile.itemsize, tile.itemsize):
         delta = 0.0
         if load_element(tile, lse + offset) != MINUS_INFINITY:
-            row = offset * tile.width
-            delta = row_product(tile, grads + row, outs + row, panel, plan.value_dim, scratch + plan.work_at) * 1.0
+            if plan.value_dim > 0:  # without values there are no panels
+                row = offset * tile.width
+                delta = row_product(tile, grads + row, outs + row, panel, plan.value_dim, scratch + plan.work_at) * 1.0
             if grad_lse != 0:
                 delta -= load_element(tile, grad_lse + offset)
         store_element(tile, deltas + offset, delta)

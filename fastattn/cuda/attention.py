@@ -42,6 +42,7 @@ from fastattn.problem import (
     describe,
 )
 from fastattn.seeds import seed_from
+from fastattn.widening import scale_in_float64
 
 REMEMBERED = 256  # plans
 ALIGNMENT = 16  # bytes: what a kernel may ask of where arrays begin
@@ -326,7 +327,9 @@ def mask_of(call: Call) -> Any:
 
 def scale_of(call: Call, base_2: bool = False) -> Any:
     """The scale in the type of the arithmetic, with a factor log2(e) where scores are in base 2."""
-    return call.real(call.problem.scale * (LOG2_E if base_2 else 1.0))
+    problem = call.problem
+    scale = problem.scale if problem.dtype == np.float64 else scale_in_float64(problem)
+    return call.real(scale * (LOG2_E if base_2 else 1.0))
 
 
 def plan_of(call: Call, kind: str, choose: Callable[[Facts], Choice], out: Given) -> Plan:

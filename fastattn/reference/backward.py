@@ -29,7 +29,6 @@ from fastattn.problem import (
     describe_additive,
 )
 from fastattn.reference.forward import SUM_ELEMENTS, kept_weights, scores_of, visibility, weighted_sum, weights_from
-from fastattn.rounding import slack
 from fastattn.seeds import Rng
 
 __all__ = ["Gradients", "additive_attention_backward", "attention_backward", "differentiate"]
@@ -150,7 +149,7 @@ def differentiate(
     wide = scores.dtype
     grad_out, out, lse = (array.astype(wide) for array in upstream[:3])
     visible = visible & (lse != -np.inf)[..., None]
-    weights = np.where(visible, weights_from(scores, lse, slack(upstream.rounded, problem.head_dim)), 0)
+    weights = np.where(visible, weights_from(scores, lse, upstream.rounded, problem.head_dim), 0)
     kept: Any = kept_weights(problem, seed) * problem.keep_scale if problem.dropout_p > 0 else 1
     row_sums = (grad_out * out).sum(axis=-1)
     if upstream.grad_lse is not None:

@@ -218,9 +218,7 @@ def attention_weights(
             weights = evaluate(problem, operands)[2]
         else:
             scores = scores_of(problem, operands, visibility(problem, operands.mask)).reshape(problem.weights_shape)
-            weights = weights_from(
-                scores, check_lse(lse, problem), slack(coarser(lse, problem.dtype), problem.head_dim)
-            )
+            weights = weights_from(scores, check_lse(lse, problem), coarser(lse, problem.dtype), problem.head_dim)
     result: NDArray[Any] = weights.astype(problem.dtype)[..., positions(chosen)[:, None], positions(keys)]
     return result
 
@@ -350,8 +348,8 @@ def softmax(scores: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
     return np.where(total == 0, 0, powers / total), (highest + np.log(total))[..., 0]
 
 
-def weights_from(scores: NDArray[Any], lse: NDArray[Any], slack: float) -> NDArray[Any]:
-    """Return exp(scores - lse) for a rounded lse, which may be that of more keys than these.
+def weights_from(scores: NDArray[Any], lse: NDArray[Any], rounded: np.dtype[Any], features: int) -> NDArray[Any]:
+    """Return exp(scores - lse) for an lse `rounded` to a dtype, which may be that of more keys than these.
 
     Where it is not, the weights are the softmax itself, of which nothing is lost to the rounding.
     """
@@ -359,7 +357,8 @@ def weights_from(scores: NDArray[Any], lse: NDArray[Any], slack: float) -> NDArr
     given = lse.astype(scores.dtype)
     # of a sum of exp(score) no score takes more than all of it
     taken = np.minimum(np.exp(scores - np.where(given == -np.inf, np.inf, given)[..., None]), 1)
-    return np.where(is_of_these_keys(given, own, slack)[..., None], weights, taken)
+    whole = is_of_these_keys(given, saturated(own, rounded), slack(rounded, features))
+    return np.where(whole[..., None], weights, taken)
 
 
 def scores_of(

@@ -97,6 +97,19 @@ def test_scores_beyond_float32_are_told_apart() -> None:
     assert grad_value.tolist() == [[0, 0], [1, 1]]
 
 
+@pytest.mark.parametrize("scale", [1e300, -1.7e308])
+def test_the_largest_scales_make_nothing_infinite(scale: float) -> None:
+    """Scores of 0 are 0 under any scale, however large the queries."""
+    query, key, value = np.full((3, 2), 1e10, np.float32), np.zeros((4, 2), np.float32), np.eye(4, dtype=np.float32)
+    out, lse, weights = attention(query, key, value, scale=scale, return_lse=True, return_weights=True)
+    np.testing.assert_array_equal(out, weights)
+    np.testing.assert_allclose(weights, np.full((3, 4), 0.25), rtol=1e-6)
+    np.testing.assert_allclose(lse, np.log(4), rtol=1e-6)
+    gradients = attention_backward(np.ones((3, 4), np.float32), query, key, value, out, lse, scale=scale)
+    np.testing.assert_allclose(gradients[2], np.full((4, 4), 0.75), rtol=1e-6)
+    assert all(np.isfinite(gradient).all() for gradient in gradients)
+
+
 def test_a_float64_mask_saturates_beside_an_extreme_scale() -> None:
     query, key, value = np.zeros((5, 2), np.float32), np.zeros((6, 2), np.float32), np.eye(6, dtype=np.float32)
     mask = np.full((5, 6), -1e300)
