@@ -234,7 +234,8 @@ def differentiate(tile, plan, scores, grads, count, hidden, natural, start, delt
         if tile.masked and plan.drop_below > 0:
             grad = grad * plan.keep_scale - delta
         grad = weight * grad
-        if hidden:
+        if hidden:  # 0, also beside an lse of NaN
+            weight = where_greater(lowest(tile), score, 0.0, weight)
             grad = where_greater(lowest(tile), score, 0.0, grad)
         tile_store(weight, scores, 0)
         tile_store(grad, grads, 0)
