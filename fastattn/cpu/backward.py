@@ -42,6 +42,7 @@ from fastattn.cpu.panels import (
 from fastattn.cpu.softmax import MINUS_INFINITY, exp2
 from fastattn.cpu.sums import any_has_lost, find_sums, hide_keys, load_sums, relate
 from fastattn.simd import (
+    all_finite,
     jit,
     load_element,
     load_i64,
@@ -244,6 +245,19 @@ def differentiate(tile, plan, scores, grads, count, hidden, natural, start, delt
 
 
 @jit
+def hide_from_empty(tile, plan, scores, count, start):
+    """Scores of -inf for queries that look at nothing: a query of 0 and a key that is not finite have made NaN."""
+    for _ in range(count):
+        score = tile_load(tile.single, scores, 0)
+        if plan.unit == 1.0:
+            score = where_greater(lowest(tile), start, MINUS_INFINITY, score)
+        else:
+            score = where_greater(start, -lowest(tile), MINUS_INFINITY, score)
+        tile_store(score, scores, 0)
+        scores += tile.row_bytes
+
+
+@jit
 def whole_tiles(tile, count):
     """`count`, rounded up to the rows of whole tiles."""
     return (count + tile.rows - 1) // tile.rows * tile.rows
@@ -278,6 +292,9 @@ def weigh(tile, call, plan, number, s, first_query, first_key, offset, mask, los
     if tile.masked and plan.drop_below > 0:
         drop(tile, plan, call.seed, grads, count, number, first_query, first_key)
     hide_keys(tile, plan, weights, count, safe, first_query, first_key, mask, scratch)
+    if not all_finite(start):
+        hide_from_empty(tile, plan, weights, count, start)
+        safe = 0
     natural = plan.unit != 1.0 and not lost
     if lost:
         relate(tile, plan, weights, count, s, scratch)
