@@ -479,3 +479,21 @@ def test_values_without_features_have_no_gradients_but_0(dtype: Any, backend: st
     found = fastattn.attention_backward(grad_out, query, key, value, out, lse, bias, grad_mask=mask, backend=backend)
     for gradient in found:
         np.testing.assert_array_equal(gradient, 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["bool", "float"])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_row_of_nan_does_not_reach_keys_that_it_may_not_look_at(dtype: Any, kind: str, backend: str) -> None:
+    rng = np.random.default_rng(10)
+    grad_out, query, key, value = (rng.standard_normal((n, 4)).astype(dtype) for n in (70, 70, 300, 300))
+    visible = rng.random((70, 300)) < 0.01
+    visible[5, 7] = True
+    key[7, 0] = np.nan
+    mask = visible if kind == "bool" else np.where(visible, 0, -np.inf).astype(dtype)
+    out, lse = fastattn.attention(query, key, value, mask, return_lse=True)
+    assert np.isnan(lse[5])
+    _, grad_key, grad_value = fastattn.attention_backward(grad_out, query, key, value, out, lse, mask, backend=backend)
+    reached = visible[np.isnan(lse)].any(axis=0)
+    for gradient in (grad_key, grad_value):
+        np.testing.assert_array_equal(np.isnan(gradient).any(axis=-1), reached)

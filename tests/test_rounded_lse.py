@@ -424,3 +424,25 @@ def test_a_log_sum_exp_in_a_list_is_no_more_precise_than_its_call() -> None:
         np.testing.assert_allclose(fastattn.attention_backward(*arrays, one, scale=1e39)[2], 1 / 9, rtol=1e-6)
         weights = fastattn.attention_weights(query, key, scale=1e39, lse=one)
         np.testing.assert_allclose(weights, 1 / 9, rtol=1e-6)
+
+
+@every_backend
+@every_dtype
+@pytest.mark.parametrize("kind", ["none", "bool", "float"])
+def test_a_row_whose_scores_are_all_minus_infinity_is_empty(dtype: Any, kind: str, backend: str) -> None:
+    """Beside rows that have something, large or not, whatever its keys and values are."""
+    grad_out, query, key, value = exact_inputs(70, 300, dtype)
+    query[:, 0], query[3, 0] = 1, -1
+    key[:, 1:], key[0] = 0, [np.inf, *[0] * 7]
+    visible = np.ones((70, 300), bool)
+    visible[3, 1:] = visible[:3, 0] = visible[4:, 0] = False
+    mask: Any = visible if kind == "bool" else np.where(visible, -1e4, -np.inf).astype(dtype)
+    if kind == "none":
+        query, grad_out, mask, key, value = query[3:4], grad_out[3:4], None, key[:1], value[:1]
+    value[0] = np.inf
+    found = gradients(grad_out, query, key, value, *(() if mask is None else (mask,)), backend=backend)
+    at = 0 if kind == "none" else 3
+    np.testing.assert_array_equal(found[0][at], 0)
+    for gradient in found:
+        assert np.isfinite(gradient).all()
+    np.testing.assert_array_equal(found[2][0], 0)

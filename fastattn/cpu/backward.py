@@ -42,6 +42,7 @@ from fastattn.cpu.panels import (
 from fastattn.cpu.softmax import MINUS_INFINITY, exp2
 from fastattn.cpu.sums import any_has_lost, find_sums, hide_keys, load_sums, relate
 from fastattn.simd import (
+    all_finite,
     jit,
     load_element,
     load_i64,
@@ -234,12 +235,26 @@ def differentiate(tile, plan, scores, grads, count, hidden, natural, start, delt
         if tile.masked and plan.drop_below > 0:
             grad = grad * plan.keep_scale - delta
         grad = weight * grad
-        if hidden:
+        if hidden:  # 0, also beside an lse of NaN
+            weight = where_greater(lowest(tile), score, 0.0, weight)
             grad = where_greater(lowest(tile), score, 0.0, grad)
         tile_store(weight, scores, 0)
         tile_store(grad, grads, 0)
         scores += tile.row_bytes
         grads += tile.row_bytes
+
+
+@jit
+def hide_from_empty(tile, plan, scores, count, start):
+    """Scores of -inf for queries that look at nothing: a query of 0 and a key that is not finite have made NaN."""
+    for _ in range(count):
+        score = tile_load(tile.single, scores, 0)
+        if plan.unit == 1.0:
+            score = where_greater(lowest(tile), start, MINUS_INFINITY, score)
+        else:
+            score = where_greater(start, -lowest(tile), MINUS_INFINITY, score)
+        tile_store(score, scores, 0)
+        scores += tile.row_bytes
 
 
 @jit
@@ -277,6 +292,9 @@ def weigh(tile, call, plan, number, s, first_query, first_key, offset, mask, los
     if tile.masked and plan.drop_below > 0:
         drop(tile, plan, call.seed, grads, count, number, first_query, first_key)
     hide_keys(tile, plan, weights, count, safe, first_query, first_key, mask, scratch)
+    if not all_finite(start):
+        hide_from_empty(tile, plan, weights, count, start)
+        safe = 0
     natural = plan.unit != 1.0 and not lost
     if lost:
         relate(tile, plan, weights, count, s, scratch)
