@@ -122,7 +122,7 @@ def _weights_on_cpu(
 ) -> Array:
     problem, operands = describe_scores(query, key, attn_mask, is_causal, scale, enable_gqa)
     if exceeds_float32(problem):
-        wide = (*_in_float64(query, key, attn_mask), is_causal, scale_in_float64(problem), enable_gqa)
+        wide = (*in_float64(query, key, mask=attn_mask), is_causal, scale_in_float64(problem), enable_gqa)
         given = None if lse is None else check_lse(lse, problem)
         return narrowed(attention_weights(*wide, rows=rows, columns=columns, lse=given, backend="cpu"))
     chosen, keys = as_selection("rows", rows, problem.queries), as_selection("columns", columns, problem.keys)
@@ -262,14 +262,10 @@ def _summary_on_cpu(
 ) -> AttentionSummary:
     problem, operands = describe_scores(query, key, attn_mask, is_causal, scale, enable_gqa)
     if exceeds_float32(problem):
-        wide = (*_in_float64(query, key, attn_mask), is_causal, scale_in_float64(problem), enable_gqa)
+        wide = (*in_float64(query, key, mask=attn_mask), is_causal, scale_in_float64(problem), enable_gqa)
         found = attention_summary(*wide, top_k=top_k, backend="cpu")
         weights, indices, entropy, lse, received = found
         return AttentionSummary(
             narrowed(weights), indices, narrowed(entropy), narrowed(lse, within=True), narrowed(received)
         )
     return AttentionSummary(*statistics.summarise(problem, operands, get_num_threads(), check_top_k(top_k)))
-
-
-def _in_float64(query: ArrayLike, key: ArrayLike, mask: ArrayLike | None) -> tuple[Any, ...]:
-    return in_float64(np.asarray(query), np.asarray(key), mask=None if mask is None else np.asarray(mask))

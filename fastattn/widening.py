@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from fastattn.problem import FLOAT64, Problem
 from fastattn.rounding import saturated
@@ -34,10 +34,12 @@ def exceeds_float32(problem: Problem) -> bool:
     return problem.dtype == np.float32 and problem.scale != 0 and not LEAST <= abs(problem.scale) <= MOST
 
 
-def in_float64(*operands: Array, mask: Array | None) -> tuple[Any, ...]:
+def in_float64(*operands: ArrayLike, mask: ArrayLike | None) -> tuple[Any, ...]:
     """Return the arrays of a call in float64; its mask as float32 has it, with no finite number beyond its range."""
-    of_float32 = mask if mask is None or mask.dtype.kind == "b" else saturated(mask, FLOAT32)
-    return (*(array.astype(FLOAT64) for array in operands), of_float32)
+    of_float32 = None if mask is None else np.asarray(mask)
+    if of_float32 is not None and of_float32.dtype.kind != "b":
+        of_float32 = saturated(of_float32, FLOAT32)
+    return (*(np.asarray(array).astype(FLOAT64) for array in operands), of_float32)
 
 
 def scale_in_float64(problem: Problem) -> float:

@@ -45,7 +45,7 @@ def gradients(
     grad_lse: Array | None = None,
 ) -> Dense:
     """Return the gradients where the call has these scores; `factors` are dropout's, of the weights."""
-    wide: Any = np.longdouble if scores.dtype == np.float64 else np.float64
+    wide: Any = np.float64 if scores.dtype.itemsize <= 4 else np.longdouble
     grad_out, query, key, value, scores = (array.astype(wide) for array in (grad_out, query, key, value, scores))
     weights = softmax(scores)
     kept = weights * factors

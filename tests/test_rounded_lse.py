@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import tolerances
+from dense import gradients as gradients_of
+from dense import softmax
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -30,23 +32,9 @@ def wide(array: Array) -> Array:
     return array.astype(np.float64 if array.dtype == np.float32 else np.longdouble)
 
 
-def softmax(scores: Array) -> Array:
-    powers: Array = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    return powers / powers.sum(axis=-1, keepdims=True)
-
-
 def exact_gradients(grad_out: Array, query: Array, key: Array, value: Array, scores: Array) -> tuple[Array, ...]:
     """The derivative of softmax(scores) value by query, key, value and scores = query · keyᵀ + mask."""
-    grad_out, query, key, value = (wide(array) for array in (grad_out, query, key, value))
-    weights = softmax(wide(scores))
-    grads = grad_out @ value.swapaxes(-1, -2)
-    grad_scores = weights * (grads - (weights * grads).sum(axis=-1, keepdims=True))
-    return (
-        grad_scores @ key,
-        grad_scores.swapaxes(-1, -2) @ query,
-        weights.swapaxes(-1, -2) @ grad_out,
-        grad_scores,
-    )
+    return gradients_of(grad_out, query, key, value, scores, 1.0)[:4]
 
 
 def exact_inputs(queries: int, keys: int, dtype: Any, seed: int = 0) -> tuple[Array, ...]:
