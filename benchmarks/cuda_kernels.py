@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastattn.problem import Problem
+from fastattn.call.problem import Problem
 
 ROOT = Path(__file__).parents[1]
 
@@ -46,7 +46,7 @@ class Kernel(NamedTuple):
     ----------
     name : str
     factory, spec : object
-        As `fastattn.cuda.compile` takes them.
+        As `fastattn.cuda.host.compile` takes them.
     argument_types : tuple
         Numba's.
     options : dict
@@ -100,8 +100,8 @@ def kernels() -> dict[str, Kernel]:
 
 def on_tensor_cores() -> Iterator[Kernel]:
     """The kernels of halves, forward and backward."""
-    from fastattn.cuda import portable, tensor_cores
-    from fastattn.cuda import tensor_cores_backward as backward
+    from fastattn.cuda.kernels import portable, tensor_cores
+    from fastattn.cuda.kernels import tensor_cores_backward as backward
 
     types: Any = portable.argument_types
     kinds = (("bfloat16", "none"), ("float16", "none"), ("bfloat16", "bool"), ("bfloat16", "float32"))
@@ -126,7 +126,7 @@ def on_tensor_cores() -> Iterator[Kernel]:
 
 def for_few_queries() -> Iterator[Kernel]:
     """The kernels that share the keys of few queries among blocks."""
-    from fastattn.cuda import decode
+    from fastattn.cuda.kernels import decode
 
     for storage, rows, features in (("bfloat16", 1, 128), ("bfloat16", 8, 128), ("float32", 1, 64)):
         spec = decode.decode_for(storage, "none", False, True, rows, 16384, features)
@@ -140,7 +140,8 @@ def for_few_queries() -> Iterator[Kernel]:
 
 def portable_ones() -> Iterator[Kernel]:
     """The kernels of any storage type for any GPU."""
-    from fastattn.cuda import backward, choice, portable, portable_backward
+    from fastattn.cuda.host import backward, choice
+    from fastattn.cuda.kernels import portable, portable_backward
 
     for storage, width in (("float32", 64), ("float32", 128), ("bfloat16", 64), ("float64", 64)):
         real = np.dtype(np.float64 if storage == "float64" else np.float32)
@@ -177,7 +178,7 @@ def tool(name: str) -> str | None:
 
 def compile_here(names: Sequence[str], capability: tuple[int, int]) -> dict[str, Any]:
     """The PTX of kernels, and what of them is needed besides; a process compiles for one capability."""
-    from fastattn.cuda.compile import ptx
+    from fastattn.cuda.host.compile import ptx
 
     made = {}
     for name, kernel in kernels().items():

@@ -12,12 +12,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastattn.arguments import Parser, number, output_file
 from fastattn.bench import report
 from fastattn.bench.cases import CASES, select
 from fastattn.bench.host import this_host
 from fastattn.bench.measure import Effort, measure
-from fastattn.terminal import Progress, Style
+from fastattn.console.arguments import Parser, number, output_file
+from fastattn.console.terminal import Progress, Style
 
 ROOT = Path(__file__).parents[1]
 

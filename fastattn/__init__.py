@@ -1,12 +1,12 @@
 """Exact attention for NumPy at the speed of the hardware."""
 
-from fastattn.additive import additive_attention
-from fastattn.api import attention
-from fastattn.backward import additive_attention_backward, attention_backward
-from fastattn.cpu.pool import get_num_threads, num_threads, set_num_threads
-from fastattn.cpu.warmup import warmup
+from fastattn.api.additive import additive_attention
+from fastattn.api.attention import attention
+from fastattn.api.backward import additive_attention_backward, attention_backward
+from fastattn.api.weights import AttentionSummary, attention_summary, attention_weights
+from fastattn.cpu.host.pool import get_num_threads, num_threads, set_num_threads
+from fastattn.cpu.host.warmup import warmup
 from fastattn.layers import BahdanauAttention, LuongAttention, MultiHeadAttention, rotary, sinusoidal_positions
-from fastattn.summary import AttentionSummary, attention_summary, attention_weights
 
 __all__ = [
     "AttentionSummary",

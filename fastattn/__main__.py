@@ -20,14 +20,14 @@ from pathlib import Path
 import numpy as np
 
 import fastattn
-from fastattn import isa
-from fastattn.api import ATTENTION_BACKENDS
-from fastattn.arguments import Parser, program
-from fastattn.cpu import processors
-from fastattn.cpu.kernels import cache_folder
+from fastattn.api.backends import ATTENTION_BACKENDS
+from fastattn.console.arguments import Parser, program
+from fastattn.console.terminal import Progress, Style, UserError, printable, wrap
+from fastattn.cpu.host import processors
 from fastattn.demo import cli
 from fastattn.guide import cli as guide
-from fastattn.terminal import Progress, Style, UserError, printable, wrap
+from fastattn.machine import table as isa
+from fastattn.machine.libraries import cache_folder
 
 __all__ = ["main"]
 
@@ -174,7 +174,7 @@ def _backend(name: str) -> str:
 def _cuda() -> str:
     """The GPU, its driver, and the kernels that calls get there."""
     from fastattn.cuda.available import device, versions
-    from fastattn.cuda.choice import said
+    from fastattn.cuda.host.choice import said
 
     found = device()
     capability = ".".join(map(str, found.capability))

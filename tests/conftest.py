@@ -17,9 +17,13 @@ from hypothesis import HealthCheck, settings
 from numba import config
 
 import fastattn
-from fastattn import additive, api, isa
-from fastattn.cpu import additive_gradients, gradients, kernels
-from fastattn.cpu import attention as cpu
+from fastattn.api import additive
+from fastattn.api import attention as api
+from fastattn.cpu.host import additive_backward as additive_gradients
+from fastattn.cpu.host import backward as gradients
+from fastattn.cpu.host import forward as cpu
+from fastattn.machine import libraries as kernels
+from fastattn.machine import table as isa
 
 # the modules that tests share, strategies and tolerances: pytest's importlib mode leaves sys.path alone
 sys.path.insert(0, str(Path(__file__).parent))

@@ -12,11 +12,13 @@ import pytest
 from llvmlite import binding as llvm
 
 import fastattn
-from fastattn import additive, api, machine
-from fastattn.cpu import attention as cpu
-from fastattn.cpu import gradients
-from fastattn.cpu.kernels import Library
-from fastattn.isa import host
+from fastattn.api import additive
+from fastattn.api import attention as api
+from fastattn.cpu.host import backward as gradients
+from fastattn.cpu.host import forward as cpu
+from fastattn.machine import loading as machine
+from fastattn.machine.libraries import Library
+from fastattn.machine.table import host
 
 # What the control register holds. On x86-64 its lowest bits, exceptions that have occurred, are no part of the mode.
 RAISED = 0x3F

@@ -20,13 +20,14 @@ from numba import cuda
 from numpy.typing import NDArray
 from tolerances import Expected, check_lse, check_out, expected, largest
 
-from fastattn.cuda import tensor_cores
-from fastattn.cuda.compile import kernel, launch
-from fastattn.cuda.elements import LOG2_E
+from fastattn.call.arrays import as_operands
+from fastattn.call.shapes import describe
 from fastattn.cuda.emulated import from_halves, to_halves
-from fastattn.cuda.fragments import TileShape
-from fastattn.cuda.plan import KEY, MASK, OUT, QUERY, VALUE, make_table
-from fastattn.problem import as_operands, describe
+from fastattn.cuda.host.compile import kernel, launch
+from fastattn.cuda.kernels import tensor_cores
+from fastattn.cuda.kernels.elements import LOG2_E
+from fastattn.cuda.kernels.fragments import TileShape
+from fastattn.cuda.kernels.plan import KEY, MASK, OUT, QUERY, VALUE, make_table
 
 Array = NDArray[Any]
 

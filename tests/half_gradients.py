@@ -17,17 +17,17 @@ from numba import cuda
 from tolerances import expected_gradients, folded
 
 from fastattn import reference
-from fastattn.cuda import tensor_cores_backward as tensor_cores
-from fastattn.cuda.backward import members_of
-from fastattn.cuda.compile import kernel, launch
-from fastattn.cuda.elements import LOG2_E
+from fastattn.call.rounding import slack
+from fastattn.call.shapes import describe, split_shape
+from fastattn.call.upstream import Upstream
 from fastattn.cuda.emulated import from_halves
-from fastattn.cuda.fragments import TileShape
-from fastattn.cuda.plan import DELTA, GRAD_OUT, KEY, LSE, MASK, NUMBERS, QUERY, VALUE, make_table
-from fastattn.cuda.tensor_cores import block_of, grid_of
-from fastattn.gradients import Upstream
-from fastattn.problem import describe, split_shape
-from fastattn.rounding import slack
+from fastattn.cuda.host.backward import members_of
+from fastattn.cuda.host.compile import kernel, launch
+from fastattn.cuda.kernels import tensor_cores_backward as tensor_cores
+from fastattn.cuda.kernels.elements import LOG2_E
+from fastattn.cuda.kernels.fragments import TileShape
+from fastattn.cuda.kernels.plan import DELTA, GRAD_OUT, KEY, LSE, MASK, NUMBERS, QUERY, VALUE, make_table
+from fastattn.cuda.kernels.tensor_cores import block_of, grid_of
 
 Array = np.ndarray[Any, Any]
 

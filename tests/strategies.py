@@ -13,7 +13,7 @@ import numpy as np
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from fastattn.problem import describe
+from fastattn.call.shapes import describe
 
 Array = NDArray[Any]
 

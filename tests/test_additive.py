@@ -29,9 +29,12 @@ from strategies import (
 )
 
 import fastattn
-from fastattn import BahdanauAttention, additive_attention, isa, reference
-from fastattn.cpu import catalogue, kernels, plan, pool
-from fastattn.problem import describe_additive
+from fastattn import BahdanauAttention, additive_attention, reference
+from fastattn.call.shapes import describe_additive
+from fastattn.cpu.host import plan, pool
+from fastattn.cpu.kernels import catalogue
+from fastattn.machine import libraries as kernels
+from fastattn.machine import table as isa
 
 Array = np.ndarray[Any, Any]
 ANY_DTYPE = pytest.mark.parametrize("dtype", [np.float32, np.float64])

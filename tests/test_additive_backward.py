@@ -18,10 +18,15 @@ from strategies import SEEDS, Call, causal, laid_out, layouts, numbers, random_m
 from test_additive import ANY_DTYPE, additive_calls, inputs
 
 import fastattn
-from fastattn import additive_attention, additive_attention_backward, isa, reference
-from fastattn.cpu import additive_gradients, catalogue, kernels, pool
-from fastattn.gradients import describe_upstream, folded
-from fastattn.problem import as_additive_operands, describe_additive
+from fastattn import additive_attention, additive_attention_backward, reference
+from fastattn.call.arrays import as_additive_operands
+from fastattn.call.shapes import describe_additive
+from fastattn.call.upstream import describe_upstream, folded
+from fastattn.cpu.host import additive_backward as additive_gradients
+from fastattn.cpu.host import pool
+from fastattn.cpu.kernels import catalogue
+from fastattn.machine import libraries as kernels
+from fastattn.machine import table as isa
 from fastattn.reference.backward import differentiate
 
 Array = np.ndarray[Any, Any]

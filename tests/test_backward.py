@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from strategies import LAYOUTS, Call, calls, laid_out, numbers, random_mask
 
 import fastattn
-from fastattn import isa, reference
-from fastattn.cpu import gradients as cpu
-from fastattn.cpu import kernels
+from fastattn import reference
+from fastattn.cpu.host import backward as cpu
+from fastattn.machine import libraries as kernels
+from fastattn.machine import table as isa
 
 Array = np.ndarray[Any, Any]
 Arrays = tuple[Array, ...]
@@ -312,7 +313,7 @@ def test_the_same_bits_however_the_work_is_split(
 ) -> None:
     shapes = [(2, 4, 300, 32), (2, 4, 300, 32), (2, 2, 700, 32), (2, 2, 700, 32), (1, 4, 1, 700)]
     arguments = inputs(*shapes, dtype=dtype)
-    monkeypatch.setattr("fastattn.cpu.pool.WORTH_SHARING", 0)
+    monkeypatch.setattr("fastattn.cpu.host.pool.WORTH_SHARING", 0)
     found = []
     for threads, state, flops in (
         (1, 1 << 30, 1e30),

@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 
 import fastattn
-from fastattn import arguments
 from fastattn.bench import chart, main, measure, peers, report
 from fastattn.bench.cases import CASES, GROUPS, QUICK, Case, select
 from fastattn.bench.host import Host, this_host
 from fastattn.bench.measure import Effort, Result
 from fastattn.bench.peers import ENGINES, OURS, Call, Engine, Unavailable
-from fastattn.terminal import Style
+from fastattn.console import arguments
+from fastattn.console.terminal import Style
 
 ROOT = Path(__file__).parents[1]
 SMALL = Case("small", 1, 2, 48, 16)

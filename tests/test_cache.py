@@ -13,8 +13,9 @@ from pathlib import Path
 import processes
 import pytest
 
-from fastattn import isa
-from fastattn.cpu import digest, kernels
+from fastattn.machine import digest
+from fastattn.machine import libraries as kernels
+from fastattn.machine import table as isa
 
 CALL = """
 import sys
@@ -59,7 +60,7 @@ def test_a_small_call_compiles_one_kernel(filled: Path) -> None:
 
 
 def test_threads_add_the_scheduler(filled: Path) -> None:
-    code = "from fastattn.cpu import pool\npool.WORTH_SHARING = pool.WORTH_WAKING = 0\n" + CALL
+    code = "from fastattn.cpu.host import pool\npool.WORTH_SHARING = pool.WORTH_WAKING = 0\n" + CALL
     assert processes.run(code, FASTATTN_CACHE_DIR=str(filled), FASTATTN_NUM_THREADS="2") == "right\n"
     assert [name.partition("-")[0] for name in names(filled)] == ["forward", "schedule", "signature"]
 
@@ -102,7 +103,7 @@ def test_an_edited_kernel_is_compiled_again(filled: Path, tmp_path: Path) -> Non
     before = names(filled)
     assert processes.run(CALL + NO_NUMBA, tmp_path, FASTATTN_CACHE_DIR=str(filled)) == "right\n"
     assert names(filled) == before, "the same sources elsewhere are the same kernels"
-    softmax = copy / "cpu" / "softmax.py"
+    softmax = copy / "cpu" / "kernels" / "softmax.py"
     text = softmax.read_text()
     # a constant of the module, which Numba by itself does not watch
     softmax.write_text(text + "\nNEAREST_32 = DOWN_32 = (1.0, 0.0)\n")
@@ -130,13 +131,18 @@ def imported_by(module: str, found: dict[str, Path]) -> dict[str, Path]:
 
 def test_every_module_that_takes_part_is_in_the_name(tmp_path: Path) -> None:
     """All that compiling imports, except the ISA table, of which the row is in the name."""
-    modules = imported_by("fastattn.cpu.catalogue", {})
-    del modules["fastattn.isa"]
-    assert {"fastattn.simd", "fastattn.build", "fastattn.cpu.softmax", "fastattn.cpu.claim"} <= set(modules)
+    modules = imported_by("fastattn.cpu.kernels.catalogue", {})
+    del modules["fastattn.machine.table"]
+    assert {
+        "fastattn.simd",
+        "fastattn.machine.building",
+        "fastattn.cpu.kernels.softmax",
+        "fastattn.cpu.kernels.schedule",
+    } <= set(modules)
     shutil.copytree(processes.PACKAGE, tmp_path / "fastattn", ignore=shutil.ignore_patterns("__pycache__"))
     code = f"""
 from pathlib import Path
-from fastattn.cpu.kernels import _source_digest
+from fastattn.machine.libraries import _source_digest
 digests = [_source_digest.__wrapped__()]
 for path in {[str(path) for path in modules.values()]}:
     path = Path({str(tmp_path)!r}, path)
@@ -171,7 +177,7 @@ def test_versions_are_in_the_name(monkeypatch: pytest.MonkeyPatch, package: str)
 
 def test_the_same_kernels_without_assertions() -> None:
     """`python -O` finds what `python` has compiled: what is compiled has no assertion that only one of them keeps."""
-    for path in imported_by("fastattn.cpu.catalogue", {}).values():
+    for path in imported_by("fastattn.cpu.kernels.catalogue", {}).values():
         for node in ast.walk(ast.parse((processes.PACKAGE.parent / path).read_text())):
             assert not isinstance(node, ast.Assert), f"{path}:{node.lineno}"
             assert not (isinstance(node, ast.Name) and node.id == "__debug__"), f"{path}:{node.lineno}"
@@ -202,7 +208,7 @@ def test_a_tree_of_pyc_files_is_never_stale(sources: Path, tmp_path: Path) -> No
     archive = shutil.make_archive(str(tmp_path / "tree"), "zip", processes.compiled(sources, tmp_path / "elsewhere"))
     assert processes.run(CALL + NO_NUMBA, Path(archive), FASTATTN_CACHE_DIR=str(cache)) == "right\n"
     assert names(cache) == before, "the same code elsewhere is the same kernels"
-    softmax = sources / "cpu" / "softmax.py"
+    softmax = sources / "cpu" / "kernels" / "softmax.py"
     softmax.write_text(softmax.read_text() + "\nNEAREST_32 = DOWN_32 = (1.0, 0.0)\n")
     edited = processes.compiled(sources, tmp_path / "edited")
     assert processes.run(CALL, edited, FASTATTN_CACHE_DIR=str(cache)) == "wrong\n"
@@ -222,7 +228,7 @@ def test_code_has_the_same_name_in_every_process(sources: Path, tmp_path: Path) 
     """Whatever Python's hashes and its optimisation are; and another one than its sources."""
     tree = processes.compiled(sources, tmp_path / "tree", optimize=2)
     archive = Path(shutil.make_archive(str(tmp_path / "code"), "zip", tree))
-    code = "from fastattn.cpu import kernels\nprint(kernels._source_digest().hex())"
+    code = "from fastattn.machine import libraries\nprint(libraries._source_digest().hex())"
     found = {
         processes.run(code, root, PYTHONHASHSEED=seed, PYTHONOPTIMIZE=level)
         for root, seed, level in [(tree, "1", None), (tree, "2", "2"), (archive, "3", None)]
@@ -248,7 +254,7 @@ def test_code_is_known_by_what_it_does() -> None:
     ]
     found = {written(source.replace(*change)) for change in [("", ""), *others]}
     assert len(found) == 1 + len(others)
-    code = f"from fastattn.cpu import digest\nprint(digest._written(compile({source!r}, 'b.py', 'exec')))"
+    code = f"from fastattn.machine import digest\nprint(digest._written(compile({source!r}, 'b.py', 'exec')))"
     assert {processes.run(code, PYTHONHASHSEED=seed) for seed in "123"} == {written(source) + "\n"}
 
 
@@ -268,8 +274,8 @@ def test_a_version_without_metadata_is_asked_of_the_package(monkeypatch: pytest.
 def test_processes_fill_it_at_once(tmp_path: Path) -> None:
     code = """
 import sys
-from fastattn.cpu.kernels import library
-from fastattn.cpu import catalogue
+from fastattn.machine.libraries import library
+from fastattn.cpu.kernels import catalogue
 print("ready", flush=True)
 sys.stdin.readline()
 library("schedule")
@@ -319,8 +325,8 @@ def test_a_read_only_folder_is_read(filled: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_a_relative_folder_stays_where_it_was(filled: Path) -> None:
     relative = os.path.relpath(filled, processes.PACKAGE.parent)
-    code = CALL.replace("arrays =", "fastattn.cpu.kernels.cache_folder()\nos.chdir('/')\narrays =", 1)
-    code = "import os\n" + code.replace("import fastattn", "import fastattn.cpu.kernels", 1)
+    code = CALL.replace("arrays =", "fastattn.machine.libraries.cache_folder()\nos.chdir('/')\narrays =", 1)
+    code = "import os\n" + code.replace("import fastattn", "import fastattn.machine.libraries", 1)
     assert processes.run(code + NO_NUMBA, FASTATTN_CACHE_DIR=relative) == "right\n"
 
 
@@ -385,7 +391,7 @@ def test_a_full_disk_leaves_nothing_behind(folder: Path, monkeypatch: pytest.Mon
 
 def test_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there is no HOME, the user's entry in the password file says; where there is neither, nothing is cached."""
-    code = "from fastattn.cpu.kernels import cache_folder\nprint(cache_folder())"
+    code = "from fastattn.machine.libraries import cache_folder\nprint(cache_folder())"
     printed = processes.run(code, HOME=None, XDG_CACHE_HOME=None, FASTATTN_CACHE_DIR=None)
     assert printed.strip().endswith("fastattn") or printed == "None\n"
 

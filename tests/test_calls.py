@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 
 import fastattn
-from fastattn import additive, api, build
-from fastattn.cpu import ahead, builtin, plan
-from fastattn.cpu import attention as cpu
-from fastattn.cpu.kernels import Library
-from fastattn.isa import host
+from fastattn.api import additive
+from fastattn.api import attention as api
+from fastattn.cpu.host import builtin, plan
+from fastattn.cpu.host import forward as cpu
+from fastattn.cpu.kernels import prefetch as ahead
+from fastattn.machine import building as build
+from fastattn.machine.libraries import Library
+from fastattn.machine.table import host
 
 
 def inputs(*shape: int) -> Any:
@@ -25,8 +28,8 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> dict[Any, Any]:
     """Forget what is known about calls; return the plans that are made from now on."""
     made: dict[Any, Any] = {}
     monkeypatch.setattr(cpu, "_prepared", made)
-    monkeypatch.setattr("fastattn.api._prepared", {})
-    monkeypatch.setattr("fastattn.additive._prepared", {})
+    monkeypatch.setattr("fastattn.api.attention._prepared", {})
+    monkeypatch.setattr("fastattn.api.additive._prepared", {})
     return made
 
 
@@ -139,7 +142,7 @@ def test_asking_ahead_changes_nothing(
         wanted = fastattn.attention(query, key, value, is_causal=causal)
         monkeypatch.setattr(plan, "CACHED_BYTES", 0)  # as for a large call
         plans.clear()
-        monkeypatch.setattr("fastattn.api._prepared", {})
+        monkeypatch.setattr("fastattn.api.attention._prepared", {})
         np.testing.assert_array_equal(fastattn.attention(query, key, value, is_causal=causal), wanted)
         record = next(iter(plans.values())).plan.record
         assert record[: plan.PLAN.itemsize].view(plan.PLAN)["ahead"][0] == threads

@@ -19,8 +19,8 @@ import pytest
 
 import fastattn
 from fastattn import __main__ as command
-from fastattn.cpu import kernels
 from fastattn.demo import cli, minilm
+from fastattn.machine import libraries as kernels
 
 MODULES = ("safetensors", "tokenizers", minilm.PACKAGE)
 needs_model = pytest.mark.skipif(
@@ -321,7 +321,7 @@ def test_a_warning_is_one_line(no_folder: str) -> None:
     code = """
 import fastattn
 from fastattn import __main__ as command
-from fastattn.cpu import kernels
+from fastattn.machine import libraries as kernels
 command.cache_folder = lambda: "elsewhere"
 fastattn.warmup = lambda progress: [kernels.warn_not_kept() for _ in range(3)]
 command.main(["warmup"])

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastattn import terminal
+from fastattn.console import terminal
+from fastattn.console.terminal import Progress, Style, UserError
 from fastattn.demo import cli, minilm, search, words
-from fastattn.terminal import Progress, Style, UserError
 
 SENTENCES = [
     cli.TEXT,

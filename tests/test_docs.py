@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import fastattn
-from fastattn import isa
 from fastattn.__main__ import main
 from fastattn.bench import report
+from fastattn.machine import table as isa
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *sorted(ROOT.glob("docs/*.md"))]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 import fastattn
 from fastattn import plot, reference
-from fastattn.broadcasting import broadcasts, reshaped
+from fastattn.call.broadcasting import broadcasts, reshaped
 
 Array = NDArray[Any]
 Call = Callable[..., Any]

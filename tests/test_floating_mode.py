@@ -18,11 +18,12 @@ from llvmlite import ir
 from numpy.typing import NDArray
 
 import fastattn
-from fastattn import build, isa
-from fastattn.cpu import pool
-from fastattn.cpu.builtin import in_default_mode
-from fastattn.cpu.kernels import Library, library
-from fastattn.isa import host
+from fastattn.cpu.host import pool
+from fastattn.cpu.host.builtin import in_default_mode
+from fastattn.machine import building as build
+from fastattn.machine import table as isa
+from fastattn.machine.libraries import Library, library
+from fastattn.machine.table import host
 from fastattn.simd import jit, load_f32, store_f32
 from fastattn.simd.mode import with_default_mode
 
@@ -76,7 +77,7 @@ def test_the_same_bits_in_any_mode(name: str, dtype: Any, threads: int) -> None:
 def test_the_same_bits_in_any_mode_on_other_rows(row: isa.Isa) -> None:
     code = """
 import numpy as np, fastattn, floating_modes
-from fastattn.cpu import pool
+from fastattn.cpu.host import pool
 pool.WORTH_SHARING = pool.WORTH_WAKING = 0
 with fastattn.num_threads(2):
     print(floating_modes.check(np.float32, names=["attention", "dropout", "summary"]))

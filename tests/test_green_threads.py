@@ -38,7 +38,7 @@ PREAMBLE = """
 import os, sys
 import numpy as np
 import fastattn
-from fastattn.cpu import pool
+from fastattn.cpu.host import pool
 pool.WORTH_SHARING = pool.WORTH_WAKING = 0
 rng = np.random.default_rng(0)
 x = rng.standard_normal((3, 1, 4, 300, 32), dtype=np.float32)
@@ -79,7 +79,7 @@ def test_workers_are_threads_of_the_system(patched: str) -> None:
         patched
         + """
 import ctypes
-from fastattn import os_threads
+from fastattn.machine import os_threads
 slow = ctypes.CDLL(None).usleep if os.name == "posix" else lambda microseconds: None
 for _ in range(30):  # calls that wake workers, since they sleep meanwhile
     assert is_right()

@@ -14,8 +14,10 @@ import processes
 import pytest
 
 import fastattn
-from fastattn import arguments, guide
+from fastattn import guide
 from fastattn.__main__ import main
+from fastattn.console import arguments
+from fastattn.console.terminal import Style, display_width
 from fastattn.demo import minilm
 from fastattn.guide import (
     bahdanau_luong,
@@ -30,7 +32,6 @@ from fastattn.guide import (
     tiles,
 )
 from fastattn.guide.page import ClaimError, Listing, Picture, Step, Table, claim, duration
-from fastattn.terminal import Style, display_width
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "guide"

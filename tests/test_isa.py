@@ -12,12 +12,16 @@ import numpy as np
 import processes
 import pytest
 
-from fastattn import build, isa, machine
-from fastattn.cpu import catalogue, kernels, pool
+from fastattn.cpu.host import pool
+from fastattn.cpu.kernels import catalogue
+from fastattn.machine import building as build
+from fastattn.machine import libraries as kernels
+from fastattn.machine import loading as machine
+from fastattn.machine import table as isa
 
 ROWS = {row.name: row for row in isa.TABLE}
 on_x86 = pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="these are x86 instructions")
-PRINT_HOST = "from fastattn.isa import host; print(host().name)"
+PRINT_HOST = "from fastattn.machine.table import host; print(host().name)"
 
 
 # -- which row ---------------------------------------------------------------------------------------------------------
@@ -188,7 +192,7 @@ def test_every_row_that_runs_here_is_right(row: isa.Isa) -> None:
     dtypes = "np.float32, np.float64" if row is isa.host() else "np.float32,"
     code = f"""
 import numpy as np, broad
-from fastattn.cpu import pool
+from fastattn.cpu.host import pool
 pool.WORTH_SHARING = pool.WORTH_WAKING = 0
 print(broad.check(({dtypes})))
 """

@@ -16,10 +16,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastattn import plot, reference, terminal
+from fastattn import plot, reference
+from fastattn.console import terminal
+from fastattn.console.terminal import Style
 from fastattn.plot import colours, tokens
 from fastattn.plot.weights import as_weights
-from fastattn.terminal import Style
 
 matplotlib = pytest.importorskip("matplotlib", reason="matplotlib, which draws the plots, is not installed")
 matplotlib.use("agg")

@@ -1,4 +1,4 @@
-"""What `fastattn.problem` makes of arguments, and what it refuses, with which words."""
+"""What `fastattn.call.problem` makes of arguments, and what it refuses, with which words."""
 
 from __future__ import annotations
 
@@ -11,18 +11,11 @@ import pytest
 from hypothesis import given
 from strategies import Call, calls, laid_out
 
-from fastattn.problem import (
-    MAX_RANK,
-    Problem,
-    as_operands,
-    check_backend,
-    check_causal,
-    check_dropout,
-    check_flag,
-    check_out,
-    check_scale,
-    describe,
-)
+from fastattn.call.arrays import as_operands
+from fastattn.call.options import check_backend, check_causal, check_dropout, check_flag, check_scale
+from fastattn.call.out import check_out
+from fastattn.call.problem import Problem
+from fastattn.call.shapes import MAX_RANK, describe
 
 
 def problem_of(

@@ -13,7 +13,7 @@ import processes
 import pytest
 
 import fastattn
-from fastattn.cpu import pool, processors
+from fastattn.cpu.host import pool, processors
 
 needs_affinity = pytest.mark.skipif(
     not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < 2,
@@ -242,7 +242,7 @@ import os, threading, time
 from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import fastattn
-from fastattn.cpu import pool, processors
+from fastattn.cpu.host import pool, processors
 pool.WORTH_SHARING = pool.WORTH_WAKING = 0
 x = np.random.default_rng(0).standard_normal((3, 1, 4, 200, 32), dtype=np.float32)
 everywhere = os.sched_getaffinity(0)

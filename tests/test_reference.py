@@ -15,8 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import Call, calls
 
-from fastattn import advice, broadcasting, problem, reference, rounding, seeds, selection
-from fastattn.problem import as_operands, describe
+from fastattn import reference
+from fastattn.call import advice, broadcasting, problem, rounding, seeds, selection
+from fastattn.call.arrays import as_operands
+from fastattn.call.shapes import describe
 
 
 def one_by_one(call: Call) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -102,9 +104,9 @@ def test_it_imports_nothing_but_numpy_and_the_checks_of_arguments() -> None:
         advice: set(),
         broadcasting: set(),
         rounding: set(),
-        problem: {"fastattn.advice", "fastattn.broadcasting"},
-        seeds: {"fastattn.problem"},
-        selection: {"fastattn.problem", "fastattn.advice"},
+        problem: {"fastattn.call.advice", "fastattn.call.broadcasting"},
+        seeds: {"fastattn.call.problem"},
+        selection: {"fastattn.call.problem", "fastattn.call.advice"},
     }.items():
         assert {name for name in imports(check.__file__) if name and name.startswith("fastattn")} == needs, check
 

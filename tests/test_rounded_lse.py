@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import fastattn
 from fastattn import BahdanauAttention, LuongAttention, MultiHeadAttention
-from fastattn.rounding import PRECISE
+from fastattn.call.rounding import PRECISE
 
 Array = np.ndarray[Any, Any]
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import fastattn
-from fastattn.seeds import generator_from, seed_from
+from fastattn.call.seeds import generator_from, seed_from
 
 
 @pytest.mark.parametrize(

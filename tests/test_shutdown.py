@@ -11,7 +11,7 @@ PREAMBLE = """
 import atexit, sys, threading, time
 import numpy as np
 import fastattn
-from fastattn.cpu import pool
+from fastattn.cpu.host import pool
 pool.WORTH_SHARING = pool.WORTH_WAKING = 0
 fastattn.set_num_threads(3)
 query, key, value = np.random.default_rng(0).standard_normal((3, 1, 4, 40, 16), dtype=np.float32)
@@ -52,8 +52,9 @@ class Last:
 # the kernels have to be there: they cannot be compiled any more
 KERNELS = """
 wanted = every_call()
-from fastattn import additive, api
-from fastattn.cpu import attention, gradients, kernels
+from fastattn.api import additive, attention as api
+from fastattn.cpu.host import forward as attention, backward as gradients
+from fastattn.machine import libraries as kernels
 for plans in (additive._prepared, api._prepared, attention._prepared, gradients._plans):
     plans.clear()  # shapes are new again
 
@@ -147,7 +148,8 @@ def test_a_daemon_thread_that_ends_with_a_lock(lock: str) -> None:
     code = f"""
 daemon = '''
 import time
-from fastattn.cpu import kernels, pool
+from fastattn.machine import libraries as kernels
+from fastattn.cpu.host import pool
 def run(begun):
     with {lock}:
         begun.set()

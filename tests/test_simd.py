@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fastattn import build
 from fastattn import simd as s
-from fastattn.cpu import additive
-from fastattn.cpu.additive import exp_twice
-from fastattn.cpu.kernels import Library
-from fastattn.cpu.softmax import exp2
-from fastattn.isa import host
+from fastattn.cpu.kernels import additive
+from fastattn.cpu.kernels.additive import exp_twice
+from fastattn.cpu.kernels.softmax import exp2
+from fastattn.machine import building as build
+from fastattn.machine.libraries import Library
+from fastattn.machine.table import host
 
 Array = NDArray[Any]
 

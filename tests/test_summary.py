@@ -18,8 +18,8 @@ from test_memory import MEASURE
 
 import fastattn
 from fastattn import reference
-from fastattn.problem import describe
-from fastattn.selection import describe_scores
+from fastattn.call.selection import describe_scores
+from fastattn.call.shapes import describe
 
 MANY = 2 * settings().max_examples
 on_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's /proc")
@@ -367,13 +367,13 @@ def test_rows_are_taken_some_at_a_time_where_their_masks_are_made(monkeypatch: p
     mask = np.random.default_rng(1).random((300, 300)) < 0.7
     rows = np.random.default_rng(2).permutation(300)
     calls = []
-    sums = fastattn.summary.statistics.sums
-    monkeypatch.setattr("fastattn.summary.statistics.sums", lambda *args: calls.append(1) or sums(*args))
+    sums = fastattn.api.weights.statistics.sums
+    monkeypatch.setattr("fastattn.api.weights.statistics.sums", lambda *args: calls.append(1) or sums(*args))
     for attn_mask, is_causal in ((None, True), (mask, False), (mask, True)):
         wanted = fastattn.attention_weights(query, key, attn_mask, is_causal)[:, rows, 7:9]
         calls.clear()
         with monkeypatch.context() as patch:
-            patch.setattr("fastattn.summary.MASK_ELEMENTS", 10_000)
+            patch.setattr("fastattn.api.weights.MASK_ELEMENTS", 10_000)
             tile = fastattn.attention_weights(query, key, attn_mask, is_causal, rows=rows, columns=slice(7, 9))
         assert len(calls) >= 10
         np.testing.assert_array_equal(tile, wanted)

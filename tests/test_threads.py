@@ -18,12 +18,12 @@ import pytest
 from numpy.typing import NDArray
 
 import fastattn
-from fastattn import api
-from fastattn.cpu import attention as cpu
-from fastattn.cpu import pool, processors
-from fastattn.cpu.kernels import Library, library
-from fastattn.cpu.layout import MORE
-from fastattn.isa import host
+from fastattn.api import attention as api
+from fastattn.cpu.host import forward as cpu
+from fastattn.cpu.host import pool, processors
+from fastattn.cpu.kernels.records import MORE
+from fastattn.machine.libraries import Library, library
+from fastattn.machine.table import host
 
 Array = NDArray[Any]
 
@@ -174,7 +174,7 @@ def test_eight_threads_call_at_once() -> None:
 @pytest.mark.usefixtures("_any_work_is_worth_waking")
 def test_eight_threads_call_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """One head, and tasks as small as can be: the most there is to wait for, with more threads than CPUs."""
-    monkeypatch.setattr("fastattn.cpu.gradients.TASK_FLOPS", 1)
+    monkeypatch.setattr("fastattn.cpu.host.backward.TASK_FLOPS", 1)
     cases = []
     for i in range(8):
         query, key, value = inputs(1, 200 + 50 * i, 8 * (1 + i % 4), seed=i)
@@ -225,9 +225,9 @@ COUNTS, BUSY, SLOTS, FAULTS = 0, 1024, 2048, 3072  # offsets in a call's memory
 @pytest.fixture(scope="module")
 def counting() -> Library:
     """Return a task that counts how often it ran, by number and by slot, and sees when a slot is used twice at once."""
-    from fastattn import build
-    from fastattn.cpu.atomics import atomic_add, atomic_exchange, pause
+    from fastattn.machine import building as build
     from fastattn.simd import jit
+    from fastattn.simd.atomics import atomic_add, atomic_exchange, pause
 
     @jit
     def task(call, slot, number):  # type: ignore[no-untyped-def]
@@ -447,7 +447,7 @@ PREAMBLE = """
 import os, signal, sys, threading, time
 import numpy as np
 import fastattn
-from fastattn.cpu import pool
+from fastattn.cpu.host import pool
 pool.WORTH_SHARING = pool.WORTH_WAKING = 0
 fastattn.set_num_threads(3)
 rng = np.random.default_rng(0)
@@ -524,7 +524,7 @@ assert is_right()
 @needs_fork
 def test_fork_while_another_thread_compiles() -> None:
     run("""
-from fastattn.cpu import kernels
+from fastattn.machine import libraries as kernels
 holds = threading.Event()
 def compile():
     with kernels._lock:

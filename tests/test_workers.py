@@ -12,14 +12,15 @@ import processes
 import pytest
 
 import fastattn
-from fastattn import bench, os_threads
-from fastattn.cpu import peak, pool
+from fastattn import bench
+from fastattn.cpu.host import peak, pool
+from fastattn.machine import os_threads
 
 PREAMBLE = """
 import os, threading, time
 import numpy as np
 import fastattn
-from fastattn.cpu import pool
+from fastattn.cpu.host import pool
 pool.WORTH_SHARING = pool.WORTH_WAKING = 0
 x = np.random.default_rng(0).standard_normal((4, 1, 8, 300, 32), dtype=np.float32)
 usual = threading.stack_size()

@@ -38,9 +38,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastattn import reference
-from fastattn.gradients import Upstream, folded
-from fastattn.problem import Problem, as_additive_operands, as_operands, describe, describe_additive
-from fastattn.seeds import seed_from
+from fastattn.call.arrays import as_additive_operands, as_operands
+from fastattn.call.problem import Problem
+from fastattn.call.seeds import seed_from
+from fastattn.call.shapes import describe, describe_additive
+from fastattn.call.upstream import Upstream, folded
 
 Array = NDArray[Any]
 

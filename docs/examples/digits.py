@@ -24,7 +24,7 @@ from training import Trainer, warm_then_cosine
 from transformer import Array, Block, LayerNorm, Linear, Parameter, Part
 
 from fastattn import MultiHeadAttention
-from fastattn.terminal import Progress
+from fastattn.console.terminal import Progress
 
 Labels = NDArray[np.int64]
 SIDE, PATCH = 8, 2

@@ -38,7 +38,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import fastattn
-from fastattn.terminal import Progress, Style, bar, shaded_text, wrap
+from fastattn.console.terminal import Progress, Style, bar, shaded_text, wrap
 
 HERE = Path(__file__).parent
 VERDICTS = ("rotten", "fresh")

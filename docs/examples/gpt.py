@@ -28,7 +28,7 @@ from saving import options, save_figure, save_result
 from training import Trainer, cross_entropy, warm_then_cosine
 from transformer import Array, Block, CausalSelfAttention, LayerNorm, Linear, Parameter, Part, rows
 
-from fastattn.terminal import Progress
+from fastattn.console.terminal import Progress
 
 Ids = NDArray[np.int64]
 

@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 import fastattn
-from fastattn.terminal import Progress, Style, heat_map
+from fastattn.console.terminal import Progress, Style, heat_map
 
 HERE = Path(__file__).parent
 LETTERS = "abcdefghijklmnopqrstuvwxyz"

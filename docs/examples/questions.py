@@ -41,9 +41,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 import fastattn
+from fastattn.console.terminal import Progress, Style, shaded_text
 from fastattn.demo.minilm import Floats, MiniLM, batches
 from fastattn.demo.words import join_pieces
-from fastattn.terminal import Progress, Style, shaded_text
 
 HERE = Path(__file__).parent
 TRAIN, CHECK, TEST = ("scipy", "sklearn"), ("networkx",), ("numpy",)

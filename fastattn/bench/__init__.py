@@ -12,8 +12,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from fastattn.arguments import Parser, number, output_file, program
-from fastattn.cpu.processors import MOST
+from fastattn.console.arguments import Parser, number, output_file, program
+from fastattn.cpu.host.processors import MOST
 
 __all__ = ["main"]
 
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from fastattn.bench.cases import CASES, QUICK, select
     from fastattn.bench.host import this_host
     from fastattn.bench.measure import Effort, measure
-    from fastattn.terminal import Progress, Style
+    from fastattn.console.terminal import Progress, Style
 
     on_gpu = args.backend == "cuda"
     if on_gpu and args.threads:

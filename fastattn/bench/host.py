@@ -80,7 +80,7 @@ def _generation() -> str:
 
 def this_host() -> Host:
     """Describe the machine that this runs on."""
-    from fastattn import isa
+    from fastattn.machine import table as isa
 
     versions = {}
     for engine in ENGINES:

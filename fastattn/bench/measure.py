@@ -41,7 +41,7 @@ from typing import Any, Protocol
 import fastattn
 from fastattn.bench.cases import Case, Pace
 from fastattn.bench.peers import ENGINES, OURS, Call, Engine, Unavailable, cores, prepare
-from fastattn.cpu import peak
+from fastattn.cpu.host import peak
 
 __all__ = ["PACE_S", "Effort", "Result", "measure", "others_seconds", "sample", "settle", "undisturbed"]
 

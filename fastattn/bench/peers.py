@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 import fastattn
 from fastattn import reference
 from fastattn.bench.cases import Arguments, Case
-from fastattn.cpu import processors
+from fastattn.cpu.host import processors
 
 __all__ = ["ENGINES", "OURS", "Call", "Engine", "Unavailable", "check", "cores", "prepare"]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from fastattn.bench.host import Host
 from fastattn.bench.measure import Result
 from fastattn.bench.peers import OURS
-from fastattn.terminal import Style, bar, pad
+from fastattn.console.terminal import Style, bar, pad
 
 __all__ = [
     "bars",

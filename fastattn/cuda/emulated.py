@@ -1,4 +1,4 @@
-"""The instructions of `fastattn.cuda.ptx` in NumPy, for kernels without a GPU.
+"""The instructions of `fastattn.cuda.kernels.ptx` in NumPy, for kernels without a GPU.
 
 Here one thread of Numba's simulator stands for a warp: what is a register of a thread on a GPU is an array of the
 registers of all 32 lanes, and what a warp does together is done at once. Kernels whose branches are the same for a

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from fastattn.arguments import number, program
-from fastattn.demo.words import Look, Word, find_word, in_words, join_pieces, sharpest
-from fastattn.terminal import (
+from fastattn.console.arguments import number, program
+from fastattn.console.terminal import (
     Progress,
     Style,
     UserError,
@@ -27,6 +26,7 @@ from fastattn.terminal import (
     shaded_text,
     wrap,
 )
+from fastattn.demo.words import Look, Word, find_word, in_words, join_pieces, sharpest
 
 if TYPE_CHECKING:
     from fastattn.demo.minilm import MiniLM

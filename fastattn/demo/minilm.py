@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import fastattn
-from fastattn.terminal import UserError
+from fastattn.console.terminal import UserError
 
 __all__ = [
     "HEADS",

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fastattn.terminal import UserError, printable
+from fastattn.console.terminal import UserError, printable
 
 __all__ = ["Sentence", "check_readable", "rank", "read_sentences", "split_sentences"]
 

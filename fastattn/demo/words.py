@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastattn.terminal import UserError, printable
+from fastattn.console.terminal import UserError, printable
 
 __all__ = ["Look", "Word", "find_word", "in_words", "join_pieces", "sharpest"]
 

@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 import fastattn
+from fastattn.console.terminal import Style, heat_map, legend
 from fastattn.guide.cross_attention import PAIRS, SCALE, SHOWN, aligned, word_vectors
 from fastattn.guide.data import fables, hidden_after, model
 from fastattn.guide.page import Listing, Picture, Step, Table, claim, duration
 from fastattn.guide.pictures import curves
-from fastattn.terminal import Style, heat_map, legend
 
 Array = NDArray[Any]
 

@@ -8,11 +8,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from fastattn.arguments import folder_to_write, program
+from fastattn.console.arguments import folder_to_write, program
+from fastattn.console.terminal import Style, UserError, display_width, pad, printable, wrap
 from fastattn.guide import PAGES, find, load
 from fastattn.guide.markdown import need_matplotlib, save
 from fastattn.guide.page import Listing, Picture, Step, Table
-from fastattn.terminal import Style, UserError, display_width, pad, printable, wrap
 
 __all__ = ["add_parser", "guide", "show"]
 

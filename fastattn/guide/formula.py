@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 import fastattn
+from fastattn.console.terminal import Style, bar_table
 from fastattn.demo.minilm import HEADS, LAYERS, Attend
 from fastattn.guide.data import model, sentences
 from fastattn.guide.page import Listing, Picture, Step, Table, claim
 from fastattn.guide.pictures import draw_curves
-from fastattn.terminal import Style, bar_table
 
 Array = NDArray[Any]
 

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastattn.console.terminal import Style, heat_map, legend
 from fastattn.demo.cli import SHOWCASE
 from fastattn.demo.minilm import HEADS, LAYERS
 from fastattn.demo.words import Word
 from fastattn.guide.data import sentences, word_weights
 from fastattn.guide.page import Picture, Step, Table, claim
-from fastattn.terminal import Style, heat_map, legend
 
 Pairs = NDArray[np.bool_]  # [who looks][at what], over the words of a sentence
 Floats = NDArray[np.float64]

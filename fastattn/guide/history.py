@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from fastattn.console.terminal import Style, wrap
 from fastattn.guide.page import Picture, Step, Table
 from fastattn.guide.pictures import BLUE, GREEN, ORANGE, RED
-from fastattn.terminal import Style, wrap
 
 
 @dataclass(frozen=True)

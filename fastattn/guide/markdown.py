@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from fastattn.console.terminal import UserError
 from fastattn.guide import PAGES, Page, load
 from fastattn.guide.page import Listing, Picture, Step, Table
-from fastattn.terminal import UserError
 
 __all__ = ["contents", "need_matplotlib", "render", "save", "write"]
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from fastattn.terminal import Style
+from fastattn.console.terminal import Style
 
 __all__ = ["ClaimError", "Listing", "Picture", "Step", "Table", "claim", "duration"]
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fastattn.console.terminal import Style, bar_table, heat_map, legend, pad, wrap
 from fastattn.guide.page import Picture
-from fastattn.terminal import Style, bar_table, heat_map, legend, pad, wrap
 
 __all__ = ["BLUE", "GREEN", "ORANGE", "RED", "curves", "draw_curves", "numbers", "weight_map"]
 

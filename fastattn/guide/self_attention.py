@@ -9,12 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 import fastattn
+from fastattn.console.terminal import Style
 from fastattn.demo.cli import SHOWCASE, TEXT, WORD, picture
 from fastattn.demo.minilm import HEADS, Floats, Layer
 from fastattn.demo.words import Look, Word, find_word, in_words, join_pieces
 from fastattn.guide.data import hidden_after, model, word_weights
 from fastattn.guide.page import Listing, Picture, Step, Table, claim
-from fastattn.terminal import Style
 
 #: Sentences with an "it", two nouns that it could be, and which one it is.
 PUZZLES = (

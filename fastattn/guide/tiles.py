@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 import fastattn
+from fastattn.console.terminal import Style
 from fastattn.demo.minilm import Floats
 from fastattn.guide.page import Listing, Picture, Step, Table, claim, duration
 from fastattn.guide.pictures import draw_curves, numbers
-from fastattn.terminal import Style
 
 LENGTHS = (256, 512, 1024, 2048)
 D = 64

@@ -13,8 +13,10 @@ except ImportError as error:
     raise ImportError("fastattn.integrations.jax needs JAX: pip install jax, or fastattn[jax]") from error
 
 import fastattn
-from fastattn.advice import to_convert
-from fastattn.problem import Problem, as_operands, describe
+from fastattn.call.advice import to_convert
+from fastattn.call.arrays import as_operands
+from fastattn.call.problem import Problem
+from fastattn.call.shapes import describe
 
 __all__ = ["attention"]
 

@@ -5,8 +5,8 @@ which knows the shapes and strides of its results without computing them, for ``
 is an operator, too; and a rule for ``vmap``. Arguments have been checked before, in
 `fastattn.integrations.torch`.
 
-Whether causality is wanted is one of the words that `fastattn.problem.check_causal` returns. A seed is a tensor, not an
-int, so that a compiled program can draw it.
+Whether causality is wanted is one of the words that `fastattn.call.options.check_causal` returns. A seed is a tensor,
+not an int, so that a compiled program can draw it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ import numpy as np
 import torch
 
 import fastattn
-from fastattn.cpu.pool import threads_of_call
-from fastattn.problem import Array, as_operands, describe, is_hollow
+from fastattn.call.arrays import as_operands, is_hollow
+from fastattn.call.problem import Array
+from fastattn.call.shapes import describe
+from fastattn.cpu.host.pool import threads_of_call
 
 __all__ = [
     "additive_attention",

@@ -13,8 +13,9 @@ try:
 except ImportError as error:
     raise ImportError("fastattn.integrations.torch needs PyTorch: pip install torch, or fastattn[torch]") from error
 
+from fastattn.call.arrays import is_causal_bias
+from fastattn.call.options import check_causal, check_dropout, check_flag, check_scale
 from fastattn.integrations import eager
-from fastattn.problem import check_causal, check_dropout, check_flag, check_scale, is_causal_bias
 
 __all__ = ["additive_attention", "attention_with_lse", "scaled_dot_product_attention"]
 

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fastattn.gradients import own_dtype
-from fastattn.problem import Array, _said
+from fastattn.call.advice import said
+from fastattn.call.problem import Array
+from fastattn.call.upstream import own_dtype
 
 __all__ = [
     "Saved",
@@ -91,7 +92,7 @@ def as_arguments(inputs: object, names: tuple[str, ...], least: int) -> tuple[An
     """
     wanted = f"a tuple ({', '.join(names[:least])}" + "".join(f"[, {name}]" for name in names[least:]) + ")"
     if not isinstance(inputs, tuple):
-        raise TypeError(f"inputs: {_said(inputs)}; expected {wanted}")
+        raise TypeError(f"inputs: {said(inputs)}; expected {wanted}")
     if not least <= len(inputs) <= len(names):
         raise ValueError(f"inputs: a tuple of length {len(inputs)}; expected {wanted}")
     for name, argument in zip(names[:least], inputs, strict=False):

@@ -9,8 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastattn.additive import additive_attention
-from fastattn.backward import additive_attention_backward
+from fastattn.api.additive import additive_attention
+from fastattn.api.backward import additive_attention_backward
+from fastattn.call.arrays import as_upstream
+from fastattn.call.options import check_flag
+from fastattn.call.problem import Array, Shape
+from fastattn.call.seeds import Rng
 from fastattn.layers.backward import (
     Saved,
     as_arguments,
@@ -21,8 +25,6 @@ from fastattn.layers.backward import (
     weight_gradient,
 )
 from fastattn.layers.base import Layer, as_inputs, check_size, common_batch, linear
-from fastattn.problem import Array, Shape, as_upstream, check_flag
-from fastattn.seeds import Rng
 
 __all__ = ["BahdanauAttention"]
 

@@ -15,19 +15,11 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from fastattn.advice import is_tensor
-from fastattn.problem import (
-    FLOAT32,
-    FLOAT64,
-    MAX_RANK,
-    Array,
-    Shape,
-    _as_array,
-    _as_plain,
-    _check_operand,
-    _said,
-)
-from fastattn.seeds import generator_from
+from fastattn.call.advice import is_tensor, said
+from fastattn.call.arrays import as_array, as_plain, check_operand
+from fastattn.call.problem import FLOAT32, FLOAT64, Array, Shape
+from fastattn.call.seeds import generator_from
+from fastattn.call.shapes import MAX_RANK
 
 __all__ = [
     "Layer",
@@ -100,7 +92,7 @@ class Layer(ABC):
         """Return an array of the layer's dtype: the one given if it is one."""
         if is_tensor(given) and not given.requires_grad and str(given.dtype) == "torch.bfloat16":
             given = given.float()  # NumPy has no bfloat16 to make an array of
-        array = _as_array(name, given)
+        array = as_array(name, given)
         if array.dtype.name not in PARAMETERS or array.dtype.type is np.longdouble:
             raise TypeError(f"{name}: dtype {array.dtype}; expected float16, float32 or float64, or bfloat16")
         if array.shape != shape:
@@ -139,7 +131,7 @@ class Layer(ABC):
             If a name is missing or unknown, a shape is another one, or a number is too large for the layer's dtype.
         """
         if not isinstance(state, Mapping):
-            raise TypeError(f"state: {_said(state)}; expected a mapping of names to arrays, as state_dict() returns")
+            raise TypeError(f"state: {said(state)}; expected a mapping of names to arrays, as state_dict() returns")
         names = [name for name, _ in self._parameters.values()]
         missing = [name for name in names if name not in state]
         unknown = [name for name in state if name not in names]
@@ -257,15 +249,15 @@ def as_inputs(dtype: np.dtype[Any] | None, /, **given: ArrayLike) -> list[Array]
     ValueError
         For nested sequences of unequal lengths.
     """
-    arrays = {name: _as_array(name, array) for name, array in given.items()}
+    arrays = {name: as_array(name, array) for name, array in given.items()}
     for name, array in arrays.items():
-        _check_operand(name, array, given[name])
+        check_operand(name, array, given[name])
     common = np.result_type(*arrays.values(), *([] if dtype is None else [dtype]))
     common = FLOAT64 if common.kind in "biu" else common.newbyteorder("=")
     converted: dict[int, Array] = {}
     for name, array in arrays.items():
         if id(given[name]) not in converted:
-            converted[id(given[name])] = _as_plain(array, common)
+            converted[id(given[name])] = as_plain(array, common)
     return [converted[id(one)] for one in given.values()]
 
 
@@ -318,9 +310,9 @@ def check_dtype(given: DTypeLike) -> np.dtype[Any]:
     try:
         dtype = np.dtype(given)
     except TypeError:
-        raise TypeError(f"dtype: {_said(given)}; expected float32 or float64") from None
+        raise TypeError(f"dtype: {said(given)}; expected float32 or float64") from None
     if given is None or dtype not in (FLOAT32, FLOAT64):
-        raise TypeError(f"dtype: {_said(given)}; expected float32 or float64")
+        raise TypeError(f"dtype: {said(given)}; expected float32 or float64")
     return dtype.newbyteorder("=")
 
 
@@ -337,7 +329,7 @@ def check_choice(name: str, given: object, choices: tuple[str, ...]) -> str:
     if isinstance(given, str) and given in choices:
         return given
     kind = ValueError if isinstance(given, str) else TypeError
-    raise kind(f"{name}: {_said(given)}; expected one of {', '.join(map(repr, choices))}")
+    raise kind(f"{name}: {said(given)}; expected one of {', '.join(map(repr, choices))}")
 
 
 def check_size(name: str, given: object, least: int = 1) -> int:
@@ -351,7 +343,7 @@ def check_size(name: str, given: object, least: int = 1) -> int:
         If it is below `least`.
     """
     if isinstance(given, bool) or not isinstance(given, (int, np.integer)):
-        raise TypeError(f"{name}: {_said(given)}; expected an int of at least {least}")
+        raise TypeError(f"{name}: {said(given)}; expected an int of at least {least}")
     if given < least:
         raise ValueError(f"{name}: {given}; expected at least {least}")
     return int(given)

@@ -8,7 +8,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastattn.gradients import summed_to
+from fastattn.call.arrays import as_upstream
+from fastattn.call.options import check_flag
+from fastattn.call.problem import FLOAT64, Array, Shape
+from fastattn.call.seeds import Rng
+from fastattn.call.shapes import MAX_RANK
+from fastattn.call.upstream import summed_to
 from fastattn.layers.backward import (
     Saved,
     as_arguments,
@@ -19,7 +24,7 @@ from fastattn.layers.backward import (
     weight_gradient,
 )
 from fastattn.layers.base import Layer, as_inputs, check_choice, check_size, common_batch, linear
-from fastattn.layers.masks import as_lengths, as_mask, combine
+from fastattn.layers.masks import as_lengths, combine, mask_of_scores
 from fastattn.layers.scores import Concat, Dot, General
 from fastattn.layers.windows import (
     Windows,
@@ -29,8 +34,6 @@ from fastattn.layers.windows import (
     lost_queries,
     windows_backward,
 )
-from fastattn.problem import FLOAT64, MAX_RANK, Array, Shape, as_upstream, check_flag
-from fastattn.seeds import Rng
 
 __all__ = ["LuongAttention"]
 
@@ -425,7 +428,7 @@ class LuongAttention(Layer):
         batch = common_batch(arrays, (self.query_dim, self.key_dim, self.value_dim))
         q, k, v = arrays
         queries, keys = q.shape[-2], k.shape[-2]
-        mask = as_mask(attn_mask, (*batch, queries, keys))
+        mask = mask_of_scores(attn_mask, (*batch, queries, keys))
         lengths = None if key_lengths is None else as_lengths(key_lengths, batch, keys)
         if positions is not None and self.align != "local-m":
             raise ValueError(f"positions: given, but align is {self.align!r}; expected None unless it is 'local-m'")

@@ -7,13 +7,14 @@ from typing import overload
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fastattn.broadcasting import check_broadcasts
-from fastattn.problem import Array, Shape, _as_array, _as_mask
+from fastattn.call.arrays import as_array, as_mask
+from fastattn.call.broadcasting import check_broadcasts
+from fastattn.call.problem import Array, Shape
 
-__all__ = ["as_key_mask", "as_lengths", "as_mask", "combine", "per_head"]
+__all__ = ["as_key_mask", "as_lengths", "combine", "mask_of_scores", "per_head"]
 
 
-def as_mask(attn_mask: ArrayLike | None, scores: Shape) -> Array | None:
+def mask_of_scores(attn_mask: ArrayLike | None, scores: Shape) -> Array | None:
     """Return an array of a mask that broadcasts to the shape of the scores.
 
     Raises
@@ -23,7 +24,7 @@ def as_mask(attn_mask: ArrayLike | None, scores: Shape) -> Array | None:
     """
     if attn_mask is None:
         return None
-    mask = _as_mask(attn_mask)
+    mask = as_mask(attn_mask)
     check_broadcasts("attn_mask", mask.shape, scores)
     return mask
 
@@ -40,7 +41,7 @@ def as_key_mask(key_mask: ArrayLike | None, keys: Shape) -> Array | None:
     """
     if key_mask is None:
         return None
-    mask = _as_array("key_mask", key_mask)
+    mask = as_array("key_mask", key_mask)
     if mask.dtype.kind != "b":
         raise TypeError(f"key_mask: dtype {mask.dtype}; expected boolean, where True takes part")
     check_broadcasts("key_mask", mask.shape, keys)
@@ -57,7 +58,7 @@ def as_lengths(given: ArrayLike, batch: Shape, keys: int) -> Array:
     ValueError
         If their shape does not broadcast to `batch`, or one is not in [0, keys].
     """
-    lengths = _as_array("key_lengths", given)
+    lengths = as_array("key_lengths", given)
     if lengths.dtype.kind not in "iu":
         raise TypeError(f"key_lengths: dtype {lengths.dtype}; expected integers")
     check_broadcasts("key_lengths", lengths.shape, batch)

@@ -9,8 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from fastattn.api import attention
-from fastattn.backward import attention_backward
+from fastattn.api.attention import attention
+from fastattn.api.backward import attention_backward
+from fastattn.call.arrays import as_upstream
+from fastattn.call.options import check_flag
+from fastattn.call.problem import Array, Shape
+from fastattn.call.seeds import Rng
 from fastattn.layers.backward import (
     Saved,
     as_arguments,
@@ -22,9 +26,7 @@ from fastattn.layers.backward import (
     weight_gradient,
 )
 from fastattn.layers.base import Layer, as_inputs, check_size, common_batch, linear
-from fastattn.layers.masks import as_key_mask, as_mask, combine, per_head
-from fastattn.problem import Array, Shape, as_upstream, check_flag
-from fastattn.seeds import Rng
+from fastattn.layers.masks import as_key_mask, combine, mask_of_scores, per_head
 
 __all__ = ["MultiHeadAttention"]
 
@@ -345,7 +347,7 @@ class MultiHeadAttention(Layer):
         queries, keys = arrays[0].shape[-2], arrays[1].shape[-2]
         mask = combine(
             per_head(as_key_mask(key_mask, (*batch, keys))),
-            as_mask(attn_mask, (*batch, self.num_heads, queries, keys)),
+            mask_of_scores(attn_mask, (*batch, self.num_heads, queries, keys)),
         )
         q, k, v = self._project(*arrays)
         # The context has the heads next to each other, in memory as well: the last projection takes it as it lies

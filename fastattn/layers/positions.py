@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastattn.broadcasting import check_broadcasts
+from fastattn.call.advice import said
+from fastattn.call.broadcasting import check_broadcasts
+from fastattn.call.options import check_flag
+from fastattn.call.problem import FLOAT64, Array
 from fastattn.layers.base import as_inputs, check_dtype, check_size
-from fastattn.problem import FLOAT64, Array, _said, check_flag
 
 __all__ = ["rotary", "sinusoidal_positions"]
 
@@ -139,11 +141,11 @@ def _angles(positions: Array, dim: int, base: float) -> Array:
 
 def _check_base(given: object) -> float:
     if isinstance(given, bool) or not isinstance(given, numbers.Real):
-        raise TypeError(f"base: {_said(given)}; expected a positive finite number")
+        raise TypeError(f"base: {said(given)}; expected a positive finite number")
     try:
         number = float(given)
     except OverflowError:
         number = math.inf
     if not 0 < number < math.inf:
-        raise ValueError(f"base: {_said(given)}; expected a positive finite number")
+        raise ValueError(f"base: {said(given)}; expected a positive finite number")
     return number

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from fastattn.call.problem import Array
 from fastattn.layers.luong import LuongAttention
 from fastattn.layers.multihead import MultiHeadAttention
-from fastattn.problem import Array
 from fastattn.reference.forward import weighted_sum
 
 __all__ = ["luong_attention", "multi_head_attention"]

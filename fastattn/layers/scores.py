@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from fastattn.additive import additive_attention
-from fastattn.api import attention
-from fastattn.backward import additive_attention_backward, attention_backward
+from fastattn.api.additive import additive_attention
+from fastattn.api.attention import attention
+from fastattn.api.backward import additive_attention_backward, attention_backward
+from fastattn.call.problem import Array
 from fastattn.layers.backward import weight_gradient
 from fastattn.layers.base import linear
-from fastattn.problem import Array
 
 __all__ = ["Concat", "Dot", "General"]
 

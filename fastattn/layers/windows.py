@@ -23,11 +23,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fastattn.broadcasting import check_broadcasts
+from fastattn.call.broadcasting import check_broadcasts
+from fastattn.call.problem import FLOAT64, Array, Shape
 from fastattn.layers.base import as_inputs
 from fastattn.layers.masks import combine
 from fastattn.layers.scores import Dot
-from fastattn.problem import FLOAT64, Array, Shape
 
 __all__ = ["Windows", "as_positions", "attend_windows", "find_windows", "lost_queries", "windows_backward"]
 

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from fastattn.call.advice import said
+from fastattn.call.problem import Array
 from fastattn.plot.colours import NAN_COLOUR, RAMP
 from fastattn.plot.tokens import label
-from fastattn.problem import Array, _said
 
 try:
     import matplotlib
@@ -65,7 +66,7 @@ def as_axes(ax: object) -> Any:
         If it is something else.
     """
     if not isinstance(ax, Axes):
-        raise TypeError(f"ax: {_said(ax)}; expected None or a matplotlib Axes")
+        raise TypeError(f"ax: {said(ax)}; expected None or a matplotlib Axes")
     return ax
 
 
@@ -134,7 +135,7 @@ def as_colormap(given: object) -> Any:
             raise ValueError(f"cmap: {given!r}; expected None or one of matplotlib's colour maps, such as 'cividis'")
         colormap = matplotlib.colormaps[given]
     else:
-        raise TypeError(f"cmap: {_said(given)}; expected None, a name or a matplotlib Colormap")
+        raise TypeError(f"cmap: {said(given)}; expected None, a name or a matplotlib Colormap")
     return colormap.with_extremes(bad=NAN_COLOUR)
 
 

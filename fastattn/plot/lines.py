@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from fastattn.call.problem import Array
 from fastattn.plot.colours import HEAD_COLOURS
 from fastattn.plot.tokens import as_tokens, pair_of_tokens
 from fastattn.plot.weights import Head, Summary, as_weights, check_query, check_vmax
-from fastattn.problem import Array
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from fastattn.call.options import check_flag
 from fastattn.plot.tokens import pair_of_tokens
 from fastattn.plot.weights import Head, Summary, Weights, as_weights, check_vmax
-from fastattn.problem import check_flag
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

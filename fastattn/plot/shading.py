@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 from numpy.typing import ArrayLike
 
+from fastattn.call.arrays import as_array
+from fastattn.call.problem import Array
+from fastattn.console.terminal import Style, legend, shaded_text
 from fastattn.plot.colours import ink_on, shade
 from fastattn.plot.tokens import as_tokens, running_text, visible
 from fastattn.plot.weights import Head, Summary, as_weights, check_query, check_vmax
-from fastattn.problem import Array, _as_array
-from fastattn.terminal import Style, legend, shaded_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -169,7 +170,7 @@ def text(
     >>> shaded = plot.text([0.05, 0.7, 0.05, 0.2], ["The", "cat", "sleep", "##s"])
     >>> shaded
     ShadedText(4 tokens, weight, vmax=0.7)
-    >>> from fastattn.terminal import Style
+    >>> from fastattn.console.terminal import Style
     >>> print(shaded.lines(Style(colour=False))[0])
     The(.05) cat(.70) sleep(.05)s(.20)
     """
@@ -189,7 +190,7 @@ def text(
 def _weights_of_tokens(given: Any, query: int | None, head: Head) -> tuple[Array, str, int | None]:
     """The weights to show, shape (Lk,), what they are, and which of the tokens looks, if it is one of them."""
     if not hasattr(given, "top_weights"):
-        given = _as_array("weights", given)
+        given = as_array("weights", given)
         if given.ndim == 1:
             if query is not None or head is not None:
                 name = "head" if query is None else "query"

@@ -8,8 +8,8 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
-from fastattn.problem import _said
-from fastattn.terminal import cut, display_width, printable
+from fastattn.call.advice import said
+from fastattn.console.terminal import cut, display_width, printable
 
 __all__ = ["as_tokens", "label", "pair_of_tokens", "running_text"]
 
@@ -40,10 +40,10 @@ def as_tokens(name: str, given: object, count: int, what: str) -> list[str] | No
         return None
     listed: Any = given.tolist() if hasattr(given, "tolist") else given  # as arrays, and columns of tables, have
     if isinstance(listed, (str, bytes)) or not isinstance(listed, Sequence):
-        raise TypeError(f"{name}: {_said(given)}; expected a sequence of {count} strings, one for each {what}")
+        raise TypeError(f"{name}: {said(given)}; expected a sequence of {count} strings, one for each {what}")
     for place, token in enumerate(listed):
         if not isinstance(token, str):
-            raise TypeError(f"{name}: {_said(token)} at {place}; expected a sequence of strings")
+            raise TypeError(f"{name}: {said(token)} at {place}; expected a sequence of strings")
     if len(listed) != count:
         raise ValueError(f"{name}: {len(listed)} strings; expected {count}, one for each {what}")
     return list(listed)

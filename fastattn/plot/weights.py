@@ -12,7 +12,10 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastattn.problem import Array, Shape, _as_array, _is_real, _said
+from fastattn.call.advice import said
+from fastattn.call.arrays import as_array
+from fastattn.call.options import is_real
+from fastattn.call.problem import Array, Shape
 
 __all__ = ["Head", "Summary", "Weights", "as_weights", "check_query", "check_vmax"]
 
@@ -127,7 +130,7 @@ class Weights:
             return self.without_ones(rank)
         places = index if isinstance(index, tuple) else (index,)
         if any(isinstance(each, bool) or not isinstance(each, (int, np.integer)) for each in places):
-            raise TypeError(f"head: {_said(index)}; expected an int or a tuple of ints")
+            raise TypeError(f"head: {said(index)}; expected an int or a tuple of ints")
         stack = self._squeezed(len(places))
         fits = len(places) <= len(stack.lead)
         if not fits or any(not -n <= i < n for i, n in zip(places, stack.lead, strict=False)):
@@ -263,7 +266,7 @@ def as_weights(given: ArrayLike | Summary) -> Weights:
 
 def _from_summary(given: Any) -> Weights:
     top, received = _real("weights.top_weights", given.top_weights), _real("weights.received", given.received)
-    indices = _as_array("weights.top_indices", given.top_indices)
+    indices = as_array("weights.top_indices", given.top_indices)
     if indices.dtype.kind not in "iu":
         raise TypeError(f"weights.top_indices: dtype {indices.dtype}; expected integers")
     if top.ndim < 2 or indices.shape != top.shape:
@@ -286,7 +289,7 @@ def _from_summary(given: Any) -> Weights:
 
 
 def _real(name: str, given: object) -> Array:
-    array = _as_array(name, given)
+    array = as_array(name, given)
     if array.dtype.kind in "biu":
         return array.astype(np.float64)
     if array.dtype.type in (np.float16, np.float32, np.float64, np.longdouble):
@@ -317,7 +320,7 @@ def _not_empty(weights: Weights) -> Weights:
 def check_query(given: object, count: int) -> int:
     """Return the number of a query, negative ones counted from the end."""
     if isinstance(given, bool) or not isinstance(given, (int, np.integer)):
-        raise TypeError(f"query: {_said(given)}; expected None or an int, the number of a query")
+        raise TypeError(f"query: {said(given)}; expected None or an int, the number of a query")
     if not -count <= given < count:
         raise ValueError(f"query: {given}; expected the number of one of {count} queries")
     return int(given) % count
@@ -327,8 +330,8 @@ def check_vmax(given: object, largest: float) -> float:
     """Return the end of the scale: what the user wants, or the largest weight, or 1 where nothing is above 0."""
     if given is None:
         return largest if largest > 0 else 1.0
-    if not _is_real(given):
-        raise TypeError(f"vmax: {_said(given)}; expected None or a number, the weight at the end of the scale")
+    if not is_real(given):
+        raise TypeError(f"vmax: {said(given)}; expected None or a number, the weight at the end of the scale")
     vmax = float(given)  # type: ignore[arg-type]
     if not 0 < vmax < math.inf:
         raise ValueError(f"vmax: {vmax}; expected a finite number above 0")

@@ -1,7 +1,7 @@
 """The derivative of attention in plain NumPy, on whole matrices and in the wider type.
 
-With the weights P = exp(scores - lse), whatever of lse was lost when it was rounded (`fastattn.rounding`), the factors
-Z of dropout (1 without), out = (P · Z) value, and the gradient dO of the result, the chain rule gives
+With the weights P = exp(scores - lse), whatever of lse was lost when it was rounded (`fastattn.call.rounding`), the
+factors Z of dropout (1 without), out = (P · Z) value, and the gradient dO of the result, the chain rule gives
 
     dvalue  = (P · Z)ᵀ dO
     dP      = Z · (dO valueᵀ)
@@ -19,17 +19,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastattn.gradients import Upstream, as_given, describe_upstream, own_dtype, seed_of_forward, wants_mask
-from fastattn.problem import (
-    Operands,
-    Problem,
-    as_additive_operands,
-    as_operands,
-    describe,
-    describe_additive,
-)
+from fastattn.call.arrays import as_additive_operands, as_operands
+from fastattn.call.problem import Operands, Problem
+from fastattn.call.seeds import Rng
+from fastattn.call.shapes import describe, describe_additive
+from fastattn.call.upstream import Upstream, as_given, describe_upstream, own_dtype, seed_of_forward, wants_mask
 from fastattn.reference.forward import SUM_ELEMENTS, kept_weights, scores_of, visibility, weighted_sum, weights_from
-from fastattn.seeds import Rng
 
 __all__ = ["Gradients", "additive_attention_backward", "attention_backward", "differentiate"]
 

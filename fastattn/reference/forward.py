@@ -13,19 +13,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastattn.problem import (
-    Operands,
-    Problem,
-    as_additive_operands,
-    as_operands,
-    check_flag,
-    check_out,
-    describe,
-    describe_additive,
-)
-from fastattn.rounding import coarser, is_of_these_keys, saturated, slack
-from fastattn.seeds import Rng, seed_from
-from fastattn.selection import Choice, as_selection, check_lse, check_top_k, describe_scores, positions
+from fastattn.call.arrays import as_additive_operands, as_operands
+from fastattn.call.options import check_flag
+from fastattn.call.out import check_out
+from fastattn.call.problem import Operands, Problem
+from fastattn.call.rounding import coarser, is_of_these_keys, saturated, slack
+from fastattn.call.seeds import Rng, seed_from
+from fastattn.call.selection import Choice, as_selection, check_lse, check_top_k, describe_scores, positions
+from fastattn.call.shapes import describe, describe_additive
 
 __all__ = [
     "AttentionSummary",
@@ -92,7 +87,7 @@ def attention(
     Raises
     ------
     ValueError, TypeError
-        As `fastattn.problem` says, which checks all arguments.
+        As `fastattn.call` says, which checks all arguments.
 
     Examples
     --------
@@ -151,7 +146,7 @@ def additive_attention(
     Raises
     ------
     ValueError, TypeError
-        As `fastattn.problem` says, which checks all arguments.
+        As `fastattn.call` says, which checks all arguments.
 
     References
     ----------

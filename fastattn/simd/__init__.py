@@ -26,6 +26,16 @@ from fastattn.simd.arithmetic import (
     sum_rows,
     where_greater,
 )
+from fastattn.simd.atomics import (
+    atomic_add,
+    atomic_exchange,
+    atomic_load,
+    atomic_replace,
+    atomic_store,
+    call_compiled,
+    pause,
+)
+from fastattn.simd.bits import lanes_above, lowest_bit
 from fastattn.simd.compiler import inline, jit
 from fastattn.simd.memory import (
     as_element,
@@ -58,6 +68,7 @@ from fastattn.simd.memory import (
     tile_store,
     tile_transpose,
 )
+from fastattn.simd.philox import keep_rows
 from fastattn.simd.tile import (
     ShapeType,
     TileShape,
@@ -73,6 +84,12 @@ __all__ = [
     "all_finite",
     "all_zero",
     "as_element",
+    "atomic_add",
+    "atomic_exchange",
+    "atomic_load",
+    "atomic_replace",
+    "atomic_store",
+    "call_compiled",
     "exponent_bits",
     "fma",
     "fraction",
@@ -80,6 +97,8 @@ __all__ = [
     "horner",
     "inline",
     "jit",
+    "keep_rows",
+    "lanes_above",
     "largest_row",
     "load_element",
     "load_f32",
@@ -87,9 +106,11 @@ __all__ = [
     "load_i64",
     "load_u8",
     "load_u16",
+    "lowest_bit",
     "make_tile",
     "maximum",
     "minimum",
+    "pause",
     "pick_sixteenth",
     "prefetch",
     "record_view",

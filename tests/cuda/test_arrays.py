@@ -20,7 +20,8 @@ from numba import config, cuda
 from strategies import LAYOUTS, laid_out
 
 import fastattn
-from fastattn.cuda import arrays, attention, available, compile, detect
+from fastattn.cuda import available, detect
+from fastattn.cuda.host import arrays, attention, compile
 
 Attention = Callable[..., Any]
 simulator_only = pytest.mark.skipif(not config.ENABLE_CUDASIM, reason="plays with addresses of host memory")

@@ -15,8 +15,8 @@ from strategies import LAYOUTS, laid_out, numbers, random_mask
 
 import fastattn
 from fastattn import reference
-from fastattn.gradients import Upstream
-from fastattn.problem import describe
+from fastattn.call.shapes import describe
+from fastattn.call.upstream import Upstream
 
 pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
 from numba import cuda

@@ -10,8 +10,8 @@ import pytest
 from fastattn import bench
 from fastattn.bench import gpu, report
 from fastattn.bench.measure import Effort
+from fastattn.console.terminal import Style
 from fastattn.cuda.available import SIMULATED
-from fastattn.terminal import Style
 
 LITTLE = Effort(rounds=2, seconds=1e-6)
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import processes
 
 import fastattn
-from fastattn.cuda import choice, compile, portable
+from fastattn.cuda.host import choice, compile
+from fastattn.cuda.kernels import portable
 
 # Without a GPU, Numba is told of one, and does all but load what it has compiled.
 COMPILE = """
@@ -21,7 +22,8 @@ codegen.devices.get_context = lambda *args: SimpleNamespace(device=device)
 codegen.JITCUDACodegen.magic_tuple = lambda self: ("none", (8, 0))
 dispatcher._Kernel.bind = lambda self: self._codelibrary.get_cubin(cc=(8, 0))
 
-from fastattn.cuda import compile, portable
+from fastattn.cuda.host import compile
+from fastattn.cuda.kernels import portable
 
 kernel = compile.kernel(portable.copy, portable.Copy("float16"))
 vector, table = types.float16[::1], types.int64[:, ::1]
@@ -43,7 +45,7 @@ def test_a_changed_source_is_compiled_anew(tmp_path: Path) -> None:
     assert outcome() == COMPILED
     assert outcome() == FOUND
     # Numba's own cache knows the file that a kernel stands in: this is one of device functions that it calls
-    with open(copied / "cuda" / "elements.py", "a") as file:
+    with open(copied / "cuda" / "kernels" / "elements.py", "a") as file:
         file.write("# changed\n")
     assert outcome() == COMPILED
     for damaged in cache.glob("cuda-*/*.nbc"):
@@ -74,7 +76,8 @@ def test_no_launch_warns_of_a_small_grid() -> None:
     code = """
 import warnings
 warnings.simplefilter("error")
-from fastattn.cuda import compile, portable
+from fastattn.cuda.host import compile
+from fastattn.cuda.kernels import portable
 compile.configured(compile.kernel(portable.copy, portable.Copy("float16")), 1, (32, 1), 0)
 """
     assert processes.run(code, NUMBA_ENABLE_CUDASIM="0") == ""

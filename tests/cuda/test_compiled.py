@@ -40,9 +40,10 @@ EXTREME = ("bfloat16", "float64")  # storage and mask
 
 COMPILE = """
 import json
-from fastattn.cuda import backward, choice, plan, portable, portable_backward as gradients
-from fastattn.cuda.compile import ptx
-from fastattn.problem import Problem
+from fastattn.cuda.host import backward, choice
+from fastattn.cuda.kernels import plan, portable, portable_backward as gradients
+from fastattn.cuda.host.compile import ptx
+from fastattn.call.problem import Problem
 import numpy as np
 
 made = {}

@@ -11,14 +11,16 @@ import tolerances
 from strategies import numbers, random_mask
 
 import fastattn
-from fastattn.problem import describe
+from fastattn.call.shapes import describe
 
 pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
 from numba import cuda
 
-from fastattn.cuda import arrays, choice, decode, decoding, plan
 from fastattn.cuda.available import SIMULATED
-from fastattn.cuda.vectors import vector_width
+from fastattn.cuda.host import arrays, choice
+from fastattn.cuda.host import decode as decoding
+from fastattn.cuda.kernels import decode, plan
+from fastattn.cuda.kernels.vectors import vector_width
 
 Array = np.ndarray[Any, Any]
 Attention = Callable[..., Any]

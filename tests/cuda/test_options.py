@@ -11,9 +11,10 @@ import pytest
 import tolerances
 
 import fastattn
-from fastattn.cuda import decoding, tensor_cores
-from fastattn.cuda.plan import Table, is_extreme
-from fastattn.problem import describe
+from fastattn.call.shapes import describe
+from fastattn.cuda.host import decode as decoding
+from fastattn.cuda.kernels import tensor_cores
+from fastattn.cuda.kernels.plan import Table, is_extreme
 
 pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
 

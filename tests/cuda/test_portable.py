@@ -19,7 +19,7 @@ from strategies import LAYOUTS, SIZES, Call, calls, laid_out, numbers, random_ma
 
 import fastattn
 from fastattn import reference
-from fastattn.rounding import PRECISE
+from fastattn.call.rounding import PRECISE
 
 Array = NDArray[Any]
 Attention = Callable[..., Any]

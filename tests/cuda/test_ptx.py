@@ -18,11 +18,12 @@ import pytest
 from half_cases import Halves, check
 
 import fastattn
-from fastattn.cuda import attention, backward, tensor_cores, tensor_cores_backward
 from fastattn.cuda.available import SIMULATED, Device
-from fastattn.cuda.fragments import TileShape
-from fastattn.cuda.plan import REST, SHIFT
-from fastattn.cuda.tensor_cores_backward import Gradients
+from fastattn.cuda.host import attention, backward
+from fastattn.cuda.kernels import tensor_cores, tensor_cores_backward
+from fastattn.cuda.kernels.fragments import TileShape
+from fastattn.cuda.kernels.plan import REST, SHIFT
+from fastattn.cuda.kernels.tensor_cores_backward import Gradients
 
 pytestmark = pytest.mark.skipif(not SIMULATED, reason="a GPU runs the kernels themselves")
 
@@ -54,8 +55,8 @@ KERNELS = [
 COMPILE = """
 import json, pickle
 from base64 import b64decode
-from fastattn.cuda import portable, tensor_cores, tensor_cores_backward
-from fastattn.cuda.compile import ptx
+from fastattn.cuda.kernels import portable, tensor_cores, tensor_cores_backward
+from fastattn.cuda.host.compile import ptx
 
 kinds = {
     "forward": (tensor_cores.forward, portable.argument_types),

@@ -11,10 +11,10 @@ import processes
 CODE = '''
 import ctypes, itertools, math
 from llvmlite import binding, ir
-import fastattn.cuda.registers as registers
-from fastattn.cuda.registers import F32, I32, I64, Value, as_value
-from fastattn.cuda import ptx
-from fastattn.cuda.ptx import narrow, select, widen
+import fastattn.cuda.kernels.registers as registers
+from fastattn.cuda.kernels.registers import F32, I32, I64, Value, as_value
+from fastattn.cuda.kernels import ptx
+from fastattn.cuda.kernels.ptx import narrow, select, widen
 
 binding.initialize_native_target()
 binding.initialize_native_asmprinter()

@@ -17,10 +17,10 @@ import tolerances
 from half_cases import EPS, Halves
 
 import fastattn
-from fastattn.cuda import backward
+from fastattn.call.rounding import PRECISE
 from fastattn.cuda.available import Device
-from fastattn.cuda.fragments import TileShape
-from fastattn.rounding import PRECISE
+from fastattn.cuda.host import backward
+from fastattn.cuda.kernels.fragments import TileShape
 
 pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
 

@@ -11,11 +11,12 @@ from half_cases import Halves, check, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastattn.cuda import emulated, tensor_cores
+from fastattn.call.shapes import describe
+from fastattn.cuda import emulated
 from fastattn.cuda.available import SIMULATED
-from fastattn.cuda.fragments import TileShape
-from fastattn.cuda.plan import OUT, QUERY, make_table
-from fastattn.problem import describe
+from fastattn.cuda.kernels import tensor_cores
+from fastattn.cuda.kernels.fragments import TileShape
+from fastattn.cuda.kernels.plan import OUT, QUERY, make_table
 
 SMALL = TileShape("bfloat16", "none", width=64, warps=1, rows=16, keys=16, blocks=1)
 STORAGES = ("bfloat16", "float16")

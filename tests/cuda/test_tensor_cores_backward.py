@@ -13,12 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastattn
-from fastattn.cuda import backward, emulated, gradient_fragments
-from fastattn.cuda import tensor_cores_backward as tensor_cores
+from fastattn.call.shapes import describe
+from fastattn.cuda import emulated
 from fastattn.cuda.available import SIMULATED, Device
-from fastattn.cuda.fragments import TileShape
-from fastattn.cuda.plan import Table
-from fastattn.problem import describe
+from fastattn.cuda.host import backward
+from fastattn.cuda.kernels import gradient_fragments
+from fastattn.cuda.kernels import tensor_cores_backward as tensor_cores
+from fastattn.cuda.kernels.fragments import TileShape
+from fastattn.cuda.kernels.plan import Table
 
 STORAGES = ("bfloat16", "float16")
 SMALL = TileShape("bfloat16", "none", width=64, warps=1, rows=16, keys=16, blocks=1)

@@ -1,0 +1,166 @@
+"""`additive_attention`: the attention of Bahdanau, Cho and Bengio, with a score that is a sum and not a product."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fastattn import reference
+from fastattn.api.backends import BACKENDS
+from fastattn.call.arrays import as_additive_operands
+from fastattn.call.options import check_backend, check_flag
+from fastattn.call.out import check_out, delivered, target_for
+from fastattn.call.shapes import describe_additive
+from fastattn.cpu.host import forward as cpu
+from fastattn.cpu.host.builtin import in_default_mode, signatures
+from fastattn.cpu.host.pool import get_num_threads, threads_of_call
+
+_prepared: dict[Any, cpu.Prepared] = {}
+
+
+def additive_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    weight: ArrayLike,
+    attn_mask: ArrayLike | None = None,
+    is_causal: bool | str = False,
+    *,
+    return_lse: bool = False,
+    return_weights: bool = False,
+    out: NDArray[Any] | None = None,
+    backend: str | None = None,
+) -> Any:
+    """Additive attention: softmax over the keys of Σ_d weight[d] · tanh(query[i, d] + key[j, d]), times value.
+
+    The scores of Bahdanau, Cho and Bengio [1]_, after the projections of query and key. Where they are written with
+    NumPy or PyTorch as they stand, an array of Lq x Lk x D exists; here it never does.
+
+    Parameters
+    ----------
+    query : array_like, shape (..., Lq, D)
+        float32 or float64, or integers, which compute in float64. The axes before the last two may be missing, and
+        broadcast as in NumPy.
+    key : array_like, shape (..., Lk, D)
+    value : array_like, shape (..., Lk, Dv)
+    weight : array_like, shape (D,)
+        The paper's v, Keras' ``use_scale`` vector.
+    attn_mask : array_like, broadcasting to (..., Lq, Lk), optional
+        Boolean, where True takes part, or float16, float32 or float64, added to the scores.
+    is_causal : bool or "bottom-right"
+        True: query i looks at the keys up to i. "bottom-right": up to i + Lk - Lq, as in decoding.
+    return_lse : bool
+        Return the natural logarithm of the sum of exp(score) over the keys as well.
+    return_weights : bool
+        Return the weights as well. Only then does a matrix of Lq x Lk exist.
+    out : ndarray, shape (..., Lq, Dv), optional
+        Where to write the result; it may overlap the arguments, as in ``out=query``.
+    backend : {None, "cpu", "reference"}
+        None is the best one. "reference" is `fastattn.reference.additive_attention`.
+
+    Returns
+    -------
+    out : ndarray, shape (..., Lq, Dv)
+        Or a tuple of this and of what else was asked for, in this order. A query that may look at no key gives 0.
+    lse : ndarray, shape (..., Lq)
+        If `return_lse`; -inf for a query that may look at no key.
+    weights : ndarray, shape (..., Lq, Lk)
+        If `return_weights`.
+
+    Raises
+    ------
+    TypeError
+        If an argument is of a kind or dtype that has no meaning here.
+    ValueError
+        If shapes do not go together, or a number is out of range. The message names the argument.
+
+    Notes
+    -----
+    Masks, queries that may look at no key, and what is promised of results are as in `attention`. The dtypes of all of
+    query, key, value and weight are promoted together. Scores are exact for any finite query and key, however large.
+
+    References
+    ----------
+    .. [1] Bahdanau, Cho and Bengio, "Neural machine translation by jointly learning to align and translate", 2014,
+       arXiv 1409.0473.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn
+    >>> rng = np.random.default_rng(0)
+    >>> query, key, value = rng.standard_normal((3, 8, 16, 64), dtype=np.float32)
+    >>> weight = rng.standard_normal(64, dtype=np.float32)
+    >>> fastattn.additive_attention(query, key, value, weight).shape
+    (8, 16, 64)
+    """
+    # as in `attention`: a call like an earlier one, with plain arguments, finds its plan by what it depends on
+    plain = None
+    if (
+        (is_causal is False or is_causal is True)
+        and type(return_lse) is bool
+        and return_weights is False
+        and out is None
+        and backend is None
+    ):
+        agreed = signatures.of(query, key, value, weight, attn_mask)
+        if agreed:
+            plain = agreed, is_causal, threads_of_call()
+            prepared = _prepared.get(plain)
+            if prepared is not None:
+                given: Any = (query, key, value, attn_mask)
+                vector: Any = weight
+                return cpu.attention(prepared, given, 0, None, return_lse, False, vector)
+
+    check_backend(backend, BACKENDS)
+    if backend == "reference":
+        return reference.additive_attention(
+            query,
+            key,
+            value,
+            weight,
+            attn_mask,
+            is_causal,
+            return_lse=return_lse,
+            return_weights=return_weights,
+            out=out,
+        )
+    return _on_cpu(plain, query, key, value, weight, attn_mask, is_causal, return_lse, return_weights, out)
+
+
+@in_default_mode
+def _on_cpu(
+    plain: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    weight: Any,
+    attn_mask: Any,
+    is_causal: bool | str,
+    return_lse: bool,
+    return_weights: bool,
+    out: NDArray[Any] | None,
+) -> Any:
+    """Plan a call and run it; one like it, with the same `plain`, finds the plan."""
+    query_, key_, value_, weight_, mask_ = as_additive_operands(query, key, value, weight, attn_mask)
+    problem, operands = describe_additive(query_, key_, value_, weight_, mask_, is_causal)
+    weight_ = np.ascontiguousarray(weight_)
+    return_lse = check_flag("return_lse", return_lse)
+    return_weights = check_flag("return_weights", return_weights)
+    arrays = (query_, key_, value_, mask_)
+    target = target_for(check_out(out, problem), problem, (*arrays, weight_))
+    threads = get_num_threads() if plain is None else plain[-1]
+    prepared = cpu.prepare(problem, operands, target, threads, additive=True)
+    if (
+        plain is not None
+        and query_ is query
+        and key_ is key
+        and value_ is value
+        and weight_ is weight
+        and mask_ is attn_mask
+    ):
+        cpu.remember(_prepared, plain, prepared)
+    results = cpu.attention(prepared, arrays, 0, target, return_lse, return_weights, weight_)
+    return delivered(results, target, out)

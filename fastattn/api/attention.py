@@ -1,0 +1,197 @@
+"""`attention`: arguments to a Problem, Problem to a backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fastattn import reference
+from fastattn.api.backends import backend_of_attention
+from fastattn.call.arrays import as_operands
+from fastattn.call.options import check_flag
+from fastattn.call.out import check_out, delivered, target_for
+from fastattn.call.seeds import Rng, seed_from
+from fastattn.call.shapes import describe
+from fastattn.call.widening import exceeds_float32, in_float64, narrowed, scale_in_float64
+from fastattn.cpu.host import forward as cpu
+from fastattn.cpu.host.builtin import in_default_mode, signatures
+from fastattn.cpu.host.pool import get_num_threads, threads_of_call
+
+_prepared: dict[Any, cpu.Prepared] = {}
+
+
+def attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    attn_mask: ArrayLike | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool | str = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    return_lse: bool = False,
+    return_weights: bool = False,
+    rng: Rng | None = None,
+    out: NDArray[Any] | None = None,
+    backend: str | None = None,
+) -> Any:
+    """Scaled dot-product attention, softmax(query keyᵀ · scale + mask) value.
+
+    A drop-in for ``torch.nn.functional.scaled_dot_product_attention`` on NumPy arrays: exact, blocked, in memory that
+    does not grow with the lengths.
+
+    Parameters
+    ----------
+    query : array_like, shape (..., Hq, Lq, D)
+        float32 or float64, or integers, which compute in float64; on a GPU float16 and bfloat16 as well. The axes
+        before the last two may be missing, and broadcast as in NumPy.
+    key : array_like, shape (..., Hk, Lk, D)
+    value : array_like, shape (..., Hk, Lk, Dv)
+    attn_mask : array_like, broadcasting to (..., Hq, Lq, Lk), optional
+        Boolean, where True takes part, or float16, float32 or float64, added to the scores. A mask of keys for each
+        element of a batch, (B, Lk), is ``mask[:, None, None]``.
+    dropout_p : float
+        Probability that a weight becomes 0; those that stay are multiplied by 1 / (1 - dropout_p).
+    is_causal : bool or "bottom-right"
+        True: query i looks at the keys up to i. "bottom-right": up to i + Lk - Lq, as in decoding.
+    scale : float, optional
+        Factor of query · key, any finite number, 1/sqrt(D) unless given.
+    enable_gqa : bool
+        Grouped queries: Hq is a multiple of Hk, and query head h reads key head h // (Hq / Hk).
+    return_lse : bool
+        Return the natural logarithm of the sum of exp(score) over the keys as well.
+    return_weights : bool
+        Return the weights as well, after dropout. Only then does a matrix of Lq x Lk exist.
+    rng : int or numpy.random.Generator, optional
+        Decides which weights are dropped: the same set for the same seed, on every backend. A RandomState, or another
+        of numpy.random's, does as well: see `fastattn.call.seeds.seed_from`.
+    out : ndarray, shape (..., Hq, Lq, Dv), optional
+        Where to write the result; it may overlap the arguments, as in ``out=query``.
+    backend : {None, "cpu", "cuda", "reference"}
+        None is the best one for where the arrays are: in device memory "cuda", else "cpu". "cuda" moves NumPy arrays
+        to the GPU and back. "reference" is `fastattn.reference.attention`.
+
+    Returns
+    -------
+    out : ndarray, shape (..., Hq, Lq, Dv)
+        Or a tuple of this and of what else was asked for, in this order. A query that may look at no key gives 0.
+    lse : ndarray, shape (..., Hq, Lq)
+        If `return_lse`; -inf for a query that may look at no key.
+    weights : ndarray, shape (..., Hq, Lq, Lk)
+        If `return_weights`.
+
+        In device memory, and of the library that the query is of, where the arguments are there.
+
+    Raises
+    ------
+    TypeError
+        If an argument is of a kind or dtype that has no meaning here.
+    ValueError
+        If shapes do not go together, or a number is out of range. The message names the argument.
+    RuntimeError
+        If CUDA is asked for and cannot be used: the message says what is missing.
+
+    Notes
+    -----
+    Results are the same bits at any thread count, for any strides of the same values, and for a row of a batch alone.
+    NaN and infinity in keys and values that a query may not look at do not reach it.
+
+    References
+    ----------
+    .. [1] Vaswani et al., "Attention is all you need", 2017, arXiv 1706.03762.
+    .. [2] Dao et al., "FlashAttention: fast and memory-efficient exact attention with IO-awareness", 2022,
+       arXiv 2205.14135.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn
+    >>> rng = np.random.default_rng(0)
+    >>> query, key, value = rng.standard_normal((3, 1, 8, 16, 64), dtype=np.float32)
+    >>> fastattn.attention(query, key, value, is_causal=True).shape
+    (1, 8, 16, 64)
+    >>> out, weights = fastattn.attention(query, key, value, return_weights=True)
+    >>> np.allclose(weights.sum(-1), 1)
+    True
+    """
+    # A call like an earlier one, with plain arguments, finds its plan by what it depends on: no validation is repeated.
+    plain = None
+    if (
+        (is_causal is False or is_causal is True)
+        and (scale is None or type(scale) is float)
+        and type(enable_gqa) is bool
+        and dropout_p == 0.0
+        and type(dropout_p) is float
+        and type(return_lse) is bool
+        and return_weights is False
+        and rng is None
+        and out is None
+        and backend is None
+    ):
+        agreed = signatures.of(query, key, value, attn_mask)
+        if agreed:
+            plain = agreed, is_causal, scale, enable_gqa, threads_of_call()
+            prepared = _prepared.get(plain)
+            if prepared is not None:
+                given: Any = (query, key, value, attn_mask)
+                return cpu.attention(prepared, given, 0, None, return_lse, False)
+
+    backend = backend_of_attention(backend, query, key, value, attn_mask, out)
+    call = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    if backend == "cuda":
+        from fastattn.cuda.host import attention as cuda  # imports numba-cuda, which nothing else needs
+
+        return cuda.attention(*call, return_lse, return_weights, rng, out)
+    if backend == "reference":
+        return reference.attention(*call, return_lse=return_lse, return_weights=return_weights, rng=rng, out=out)
+    return _on_cpu(plain, *call, return_lse, return_weights, rng, out)
+
+
+@in_default_mode
+def _on_cpu(
+    plain: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any,
+    dropout_p: float,
+    is_causal: bool | str,
+    scale: float | None,
+    enable_gqa: bool,
+    return_lse: bool,
+    return_weights: bool,
+    rng: Rng | None,
+    out: NDArray[Any] | None,
+) -> Any:
+    """Plan a call and run it; one like it, with the same `plain`, finds the plan."""
+    arrays = as_operands(query, key, value, attn_mask)
+    problem, operands = describe(*arrays, dropout_p, is_causal, scale, enable_gqa)
+    return_lse = check_flag("return_lse", return_lse)
+    return_weights = check_flag("return_weights", return_weights)
+    seed = seed_from(rng, problem.dropout_p > 0)
+    if exceeds_float32(problem):
+        checked = check_out(out, problem)
+        target = np.empty(problem.out_shape, problem.dtype) if checked is None else checked
+        scale = scale_in_float64(problem)
+        wide = (*in_float64(*arrays[:3], mask=arrays[3]), dropout_p, is_causal, scale, enable_gqa)
+        results = attention(*wide, return_lse=True, return_weights=return_weights, rng=seed, backend="cpu")
+        return _rounded(*results, target=target, return_lse=return_lse)
+    target = target_for(check_out(out, problem), problem, arrays)
+    threads = get_num_threads() if plain is None else plain[-1]
+    prepared = cpu.prepare(problem, operands, target, threads)
+    given = (query, key, value, attn_mask)
+    if plain is not None and all(array is its for array, its in zip(arrays, given, strict=True)):
+        cpu.remember(_prepared, plain, prepared)
+    results = cpu.attention(prepared, arrays, seed, target, return_lse, return_weights)
+    return delivered(results, target, out)
+
+
+def _rounded(out: Any, lse: Any, *weights: Any, target: NDArray[Any], return_lse: bool) -> Any:
+    """Return in float32 what a call in float64 gave, the result in `target`."""
+    with np.errstate(all="ignore"):
+        np.copyto(target, out, casting="same_kind")
+    results = (target, *((narrowed(lse, within=True),) if return_lse else ()), *map(narrowed, weights))
+    return results if len(results) > 1 else target

@@ -1,0 +1,238 @@
+"""`attention_backward` and `additive_attention_backward`: from the gradient of the result to those of the arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numpy.typing import ArrayLike, NDArray
+
+from fastattn import reference
+from fastattn.api.backends import BACKENDS, backend_of_attention
+from fastattn.call.arrays import as_additive_operands, as_operands
+from fastattn.call.options import check_backend
+from fastattn.call.seeds import Rng
+from fastattn.call.shapes import describe, describe_additive
+from fastattn.call.upstream import as_given, describe_upstream, own_dtype, seed_of_forward, wants_mask
+from fastattn.call.widening import exceeds_float32, in_float64, narrowed, scale_in_float64
+from fastattn.cpu.host import additive_backward as additive_gradients
+from fastattn.cpu.host import backward as cpu
+from fastattn.cpu.host.builtin import in_default_mode
+from fastattn.cpu.host.pool import get_num_threads
+
+__all__ = ["additive_attention_backward", "attention_backward"]
+
+
+def attention_backward(
+    grad_out: ArrayLike,
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    out: ArrayLike,
+    lse: ArrayLike,
+    attn_mask: ArrayLike | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool | str = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    rng: Rng | None = None,
+    grad_lse: ArrayLike | None = None,
+    grad_mask: bool = False,
+    backend: str | None = None,
+) -> tuple[NDArray[Any], ...]:
+    """Gradients of `fastattn.attention` by its arguments.
+
+    The weights are computed again, tile by tile, from the log-sum-exp: their matrix never exists.
+
+    Parameters
+    ----------
+    grad_out : array_like, shape (..., Hq, Lq, Dv)
+        The gradient of a number, usually a loss, by the result of attention.
+    query, key, value : array_like
+        What attention was given; so are attn_mask, dropout_p, is_causal, scale and enable_gqa.
+    out : array_like, shape (..., Hq, Lq, Dv)
+        What attention returned.
+    lse : array_like, shape (..., Hq, Lq)
+        What it returned with ``return_lse=True``.
+    rng : int or numpy.random.Generator, optional
+        What attention was given: the seed, or a Generator in the state that it had then. Needed with dropout alone.
+    grad_lse : array_like, shape (..., Hq, Lq), optional
+        The gradient by the log-sum-exp, where the loss depends on that as well.
+    grad_mask : bool
+        Return the gradient by `attn_mask`, a floating one, as well.
+    backend : {None, "cpu", "cuda", "reference"}
+        None is the best one for where the arrays are. "reference" is `fastattn.reference.attention_backward`.
+
+    Returns
+    -------
+    grad_query, grad_key, grad_value : ndarray
+        Each with the shape and, if that is floating, the dtype of its argument: where an argument was broadcast, or a
+        key head shared by a group of query heads, it is the sum. What nobody looks at has gradient 0.
+    grad_mask : ndarray, with the shape of `attn_mask`
+        If asked for.
+
+    Raises
+    ------
+    TypeError
+        If an argument is of a kind or dtype that has no meaning here.
+    ValueError
+        If shapes do not go together, or a number is out of range. The message names the argument.
+
+    Notes
+    -----
+    `out` and `lse` are taken for what they say. With those of attention to more keys than these, the gradients are the
+    part of these keys: so may long sequences be worked on in pieces.
+
+    Results are the same bits at any thread count, for any strides of the same values, and for a row of a batch alone.
+    NaN and infinity in what a query may not look at reach neither its gradient nor that of others.
+
+    References
+    ----------
+    .. [1] Dao et al., "FlashAttention: fast and memory-efficient exact attention with IO-awareness", 2022,
+       arXiv 2205.14135, appendix B.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn
+    >>> rng = np.random.default_rng(0)
+    >>> query, key, value, grad_out = rng.standard_normal((4, 1, 8, 16, 64), dtype=np.float32)
+    >>> out, lse = fastattn.attention(query, key, value, is_causal=True, return_lse=True)
+    >>> grads = fastattn.attention_backward(grad_out, query, key, value, out, lse, is_causal=True)
+    >>> [grad.shape for grad in grads]
+    [(1, 8, 16, 64), (1, 8, 16, 64), (1, 8, 16, 64)]
+    """
+    backend = backend_of_attention(backend, grad_out, query, key, value, out, lse, attn_mask, grad_lse)
+    call = (grad_out, query, key, value, out, lse, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    if backend == "cuda":
+        from fastattn.cuda.host import backward as cuda  # imports numba-cuda, which nothing else needs
+
+        return cuda.attention_backward(*call, rng, grad_lse, grad_mask)
+    if backend == "reference":
+        return reference.attention_backward(*call, rng=rng, grad_lse=grad_lse, grad_mask=grad_mask)
+    return _on_cpu(*call, rng, grad_lse, grad_mask)
+
+
+@in_default_mode
+def _on_cpu(
+    grad_out: ArrayLike,
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    out: ArrayLike,
+    lse: ArrayLike,
+    attn_mask: ArrayLike | None,
+    dropout_p: float,
+    is_causal: bool | str,
+    scale: float | None,
+    enable_gqa: bool,
+    rng: Rng | None,
+    grad_lse: ArrayLike | None,
+    grad_mask: bool,
+) -> tuple[NDArray[Any], ...]:
+    arrays = as_operands(query, key, value, attn_mask)
+    problem, operands = describe(*arrays, dropout_p, is_causal, scale, enable_gqa)
+    upstream = describe_upstream(problem, grad_out, out, lse, grad_lse)
+    with_mask = wants_mask(grad_mask, arrays[3])
+    seed = seed_of_forward(rng, problem)
+    if exceeds_float32(problem):
+        *wide, mask = in_float64(*arrays[:3], mask=arrays[3])
+        scale = scale_in_float64(problem)
+        rounded = upstream.lse.reshape(problem.lse_shape)
+        given: Any = (grad_out, *wide, out, rounded, mask, dropout_p, is_causal, scale, enable_gqa)
+        gradients = attention_backward(*given, rng=seed, grad_lse=grad_lse, grad_mask=with_mask, backend="cpu")
+        return (*map(narrowed, gradients[:3]), *gradients[3:])
+    shapes = arrays[1].shape, arrays[2].shape
+    mask_shape = arrays[3].shape if with_mask and arrays[3] is not None else None
+    found = cpu.attention_backward(problem, operands, upstream, shapes, mask_shape, seed, get_num_threads())
+    return as_given(problem, found, (query, key, value, attn_mask))
+
+
+def additive_attention_backward(
+    grad_out: ArrayLike,
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    weight: ArrayLike,
+    out: ArrayLike,
+    lse: ArrayLike,
+    attn_mask: ArrayLike | None = None,
+    is_causal: bool | str = False,
+    *,
+    backend: str | None = None,
+) -> tuple[NDArray[Any], ...]:
+    """Gradients of `fastattn.additive_attention` by its arguments.
+
+    Parameters
+    ----------
+    grad_out : array_like, shape (..., Lq, Dv)
+        The gradient of a number, usually a loss, by the result of attention.
+    query, key, value, weight : array_like
+        What attention was given; so are attn_mask and is_causal.
+    out : array_like, shape (..., Lq, Dv)
+        What attention returned.
+    lse : array_like, shape (..., Lq)
+        What it returned with ``return_lse=True``.
+    backend : {None, "cpu", "reference"}
+        None is the best one.
+
+    Returns
+    -------
+    grad_query, grad_key, grad_value, grad_weight : ndarray
+        Each with the shape and, if that is floating, the dtype of its argument: where that was broadcast, it is the
+        sum. What nobody looks at has gradient 0.
+
+    Raises
+    ------
+    TypeError
+        If an argument is of a kind or dtype that has no meaning here.
+    ValueError
+        If shapes do not go together. The message names the argument.
+
+    Notes
+    -----
+    No array of Lq x Lk x D exists, and none of Lq x Lk. What is said at `attention_backward` of `out` and `lse`, of
+    bits, of NaN and infinity, holds here, too.
+
+    References
+    ----------
+    .. [1] Bahdanau, Cho and Bengio, "Neural machine translation by jointly learning to align and translate", 2014,
+       arXiv 1409.0473.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn
+    >>> rng = np.random.default_rng(0)
+    >>> query, key, value, grad_out = rng.standard_normal((4, 8, 16, 64), dtype=np.float32)
+    >>> weight = rng.standard_normal(64, dtype=np.float32)
+    >>> out, lse = fastattn.additive_attention(query, key, value, weight, return_lse=True)
+    >>> grads = fastattn.additive_attention_backward(grad_out, query, key, value, weight, out, lse)
+    >>> [grad.shape for grad in grads]
+    [(8, 16, 64), (8, 16, 64), (8, 16, 64), (64,)]
+    """
+    check_backend(backend, BACKENDS)
+    if backend == "reference":
+        return reference.additive_attention_backward(
+            grad_out, query, key, value, weight, out, lse, attn_mask, is_causal
+        )
+    return _additive_on_cpu(grad_out, query, key, value, weight, out, lse, attn_mask, is_causal)
+
+
+@in_default_mode
+def _additive_on_cpu(
+    grad_out: ArrayLike,
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    weight: ArrayLike,
+    out: ArrayLike,
+    lse: ArrayLike,
+    attn_mask: ArrayLike | None,
+    is_causal: bool | str,
+) -> tuple[NDArray[Any], ...]:
+    arrays = as_additive_operands(query, key, value, weight, attn_mask)
+    problem, operands = describe_additive(*arrays, is_causal)
+    upstream = describe_upstream(problem, grad_out, out, lse)
+    *found, grad_weight = additive_gradients.backward(problem, operands, arrays[3], upstream, get_num_threads())
+    return (*as_given(problem, found, (query, key, value)), own_dtype(grad_weight, weight, problem.dtype))

@@ -1,0 +1,272 @@
+"""What a fused kernel leaves out, without the matrix: the weights of some rows and columns, and a summary of all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fastattn import reference
+from fastattn.api.backends import BACKENDS
+from fastattn.call.options import check_backend
+from fastattn.call.problem import Operands, Problem
+from fastattn.call.rounding import coarser, is_of_these_keys, is_precise, limit_of, saturated, slack
+from fastattn.call.selection import (
+    Choice,
+    Selection,
+    as_selection,
+    check_lse,
+    check_top_k,
+    describe_scores,
+    highest,
+    mask_elements,
+    part,
+    take,
+)
+from fastattn.call.widening import exceeds_float32, in_float64, narrowed, scale_in_float64
+from fastattn.cpu.host import summary as statistics
+from fastattn.cpu.host.builtin import in_default_mode
+from fastattn.cpu.host.pool import get_num_threads
+from fastattn.reference import AttentionSummary
+
+__all__ = ["AttentionSummary", "attention_summary", "attention_weights"]
+
+Array = NDArray[Any]
+
+MASK_ELEMENTS = 1 << 22  # of a mask that is made, or copied, for some of the rows at a time
+
+
+def attention_weights(
+    query: ArrayLike,
+    key: ArrayLike,
+    attn_mask: ArrayLike | None = None,
+    is_causal: bool | str = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    rows: Choice = None,
+    columns: Choice = None,
+    lse: ArrayLike | None = None,
+    backend: str | None = None,
+) -> NDArray[Any]:
+    """Return exact attention weights of chosen queries and keys, and compute no others.
+
+    Parameters
+    ----------
+    query : array_like, shape (..., Hq, Lq, D)
+        This and the following as in `fastattn.attention`.
+    key : array_like, shape (..., Hk, Lk, D)
+    attn_mask : array_like, broadcasting to (..., Hq, Lq, Lk), optional
+        The mask of the whole call, as is `is_causal`: what is chosen keeps its position.
+    is_causal : bool or "bottom-right"
+    scale : float, optional
+    enable_gqa : bool
+    rows, columns : int, slice or array_like with one axis, optional
+        Which queries and which keys, as in indexing a NumPy array: integers in any order, negative ones counted from
+        the end, or booleans. None is all. An int keeps its axis, with length 1.
+    lse : array_like, shape (..., Hq, Lq), optional
+        What ``attention(..., return_lse=True)`` or `attention_summary` returned for the same call. With it, the time is
+        proportional to the number of weights; without it, the sums of the chosen rows are computed first, which
+        takes about half as long as `fastattn.attention` does for these rows.
+    backend : {None, "cpu", "reference"}
+        None is the best one.
+
+    Returns
+    -------
+    ndarray, shape (..., Hq, n_rows, n_columns)
+
+    Raises
+    ------
+    TypeError
+        If an argument is of a kind or dtype that has no meaning here.
+    ValueError
+        If shapes do not go together, or an index or a number is out of range. The message names the argument.
+
+    Notes
+    -----
+    A weight is exp(score - lse). Without `lse` the sums keep more digits than an lse of the call's dtype has room for;
+    given one, a weight is as exact as that is: to about eps · abs(lse), relative. Where that is more than 1e-5, or
+    1e-12 in float64, the sums of these rows are computed all the same.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn
+    >>> rng = np.random.default_rng(0)
+    >>> query, key, value = rng.standard_normal((3, 8, 1000, 64), dtype=np.float32)
+    >>> fastattn.attention_weights(query, key, is_causal=True, rows=-1, columns=slice(990, None)).shape
+    (8, 1, 10)
+    >>> out, lse = fastattn.attention(query, key, value, is_causal=True, return_lse=True)
+    >>> fastattn.attention_weights(query, key, is_causal=True, rows=[10, 500], columns=[3, 4, 5], lse=lse).shape
+    (8, 2, 3)
+    """
+    check_backend(backend, BACKENDS)
+    if backend == "reference":
+        return reference.attention_weights(
+            query, key, attn_mask, is_causal, scale, enable_gqa, rows=rows, columns=columns, lse=lse
+        )
+    return _weights_on_cpu(query, key, attn_mask, is_causal, scale, enable_gqa, rows, columns, lse)
+
+
+@in_default_mode
+def _weights_on_cpu(
+    query: ArrayLike,
+    key: ArrayLike,
+    attn_mask: ArrayLike | None,
+    is_causal: bool | str,
+    scale: float | None,
+    enable_gqa: bool,
+    rows: Choice,
+    columns: Choice,
+    lse: ArrayLike | None,
+) -> Array:
+    problem, operands = describe_scores(query, key, attn_mask, is_causal, scale, enable_gqa)
+    if exceeds_float32(problem):
+        wide = (*in_float64(query, key, mask=attn_mask), is_causal, scale_in_float64(problem), enable_gqa)
+        given = None if lse is None else check_lse(lse, problem)
+        return narrowed(attention_weights(*wide, rows=rows, columns=columns, lse=given, backend="cpu"))
+    chosen, keys = as_selection("rows", rows, problem.queries), as_selection("columns", columns, problem.keys)
+    threads = get_num_threads()
+    smaller, pieces = part(problem, operands, chosen, keys)
+    if lse is None:
+        m, l = _sums(problem, operands, chosen, threads)
+    else:
+        given = take(check_lse(lse, problem), -1, chosen)
+        m, l = _sums_from(problem, operands, given, coarser(lse, problem.dtype), chosen, threads)
+    return statistics.weigh(smaller, pieces, threads, m, l)
+
+
+def _sums_from(
+    problem: Problem, operands: Operands, lse: Array, rounded: np.dtype[Any], rows: Selection, threads: int
+) -> tuple[Array, Array]:
+    """Return m and l of the chosen rows, made of their log-sum-exps.
+
+    Where these have lost digits, `rounded` to a dtype, m and l are those of `_sums`, unless an lse is that of more keys
+    than these.
+    """
+    m, l = statistics.sums_from(problem, lse)
+    lost = ~is_precise(lse, limit_of(problem.dtype, rounded))
+    some = np.flatnonzero(lost.any(axis=tuple(range(lse.ndim - 1))))
+    if some.size:
+        places = (..., some)
+        own_m, own_l = _sums(problem, operands, as_selection("rows", np.asarray(rows)[some], problem.queries), threads)
+        with np.errstate(all="ignore"):
+            unit = statistics.unit_of(problem)
+            own = saturated(own_m.astype(np.float64) * unit + np.log(own_l.astype(np.float64)), rounded)
+            given = lse[places].astype(np.float64)
+            known = lost[places] & is_of_these_keys(given, own, slack(rounded, problem.head_dim))
+        m[places], l[places] = np.where(known, own_m, m[places]), np.where(known, own_l, l[places])
+    return m, l
+
+
+def _sums(problem: Problem, operands: Operands, rows: Selection, threads: int) -> tuple[Array, Array]:
+    """Return m and l of the chosen rows.
+
+    Where their masks have to be made or copied, some rows at a time, so that no mask of all rows and keys comes to be.
+    """
+    elements = mask_elements(problem, operands, rows)
+    step = max(1, MASK_ELEMENTS // elements if elements else len(rows))
+    shape = (*problem.lse_shape[:-1], len(rows))
+    m, l = np.empty(shape, problem.dtype), np.empty(shape, problem.dtype)
+    for start in range(0, len(rows), step):
+        some = rows[start : start + step]
+        end = problem.keys
+        if problem.causal_offset is not None:  # further keys, nobody looks at
+            end = max(0, min(end, highest(some) + problem.causal_offset + 1))
+        places = (..., slice(start, start + step))
+        m[places], l[places] = statistics.sums(*part(problem, operands, some, range(end)), threads)
+    return m, l
+
+
+def attention_summary(
+    query: ArrayLike,
+    key: ArrayLike,
+    attn_mask: ArrayLike | None = None,
+    is_causal: bool | str = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    top_k: int = 8,
+    backend: str | None = None,
+) -> AttentionSummary:
+    """Return what the matrix of attention weights says, in memory for some numbers per query and key.
+
+    Parameters
+    ----------
+    query : array_like, shape (..., Hq, Lq, D)
+        This and the following as in `fastattn.attention`.
+    key : array_like, shape (..., Hk, Lk, D)
+    attn_mask : array_like, broadcasting to (..., Hq, Lq, Lk), optional
+    is_causal : bool or "bottom-right"
+    scale : float, optional
+    enable_gqa : bool
+    top_k : int
+        How many of its greatest weights to return for each query; 0 is allowed, and so is more than there are keys.
+    backend : {None, "cpu", "reference"}
+        None is the best one.
+
+    Returns
+    -------
+    AttentionSummary
+
+    Raises
+    ------
+    TypeError
+        If an argument is of a kind or dtype that has no meaning here.
+    ValueError
+        If shapes do not go together, or a number is out of range. The message names the argument.
+
+    Notes
+    -----
+    The scores are computed twice, since what a key receives is known only after the sums of all queries: as much work
+    as in `fastattn.attention`. Results are the same bits at any thread count, for any strides of the same values, and
+    for a row of a batch alone.
+
+    References
+    ----------
+    .. [1] Zhang et al., "H2O: heavy-hitter oracle for efficient generative inference of large language models", 2023,
+       arXiv 2306.14048: what the weight that a key receives is good for.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn
+    >>> query, key = np.eye(3), np.array([[8.0, 0, 0], [0, 8, 8], [4, 0, 1], [0, 0, 8]])
+    >>> summary = fastattn.attention_summary(query, key, top_k=2)
+    >>> summary.top_indices
+    array([[0, 2],
+           [1, 0],
+           [1, 3]])
+    >>> summary.top_weights.round(2)
+    array([[0.89, 0.09],
+           [0.97, 0.01],
+           [0.49, 0.49]])
+    >>> summary.entropy.round(2), summary.received.round(2)
+    (array([0.4 , 0.16, 0.76]), array([0.91, 1.47, 0.11, 0.51]))
+    """
+    check_backend(backend, BACKENDS)
+    if backend == "reference":
+        return reference.attention_summary(query, key, attn_mask, is_causal, scale, enable_gqa, top_k=top_k)
+    return _summary_on_cpu(query, key, attn_mask, is_causal, scale, enable_gqa, top_k)
+
+
+@in_default_mode
+def _summary_on_cpu(
+    query: ArrayLike,
+    key: ArrayLike,
+    attn_mask: ArrayLike | None,
+    is_causal: bool | str,
+    scale: float | None,
+    enable_gqa: bool,
+    top_k: int,
+) -> AttentionSummary:
+    problem, operands = describe_scores(query, key, attn_mask, is_causal, scale, enable_gqa)
+    if exceeds_float32(problem):
+        wide = (*in_float64(query, key, mask=attn_mask), is_causal, scale_in_float64(problem), enable_gqa)
+        found = attention_summary(*wide, top_k=top_k, backend="cpu")
+        weights, indices, entropy, lse, received = found
+        return AttentionSummary(
+            narrowed(weights), indices, narrowed(entropy), narrowed(lse, within=True), narrowed(received)
+        )
+    return AttentionSummary(*statistics.summarise(problem, operands, get_num_threads(), check_top_k(top_k)))

@@ -1,0 +1,241 @@
+"""From what was given to arrays: the dtypes that have a meaning here, and what is no array of numbers."""
+
+from __future__ import annotations
+
+import numbers
+import sys
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from fastattn.call.advice import holds_masked, is_masked, said, to_convert, to_make_array
+from fastattn.call.problem import FLOAT32, FLOAT64, Array, Shape
+
+#: Dtypes with a meaning here, but no kernels on the CPU so far.
+NOT_YET = ("float16", "bfloat16")
+
+
+MASK_DTYPES = ("bool", "float16", "float32", "float64")
+
+
+PLAIN_MASKS = frozenset(np.dtype(name) for name in MASK_DTYPES)
+
+
+def as_operands(
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, attn_mask: ArrayLike | None = None, half: bool = False
+) -> tuple[Array, Array, Array, Array | None]:
+    """Make arrays of one dtype, float32 or float64, of query, key and value, and an array of the mask.
+
+    An array that already is what is needed comes back as it is. A copy is made only to change the dtype or the byte
+    order, and of arrays whose elements are not aligned in memory.
+
+    Parameters
+    ----------
+    query, key, value : array_like
+        Their common dtype is that of `numpy.result_type`; integers and booleans compute in float64.
+    attn_mask : array_like or None
+        Boolean or floating. It takes no part in the common dtype, and keeps its own.
+    half : bool
+        Whether float16 and bfloat16, which the CPU has no kernels for, may come and stay what they are.
+
+    Returns
+    -------
+    query, key, value : ndarray
+    attn_mask : ndarray or None
+
+    Raises
+    ------
+    TypeError
+        For a dtype that has no meaning here, for float16 and bfloat16 unless `half`, and for what cannot be made an
+        array.
+    ValueError
+        For nested sequences of unequal lengths.
+    """
+    mask = None if attn_mask is None else as_mask(attn_mask, half)
+    if type(query) is type(key) is type(value) is np.ndarray:
+        dtype = query.dtype
+        if (
+            (dtype is FLOAT32 or dtype is FLOAT64)
+            and key.dtype is dtype
+            and value.dtype is dtype
+            and query.flags.aligned
+            and key.flags.aligned
+            and value.flags.aligned
+        ):
+            return query, key, value, mask
+
+    query, key, value = _as_common({"query": query, "key": key, "value": value}, half)
+    return query, key, value, mask
+
+
+def as_additive_operands(
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, weight: ArrayLike, attn_mask: ArrayLike | None = None
+) -> tuple[Array, Array, Array, Array, Array | None]:
+    """Make arrays of the arguments of additive attention, as `as_operands` does of those of attention.
+
+    Parameters
+    ----------
+    query, key, value, weight : array_like
+        All four settle the common dtype.
+    attn_mask : array_like or None
+
+    Returns
+    -------
+    query, key, value, weight : ndarray
+    attn_mask : ndarray or None
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `as_operands`.
+    """
+    mask = None if attn_mask is None else as_mask(attn_mask)
+    query, key, value, weight = _as_common({"query": query, "key": key, "value": value, "weight": weight})
+    return query, key, value, weight, mask
+
+
+def as_upstream(
+    name: str,
+    given: ArrayLike,
+    dtype: np.dtype[Any],
+    shape: Shape,
+    of: str = "the result",
+    half: bool = False,
+) -> Array:
+    """Make an array of the dtype of the call of what arrives at its backward pass, where something has `shape`.
+
+    `half` is that of `as_operands`.
+
+    Raises
+    ------
+    TypeError
+        As `as_operands`.
+    ValueError
+        If it has another shape.
+    """
+    if type(given) is np.ndarray and given.dtype is dtype and given.flags.aligned:
+        array = given
+    else:
+        array = as_array(name, given)
+        check_operand(name, array, given, half)
+        array = as_plain(array, dtype)
+    if array.shape != shape:
+        raise ValueError(f"{name}: shape {array.shape}; expected {shape}, the shape of {of}")
+    return array
+
+
+def _as_common(given: dict[str, ArrayLike], half: bool = False) -> list[Array]:
+    """Make arrays of their common dtype of what was given under these names."""
+    arrays = {name: as_array(name, argument) for name, argument in given.items()}
+    for name, array in arrays.items():
+        check_operand(name, array, given[name], half)
+    common = np.result_type(*arrays.values())
+    dtype = FLOAT64 if common.kind in "biu" else common.newbyteorder("=")
+    return [as_plain(array, dtype) for array in arrays.values()]
+
+
+def as_array(name: str, given: object) -> Array:
+    if given is None:
+        raise TypeError(f"{name}: None; expected an array_like")
+    if is_masked(given) or holds_masked(given):
+        where = "" if is_masked(given) else " in a list"
+        also = ", and what takes no part as attn_mask" if name in ("query", "key", "value") else ""
+        raise TypeError(
+            f"{name}: a numpy.ma.MaskedArray{where}, whose mask would be lost; expected an ndarray, such as its "
+            f"filled(0){also}"
+        )
+    try:
+        array = np.asarray(given)
+    except MemoryError:
+        raise
+    except Exception as error:
+        kind = ValueError if isinstance(error, ValueError) else TypeError
+        raise kind(
+            f"{name}: {said(given)} cannot be made an array; expected an array_like: {error}"
+            f"{to_make_array(name, given)}"
+        ) from error
+    if is_causal_bias(given):
+        raise TypeError(f"{name}: a {type(given).__name__}, which has no numbers; expected is_causal to say the same")
+    if is_hollow(given):
+        raise TypeError(f"{name}: a tensor of shape {array.shape} that has no memory; expected one that has")
+    return array
+
+
+def is_causal_bias(given: object) -> bool:
+    """Whether this is a bias of ``torch.nn.attention.bias``: a tensor in name only, whose memory means nothing."""
+    bias = sys.modules.get("torch.nn.attention.bias")  # where it is not imported, there is none
+    return bias is not None and isinstance(given, bias.CausalBias)
+
+
+def is_hollow(given: Any) -> bool:
+    """Whether this is a tensor of PyTorch's without memory, of which an array can be made all the same.
+
+    Its memory has been let go, or its numbers are those of another tensor.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(given, torch.Tensor):
+        return False
+    try:
+        return not given.data_ptr() and given.numel() > 0 and not given._is_zerotensor()
+    except RuntimeError:  # it stands for a tensor that PyTorch finds when it makes the array
+        return False
+
+
+def _name_of(dtype: np.dtype[Any]) -> str:
+    """``dtype.name`` of a plain dtype. NumPy imports a module for it each time, and not when Python is about to end."""
+    return dtype.type.__name__.rstrip("_")  # it was "bool_" before NumPy 2
+
+
+def check_operand(name: str, array: Array, given: object, half: bool = False) -> None:
+    """Refuse an array, made of what was given, of a dtype that has no meaning here."""
+    dtype = array.dtype
+    if dtype.kind in "biu" or dtype.type in (np.float32, np.float64) or (half and _name_of(dtype) in NOT_YET):
+        return
+    _check_elements(name, array)
+    yet = " yet on the CPU" if _name_of(dtype) in NOT_YET else ""
+    raise TypeError(
+        f"{name}: dtype {dtype} is not supported{yet}; expected float32, float64 or integers"
+        f"{to_convert(name, dtype, given)}"
+    )
+
+
+def _check_elements(name: str, array: Array) -> None:
+    """Refuse an array of objects for the first of them that is no number, such as None."""
+    if array.dtype.kind == "O":
+        for element in array.flat:
+            if not isinstance(element, numbers.Number):
+                raise TypeError(
+                    f"{name}: {'holds ' if array.ndim else ''}{said(element)}; expected an array_like of numbers"
+                )
+
+
+def as_mask(given: ArrayLike, half: bool = False) -> Array:
+    if type(given) is np.ndarray and given.dtype in PLAIN_MASKS and given.flags.aligned:
+        return given
+    mask = as_array("attn_mask", given)
+    dtype = mask.dtype
+    if dtype.kind in "iu" or dtype.name.startswith(("int", "uint")):  # as the narrow ones of ml_dtypes are called
+        raise TypeError(
+            f"attn_mask: dtype {dtype} could mean two things; expected boolean (True takes part) or a floating dtype "
+            "(added to the scores)"
+        )
+    if half and _name_of(dtype) in NOT_YET:
+        return as_plain(mask, dtype.newbyteorder("="))
+    if _name_of(dtype) not in MASK_DTYPES or dtype.type is np.longdouble:
+        _check_elements("attn_mask", mask)
+        yet = " yet" if _name_of(dtype) in NOT_YET else ""
+        raise TypeError(
+            f"attn_mask: dtype {dtype} is not supported{yet}; expected one of {', '.join(MASK_DTYPES)}"
+            f"{to_convert('attn_mask', dtype, given)}"
+        )
+    return as_plain(mask, dtype.newbyteorder("="))
+
+
+def as_plain(array: Array, dtype: np.dtype[Any]) -> Array:
+    """Return `array` in a native `dtype` with aligned elements: itself if it is so already."""
+    if array.dtype == dtype and array.flags.aligned:
+        return array
+    # a signalling NaN warns when it is cast
+    with np.errstate(all="ignore"):
+        return array.astype(dtype, order="K", copy=True)

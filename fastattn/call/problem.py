@@ -1,0 +1,117 @@
+"""One validated description of a call: what it computes, in numbers, and views of its arrays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array: TypeAlias = NDArray[Any]
+
+
+Shape: TypeAlias = tuple[int, ...]
+
+
+MaskKind: TypeAlias = Literal["none", "bool", "float"]
+
+
+FLOAT32 = np.dtype(np.float32)
+
+
+FLOAT64 = np.dtype(np.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What one call computes, in numbers: everything but the data.
+
+    Attributes
+    ----------
+    dtype : numpy.dtype
+        float32 or float64: the type of the arithmetic, of the output and of the log-sum-exp.
+    batch : tuple of int
+        The axes before the head axis, broadcast.
+    heads, kv_heads : int
+        Query heads Hq, and the key and value heads Hk they are grouped on. Equal unless ``enable_gqa`` makes groups;
+        both 1 where no operand has a head axis.
+    queries, keys : int
+        Lq and Lk.
+    head_dim, value_dim : int
+        D and Dv.
+    out_shape : tuple of int
+        The shape of the result, which has a head axis only if an operand has one.
+    scale : float
+        The factor of query · key.
+    causal_offset : int or None
+        The position of query 0 among the keys: query i may look at the keys up to i + causal_offset. None: at all.
+    dropout_p : float
+        The probability that a weight is dropped.
+    mask_kind : {"none", "bool", "float"}
+        What ``Operands.mask`` is.
+    """
+
+    dtype: np.dtype[Any]
+    batch: Shape
+    heads: int
+    kv_heads: int
+    queries: int
+    keys: int
+    head_dim: int
+    value_dim: int
+    out_shape: Shape
+    scale: float
+    causal_offset: int | None
+    dropout_p: float
+    mask_kind: MaskKind
+
+    @property
+    def group(self) -> int:
+        """Query heads per key head, G."""
+        return self.heads // self.kv_heads if self.kv_heads else 1
+
+    @property
+    def lse_shape(self) -> Shape:
+        """Shape of the log-sum-exp: the result's, less the feature axis."""
+        return self.out_shape[:-1]
+
+    @property
+    def weights_shape(self) -> Shape:
+        """Shape of the weights, (..., Hq, Lq, Lk)."""
+        return (*self.out_shape[:-1], self.keys)
+
+    @property
+    def rows_shape(self) -> Shape:
+        """Axes of the operands before the last two: ``(*batch, Hk, G)``."""
+        return (*self.batch, self.kv_heads, self.group)
+
+    @property
+    def drop_threshold(self) -> int:
+        """A random 32-bit word below this drops its weight: round(dropout_p · 2**32), which 2**32 itself may be."""
+        return round(self.dropout_p * 2**32)
+
+    @property
+    def keep_scale(self) -> float:
+        """Factor of the weights that dropout keeps, 1 / (1 - dropout_p); 0 where it keeps none."""
+        return 1.0 / (1.0 - self.dropout_p) if self.dropout_p < 1.0 else 0.0
+
+
+class Operands(NamedTuple):
+    """Views of the arrays of a call, with the axes of ``Problem``.
+
+    Nothing is copied: broadcast axes have stride 0, and so has the group axis of key and value.
+
+    Attributes
+    ----------
+    query : ndarray, shape (*batch, Hk, G, Lq, D)
+    key : ndarray, shape (*batch, Hk, G, Lk, D)
+    value : ndarray, shape (*batch, Hk, G, Lk, Dv)
+    mask : ndarray, shape (*batch, Hk, G, Lq, Lk), or None
+        Boolean, or float16, float32 or float64 whatever the dtype of the others.
+    """
+
+    query: Array
+    key: Array
+    value: Array
+    mask: Array | None

@@ -1,0 +1,258 @@
+"""Part of the weights: which rows and columns are meant, and the smaller call that gives just these.
+
+A chosen row keeps its position. A smaller call whose queries or keys do not follow each other therefore cannot be
+causal by itself: what the causal limit says is written into its mask, of the size of the part asked for.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from dataclasses import replace
+from typing import Any, SupportsIndex, TypeAlias, cast
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fastattn.call.advice import holds_masked, is_masked, to_convert
+from fastattn.call.arrays import as_operands
+from fastattn.call.problem import Operands, Problem
+from fastattn.call.shapes import describe
+
+__all__ = [
+    "Choice",
+    "Selection",
+    "as_selection",
+    "check_lse",
+    "check_top_k",
+    "describe_scores",
+    "follow",
+    "highest",
+    "mask_elements",
+    "part",
+    "positions",
+    "take",
+]
+
+Array: TypeAlias = NDArray[Any]
+#: What a user may give for rows or columns.
+Choice: TypeAlias = SupportsIndex | slice | ArrayLike | None
+#: What that means: a range, which needs no copy of what it chooses, or non-negative indices in any order.
+Selection: TypeAlias = "range | NDArray[np.intp]"
+
+
+def describe_scores(
+    query: ArrayLike,
+    key: ArrayLike,
+    attn_mask: ArrayLike | None,
+    is_causal: bool | str,
+    scale: float | None,
+    enable_gqa: bool,
+) -> tuple[Problem, Operands]:
+    """Work out a call that has no values; the keys stand for them, so that it is split as if they were as wide.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `fastattn.call.shapes.describe`.
+    """
+    query, key, _, mask = as_operands(query, key, key, attn_mask)
+    if query.ndim > 3 and key.ndim > 3:
+        try:
+            np.broadcast_shapes(query.shape[:-3], key.shape[:-3])
+        except ValueError:
+            raise ValueError(
+                f"query, key: shapes {query.shape}, {key.shape}; expected the axes on the left of the head axis, "
+                f"{query.shape[:-3]}, {key.shape[:-3]}, to broadcast"
+            ) from None
+    return describe(query, key, key, mask, 0.0, is_causal, scale, enable_gqa)
+
+
+def as_selection(name: str, given: Choice, length: int) -> Selection:
+    """Return which of `length` rows or columns are meant.
+
+    Parameters
+    ----------
+    name : str
+        "rows" or "columns".
+    given : None, int, slice or array_like
+        None is all. An array has one axis, of integers, negative ones counted from the end, or of `length` booleans.
+    length : int
+
+    Returns
+    -------
+    range or ndarray of intp
+
+    Raises
+    ------
+    TypeError
+        If it is something else.
+    ValueError
+        If an index is out of range, or an array has another shape.
+    """
+    expected = "expected None, an int, a slice or an array of indices with one axis"
+    if given is None:
+        return range(length)
+    if isinstance(given, slice):
+        try:
+            return range(length)[given]
+        except TypeError as error:
+            raise TypeError(f"{name}: {given}; expected a slice of whole numbers") from error
+        except ValueError as error:
+            raise ValueError(f"{name}: {given}; expected a slice with a step other than 0") from error
+    if isinstance(given, (bool, np.bool_, str, bytes)):
+        raise TypeError(f"{name}: {given!r} of type {type(given).__name__}; {expected}")
+    if hasattr(given, "__index__") and not isinstance(given, np.ndarray):
+        first = operator.index(cast(SupportsIndex, given))
+        if not -length <= first < length:
+            raise ValueError(f"{name}: {first}; expected an index from {-length} to {length - 1}")
+        return range(first % length, first % length + 1)
+    try:
+        array = np.asarray(given)
+    except Exception as error:
+        raise TypeError(f"{name}: of type {type(given).__name__}, which cannot be made an array; {expected}") from error
+    if array.size == 0 and not isinstance(given, np.ndarray):
+        array = array.astype(np.intp)  # an empty list has no integers to tell its type by
+    if is_masked(given) or holds_masked(given) or array.dtype.kind not in "biu":
+        raise TypeError(f"{name}: an array of dtype {array.dtype} and type {type(given).__name__}; {expected}")
+    if array.ndim == 0 and array.dtype.kind != "b":
+        return as_selection(name, int(array), length)
+    if array.ndim != 1:
+        raise ValueError(f"{name}: an array of shape {array.shape}; {expected}")
+    if array.dtype.kind == "b":
+        if array.size != length:
+            raise ValueError(f"{name}: {array.size} booleans; expected {length}, one for each of the {name}")
+        return _indices(np.flatnonzero(array))
+    outside = array[(array >= length) | (array < -length)]
+    if outside.size:
+        raise ValueError(f"{name}: {outside[0]} is among them; expected indices from {-length} to {length - 1}")
+    array = array.astype(np.intp)
+    return _indices(np.where(array < 0, array + length, array))
+
+
+def _indices(indices: NDArray[np.intp]) -> Selection:
+    """Return a range where indices follow each other."""
+    if indices.size and (np.diff(indices) == 1).all():
+        return range(int(indices[0]), int(indices[-1]) + 1)
+    return indices
+
+
+def check_top_k(given: object) -> int:
+    """Return how many weights of a query are wanted.
+
+    Raises
+    ------
+    TypeError
+        If it is not a whole number.
+    ValueError
+        If it is negative.
+    """
+    if isinstance(given, (bool, np.bool_)) or not isinstance(given, (int, np.integer)):
+        raise TypeError(f"top_k: {given!r} of type {type(given).__name__}; expected a non-negative int")
+    if given < 0:
+        raise ValueError(f"top_k: {given}; expected a non-negative int")
+    return int(given)
+
+
+def check_lse(given: ArrayLike, problem: Problem) -> Array:
+    """Return the log-sum-exps of all queries, in the dtype of the call.
+
+    Raises
+    ------
+    TypeError
+        If they are no real floating numbers.
+    ValueError
+        If their shape is another than that of the queries.
+    """
+    try:
+        lse = np.asarray(given)
+    except Exception as error:
+        raise TypeError(f"lse: of type {type(given).__name__}; expected an array of floating dtype") from error
+    if is_masked(given) or holds_masked(given) or lse.dtype.kind != "f":
+        narrow = to_convert("lse", lse.dtype, given) if lse.dtype.kind == "V" else ""
+        raise TypeError(
+            f"lse: type {type(given).__name__}, dtype {lse.dtype}; expected an array of floating dtype{narrow}"
+        )
+    if lse.shape != problem.lse_shape:
+        raise ValueError(f"lse: shape {lse.shape}; expected {problem.lse_shape}, one for each query")
+    with np.errstate(all="ignore"):
+        return lse.astype(problem.dtype)
+
+
+def take(array: Array, axis: int, chosen: Selection) -> Array:
+    """Return what is chosen of an axis, counted from the end: a view for a range, and no copy of a broadcast axis."""
+    if isinstance(chosen, range):
+        stop = chosen.stop if chosen.stop >= 0 else None
+        places: Any = slice(chosen.start, stop, chosen.step) if len(chosen) else slice(0, 0)
+        return array[(..., places, *[slice(None)] * (-axis - 1))]
+    shape = list(array.shape)
+    shape[axis] = len(chosen)
+    core = _core(array)
+    if core.shape[axis] == array.shape[axis]:
+        core = np.take(core, chosen, axis)
+    return np.broadcast_to(core, shape)
+
+
+def _core(array: Array) -> Array:
+    """Return the array without its repetitions: axes that are broadcast have length 1."""
+    once = (stride == 0 and length > 1 for stride, length in zip(array.strides, array.shape, strict=True))
+    return array[tuple(slice(0, 1) if repeated else slice(None) for repeated in once)]
+
+
+def part(problem: Problem, operands: Operands, rows: Selection, columns: Selection) -> tuple[Problem, Operands]:
+    """Return the smaller call whose scores are those of the chosen rows and columns."""
+    query, key, mask = take(operands.query, -2, rows), take(operands.key, -2, columns), operands.mask
+    if mask is not None:
+        mask = take(take(mask, -2, rows), -1, columns)
+    offset = problem.causal_offset
+    if offset is not None:
+        if follow(rows) and follow(columns):
+            offset += _first(rows) - _first(columns)
+        else:
+            visible = positions(columns) <= positions(rows)[:, None] + offset
+            mask = visible if mask is None else _under(_core(mask), visible)
+            mask = np.broadcast_to(mask, (*problem.rows_shape, len(rows), len(columns)))
+            offset = None
+    smaller = replace(
+        problem,
+        queries=len(rows),
+        keys=len(columns),
+        out_shape=(*problem.out_shape[:-2], len(rows), problem.value_dim),
+        causal_offset=offset,
+        mask_kind="none" if mask is None else "bool" if mask.dtype.kind == "b" else "float",
+    )
+    return smaller, Operands(query, key, key, mask)
+
+
+def _under(mask: Array, visible: Array) -> Array:
+    return mask & visible if mask.dtype.kind == "b" else np.where(visible, mask, mask.dtype.type(-np.inf))
+
+
+def mask_elements(problem: Problem, operands: Operands, rows: Selection) -> int:
+    """Return of how many elements a row of the mask is that `part` makes or copies, all heads together; 0 if none."""
+    if problem.causal_offset is None or follow(rows):
+        if operands.mask is None or isinstance(rows, range):
+            return 0
+        core = _core(operands.mask)
+        return 0 if core.shape[-2] < problem.queries else core.size // max(1, problem.queries)
+    heads = 1 if operands.mask is None else math.prod(_core(operands.mask).shape[:-2])
+    return heads * problem.keys
+
+
+def follow(chosen: Selection) -> bool:
+    """Whether each of the chosen ones is followed by its neighbour."""
+    return len(chosen) < 2 or (isinstance(chosen, range) and chosen.step == 1)
+
+
+def positions(chosen: Selection) -> NDArray[np.intp]:
+    """Return an array of what is chosen."""
+    return np.arange(chosen.start, chosen.stop, chosen.step) if isinstance(chosen, range) else chosen
+
+
+def highest(chosen: Selection) -> int:
+    """Return the last position of what is chosen, which is something."""
+    return max(chosen[0], chosen[-1]) if isinstance(chosen, range) else int(chosen.max())
+
+
+def _first(chosen: Selection) -> int:
+    return int(chosen[0]) if len(chosen) else 0

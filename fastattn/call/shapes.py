@@ -1,0 +1,277 @@
+"""From arrays to a problem: shapes that go together, and views that all have the same axes.
+
+`describe` returns a `Problem`, which says what is to be computed, and `Operands`: a backend needs to know nothing of
+broadcasting or head groups. What depends on shapes and options alone is worked out once and remembered, because a small
+call has only a few microseconds for all of this.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from fastattn.call.broadcasting import check_broadcasts
+from fastattn.call.options import check_causal, check_dropout, check_flag, check_scale
+from fastattn.call.problem import Array, Operands, Problem, Shape
+
+# NumPy's own limit (32 axes, which is that of np.broadcast still), less the axis that splitting heads into groups adds.
+MAX_RANK = 31
+
+
+def describe(
+    query: Array,
+    key: Array,
+    value: Array,
+    attn_mask: Array | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool | str = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> tuple[Problem, Operands]:
+    """Work out what a call computes, and views of its arrays that all have the same axes.
+
+    Parameters
+    ----------
+    query, key, value, attn_mask : ndarray
+        As `as_operands` returns them.
+    dropout_p, is_causal, scale, enable_gqa
+        As the user gave them.
+
+    Returns
+    -------
+    problem : Problem
+    operands : Operands
+
+    Raises
+    ------
+    ValueError, TypeError
+        Where shapes do not go together or an option is out of its range. The message names the argument, what it was
+        and what was expected.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastattn.call.problem import as_operands, describe
+    >>> query, key = np.zeros((2, 8, 5, 64)), np.zeros((2, 2, 7, 64))
+    >>> problem, operands = describe(*as_operands(query, key, key), is_causal="bottom-right", enable_gqa=True)
+    >>> problem.out_shape, problem.group, problem.causal_offset, problem.scale
+    ((2, 8, 5, 64), 4, 2, 0.125)
+    >>> operands.key.shape
+    (2, 2, 4, 7, 64)
+    """
+    return _describe(
+        query,
+        key,
+        value,
+        attn_mask,
+        check_dropout(dropout_p),
+        check_causal(is_causal),
+        check_scale(scale),
+        check_flag("enable_gqa", enable_gqa),
+    )
+
+
+def describe_additive(
+    query: Array,
+    key: Array,
+    value: Array,
+    weight: Array,
+    attn_mask: Array | None = None,
+    is_causal: bool | str = False,
+) -> tuple[Problem, Operands]:
+    """Work out what a call of additive attention computes: all of it is attention's, but the scores.
+
+    Parameters
+    ----------
+    query, key, value, weight, attn_mask : ndarray
+        As `as_additive_operands` returns them.
+    is_causal
+        As the user gave it.
+
+    Returns
+    -------
+    problem : Problem
+        Its scale is 1. There are no groups of heads.
+    operands : Operands
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `describe`, and where `weight` has another shape than (D,).
+    """
+    described = _describe(query, key, value, attn_mask, 0.0, check_causal(is_causal), 1.0, None)
+    if weight.shape != query.shape[-1:]:
+        raise ValueError(
+            f"weight: shape {weight.shape}; expected {query.shape[-1:]}, a number for each feature of query of shape "
+            f"{query.shape}"
+        )
+    return described
+
+
+def _describe(
+    query: Array,
+    key: Array,
+    value: Array,
+    attn_mask: Array | None,
+    dropout_p: float,
+    causal: Literal["no", "top-left", "bottom-right"],
+    scale: float | None,
+    enable_gqa: bool | None,
+) -> tuple[Problem, Operands]:
+    """Do the work of `describe` with checked options; `enable_gqa` is None where it is not on offer."""
+    problem, plan = _plan(
+        query.dtype,
+        query.shape,
+        key.shape,
+        value.shape,
+        None if attn_mask is None else attn_mask.shape,
+        attn_mask is not None and attn_mask.dtype.kind == "b",
+        dropout_p,
+        causal,
+        scale,
+        enable_gqa,
+    )
+    return problem, Operands(
+        _view(query, plan.query),
+        _view(key, plan.key),
+        _view(value, plan.value),
+        None if attn_mask is None or plan.mask is None else _view(attn_mask, plan.mask),
+    )
+
+
+class _Axes(NamedTuple):
+    """How one array becomes an operand: reshaped, which is always a view here, then broadcast if it has to be."""
+
+    split: Shape
+    full: Shape | None
+
+
+class _Plan(NamedTuple):
+    query: _Axes
+    key: _Axes
+    value: _Axes
+    mask: _Axes | None
+
+
+def _view(array: Array, axes: _Axes) -> Array:
+    view = array.reshape(axes.split)
+    return view if axes.full is None else np.broadcast_to(view, axes.full)
+
+
+# The key has only shapes and numbers in it, so a program has few of them; the limit is for those whose lengths wander.
+@lru_cache(maxsize=1024)
+def _plan(
+    dtype: np.dtype[Any],
+    query: Shape,
+    key: Shape,
+    value: Shape,
+    mask: Shape | None,
+    mask_is_bool: bool,
+    dropout_p: float,
+    causal: Literal["no", "top-left", "bottom-right"],
+    scale: float | None,
+    enable_gqa: bool | None,
+) -> tuple[Problem, _Plan]:
+    for name, shape in (("query", query), ("key", key), ("value", value)):
+        if not 2 <= len(shape) <= MAX_RANK:
+            raise ValueError(
+                f"{name}: shape {shape} has rank {len(shape)}; expected (..., heads, length, features), or without "
+                f"the axes on the left, of rank 2 to {MAX_RANK}"
+            )
+    if key[-1] != query[-1]:
+        raise ValueError(f"key: shape {key}; expected {query[-1]} features on the last axis, as query of shape {query}")
+    if value[-2] != key[-2]:
+        raise ValueError(f"value: shape {value}; expected length {key[-2]} on axis -2, as key of shape {key}")
+
+    heads, kv_heads = _heads(query, key, value, enable_gqa)
+    batch = _batch(query, key, value)
+    head_axis: Shape = (heads,) if max(len(query), len(key), len(value)) > 2 else ()
+    queries, keys = query[-2], key[-2]
+    if scale is None:
+        scale = 1.0 / math.sqrt(query[-1]) if query[-1] else 1.0
+    problem = Problem(
+        dtype=dtype,
+        batch=batch,
+        heads=heads,
+        kv_heads=kv_heads,
+        queries=queries,
+        keys=keys,
+        head_dim=query[-1],
+        value_dim=value[-1],
+        out_shape=(*batch, *head_axis, queries, value[-1]),
+        scale=scale,
+        causal_offset={"no": None, "top-left": 0, "bottom-right": keys - queries}[causal],
+        dropout_p=dropout_p,
+        mask_kind="none" if mask is None else "bool" if mask_is_bool else "float",
+    )
+    if mask is not None:
+        check_broadcasts("attn_mask", mask, problem.weights_shape, "the scores")
+    return problem, _Plan(
+        query=_axes(query, problem, queries),
+        key=_axes(key, problem, keys, shared=True),
+        value=_axes(value, problem, keys, shared=True),
+        mask=None if mask is None else _axes(mask, problem, queries, keys),
+    )
+
+
+def _axes(shape: Shape, problem: Problem, length: int, last: int | None = None, shared: bool = False) -> _Axes:
+    """Say how an array of `shape` gets the axes of an operand; `shared` if a group of query heads has it in common."""
+    split = split_shape(shape, problem, shared)
+    full = (*problem.rows_shape, length, split[-1] if last is None else last)
+    return _Axes(split, None if split == full else full)
+
+
+def split_shape(shape: Shape, problem: Problem, shared: bool = False) -> Shape:
+    """Return the shape that an array of `shape` has with the head axis split, (..., Hk or 1, G or 1, rows, columns).
+
+    Parameters
+    ----------
+    shape : tuple of int
+        Of query, key, value or mask.
+    problem : Problem
+    shared : bool
+        Whether a group of query heads has the array in common: True for key and value.
+    """
+    shape = (1,) * (3 - len(shape)) + shape
+    *batch, heads, rows, columns = shape
+    if shared:
+        return (*batch, heads, 1, rows, columns)
+    if heads == problem.heads:
+        return (*batch, problem.kv_heads, problem.group, rows, columns)
+    return (*batch, 1, 1, rows, columns)
+
+
+def _heads(query: Shape, key: Shape, value: Shape, enable_gqa: bool | None) -> tuple[int, int]:
+    """Return the number of query heads and of the key heads that they are grouped on."""
+    hq, hk, hv = (shape[-3] if len(shape) > 2 else 1 for shape in (query, key, value))
+    if hk != hv and 1 not in (hk, hv):
+        raise ValueError(f"value: shape {value} has {hv} heads; expected {hk}, as key of shape {key}, or 1")
+    kv = hv if hk == 1 else hk
+    if enable_gqa and kv and hq % kv == 0:
+        return hq, kv
+    if hq == kv or 1 in (hq, kv):
+        heads = kv if hq == 1 else hq
+        return heads, heads
+    if enable_gqa:
+        wanted = "expected the number of query heads to be a multiple of it"
+    elif enable_gqa is not None and kv and hq % kv == 0:
+        wanted = f"expected {hq} or 1, or enable_gqa=True, which lets groups of {hq // kv} query heads share one"
+    else:
+        wanted = f"expected {hq} or 1"
+    name, shape = ("key", key) if hk == kv else ("value", value)
+    if kv and hq % kv and query[-2] == key[-2] and hk == hv:  # as lengths and heads they would go together
+        wanted += ", or .swapaxes(-3, -2) of all three if their axes are (..., length, heads, features)"
+    raise ValueError(f"{name}: shape {shape} has {kv} heads, and query of shape {query} has {hq}; {wanted}")
+
+
+def _batch(query: Shape, key: Shape, value: Shape) -> Shape:
+    try:
+        return np.broadcast_shapes(query[:-3], key[:-3], value[:-3])
+    except ValueError:
+        raise ValueError(
+            f"query, key, value: shapes {query}, {key}, {value}; expected the axes on the left of the head axis, "
+            f"{query[:-3]}, {key[:-3]}, {value[:-3]}, to broadcast"
+        ) from None

@@ -1,0 +1,172 @@
+"""The arguments of a backward pass, and the shapes of what it returns.
+
+A backward pass takes the arguments of its forward pass, which `fastattn.call.problem` checks, and with them what came
+out of it and the gradient that arrives there. What it computes has the axes of the operands: where an argument was
+broadcast, or shared by a group of heads, its gradient is a sum, which `folded` takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fastattn.call.arrays import as_upstream
+from fastattn.call.options import check_flag
+from fastattn.call.problem import Array, Problem, Shape
+from fastattn.call.rounding import coarser, unsaturated
+from fastattn.call.seeds import seed_from
+from fastattn.call.shapes import split_shape
+
+__all__ = [
+    "Upstream",
+    "as_given",
+    "describe_upstream",
+    "folded",
+    "own_dtype",
+    "seed_of_forward",
+    "summed_to",
+    "wants_mask",
+]
+
+SHARED = (False, True, True, False)  # which of query, key, value and mask a group of query heads has in common
+
+
+class Upstream(NamedTuple):
+    """What arrives at a backward pass, in the dtype of the call and with the axes of the operands.
+
+    Attributes
+    ----------
+    grad_out : ndarray, shape (*batch, Hk, G, Lq, Dv)
+    out : ndarray, shape (*batch, Hk, G, Lq, Dv)
+    lse : ndarray, shape (*batch, Hk, G, Lq)
+    grad_lse : ndarray, shape (*batch, Hk, G, Lq), or None
+    rounded : numpy.dtype
+        What `lse` was rounded to, which may be less precise than the call.
+    """
+
+    grad_out: Array
+    out: Array
+    lse: Array
+    grad_lse: Array | None
+    rounded: np.dtype[Any]
+
+
+def describe_upstream(
+    problem: Problem, grad_out: ArrayLike, out: ArrayLike, lse: ArrayLike, grad_lse: ArrayLike | None = None
+) -> Upstream:
+    """Return what arrives at a backward pass, checked.
+
+    Raises
+    ------
+    TypeError
+        If one is no floating array, or an integer one.
+    ValueError
+        If one has another shape than the result, or the log-sum-exp, that it belongs to.
+    """
+    rows, queries = problem.rows_shape, problem.queries
+
+    def result(name: str, given: ArrayLike) -> Array:
+        array = as_upstream(name, given, problem.dtype, problem.out_shape)
+        return array.reshape(*rows, queries, problem.value_dim)
+
+    def sums(name: str, given: ArrayLike) -> Array:
+        array = as_upstream(name, given, problem.dtype, problem.lse_shape, "the log-sum-exp")
+        return array.reshape(*rows, queries)
+
+    upstream = Upstream(
+        result("grad_out", grad_out),
+        result("out", out),
+        sums("lse", lse),
+        None if grad_lse is None else sums("grad_lse", grad_lse),
+        coarser(lse, problem.dtype),
+    )
+    return upstream._replace(lse=unsaturated(upstream.lse, upstream.rounded))
+
+
+def seed_of_forward(rng: object, problem: Problem) -> int:
+    """Return the seed that the forward pass drew its dropout from.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `fastattn.call.seeds.seed_from`, and for None where weights are dropped: which ones, cannot be known.
+    """
+    if rng is None and problem.dropout_p > 0:
+        raise ValueError(
+            f"rng: None with dropout_p={problem.dropout_p}; expected what the forward pass was given: an int, or a "
+            "numpy.random.Generator in the state that it had then"
+        )
+    return seed_from(rng, draw=problem.dropout_p > 0)
+
+
+def wants_mask(grad_mask: object, mask: Array | None) -> bool:
+    """Return whether the gradient of the mask is wanted.
+
+    Raises
+    ------
+    TypeError
+        If it is, of a boolean mask, or if `grad_mask` is no flag.
+    ValueError
+        If there is no mask.
+    """
+    if not check_flag("grad_mask", grad_mask):
+        return False
+    if mask is None:
+        raise ValueError("grad_mask: True without attn_mask; expected a floating mask to differentiate by")
+    if mask.dtype.kind == "b":
+        raise TypeError("grad_mask: True for an attn_mask of dtype bool; expected a floating mask")
+    return True
+
+
+def own_dtype(gradient: NDArray[Any], argument: ArrayLike, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Return a gradient in the dtype of its argument, if that is floating, else in that of the call."""
+    own = argument.dtype if isinstance(argument, np.ndarray) else np.asarray(argument).dtype
+    with np.errstate(all="ignore"):
+        return gradient.astype(own.newbyteorder("=") if own.kind == "f" else dtype, copy=False)
+
+
+def summed_to(gradient: NDArray[Any], shape: Shape) -> NDArray[Any]:
+    """Sum a gradient over the axes along which an array of `shape` was broadcast."""
+    padded = (1,) * (gradient.ndim - len(shape)) + shape
+    axes = tuple(i for i, (own, full) in enumerate(zip(padded, gradient.shape, strict=True)) if own == 1 != full)
+    if axes:
+        with np.errstate(all="ignore"):
+            gradient = gradient.sum(axis=axes)
+    return gradient.reshape(shape)
+
+
+def folded(gradient: NDArray[Any], shape: Shape, problem: Problem, shared: bool = False) -> NDArray[Any]:
+    """Sum the gradient of an operand over the axes along which an array of `shape` was broadcast.
+
+    Parameters
+    ----------
+    gradient : ndarray
+        With the axes of the operand; an axis along which it has been summed already may have length 1.
+    shape : tuple of int
+        Of the argument.
+    problem : Problem
+    shared : bool
+        Whether a group of query heads has the argument in common: True for key and value.
+
+    Returns
+    -------
+    ndarray, shape `shape`
+    """
+    return summed_to(gradient, split_shape(shape, problem, shared)).reshape(shape)
+
+
+def as_given(
+    problem: Problem, gradients: Iterable[NDArray[Any] | None], arguments: Iterable[ArrayLike | None]
+) -> tuple[NDArray[Any], ...]:
+    """Return the gradients of query, key, value and mask, each with the shape and the dtype of its argument.
+
+    Those that were not computed, or belong to no argument, are left out.
+    """
+    return tuple(
+        own_dtype(folded(gradient, np.shape(argument), problem, shared), argument, problem.dtype)
+        for gradient, argument, shared in zip(gradients, arguments, SHARED, strict=False)
+        if gradient is not None and argument is not None
+    )

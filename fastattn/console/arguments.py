@@ -1,0 +1,88 @@
+"""The arguments of the command line: what is wrong with one is said in one line, before a command does anything."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from fastattn.console.terminal import UserError, printable
+
+__all__ = ["Parser", "folder_to_write", "number", "output_file", "program"]
+
+
+def program() -> str:
+    """What the user has typed to get here: the command ``fastattn``, or else ``python -m fastattn``."""
+    return "fastattn" if Path(sys.argv[0]).stem == "fastattn" else "python -m fastattn"
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with status 2."""
+        self.exit(2, f"{self.prog}: {message} (see --help)\n")
+
+
+def number(name: str, least: int = 0, most: int | None = None) -> Callable[[str], int]:
+    """An argparse type: a whole number from `least` to `most`, of which there is perhaps none.
+
+    Examples
+    --------
+    >>> number("layer", 0, 5)("3")
+    3
+    """
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least or (most is not None and value > most):
+            allowed = f"of at least {least}" if most is None else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {name} {allowed}")
+        return value
+
+    return parse
+
+
+def output_file(*suffixes: str) -> Callable[[str], Path]:
+    """An argparse type: the path of a file that can be written, with one of some suffixes if there are any.
+
+    An existing file is left as it is, until it is written.
+    """
+
+    def parse(text: str) -> Path:
+        path = Path(text)
+        if suffixes and path.suffix.lower() not in suffixes:
+            raise argparse.ArgumentTypeError(f"{printable(text)!r} does not end in {' or '.join(suffixes)}")
+        try:
+            if not path.absolute().parent.is_dir():
+                raise argparse.ArgumentTypeError(f"{printable(str(path.absolute().parent))} is not a folder")
+            if path.is_file():
+                open(path, "ab").close()
+            elif path.is_dir():
+                raise argparse.ArgumentTypeError(f"{printable(text)} is a folder")
+            elif not path.exists():  # what is none of these, such as a pipe, may be opened only once
+                open(path, "xb").close()
+                path.unlink()
+        except OSError as error:
+            raise argparse.ArgumentTypeError(f"cannot write {printable(text)}: {error.strerror}") from error
+        return path
+
+    return parse
+
+
+def folder_to_write(option: str, path: Path) -> None:
+    """Make a folder, if it is not there, and refuse one in which no file can be written."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{option}: cannot make the folder {printable(str(path))}: {error.strerror}") from error
+    try:
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise UserError(f"{option}: cannot write to the folder {printable(str(path))}: {error.strerror}") from error

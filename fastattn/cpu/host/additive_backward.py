@@ -1,0 +1,141 @@
+"""The CPU backend of `fastattn.additive_attention_backward`: plans a call, and runs it round by round."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from fastattn.call.problem import Array, Operands, Problem
+from fastattn.call.rounding import limit_of, slack
+from fastattn.call.upstream import Upstream
+from fastattn.cpu.host import pool
+from fastattn.cpu.host.forward import scratch_memory
+from fastattn.cpu.host.plan import TASK_FLOPS, Plan, Tile, aligned, make_plan, padded
+from fastattn.cpu.kernels.records import ADDITIVE_BACKWARD, ADDITIVE_PLACES, CALL, PLAN, QUERY_NUMBERS
+from fastattn.machine.libraries import kernel_name, library
+from fastattn.machine.objects import address_of
+from fastattn.machine.table import Isa, host
+
+BLOCK = 128  # queries, and keys, that meet in working memory
+QUERY_BYTES, KEY_BYTES = 256 << 10, 128 << 10  # of their features and values, at most
+LEAST = 32  # rows of a block, however long they are: whole rows of any tile
+TERMS_BYTES = 8 << 10  # of the queries that meet a vector of keys together, where one does not have more
+FLOPS = 20.0  # what a feature of a query and a key takes the time of
+
+
+def backward(
+    problem: Problem, operands: Operands, weight: Array, upstream: Upstream, threads: int
+) -> tuple[Array, Array, Array, Array]:
+    """Return the gradients of the operands, query, key and value, and that of weight.
+
+    Parameters
+    ----------
+    problem : Problem
+    operands : Operands
+    weight : ndarray, shape (D,)
+    upstream : Upstream
+    threads : int
+
+    Returns
+    -------
+    grad_query, grad_key, grad_value : ndarray
+        With the axes of the operands.
+    grad_weight : ndarray, shape (D,)
+    """
+    lead, dtype = problem.rows_shape, problem.dtype
+    heads = math.prod(lead)
+    worked = heads and problem.queries and problem.keys
+    make = np.empty if worked else np.zeros
+    grad_query, grad_key = (make((*lead, n, problem.head_dim), dtype) for n in (problem.queries, problem.keys))
+    grad_value = make((*lead, problem.keys, problem.value_dim), dtype)
+    if not worked:
+        return grad_query, grad_key, grad_value, np.zeros(problem.head_dim, dtype)
+
+    plan, given = plan_rounds(problem, operands, upstream.grad_out, host(), threads)
+    rounds = plan.tasks // heads
+    parts = np.empty((plan.tasks, problem.head_dim), dtype)
+    out, lse, weight = map(np.ascontiguousarray, (upstream.out, upstream.lse, weight))
+    query, key, value, mask = operands
+    call = np.zeros(1, CALL)
+    arrays = {"query": query, "key": key, "value": value, "mask": mask, "lse": lse, "weight": weight, "out": given}
+    _note(call, plan=plan.record, **arrays)
+    _note(given, grad_out=upstream.grad_out, out=out, grad_query=grad_query, grad_key=grad_key, grad_value=grad_value)
+    given["precise"], given["slack"] = limit_of(dtype, upstream.rounded), slack(upstream.rounded, problem.head_dim)
+    sums = np.empty((heads * problem.queries, 2), dtype)
+    _note(given, grad_weight=parts, sums=sums)
+    kernels = library(kernel_name("additive_backward", dtype, plan.tile))
+    threads = pool.concurrency(plan.tasks, plan.flops, threads)
+    with scratch_memory(threads * plan.scratch_bytes) as address:
+        call["scratch"], call["scratch_bytes"] = address, plan.scratch_bytes
+        for number in range(rounds):
+            given["round"] = number
+            pool.run(kernels, address_of(call), plan.tasks, plan.flops, threads)
+    if threads > 1:
+        pool.rhythm.end(threads - 1)
+    with np.errstate(all="ignore"):
+        return grad_query, grad_key, grad_value, parts.sum(axis=0, dtype=np.float64).astype(dtype)
+
+
+def _note(record: Array, **arrays: Array | None) -> None:
+    """Write down where arrays are."""
+    for name, array in arrays.items():
+        record[name] = 0 if array is None else address_of(array)
+
+
+def plan_rounds(problem: Problem, operands: Operands, grad_out: Array, row: Isa, threads: int) -> tuple[Plan, Array]:
+    """Plan a round, of which all are alike, and write down the sizes of blocks and chunks.
+
+    They depend on the shapes of one head alone.
+    """
+    features, value_dim, itemsize = problem.head_dim, problem.value_dim, problem.dtype.itemsize
+    tile = Tile(row.rows, row.vectors, row.vector_bytes // itemsize, itemsize)
+    query_block, key_block = (_block(limit, (features + value_dim) * itemsize) for limit in (QUERY_BYTES, KEY_BYTES))
+    query_blocks, key_blocks = -(-problem.queries // query_block), -(-problem.keys // key_block)
+    flops = problem.queries * problem.keys * (FLOPS * features + 4.0 * value_dim)
+    # as many chunks as can be at work at a time; more where tasks would be too long
+    wide = -(-problem.keys // query_block)
+    chunks = min(max(query_blocks, key_blocks), max(min(query_blocks, wide), math.ceil(flops / TASK_FLOPS)))
+    row_bytes = padded(tile, features) * itemsize
+    given: Any = np.zeros(1, ADDITIVE_BACKWARD)
+    given["query_block"], given["query_blocks"] = query_block, -(-query_blocks // chunks)
+    given["key_blocks"] = -(-key_blocks // chunks)
+    given["together"] = together = max(1, min(query_block, TERMS_BYTES // max(1, tile.lanes * row_bytes)))
+
+    plan = make_plan(problem, operands, grad_out, row, threads)
+    record = plan.record.copy()
+    fields = record[: PLAN.itemsize].view(PLAN)[0]
+    heads = math.prod(problem.rows_shape)
+    fields["key_block"] = key_block
+    fields["blocks"], fields["group"], fields["groups"], fields["tasks"] = chunks, 1, chunks, heads * chunks
+    return replace(
+        plan,
+        tile=tile,
+        record=record,
+        address=address_of(record),
+        tasks=heads * chunks,
+        flops=heads * flops / chunks * (0.5 if problem.causal_offset is not None else 1.0),
+        scratch_bytes=aligned(_scratch_bytes(tile, query_block, key_block, features, value_dim, together)),
+    ), given
+
+
+def _block(most: int, row_bytes: int) -> int:
+    """How many rows are a block."""
+    block = BLOCK
+    while block > LEAST and block * row_bytes > most:
+        block //= 2
+    return block
+
+
+def _scratch_bytes(tile: Tile, query_block: int, key_block: int, features: int, value_dim: int, together: int) -> int:
+    """Room for a block of queries and one of keys, as `fastattn.cpu.kernels.additive_backward` lays it out."""
+    row = padded(tile, features)
+    values = (-(-value_dim // tile.width) + 1) * tile.width
+    of_weight = 2 * (row + tile.lanes)
+    of_queries = query_block * (QUERY_NUMBERS + 1 + 3 * row + values) + tile.lanes
+    of_keys = key_block * (1 + 3 * row + 2 * values) + tile.lanes
+    of_both = 2 * query_block * key_block + together * tile.lanes * (tile.lanes + row)
+    work = max((2 + key_block + tile.lanes) * tile.width + 8 * tile.lanes * tile.lanes, values)
+    return aligned(ADDITIVE_PLACES.itemsize) + (of_weight + of_queries + of_keys + of_both + work) * tile.itemsize

@@ -1,0 +1,122 @@
+"""Compiled functions as builtins of Python.
+
+ctypes makes an integer of each argument, and takes 0.7 µs for a call, 30 µs after a pause, when all of its code and
+Python's is cold. A builtin takes 0.05 and 5: it is given the objects, and the compiled function reads what it needs of
+them (`fastattn.cpu.kernels.entry`). A builtin is the address of a function, and a few words about it that Python's
+stable interface describes (PyMethodDef).
+"""
+
+import ctypes
+from collections.abc import Callable, Hashable
+from functools import cache, wraps
+from typing import Any, TypeVar, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastattn.cpu.kernels.records import LINK
+from fastattn.machine.libraries import Library, library
+from fastattn.machine.objects import objects_are_as_expected
+
+Array = NDArray[Any]
+F = TypeVar("F", bound=Callable[..., Any])
+METH_VARARGS, METH_KEYWORDS, METH_FASTCALL = 0x1, 0x2, 0x80
+
+
+class _Definition(ctypes.Structure):
+    """PyMethodDef."""
+
+    _fields_ = (
+        ("name", ctypes.c_char_p),
+        ("function", ctypes.c_void_p),
+        ("flags", ctypes.c_int),
+        ("doc", ctypes.c_char_p),
+    )
+
+
+# By the function's address: definitions, and the code itself, have to live as long as the builtins.
+_definitions: dict[int, tuple[_Definition, Library]] = {}
+
+
+@cache
+def _interface() -> dict[str, int]:
+    python = ctypes.pythonapi
+
+    def address(function: Any) -> int:
+        found = ctypes.cast(function, ctypes.c_void_p).value
+        assert found is not None
+        return found
+
+    return {
+        "none": id(None),
+        "array_type": id(np.ndarray),
+        "save_thread": address(python.PyEval_SaveThread),
+        "restore_thread": address(python.PyEval_RestoreThread),
+        "to_int": address(python.PyLong_FromLongLong),
+        "from_int": address(python.PyLong_AsUnsignedLongLongMask),
+        "to_bytes": address(python.PyBytes_FromStringAndSize),
+        "call": address(python.PyObject_Call),
+    }
+
+
+def bind(kernels: Library, name: str, flags: int = METH_FASTCALL, **numbers: int) -> Callable[..., Any]:
+    """A compiled function as a builtin that is bound to a record of `LINK` with these numbers."""
+    link = np.zeros(1, LINK)
+    for field, number in {**_interface(), **numbers}.items():
+        link[field] = number
+    address = kernels.addresses[name]
+    if address not in _definitions:
+        _definitions[address] = _Definition(name.encode(), address, flags, None), kernels
+    make = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.py_object, ctypes.c_void_p)
+    function: Callable[..., Any] = make(("PyCFunction_NewEx", ctypes.pythonapi))(
+        ctypes.addressof(_definitions[address][0]), link, None
+    )
+    return function
+
+
+def _described(*arrays: Array | None) -> Hashable:
+    """The same as a signature, with what Python offers."""
+    if not all(array is None or type(array) is np.ndarray for array in arrays):
+        return b""
+    return tuple(None if array is None else (array.shape, array.strides, array.dtype) for array in arrays)
+
+
+class Signatures:
+    """`of` arrays, as a key: equal for arrays that agree in dtypes, shapes and strides.
+
+    It is b"" where one of the arguments is neither None nor an array, or is of a subclass, or has more than 32 axes.
+    """
+
+    def __init__(self) -> None:
+        self.of: Callable[..., Hashable] = self._first
+
+    def _first(self, *arrays: Array | None) -> Hashable:
+        if objects_are_as_expected():
+            self.of = bind(library("signature"), "signature")
+        else:
+            self.of = _described
+        return self.of(*arrays)
+
+
+signatures = Signatures()
+
+
+def in_default_mode(function: F) -> F:
+    """Make a function run in the default floating-point mode and give its caller's back, however it ends.
+
+    Kernels do so by themselves. This is for what Python and NumPy compute around them, and results depend on: a scale,
+    the conversion of an argument, the sum of a gradient.
+    """
+
+    @wraps(function)
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        return _calling(function)(*arguments, **keywords)
+
+    return cast("F", call)
+
+
+@cache
+def _calling(function: Callable[..., Any]) -> Callable[..., Any]:
+    if not objects_are_as_expected():
+        return function
+    return bind(library("signature"), "in_default_mode", METH_VARARGS | METH_KEYWORDS, function=id(function))

@@ -1,0 +1,72 @@
+"""What the machine's arithmetic allows: the register tiles of the ISA table, in a loop, with all operands in L1."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import numpy as np
+
+from fastattn.machine.libraries import library
+from fastattn.machine.objects import address_of
+from fastattn.machine.table import host
+
+LENGTH = 128  # of the sums: operands of a few KiB
+
+
+def measure(dtype: str = "float32", threads: int = 1, seconds: float = 0.1) -> float:
+    """Measure the rate of the micro-kernel alone.
+
+    Parameters
+    ----------
+    dtype : {"float32", "float64"}
+    threads : int
+        How many threads run it at once, each on operands of its own.
+    seconds : float
+        Roughly how long to measure.
+
+    Returns
+    -------
+    float
+        10^9 floating-point operations per second, of all threads together: the best tile's best of several runs.
+    """
+    row = host()
+    return max(
+        _rate(dtype, rows, vectors, threads, seconds / 2)
+        for rows, vectors in ((row.rows, row.vectors), (row.rows, row.vectors + 1))
+    )
+
+
+def _rate(dtype: str, rows: int, vectors: int, threads: int, seconds: float) -> float:
+    run = library(f"peak-{dtype}-{rows}x{vectors}").run
+    width = vectors * host().vector_bytes // np.dtype(dtype).itemsize
+    flops = 2.0 * rows * width * LENGTH
+    repeats = max(1, int(2e6 / flops) * 10)
+    memory = [np.ones((rows + 2 * width) * LENGTH, dtype) for _ in range(threads)]
+    best = [np.inf] * threads
+    go = threading.Event()
+
+    def loop(index: int) -> None:
+        a = address_of(memory[index])
+        b = a + rows * LENGTH * memory[index].itemsize
+        out = b + width * LENGTH * memory[index].itemsize
+        go.wait()
+        end = time.perf_counter() + seconds
+        while (start := time.perf_counter()) < end:
+            run(a, b, out, LENGTH, repeats)
+            best[index] = min(best[index], time.perf_counter() - start)
+
+    others: list[threading.Thread] = []
+    try:
+        for index in range(1, threads):
+            thread = threading.Thread(target=loop, args=(index,))
+            thread.start()
+            others.append(thread)
+    except (RuntimeError, MemoryError):  # the system gives no more threads: those there are show what they can do
+        pass
+    finally:
+        go.set()
+    loop(0)
+    for thread in others:
+        thread.join()
+    return sum(flops * repeats / elapsed for elapsed in best) / 1e9

@@ -1,0 +1,200 @@
+"""From a Problem to what the kernels are told: the plan record, the blocking, the split into tasks."""
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fastattn.call.problem import Operands, Problem
+from fastattn.cpu.kernels.records import (
+    ALIGNMENT,
+    AXIS,
+    MASK_BOOL,
+    MASK_HALF,
+    MASK_NONE,
+    MASK_OTHER,
+    MASK_SAME,
+    PLAN,
+)
+from fastattn.machine.objects import address_of
+from fastattn.machine.table import Isa
+
+GROUP_BYTES = 512 << 10  # state of the query blocks taken through the keys together, which the packing is shared by
+CACHED_BYTES = 1 << 20  # of all queries and keys: where they are no more, they may still be near from the last call
+TASKS_PER_THREAD = 4  # enough to even out, as long as there are blocks to split into
+LEAST_KEYS = 32  # in a block, however large they are
+FARTHEST = 3 << 10  # bytes from row to row that are read in place: beyond, they fall into few sets of the caches
+LOG2_E = 1.4426950408889634
+TASK_FLOPS = 4e9  # at most, where a group can be made smaller: no thread is away from Python for long
+ADDITIVE_FLOPS = 10.0  # what a feature of an additive score takes the time of
+WORK_ROWS = 2  # rows of a tile needed besides the scores: maxima, and factors of the weights
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """The register tile that a call uses: `rows` x `width` elements of `itemsize` bytes."""
+
+    rows: int
+    vectors: int
+    lanes: int
+    itemsize: int
+
+    @property
+    def width(self) -> int:
+        return self.vectors * self.lanes
+
+
+def choose_tile(row: Isa, dtype: np.dtype, queries: int) -> Tile:
+    """The table's tile; for at most one vector of queries a tall one, one vector wide, that wastes no lanes."""
+    lanes = row.vector_bytes // dtype.itemsize
+    if queries <= lanes:
+        return Tile(row.tall_rows, 1, lanes, dtype.itemsize)
+    return Tile(row.rows, row.vectors, lanes, dtype.itemsize)
+
+
+def choose_key_block(row: Isa, problem: Problem) -> int:
+    """The table's number of keys, halved until their rows leave room in the level-2 cache."""
+    key_block = row.key_block
+    while (
+        key_block > LEAST_KEYS
+        and key_block * (problem.head_dim + problem.value_dim) * problem.dtype.itemsize > row.block_bytes
+    ):
+        key_block //= 2
+    return key_block
+
+
+def room_for_rows(row: Isa, tile: Tile, array: np.ndarray, elements: int) -> tuple[int, int]:
+    """Room for a block of keys or values, 0 where they are read in place; and where rows are, how far apart they are.
+
+    `elements`: of a block in panels.
+    """
+    step, column = array.strides[-2:]
+    if tile.vectors == 1:
+        return 0, step
+    dense = array.shape[-1] * tile.itemsize
+    if not row.panels and column == tile.itemsize and abs(step) <= max(FARTHEST, dense):
+        return 0, step
+    return aligned(elements * tile.itemsize), dense
+
+
+def additive_query_bytes(tile: Tile, features: int) -> int:
+    """Room for a block of queries as `fastattn.cpu.kernels.additive` lays it out."""
+    row = padded(tile, features)
+    return (2 * row * tile.width + 3 * row + 8 * tile.lanes) * tile.itemsize
+
+
+def additive_key_bytes(tile: Tile, features: int, key_block: int) -> int:
+    """Room for a block of keys there, through which a block of queries passes as well: it has no more rows."""
+    return (key_block + 2 * tile.lanes + 2 * (key_block + tile.rows) * padded(tile, features)) * tile.itemsize
+
+
+def padded(tile: Tile, features: int) -> int:
+    """The features of additive attention with what is added to fill quads of vectors."""
+    return -(-features // (4 * tile.lanes)) * 4 * tile.lanes
+
+
+def group_size(blocks: int, state: int, flops: float, heads: int, threads: int) -> int:
+    """How many of a head's blocks are a task, each of so many bytes of state and operations."""
+    group = max(1, min(GROUP_BYTES // state, blocks, int(TASK_FLOPS / max(flops, 1.0))))
+    while group > 1 and heads * -(-blocks // group) < TASKS_PER_THREAD * threads:
+        group -= 1
+    return group
+
+
+def aligned(size: int) -> int:
+    """The size, rounded up to what working memory is counted in."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What all calls of one description share.
+
+    `record` is the memory that the kernels read; `tasks` and `flops` size the schedule; `scratch_bytes` is the working
+    memory of one thread.
+    """
+
+    problem: Problem
+    tile: Tile
+    record: np.ndarray = field(repr=False)
+    address: int
+    tasks: int
+    flops: float
+    scratch_bytes: int
+
+
+def mask_kind(mask: np.ndarray | None, dtype: np.dtype) -> int:
+    """Which of MASK_* a mask is."""
+    if mask is None:
+        return MASK_NONE
+    if mask.dtype.kind == "b":
+        return MASK_BOOL
+    if mask.dtype.itemsize == 2:
+        return MASK_HALF
+    return MASK_SAME if mask.dtype == dtype else MASK_OTHER
+
+
+def make_plan(
+    problem: Problem, operands: Operands, out: np.ndarray, row: Isa, threads: int, additive: bool = False
+) -> Plan:
+    """Plan the calls that agree with these operands in everything but addresses.
+
+    `out` has the axes of the operands: (*batch, Hk, G, Lq, Dv). `additive`: scores are those of additive attention.
+    """
+    query, key, value, mask = operands
+    tile = choose_tile(row, problem.dtype, problem.queries)
+    lead = query.shape[:-2]
+    heads = math.prod(lead)
+    blocks = -(-problem.queries // tile.width)
+    feature_flops = ADDITIVE_FLOPS if additive else 2.0
+    flops_per_block = tile.width * problem.keys * (feature_flops * problem.head_dim + 2.0 * problem.value_dim)
+    row_bytes = tile.width * problem.dtype.itemsize
+    key_block = choose_key_block(row, problem)
+    if additive:
+        query_bytes = additive_query_bytes(tile, problem.head_dim)
+        key_bytes, key_step = additive_key_bytes(tile, problem.head_dim, key_block), 0
+    else:
+        query_bytes = problem.head_dim * row_bytes
+        key_bytes, key_step = room_for_rows(row, tile, key, key_block * problem.head_dim)
+    panels = -(-problem.value_dim // tile.rows)
+    value_bytes, value_step = room_for_rows(row, tile, value, key_block * panels * tile.rows)
+    state = query_bytes + (problem.value_dim + 2) * row_bytes
+    group = group_size(blocks, state, flops_per_block, heads, threads)
+    groups = -(-blocks // group)
+
+    record = np.zeros(PLAN.itemsize + len(lead) * AXIS.itemsize, np.uint8)
+    plan = record[: PLAN.itemsize].view(PLAN)[0]
+    for name, array in (("query", query), ("key", key), ("value", value), ("out", out), ("mask", mask)):
+        if array is not None:
+            plan[name + "_row"], plan[name + "_column"] = array.strides[-2:]
+    plan["queries"], plan["keys"] = problem.queries, problem.keys
+    plan["head_dim"], plan["value_dim"] = problem.head_dim, problem.value_dim
+    plan["mask_kind"] = mask_kind(mask, problem.dtype)
+    plan["mask_itemsize"] = mask.itemsize if mask is not None else 0
+    plan["causal"] = problem.causal_offset is not None
+    plan["first_position"] = problem.causal_offset or 0
+    natural = problem.mask_kind == "float"
+    plan["scale"] = problem.scale * (1.0 if natural else LOG2_E)
+    plan["unit"] = LOG2_E if natural else 1.0
+    plan["drop_below"] = problem.drop_threshold
+    plan["keep_scale"] = problem.keep_scale
+    plan["axes"] = len(lead)
+    plan["heads"] = problem.heads
+    plan["key_block"] = key_block
+    features = (problem.head_dim + problem.value_dim) * problem.dtype.itemsize
+    everything = heads * (problem.queries + problem.keys) * features
+    if everything > CACHED_BYTES:
+        plan["ahead"] = threads
+    plan["query_bytes"], plan["key_bytes"], plan["value_bytes"] = query_bytes, key_bytes, value_bytes
+    plan["key_step"], plan["value_step"] = key_step, value_step
+    plan["blocks"], plan["group"], plan["groups"] = blocks, group, groups
+    plan["tasks"] = tasks = heads * groups
+    axes = record[PLAN.itemsize :].view(AXIS)
+    for i, size in enumerate(lead):
+        strides = [array.strides[i] if array is not None else 0 for array in (query, key, value, mask, out)]
+        axes[i] = (size, *strides)
+
+    scores = (WORK_ROWS + key_block) * row_bytes + tile.lanes * tile.lanes * 8
+    scratch_bytes = aligned(group * state + key_bytes + value_bytes + scores)
+    flops = heads * blocks * flops_per_block * (0.5 if problem.causal_offset is not None else 1.0)
+    return Plan(problem, tile, record, address_of(record), tasks, flops, scratch_bytes)

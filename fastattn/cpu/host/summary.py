@@ -1,0 +1,117 @@
+"""The CPU backend of `fastattn.attention_weights` and `fastattn.attention_summary`: plans and runs their kernels."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastattn.call.problem import Operands, Problem
+from fastattn.cpu.host import pool
+from fastattn.cpu.host.forward import run
+from fastattn.cpu.host.plan import Plan, aligned, group_size, make_plan
+from fastattn.cpu.kernels.records import PLAN, SUMMARY
+from fastattn.machine.libraries import kernel_name, library
+from fastattn.machine.objects import address_of
+from fastattn.machine.table import host
+
+Array = NDArray[Any]
+
+LN_2 = 0.6931471805599453
+MORE_STATE = 2  # rows of a query block's state besides those that the forward pass has too
+QUERY_ROWS = 2  # rows besides the queries of the one query block that a task on keys works on
+
+
+def summarise(problem: Problem, operands: Operands, threads: int, top_k: int) -> tuple[Array, ...]:
+    """Return the fields of an `AttentionSummary`. The value operand is not read."""
+    rows, dtype = problem.lse_shape, problem.dtype
+    plan = _by_queries(problem, operands, threads)
+    m, l, lse, entropy = (np.empty(rows, dtype) for _ in range(4))
+    top_weights, top_indices = np.empty((*rows, top_k), dtype), np.empty((*rows, top_k), np.int64)
+    received = np.empty((*rows[:-1], problem.keys), dtype)
+    record = _record(top_k, m=m, l=l, lse=lse, entropy=entropy, top_weights=top_weights, top_indices=top_indices)
+    _run("summary", plan, operands, threads, record)
+    _run("received", _by_keys(plan, operands, threads), operands, threads, _record(m=m, l=l, received=received))
+    return top_weights, top_indices, entropy, lse, received
+
+
+def sums(problem: Problem, operands: Operands, threads: int) -> tuple[Array, Array]:
+    """Return m and l of every query: its weights are 2^((score - m) · unit) / l."""
+    m, l = (np.empty(problem.lse_shape, problem.dtype) for _ in range(2))
+    _run("summary", _by_queries(problem, operands, threads), operands, threads, _record(m=m, l=l))
+    return m, l
+
+
+def unit_of(problem: Problem) -> float:
+    """Return the natural logarithm of the base that m is in: e under a floating mask, else 2."""
+    return 1.0 if problem.mask_kind == "float" else LN_2
+
+
+def sums_from(problem: Problem, lse: Array) -> tuple[Array, Array]:
+    """Return the same, made of log-sum-exps: exp(score - lse) is 2^((score - m) · unit).
+
+    A query that looks at no key has an lse of -inf, and weights of 0: as 2^-inf, whatever its scores. One whose lse is
+    NaN has weights of NaN, those of hidden keys included, whose score l alone meets.
+    """
+    with np.errstate(all="ignore"):
+        m = np.ascontiguousarray(np.where(lse == -np.inf, np.inf, lse) / unit_of(problem), problem.dtype)
+        return m, np.where(np.isnan(m), m, np.ones(1, m.dtype))
+
+
+def weigh(problem: Problem, operands: Operands, threads: int, m: Array, l: Array) -> Array:
+    """Return the weights of all queries and keys, for given sums."""
+    weights = np.empty(problem.weights_shape, problem.dtype)
+    _run("chosen", _by_queries(problem, operands, threads), operands, threads, _record(m=m, l=l), weights)
+    return weights
+
+
+def _record(top_k: int = 0, **arrays: Array) -> Array:
+    """Write down where the arrays are."""
+    record = np.zeros(1, SUMMARY)
+    record["top_k"] = top_k
+    for name, array in arrays.items():
+        record[name] = address_of(array)
+    return record
+
+
+def _run(kind: str, plan: Plan, operands: Operands, threads: int, record: Array, weights: Array | None = None) -> None:
+    kernels = library(kernel_name(kind, plan.problem.dtype, plan.tile))
+    threads = pool.concurrency(plan.tasks, plan.flops, threads)
+    run(plan, threads, kernels, 0, operands.query, operands.key, mask=operands.mask, out=record, weights=weights)
+
+
+def _by_queries(problem: Problem, operands: Operands, threads: int) -> Plan:
+    """Plan tasks that own queries: those of the forward pass, for half of its work."""
+    plan = make_plan(problem, operands, operands.query, host(), threads)  # nothing is written to `out`
+    group = int(plan.record[: PLAN.itemsize].view(PLAN)["group"][0])
+    more = group * MORE_STATE * plan.tile.width * plan.tile.itemsize
+    return replace(plan, flops=plan.flops / 2, scratch_bytes=aligned(plan.scratch_bytes + more))
+
+
+def _by_keys(plan: Plan, operands: Operands, threads: int) -> Plan:
+    """Plan tasks that own keys, as many blocks of them as stay in the level-2 cache while queries come by."""
+    problem, tile = plan.problem, plan.tile
+    record = plan.record.copy()
+    fields = record[: PLAN.itemsize].view(PLAN)[0]
+    key_block = int(fields["key_block"])
+    heads = math.prod(operands.query.shape[:-2])
+    row_bytes = tile.width * tile.itemsize
+    state = key_block * row_bytes + (key_block + tile.rows) * problem.head_dim * tile.itemsize  # sums, packed keys
+    flops_per_block = 2.0 * key_block * problem.queries * problem.head_dim
+    blocks = -(-problem.keys // key_block)
+    group = group_size(blocks, state, flops_per_block, heads, threads)
+    groups = -(-blocks // group)
+    fields["blocks"], fields["group"], fields["groups"] = blocks, group, groups
+    fields["tasks"] = tasks = heads * groups
+    # a block of queries, and one of scores with the maxima and the buffer that go with it
+    block = (problem.head_dim + QUERY_ROWS + 1 + key_block) * row_bytes + tile.lanes * tile.lanes * 8
+    return replace(
+        plan,
+        record=record,
+        address=address_of(record),
+        tasks=tasks,
+        scratch_bytes=aligned(group * state + block),
+    )

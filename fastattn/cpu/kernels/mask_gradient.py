@@ -1,0 +1,112 @@
+"""The gradient of a floating mask: that of the scores, summed over what the mask is broadcast along.
+
+It is of the mask's own shape, and nothing larger comes to be. A task owns a rectangle of one head of the mask: the part
+that a block of queries and a block of keys share, or all queries where the mask has one row, or all keys where it has
+one column. Whatever is added there comes by in one order:
+
+    for each head of queries that the mask is broadcast to:
+        for each block of queries, for each block of keys of the rectangle:
+            sums[j][i] += ds[j][i]                    as in the backward pass, which must have found the deltas and sums
+"""
+
+from fastattn.cpu.kernels.backward import call_view, copy_numbers, load_keys, load_lanes, locate, plan_view, weigh
+from fastattn.cpu.kernels.forward import clear
+from fastattn.cpu.kernels.pack import unpack_rows
+from fastattn.cpu.kernels.sums import any_has_lost, load_sums
+from fastattn.simd import jit, load_element, store_element, tile_fill, tile_load, tile_store
+
+
+@jit
+def add_block(tile, sums, grads, count, present):
+    """sums[j][i] += grads[j][i] for `count` keys and those lanes in which there is a query."""
+    for _ in range(count):
+        if present >= tile.width:
+            tile_store(tile_load(tile.single, sums, 0) + tile_load(tile.single, grads, 0), sums, 0)
+        else:
+            for i in range(present):
+                at = sums + i * tile.itemsize
+                store_element(tile, at, load_element(tile, at) + load_element(tile, grads + i * tile.itemsize))
+        sums += tile.row_bytes
+        grads += tile.row_bytes
+
+
+@jit
+def write_rectangle(tile, plan, sums, ones, target, present, count):
+    """Write sums[j][i] to target[i][j], summed over i where the mask has one row, over j where it has one column."""
+    subs = plan.query_block // tile.width
+    if plan.mask_queries > 1 and plan.mask_keys > 1:
+        for s in range((present + tile.width - 1) // tile.width):
+            there = min(tile.width, present - s * tile.width)
+            rows = target + s * tile.width * plan.grad_mask_row
+            unpack_rows(tile, sums, ones, rows, plan.grad_mask_row, tile.itemsize, there, count)
+            sums += plan.score_panel
+        return
+    lanes, columns = subs * tile.width, plan.key_block
+    own_lanes, own_columns = present if plan.mask_queries > 1 else 1, count if plan.mask_keys > 1 else 1
+    for i in range(own_lanes):
+        for j in range(own_columns):
+            total = 0.0
+            for other_i in range(i, i + 1 if plan.mask_queries > 1 else lanes):
+                column = sums + other_i // tile.width * plan.score_panel + other_i % tile.width * tile.itemsize
+                for other_j in range(j, j + 1 if plan.mask_keys > 1 else columns):
+                    total += load_element(tile, column + other_j * tile.row_bytes)
+            store_element(tile, target + i * plan.grad_mask_row + j * tile.itemsize, total)
+
+
+@jit
+def differentiate_rectangle(tile, call, plan, mask_head, query_task, key_task, scratch):
+    """One task. The working memory of sums is where the backward pass has the gradients of keys."""
+    first_block, last_block = 0, plan.query_blocks
+    if plan.mask_queries > 1:
+        first_block, last_block = query_task, query_task + 1
+    first_key, end = 0, plan.keys
+    if plan.mask_keys > 1:
+        first_key, end = key_task * plan.key_block, min(plan.keys, (key_task + 1) * plan.key_block)
+    sums, ones = scratch + plan.key_sums_at, scratch + plan.query_sums_at
+    subs = plan.query_block // tile.width
+    clear(tile, sums, subs * plan.key_block)
+    tile_store(tile_fill(tile.single, 1.0), ones, 0)
+    target = call.grad_mask
+    for head in range(mask_head * plan.inner, (mask_head + 1) * plan.inner):
+        number, query, key, value, mask, grad_out, _, _, _, _, target = locate(call, plan, head)
+        for block in range(first_block, last_block):
+            first_query = block * plan.query_block
+            present = min(plan.query_block, plan.queries - first_query)
+            at = (number * plan.queries + first_query) * tile.itemsize
+            lse = call.lse + at
+            rows, grads = query + first_query * plan.query_row, grad_out + first_query * plan.grad_out_row
+            load_lanes(tile, plan, rows, grads, lse, present, 1.0, scratch)
+            lost = any_has_lost(tile, plan, lse, present)
+            if lost:
+                load_sums(tile, plan, lse, present, call.deltas + at, scratch)
+            copy_numbers(tile, scratch + plan.deltas_at, call.deltas + at, present, plan.query_block, 1.0)
+            for start_key in range(first_key, end, plan.key_block):
+                masks = mask + first_query * plan.mask_row + start_key * plan.mask_column
+                count = min(plan.key_block, end - start_key)
+                load_keys(tile, plan, key, value, start_key, count, scratch)
+                for s in range((present + tile.width - 1) // tile.width):
+                    ahead = s * tile.width
+                    place = masks + ahead * plan.mask_row
+                    first = first_query + ahead
+                    found = weigh(tile, call, plan, number, s, first, start_key, 0, place, lost, scratch)
+                    grads_at = scratch + plan.score_grads_at + s * plan.score_panel
+                    add_block(tile, sums + s * plan.score_panel, grads_at, found, present - ahead)
+    first_query = first_block * plan.query_block
+    target += first_query * plan.grad_mask_row + first_key * tile.itemsize
+    present, count = min(plan.query_block, plan.queries - first_query), min(plan.key_block, end - first_key)
+    write_rectangle(tile, plan, sums, ones, target, present, count)
+
+
+def task_function(tile):
+    """The task function of the gradient of a mask."""
+
+    @jit
+    def task(call_at, slot, number):
+        call = call_view(call_at)
+        plan = plan_view(call.plan)
+        mask_head, number = number % plan.outer, number // plan.outer
+        query_task, key_task = number % plan.parts, number // plan.parts
+        scratch = call.scratch + slot * call.scratch_bytes
+        differentiate_rectangle(tile, call, plan, mask_head, query_task, key_task, scratch)
+
+    return task

@@ -1,0 +1,123 @@
+"""The weight that each key receives, summed over the queries, once m and l of every query are known.
+
+Here a task owns keys: the blocks of a group of one head, packed once. All query blocks that may look at them come by,
+in order, so that each sum has one owner and one order of its terms, and needs no memory but its own:
+
+    for each query block:                            packed each time: a small part of the work on some hundred keys
+        for each block of keys of the group:
+            scores[j][i] = key[j] · q[i]
+            sums[j][i]  += 2^((scores[j][i] - m[i]) · unit) / l[i]      0 where the score is -inf
+    received[j] = Σ_i sums[j][i]                     over the lanes, once
+"""
+
+from fastattn.cpu.kernels.forward import clear, load_keys, scores_of, visible_keys
+from fastattn.cpu.kernels.pack import pack_queries
+from fastattn.cpu.kernels.prefetch import NOTHING
+from fastattn.cpu.kernels.scores import lowest
+from fastattn.cpu.kernels.softmax import MINUS_INFINITY, exp2
+from fastattn.cpu.kernels.summary import summary_view
+from fastattn.cpu.kernels.tasks import locate
+from fastattn.simd import (
+    jit,
+    load_element,
+    store_element,
+    tile_load,
+    tile_store,
+    where_greater,
+)
+
+QUERY_ROWS = 2  # of a query block besides the queries: m, and 1 / l
+
+
+@jit
+def load_sums(tile, out, first, present, target):
+    """target[0][i] = m, target[1][i] = 1 / l, or 0 for a query that looks at no key."""
+    for i in range(tile.width):
+        m, total = 0.0, 0.0
+        if i < present:
+            m = load_element(tile, out.m + (first + i) * tile.itemsize) * 1.0
+            total = load_element(tile, out.l + (first + i) * tile.itemsize) * 1.0
+        store_element(tile, target + i * tile.itemsize, m)
+        store_element(tile, target + tile.row_bytes + i * tile.itemsize, 1.0 / total if total != 0.0 else 0.0)
+
+
+@jit
+def leave_out(tile, scores, count, present):
+    """Hide all keys from the lanes behind the last query: 0 there is no score, and NaN in a key must not be counted."""
+    for j in range(count):
+        for i in range(present, tile.width):
+            store_element(tile, scores + j * tile.row_bytes + i * tile.itemsize, MINUS_INFINITY)
+
+
+@jit
+def add_weights(tile, scores, count, unit, state, sums):
+    """sums[j][i] += the weight that belongs to scores[j][i]: nothing for -inf, even where the other weights are NaN."""
+    m = tile_load(tile.single, state, 0)
+    inverse = tile_load(tile.single, state + tile.row_bytes, 0)
+    for _ in range(count):
+        score = tile_load(tile.single, scores, 0)
+        weight = exp2(tile, (score - m) * unit) * inverse
+        weight = where_greater(lowest(tile), score, 0.0, weight)
+        tile_store(tile_load(tile.single, sums, 0) + weight, sums, 0)
+        scores += tile.row_bytes
+        sums += tile.row_bytes
+
+
+@jit
+def receive_group(tile, call, plan, head, first_block, blocks, scratch):
+    """One task: `blocks` blocks of keys of one head, from `first_block` on, for all queries that look at them.
+
+    `group`, `groups` and `blocks` of its plan count blocks of keys.
+    """
+    out = summary_view(call.out)
+    query, key, _, mask, _ = locate(call, plan, head)
+    query += call.query
+    key += call.key
+    mask += call.mask
+    row = head * plan.queries
+    start = first_block * plan.key_block
+    end = min(plan.keys, start + blocks * plan.key_block)
+    q_bytes = plan.head_dim * tile.row_bytes
+    sums = scratch
+    state = sums + blocks * plan.key_block * tile.row_bytes + q_bytes
+    q = state - q_bytes
+    packed = state + QUERY_ROWS * tile.row_bytes
+    work = packed
+    keys, block_bytes = key + start * plan.key_row, plan.key_block * plan.key_row
+    if plan.key_bytes > 0:
+        block_bytes = plan.key_bytes
+        for b in range(blocks):
+            first_key = start + b * plan.key_block
+            count = min(plan.key_block, end - first_key)
+            source = key + first_key * plan.key_row
+            load_keys(tile, plan, packed + b * block_bytes, source, count)
+        keys = packed
+        work = packed + blocks * block_bytes
+    clear(tile, sums, blocks * plan.key_block)
+
+    first_query = 0
+    if plan.causal:  # the block of the first query that looks at the first key
+        first_query = max(0, start - plan.first_position) // tile.width * tile.width
+    for first in range(first_query, plan.queries, tile.width):
+        present = min(tile.width, plan.queries - first)
+        source = query + first * plan.query_row
+        pack_queries(tile, q, source, plan.query_row, plan.query_column, present, plan.head_dim, plan.scale)
+        load_sums(tile, out, row + first, present, state)
+        for b in range(blocks):
+            first_key = start + b * plan.key_block
+            masks = mask + first * plan.mask_row + first_key * plan.mask_column
+            count, safe = visible_keys(tile, plan, first, first_key, masks)
+            if count == 0:
+                continue
+            at = keys + b * block_bytes
+            scores = scores_of(tile, plan, q, state, False, count, safe, first, first_key, at, masks, work, NOTHING)
+            if present < tile.width:
+                leave_out(tile, scores, count, present)
+            add_weights(tile, scores, count, plan.unit, state, sums + b * plan.key_block * tile.row_bytes)
+    target = out.received + head * plan.keys * tile.itemsize
+    for j in range(start, end):
+        total = load_element(tile, sums)
+        for i in range(1, tile.width):
+            total += load_element(tile, sums + i * tile.itemsize)
+        store_element(tile, target + j * tile.itemsize, total)
+        sums += tile.row_bytes

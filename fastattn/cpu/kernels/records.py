@@ -1,0 +1,254 @@
+"""What a kernel is told: two records, read by name in the kernels and written by `fastattn.cpu.host.plan`.
+
+`PLAN` holds what depends on shapes, strides and options alone and is shared by all calls that agree in these; behind it
+in memory stands the table of leading axes (`AXIS`), outermost first. `CALL` holds what is new in every call.
+All strides are in bytes; addresses are integers.
+"""
+
+import numpy as np
+
+i8, f8 = np.int64, np.float64
+
+PLAN = np.dtype(
+    [
+        ("queries", i8),
+        ("keys", i8),
+        ("head_dim", i8),
+        ("value_dim", i8),
+        ("query_row", i8),  # strides of a head's matrices: from row to row, from column to column
+        ("query_column", i8),
+        ("key_row", i8),
+        ("key_column", i8),
+        ("value_row", i8),
+        ("value_column", i8),
+        ("mask_row", i8),
+        ("mask_column", i8),
+        ("out_row", i8),
+        ("out_column", i8),
+        ("mask_kind", i8),  # one of MASK_*
+        ("mask_itemsize", i8),
+        ("causal", i8),  # 1: a query looks at keys up to its own position
+        ("first_position", i8),  # of query 0
+        ("scale", f8),  # of the scores, times log2(e) where they are kept in base 2
+        ("unit", f8),  # what turns a difference of scores into base 2: log2(e) under a float mask, else 1
+        ("drop_below", i8),  # an element is dropped if its 32 random bits are below this
+        ("keep_scale", f8),  # 1 / (1 - dropout_p), 0 if nothing is kept
+        ("axes", i8),  # rows of the table of leading axes
+        ("heads", i8),  # length of their last two, the query heads of one batch row
+        ("blocks", i8),  # query blocks per head
+        ("key_block", i8),  # keys taken through the softmax at a time
+        ("group", i8),  # query blocks taken through the keys together
+        ("groups", i8),  # tasks per head
+        ("tasks", i8),
+        ("ahead", i8),  # heads from a task to the one this thread is likely to do next; 0: nothing is asked for there
+        ("query_bytes", i8),  # of a block of queries, as the scores want them
+        ("key_bytes", i8),  # of a block of keys, the same; 0 where keys are read in place
+        ("value_bytes", i8),  # of a block of values; 0 where they are
+        ("key_step", i8),  # from row to row as the micro-kernel finds them, in place or copied
+        ("value_step", i8),
+    ]
+)
+
+AXIS = np.dtype([("size", i8), ("query", i8), ("key", i8), ("value", i8), ("mask", i8), ("out", i8)])
+
+CALL = np.dtype(
+    [
+        ("plan", i8),
+        ("query", i8),
+        ("key", i8),
+        ("value", i8),
+        ("mask", i8),
+        ("out", i8),
+        ("lse", i8),  # 0: not wanted; otherwise contiguous, as are the weights
+        ("weights", i8),
+        ("weight", i8),  # of the features, contiguous: additive attention only
+        ("seed", i8),
+        ("scratch", i8),  # working memory, one piece per participating thread
+        ("scratch_bytes", i8),  # of one piece
+    ]
+)
+
+# What a compiled function that Python calls as a builtin is bound to.
+LINK = np.dtype(
+    [
+        ("none", i8),  # where Python's None is, and NumPy's type of arrays
+        ("array_type", i8),
+        ("save_thread", i8),  # the addresses of functions of Python's C interface
+        ("restore_thread", i8),
+        ("to_int", i8),
+        ("from_int", i8),
+        ("to_bytes", i8),
+        ("call", i8),
+        ("function", i8),  # of Python's, to be called
+        ("plan", i8),
+        ("scratch_bytes", i8),  # of one thread
+        ("task", i8),
+        ("workers", i8),  # that may take part besides the caller
+        ("most", i8),  # tasks that the caller does between two looks at Python's signals
+    ]
+)
+
+# The backward pass: the plan has more in it, and more arrays have axes. (The leading axes that key and value are
+# broadcast along stand last in the table: what they are looked at from there is summed in one place. In the plan for
+# the gradient of a mask it is those that the mask is broadcast along.)
+GRADIENT_ARRAYS = (
+    "query",
+    "key",
+    "value",
+    "mask",
+    "grad_out",
+    "out",
+    "grad_query",
+    "grad_key",
+    "grad_value",
+    "grad_mask",
+)
+# What a task has in its working memory, in this order.
+GRADIENT_PARTS = (
+    "keys",  # of a group of key blocks, in panels, as are the four that follow
+    "values",
+    "key_sums",  # their gradients
+    "value_sums",
+    "queries",  # of a block of queries
+    "grads",  # the gradient of its result
+    "query_sums",  # its gradient
+    "query_lanes",  # queries once more, and the gradient of their result, with queries in the lanes
+    "grad_lanes",
+    "starts",  # a number for each query: what the exponent of a score begins with
+    "shifts",  # where an lse has lost digits: what is subtracted from scores, and then from exponents
+    "rests",
+    "deltas",  # and what is subtracted from the gradient of a weight
+    "counts",  # how many keys of a block the queries of each tile width look at
+    "work",
+    "scores",  # of a block of queries and a block of keys: scores, then weights
+    "score_grads",  # and their gradients
+    "clean_keys",  # a block of keys, with 0 for what is not finite
+    "outs",  # results of a block of queries
+)
+GRADIENT_PLAN = np.dtype(
+    [
+        ("grad_out_row", i8),
+        ("grad_out_column", i8),
+        ("grad_query_row", i8),
+        ("grad_key_row", i8),
+        ("grad_value_row", i8),
+        ("grad_mask_row", i8),
+        ("score_scale", f8),  # the scale itself, whatever base the scores are kept in
+        ("precise", f8),  # below this magnitude an lse has not lost digits that matter
+        ("slack", f8),  # how far an lse may be from the sum of its row, relative to its size
+        ("numbers", i8),  # bytes of one number for each query of all heads
+        ("query_block", i8),  # queries taken together, some tile widths
+        ("query_blocks", i8),
+        ("outer", i8),  # heads of keys, or of a mask
+        ("inner", i8),  # heads of queries for each
+        ("parts", i8),  # tasks that a head's queries are split into
+        ("part", i8),  # blocks of queries in each
+        ("mask_queries", i8),  # rows and columns that the mask has of its own: 1 where it is broadcast
+        ("mask_keys", i8),
+        ("panel", i8),  # from panel to panel, in bytes: of a group of key blocks
+        ("query_panel", i8),  # of a block of queries
+        ("score_panel", i8),  # of a block of keys
+        *((name + "_at", i8) for name in GRADIENT_PARTS),  # where in working memory
+        *PLAN.descr,  # last: Numba takes a longer record for a kind of the shorter one that it begins with
+    ]
+)
+GRADIENT_AXIS = np.dtype([("size", i8), ("head", i8), *((name, i8) for name in GRADIENT_ARRAYS)])
+GRADIENT_CALL = np.dtype(
+    [
+        ("plan", i8),
+        *((name, i8) for name in GRADIENT_ARRAYS),
+        ("lse", i8),  # contiguous, one number for each query of all heads; so is grad_lse, unless 0
+        ("grad_lse", i8),
+        ("deltas", i8),  # what the first group of keys finds, for those that follow: deltas, and m and log2(l) behind
+        ("query_tickets", i8),  # for each block of queries of each head: the groups of keys that have been there
+        ("key_tickets", i8),  # for each group of keys of each head: the parts of the queries that have been there
+        ("seed", i8),
+        ("scratch", i8),
+        ("scratch_bytes", i8),
+    ]
+)
+
+# Where the summary of a call is kept (`call.out` is the address of this record): contiguous arrays with one element, or
+# `top_k` elements, for each query, and of `received` one for each key, of all heads. 0: not wanted.
+SUMMARY = np.dtype(
+    [
+        ("top_k", i8),
+        ("m", i8),  # of the online softmax, so that a weight is 2^((score - m) · unit) / l
+        ("l", i8),
+        ("lse", i8),
+        ("entropy", i8),
+        ("top_weights", i8),
+        ("top_indices", i8),
+        ("received", i8),
+    ]
+)
+
+# The backward pass of additive attention (`call.out` is the address of this record; `call.lse` is what was returned).
+# All arrays are contiguous but grad_out, whose strides are the plan's of `out`.
+ADDITIVE_BACKWARD = np.dtype(
+    [
+        ("round", i8),
+        ("query_block", i8),  # rows of a block; the plan has those of a block of keys
+        ("query_blocks", i8),  # in a chunk
+        ("key_blocks", i8),
+        ("together", i8),  # queries that meet a vector of keys at a time
+        ("grad_out", i8),
+        ("out", i8),
+        ("grad_query", i8),
+        ("grad_key", i8),
+        ("grad_value", i8),
+        ("grad_weight", i8),  # a row for each task of a round, which takes its part of the sum
+        ("sums", i8),  # m and log2(l) of each query whose lse has lost digits, for all rounds
+        ("precise", f8),  # as in GRADIENT_PLAN
+        ("slack", f8),
+    ]
+)
+
+# Where a task of it keeps what it works on: rows [query][...] of a block of queries, [key][...] of a block of keys.
+ADDITIVE_PLACES = np.dtype(
+    [
+        ("factors", i8),  # 2 weight
+        ("grad_weight", i8),
+        ("sums", i8),  # of the weights, in lanes
+        ("slope_sums", i8),  # of all dS, in lanes
+        ("numbers", i8),  # lse, Σ dO · out, whether dO is not finite, 0; or m and log2(l) for the first and the last
+        ("q_largest", i8),  # the largest |query|, |key|; raws and exponentials as in `fastattn.cpu.kernels.additive`
+        ("q_raws", i8),
+        ("q_exps", i8),
+        ("grad_queries", i8),
+        ("rows", i8),  # dO
+        ("largest", i8),
+        ("raws", i8),
+        ("exps", i8),
+        ("grad_keys", i8),
+        ("values", i8),  # [key / width][feature][key % width]; for few queries [key][feature]
+        ("grad_values", i8),
+        ("together", i8),
+        ("weights", i8),  # [query][key]: dO · value, then P
+        ("hidden", i8),  # [query][key]: what is added to scores
+        ("lanes", i8),  # [query][key][lane]: scores, then -dS
+        ("terms", i8),  # [query][key][feature]: -1 / (1 + exp(2 query) exp(2 key))
+        ("work", i8),
+    ]
+)
+
+QUERY_NUMBERS = 4  # of a query: `numbers`
+
+MASK_NONE, MASK_BOOL, MASK_SAME, MASK_OTHER, MASK_HALF = range(5)
+ALIGNMENT = 64
+RECORD_BYTES = -(-CALL.itemsize // ALIGNMENT) * ALIGNMENT  # in front of a call's working memory
+
+# The scheduler's shared memory, offsets in bytes: words that different threads write often have lines of their own.
+OFFER = 0  # tasks nobody has claimed, and above LIMIT_SHIFT the number of workers that may take part
+PENDING = 64  # tasks nobody has finished
+TASK, CALL_AT, TASKS = 128, 136, 144  # of the current call
+OWNER = 152  # the address of the call that has the pool, 0 if none has
+START, WOKEN = 160, 168  # the addresses of the compiled `start`, and of the list of workers that a call has to wake
+STAFF, SPINS_AT = 176, 184  # how many workers there are, and rounds of waiting before one sleeps
+WORKERS = 192  # one line a worker: 1 while it sleeps, or is about to
+WORKER_BYTES = 64
+LIMIT_SHIFT = 48
+TASKS_MASK = (1 << LIMIT_SHIFT) - 1
+
+DONE, MORE, WAITING, ASLEEP = range(4)  # what the caller is told; above ASLEEP, how many
+TAKEN = -1  # another call has the pool

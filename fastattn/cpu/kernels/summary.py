@@ -1,0 +1,236 @@
+"""What can be said of the weights while their matrix never exists: sums, entropies, the greatest weights of each query.
+
+The loop order and the tasks are those of the forward pass, with no second product. The scores of a block are there once
+and are asked three things:
+
+    for each block of keys:
+        for each query block of the group:
+            scores[j][i] = key[j] · q[i]             scores_of, as in the forward pass
+            heaps of the k greatest scores           keep_top
+            m, l, and Σ_j 2^x · x                    gather, x the exponent that belongs to scores[j][i]
+    lse, entropy, greatest weights                   finish
+
+With the sum l of 2^x, a weight is w = 2^x / l, and the entropy -Σ w ln w = ln l - ln 2 · Σ 2^x · x / l: no logarithm is
+taken of a weight, and as x is relative to m nothing large is subtracted. m and l come to be what they are for
+`fastattn.cpu.kernels.weights`: the weights of any key can be made of them later, bit for bit the same.
+"""
+
+import math
+
+from fastattn.cpu.kernels.forward import LN_2, clear, load_keys, scores_of, visible_keys
+from fastattn.cpu.kernels.pack import pack_queries
+from fastattn.cpu.kernels.prefetch import NOTHING
+from fastattn.cpu.kernels.records import SUMMARY
+from fastattn.cpu.kernels.softmax import MINUS_INFINITY, SLACK, exp2, exponentials
+from fastattn.cpu.kernels.tasks import locate
+from fastattn.cpu.kernels.top import NOBODY, WORD, clear_heap, keep_top, sort_heap
+from fastattn.cpu.kernels.weights import write_weights
+from fastattn.simd import (
+    all_zero,
+    fma,
+    jit,
+    load_element,
+    load_i64,
+    maximum,
+    record_view,
+    store_element,
+    store_i64,
+    tile_fill,
+    tile_load,
+    tile_store,
+    where_greater,
+)
+
+summary_view = record_view(SUMMARY)
+
+STATE_ROWS = 4  # of a query block besides the queries: m, l, moment, and the score that is to be exceeded
+LOWEST = -2000.0  # an exponent of which 2 to the power is 0 in both dtypes; 0 · LOWEST is 0, unlike 0 · -inf
+INFINITY = float("inf")
+NAN = float("nan")
+
+
+@jit
+def moments(tile, scores, count, shift, unit, total, moment):
+    """total + Σ_j 2^x and moment + Σ_j 2^x · x with x = (scores[j] - shift) · unit."""
+    at = scores
+    for _ in range(count):
+        x = maximum(LOWEST, (tile_load(tile.single, at, 0) - shift) * unit)
+        weights = exp2(tile, x)
+        total = total + weights
+        moment = fma(weights, x, moment)
+        at += tile.row_bytes
+    return total, moment
+
+
+@jit
+def gather(tile, scores, count, top, unit, state):
+    """Bring m, l and the moment of a query block up to date; m follows the maximum as in `softmax.absorb`."""
+    zero = tile_fill(tile.single, 0.0)
+    l_at, moment_at = state + tile.row_bytes, state + 2 * tile.row_bytes
+    m = tile_load(tile.single, state, 0)
+    total = tile_load(tile.single, l_at, 0)
+    moment = tile_load(tile.single, moment_at, 0)
+    bound = where_greater(total, zero, m + SLACK, MINUS_INFINITY)
+    shift = where_greater(top, bound, top, m)
+    if not all_zero(shift - m):
+        change = maximum(LOWEST, (m - shift) * unit)
+        factor = where_greater(total, zero, exp2(tile, change), 1.0)
+        # every x so far becomes x + change
+        moment = where_greater(total, zero, factor * fma(total, change, moment), moment)
+        total = total * factor
+        tile_store(shift, state, 0)
+    total, moment = moments(tile, scores, count, shift, unit, total, moment)
+    tile_store(total, l_at, 0)
+    tile_store(moment, moment_at, 0)
+
+
+@jit
+def finish_top(tile, m, total, unit, scores, keys, k, buffer):
+    """Turn one query's heap into weights, in falling order. Those of a row with NaN have none: NaN, and no keys."""
+    if total != total:
+        for r in range(k):
+            store_element(tile, scores + r * tile.itemsize, NAN)
+            store_i64(keys + r * WORD, NOBODY)
+        return
+    sort_heap(tile, scores, keys, k)
+    before = 1.0
+    for start in range(0, k, tile.lanes):
+        count = min(tile.lanes, k - start)
+        at = scores + start * tile.itemsize
+        for r in range(count):
+            store_element(tile, buffer + r * tile.itemsize, load_element(tile, at + r * tile.itemsize))
+        weights = exp2(tile, (tile_load(tile.vector, buffer, 0) - m) * unit) / total
+        tile_store(weights, buffer, 0)
+        for r in range(count):
+            taken = load_i64(keys + (start + r) * WORD) != NOBODY
+            weight = load_element(tile, buffer + r * tile.itemsize) if taken else 0.0
+            # 2^x rounds, and might rise by a unit in the last place where x falls by less
+            before = min(before, weight)
+            store_element(tile, at + r * tile.itemsize, before)
+
+
+@jit
+def finish(tile, plan, out, state, row, present, buffer):
+    """Write what is known of `present` queries, of which the first is query number `row` of all heads."""
+    for i in range(present):
+        m = load_element(tile, state + i * tile.itemsize)
+        total = load_element(tile, state + tile.row_bytes + i * tile.itemsize)
+        moment = load_element(tile, state + 2 * tile.row_bytes + i * tile.itemsize)
+        place = (row + i) * tile.itemsize
+        store_element(tile, out.m + place, m)
+        store_element(tile, out.l + place, total)
+        if out.lse != 0:
+            lse = m * (LN_2 * plan.unit) + math.log(total) if total != 0.0 else MINUS_INFINITY
+            store_element(tile, out.lse + place, lse)
+        if out.entropy != 0:
+            wide = total * 1.0
+            entropy = math.log(wide) - LN_2 * moment / wide if total != 0.0 else 0.0
+            store_element(tile, out.entropy + place, 0.0 if entropy < 0.0 else entropy)
+        k = out.top_k
+        if k > 0:
+            first = (row + i) * k
+            scores, keys = out.top_weights + first * tile.itemsize, out.top_indices + first * WORD
+            finish_top(tile, m, total, plan.unit, scores, keys, k, buffer)
+
+
+@jit
+def summarise_group(tile, call, plan, head, first_block, blocks, scratch):
+    """One task: `blocks` query blocks of one head, from `first_block` on, through all keys they look at."""
+    out = summary_view(call.out)
+    first_query = first_block * tile.width
+    query, key, _, mask, _ = locate(call, plan, head)
+    query += call.query
+    key += call.key
+    mask += call.mask
+    row = head * plan.queries
+    q_bytes = plan.head_dim * tile.row_bytes
+    state_bytes = q_bytes + STATE_ROWS * tile.row_bytes
+    packed = scratch + blocks * state_bytes
+    work = packed + plan.key_bytes
+
+    k = out.top_k
+    end = plan.keys
+    if plan.causal:
+        last = min(first_query + blocks * tile.width, plan.queries) - 1
+        end = min(end, plan.first_position + last + 1)
+    for b in range(blocks):
+        first = first_query + b * tile.width
+        state = scratch + b * state_bytes
+        present = min(tile.width, plan.queries - first)
+        source = query + first * plan.query_row
+        pack_queries(tile, state, source, plan.query_row, plan.query_column, present, plan.head_dim, plan.scale)
+        clear(tile, state + q_bytes, 3)
+        for i in range(tile.width):  # lanes without a query have no heap
+            least = MINUS_INFINITY if i < present else INFINITY
+            store_element(tile, state + q_bytes + 3 * tile.row_bytes + i * tile.itemsize, least)
+        start = (row + first) * k
+        clear_heap(tile, out.top_weights + start * tile.itemsize, out.top_indices + start * WORD, present * k)
+    for first_key in range(0, end, plan.key_block):
+        keys = key + first_key * plan.key_row
+        keys_at = load_keys(tile, plan, packed, keys, min(plan.key_block, end - first_key))
+        for b in range(blocks):
+            first = first_query + b * tile.width
+            masks = mask + first * plan.mask_row + first_key * plan.mask_column
+            count, safe = visible_keys(tile, plan, first, first_key, masks)
+            if count == 0:
+                continue
+            q = scratch + b * state_bytes
+            state = q + q_bytes
+            scores = scores_of(
+                tile, plan, q, state, False, count, safe, first, first_key, keys_at, masks, work, NOTHING
+            )
+            top = tile_load(tile.single, work, 0)
+            if k > 0:
+                start = (row + first) * k
+                heaps, heap_keys = out.top_weights + start * tile.itemsize, out.top_indices + start * WORD
+                keep_top(tile, scores, count, top, state + 3 * tile.row_bytes, first_key, heaps, heap_keys, k)
+            gather(tile, scores, count, top, plan.unit, state)
+    for b in range(blocks):
+        first = first_query + b * tile.width
+        present = min(tile.width, plan.queries - first)
+        finish(tile, plan, out, scratch + b * state_bytes + q_bytes, row + first, present, work)
+
+
+@jit
+def load_rows(tile, at, first, present, target):
+    """The row of numbers that belong to a block of queries, 1 in the lanes behind the last."""
+    for i in range(tile.width):
+        value = load_element(tile, at + (first + i) * tile.itemsize) if i < present else 1.0
+        store_element(tile, target + i * tile.itemsize, value)
+    return tile_load(tile.single, target, 0)
+
+
+@jit
+def weigh_block(tile, call, plan, out, head, first_query, scratch):
+    """Write the rows of the weights of one block of queries, whose m and l are known."""
+    query, key, _, mask, _ = locate(call, plan, head)
+    query += call.query + first_query * plan.query_row
+    key += call.key
+    mask += call.mask + first_query * plan.mask_row
+    present = min(tile.width, plan.queries - first_query)
+    weights = call.weights + (head * plan.queries + first_query) * plan.keys * tile.itemsize
+    q = scratch
+    factors = q + plan.head_dim * tile.row_bytes
+    work = factors + tile.row_bytes
+    m = load_rows(tile, out.m, head * plan.queries + first_query, present, factors)
+    total = load_rows(tile, out.l, head * plan.queries + first_query, present, factors)
+    zero = tile_fill(tile.single, 0.0)
+    tile_store(tile_fill(tile.single, 1.0), factors, 0)
+    pack_queries(tile, q, query, plan.query_row, plan.query_column, present, plan.head_dim, plan.scale)
+    scores = work + tile.row_bytes + tile.buffer_bytes
+    for first_key in range(0, plan.keys, plan.key_block):
+        keys = key + first_key * plan.key_row
+        masks = mask + first_key * plan.mask_column
+        count, safe = visible_keys(tile, plan, first_query, first_key, masks)
+        if count > 0:
+            scores_of(tile, plan, q, q, False, count, safe, first_query, first_key, keys, masks, work, NOTHING)
+        exponentials(tile, scores, count, m, plan.unit, zero)
+        write_weights(tile, plan, scores, count, total, factors, weights, first_key, present)
+
+
+@jit
+def choose_group(tile, call, plan, head, first_block, blocks, scratch):
+    """One task: the weights of `blocks` query blocks of one head whose m and l are known, from `first_block` on."""
+    out = summary_view(call.out)
+    for block in range(first_block, first_block + blocks):
+        weigh_block(tile, call, plan, out, head, block * tile.width, scratch)

@@ -1,0 +1,135 @@
+"""What the backward pass does where a log-sum-exp has lost digits that matter (`fastattn.call.rounding`).
+
+Usually a weight is 2^(score - lse), and the lse is what the sum of products starts from. Where it was rounded to too
+few digits the row's sum is formed again, from the same scores to the bit, by the first group of keys:
+
+    for each block of keys, of all:
+        scores[j][i] = key[j] · q[i]
+        m, l                                     as in the forward pass
+
+and the weight is 2^((score - m) - log2(l)): near the maximum nothing is lost in the difference. A row whose lse is that
+of more keys than these has no such sum, and is taken as any other.
+"""
+
+import math
+
+from fastattn.cpu.kernels.forward import LN_2, clear, visible_keys
+from fastattn.cpu.kernels.panels import pack_panels, product_along
+from fastattn.cpu.kernels.scores import INFINITY, lowest, restrict
+from fastattn.cpu.kernels.softmax import MINUS_INFINITY, absorb
+from fastattn.simd import (
+    jit,
+    load_element,
+    maximum,
+    store_element,
+    tile_fill,
+    tile_load,
+    tile_store,
+    where_greater,
+)
+
+LOWEST = -2000.0  # an exponent of which 2 to the power is 0 in both dtypes
+
+
+@jit
+def has_lost(plan, lse):
+    """Whether a log-sum-exp has lost digits that matter. Infinities have not."""
+    size = abs(lse)
+    return size >= plan.precise and size < INFINITY
+
+
+@jit
+def any_has_lost(tile, plan, lse, present):
+    """Whether that of any query has."""
+    for i in range(present):
+        if has_lost(plan, load_element(tile, lse + i * tile.itemsize) * 1.0):
+            return True
+    return False
+
+
+@jit
+def hide_keys(tile, plan, scores, count, safe, first_query, first_key, mask, scratch):
+    """Apply mask and causal limit to a block of scores, of which the first `safe` rows need none."""
+    if safe < count:
+        present = min(tile.width, plan.queries - first_query)
+        position = plan.first_position + first_query
+        work = scratch + plan.work_at
+        rest, masks = scores + safe * tile.row_bytes, mask + safe * plan.mask_column
+        buffer = work + tile.row_bytes
+        restrict(tile, plan, rest, count - safe, masks, present, position, first_key + safe, work, buffer)
+
+
+@jit
+def largest_scores(tile, scores, count):
+    """The maximum over the keys."""
+    best = tile_fill(tile.single, MINUS_INFINITY)
+    for _ in range(count):
+        best = maximum(tile_load(tile.single, scores, 0), best)
+        scores += tile.row_bytes
+    return best
+
+
+@jit
+def find_sums(tile, plan, key, mask, lse, first_query, present, numbers, scratch):
+    """For each query of a block whose lse has lost digits: m and log2(l), or an infinite m where l is of other keys.
+
+    `numbers` is where the deltas of these queries are: in the arrays behind. The queries are in the lanes already.
+    """
+    keys, panel = scratch + plan.clean_keys_at, plan.score_panel
+    scores, zero = scratch + plan.scores_at, tile_fill(tile.single, 0.0)
+    tops, totals = scratch + plan.shifts_at, scratch + plan.rests_at
+    subs = (present + tile.width - 1) // tile.width
+    clear(tile, tops, subs)
+    clear(tile, totals, subs)
+    for first_key in range(0, plan.keys, plan.key_block):
+        there = min(plan.key_block, plan.keys - first_key)
+        source = key + first_key * plan.key_row
+        pack_panels(tile, keys, panel, source, plan.key_row, plan.key_column, there, plan.head_dim)
+        for s in range(subs):
+            first, at = first_query + s * tile.width, s * tile.row_bytes
+            masks = mask + s * tile.width * plan.mask_row + first_key * plan.mask_column
+            count, safe = visible_keys(tile, plan, first, first_key, masks)
+            if count > 0:
+                queries = scratch + plan.query_lanes_at + at * plan.head_dim
+                product_along(tile, zero, count, keys, panel, queries, plan.head_dim, scores)
+                hide_keys(tile, plan, scores, count, safe, first, first_key, masks, scratch)
+                top = largest_scores(tile, scores, count)
+                absorb(tile, scores, count, top, False, plan.unit, tops + at, totals + at, 0, 0)
+    for offset in range(0, present * tile.itemsize, tile.itemsize):
+        given = load_element(tile, lse + offset) * 1.0
+        if has_lost(plan, given):
+            m, total = load_element(tile, tops + offset), load_element(tile, totals + offset) * 1.0
+            logarithm = math.log(total) if total != 0.0 else MINUS_INFINITY
+            if m * (LN_2 * plan.unit) + logarithm - given >= -plan.slack * abs(given):
+                store_element(tile, numbers + plan.numbers + offset, m)
+                store_element(tile, numbers + 2 * plan.numbers + offset, logarithm / LN_2)
+            else:
+                store_element(tile, numbers + plan.numbers + offset, INFINITY)
+
+
+@jit
+def load_sums(tile, plan, lse, present, numbers, scratch):
+    """Lay out what `relate` takes from the scores of a block of queries; those of queries with a sum start from 0."""
+    for i in range(plan.query_block):
+        offset = i * tile.itemsize
+        start = scratch + plan.starts_at + offset
+        shift, rest = load_element(tile, start) * 1.0 if plan.unit != 1.0 else 0.0, 0.0
+        if i < present and has_lost(plan, load_element(tile, lse + offset) * 1.0):
+            m = load_element(tile, numbers + plan.numbers + offset) * 1.0
+            if m != INFINITY:
+                shift, rest = m, load_element(tile, numbers + 2 * plan.numbers + offset) * 1.0
+                store_element(tile, start, 0.0)
+        store_element(tile, scratch + plan.shifts_at + offset, shift)
+        store_element(tile, scratch + plan.rests_at + offset, rest)
+
+
+@jit
+def relate(tile, plan, scores, count, s, scratch):
+    """Make exponents of the scores of a block with tile width `s` of the queries; of a hidden key it remains -inf."""
+    shift = tile_load(tile.single, scratch + plan.shifts_at + s * tile.row_bytes, 0)
+    rest = tile_load(tile.single, scratch + plan.rests_at + s * tile.row_bytes, 0)
+    for _ in range(count):
+        score = tile_load(tile.single, scores, 0)
+        exponent = maximum(LOWEST, (score - shift) * plan.unit - rest)
+        tile_store(where_greater(lowest(tile), score, MINUS_INFINITY, exponent), scores, 0)
+        scores += tile.row_bytes

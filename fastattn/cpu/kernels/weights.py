@@ -1,0 +1,78 @@
+"""The matrix of attention weights, for those who ask for it: two passes over the keys, the second knows the sums."""
+
+from fastattn.cpu.kernels.dropout import drop
+from fastattn.cpu.kernels.forward import clear, load_keys, load_queries, scores_of, visible_keys
+from fastattn.cpu.kernels.pack import unpack_rows
+from fastattn.cpu.kernels.prefetch import NOTHING
+from fastattn.cpu.kernels.softmax import absorb, exponentials
+from fastattn.cpu.kernels.tasks import locate
+from fastattn.simd import jit, minimum, tile_fill, tile_load, tile_store, where_greater
+
+TINY = 1e-30  # a sum of weights is 0, or at least about 1
+
+
+@jit
+def normalise(tile, weights, count, total):
+    """Divide a block by the sums; no weight exceeds 1, and those of a query that looks at no key are 0."""
+    divisor = where_greater(TINY, total, 1.0, total)
+    for _ in range(count):
+        share = minimum(1.0, tile_load(tile.single, weights, 0) / divisor)
+        tile_store(share, weights, 0)
+        weights += tile.row_bytes
+
+
+@jit
+def write_weights(tile, plan, scores, count, total, factors, weights, first_key, present):
+    """Normalise a block of exponentials, of which `count` keys are not 0, and write it to its rows, times `factors`."""
+    width = min(plan.key_block, plan.keys - first_key)
+    clear(tile, scores + count * tile.row_bytes, width - count)
+    normalise(tile, scores, width, total)
+    target = weights + first_key * tile.itemsize
+    unpack_rows(tile, scores, factors, target, plan.keys * tile.itemsize, tile.itemsize, present, width)
+
+
+@jit
+def weigh_block(tile, call, plan, head, first_query, scratch):
+    """Write the rows of the weights of one block of queries."""
+    query, key, _, mask, _ = locate(call, plan, head)
+    query += call.query + first_query * plan.query_row
+    key += call.key
+    mask += call.mask + first_query * plan.mask_row
+    present = min(tile.width, plan.queries - first_query)
+    weights = call.weights + (head * plan.queries + first_query) * plan.keys * tile.itemsize
+    q = scratch
+    m = q + plan.query_bytes
+    total = m + tile.row_bytes
+    factors = total + tile.row_bytes
+    packed_keys = factors + tile.row_bytes
+    work = packed_keys + plan.key_bytes
+    tile_store(tile_fill(tile.single, plan.keep_scale), factors, 0)
+    load_queries(tile, call, plan, q, query, present, packed_keys)
+    clear(tile, m, 2)
+    zero = tile_fill(tile.single, 0.0)
+    scores = work + tile.row_bytes + tile.buffer_bytes
+    for second in range(2):
+        for first_key in range(0, plan.keys, plan.key_block):
+            keys = key + first_key * plan.key_row
+            masks = mask + first_key * plan.mask_column
+            count, safe = visible_keys(tile, plan, first_query, first_key, masks)
+            if count > 0:
+                keys = load_keys(tile, plan, packed_keys, keys, count)
+                scores_of(tile, plan, q, m, False, count, safe, first_query, first_key, keys, masks, work, NOTHING)
+            if not second:
+                if count > 0:
+                    top = tile_load(tile.single, work, 0)
+                    absorb(tile, scores, count, top, False, plan.unit, m, total, 0, 0)
+                continue
+            exponentials(tile, scores, count, tile_load(tile.single, m, 0), plan.unit, zero)
+            if plan.drop_below > 0:
+                drop(tile, plan, call.seed, scores, count, head, first_query, first_key)
+            sums = tile_load(tile.single, total, 0)
+            write_weights(tile, plan, scores, count, sums, factors, weights, first_key, present)
+
+
+@jit
+def weigh_group(tile, call, plan, head, first_block, blocks, scratch):
+    """One task: the weights of `blocks` query blocks of one head, from `first_block` on."""
+    for block in range(first_block, first_block + blocks):
+        weigh_block(tile, call, plan, head, block * tile.width, scratch)

@@ -1,0 +1,471 @@
+"""The forward pass on any GPU, and the matrix of weights: FlashAttention's loop order on tiles in shared memory.
+
+    for each block of queries:                       a block of threads each; threads stand in a grid of Y x X
+        for each block of keys:                      up to the last one that the causal mask lets any of them see
+            s[i][j] = query[i] · key[j]              in registers: i = y, y + Y, ...; j = x, x + X, ...
+            s       = scale · s + mask, or -inf where the query may not look
+            w[i][j] = 2^(s[i][j] - m[i])             m follows the maximum (online softmax); w goes to shared memory
+            out[i] += Σ_j w[i][j] · value[j]         in registers: columns x, x + X, ...
+
+Nothing here is special to an architecture: numbers of the storage type are multiplied as float32 (float64 as float64),
+and threads speak to each other through shared memory alone. Values wider than a block's columns are shared among
+blocks of threads that each compute the scores again.
+
+Scores are in base 2: the scale has a factor log2(e) in it. Under a floating mask they stay in base e, since finfo.min
+times log2(e) is no number, and where the scale is extreme (see `fastattn.cuda.kernels.plan`), which has all arithmetic
+in float64 as well; `unit` is log2(e) then, else 1.
+
+A key that a query may not look at has the weight -0.0, which adds nothing to a finite sum. Where a block of values
+holds NaN or infinities, weights that are -0.0 are left out, as 0 · NaN is NaN.
+
+What works on tiles is in `fastattn.cuda.kernels.tiles`; `syncthreads` stands here alone.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import cuda, types
+
+from fastattn.call.rounding import PRECISE
+from fastattn.cuda.kernels.elements import (
+    LN_2,
+    LOG2_E,
+    MASKS,
+    STORAGE,
+    device,
+    exp2,
+    holder,
+    loader,
+    log2,
+    real_of,
+    storer,
+)
+from fastattn.cuda.kernels.plan import (
+    CAUSAL_OFFSET,
+    HEAD_DIM,
+    KEY,
+    KEYS,
+    LSE,
+    MASK,
+    NUMBERS,
+    OUT,
+    QUERIES,
+    QUERY,
+    REST,
+    SHIFT,
+    SLICES,
+    VALUE,
+    VALUE_DIM,
+)
+from fastattn.cuda.kernels.tiles import (
+    Tiles,
+    addition,
+    dropping,
+    in_base_2,
+    multiplication,
+    restriction,
+    softmax_functions,
+    tile_loader,
+)
+
+
+class Forward(NamedTuple):
+    """What a forward kernel is compiled for; `mask` is "none" or the type that the mask is stored in.
+
+    `extreme` is what `fastattn.cuda.kernels.plan` says of the scale.
+    """
+
+    storage: str
+    mask: str
+    dropout: bool
+    tiles: Tiles
+    extreme: bool = False
+
+
+class Weights(NamedTuple):
+    """What a kernel of weights is compiled for."""
+
+    storage: str
+    mask: str
+    dropout: bool
+    tiles: Tiles
+    extreme: bool = False
+
+
+class Shifts(NamedTuple):
+    """What a kernel of shifts is compiled for; `base_2`: whether there is a factor log2(e) in the scale."""
+
+    storage: str
+    mask: str
+    tiles: Tiles
+    base_2: bool
+    extreme: bool = False
+
+
+class Copy(NamedTuple):
+    """What a kernel that copies a result is compiled for."""
+
+    storage: str
+
+
+def argument_types(spec: Forward | Weights | Shifts) -> tuple[Any, ...]:
+    """The Numba types of a kernel's arguments."""
+    # of kernels on tensor cores the scale is never extreme
+    real = _numba_type(real_of(spec.storage, getattr(spec, "extreme", False)))
+    sums = real if isinstance(spec, (Weights, Shifts)) else _numba_type(real_of(spec.storage))
+    element = _numba_type(STORAGE[spec.storage])
+    mask = types.uint8 if spec.mask == "none" else _numba_type(MASKS[spec.mask])
+    operands = [types.Array(kind, 1, "C") for kind in (element, element, element, mask, element, sums)]
+    table = types.Array(types.int64, 2, "C")
+    return (*operands, table, table, types.Array(types.int64, 1, "C"), real, real, types.uint32, types.uint32)
+
+
+def _numba_type(kind: Any) -> Any:
+    return getattr(types, np.dtype(kind).name)
+
+
+def forward(spec: Forward) -> Any:
+    """The kernel of the result and the log-sum-exp.
+
+    A block of threads for each block of queries of each slice, and of columns of the result, all along x. The last
+    queries come first: under a causal mask they have the most to do.
+    """
+    storage, mask_kind, dropout, tiles, extreme = spec
+    real, base_2 = real_of(storage, extreme), in_base_2(mask_kind, extreme)
+    store, load_tile, multiply = storer(storage), tile_loader(loader(storage, real), real), multiplication(tiles)
+    restrict = restriction(tiles, mask_kind, real, real_of(storage))
+    publish, absorb = softmax_functions(tiles, real, base_2)
+    drop = dropping(tiles, real)
+    add_values, add_visible_values = addition(tiles, real)
+    threads_y, threads_x, rows, columns, values, features, value_rows = tiles
+    threads, block_q, block_k, block_v = tiles.threads, tiles.queries, tiles.keys, tiles.value_columns
+    # rows of shared tiles are an element longer, so that the threads of a warp read from different banks
+    pitch = features + 1
+    query_size = block_q * pitch
+    key_size = max(block_k * pitch, block_q * (block_k + 1))
+    value_size = max(value_rows * block_v, block_q * threads_x)
+    lowest, one, zero = real(-math.inf), real(1), real(0)
+    to_natural, ln_2 = real(LN_2 if base_2 else 1.0), real(LN_2)
+    hold = holder(real, real_of(storage) if extreme else np.float64)
+
+    def kernel(query, key, value, mask, out, lse, offsets, steps, sizes, scale, keep_scale, seed_low, seed_high):
+        query_tile = cuda.shared.array(query_size, real)
+        key_tile = cuda.shared.array(key_size, real)  # after the scores: the weights
+        value_tile = cuda.shared.array(value_size, real)  # before the values: what a row's threads tell each other
+        scores = cuda.local.array((rows, columns), real)
+        seen = cuda.local.array((rows, columns), np.bool_)
+        sums = cuda.local.array((rows, values), real)
+        m = cuda.local.array(rows, real)
+        total = cuda.local.array(rows, real)  # of the weights of this thread's own keys
+        x, y = cuda.threadIdx.x, cuda.threadIdx.y
+        thread = y * threads_x + x
+
+        queries, head_dim, value_dim = sizes[QUERIES], sizes[HEAD_DIM], sizes[VALUE_DIM]
+        parts = max(1, (value_dim + block_v - 1) // block_v)
+        blocks = (queries + block_q - 1) // block_q
+        block = cuda.blockIdx.x
+        first_value = block % parts * block_v
+        block = block // parts
+        slice_ = block // blocks
+        first_query = (blocks - 1 - block % blocks) * block_q
+        present = min(block_q, queries - first_query)
+        # after the last key that one of these queries may look at
+        end = min(sizes[KEYS], first_query + present + sizes[CAUSAL_OFFSET])
+        query_base = offsets[QUERY, slice_] + first_query * steps[QUERY, 0]
+        value_base = offsets[VALUE, slice_] + first_value * steps[VALUE, 1]
+
+        for i in range(rows):
+            m[i] = lowest
+            total[i] = zero
+            for c in range(values):
+                sums[i, c] = zero
+
+        for first_key in range(0, end, block_k):
+            count = min(block_k, end - first_key)
+            key_base = offsets[KEY, slice_] + first_key * steps[KEY, 0]
+            for i in range(rows):
+                for j in range(columns):
+                    scores[i, j] = zero
+            for f in range(0, head_dim, features):
+                left = head_dim - f
+                cuda.syncthreads()
+                if first_key == 0 or head_dim > features:
+                    at = query_base + f * steps[QUERY, 1]
+                    load_tile(
+                        query_tile,
+                        block_q,
+                        features,
+                        pitch,
+                        scale,
+                        query,
+                        at,
+                        steps,
+                        QUERY,
+                        present,
+                        left,
+                        thread,
+                        threads,
+                    )
+                at = key_base + f * steps[KEY, 1]
+                load_tile(key_tile, block_k, features, pitch, one, key, at, steps, KEY, count, left, thread, threads)
+                cuda.syncthreads()
+                multiply(scores, query_tile, key_tile, y, x)
+            restrict(scores, seen, mask, offsets[MASK, slice_], steps, sizes, first_query, first_key, y, x)
+
+            cuda.syncthreads()
+            publish(scores, value_tile, y, x)
+            cuda.syncthreads()
+            absorb(scores, seen, value_tile, key_tile, m, total, sums, y, x)
+            if dropout:
+                cuda.syncthreads()
+                drop(key_tile, slice_, first_query, first_key, sizes, seed_low, seed_high, thread)
+
+            for first_row in range(0, count, value_rows):
+                cuda.syncthreads()
+                at, left = value_base + (first_key + first_row) * steps[VALUE, 0], value_dim - first_value
+                finite = load_tile(
+                    value_tile,
+                    value_rows,
+                    block_v,
+                    block_v,
+                    one,
+                    value,
+                    at,
+                    steps,
+                    VALUE,
+                    count - first_row,
+                    left,
+                    thread,
+                    threads,
+                )
+                if cuda.syncthreads_or(np.int32(0 if finite else 1)):
+                    add_visible_values(sums, key_tile, value_tile, first_row, y, x)
+                else:
+                    add_values(sums, key_tile, value_tile, first_row, y, x)
+
+        cuda.syncthreads()
+        for i in range(rows):
+            value_tile[(y + i * threads_y) * threads_x + x] = total[i]
+        cuda.syncthreads()
+        for i in range(rows):
+            row = first_query + y + i * threads_y
+            if row < queries:
+                whole = zero
+                for other in range(threads_x):
+                    whole += value_tile[(y + i * threads_y) * threads_x + other]
+                if x == 0 and first_value == 0:
+                    sums_of_row = m[i] * to_natural + log2(whole) * ln_2 if whole != zero else lowest
+                    lse[slice_ * queries + row] = hold(sums_of_row)
+                at = offsets[OUT, slice_] + row * steps[OUT, 0]
+                for c in range(values):
+                    column = first_value + x + c * threads_x
+                    if column < value_dim:
+                        result = sums[i, c] * keep_scale / whole if whole != zero else zero
+                        out[at + column * steps[OUT, 1]] = store(result)
+
+    return kernel
+
+
+def _make_find_scores(spec: Weights | Shifts) -> Any:
+    """A device function of a block of queries and one of keys."""
+    tiles, storage, real = spec.tiles, spec.storage, real_of(spec.storage, spec.extreme)
+    load_tile, multiply = tile_loader(loader(storage, real), real), multiplication(tiles)
+    restrict = restriction(tiles, spec.mask, real, real_of(storage))
+    threads, block_q, block_k, features = tiles.threads, tiles.queries, tiles.keys, tiles.features
+    rows, columns, threads_x, pitch = tiles.rows, tiles.columns, tiles.threads_x, tiles.features + 1
+    one, zero = real(1), real(0)
+
+    @device
+    def find_scores(
+        scores, seen, query_tile, key_tile, query, key, mask, offsets, steps, sizes, scale, slice_, first_query,
+        first_key, y, x,
+    ):  # fmt: skip
+        """The scores, and whether the query may look at the key."""
+        thread, head_dim = y * threads_x + x, sizes[HEAD_DIM]
+        query_base = offsets[QUERY, slice_] + first_query * steps[QUERY, 0]
+        key_base = offsets[KEY, slice_] + first_key * steps[KEY, 0]
+        for i in range(rows):
+            for j in range(columns):
+                scores[i, j] = zero
+        for f in range(0, head_dim, features):
+            left = head_dim - f
+            cuda.syncthreads()
+            at, present = query_base + f * steps[QUERY, 1], sizes[QUERIES] - first_query
+            load_tile(
+                query_tile, block_q, features, pitch, scale, query, at, steps, QUERY, present, left, thread, threads
+            )
+            at, present = key_base + f * steps[KEY, 1], sizes[KEYS] - first_key
+            load_tile(key_tile, block_k, features, pitch, one, key, at, steps, KEY, present, left, thread, threads)
+            cuda.syncthreads()
+            multiply(scores, query_tile, key_tile, y, x)
+        restrict(scores, seen, mask, offsets[MASK, slice_], steps, sizes, first_query, first_key, y, x)
+
+    return find_scores
+
+
+def shifts_types(spec: Shifts) -> tuple[Any, ...]:
+    """The Numba types of the arguments of `find_shifts`."""
+    query, key, _, mask, _, real, offsets, steps, sizes, scale, *_ = argument_types(spec)
+    lse = types.Array(_numba_type(real_of(spec.storage)), 1, "C")
+    return query, key, mask, lse, real, offsets, steps, sizes, scale, scale
+
+
+def find_shifts(spec: Shifts) -> Any:
+    """The kernel of SHIFT and REST of each query: a block of threads for each block of queries of each slice.
+
+    Scores and numbers are in base 2 where the scale has a factor log2(e) in it. Where a log-sum-exp is so large that
+    its rounding matters, the block goes over the keys once more: see `fastattn.call.rounding`, which has `slack` as
+    well.
+    """
+    storage, _, tiles, base_2, extreme = spec
+    real, find_scores = real_of(storage, extreme), _make_find_scores(spec)
+    publish, absorb = softmax_functions(tiles._replace(values=0), real, base_2)
+    threads_y, threads_x, rows, columns, _, features, _ = tiles
+    block_q, block_k, pitch = tiles.queries, tiles.keys, features + 1
+    query_size, key_size = block_q * pitch, max(block_k * pitch, block_q * (block_k + 1))
+    shared_size = block_q * threads_x
+    lowest, zero, infinite = real(-math.inf), real(0), real(math.inf)
+    to_scores, from_base_2 = real(LOG2_E if base_2 else 1.0), real(1.0 if base_2 else LN_2)
+    coarse = real(PRECISE[np.dtype(real_of(storage)).name])
+
+    def kernel(query, key, mask, lse, numbers, offsets, steps, sizes, scale, slack):
+        query_tile = cuda.shared.array(query_size, real)
+        key_tile = cuda.shared.array(key_size, real)  # after the scores: exp(score - m), which nobody reads
+        shared_tile = cuda.shared.array(shared_size, real)  # what a row's threads tell each other
+        scores = cuda.local.array((rows, columns), real)
+        seen = cuda.local.array((rows, columns), np.bool_)
+        m = cuda.local.array(rows, real)
+        total = cuda.local.array(rows, real)
+        x, y = cuda.threadIdx.x, cuda.threadIdx.y
+
+        queries = sizes[QUERIES]
+        blocks = (queries + block_q - 1) // block_q
+        slice_, first_query = cuda.blockIdx.x // blocks, cuda.blockIdx.x % blocks * block_q
+        lse_at = offsets[LSE, slice_] + first_query * steps[LSE, 0]
+        numbers_at = NUMBERS * (slice_ * queries + first_query)
+        lost = False
+        for i in range(rows):
+            m[i], total[i] = lowest, zero
+            row = y + i * threads_y
+            if first_query + row < queries:
+                sums = real(lse[lse_at + row * steps[LSE, 0]])
+                lost = lost or coarse <= abs(sums) < infinite
+                if x == 0:
+                    numbers[numbers_at + NUMBERS * row + SHIFT] = sums * to_scores
+                    numbers[numbers_at + NUMBERS * row + REST] = zero
+        if cuda.syncthreads_or(np.int32(1 if lost else 0)) == 0:
+            return
+
+        # after the last key that one of these queries may look at
+        end = min(sizes[KEYS], min(queries, first_query + block_q) + sizes[CAUSAL_OFFSET])
+        for first_key in range(0, end, block_k):
+            find_scores(
+                scores, seen, query_tile, key_tile, query, key, mask, offsets, steps, sizes, scale, slice_, first_query,
+                first_key, y, x,
+            )  # fmt: skip
+            cuda.syncthreads()
+            publish(scores, shared_tile, y, x)
+            cuda.syncthreads()
+            absorb(scores, seen, shared_tile, key_tile, m, total, scores, y, x)
+        cuda.syncthreads()
+        for i in range(rows):
+            shared_tile[(y + i * threads_y) * threads_x + x] = total[i]
+        cuda.syncthreads()
+        for i in range(rows):
+            row = y + i * threads_y
+            if x == 0 and first_query + row < queries:
+                sums, whole = real(lse[lse_at + row * steps[LSE, 0]]), zero
+                for other in range(threads_x):
+                    whole += shared_tile[row * threads_x + other]
+                rest, given = log2(whole) * from_base_2, sums * to_scores
+                # the log-sum-exp may be that of more keys than these
+                if coarse <= abs(sums) < infinite and (m[i] - given) + rest >= -slack * abs(given):
+                    numbers[numbers_at + NUMBERS * row + SHIFT] = m[i]
+                    numbers[numbers_at + NUMBERS * row + REST] = rest
+
+    return kernel
+
+
+def weights(spec: Weights) -> Any:
+    """The kernel of the weights: a block of threads for each block of queries and keys.
+
+    `out` is the matrix of weights, and in the place of the log-sum-exp there are the numbers of `find_shifts`; `value`
+    is not read.
+    """
+    storage, mask_kind, dropout, tiles, extreme = spec
+    real = real_of(storage, extreme)
+    store, find_scores, drop = storer(storage), _make_find_scores(spec), dropping(tiles, real)
+    threads_y, threads_x, rows, columns, _, features, _ = tiles
+    block_q, block_k, pitch = tiles.queries, tiles.keys, features + 1
+    query_size, key_size = block_q * pitch, max(block_k * pitch, block_q * (block_k + 1))
+    lowest, one, zero = real(-math.inf), real(1), real(0)
+    unit = real(1.0 if in_base_2(mask_kind, extreme) else LOG2_E)
+
+    def kernel(query, key, value, mask, out, numbers, offsets, steps, sizes, scale, keep_scale, seed_low, seed_high):
+        query_tile = cuda.shared.array(query_size, real)
+        key_tile = cuda.shared.array(key_size, real)  # after the scores: the weights
+        scores = cuda.local.array((rows, columns), real)
+        seen = cuda.local.array((rows, columns), np.bool_)
+        x, y = cuda.threadIdx.x, cuda.threadIdx.y
+        thread = y * threads_x + x
+
+        queries, keys = sizes[QUERIES], sizes[KEYS]
+        key_blocks = (keys + block_k - 1) // block_k
+        query_blocks = (queries + block_q - 1) // block_q
+        block = cuda.blockIdx.x
+        first_key = block % key_blocks * block_k
+        block = block // key_blocks
+        first_query = block % query_blocks * block_q
+        slice_ = block // query_blocks
+
+        find_scores(
+            scores, seen, query_tile, key_tile, query, key, mask, offsets, steps, sizes, scale, slice_, first_query,
+            first_key, y, x,
+        )  # fmt: skip
+        cuda.syncthreads()
+        for i in range(rows):
+            row = first_query + y + i * threads_y
+            shift, rest = zero, zero
+            if row < queries:
+                at = NUMBERS * (slice_ * queries + row)
+                shift, rest = numbers[at + SHIFT], numbers[at + REST]
+            if shift == lowest:  # no key at all: -inf less -inf is NaN
+                shift = zero
+            for j in range(columns):
+                weight = exp2(((scores[i, j] - shift) - rest) * unit)
+                # of a sum of exp(score) no score takes more than all of it, whatever rounding says
+                weight = one if weight > one else weight
+                key_tile[(y + i * threads_y) * (block_k + 1) + x + j * threads_x] = weight
+        if dropout:
+            cuda.syncthreads()
+            drop(key_tile, slice_, first_query, first_key, sizes, seed_low, seed_high, thread)
+            cuda.syncthreads()
+        for i in range(rows):
+            row = first_query + y + i * threads_y
+            for j in range(columns):
+                column = first_key + x + j * threads_x
+                if row < queries and column < keys:
+                    weight = key_tile[(y + i * threads_y) * (block_k + 1) + x + j * threads_x] * keep_scale
+                    out[offsets[OUT, slice_] + row * steps[OUT, 0] + column * steps[OUT, 1]] = store(weight)
+
+    return kernel
+
+
+def copy(spec: Copy) -> Any:
+    """The kernel that copies a result: element by element, from QUERY to OUT of the tables."""
+
+    def kernel(source, target, offsets, steps, sizes):
+        queries, columns = sizes[QUERIES], sizes[VALUE_DIM]
+        first, stride = cuda.grid(1), cuda.gridsize(1)
+        for e in range(first, sizes[SLICES] * queries * columns, stride):
+            row = e // columns
+            column = e - row * columns
+            slice_ = row // queries
+            row = row - slice_ * queries
+            at = offsets[QUERY, slice_] + row * steps[QUERY, 0] + column * steps[QUERY, 1]
+            target[offsets[OUT, slice_] + row * steps[OUT, 0] + column * steps[OUT, 1]] = source[at]
+
+    return kernel

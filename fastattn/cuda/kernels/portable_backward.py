@@ -1,0 +1,445 @@
+"""The backward pass in plain CUDA: shared memory and registers, on any device, and in the simulator.
+
+With the weights P = exp(scores - lse), recomputed tile by tile, the factors Z of dropout and the gradient dO of the
+result (Dao et al. 2022, arXiv 2205.14135, appendix B; `fastattn.reference.backward` derives the formulas):
+
+    delta[i]  = Σ_f dO[i][f] · out[i][f] - dlse[i]
+    dS[i][j]  = P · (Z · (dO[i] · value[j]) - delta[i])
+    dvalue[j] = Σ_i P · Z · dO[i]      dkey[j] = scale Σ_i dS · query[i]      dquery[i] = scale Σ_j dS · key[j]
+
+For lse there are two numbers, which `fastattn.cuda.kernels.portable.find_shifts` writes: nothing is lost to its
+rounding.
+
+Every element of a gradient has one block of threads that computes all of it: its terms are added in one order, there
+are no atomic additions, and no partial sums in memory. This costs one recomputation: `grad_keys` goes through the
+queries that look at its keys, `grad_queries` through the keys that its queries look at, each with weights of its own.
+Where slices share an argument, because a group of query heads does or an axis is broadcast, the block goes through
+these slices too, in order: a sum is rounded to the type of storage once, and memory does not grow with the group.
+
+What is in shared memory:
+
+    left  [depth][tile]             right [depth][tile or features]             operands of a product weights, grads
+    [summed index][row of the result]                            P · Z and dS, whole tiles numbers [3][tile]
+    of the queries: see fastattn.cuda.kernels.plan
+
+What is hidden has P = -0.0 and dS = 0, and 0 times what is not finite must not arise. Queries and keys that are not
+finite are 0 in the last two products, since where they may be looked at dS is NaN. Of dO, infinities must arrive where
+they may be looked at: a tile of queries that has any takes a slower product, which asks each weight for its sign.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import cuda, types
+
+from fastattn.cuda.kernels.backward_tiles import Tiles, Tiling, make_tiles
+from fastattn.cuda.kernels.elements import MASKS, STORAGE, device, loader, real_of, storer
+from fastattn.cuda.kernels.plan import (
+    CAUSAL_OFFSET,
+    DELTA,
+    DROP_BELOW,
+    GRAD_LSE,
+    GRAD_OUT,
+    HEAD_DIM,
+    HEADS,
+    KEY,
+    KEYS,
+    MASK,
+    NUMBERS,
+    OUT,
+    QUERIES,
+    QUERY,
+    SLICES,
+    VALUE,
+    VALUE_DIM,
+)
+
+__all__ = [
+    "Backward",
+    "deltas_types",
+    "find_deltas",
+    "grad_keys",
+    "grad_mask",
+    "grad_queries",
+    "keys_types",
+    "mask_types",
+    "queries_types",
+]
+
+PADDING = 1  # of a row in shared memory, so that a column of it lies in different banks
+
+
+class Backward(NamedTuple):
+    """What a kernel is compiled for.
+
+    Attributes
+    ----------
+    storage : {"float16", "bfloat16", "float32", "float64"}
+        What operands and gradients are stored in. The arithmetic is in float32, or in float64 for float64.
+    mask : str
+        The same of the mask, or "bool", or "none".
+    dropout : bool
+    tiling : Tiling
+    key, value : bool
+        What `grad_keys` computes: both at once where the same slices share key and value.
+    extreme : bool
+        What `fastattn.cuda.kernels.plan` says of the scale: the arithmetic is in float64.
+    """
+
+    storage: str
+    mask: str
+    dropout: bool
+    tiling: Tiling
+    key: bool = True
+    value: bool = True
+    extreme: bool = False
+
+    @property
+    def real(self) -> Any:
+        """The NumPy type of the arithmetic."""
+        return real_of(self.storage, self.extreme)
+
+
+def _array(kind: Any, rank: int = 1) -> Any:
+    return types.Array(getattr(types, np.dtype(kind).name), rank, "C")
+
+
+def deltas_types(spec: Backward) -> tuple[Any, ...]:
+    """The Numba types of the arguments of `find_deltas`."""
+    element, real, table = _array(STORAGE[spec.storage]), _array(spec.real), _array(np.int64, 2)
+    return element, element, _array(real_of(spec.storage)), types.boolean, table, table, _array(np.int64), real
+
+
+def _common_types(spec: Backward) -> tuple[Any, ...]:
+    element, real, table = _array(STORAGE[spec.storage]), _array(spec.real), _array(np.int64, 2)
+    mask = _array(MASKS["bool" if spec.mask == "none" else spec.mask])
+    tables = (table, table, _array(np.int64), table)
+    return (*[element] * 3, mask, element, real, *tables, real.dtype, types.uint32, types.uint32, real.dtype)
+
+
+def keys_types(spec: Backward) -> tuple[Any, ...]:
+    """The Numba types of the arguments of `grad_keys`."""
+    element = _array(STORAGE[spec.storage])
+    return (*_common_types(spec), types.int64, element, element)
+
+
+def queries_types(spec: Backward) -> tuple[Any, ...]:
+    """The Numba types of the arguments of `grad_queries`."""
+    return (*_common_types(spec), types.int64, _array(STORAGE[spec.storage]))
+
+
+def mask_types(spec: Backward) -> tuple[Any, ...]:
+    """The Numba types of the arguments of `grad_mask`."""
+    return (*_common_types(spec), types.int64, types.int64, _array(MASKS[spec.mask]))
+
+
+def _make_differentiate(spec: Backward, tiles: Tiles) -> Any:
+    """A device function of a tile of queries and one of keys."""
+    side, rows, depth = spec.tiling.side, spec.tiling.rows, spec.tiling.depth
+    real, stage_across, weigh = spec.real, tiles.stage_across, tiles.weigh
+    zero, unit = real(0.0), real(1.0)
+
+    @device
+    def products(
+        result, factor, left, right, steps, one, a, a_at, a_first, a_count, other, b, b_at, b_first, b_count, length
+    ):
+        """The scalar products of rows of `a`, times `factor`, and of `b`. How many of a's elements were not finite."""
+        tx, ty = cuda.threadIdx.x, cuda.threadIdx.y
+        thread = ty * side + tx
+        odd = 0
+        for r in range(rows):
+            for c in range(rows):
+                result[r, c] = zero
+        for first in range(0, length, depth):
+            odd += stage_across(
+                left, factor, a, a_at, steps[one, 0], steps[one, 1], a_first, a_count, first, length, thread
+            )
+            stage_across(
+                right, unit, b, b_at, steps[other, 0], steps[other, 1], b_first, b_count, first, length, thread
+            )
+            cuda.syncthreads()
+            for s in range(depth):
+                for r in range(rows):
+                    x = left[s, ty + r * side]
+                    for c in range(rows):
+                        result[r, c] += x * right[s, tx + c * side]
+            cuda.syncthreads()
+        return odd
+
+    @device
+    def differentiate(
+        weights, grads, left, right, numbers_here, query, key, value, mask, grad_out, offsets, steps, sizes, number,
+        first_query, first_key, scale, seed_low, seed_high, keep_scale,
+    ):  # fmt: skip
+        """P · Z and dS of slice `number`, -0.0 and 0 where hidden. How many elements of dO were not finite."""
+        queries, keys = sizes[QUERIES], sizes[KEYS]
+        odd = products(
+            grads, unit, left, right, steps, GRAD_OUT, grad_out, offsets[GRAD_OUT, number], first_query, queries,
+            VALUE, value, offsets[VALUE, number], first_key, keys, sizes[VALUE_DIM],
+        )  # fmt: skip
+        products(
+            weights, scale, left, right, steps, QUERY, query, offsets[QUERY, number], first_query, queries,
+            KEY, key, offsets[KEY, number], first_key, keys, sizes[HEAD_DIM],
+        )  # fmt: skip
+        weigh(
+            weights, grads, numbers_here, mask, offsets[MASK, number], steps[MASK, 0], steps[MASK, 1], number,
+            first_query, first_key, keys, sizes[CAUSAL_OFFSET], sizes[HEADS], seed_low, seed_high, sizes[DROP_BELOW],
+            keep_scale, cuda.threadIdx.x, cuda.threadIdx.y,
+        )  # fmt: skip
+        return odd
+
+    return differentiate
+
+
+def find_deltas(spec: Backward) -> Any:
+    """The kernel of delta: `side` threads a row, and so many rows a block."""
+    storage, side, real = spec.storage, spec.tiling.side, spec.real
+    load, zero, width = loader(storage, real), real(0.0), side + PADDING
+
+    def kernel(grad_out, out, grad_lse, with_lse, offsets, steps, sizes, numbers):
+        partial = cuda.shared.array((side, width), real)
+        tx, ty = cuda.threadIdx.x, cuda.threadIdx.y
+        queries, features = sizes[QUERIES], sizes[VALUE_DIM]
+        row = cuda.blockIdx.x * side + ty
+        number, i = row // queries, row % queries
+        here = row < sizes[SLICES] * queries
+        total = zero
+        if here:
+            at = offsets[GRAD_OUT, number] + i * steps[GRAD_OUT, 0]
+            out_at = offsets[OUT, number] + i * steps[OUT, 0]
+            for f in range(tx, features, side):
+                total += load(grad_out[at + f * steps[GRAD_OUT, 1]]) * load(out[out_at + f * steps[OUT, 1]])
+        partial[ty, tx] = total
+        cuda.syncthreads()
+        if here and tx == 0:
+            for other in range(1, side):
+                total += partial[ty, other]
+            if with_lse:
+                total -= grad_lse[offsets[GRAD_LSE, number] + i * steps[GRAD_LSE, 0]]
+            numbers[NUMBERS * row + DELTA] = total
+
+    return kernel
+
+
+def grad_keys(spec: Backward) -> Any:
+    """The kernel of the gradients of keys and values.
+
+    Blocks stand along x: first the parts of `features` columns, `chunks` of them, then the tiles of keys, then the rows
+    of `members`, which say what slices share an argument.
+    """
+    storage, mask_storage, dropout, tiling, with_key, with_value, extreme = spec
+    side, rows, columns, depth, tile = tiling.side, tiling.rows, tiling.columns, tiling.depth, tiling.tile
+    features, wide, width = tiling.features, max(tile, tiling.features) + PADDING, tile + PADDING
+    real, store = spec.real, storer(storage)
+    tiles = make_tiles(tiling, storage, mask_storage, dropout, extreme)
+    clear, multiply, multiply_visible, stage, load_rows = (
+        tiles.clear, tiles.multiply, tiles.multiply_visible, tiles.stage, tiles.load_rows,
+    )  # fmt: skip
+    differentiate = _make_differentiate(spec, tiles)
+
+    def kernel(
+        query, key, value, mask, grad_out, numbers, offsets, steps, sizes, members, scale, seed_low, seed_high,
+        keep_scale, chunks, grad_key, grad_value,
+    ):  # fmt: skip
+        left = cuda.shared.array((depth, wide), real)
+        right = cuda.shared.array((depth, wide), real)
+        weights = cuda.shared.array((tile, width), real)
+        grads = cuda.shared.array((tile, width), real)
+        numbers_here = cuda.shared.array((NUMBERS, tile), real)
+        weights_here = cuda.local.array((rows, rows), real)
+        grads_here = cuda.local.array((rows, rows), real)
+        key_sums = cuda.local.array((rows, columns), real)
+        value_sums = cuda.local.array((rows, columns), real)
+        tx, ty = cuda.threadIdx.x, cuda.threadIdx.y
+        thread = ty * side + tx
+        queries, keys, head_dim, value_dim = sizes[QUERIES], sizes[KEYS], sizes[HEAD_DIM], sizes[VALUE_DIM]
+
+        key_tiles = (keys + tile - 1) // tile
+        column = cuda.blockIdx.x % chunks * features
+        first_key = cuda.blockIdx.x // chunks % key_tiles * tile
+        owner = cuda.blockIdx.x // chunks // key_tiles
+        clear(key_sums)
+        clear(value_sums)
+        for member in range(members.shape[1]):
+            number = members[owner, member]
+            query_at, grad_at = offsets[QUERY, number], offsets[GRAD_OUT, number]
+            numbers_at = NUMBERS * number * queries
+            # the tile of the first query that may look at the first key
+            for first_query in range(max(0, first_key - sizes[CAUSAL_OFFSET]) // tile * tile, queries, tile):
+                load_rows(numbers_here, numbers, numbers_at, first_query, queries, thread)
+                cuda.syncthreads()
+                odd = differentiate(
+                    weights_here, grads_here, left, right, numbers_here, query, key, value, mask, grad_out, offsets,
+                    steps, sizes, number, first_query, first_key, scale, seed_low, seed_high, keep_scale,
+                )  # fmt: skip
+                for r in range(rows):
+                    for c in range(rows):
+                        weights[ty + r * side, tx + c * side] = weights_here[r, c]
+                        grads[ty + r * side, tx + c * side] = grads_here[r, c]
+                odd = cuda.syncthreads_or(np.int32(odd != 0))
+                for first in range(0, tile, depth):
+                    start = first_query + first
+                    if with_value:
+                        row, step = steps[GRAD_OUT, 0], steps[GRAD_OUT, 1]
+                        stage(right, grad_out, grad_at, row, step, start, queries, column, value_dim, False, thread)
+                    if with_key:
+                        row, step = steps[QUERY, 0], steps[QUERY, 1]
+                        stage(left, query, query_at, row, step, start, queries, column, head_dim, True, thread)
+                    cuda.syncthreads()
+                    if with_value:
+                        if odd:
+                            multiply_visible(value_sums, weights, first, right, tx, ty)
+                        else:
+                            multiply(value_sums, weights, first, right, tx, ty)
+                    if with_key:
+                        multiply(key_sums, grads, first, left, tx, ty)
+                    cuda.syncthreads()
+
+        for r in range(rows):
+            j = first_key + ty + r * side
+            for c in range(columns):
+                f = column + tx + c * side
+                if with_key and j < keys and f < head_dim:
+                    grad_key[(owner * keys + j) * head_dim + f] = store(key_sums[r, c] * scale)
+                if with_value and j < keys and f < value_dim:
+                    grad_value[(owner * keys + j) * value_dim + f] = store(value_sums[r, c])
+
+    return kernel
+
+
+def grad_queries(spec: Backward) -> Any:
+    """The kernel of the gradient of queries, with blocks like those of `grad_keys`."""
+    storage, mask_storage, dropout, tiling, _, _, extreme = spec
+    side, rows, columns, depth, tile = tiling.side, tiling.rows, tiling.columns, tiling.depth, tiling.tile
+    features, wide, width = tiling.features, max(tile, tiling.features) + PADDING, tile + PADDING
+    real, store = spec.real, storer(storage)
+    tiles = make_tiles(tiling, storage, mask_storage, dropout, extreme)
+    clear, multiply, stage, load_rows = tiles.clear, tiles.multiply, tiles.stage, tiles.load_rows
+    differentiate = _make_differentiate(spec, tiles)
+
+    def kernel(
+        query, key, value, mask, grad_out, numbers, offsets, steps, sizes, members, scale, seed_low, seed_high,
+        keep_scale, chunks, grad_query,
+    ):  # fmt: skip
+        left = cuda.shared.array((depth, width), real)
+        right = cuda.shared.array((depth, wide), real)
+        grads = cuda.shared.array((tile, width), real)
+        numbers_here = cuda.shared.array((NUMBERS, tile), real)
+        weights_here = cuda.local.array((rows, rows), real)
+        grads_here = cuda.local.array((rows, rows), real)
+        sums = cuda.local.array((rows, columns), real)
+        tx, ty = cuda.threadIdx.x, cuda.threadIdx.y
+        thread = ty * side + tx
+        queries, keys, head_dim = sizes[QUERIES], sizes[KEYS], sizes[HEAD_DIM]
+
+        query_tiles = (queries + tile - 1) // tile
+        column = cuda.blockIdx.x % chunks * features
+        first_query = cuda.blockIdx.x // chunks % query_tiles * tile
+        owner = cuda.blockIdx.x // chunks // query_tiles
+        end = min(keys, first_query + tile + sizes[CAUSAL_OFFSET])  # behind what the last query may look at
+        clear(sums)
+        for member in range(members.shape[1]):
+            number = members[owner, member]
+            key_at, numbers_at = offsets[KEY, number], NUMBERS * number * queries
+            load_rows(numbers_here, numbers, numbers_at, first_query, queries, thread)
+            cuda.syncthreads()
+            for first_key in range(0, end, tile):
+                differentiate(
+                    weights_here, grads_here, left, right, numbers_here, query, key, value, mask, grad_out, offsets,
+                    steps, sizes, number, first_query, first_key, scale, seed_low, seed_high, keep_scale,
+                )  # fmt: skip
+                for r in range(rows):
+                    for c in range(rows):
+                        grads[tx + c * side, ty + r * side] = grads_here[r, c]
+                for first in range(0, tile, depth):
+                    row, step = steps[KEY, 0], steps[KEY, 1]
+                    stage(right, key, key_at, row, step, first_key + first, keys, column, head_dim, True, thread)
+                    cuda.syncthreads()
+                    multiply(sums, grads, first, right, tx, ty)
+                    cuda.syncthreads()
+            cuda.syncthreads()
+
+        for r in range(rows):
+            i = first_query + ty + r * side
+            for c in range(columns):
+                f = column + tx + c * side
+                if i < queries and f < head_dim:
+                    grad_query[(owner * queries + i) * head_dim + f] = store(sums[r, c] * scale)
+
+    return kernel
+
+
+def grad_mask(spec: Backward) -> Any:
+    """The kernel of the gradient of a floating mask.
+
+    A block has a tile of it, and goes through the slices of a row of `members`, and along an axis of length 1 through
+    all tiles of the scores.
+    """
+    storage, mask_storage, dropout, tiling, _, _, extreme = spec
+    side, rows, depth, tile, width = tiling.side, tiling.rows, tiling.depth, tiling.tile, tiling.tile + PADDING
+    real, store = spec.real, storer(mask_storage)
+    tiles = make_tiles(tiling, storage, mask_storage, dropout, extreme)
+    load_rows, differentiate, zero = tiles.load_rows, _make_differentiate(spec, tiles), real(0.0)
+
+    def kernel(
+        query, key, value, mask, grad_out, numbers, offsets, steps, sizes, members, scale, seed_low, seed_high,
+        keep_scale, mask_queries, mask_keys, result,
+    ):  # fmt: skip
+        left = cuda.shared.array((depth, width), real)
+        right = cuda.shared.array((depth, width), real)
+        grads = cuda.shared.array((tile, width), real)
+        numbers_here = cuda.shared.array((NUMBERS, tile), real)
+        weights_here = cuda.local.array((rows, rows), real)
+        grads_here = cuda.local.array((rows, rows), real)
+        sums = cuda.local.array((rows, rows), real)
+        tx, ty = cuda.threadIdx.x, cuda.threadIdx.y
+        thread = ty * side + tx
+        queries, keys = sizes[QUERIES], sizes[KEYS]
+
+        key_tiles = (mask_keys + tile - 1) // tile
+        query_tiles = (mask_queries + tile - 1) // tile
+        own_key = cuda.blockIdx.x % key_tiles * tile
+        own_query = cuda.blockIdx.x // key_tiles % query_tiles * tile
+        owner = cuda.blockIdx.x // key_tiles // query_tiles
+        # an axis of length 1 is summed: over tiles in registers, and in the end over the tile
+        query_end, key_end, down, across = own_query + tile, own_key + tile, 1, 1
+        if mask_queries == 1:
+            query_end, down = queries, tile
+        if mask_keys == 1:
+            key_end, across = keys, tile
+        for r in range(rows):
+            for c in range(rows):
+                sums[r, c] = zero
+        for member in range(members.shape[1]):
+            number = members[owner, member]
+            numbers_at = NUMBERS * number * queries
+            for first_query in range(own_query, query_end, tile):
+                load_rows(numbers_here, numbers, numbers_at, first_query, queries, thread)
+                cuda.syncthreads()
+                for first_key in range(own_key, min(key_end, first_query + tile + sizes[CAUSAL_OFFSET]), tile):
+                    differentiate(
+                        weights_here, grads_here, left, right, numbers_here, query, key, value, mask, grad_out, offsets,
+                        steps, sizes, number, first_query, first_key, scale, seed_low, seed_high, keep_scale,
+                    )  # fmt: skip
+                    for r in range(rows):
+                        for c in range(rows):
+                            sums[r, c] += grads_here[r, c]
+                cuda.syncthreads()
+
+        for r in range(rows):
+            for c in range(rows):
+                grads[ty + r * side, tx + c * side] = sums[r, c]
+        cuda.syncthreads()
+        own_rows, own_columns = tile // down, tile // across
+        for e in range(thread, own_rows * own_columns, side * side):
+            i, j = e // own_columns, e % own_columns
+            if own_query + i < mask_queries and own_key + j < mask_keys:
+                total = zero
+                for below in range(down):
+                    for beside in range(across):
+                        total += grads[i + below, j + beside]
+                result[(owner * mask_queries + own_query + i) * mask_keys + own_key + j] = store(total)
+
+    return kernel

@@ -1,0 +1,213 @@
+"""The forward pass on tensor cores: mma.sync on halves, for compute capability 8.0 and later.
+
+The schedule is FlashAttention-2's [1]_. A block of warps takes the queries of one tile, each warp `TileShape.rows` of
+them, and walks over the tiles of keys that any of them may look at:
+
+    scores  = query · keyᵀ                fragments of float32, in registers
+    weights = 2^(scores · unit - m)       m the greatest so far; sum and output are rescaled where it rises
+    output += weights · value             the weights are rounded to halves, and stay in their registers
+
+Keys and values of the next tile are copied to shared memory meanwhile. There, a row of D halves is D / 8 chunks of 16
+bytes, and chunk c of row r stands at place c ^ (r % 8), so that 8 rows of one chunk, which is what ldmatrix reads at a
+time, are in all 32 banks:
+
+    memory    | stage 0: keys [Bk][D], values [Bk][D] | stage 1: the same; the queries [Bq][D] until they are loaded |
+
+What a query may not look at has no part in it, NaN and infinity included. Rows beyond the last key are zeros. In tiles
+where one query sees a key and another does not, values that are not finite are taken out, since 0 · NaN is NaN, and
+added afterwards to the queries that see them.
+
+References
+----------
+.. [1] Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning", 2023, arXiv 2307.08691.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from numba import cuda
+
+from fastattn.call.problem import Problem
+from fastattn.cuda.available import SIMULATED
+from fastattn.cuda.kernels.fragments import CHUNK, HALF, TileShape, make_steps
+from fastattn.cuda.kernels.plan import (
+    CAUSAL_OFFSET,
+    HEAD_DIM,
+    KEY,
+    KEYS,
+    MASK,
+    OUT,
+    QUERIES,
+    QUERY,
+    SCALES,
+    VALUE,
+    VALUE_DIM,
+    Table,
+    is_extreme,
+    slices_of,
+)
+from fastattn.cuda.kernels.primitives import global_address, unrolled
+
+WIDEST = 128
+CAPABILITY = (8, 0)
+MOST = 2**29 - 2**10  # queries and keys: in 32 bits are bytes of a number for each of both, and some tiles more
+IN_ROWS = (QUERY, KEY, VALUE, OUT)  # what is read and written 16 bytes at a time, or 4
+
+
+def shape_for(storage: str, mask: str, width: int) -> TileShape:
+    """The shape for rows of up to `width` elements."""
+    # 32 queries to a warp halve what it reads of keys and values from shared memory; with 128 features these would not
+    # fit in its registers
+    if width <= 64:
+        if mask == "none":
+            return TileShape(storage, mask, width=64, warps=4, rows=32, keys=64, blocks=2)
+        return TileShape(storage, mask, width=64, warps=4, rows=16, keys=64, blocks=2)
+    return TileShape(storage, mask, width=128, warps=4, rows=16, keys=32, blocks=3 if mask == "none" else 2)
+
+
+def forward(shape: TileShape) -> Any:
+    """The kernel of the result and the log-sum-exp: a block of warps for each block of queries of each slice.
+
+    Its arguments are those of `fastattn.cuda.kernels.portable.forward`, of which it does without the mask and
+    dropout's.
+    """
+    own = make_steps(shape)
+    allocate, own_thread, warp_of, part_of = own.allocate, own.own_thread, own.warp_of, own.part_of
+    tiles_of, first_key, stage_of, load_queries = own.tiles_of, own.first_key, own.stage_of, own.load_queries
+    copy_queries, copy_keys, close, clear = own.copy_queries, own.copy_keys, own.close, own.clear
+    wait_for_queries, wait_for_all = own.wait_for_queries, own.wait_for_all
+    seen_by, limits_of, multiply, restrict = own.seen_by, own.limits_of, own.multiply, own.restrict
+    absorb, accumulate, has_odd = own.absorb, own.accumulate, own.has_odd
+    accumulate_finite = own.accumulate_finite
+    positive, add_odd, finish = own.positive, own.add_odd, own.finish
+    address, masked = unrolled(global_address), shape.mask != "none"
+    tile_keys, tile_bytes = shape.keys, shape.stage_bytes // 2
+
+    def kernel(query, key, value, mask, out, lse, offsets, steps, sizes, unit, keep_scale, seed_low, seed_high):
+        queries, keys, length = sizes[QUERIES], sizes[KEYS], sizes[HEAD_DIM]
+        value_length, offset = sizes[VALUE_DIM], sizes[CAUSAL_OFFSET]
+        part, first = part_of(cuda.blockIdx.x, queries)
+        thread, memory = own_thread(), allocate()
+
+        # how many of the first keys are seen by any query of the block, by any of the warp, and by all of the warp
+        block_sees, warp_sees, all_see = seen_by(first, queries, keys, offset, warp_of())
+
+        query_at = address(query, offsets[QUERY, part])
+        mask_at = address(mask, offsets[MASK, part])
+        key_at, value_at = address(key, offsets[KEY, part]), address(value, offsets[VALUE, part])
+        copy_queries(stage_of(memory, 1), query_at, steps[QUERY, 0], first, queries, length, thread)
+        close()
+        key_step, value_step = steps[KEY, 0], steps[VALUE, 0]
+        copy_keys(memory, key_at, key_step, 0, keys, length, thread)
+        copy_keys(memory + tile_bytes, value_at, value_step, 0, keys, value_length, thread)
+        close()
+        wait_for_queries()
+        cuda.syncthreads()
+        left = load_queries(stage_of(memory, 1), thread)
+
+        output, highest, total = clear()
+        for tile in range(tiles_of(block_sees)):
+            # of what is computed from this nothing is kept from tile to tile, where registers are short
+            thread = own_thread()
+            begin, after = first_key(tile), first_key(tile + 1)
+            stage, following = stage_of(memory, tile), stage_of(memory, tile + 1)
+            wait_for_all()
+            # the tile is there for all warps, and none reads the one before it any more
+            cuda.syncthreads()
+            if after < block_sees:
+                copy_keys(following, key_at, key_step, after, keys, length, thread)
+                copy_keys(following + tile_bytes, value_at, value_step, after, keys, value_length, thread)
+                close()
+            if begin < warp_sees:
+                scores = multiply(left, stage, thread)
+                limits, odd = limits_of(first, offset, keys, queries, thread), False
+                if masked or after > all_see:
+                    scores = restrict(
+                        scores, begin, limits, thread, first, mask_at, steps[MASK, 0], steps[MASK, 1], unit
+                    )
+                    odd = has_odd(stage, thread)
+                weights, highest, total, output = absorb(scores, highest, total, output, unit)
+                if odd:
+                    output = accumulate_finite(output, weights, stage, thread)
+                    bits = positive(weights)
+                    for row in range(tile_keys):
+                        output = add_odd(
+                            output, bits, stage, begin, row, limits, thread,
+                            first, mask_at, steps[MASK, 0], steps[MASK, 1],
+                        )  # fmt: skip
+                else:
+                    output = accumulate(output, weights, stage, thread)
+        wait_for_all()
+        finish(
+            output, highest, total, unit, out, offsets[OUT, part], steps[OUT, 0], lse, part * queries, first, queries,
+            value_length, thread,
+        )  # fmt: skip
+
+    return kernel
+
+
+def options(shape: TileShape) -> dict[str, Any]:
+    """The options of `cuda.jit` for this kernel: how many registers a thread may have follows from them."""
+    return {} if SIMULATED else {"launch_bounds": (shape.threads, shape.blocks)}
+
+
+def block_of(shape: TileShape) -> tuple[int, int]:
+    """The block that the kernel is launched with; in the simulator a thread stands for a warp."""
+    return (shape.warps if SIMULATED else shape.threads), 1
+
+
+def grid_of(shape: TileShape, problem: Problem) -> int:
+    """How many blocks a problem takes."""
+    return slices_of(problem) * -(-problem.queries // shape.queries)
+
+
+def against(
+    storage: str,
+    mask: str,
+    problem: Problem,
+    table: Table,
+    addresses: Sequence[int],
+    capability: tuple[int, int],
+    in_rows: Sequence[int] = IN_ROWS,
+) -> str | None:
+    """Say why a call cannot have this kernel; None if it can.
+
+    Parameters
+    ----------
+    storage, mask : str
+        What the operands, and the mask if it is not "none", are stored in.
+    problem : Problem
+    table : Table
+        On the host.
+    addresses : sequence of int
+        Where the memory of what has to lie in rows begins.
+    capability : (int, int)
+        Of the GPU.
+    in_rows : sequence of int
+        Which rows of the table these are.
+    """
+    low, high = SCALES["float32"]
+    halves = 16 // HALF
+    rows = list(in_rows)
+    if storage not in ("float16", "bfloat16"):
+        return f"{storage} is not what tensor cores multiply here"
+    if capability < CAPABILITY:
+        return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
+    if problem.dropout_p > 0:
+        return "dropout"
+    if mask == "float64":
+        return "a mask of float64"
+    if is_extreme(problem) or (mask in ("none", "bool") and not low < problem.scale < high):
+        return f"scale {problem.scale:g} is not between {low:g} and {high:g}"
+    for name, size in (("head", problem.head_dim), ("value", problem.value_dim)):
+        if not 0 < size <= WIDEST or size % CHUNK:
+            return f"{name} size {size} is not a multiple of 8 up to 128"
+    if problem.queries + problem.keys > MOST:
+        return f"lengths {problem.queries} and {problem.keys} are not below 2^29 together"
+    if (table.steps[rows, 1] != 1).any():
+        return "features are not next to each other in memory"
+    if (table.steps[rows, 0] % halves).any() or (table.offsets[rows] % halves).any() or any(a % 16 for a in addresses):
+        return "rows do not begin at multiples of 16 bytes"
+    return None

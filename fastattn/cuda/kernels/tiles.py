@@ -1,0 +1,240 @@
+"""Tiles in shared memory and registers: their sizes, and device functions of the portable kernels that work on them.
+
+Each function here makes device functions for tiles of given sizes, which the compiler then knows. Arguments called
+`..._tile` are in shared memory; `scores`, `seen`, `m`, `total` and `sums` are the part that the calling thread, (y, x)
+of its block, has in its registers: rows y, y + Y, ... and columns x, x + X, ... of the tile. The kernels see to it that
+threads wait for each other.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastattn.cuda.kernels.elements import LOG2_E, device, exp2, mask_loader, minus_zero_test, philox
+from fastattn.cuda.kernels.plan import CAUSAL_OFFSET, DROP_BELOW, HEADS, KEYS, MASK, QUERIES
+
+
+class Tiles(NamedTuple):
+    """The sizes of the tiles, in elements.
+
+    A block has ``threads_y * rows`` queries, ``threads_x * columns`` keys and ``threads_x * values`` columns of the
+    result; of these, `rows`, `columns` and `values` are a thread's own. `features` of queries and keys, and
+    `value_rows` rows of values, are in shared memory at a time.
+    """
+
+    threads_y: int
+    threads_x: int
+    rows: int
+    columns: int
+    values: int
+    features: int
+    value_rows: int
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return self.threads_y * self.threads_x
+
+    @property
+    def queries(self) -> int:
+        """Queries of a block."""
+        return self.threads_y * self.rows
+
+    @property
+    def keys(self) -> int:
+        """Keys of a block."""
+        return self.threads_x * self.columns
+
+    @property
+    def value_columns(self) -> int:
+        """Columns of the result that a block computes."""
+        return self.threads_x * self.values
+
+
+def is_floating(mask_kind: str) -> bool:
+    """Whether a mask of this kind is added to the scores."""
+    return mask_kind not in ("none", "bool")
+
+
+def in_base_2(mask_kind: str, extreme: bool) -> bool:
+    """Whether scores are in base 2: where no mask is added to them, and the scale is not extreme."""
+    return not is_floating(mask_kind) and not extreme
+
+
+def tile_loader(load: Any, real: Any) -> Any:
+    """A device function that copies a part of an operand to shared memory, and says whether all of it is finite.
+
+    Element (i, c) of the tile of `rows` x `columns` comes to stand at i * pitch + c. It is element (i, c) of the
+    operand counted from `base`, times `factor`, and 0 where that has no more than `row_count` rows or `column_count`
+    columns.
+    """
+
+    @device
+    def load_tile(
+        tile, rows, columns, pitch, factor, source, base, steps, operand, row_count, column_count, thread, threads
+    ):
+        row_step, column_step = steps[operand, 0], steps[operand, 1]
+        finite = True
+        for e in range(thread, rows * columns, threads):
+            i = e // columns
+            c = e - i * columns
+            x = real(0)
+            if i < row_count and c < column_count:
+                x = load(source[base + i * row_step + c * column_step]) * factor
+                finite = finite and x - x == 0
+            tile[i * pitch + c] = x
+        return finite
+
+    return load_tile
+
+
+def multiplication(tiles: Tiles) -> Any:
+    """The device function that brings forward the scores by the features that are in shared memory."""
+    rows, columns, features, pitch = tiles.rows, tiles.columns, tiles.features, tiles.features + 1
+    threads_y, threads_x = tiles.threads_y, tiles.threads_x
+
+    @device
+    def multiply(scores, query_tile, key_tile, y, x):
+        """scores[i][j] += query[i] · key[j]."""
+        for f in range(features):
+            for i in range(rows):
+                for j in range(columns):
+                    q = query_tile[(y + i * threads_y) * pitch + f]
+                    scores[i, j] += q * key_tile[(x + j * threads_x) * pitch + f]
+
+    return multiply
+
+
+def restriction(tiles: Tiles, mask_kind: str, real: Any, narrow: Any) -> Any:
+    """The device function that applies masks to scores; what is added is held in the range of `narrow`."""
+    rows, columns, threads_y, threads_x = tiles.rows, tiles.columns, tiles.threads_y, tiles.threads_x
+    has_bool, has_float = mask_kind == "bool", is_floating(mask_kind)
+    load_mask = mask_loader(mask_kind if has_float else "float32", real, narrow)
+    lowest = real(-math.inf)
+
+    @device
+    def restrict(scores, seen, mask, base, steps, sizes, first_query, first_key, y, x):
+        """scores[i][j] += mask[i][j]; where a query may not look -inf, and not `seen`."""
+        for i in range(rows):
+            query = first_query + y + i * threads_y
+            for j in range(columns):
+                key = first_key + x + j * threads_x
+                may = query < sizes[QUERIES] and key < sizes[KEYS] and key <= query + sizes[CAUSAL_OFFSET]
+                if has_bool and may:
+                    may = mask[base + query * steps[MASK, 0] + key * steps[MASK, 1]] != 0
+                if has_float and may:
+                    added = load_mask(mask[base + query * steps[MASK, 0] + key * steps[MASK, 1]])
+                    may = added != lowest
+                    scores[i, j] += added
+                if not may:
+                    scores[i, j] = lowest
+                seen[i, j] = may
+
+    return restrict
+
+
+def softmax_functions(tiles: Tiles, real: Any, base_2: bool) -> tuple[Any, Any]:
+    """The device functions of the online softmax: `publish` maxima, then `absorb` a block of scores."""
+    rows, columns, values, threads_y, threads_x = (
+        tiles.rows,
+        tiles.columns,
+        tiles.values,
+        tiles.threads_y,
+        tiles.threads_x,
+    )
+    pitch = tiles.keys + 1
+    unit = real(1.0 if base_2 else LOG2_E)
+    lowest, zero, hidden = real(-math.inf), real(0), real(-0.0)
+
+    @device
+    def publish(scores, maxima_tile, y, x):
+        """Show the other threads of a row the maximum of this thread's scores."""
+        for i in range(rows):
+            top = lowest
+            for j in range(columns):
+                top = max(top, scores[i, j])
+            maxima_tile[(y + i * threads_y) * threads_x + x] = top
+
+    @device
+    def absorb(scores, seen, maxima_tile, weights_tile, m, total, sums, y, x):
+        """Turn scores into weights, and bring m, the total of the weights and the sums up to date."""
+        for i in range(rows):
+            top = m[i]
+            for other in range(threads_x):
+                top = max(top, maxima_tile[(y + i * threads_y) * threads_x + other])
+            shift = top if top > lowest else zero  # no key so far: -inf less -inf is NaN
+            factor = exp2((m[i] - shift) * unit)
+            m[i] = top
+            total[i] *= factor
+            for c in range(values):
+                sums[i, c] *= factor
+            for j in range(columns):
+                weight = exp2((scores[i, j] - shift) * unit)
+                total[i] += weight
+                weights_tile[(y + i * threads_y) * pitch + x + j * threads_x] = weight if seen[i, j] else hidden
+
+    return publish, absorb
+
+
+def dropping(tiles: Tiles, real: Any) -> Any:
+    """The device function of dropout: a thread draws for four neighbouring keys at a time."""
+    block_q, groups, pitch = tiles.queries, tiles.keys // 4, tiles.keys + 1
+    threads, zero = tiles.threads, real(0)
+
+    @device
+    def drop(weights_tile, slice_, first_query, first_key, sizes, seed_low, seed_high, thread):
+        """Set to 0 what dropout takes from a block of weights; first_key is a multiple of 4."""
+        batch, head, below = slice_ // sizes[HEADS], slice_ % sizes[HEADS], np.uint64(sizes[DROP_BELOW])
+        for e in range(thread, block_q * groups, threads):
+            i = e // groups
+            at = i * pitch + (e - i * groups) * 4
+            group = first_key // 4 + e - i * groups
+            words = philox(group, first_query + i, head, batch, seed_low, seed_high)
+            # times 0: NaN stays, and so does -0.0
+            if words[0] < below:
+                weights_tile[at] *= zero
+            if words[1] < below:
+                weights_tile[at + 1] *= zero
+            if words[2] < below:
+                weights_tile[at + 2] *= zero
+            if words[3] < below:
+                weights_tile[at + 3] *= zero
+
+    return drop
+
+
+def addition(tiles: Tiles, real: Any) -> tuple[Any, Any]:
+    """The device functions `add_values` and `add_visible_values`: what is behind a mask is left out by the second."""
+    threads_y, threads_x, rows, values, value_rows = (
+        tiles.threads_y,
+        tiles.threads_x,
+        tiles.rows,
+        tiles.values,
+        tiles.value_rows,
+    )
+    pitch, block_v = tiles.keys + 1, tiles.value_columns
+    is_hidden = minus_zero_test(real)
+
+    @device
+    def add_values(sums, weights_tile, value_tile, first_row, y, x):
+        """sums[i][c] += Σ_r weights[i][first_row + r] · value[r][c]."""
+        for r in range(value_rows):
+            for i in range(rows):
+                for c in range(values):
+                    weight = weights_tile[(y + i * threads_y) * pitch + first_row + r]
+                    sums[i, c] += weight * value_tile[r * block_v + x + c * threads_x]
+
+    @device
+    def add_visible_values(sums, weights_tile, value_tile, first_row, y, x):
+        """The same, of the keys that a query may look at."""
+        for r in range(value_rows):
+            for i in range(rows):
+                weight = weights_tile[(y + i * threads_y) * pitch + first_row + r]
+                if not is_hidden(weight):
+                    for c in range(values):
+                        sums[i, c] += weight * value_tile[r * block_v + x + c * threads_x]
+
+    return add_values, add_visible_values

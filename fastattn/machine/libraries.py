@@ -1,0 +1,207 @@
+"""Compiled kernels, on demand: found in memory, in the cache on disk, or built.
+
+A kernel's file is named by a hash of everything its code depends on: the kernel's name and parameters, the row of the
+ISA table, the versions of Python, Numba and llvmlite, and the content of every module that takes part. So a stale file
+is never looked at. Files appear by an atomic rename, and begin with a checksum of the rest; where no folder can be
+written, kernels are built anew in every process.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from sys import is_finalizing
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastattn.machine import loading as machine
+from fastattn.machine.digest import of_modules, version
+from fastattn.machine.os_threads import RLock, allocate_lock
+from fastattn.machine.table import Isa, host
+
+
+class Library:
+    """Compiled functions, as attributes that Python calls with integers, without the GIL.
+
+    ``addresses`` has the address of each, for compiled code to call.
+    """
+
+    def __init__(self, code: bytes, row: Isa, entries: dict[str, int]):
+        self.addresses, self._engine = machine.load(code, row, entries)
+        for name, arguments in entries.items():
+            signature = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * arguments)
+            setattr(self, name, signature(self.addresses[name]))
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Callable[..., int]: ...
+
+
+# The functions in each kind of library, and how many integers each takes.
+ATTENTION = ("forward", "masked", "weights", "summary", "received", "chosen", "additive", "additive_weights")
+BACKWARD = ("backward", "backward_masked", "mask_gradient", "additive_backward")
+ENTRIES: dict[str, dict[str, int]] = {
+    **{kind: {"task": 3, "alone": 3} for kind in BACKWARD},
+    **{kind: {"task": 3, "alone": 3, "quick": 3, "shared": 3} for kind in ATTENTION},
+    "peak": {"run": 5},
+    "signature": {"signature": 3, "in_default_mode": 3},
+    "schedule": {"start": 6, "take_part": 2, "cancel": 2, "work": 3},
+}
+
+_loaded: dict[tuple[str, Isa], Library] = {}
+_lock = RLock()
+if hasattr(os, "register_at_fork"):  # a fork waits for a compilation to end: a child could never finish it
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
+
+
+@cache
+def cache_folder() -> Path | None:
+    """Where compiled kernels are kept: ``FASTATTN_CACHE_DIR``, or fastattn/ in the user's cache folder.
+
+    None where that folder can neither be written nor has kernels in it: one filled beforehand may be read-only.
+    """
+    try:
+        folder = _chosen_folder()
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not any(folder.glob("*.o")):
+            tempfile.TemporaryFile(dir=folder).close()
+        return folder
+    except (OSError, RuntimeError):  # RuntimeError: no home folder
+        return None
+
+
+def _chosen_folder() -> Path:
+    named = os.environ.get("FASTATTN_CACHE_DIR")
+    if named:
+        folder = Path(named)
+    elif sys.platform == "win32":
+        folder = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "fastattn"
+    elif sys.platform == "darwin":
+        folder = Path.home() / "Library" / "Caches" / "fastattn"
+    else:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastattn"
+    return folder.absolute()  # the program may go elsewhere
+
+
+_warned = allocate_lock()  # taken for good by the one warning of a process
+
+
+def warn_not_kept() -> None:
+    """Say, once in a process, that a kernel cannot be kept in the folder that the user has named.
+
+    Nothing is said of a folder that nobody has asked for, nor of a read-only one in which every kernel is found.
+    """
+    named = os.environ.get("FASTATTN_CACHE_DIR")
+    if named and _warned.acquire(blocking=False):
+        warnings.warn(
+            f"FASTATTN_CACHE_DIR={named!r} cannot be written: kernels are compiled anew in each process",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+@cache
+def _source_digest() -> bytes:
+    modules = of_modules("fastattn.machine", "fastattn.simd", "fastattn.cpu.kernels")
+    versions = [version(name) for name in ("numba", "llvmlite")]
+    identity = (versions, platform.python_version(), platform.machine(), sys.platform, object.__basicsize__)
+    return hashlib.sha256(modules + repr(identity).encode()).digest()
+
+
+def _path(name: str, row: Isa) -> Path | None:
+    folder = cache_folder()
+    if folder is None:
+        return None
+    digest = hashlib.sha256(_source_digest() + repr((name, row)).encode()).hexdigest()
+    return folder / f"{name}-{row.name}-{digest[:32]}.o"
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    checksum, code = content[:32], content[32:]
+    return code if hashlib.sha256(code).digest() == checksum else None
+
+
+def _write(path: Path, code: bytes) -> bool:
+    """Whether the file could be written."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            try:
+                file.write(hashlib.sha256(code).digest() + code)
+                file.close()
+                os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
+    except OSError:  # a full or vanished disk: the kernel is in memory all the same
+        return False
+    return True
+
+
+def library(name: str, row: Isa | None = None) -> Library:
+    """The compiled functions of that name (see `fastattn.cpu.kernels.catalogue`) for the host, or another row."""
+    row = row or host()
+    found = _loaded.get((name, row))
+    if found is None:
+        with _one_at_a_time():
+            found = _loaded.get((name, row))
+            if found is None:
+                found = _loaded[name, row] = _load(name, row)
+    return found
+
+
+@contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Hold the lock. As the interpreter ends nobody else needs it, but a thread may have gone that held it."""
+    held = _lock.acquire(blocking=not is_finalizing())
+    try:
+        yield
+    finally:
+        if held:
+            _lock.release()
+
+
+def _load(name: str, row: Isa) -> Library:
+    try:
+        return Library(_code(name, row), row, ENTRIES[name.partition("-")[0]])
+    except Exception as error:
+        if not is_finalizing():
+            raise
+        raise RuntimeError(
+            f"the kernel {name} has not been used before, and cannot be made while Python ends: "
+            "a call to fastattn.warmup, earlier, makes all kernels"
+        ) from error
+
+
+@cache  # as the interpreter ends, nothing can be imported, not even again
+def _compiler() -> Callable[[str, Isa, dict[str, int]], bytes]:
+    from fastattn.cpu.kernels import catalogue  # imports Numba, which a cached kernel does not need
+
+    return catalogue.build
+
+
+def _code(name: str, row: Isa) -> bytes:
+    path = _path(name, row)
+    code = _read(path) if path else None
+    if code is None:
+        code = _compiler()(name, row, ENTRIES[name.partition("-")[0]])
+        if path is None or not _write(path, code):
+            warn_not_kept()
+    return code
+
+
+def kernel_name(kind: str, dtype: np.dtype[Any], tile: Any) -> str:
+    """The name of a kernel for a dtype and a register tile."""
+    name = dtype.type.__name__  # for `dtype.name` NumPy imports a module each time
+    return f"{kind}-{name}-{tile.rows}x{tile.vectors}"

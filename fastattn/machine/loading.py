@@ -1,0 +1,24 @@
+"""Object code, run: LLVM's view of the processor, and the loader."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from llvmlite import binding as llvm
+
+from fastattn.machine.table import Isa
+
+
+def target_machine(row: Isa, jit: bool = False) -> Any:
+    """LLVM's target machine for a row of the table."""
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    target = llvm.Target.from_triple(llvm.get_process_triple())
+    return target.create_target_machine(cpu=row.cpu, features="", opt=3, reloc="pic", codemodel="default", jit=jit)
+
+
+def load(code: bytes, row: Isa, symbols: Iterable[str]) -> tuple[dict[str, int], Any]:
+    """The addresses of functions in object code, by name, and the engine that keeps them alive."""
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target_machine(row, jit=True))
+    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    return {symbol: engine.get_function_address(symbol) for symbol in symbols}, engine
