@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastattn.call.problem import Problem
+from fastattn.call.scores import Scores
 
 ROOT = Path(__file__).parents[1]
 
@@ -145,7 +146,7 @@ def portable_ones() -> Iterator[Kernel]:
 
     for storage, width in (("float32", 64), ("float32", 128), ("bfloat16", 64), ("float64", 64)):
         real = np.dtype(np.float64 if storage == "float64" else np.float32)
-        problem = Problem(real, (), 1, 1, 9, 9, width, width, (1, 9, width), 1.0, None, 0.0, "none")
+        problem = Problem(real, real, (), 1, 1, 9, 9, width, width, (1, 9, width), 0.0, Scores())
         tiles = choice.tiles_for(storage, problem)
         both: Any = ((portable.forward, portable.Forward), (portable.weights, portable.Weights))
         for factory, kind in both:

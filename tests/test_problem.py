@@ -15,6 +15,7 @@ from fastattn.call.arrays import as_operands
 from fastattn.call.options import check_backend, check_causal, check_dropout, check_flag, check_scale
 from fastattn.call.out import check_out
 from fastattn.call.problem import Problem
+from fastattn.call.scores import Scores
 from fastattn.call.shapes import MAX_RANK, describe
 
 
@@ -38,7 +39,8 @@ def refused(message: str, kind: type[Exception] = ValueError) -> Any:
 def test_a_plain_call() -> None:
     problem = problem_of((2, 8, 5, 64), (2, 8, 7, 64), (2, 8, 7, 32))
     assert problem == Problem(
-        dtype=np.dtype(np.float64),
+        storage=np.dtype(np.float64),
+        real=np.dtype(np.float64),
         batch=(2,),
         heads=8,
         kv_heads=8,
@@ -47,10 +49,8 @@ def test_a_plain_call() -> None:
         head_dim=64,
         value_dim=32,
         out_shape=(2, 8, 5, 32),
-        scale=0.125,
-        causal_offset=None,
         dropout_p=0.0,
-        mask_kind="none",
+        scores=Scores(scale=0.125),
     )
     assert problem.group == 1
     assert problem.lse_shape == (2, 8, 5)
@@ -114,7 +114,7 @@ def test_operands_are_views_of_the_arguments(call: Call) -> None:
         "value": (problem.keys, problem.value_dim),
         "mask": (problem.queries, problem.keys),
     }
-    for (name, last), operand, array in zip(lengths.items(), operands, arrays, strict=True):
+    for (name, last), operand, array in zip(lengths.items(), (*operands[:3], operands.mask), arrays, strict=True):
         if operand is not None:
             assert operand.shape == (*problem.rows_shape, *last), name
             assert np.may_share_memory(operand, array), name

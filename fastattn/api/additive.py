@@ -12,7 +12,8 @@ from fastattn.api.backends import BACKENDS
 from fastattn.call.arrays import as_additive_operands
 from fastattn.call.options import check_backend, check_flag
 from fastattn.call.out import check_out, delivered, target_for
-from fastattn.call.shapes import describe_additive
+from fastattn.call.score_options import FurtherOptions
+from fastattn.call.shapes import describe_additive, masks_of
 from fastattn.cpu.host import forward as cpu
 from fastattn.cpu.host.builtin import in_default_mode, signatures
 from fastattn.cpu.host.pool import get_num_threads, threads_of_call
@@ -28,6 +29,10 @@ def additive_attention(
     attn_mask: ArrayLike | None = None,
     is_causal: bool | str = False,
     *,
+    window: tuple[int | None, int | None] | None = None,
+    query_offset: ArrayLike | None = None,
+    key_lengths: ArrayLike | None = None,
+    softcap: float | None = None,
     return_lse: bool = False,
     return_weights: bool = False,
     out: NDArray[Any] | None = None,
@@ -48,9 +53,12 @@ def additive_attention(
     weight : array_like, shape (D,)
         The paper's v, Keras' ``use_scale`` vector.
     attn_mask : array_like, broadcasting to (..., Lq, Lk), optional
-        Boolean, where True takes part, or float16, float32 or float64, added to the scores.
+        Boolean, where True takes part, or float16, float32 or float64, added to the scores; or one of each, as
+        a tuple (bias, keep).
     is_causal : bool or "bottom-right"
         True: query i looks at the keys up to i. "bottom-right": up to i + Lk - Lq, as in decoding.
+    window, query_offset, key_lengths, softcap : optional
+        As in `fastattn.attention`.
     return_lse : bool
         Return the natural logarithm of the sum of exp(score) over the keys as well.
     return_weights : bool
@@ -104,6 +112,10 @@ def additive_attention(
         and return_weights is False
         and out is None
         and backend is None
+        and window is None
+        and query_offset is None
+        and key_lengths is None
+        and softcap is None
     ):
         agreed = signatures.of(query, key, value, weight, attn_mask)
         if agreed:
@@ -114,20 +126,18 @@ def additive_attention(
                 vector: Any = weight
                 return cpu.attention(prepared, given, 0, None, return_lse, False, vector)
 
+    further: FurtherOptions = {
+        "window": window,
+        "query_offset": query_offset,
+        "key_lengths": key_lengths,
+        "softcap": softcap,
+    }
+    call = (query, key, value, weight, attn_mask, is_causal)
     check_backend(backend, BACKENDS)
     if backend == "reference":
-        return reference.additive_attention(
-            query,
-            key,
-            value,
-            weight,
-            attn_mask,
-            is_causal,
-            return_lse=return_lse,
-            return_weights=return_weights,
-            out=out,
-        )
-    return _on_cpu(plain, query, key, value, weight, attn_mask, is_causal, return_lse, return_weights, out)
+        wanted: Any = {"return_lse": return_lse, "return_weights": return_weights, "out": out}
+        return reference.additive_attention(*call, **wanted, **further)
+    return _on_cpu(plain, *call, return_lse, return_weights, out, further)
 
 
 @in_default_mode
@@ -142,15 +152,16 @@ def _on_cpu(
     return_lse: bool,
     return_weights: bool,
     out: NDArray[Any] | None,
+    further: FurtherOptions,
 ) -> Any:
     """Plan a call and run it; one like it, with the same `plain`, finds the plan."""
     query_, key_, value_, weight_, mask_ = as_additive_operands(query, key, value, weight, attn_mask)
-    problem, operands = describe_additive(query_, key_, value_, weight_, mask_, is_causal)
+    problem, operands = describe_additive(query_, key_, value_, weight_, mask_, is_causal, **further)
     weight_ = np.ascontiguousarray(weight_)
     return_lse = check_flag("return_lse", return_lse)
     return_weights = check_flag("return_weights", return_weights)
     arrays = (query_, key_, value_, mask_)
-    target = target_for(check_out(out, problem), problem, (*arrays, weight_))
+    target = target_for(check_out(out, problem), problem, (*arrays[:3], *masks_of(mask_), weight_))
     threads = get_num_threads() if plain is None else plain[-1]
     prepared = cpu.prepare(problem, operands, target, threads, additive=True)
     if (
@@ -162,5 +173,5 @@ def _on_cpu(
         and mask_ is attn_mask
     ):
         cpu.remember(_prepared, plain, prepared)
-    results = cpu.attention(prepared, arrays, 0, target, return_lse, return_weights, weight_)
+    results = cpu.attention(prepared, (*arrays[:3], operands.mask), 0, target, return_lse, return_weights, weight_)
     return delivered(results, target, out)

@@ -12,8 +12,9 @@ from fastattn.api.backends import backend_of_attention
 from fastattn.call.arrays import as_operands
 from fastattn.call.options import check_flag
 from fastattn.call.out import check_out, delivered, target_for
+from fastattn.call.score_options import FurtherOptions
 from fastattn.call.seeds import Rng, seed_from
-from fastattn.call.shapes import describe
+from fastattn.call.shapes import describe, masks_of
 from fastattn.call.widening import exceeds_float32, in_float64, narrowed, scale_in_float64
 from fastattn.cpu.host import forward as cpu
 from fastattn.cpu.host.builtin import in_default_mode, signatures
@@ -32,6 +33,10 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
+    window: tuple[int | None, int | None] | None = None,
+    query_offset: ArrayLike | None = None,
+    key_lengths: ArrayLike | None = None,
+    softcap: float | None = None,
     return_lse: bool = False,
     return_weights: bool = False,
     rng: Rng | None = None,
@@ -51,16 +56,27 @@ def attention(
     key : array_like, shape (..., Hk, Lk, D)
     value : array_like, shape (..., Hk, Lk, Dv)
     attn_mask : array_like, broadcasting to (..., Hq, Lq, Lk), optional
-        Boolean, where True takes part, or float16, float32 or float64, added to the scores. A mask of keys for each
-        element of a batch, (B, Lk), is ``mask[:, None, None]``.
+        Boolean, where True takes part, or float16, float32 or float64, added to the scores; or one of each, as a tuple
+        (bias, keep). A mask of keys for each element of a batch, (B, Lk), is ``mask[:, None, None]``.
     dropout_p : float
         Probability that a weight becomes 0; those that stay are multiplied by 1 / (1 - dropout_p).
     is_causal : bool or "bottom-right"
-        True: query i looks at the keys up to i. "bottom-right": up to i + Lk - Lq, as in decoding.
+        True: query i looks at the keys up to its position, i. "bottom-right": up to i + Lk - Lq, as in decoding, or
+        with key_lengths up to i + key_lengths - Lq.
     scale : float, optional
         Factor of query · key, any finite number, 1/sqrt(D) unless given.
     enable_gqa : bool
         Grouped queries: Hq is a multiple of Hk, and query head h reads key head h // (Hq / Hk).
+    window : (left, right), optional
+        A query at position p looks at the keys from p - left to p + right, both included. Each is a non-negative int,
+        or None: no limit. A sliding window of W keys is ``(W - 1, 0)``.
+    query_offset : int or array_like of int, shape (B,), optional
+        The position of query 0 among the keys, 0 unless given: query i stands at i + query_offset. One for each row of
+        the batch broadcasts to the axes before the head axis.
+    key_lengths : array_like of int, shape (B,), optional
+        How many of its keys each row of the batch has; what lies behind is padding, and is not read.
+    softcap : float, optional
+        Scores become softcap · tanh(score / softcap) before a mask is added.
     return_lse : bool
         Return the natural logarithm of the sum of exp(score) over the keys as well.
     return_weights : bool
@@ -130,6 +146,10 @@ def attention(
         and rng is None
         and out is None
         and backend is None
+        and window is None
+        and query_offset is None
+        and key_lengths is None
+        and softcap is None
     ):
         agreed = signatures.of(query, key, value, attn_mask)
         if agreed:
@@ -139,15 +159,22 @@ def attention(
                 given: Any = (query, key, value, attn_mask)
                 return cpu.attention(prepared, given, 0, None, return_lse, False)
 
+    further: FurtherOptions = {
+        "window": window,
+        "query_offset": query_offset,
+        "key_lengths": key_lengths,
+        "softcap": softcap,
+    }
     backend = backend_of_attention(backend, query, key, value, attn_mask, out)
     call = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if backend == "cuda":
         from fastattn.cuda.host import attention as cuda  # imports numba-cuda, which nothing else needs
 
-        return cuda.attention(*call, return_lse, return_weights, rng, out)
+        return cuda.attention(*call, return_lse, return_weights, rng, out, **further)
     if backend == "reference":
-        return reference.attention(*call, return_lse=return_lse, return_weights=return_weights, rng=rng, out=out)
-    return _on_cpu(plain, *call, return_lse, return_weights, rng, out)
+        wanted: Any = {"return_lse": return_lse, "return_weights": return_weights, "rng": rng, "out": out}
+        return reference.attention(*call, **wanted, **further)
+    return _on_cpu(plain, *call, return_lse, return_weights, rng, out, further)
 
 
 @in_default_mode
@@ -165,27 +192,36 @@ def _on_cpu(
     return_weights: bool,
     rng: Rng | None,
     out: NDArray[Any] | None,
+    further: FurtherOptions,
 ) -> Any:
     """Plan a call and run it; one like it, with the same `plain`, finds the plan."""
     arrays = as_operands(query, key, value, attn_mask)
-    problem, operands = describe(*arrays, dropout_p, is_causal, scale, enable_gqa)
+    problem, operands = describe(*arrays, dropout_p, is_causal, scale, enable_gqa, **further)
     return_lse = check_flag("return_lse", return_lse)
     return_weights = check_flag("return_weights", return_weights)
     seed = seed_from(rng, problem.dropout_p > 0)
     if exceeds_float32(problem):
         checked = check_out(out, problem)
-        target = np.empty(problem.out_shape, problem.dtype) if checked is None else checked
+        target = np.empty(problem.out_shape, problem.real) if checked is None else checked
         scale = scale_in_float64(problem)
         wide = (*in_float64(*arrays[:3], mask=arrays[3]), dropout_p, is_causal, scale, enable_gqa)
-        results = attention(*wide, return_lse=True, return_weights=return_weights, rng=seed, backend="cpu")
+        wanted: Any = {"return_lse": True, "return_weights": return_weights, "rng": seed, "backend": "cpu"}
+        results = attention(*wide, **wanted, **further)
         return _rounded(*results, target=target, return_lse=return_lse)
-    target = target_for(check_out(out, problem), problem, arrays)
+    target = target_for(check_out(out, problem), problem, (*arrays[:3], *masks_of(arrays[3])))
     threads = get_num_threads() if plain is None else plain[-1]
     prepared = cpu.prepare(problem, operands, target, threads)
     given = (query, key, value, attn_mask)
     if plain is not None and all(array is its for array, its in zip(arrays, given, strict=True)):
         cpu.remember(_prepared, plain, prepared)
-    results = cpu.attention(prepared, arrays, seed, target, return_lse, return_weights)
+    results = cpu.attention(
+        prepared,
+        (*arrays[:3], operands.mask if arrays[3] is not None else None),
+        seed,
+        target,
+        return_lse,
+        return_weights,
+    )
     return delivered(results, target, out)
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastattn import reference
 from fastattn.api.backends import BACKENDS, backend_of_attention
 from fastattn.call.arrays import as_additive_operands, as_operands
 from fastattn.call.options import check_backend
+from fastattn.call.score_options import FurtherOptions
 from fastattn.call.seeds import Rng
 from fastattn.call.shapes import describe, describe_additive
-from fastattn.call.upstream import as_given, describe_upstream, own_dtype, seed_of_forward, wants_mask
+from fastattn.call.upstream import as_given, bias_of, describe_upstream, own_dtype, seed_of_forward, wants_mask
 from fastattn.call.widening import exceeds_float32, in_float64, narrowed, scale_in_float64
 from fastattn.cpu.host import additive_backward as additive_gradients
 from fastattn.cpu.host import backward as cpu
@@ -35,6 +37,10 @@ def attention_backward(
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
+    window: tuple[int | None, int | None] | None = None,
+    query_offset: ArrayLike | None = None,
+    key_lengths: ArrayLike | None = None,
+    softcap: float | None = None,
     rng: Rng | None = None,
     grad_lse: ArrayLike | None = None,
     grad_mask: bool = False,
@@ -49,7 +55,8 @@ def attention_backward(
     grad_out : array_like, shape (..., Hq, Lq, Dv)
         The gradient of a number, usually a loss, by the result of attention.
     query, key, value : array_like
-        What attention was given; so are attn_mask, dropout_p, is_causal, scale and enable_gqa.
+        What attention was given; so are attn_mask, dropout_p, is_causal, scale, enable_gqa, window, query_offset,
+        key_lengths and softcap.
     out : array_like, shape (..., Hq, Lq, Dv)
         What attention returned.
     lse : array_like, shape (..., Hq, Lq)
@@ -59,7 +66,7 @@ def attention_backward(
     grad_lse : array_like, shape (..., Hq, Lq), optional
         The gradient by the log-sum-exp, where the loss depends on that as well.
     grad_mask : bool
-        Return the gradient by `attn_mask`, a floating one, as well.
+        Return the gradient by `attn_mask`, a floating one, as well; of (bias, keep), that by the bias.
     backend : {None, "cpu", "cuda", "reference"}
         None is the best one for where the arrays are. "reference" is `fastattn.reference.attention_backward`.
 
@@ -68,7 +75,7 @@ def attention_backward(
     grad_query, grad_key, grad_value : ndarray
         Each with the shape and, if that is floating, the dtype of its argument: where an argument was broadcast, or a
         key head shared by a group of query heads, it is the sum. What nobody looks at has gradient 0.
-    grad_mask : ndarray, with the shape of `attn_mask`
+    grad_mask : ndarray, with the shape of `attn_mask`, or of its bias
         If asked for.
 
     Raises
@@ -102,15 +109,21 @@ def attention_backward(
     >>> [grad.shape for grad in grads]
     [(1, 8, 16, 64), (1, 8, 16, 64), (1, 8, 16, 64)]
     """
+    further: FurtherOptions = {
+        "window": window,
+        "query_offset": query_offset,
+        "key_lengths": key_lengths,
+        "softcap": softcap,
+    }
     backend = backend_of_attention(backend, grad_out, query, key, value, out, lse, attn_mask, grad_lse)
     call = (grad_out, query, key, value, out, lse, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if backend == "cuda":
         from fastattn.cuda.host import backward as cuda  # imports numba-cuda, which nothing else needs
 
-        return cuda.attention_backward(*call, rng, grad_lse, grad_mask)
+        return cuda.attention_backward(*call, rng, grad_lse, grad_mask, **further)
     if backend == "reference":
-        return reference.attention_backward(*call, rng=rng, grad_lse=grad_lse, grad_mask=grad_mask)
-    return _on_cpu(*call, rng, grad_lse, grad_mask)
+        return reference.attention_backward(*call, rng=rng, grad_lse=grad_lse, grad_mask=grad_mask, **further)
+    return _on_cpu(*call, rng, grad_lse, grad_mask, further)
 
 
 @in_default_mode
@@ -129,9 +142,10 @@ def _on_cpu(
     rng: Rng | None,
     grad_lse: ArrayLike | None,
     grad_mask: bool,
+    further: FurtherOptions,
 ) -> tuple[NDArray[Any], ...]:
     arrays = as_operands(query, key, value, attn_mask)
-    problem, operands = describe(*arrays, dropout_p, is_causal, scale, enable_gqa)
+    problem, operands = describe(*arrays, dropout_p, is_causal, scale, enable_gqa, **further)
     upstream = describe_upstream(problem, grad_out, out, lse, grad_lse)
     with_mask = wants_mask(grad_mask, arrays[3])
     seed = seed_of_forward(rng, problem)
@@ -140,12 +154,13 @@ def _on_cpu(
         scale = scale_in_float64(problem)
         rounded = upstream.lse.reshape(problem.lse_shape)
         given: Any = (grad_out, *wide, out, rounded, mask, dropout_p, is_causal, scale, enable_gqa)
-        gradients = attention_backward(*given, rng=seed, grad_lse=grad_lse, grad_mask=with_mask, backend="cpu")
+        wanted: Any = {"rng": seed, "grad_lse": grad_lse, "grad_mask": with_mask, "backend": "cpu"}
+        gradients = attention_backward(*given, **wanted, **further)
         return (*map(narrowed, gradients[:3]), *gradients[3:])
     shapes = arrays[1].shape, arrays[2].shape
-    mask_shape = arrays[3].shape if with_mask and arrays[3] is not None else None
+    mask_shape = np.shape(bias_of(attn_mask)) if with_mask else None
     found = cpu.attention_backward(problem, operands, upstream, shapes, mask_shape, seed, get_num_threads())
-    return as_given(problem, found, (query, key, value, attn_mask))
+    return as_given(problem, found, (query, key, value, bias_of(attn_mask)))
 
 
 def additive_attention_backward(
@@ -159,6 +174,10 @@ def additive_attention_backward(
     attn_mask: ArrayLike | None = None,
     is_causal: bool | str = False,
     *,
+    window: tuple[int | None, int | None] | None = None,
+    query_offset: ArrayLike | None = None,
+    key_lengths: ArrayLike | None = None,
+    softcap: float | None = None,
     backend: str | None = None,
 ) -> tuple[NDArray[Any], ...]:
     """Gradients of `fastattn.additive_attention` by its arguments.
@@ -168,7 +187,7 @@ def additive_attention_backward(
     grad_out : array_like, shape (..., Lq, Dv)
         The gradient of a number, usually a loss, by the result of attention.
     query, key, value, weight : array_like
-        What attention was given; so are attn_mask and is_causal.
+        What attention was given; so are attn_mask, is_causal, window, query_offset, key_lengths and softcap.
     out : array_like, shape (..., Lq, Dv)
         What attention returned.
     lse : array_like, shape (..., Lq)
@@ -211,12 +230,17 @@ def additive_attention_backward(
     >>> [grad.shape for grad in grads]
     [(8, 16, 64), (8, 16, 64), (8, 16, 64), (64,)]
     """
+    further: FurtherOptions = {
+        "window": window,
+        "query_offset": query_offset,
+        "key_lengths": key_lengths,
+        "softcap": softcap,
+    }
+    call = (grad_out, query, key, value, weight, out, lse, attn_mask, is_causal)
     check_backend(backend, BACKENDS)
     if backend == "reference":
-        return reference.additive_attention_backward(
-            grad_out, query, key, value, weight, out, lse, attn_mask, is_causal
-        )
-    return _additive_on_cpu(grad_out, query, key, value, weight, out, lse, attn_mask, is_causal)
+        return reference.additive_attention_backward(*call, **further)
+    return _additive_on_cpu(*call, further)
 
 
 @in_default_mode
@@ -230,9 +254,10 @@ def _additive_on_cpu(
     lse: ArrayLike,
     attn_mask: ArrayLike | None,
     is_causal: bool | str,
+    further: FurtherOptions,
 ) -> tuple[NDArray[Any], ...]:
     arrays = as_additive_operands(query, key, value, weight, attn_mask)
-    problem, operands = describe_additive(*arrays, is_causal)
+    problem, operands = describe_additive(*arrays, is_causal, **further)
     upstream = describe_upstream(problem, grad_out, out, lse)
     *found, grad_weight = additive_gradients.backward(problem, operands, arrays[3], upstream, get_num_threads())
-    return (*as_given(problem, found, (query, key, value)), own_dtype(grad_weight, weight, problem.dtype))
+    return (*as_given(problem, found, (query, key, value)), own_dtype(grad_weight, weight, problem.real))

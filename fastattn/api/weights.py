@@ -12,6 +12,7 @@ from fastattn.api.backends import BACKENDS
 from fastattn.call.options import check_backend
 from fastattn.call.problem import Operands, Problem
 from fastattn.call.rounding import coarser, is_of_these_keys, is_precise, limit_of, saturated, slack
+from fastattn.call.score_options import FurtherOptions
 from fastattn.call.selection import (
     Choice,
     Selection,
@@ -19,7 +20,7 @@ from fastattn.call.selection import (
     check_lse,
     check_top_k,
     describe_scores,
-    highest,
+    last_key,
     mask_elements,
     part,
     take,
@@ -45,6 +46,10 @@ def attention_weights(
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
+    window: tuple[int | None, int | None] | None = None,
+    query_offset: ArrayLike | None = None,
+    key_lengths: ArrayLike | None = None,
+    softcap: float | None = None,
     rows: Choice = None,
     columns: Choice = None,
     lse: ArrayLike | None = None,
@@ -58,10 +63,11 @@ def attention_weights(
         This and the following as in `fastattn.attention`.
     key : array_like, shape (..., Hk, Lk, D)
     attn_mask : array_like, broadcasting to (..., Hq, Lq, Lk), optional
-        The mask of the whole call, as is `is_causal`: what is chosen keeps its position.
+        The mask of the whole call, as is all that follows: what is chosen keeps its position.
     is_causal : bool or "bottom-right"
     scale : float, optional
     enable_gqa : bool
+    window, query_offset, key_lengths, softcap : optional
     rows, columns : int, slice or array_like with one axis, optional
         Which queries and which keys, as in indexing a NumPy array: integers in any order, negative ones counted from
         the end, or booleans. None is all. An int keeps its axis, with length 1.
@@ -101,12 +107,17 @@ def attention_weights(
     >>> fastattn.attention_weights(query, key, is_causal=True, rows=[10, 500], columns=[3, 4, 5], lse=lse).shape
     (8, 2, 3)
     """
+    further: FurtherOptions = {
+        "window": window,
+        "query_offset": query_offset,
+        "key_lengths": key_lengths,
+        "softcap": softcap,
+    }
+    call = (query, key, attn_mask, is_causal, scale, enable_gqa)
     check_backend(backend, BACKENDS)
     if backend == "reference":
-        return reference.attention_weights(
-            query, key, attn_mask, is_causal, scale, enable_gqa, rows=rows, columns=columns, lse=lse
-        )
-    return _weights_on_cpu(query, key, attn_mask, is_causal, scale, enable_gqa, rows, columns, lse)
+        return reference.attention_weights(*call, rows=rows, columns=columns, lse=lse, **further)
+    return _weights_on_cpu(*call, rows, columns, lse, further)
 
 
 @in_default_mode
@@ -120,12 +131,14 @@ def _weights_on_cpu(
     rows: Choice,
     columns: Choice,
     lse: ArrayLike | None,
+    further: FurtherOptions,
 ) -> Array:
-    problem, operands = describe_scores(query, key, attn_mask, is_causal, scale, enable_gqa)
+    problem, operands = describe_scores(query, key, attn_mask, is_causal, scale, enable_gqa, **further)
     if exceeds_float32(problem):
         wide = (*in_float64(query, key, mask=attn_mask), is_causal, scale_in_float64(problem), enable_gqa)
         given = None if lse is None else check_lse(lse, problem)
-        return narrowed(attention_weights(*wide, rows=rows, columns=columns, lse=given, backend="cpu"))
+        chosen: Any = {"rows": rows, "columns": columns, "lse": given, "backend": "cpu"}
+        return narrowed(attention_weights(*wide, **chosen, **further))
     chosen, keys = as_selection("rows", rows, problem.queries), as_selection("columns", columns, problem.keys)
     threads = get_num_threads()
     smaller, pieces = part(problem, operands, chosen, keys)
@@ -133,7 +146,7 @@ def _weights_on_cpu(
         m, l = _sums(problem, operands, chosen, threads)
     else:
         given = take(check_lse(lse, problem), -1, chosen)
-        m, l = _sums_from(problem, operands, given, coarser(lse, problem.dtype), chosen, threads)
+        m, l = _sums_from(problem, operands, given, coarser(lse, problem.real), chosen, threads)
     return statistics.weigh(smaller, pieces, threads, m, l)
 
 
@@ -146,7 +159,7 @@ def _sums_from(
     than these.
     """
     m, l = statistics.sums_from(problem, lse)
-    lost = ~is_precise(lse, limit_of(problem.dtype, rounded))
+    lost = ~is_precise(lse, limit_of(problem.real, rounded))
     some = np.flatnonzero(lost.any(axis=tuple(range(lse.ndim - 1))))
     if some.size:
         places = (..., some)
@@ -168,12 +181,10 @@ def _sums(problem: Problem, operands: Operands, rows: Selection, threads: int) -
     elements = mask_elements(problem, operands, rows)
     step = max(1, MASK_ELEMENTS // elements if elements else len(rows))
     shape = (*problem.lse_shape[:-1], len(rows))
-    m, l = np.empty(shape, problem.dtype), np.empty(shape, problem.dtype)
+    m, l = np.empty(shape, problem.real), np.empty(shape, problem.real)
     for start in range(0, len(rows), step):
         some = rows[start : start + step]
-        end = problem.keys
-        if problem.causal_offset is not None:  # further keys, nobody looks at
-            end = max(0, min(end, highest(some) + problem.causal_offset + 1))
+        end = last_key(problem, operands, some)  # further keys, nobody looks at
         places = (..., slice(start, start + step))
         m[places], l[places] = statistics.sums(*part(problem, operands, some, range(end)), threads)
     return m, l
@@ -187,6 +198,10 @@ def attention_summary(
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
+    window: tuple[int | None, int | None] | None = None,
+    query_offset: ArrayLike | None = None,
+    key_lengths: ArrayLike | None = None,
+    softcap: float | None = None,
     top_k: int = 8,
     backend: str | None = None,
 ) -> AttentionSummary:
@@ -201,6 +216,7 @@ def attention_summary(
     is_causal : bool or "bottom-right"
     scale : float, optional
     enable_gqa : bool
+    window, query_offset, key_lengths, softcap : optional
     top_k : int
         How many of its greatest weights to return for each query; 0 is allowed, and so is more than there are keys.
     backend : {None, "cpu", "reference"}
@@ -245,10 +261,17 @@ def attention_summary(
     >>> summary.entropy.round(2), summary.received.round(2)
     (array([0.4 , 0.16, 0.76]), array([0.91, 1.47, 0.11, 0.51]))
     """
+    further: FurtherOptions = {
+        "window": window,
+        "query_offset": query_offset,
+        "key_lengths": key_lengths,
+        "softcap": softcap,
+    }
+    call = (query, key, attn_mask, is_causal, scale, enable_gqa)
     check_backend(backend, BACKENDS)
     if backend == "reference":
-        return reference.attention_summary(query, key, attn_mask, is_causal, scale, enable_gqa, top_k=top_k)
-    return _summary_on_cpu(query, key, attn_mask, is_causal, scale, enable_gqa, top_k)
+        return reference.attention_summary(*call, top_k=top_k, **further)
+    return _summary_on_cpu(*call, top_k, further)
 
 
 @in_default_mode
@@ -260,11 +283,12 @@ def _summary_on_cpu(
     scale: float | None,
     enable_gqa: bool,
     top_k: int,
+    further: FurtherOptions,
 ) -> AttentionSummary:
-    problem, operands = describe_scores(query, key, attn_mask, is_causal, scale, enable_gqa)
+    problem, operands = describe_scores(query, key, attn_mask, is_causal, scale, enable_gqa, **further)
     if exceeds_float32(problem):
         wide = (*in_float64(query, key, mask=attn_mask), is_causal, scale_in_float64(problem), enable_gqa)
-        found = attention_summary(*wide, top_k=top_k, backend="cpu")
+        found = attention_summary(*wide, top_k=top_k, backend="cpu", **further)
         weights, indices, entropy, lse, received = found
         return AttentionSummary(
             narrowed(weights), indices, narrowed(entropy), narrowed(lse, within=True), narrowed(received)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fastattn.call.advice import holds_masked, is_masked, said, to_convert, to_make_array
-from fastattn.call.problem import FLOAT32, FLOAT64, Array, Shape
+from fastattn.call.problem import FLOAT32, FLOAT64, Array, Mask, Shape
 
 #: Dtypes with a meaning here, but no kernels on the CPU so far.
 NOT_YET = ("float16", "bfloat16")
@@ -24,7 +24,7 @@ PLAIN_MASKS = frozenset(np.dtype(name) for name in MASK_DTYPES)
 
 def as_operands(
     query: ArrayLike, key: ArrayLike, value: ArrayLike, attn_mask: ArrayLike | None = None, half: bool = False
-) -> tuple[Array, Array, Array, Array | None]:
+) -> tuple[Array, Array, Array, Mask]:
     """Make arrays of one dtype, float32 or float64, of query, key and value, and an array of the mask.
 
     An array that already is what is needed comes back as it is. A copy is made only to change the dtype or the byte
@@ -34,15 +34,15 @@ def as_operands(
     ----------
     query, key, value : array_like
         Their common dtype is that of `numpy.result_type`; integers and booleans compute in float64.
-    attn_mask : array_like or None
-        Boolean or floating. It takes no part in the common dtype, and keeps its own.
+    attn_mask : array_like, pair of array_like, or None
+        Boolean or floating, or one of each: (bias, keep). It takes no part in the common dtype, and keeps its own.
     half : bool
         Whether float16 and bfloat16, which the CPU has no kernels for, may come and stay what they are.
 
     Returns
     -------
     query, key, value : ndarray
-    attn_mask : ndarray or None
+    attn_mask : ndarray, pair of them, or None
 
     Raises
     ------
@@ -52,7 +52,7 @@ def as_operands(
     ValueError
         For nested sequences of unequal lengths.
     """
-    mask = None if attn_mask is None else as_mask(attn_mask, half)
+    mask = None if attn_mask is None else as_masks(attn_mask, half)
     if type(query) is type(key) is type(value) is np.ndarray:
         dtype = query.dtype
         if (
@@ -71,7 +71,7 @@ def as_operands(
 
 def as_additive_operands(
     query: ArrayLike, key: ArrayLike, value: ArrayLike, weight: ArrayLike, attn_mask: ArrayLike | None = None
-) -> tuple[Array, Array, Array, Array, Array | None]:
+) -> tuple[Array, Array, Array, Array, Mask]:
     """Make arrays of the arguments of additive attention, as `as_operands` does of those of attention.
 
     Parameters
@@ -83,14 +83,14 @@ def as_additive_operands(
     Returns
     -------
     query, key, value, weight : ndarray
-    attn_mask : ndarray or None
+    attn_mask : ndarray, pair of them, or None
 
     Raises
     ------
     TypeError, ValueError
         As `as_operands`.
     """
-    mask = None if attn_mask is None else as_mask(attn_mask)
+    mask = None if attn_mask is None else as_masks(attn_mask)
     query, key, value, weight = _as_common({"query": query, "key": key, "value": value, "weight": weight})
     return query, key, value, weight, mask
 
@@ -208,6 +208,33 @@ def _check_elements(name: str, array: Array) -> None:
                 raise TypeError(
                     f"{name}: {'holds ' if array.ndim else ''}{said(element)}; expected an array_like of numbers"
                 )
+
+
+def as_masks(given: Any, half: bool = False) -> Mask:
+    """Return the mask that was given, or where that is (bias, keep), the floating and the boolean one."""
+    if not is_pair(given):
+        return as_mask(given, half)
+    bias, keep = (None if each is None else as_mask(each, half) for each in given)
+    if (bias is not None and bias.dtype.kind == "b") or (keep is not None and keep.dtype.kind != "b"):
+        kinds = ", ".join("None" if mask is None else str(mask.dtype) for mask in (bias, keep))
+        raise TypeError(f"attn_mask: a pair of dtypes {kinds}; expected (bias, keep), a floating and a boolean array")
+    return bias, keep
+
+
+def is_pair(given: object) -> bool:
+    """Whether this is (bias, keep), and not rows of one mask: those are alike."""
+    if not (isinstance(given, tuple) and len(given) == 2):
+        return False
+    if given[0] is None or given[1] is None:
+        return True
+    if any(isinstance(each, (tuple, list)) for each in given) and not any(hasattr(each, "shape") for each in given):
+        return False  # rows
+    shapes, kinds = zip(*((np.shape(each), _is_boolean(each)) for each in given), strict=True)
+    return bool(kinds[0] != kinds[1] or shapes[0] != shapes[1])
+
+
+def _is_boolean(given: Any) -> bool:
+    return "bool" in str(given.dtype) if hasattr(given, "dtype") else bool(np.asarray(given).dtype.kind == "b")
 
 
 def as_mask(given: ArrayLike, half: bool = False) -> Array:

@@ -26,8 +26,8 @@ def check_out(out: object, problem: Problem) -> Array | None:
         return None
     if not isinstance(out, np.ndarray) or is_masked(out):
         raise TypeError(f"out: {said(out)}; expected None or a numpy.ndarray")
-    if out.dtype != problem.dtype:
-        raise TypeError(f"out: dtype {out.dtype}; expected {problem.dtype}, the dtype of the result")
+    if out.dtype != problem.storage:
+        raise TypeError(f"out: dtype {out.dtype}; expected {problem.storage}, the dtype of the result")
     if not out.flags.writeable:
         raise ValueError("out: the array is read-only; expected a writeable one")
     check_shape_of_out(out, problem)
@@ -70,7 +70,7 @@ def _overlaps_itself(array: Array) -> bool:
 def target_for(out: NDArray[Any] | None, problem: Problem, arrays: tuple[NDArray[Any] | None, ...]) -> NDArray[Any]:
     """Where to compute the result: in `out`, unless it is None or the arguments are still read there."""
     if out is None or must_be_apart(out, arrays):
-        return np.empty(problem.out_shape, problem.dtype)
+        return np.empty(problem.out_shape, problem.storage)
     return out
 
 

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fastattn.call.scores import Scores
+
 Array: TypeAlias = NDArray[Any]
-
-
 Shape: TypeAlias = tuple[int, ...]
 
-
-MaskKind: TypeAlias = Literal["none", "bool", "float"]
-
+#: A mask of either kind, or the floating and the boolean one together.
+Mask: TypeAlias = "Array | tuple[Array | None, Array | None] | None"
 
 FLOAT32 = np.dtype(np.float32)
-
-
 FLOAT64 = np.dtype(np.float64)
 
 
@@ -29,8 +26,10 @@ class Problem:
 
     Attributes
     ----------
-    dtype : numpy.dtype
-        float32 or float64: the type of the arithmetic, of the output and of the log-sum-exp.
+    storage : numpy.dtype
+        What query, key and value are in memory, and the result: of half precision, float32 or float64.
+    real : numpy.dtype
+        What is computed in, and the log-sum-exp: float32 or float64.
     batch : tuple of int
         The axes before the head axis, broadcast.
     heads, kv_heads : int
@@ -42,17 +41,13 @@ class Problem:
         D and Dv.
     out_shape : tuple of int
         The shape of the result, which has a head axis only if an operand has one.
-    scale : float
-        The factor of query · key.
-    causal_offset : int or None
-        The position of query 0 among the keys: query i may look at the keys up to i + causal_offset. None: at all.
     dropout_p : float
         The probability that a weight is dropped.
-    mask_kind : {"none", "bool", "float"}
-        What ``Operands.mask`` is.
+    scores : Scores
     """
 
-    dtype: np.dtype[Any]
+    storage: np.dtype[Any]
+    real: np.dtype[Any]
     batch: Shape
     heads: int
     kv_heads: int
@@ -61,10 +56,24 @@ class Problem:
     head_dim: int
     value_dim: int
     out_shape: Shape
-    scale: float
-    causal_offset: int | None
     dropout_p: float
-    mask_kind: MaskKind
+    scores: Scores
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.real
+
+    @property
+    def scale(self) -> float:
+        return self.scores.scale
+
+    @property
+    def causal_offset(self) -> int | None:
+        return None if self.scores.right is None else self.scores.offset + self.scores.right
+
+    @property
+    def mask_kind(self) -> str:
+        return "float" if self.scores.bias else "bool" if self.scores.keep else "none"
 
     @property
     def group(self) -> int:
@@ -107,11 +116,31 @@ class Operands(NamedTuple):
     query : ndarray, shape (*batch, Hk, G, Lq, D)
     key : ndarray, shape (*batch, Hk, G, Lk, D)
     value : ndarray, shape (*batch, Hk, G, Lk, Dv)
-    mask : ndarray, shape (*batch, Hk, G, Lq, Lk), or None
-        Boolean, or float16, float32 or float64 whatever the dtype of the others.
+    bias : ndarray, shape (*batch, Hk, G, Lq, Lk), or None
+        What is added to scores: float16, float32 or float64, whatever the dtype of the others.
+    keep : ndarray of bool, shape (*batch, Hk, G, Lq, Lk), or None
+        Which keys take part.
+    offsets, lengths : ndarray of int64, shape (B,), or None
+        For each row of the batch, its axes flattened: the position of query 0, and the number of keys.
     """
 
     query: Array
     key: Array
     value: Array
-    mask: Array | None
+    bias: Array | None = None
+    keep: Array | None = None
+    offsets: Array | None = None
+    lengths: Array | None = None
+
+    @property
+    def plain(self) -> tuple[Array, Array, Array, Array | None]:
+        """Transitional."""
+        if self.offsets is not None or self.lengths is not None:
+            raise NotImplementedError
+        if self.bias is not None and self.keep is not None:
+            return self.query, self.key, self.value, np.where(self.keep, self.bias, self.bias.dtype.type(-np.inf))
+        return self.query, self.key, self.value, self.mask
+
+    @property
+    def mask(self) -> Array | None:
+        return self.keep if self.bias is None else self.bias

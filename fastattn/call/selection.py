@@ -1,7 +1,7 @@
 """Part of the weights: which rows and columns are meant, and the smaller call that gives just these.
 
-A chosen row keeps its position. A smaller call whose queries or keys do not follow each other therefore cannot be
-causal by itself: what the causal limit says is written into its mask, of the size of the part asked for.
+A chosen row keeps its position. A smaller call whose queries or keys do not follow each other therefore has no interval
+of keys for each query: what that says is written into a mask, of the size of the part asked for.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import operator
 from dataclasses import replace
-from typing import Any, SupportsIndex, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,7 +17,12 @@ from numpy.typing import ArrayLike, NDArray
 from fastattn.call.advice import holds_masked, is_masked, to_convert
 from fastattn.call.arrays import as_operands
 from fastattn.call.problem import Operands, Problem
+from fastattn.call.score_options import FurtherOptions
+from fastattn.call.scores import Scores
 from fastattn.call.shapes import describe
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = [
     "Choice",
@@ -27,7 +32,7 @@ __all__ = [
     "check_top_k",
     "describe_scores",
     "follow",
-    "highest",
+    "last_key",
     "mask_elements",
     "part",
     "positions",
@@ -48,6 +53,7 @@ def describe_scores(
     is_causal: bool | str,
     scale: float | None,
     enable_gqa: bool,
+    **options: Unpack[FurtherOptions],
 ) -> tuple[Problem, Operands]:
     """Work out a call that has no values; the keys stand for them, so that it is split as if they were as wide.
 
@@ -65,7 +71,7 @@ def describe_scores(
                 f"query, key: shapes {query.shape}, {key.shape}; expected the axes on the left of the head axis, "
                 f"{query.shape[:-3]}, {key.shape[:-3]}, to broadcast"
             ) from None
-    return describe(query, key, key, mask, 0.0, is_causal, scale, enable_gqa)
+    return describe(query, key, key, mask, 0.0, is_causal, scale, enable_gqa, **options)
 
 
 def as_selection(name: str, given: Choice, length: int) -> Selection:
@@ -200,43 +206,60 @@ def _core(array: Array) -> Array:
 
 
 def part(problem: Problem, operands: Operands, rows: Selection, columns: Selection) -> tuple[Problem, Operands]:
-    """Return the smaller call whose scores are those of the chosen rows and columns."""
-    query, key, mask = take(operands.query, -2, rows), take(operands.key, -2, columns), operands.mask
-    if mask is not None:
-        mask = take(take(mask, -2, rows), -1, columns)
-    offset = problem.causal_offset
-    if offset is not None:
+    """Return the smaller call whose scores are those of the chosen rows and columns.
+
+    Where these follow each other so do their positions. Elsewhere the interval of keys becomes a boolean mask.
+    """
+    query, key = take(operands.query, -2, rows), take(operands.key, -2, columns)
+    bias, keep = (
+        None if mask is None else take(take(mask, -2, rows), -1, columns) for mask in (operands.bias, operands.keep)
+    )
+    scores, offsets, lengths = problem.scores, operands.offsets, operands.lengths
+    if scores.bounded:
         if follow(rows) and follow(columns):
-            offset += _first(rows) - _first(columns)
+            first = _first(columns)
+            shift = _first(rows) - first
+            scores = replace(scores, offset=scores.offset + shift)
+            offsets = None if offsets is None else offsets + shift
+            lengths = None if lengths is None else (lengths - first).clip(0, len(columns))
         else:
-            visible = positions(columns) <= positions(rows)[:, None] + offset
-            mask = visible if mask is None else _under(_core(mask), visible)
-            mask = np.broadcast_to(mask, (*problem.rows_shape, len(rows), len(columns)))
-            offset = None
+            visible = _visible(problem, operands, rows, columns)
+            keep = visible if keep is None else _core(keep) & visible
+            keep = np.broadcast_to(keep, (*problem.rows_shape, len(rows), len(columns)))
+            scores, offsets, lengths = Scores(scores.scale, scores.softcap, scores.bias, keep=True), None, None
     smaller = replace(
         problem,
         queries=len(rows),
         keys=len(columns),
         out_shape=(*problem.out_shape[:-2], len(rows), problem.value_dim),
-        causal_offset=offset,
-        mask_kind="none" if mask is None else "bool" if mask.dtype.kind == "b" else "float",
+        scores=scores,
     )
-    return smaller, Operands(query, key, key, mask)
+    return smaller, Operands(query, key, key, bias, keep, offsets, lengths)
 
 
-def _under(mask: Array, visible: Array) -> Array:
-    return mask & visible if mask.dtype.kind == "b" else np.where(visible, mask, mask.dtype.type(-np.inf))
+def _visible(problem: Problem, operands: Operands, rows: Selection, columns: Selection) -> NDArray[np.bool_]:
+    """Say which keys lie in the intervals of which queries, with the axes of a mask, of which some are 1."""
+
+    def of_rows(numbers: Array | None, otherwise: int) -> Any:
+        return otherwise if numbers is None else numbers.reshape(*problem.batch, 1, 1, 1, 1)
+
+    offset, keys = of_rows(operands.offsets, problem.scores.offset), of_rows(operands.lengths, problem.keys)
+    visible: NDArray[np.bool_] = problem.scores.sees(positions(rows)[:, None], positions(columns), keys, offset)
+    return visible
 
 
 def mask_elements(problem: Problem, operands: Operands, rows: Selection) -> int:
-    """Return of how many elements a row of the mask is that `part` makes or copies, all heads together; 0 if none."""
-    if problem.causal_offset is None or follow(rows):
-        if operands.mask is None or isinstance(rows, range):
-            return 0
-        core = _core(operands.mask)
-        return 0 if core.shape[-2] < problem.queries else core.size // max(1, problem.queries)
-    heads = 1 if operands.mask is None else math.prod(_core(operands.mask).shape[:-2])
-    return heads * problem.keys
+    """Return of how many elements a row of the masks is that `part` makes or copies, all heads together; 0 if none."""
+    count = 0
+    for mask in (operands.bias, operands.keep):
+        if mask is not None and not isinstance(rows, range):
+            core = _core(mask)
+            count += 0 if core.shape[-2] < problem.queries else core.size // max(1, problem.queries)
+    if problem.scores.bounded and not follow(rows):
+        heads = 1 if operands.keep is None else math.prod(_core(operands.keep).shape[:-2])
+        own = operands.offsets is not None or operands.lengths is not None
+        count += max(heads, math.prod(problem.batch) if own else 1) * problem.keys
+    return count
 
 
 def follow(chosen: Selection) -> bool:
@@ -249,9 +272,12 @@ def positions(chosen: Selection) -> NDArray[np.intp]:
     return np.arange(chosen.start, chosen.stop, chosen.step) if isinstance(chosen, range) else chosen
 
 
-def highest(chosen: Selection) -> int:
-    """Return the last position of what is chosen, which is something."""
-    return max(chosen[0], chosen[-1]) if isinstance(chosen, range) else int(chosen.max())
+def last_key(problem: Problem, operands: Operands, rows: Selection) -> int:
+    """Return the end of the keys that some of the chosen queries, of which there are some, look at."""
+    scores = problem.scores
+    highest = max(rows[0], rows[-1]) if isinstance(rows, range) else int(rows.max())
+    offset = scores.offset if operands.offsets is None else int(operands.offsets.max(initial=0))
+    return scores.span(0, highest, problem.keys, offset).end
 
 
 def _first(chosen: Selection) -> int:

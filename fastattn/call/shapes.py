@@ -7,15 +7,18 @@ call has only a few microseconds for all of this.
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from fastattn.call.broadcasting import check_broadcasts
-from fastattn.call.options import check_causal, check_dropout, check_flag, check_scale
-from fastattn.call.problem import Array, Operands, Problem, Shape
+from fastattn.call.options import check_dropout, check_flag
+from fastattn.call.problem import FLOAT32, Array, Mask, Operands, Problem, Shape
+from fastattn.call.score_options import FurtherOptions, ScoreOptions, scores_from
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # NumPy's own limit (32 axes, which is that of np.broadcast still), less the axis that splitting heads into groups adds.
 MAX_RANK = 31
@@ -25,11 +28,12 @@ def describe(
     query: Array,
     key: Array,
     value: Array,
-    attn_mask: Array | None = None,
+    attn_mask: Mask = None,
     dropout_p: float = 0.0,
     is_causal: bool | str = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    **options: Unpack[FurtherOptions],
 ) -> tuple[Problem, Operands]:
     """Work out what a call computes, and views of its arrays that all have the same axes.
 
@@ -37,7 +41,7 @@ def describe(
     ----------
     query, key, value, attn_mask : ndarray
         As `as_operands` returns them.
-    dropout_p, is_causal, scale, enable_gqa
+    dropout_p, is_causal, scale, enable_gqa, **options
         As the user gave them.
 
     Returns
@@ -54,24 +58,18 @@ def describe(
     Examples
     --------
     >>> import numpy as np
-    >>> from fastattn.call.problem import as_operands, describe
+    >>> from fastattn.call.arrays import as_operands
+    >>> from fastattn.call.shapes import describe
     >>> query, key = np.zeros((2, 8, 5, 64)), np.zeros((2, 2, 7, 64))
     >>> problem, operands = describe(*as_operands(query, key, key), is_causal="bottom-right", enable_gqa=True)
-    >>> problem.out_shape, problem.group, problem.causal_offset, problem.scale
+    >>> problem.out_shape, problem.group, problem.scores.offset, problem.scores.scale
     ((2, 8, 5, 64), 4, 2, 0.125)
     >>> operands.key.shape
     (2, 2, 4, 7, 64)
     """
-    return _describe(
-        query,
-        key,
-        value,
-        attn_mask,
-        check_dropout(dropout_p),
-        check_causal(is_causal),
-        check_scale(scale),
-        check_flag("enable_gqa", enable_gqa),
-    )
+    dropout_p, enable_gqa = check_dropout(dropout_p), check_flag("enable_gqa", enable_gqa)
+    scores: ScoreOptions = {"is_causal": is_causal, "scale": scale, **options}
+    return _describe(query, key, value, attn_mask, dropout_p, enable_gqa, scores)
 
 
 def describe_additive(
@@ -79,8 +77,9 @@ def describe_additive(
     key: Array,
     value: Array,
     weight: Array,
-    attn_mask: Array | None = None,
+    attn_mask: Mask = None,
     is_causal: bool | str = False,
+    **options: Unpack[FurtherOptions],
 ) -> tuple[Problem, Operands]:
     """Work out what a call of additive attention computes: all of it is attention's, but the scores.
 
@@ -88,8 +87,8 @@ def describe_additive(
     ----------
     query, key, value, weight, attn_mask : ndarray
         As `as_additive_operands` returns them.
-    is_causal
-        As the user gave it.
+    is_causal, **options
+        As the user gave them.
 
     Returns
     -------
@@ -102,7 +101,8 @@ def describe_additive(
     ValueError, TypeError
         As `describe`, and where `weight` has another shape than (D,).
     """
-    described = _describe(query, key, value, attn_mask, 0.0, check_causal(is_causal), 1.0, None)
+    scores: ScoreOptions = {"is_causal": is_causal, "scale": 1.0, **options}
+    described = _describe(query, key, value, attn_mask, 0.0, None, scores)
     if weight.shape != query.shape[-1:]:
         raise ValueError(
             f"weight: shape {weight.shape}; expected {query.shape[-1:]}, a number for each feature of query of shape "
@@ -115,31 +115,45 @@ def _describe(
     query: Array,
     key: Array,
     value: Array,
-    attn_mask: Array | None,
+    attn_mask: Mask,
     dropout_p: float,
-    causal: Literal["no", "top-left", "bottom-right"],
-    scale: float | None,
     enable_gqa: bool | None,
+    options: ScoreOptions,
 ) -> tuple[Problem, Operands]:
-    """Do the work of `describe` with checked options; `enable_gqa` is None where it is not on offer."""
-    problem, plan = _plan(
-        query.dtype,
+    """Do the work of `describe`; `enable_gqa` is None where it is not on offer."""
+    bias, keep = masks_of(attn_mask)
+    sizes, axes = _sizes(
         query.shape,
         key.shape,
         value.shape,
-        None if attn_mask is None else attn_mask.shape,
-        attn_mask is not None and attn_mask.dtype.kind == "b",
-        dropout_p,
-        causal,
-        scale,
+        None if bias is None else bias.shape,
+        None if keep is None else keep.shape,
         enable_gqa,
     )
-    return problem, Operands(
-        _view(query, plan.query),
-        _view(key, plan.key),
-        _view(value, plan.value),
-        None if attn_mask is None or plan.mask is None else _view(attn_mask, plan.mask),
+    scores, offsets, lengths = scores_from(
+        options, sizes.batch, sizes.queries, sizes.keys, sizes.head_dim, bias is not None, keep is not None
     )
+    storage = query.dtype
+    real = FLOAT32 if storage.itemsize == 2 else storage
+    problem = Problem(storage, real, *sizes, dropout_p, scores)
+    return problem, Operands(
+        _view(query, axes.query),
+        _view(key, axes.key),
+        _view(value, axes.value),
+        None if bias is None or axes.bias is None else _view(bias, axes.bias),
+        None if keep is None or axes.keep is None else _view(keep, axes.keep),
+        offsets,
+        lengths,
+    )
+
+
+def masks_of(attn_mask: Mask) -> tuple[Array | None, Array | None]:
+    """Return the floating mask and the boolean one of what `as_operands` made of an argument."""
+    if isinstance(attn_mask, tuple):
+        return attn_mask
+    if attn_mask is None or attn_mask.dtype.kind != "b":
+        return attn_mask, None
+    return None, attn_mask
 
 
 class _Axes(NamedTuple):
@@ -149,11 +163,30 @@ class _Axes(NamedTuple):
     full: Shape | None
 
 
-class _Plan(NamedTuple):
+class _AllAxes(NamedTuple):
     query: _Axes
     key: _Axes
     value: _Axes
-    mask: _Axes | None
+    bias: _Axes | None
+    keep: _Axes | None
+
+
+class _Sizes(NamedTuple):
+    """The fields of a `Problem` that shapes say, in its order."""
+
+    batch: Shape
+    heads: int
+    kv_heads: int
+    queries: int
+    keys: int
+    head_dim: int
+    value_dim: int
+    out_shape: Shape
+
+    @property
+    def rows_shape(self) -> Shape:
+        """The leading axes of an operand."""
+        return (*self.batch, self.kv_heads, self.heads // self.kv_heads if self.kv_heads else 1)
 
 
 def _view(array: Array, axes: _Axes) -> Array:
@@ -163,18 +196,9 @@ def _view(array: Array, axes: _Axes) -> Array:
 
 # The key has only shapes and numbers in it, so a program has few of them; the limit is for those whose lengths wander.
 @lru_cache(maxsize=1024)
-def _plan(
-    dtype: np.dtype[Any],
-    query: Shape,
-    key: Shape,
-    value: Shape,
-    mask: Shape | None,
-    mask_is_bool: bool,
-    dropout_p: float,
-    causal: Literal["no", "top-left", "bottom-right"],
-    scale: float | None,
-    enable_gqa: bool | None,
-) -> tuple[Problem, _Plan]:
+def _sizes(
+    query: Shape, key: Shape, value: Shape, bias: Shape | None, keep: Shape | None, enable_gqa: bool | None
+) -> tuple[_Sizes, _AllAxes]:
     for name, shape in (("query", query), ("key", key), ("value", value)):
         if not 2 <= len(shape) <= MAX_RANK:
             raise ValueError(
@@ -190,41 +214,28 @@ def _plan(
     batch = _batch(query, key, value)
     head_axis: Shape = (heads,) if max(len(query), len(key), len(value)) > 2 else ()
     queries, keys = query[-2], key[-2]
-    if scale is None:
-        scale = 1.0 / math.sqrt(query[-1]) if query[-1] else 1.0
-    problem = Problem(
-        dtype=dtype,
-        batch=batch,
-        heads=heads,
-        kv_heads=kv_heads,
-        queries=queries,
-        keys=keys,
-        head_dim=query[-1],
-        value_dim=value[-1],
-        out_shape=(*batch, *head_axis, queries, value[-1]),
-        scale=scale,
-        causal_offset={"no": None, "top-left": 0, "bottom-right": keys - queries}[causal],
-        dropout_p=dropout_p,
-        mask_kind="none" if mask is None else "bool" if mask_is_bool else "float",
-    )
-    if mask is not None:
-        check_broadcasts("attn_mask", mask, problem.weights_shape, "the scores")
-    return problem, _Plan(
-        query=_axes(query, problem, queries),
-        key=_axes(key, problem, keys, shared=True),
-        value=_axes(value, problem, keys, shared=True),
-        mask=None if mask is None else _axes(mask, problem, queries, keys),
+    out_shape = (*batch, *head_axis, queries, value[-1])
+    sizes = _Sizes(batch, heads, kv_heads, queries, keys, query[-1], value[-1], out_shape)
+    for mask in (bias, keep):
+        if mask is not None:
+            check_broadcasts("attn_mask", mask, (*out_shape[:-1], keys), "the scores")
+    return sizes, _AllAxes(
+        query=_axes(query, sizes, queries),
+        key=_axes(key, sizes, keys, shared=True),
+        value=_axes(value, sizes, keys, shared=True),
+        bias=None if bias is None else _axes(bias, sizes, queries, keys),
+        keep=None if keep is None else _axes(keep, sizes, queries, keys),
     )
 
 
-def _axes(shape: Shape, problem: Problem, length: int, last: int | None = None, shared: bool = False) -> _Axes:
+def _axes(shape: Shape, sizes: _Sizes, length: int, last: int | None = None, shared: bool = False) -> _Axes:
     """Say how an array of `shape` gets the axes of an operand; `shared` if a group of query heads has it in common."""
-    split = split_shape(shape, problem, shared)
-    full = (*problem.rows_shape, length, split[-1] if last is None else last)
+    split = split_shape(shape, sizes, shared)
+    full = (*sizes.rows_shape, length, split[-1] if last is None else last)
     return _Axes(split, None if split == full else full)
 
 
-def split_shape(shape: Shape, problem: Problem, shared: bool = False) -> Shape:
+def split_shape(shape: Shape, problem: Problem | _Sizes, shared: bool = False) -> Shape:
     """Return the shape that an array of `shape` has with the head axis split, (..., Hk or 1, G or 1, rows, columns).
 
     Parameters
@@ -240,7 +251,7 @@ def split_shape(shape: Shape, problem: Problem, shared: bool = False) -> Shape:
     if shared:
         return (*batch, heads, 1, rows, columns)
     if heads == problem.heads:
-        return (*batch, problem.kv_heads, problem.group, rows, columns)
+        return (*batch, *problem.rows_shape[-2:], rows, columns)
     return (*batch, 1, 1, rows, columns)
 
 

@@ -1,6 +1,6 @@
 """The arguments of a backward pass, and the shapes of what it returns.
 
-A backward pass takes the arguments of its forward pass, which `fastattn.call.problem` checks, and with them what came
+A backward pass takes the arguments of its forward pass, which `fastattn.call` checks, and with them what came
 out of it and the gradient that arrives there. What it computes has the axes of the operands: where an argument was
 broadcast, or shared by a group of heads, its gradient is a sum, which `folded` takes.
 """
@@ -13,16 +13,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastattn.call.arrays import as_upstream
+from fastattn.call.arrays import as_upstream, is_pair
 from fastattn.call.options import check_flag
-from fastattn.call.problem import Array, Problem, Shape
+from fastattn.call.problem import Array, Mask, Problem, Shape
 from fastattn.call.rounding import coarser, unsaturated
 from fastattn.call.seeds import seed_from
-from fastattn.call.shapes import split_shape
+from fastattn.call.shapes import masks_of, split_shape
 
 __all__ = [
     "Upstream",
     "as_given",
+    "bias_of",
     "describe_upstream",
     "folded",
     "own_dtype",
@@ -69,11 +70,11 @@ def describe_upstream(
     rows, queries = problem.rows_shape, problem.queries
 
     def result(name: str, given: ArrayLike) -> Array:
-        array = as_upstream(name, given, problem.dtype, problem.out_shape)
+        array = as_upstream(name, given, problem.real, problem.out_shape)
         return array.reshape(*rows, queries, problem.value_dim)
 
     def sums(name: str, given: ArrayLike) -> Array:
-        array = as_upstream(name, given, problem.dtype, problem.lse_shape, "the log-sum-exp")
+        array = as_upstream(name, given, problem.real, problem.lse_shape, "the log-sum-exp")
         return array.reshape(*rows, queries)
 
     upstream = Upstream(
@@ -81,7 +82,7 @@ def describe_upstream(
         result("out", out),
         sums("lse", lse),
         None if grad_lse is None else sums("grad_lse", grad_lse),
-        coarser(lse, problem.dtype),
+        coarser(lse, problem.real),
     )
     return upstream._replace(lse=unsaturated(upstream.lse, upstream.rounded))
 
@@ -102,8 +103,8 @@ def seed_of_forward(rng: object, problem: Problem) -> int:
     return seed_from(rng, draw=problem.dropout_p > 0)
 
 
-def wants_mask(grad_mask: object, mask: Array | None) -> bool:
-    """Return whether the gradient of the mask is wanted.
+def wants_mask(grad_mask: object, mask: Mask) -> bool:
+    """Return whether the gradient of the mask is wanted, of (bias, keep) that of the bias.
 
     Raises
     ------
@@ -114,11 +115,17 @@ def wants_mask(grad_mask: object, mask: Array | None) -> bool:
     """
     if not check_flag("grad_mask", grad_mask):
         return False
-    if mask is None:
+    bias, keep = masks_of(mask)
+    if bias is None and keep is None:
         raise ValueError("grad_mask: True without attn_mask; expected a floating mask to differentiate by")
-    if mask.dtype.kind == "b":
+    if bias is None:
         raise TypeError("grad_mask: True for an attn_mask of dtype bool; expected a floating mask")
     return True
+
+
+def bias_of(attn_mask: Any) -> Any:
+    """Return what a gradient by `attn_mask` is of, as it was given."""
+    return attn_mask[0] if attn_mask is not None and is_pair(attn_mask) else attn_mask
 
 
 def own_dtype(gradient: NDArray[Any], argument: ArrayLike, dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -166,7 +173,7 @@ def as_given(
     Those that were not computed, or belong to no argument, are left out.
     """
     return tuple(
-        own_dtype(folded(gradient, np.shape(argument), problem, shared), argument, problem.dtype)
+        own_dtype(folded(gradient, np.shape(argument), problem, shared), argument, problem.real)
         for gradient, argument, shared in zip(gradients, arguments, SHARED, strict=False)
         if gradient is not None and argument is not None
     )

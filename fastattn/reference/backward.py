@@ -5,8 +5,9 @@ factors Z of dropout (1 without), out = (P · Z) value, and the gradient dO of t
 
     dvalue  = (P · Z)ᵀ dO
     dP      = Z · (dO valueᵀ)
-    dscores = P · (dP - Σ_j P dP) = P · (dP - rowsum(dO · out))
-    dquery  = scale · dscores key          dkey = scale · dscoresᵀ query          dmask = dscores
+    dscores = P · (dP - Σ_j P dP) = P · (dP - rowsum(dO · out))          dmask = dscores
+    draw    = dscores · slope                                            1, or what a softcap's derivative is there
+    dquery  = scale · draw key          dkey = scale · drawᵀ query
 
 The derivative of lse by the scores is P, so that a gradient of lse is subtracted from the row's sum. What a query may
 not look at takes no part, whatever it is: 0 · NaN does not arise.
@@ -14,17 +15,29 @@ not look at takes no part, whatever it is: 0 · NaN does not arise.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastattn.call.arrays import as_additive_operands, as_operands
 from fastattn.call.problem import Operands, Problem
+from fastattn.call.score_options import FurtherOptions
 from fastattn.call.seeds import Rng
 from fastattn.call.shapes import describe, describe_additive
-from fastattn.call.upstream import Upstream, as_given, describe_upstream, own_dtype, seed_of_forward, wants_mask
-from fastattn.reference.forward import SUM_ELEMENTS, kept_weights, scores_of, visibility, weighted_sum, weights_from
+from fastattn.call.upstream import (
+    Upstream,
+    as_given,
+    bias_of,
+    describe_upstream,
+    own_dtype,
+    seed_of_forward,
+    wants_mask,
+)
+from fastattn.reference.forward import SUM_ELEMENTS, kept_weights, raw_scores, visibility, weighted_sum, weights_from
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["Gradients", "additive_attention_backward", "attention_backward", "differentiate"]
 
@@ -38,7 +51,7 @@ class Gradients(NamedTuple):
     key : ndarray, shape (*batch, Hk, G, Lk, D)
     value : ndarray, shape (*batch, Hk, G, Lk, Dv)
     scores : ndarray, shape (*batch, Hk, G, Lq, Lk)
-        The gradient of a floating mask, too.
+        That of a floating mask.
     weight : ndarray, shape (D,), or None
         Of additive attention alone.
     """
@@ -66,6 +79,7 @@ def attention_backward(
     rng: Rng | None = None,
     grad_lse: ArrayLike | None = None,
     grad_mask: bool = False,
+    **options: Unpack[FurtherOptions],
 ) -> tuple[NDArray[Any], ...]:
     """Return the gradients of query, key and value: `fastattn.attention_backward`, from the whole matrix of weights.
 
@@ -81,12 +95,12 @@ def attention_backward(
     array([0.75, 0.75, 0.5 ])
     """
     arrays = as_operands(query, key, value, attn_mask)
-    problem, operands = describe(*arrays, dropout_p, is_causal, scale, enable_gqa)
+    problem, operands = describe(*arrays, dropout_p, is_causal, scale, enable_gqa, **options)
     upstream = describe_upstream(problem, grad_out, out, lse, grad_lse)
     with_mask = wants_mask(grad_mask, arrays[3])
     gradients = differentiate(problem, operands, upstream, seed_of_forward(rng, problem))
     found = (gradients.query, gradients.key, gradients.value, gradients.scores if with_mask else None)
-    return as_given(problem, found, (query, key, value, attn_mask))
+    return as_given(problem, found, (query, key, value, bias_of(attn_mask)))
 
 
 def additive_attention_backward(
@@ -99,6 +113,7 @@ def additive_attention_backward(
     lse: ArrayLike,
     attn_mask: ArrayLike | None = None,
     is_causal: bool | str = False,
+    **options: Unpack[FurtherOptions],
 ) -> tuple[NDArray[Any], ...]:
     """Return the gradients of query, key, value and weight: `fastattn.additive_attention_backward`, in plain NumPy.
 
@@ -114,12 +129,12 @@ def additive_attention_backward(
     array([-0.196,  0.   ])
     """
     arrays = as_additive_operands(query, key, value, weight, attn_mask)
-    problem, operands = describe_additive(*arrays, is_causal)
+    problem, operands = describe_additive(*arrays, is_causal, **options)
     upstream = describe_upstream(problem, grad_out, out, lse)
     gradients = differentiate(problem, operands, upstream, weight=arrays[3])
     assert gradients.weight is not None
     found = (gradients.query, gradients.key, gradients.value)
-    return (*as_given(problem, found, (query, key, value)), own_dtype(gradients.weight, weight, problem.dtype))
+    return (*as_given(problem, found, (query, key, value)), own_dtype(gradients.weight, weight, problem.real))
 
 
 @np.errstate(all="ignore")
@@ -139,8 +154,9 @@ def differentiate(
     weight : ndarray, shape (D,), optional
         Given, the score is that of additive attention.
     """
-    visible = visibility(problem, operands.mask)
-    scores = scores_of(problem, operands, visible, weight)
+    visible = visibility(problem, operands)
+    raw = raw_scores(problem, operands, weight)
+    scores = np.where(visible, problem.scores.value(raw, operands.bias, problem.real), -np.inf)
     wide = scores.dtype
     grad_out, out, lse = (array.astype(wide) for array in upstream[:3])
     visible = visible & (lse != -np.inf)[..., None]
@@ -154,12 +170,13 @@ def differentiate(
     grad_value = weighted_sum((weights * kept).swapaxes(-1, -2), grad_out, visible.swapaxes(-1, -2))
     grad_weights = (grad_out @ value.swapaxes(-1, -2)) * kept
     grad_scores = np.where(visible, weights * (grad_weights - row_sums[..., None]), 0)
+    grad_raw = np.where(visible, grad_scores * problem.scores.slope(raw), 0)
     if weight is not None:
-        grad_query, grad_key, grad_weight = _through_tanh(query, key, weight.astype(wide), grad_scores)
+        grad_query, grad_key, grad_weight = _through_tanh(query, key, weight.astype(wide), grad_raw)
         return Gradients(grad_query, grad_key, grad_value, grad_scores, grad_weight)
     # Where a query or a key that may be looked at is not finite, neither is the score: its gradient says all.
-    grad_query = problem.scale * (grad_scores @ np.where(np.isfinite(key), key, 0))
-    grad_key = problem.scale * (grad_scores.swapaxes(-1, -2) @ np.where(np.isfinite(query), query, 0))
+    grad_query = problem.scores.scale * (grad_raw @ np.where(np.isfinite(key), key, 0))
+    grad_key = problem.scores.scale * (grad_raw.swapaxes(-1, -2) @ np.where(np.isfinite(query), query, 0))
     return Gradients(grad_query, grad_key, grad_value, grad_scores, None)
 
 

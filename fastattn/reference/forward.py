@@ -8,7 +8,7 @@ in the score alone.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,9 +18,13 @@ from fastattn.call.options import check_flag
 from fastattn.call.out import check_out
 from fastattn.call.problem import Operands, Problem
 from fastattn.call.rounding import coarser, is_of_these_keys, saturated, slack
+from fastattn.call.score_options import FurtherOptions
 from fastattn.call.seeds import Rng, seed_from
 from fastattn.call.selection import Choice, as_selection, check_lse, check_top_k, describe_scores, positions
 from fastattn.call.shapes import describe, describe_additive
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = [
     "AttentionSummary",
@@ -51,6 +55,7 @@ def attention(
     return_weights: bool = False,
     rng: Rng | None = None,
     out: NDArray[Any] | None = None,
+    **options: Unpack[FurtherOptions],
 ) -> Any:
     """Scaled dot-product attention, softmax(query keyᵀ · scale + mask) value.
 
@@ -98,7 +103,8 @@ def attention(
     array([[1.  , 0.  , 0.  ],
            [0.33, 0.67, 0.  ]])
     """
-    problem, operands = describe(*as_operands(query, key, value, attn_mask), dropout_p, is_causal, scale, enable_gqa)
+    arrays = as_operands(query, key, value, attn_mask)
+    problem, operands = describe(*arrays, dropout_p, is_causal, scale, enable_gqa, **options)
     out = check_out(out, problem)
     return_lse = check_flag("return_lse", return_lse)
     return_weights = check_flag("return_weights", return_weights)
@@ -117,6 +123,7 @@ def additive_attention(
     return_lse: bool = False,
     return_weights: bool = False,
     out: NDArray[Any] | None = None,
+    **options: Unpack[FurtherOptions],
 ) -> Any:
     """Additive attention: the score of query i and key j is Σ_d weight[d] · tanh(query[i, d] + key[j, d]).
 
@@ -162,7 +169,7 @@ def additive_attention(
     array([[0.27, 0.73]])
     """
     query, key, value, weight, mask = as_additive_operands(query, key, value, weight, attn_mask)
-    problem, operands = describe_additive(query, key, value, weight, mask, is_causal)
+    problem, operands = describe_additive(query, key, value, weight, mask, is_causal, **options)
     out = check_out(out, problem)
     return_lse = check_flag("return_lse", return_lse)
     return_weights = check_flag("return_weights", return_weights)
@@ -175,7 +182,7 @@ def _returned(
     """Return what was asked for of what `evaluate` gave, in the type of the call."""
     # inf and NaN are values like others here, and no reason for a warning
     with np.errstate(all="ignore"):
-        result, lse, weights = (array.astype(problem.dtype) for array in results)
+        result, lse, weights = (array.astype(problem.real) for array in results)
     if out is None:
         out = result
     else:
@@ -196,6 +203,7 @@ def attention_weights(
     rows: Choice = None,
     columns: Choice = None,
     lse: ArrayLike | None = None,
+    **options: Unpack[FurtherOptions],
 ) -> NDArray[Any]:
     """Return the weights of chosen queries and keys: `fastattn.attention_weights`, cut out of the whole matrix.
 
@@ -206,15 +214,15 @@ def attention_weights(
     >>> reference.attention_weights(np.eye(2), np.eye(3, 2), is_causal=True, rows=-1, columns=slice(0, 2)).round(2)
     array([[0.33, 0.67]])
     """
-    problem, operands = describe_scores(query, key, attn_mask, is_causal, scale, enable_gqa)
+    problem, operands = describe_scores(query, key, attn_mask, is_causal, scale, enable_gqa, **options)
     chosen, keys = as_selection("rows", rows, problem.queries), as_selection("columns", columns, problem.keys)
     with np.errstate(all="ignore"):
         if lse is None:
             weights = evaluate(problem, operands)[2]
         else:
-            scores = scores_of(problem, operands, visibility(problem, operands.mask)).reshape(problem.weights_shape)
-            weights = weights_from(scores, check_lse(lse, problem), coarser(lse, problem.dtype), problem.head_dim)
-    result: NDArray[Any] = weights.astype(problem.dtype)[..., positions(chosen)[:, None], positions(keys)]
+            scores = scores_of(problem, operands, visibility(problem, operands)).reshape(problem.weights_shape)
+            weights = weights_from(scores, check_lse(lse, problem), coarser(lse, problem.real), problem.head_dim)
+    result: NDArray[Any] = weights.astype(problem.real)[..., positions(chosen)[:, None], positions(keys)]
     return result
 
 
@@ -258,6 +266,7 @@ def attention_summary(
     enable_gqa: bool = False,
     *,
     top_k: int = 8,
+    **options: Unpack[FurtherOptions],
 ) -> AttentionSummary:
     """Return what the weights say in short: `fastattn.attention_summary`, read off the whole matrix.
 
@@ -272,17 +281,17 @@ def attention_summary(
     >>> summary.received.round(2)
     array([1.33, 0.67, 0.  ])
     """
-    problem, operands = describe_scores(query, key, attn_mask, is_causal, scale, enable_gqa)
+    problem, operands = describe_scores(query, key, attn_mask, is_causal, scale, enable_gqa, **options)
     summary = summarise(problem, operands, check_top_k(top_k))
     with np.errstate(all="ignore"):
-        return AttentionSummary(*(a if a.dtype == np.int64 else a.astype(problem.dtype) for a in summary))
+        return AttentionSummary(*(a if a.dtype == np.int64 else a.astype(problem.real) for a in summary))
 
 
 @np.errstate(all="ignore")
 def summarise(problem: Problem, operands: Operands, top_k: int) -> AttentionSummary:
     """Read the summary off the weights in the wider type, and do not round it to the type of the call."""
     _, lse, weights = evaluate(problem, operands)
-    scores = scores_of(problem, operands, visibility(problem, operands.mask)).reshape(weights.shape)
+    scores = scores_of(problem, operands, visibility(problem, operands)).reshape(weights.shape)
 
     top_indices = np.full((*lse.shape, top_k), -1, np.int64)
     top_weights = np.zeros((*lse.shape, top_k), weights.dtype)
@@ -320,7 +329,7 @@ def evaluate(
         Finite ones are within the range of the type of the call.
     weights : ndarray, shape problem.weights_shape
     """
-    visible = visibility(problem, operands.mask)
+    visible = visibility(problem, operands)
     weights, lse = softmax(scores_of(problem, operands, visible, weight))
     empty = lse[..., None] == -np.inf
 
@@ -329,7 +338,7 @@ def evaluate(
     out = np.where(empty, 0, weighted_sum(weights, operands.value.astype(weights.dtype), visible))
     return (
         out.reshape(problem.out_shape),
-        saturated(lse, problem.dtype).reshape(problem.lse_shape),
+        saturated(lse, problem.real).reshape(problem.lse_shape),
         weights.reshape(problem.weights_shape),
     )
 
@@ -360,15 +369,17 @@ def scores_of(
     problem: Problem, operands: Operands, visible: NDArray[np.bool_], weight: NDArray[Any] | None = None
 ) -> Any:
     """Return the scores in the wider type, shape (*problem.rows_shape, Lq, Lk), -inf where a query may not look."""
-    wide: Any = np.float64 if problem.dtype == np.float32 else np.longdouble
+    raw = raw_scores(problem, operands, weight)
+    return np.where(visible, problem.scores.value(raw, operands.bias, problem.real), -np.inf)
+
+
+def raw_scores(problem: Problem, operands: Operands, weight: NDArray[Any] | None = None) -> Any:
+    """Return what scores are made of: scale · (query · key), or the sum that additive attention has instead."""
+    wide: Any = np.float64 if problem.real == np.float32 else np.longdouble
     query, key = operands.query.astype(wide), operands.key.astype(wide)
     if weight is None:
-        scores = problem.scale * (query @ key.swapaxes(-1, -2))
-    else:
-        scores = _additive_scores(query, key, weight.astype(wide))
-    if problem.mask_kind == "float":
-        scores = scores + saturated(operands.mask, problem.dtype)
-    return np.where(visible, scores, -np.inf)
+        return problem.scores.scale * (query @ key.swapaxes(-1, -2))
+    return _additive_scores(query, key, weight.astype(wide))
 
 
 def _additive_scores(query: NDArray[Any], key: NDArray[Any], weight: NDArray[Any]) -> NDArray[Any]:
@@ -381,14 +392,19 @@ def _additive_scores(query: NDArray[Any], key: NDArray[Any], weight: NDArray[Any
     return scores
 
 
-def visibility(problem: Problem, mask: NDArray[Any] | None) -> NDArray[np.bool_]:
+def visibility(problem: Problem, operands: Operands) -> NDArray[np.bool_]:
     """Say which query may look at which key, shape (..., Lq, Lk); -inf in a floating mask is the same as False."""
+
+    def of_rows(numbers: NDArray[Any] | None, otherwise: int) -> Any:
+        return otherwise if numbers is None else numbers.reshape(*problem.batch, 1, 1, 1, 1)
+
+    offset, keys = of_rows(operands.offsets, problem.scores.offset), of_rows(operands.lengths, problem.keys)
     visible = np.ones((*problem.rows_shape, problem.queries, problem.keys), dtype=bool)
-    if mask is not None:
-        visible &= mask if problem.mask_kind == "bool" else mask != -np.inf
-    if problem.causal_offset is not None:
-        position = np.arange(problem.queries)[:, None] + problem.causal_offset
-        visible &= np.arange(problem.keys) <= position
+    visible &= problem.scores.sees(np.arange(problem.queries)[:, None], np.arange(problem.keys), keys, offset)
+    if operands.keep is not None:
+        visible &= operands.keep
+    if operands.bias is not None:
+        visible &= operands.bias != -np.inf
     return visible
 
 

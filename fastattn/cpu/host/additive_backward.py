@@ -58,7 +58,7 @@ def backward(
     rounds = plan.tasks // heads
     parts = np.empty((plan.tasks, problem.head_dim), dtype)
     out, lse, weight = map(np.ascontiguousarray, (upstream.out, upstream.lse, weight))
-    query, key, value, mask = operands
+    query, key, value, mask = operands.plain
     call = np.zeros(1, CALL)
     arrays = {"query": query, "key": key, "value": value, "mask": mask, "lse": lse, "weight": weight, "out": given}
     _note(call, plan=plan.record, **arrays)

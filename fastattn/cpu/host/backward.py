@@ -74,11 +74,13 @@ def attention_backward(
     grad_mask : ndarray, or None
         With 1 for the axes that the mask does not have.
     """
+    if problem.scores.left is not None or problem.scores.softcap is not None:
+        raise NotImplementedError
     lead, dtype = problem.rows_shape, problem.dtype
     own = _own_axes(problem, *(split_shape(shape, problem, shared=True) for shape in shapes))
     summed = tuple(size if axis in own else 1 for axis, size in enumerate(lead))
     arrays: Arrays = dict.fromkeys(GRADIENT_ARRAYS)
-    arrays |= zip(("query", "key", "value", "mask"), operands, strict=True)
+    arrays |= zip(("query", "key", "value", "mask"), operands.plain, strict=True)
     arrays |= {"grad_out": upstream.grad_out, "out": upstream.out}
     arrays["grad_query"] = grad_query = np.zeros((*lead, problem.queries, problem.head_dim), dtype)
     arrays["grad_key"] = grad_key = np.zeros((*summed, problem.keys, problem.head_dim), dtype)

@@ -61,7 +61,7 @@ _prepared: dict[Any, Prepared] = {}
 
 def prepare(problem: Problem, operands: Operands, out: Array, threads: int, additive: bool = False) -> Prepared:
     """Plan a call, or find the plan of one like it; `out` is an array like those that will be written to."""
-    mask = operands.mask
+    mask = operands.plain[3]
     key = (
         problem,
         operands.query.strides,

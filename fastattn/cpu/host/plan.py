@@ -141,7 +141,9 @@ def make_plan(
 
     `out` has the axes of the operands: (*batch, Hk, G, Lq, Dv). `additive`: scores are those of additive attention.
     """
-    query, key, value, mask = operands
+    query, key, value, mask = operands.plain
+    if problem.scores.left is not None or problem.scores.softcap is not None:
+        raise NotImplementedError
     tile = choose_tile(row, problem.dtype, problem.queries)
     lead = query.shape[:-2]
     heads = math.prod(lead)

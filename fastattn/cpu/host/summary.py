@@ -80,7 +80,7 @@ def _record(top_k: int = 0, **arrays: Array) -> Array:
 def _run(kind: str, plan: Plan, operands: Operands, threads: int, record: Array, weights: Array | None = None) -> None:
     kernels = library(kernel_name(kind, plan.problem.dtype, plan.tile))
     threads = pool.concurrency(plan.tasks, plan.flops, threads)
-    run(plan, threads, kernels, 0, operands.query, operands.key, mask=operands.mask, out=record, weights=weights)
+    run(plan, threads, kernels, 0, operands.query, operands.key, mask=operands.plain[3], out=record, weights=weights)
 
 
 def _by_queries(problem: Problem, operands: Operands, threads: int) -> Plan:

@@ -107,8 +107,10 @@ def attention(
     return_weights: bool,
     rng: Any,
     out: Any,
+    **further: Any,
 ) -> Any:
     """Compute what `fastattn.attention` is asked for, on the device; the arguments are the user's."""
+    refuse(attn_mask, further)
     options = (dropout_p, is_causal, scale, enable_gqa)
     given = {"query": query, "key": key, "value": value, "attn_mask": attn_mask}
     if not check_together({**given, "out": out}):
@@ -130,6 +132,15 @@ def attention(
         return _asked_for(first, lse, weights, place, return_lse)
 
 
+def refuse(attn_mask: Any, further: dict[str, Any]) -> None:
+    """Refuse what no kernel here does."""
+    for name, option in further.items():
+        if option is not None:
+            raise NotImplementedError(f"{name}: not on backend 'cuda'")
+    if isinstance(attn_mask, tuple):
+        raise NotImplementedError("attn_mask: a pair, not on backend 'cuda'")
+
+
 def _of_host_arrays(
     given: dict[str, Any],
     options: tuple[Any, ...],
@@ -143,7 +154,7 @@ def _of_host_arrays(
     dtype = arrays["query"].dtype
     return_lse, return_weights = check_flag("return_lse", return_lse), check_flag("return_weights", return_weights)
     seed = seed_from(rng, problem.dropout_p > 0)
-    target = check_out(out, replace(problem, dtype=dtype))
+    target = check_out(out, replace(problem, storage=dtype))
     place = HostPlace({dtype.name: dtype})
     with place.active():
         call = moved(arrays, options, place)
@@ -388,7 +399,7 @@ def with_rows(call: Call) -> Call:
         return call
     query, key, value, _ = carriers_of(rows, call.storage)
     views = describe(query, key, value, enable_gqa=call.problem.heads != call.problem.kv_heads)[1]
-    return call._replace(givens=rows, operands=views._replace(mask=call.operands.mask))
+    return call._replace(givens=rows, operands=views._replace(bias=call.operands.bias, keep=call.operands.keep))
 
 
 def has_rows(given: Given) -> bool:

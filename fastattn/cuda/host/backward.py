@@ -27,6 +27,7 @@ from fastattn.cuda.host.attention import (
     moved,
     new_numbers,
     queue_shifts,
+    refuse,
     scale_of,
     uploaded,
     with_rows,
@@ -113,8 +114,10 @@ def attention_backward(
     rng: Any,
     grad_lse: Any,
     grad_mask: bool,
+    **further: Any,
 ) -> tuple[Any, ...]:
     """Compute what `fastattn.attention_backward` is asked for, on the device; the arguments are the user's."""
+    refuse(attn_mask, further)
     options = (dropout_p, is_causal, scale, enable_gqa)
     given = {"query": query, "key": key, "value": value, "attn_mask": attn_mask}
     arrived = {"grad_out": grad_out, "out": out, "lse": lse, "grad_lse": grad_lse}

@@ -1,0 +1,175 @@
+"""What a user may say of scores, checked: causality, scale, softcap, window, offset and lengths."""
+
+from __future__ import annotations
+
+import math
+from typing import TypedDict
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from fastattn.call.advice import said
+from fastattn.call.arrays import as_array
+from fastattn.call.broadcasting import check_broadcasts
+from fastattn.call.options import check_causal, check_scale, is_real
+from fastattn.call.problem import Array, Shape
+from fastattn.call.scores import FARTHEST, Scores
+
+__all__ = ["FurtherOptions", "ScoreOptions", "scores_from"]
+
+
+class FurtherOptions(TypedDict, total=False):
+    """What a user may say of scores by keyword alone."""
+
+    window: tuple[int | None, int | None] | None
+    query_offset: ArrayLike | None
+    key_lengths: ArrayLike | None
+    softcap: float | None
+
+
+class ScoreOptions(FurtherOptions, total=False):
+    """What a user may say of scores, besides masks, by the names of arguments."""
+
+    is_causal: bool | str
+    scale: float | None
+
+
+def scores_from(
+    options: ScoreOptions, batch: Shape, queries: int, keys: int, head_dim: int, bias: bool, keep: bool
+) -> tuple[Scores, Array | None, Array | None]:
+    """Return what was asked of scores, checked, and the offset and the number of keys of each row of a batch, if own.
+
+    Parameters
+    ----------
+    options : ScoreOptions
+        As the user gave them.
+    batch : tuple of int
+        The axes before the head axis.
+    queries, keys, head_dim : int
+    bias, keep : bool
+        Which masks there are.
+
+    Returns
+    -------
+    scores : Scores
+    offsets, lengths : ndarray of int64, shape (B,), or None
+        A number for each row of the batch, its axes flattened.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an option is of a kind that has no meaning here, or out of its range. The message names it.
+    """
+    causal = check_causal(options.get("is_causal", False))
+    scale = check_scale(options.get("scale"))
+    left, right = check_window(options.get("window"))
+    lengths = _as_lengths(options.get("key_lengths"), batch, keys)
+    offset, offsets = _as_offset(options.get("query_offset"), batch)
+    if causal == "bottom-right":
+        if options.get("query_offset") is not None:
+            raise ValueError("query_offset: given together with is_causal='bottom-right', which sets it; expected None")
+        offset, offsets = (keys - queries, None) if lengths is None else (0, lengths - queries)
+    if causal != "no":
+        right = 0 if right is None else min(right, 0)
+    scores = Scores(
+        scale=(1.0 / math.sqrt(head_dim) if head_dim else 1.0) if scale is None else scale,
+        softcap=check_softcap(options.get("softcap")),
+        bias=bias,
+        keep=keep,
+        left=left,
+        right=right,
+        offset=offset if left is not None or right is not None else 0,
+        offsets=offsets is not None,
+        lengths=lengths is not None,
+    )
+    return scores, offsets, lengths
+
+
+def check_softcap(given: object) -> float | None:
+    """Return the softcap as a float, None where there is none.
+
+    Raises
+    ------
+    TypeError
+        If it is not a real number.
+    ValueError
+        If it is not finite, or not above 0.
+    """
+    if given is None:
+        return None
+    expected = "expected a finite real number above 0, or None"
+    if not is_real(given):
+        raise TypeError(f"softcap: {said(given)}; {expected}")
+    try:
+        softcap = float(given)  # type: ignore[arg-type]
+    except OverflowError:
+        softcap = math.inf
+    if not 0.0 < softcap < math.inf:
+        raise ValueError(f"softcap: {said(given)}; {expected}")
+    return softcap
+
+
+def check_window(given: object) -> tuple[int | None, int | None]:
+    """Return how many keys a query may look at before its position, and behind it.
+
+    Raises
+    ------
+    TypeError
+        If it is not a pair, or has something else than whole numbers and None in it.
+    ValueError
+        If it has more or fewer than two elements, or a negative one.
+    """
+    if given is None:
+        return None, None
+    expected = "expected (left, right), each a non-negative int or None, or None for no window"
+    if not isinstance(given, (tuple, list)):
+        raise TypeError(f"window: {said(given)}; {expected}")
+    if len(given) != 2:
+        raise ValueError(f"window: {said(given)}; {expected}")
+    for reach in given:
+        if reach is not None and (isinstance(reach, (bool, np.bool_)) or not isinstance(reach, (int, np.integer))):
+            raise TypeError(f"window: {said(given)}; {expected}")
+        if reach is not None and reach < 0:
+            raise ValueError(f"window: {said(given)}; {expected}")
+    left, right = (None if reach is None else min(int(reach), FARTHEST) for reach in given)
+    return left, right
+
+
+def _as_lengths(given: ArrayLike | None, batch: Shape, keys: int) -> Array | None:
+    """Return the number of keys of each row of a batch."""
+    if given is None:
+        return None
+    lengths = _as_integers("key_lengths", given, batch)
+    if lengths.size and not (lengths.min() >= 0 and lengths.max() <= keys):
+        raise ValueError(f"key_lengths: {lengths.min()} to {lengths.max()}; expected 0 to {keys}, the length of key")
+    return _of_rows(lengths, batch)
+
+
+def _as_offset(given: ArrayLike | None, batch: Shape) -> tuple[int, Array | None]:
+    """Return the position of query 0: one for all rows of a batch, or one for each."""
+    if given is None:
+        return 0, None
+    if isinstance(given, int) and not isinstance(given, bool):
+        return min(max(given, -FARTHEST), FARTHEST), None
+    offsets = _as_integers("query_offset", given, batch)
+    if offsets.ndim == 0:
+        return min(max(int(offsets), -FARTHEST), FARTHEST), None
+    if offsets.dtype.kind == "u":
+        offsets = np.minimum(offsets, FARTHEST)
+    return 0, _of_rows(offsets.astype(np.int64).clip(-FARTHEST, FARTHEST), batch)
+
+
+def _as_integers(name: str, given: ArrayLike, batch: Shape) -> Array:
+    """Return an array of integers that broadcasts to the axes of a batch."""
+    integers = as_array(name, given)
+    if integers.size == 0 and not isinstance(given, np.ndarray):
+        integers = integers.astype(np.int64)  # an empty list has no integers to tell its type by
+    if integers.dtype.kind not in "iu":
+        raise TypeError(f"{name}: dtype {integers.dtype}; expected integers, one for each row of the batch")
+    check_broadcasts(name, integers.shape, batch, "the batch")
+    return integers
+
+
+def _of_rows(integers: Array, batch: Shape) -> Array:
+    """Return a contiguous array with a number for each row of a batch."""
+    return np.ascontiguousarray(np.broadcast_to(integers, batch).reshape(-1), np.int64)

@@ -1,0 +1,106 @@
+"""What happens to a score between query · key and the softmax, and which keys a query may look at.
+
+In this order, as docs/semantics.md has it:
+
+    score = scale · (query · key)
+    score = softcap · tanh(score / softcap)          with a softcap
+    score = score + bias                             under a floating mask
+    score = -inf                                     where one of these says no: a boolean mask, the interval
+
+Query i stands at the position i + offset, key j at j. Causality, windows and the lengths of sequences leave a query one
+interval of keys: from its position less `left` to its position plus `right`, both included, below the length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastattn.call.rounding import saturated
+
+__all__ = ["FARTHEST", "Scores", "Span"]
+
+#: No position is farther from another: what is beyond is at least as far as any key.
+FARTHEST = 1 << 60
+
+
+class Span(NamedTuple):
+    """Keys that some queries may look at: any of them from `begin` to `end`, all of them from `full_begin` on."""
+
+    begin: int
+    full_begin: int
+    full_end: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What happens to the scores of a call, in numbers: everything but arrays, which are among its operands.
+
+    Attributes
+    ----------
+    scale : float
+        The factor of query · key.
+    softcap : float or None
+        The magnitude that scores approach, and do not exceed.
+    bias, keep : bool
+        Whether there is a floating mask, which is added, and a boolean one, where True takes part.
+    left, right : int or None
+        How many keys before its position, and behind it, a query may look at; None: all.
+    offset : int
+        The position of query 0 among the keys.
+    offsets, lengths : bool
+        Whether each row of the batch has an offset and a number of keys of its own, in the operands of these names.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+    bias: bool = False
+    keep: bool = False
+    left: int | None = None
+    right: int | None = None
+    offset: int = 0
+    offsets: bool = False
+    lengths: bool = False
+
+    @property
+    def bounded(self) -> bool:
+        """Whether positions or lengths keep queries from some keys."""
+        return self.left is not None or self.right is not None or self.lengths
+
+    def span(self, first: int, last: int, keys: int, offset: int | None = None) -> Span:
+        """Return which of so many keys the queries from `first` to `last` look at, in a row of this offset."""
+        at = self.offset if offset is None else offset
+        left, right = self._reach()
+        begin, end = max(0, first + at - left), min(keys, last + at + right + 1)
+        if begin >= end:
+            return Span(0, 0, 0, 0)
+        full_begin, full_end = max(begin, last + at - left), min(end, first + at + right + 1)
+        return Span(begin, full_begin, full_end, end) if full_begin < full_end else Span(begin, end, end, end)
+
+    def sees(self, query: Any, key: Any, keys: Any, offset: Any = None) -> Any:
+        """Say whether queries may look at keys, all given by their numbers, where a row has so many keys."""
+        position = query + (self.offset if offset is None else offset)
+        left, right = self._reach()
+        return (key >= position - left) & (key <= position + right) & (key < keys)
+
+    def _reach(self) -> tuple[int, int]:
+        return tuple(FARTHEST if reach is None else reach for reach in (self.left, self.right))  # type: ignore[return-value]
+
+    def value(self, raw: Any, bias: NDArray[Any] | None, real: np.dtype[Any]) -> Any:
+        """Return what becomes of scale · (query · key), before anything is hidden.
+
+        The bias counts as the dtype `real` has it, of which no finite number is infinite.
+        """
+        if self.softcap is not None:
+            raw = self.softcap * np.tanh(raw / self.softcap)
+        return raw if bias is None else raw + saturated(bias, real)
+
+    def slope(self, raw: Any) -> Any:
+        """Return the derivative of `value` by `raw`."""
+        if self.softcap is None:
+            return 1.0
+        return 1.0 / np.cosh(np.clip(raw / self.softcap, -350.0, 350.0)) ** 2
