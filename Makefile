@@ -4,7 +4,7 @@
 #   make guide        the pages of the guide; make guide ARGS=heads runs one
 #   make test         all tests and doctests; make test ARGS=tests/test_semantics.py runs some
 #   make bench        measure this machine, against NumPy, OpenVINO, ONNX Runtime, and PyTorch where it is cheap to get
-#   make lint         ruff and mypy
+#   make lint         ruff and mypy, which module may import which, and how long files and functions are
 #
 # PyTorch's CPU build is on no package index that pip asks by itself. Where it is not found, PyTorch is done without; to
 # have it all the same, `make test TORCH=torch==2.13.0` takes what the index has, on Linux some gigabytes for GPUs.
@@ -51,6 +51,8 @@ lint: $(STAMP)/lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo --no-cache
+	$(BIN)/python tests/lengths.py
 
 format: $(STAMP)/lint
 	$(BIN)/ruff check --fix .

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import processes
 import pytest
+from memory import MEASURE
 
 import fastattn
 
@@ -17,22 +18,7 @@ on_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="read
 MEBIBYTE = 1 << 20
 LENGTH = 131_072
 
-MEASURE = """
-import numpy as np
-import fastattn
-
-def kibibytes(field):
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith(field))
-
-def growth(call):
-    "The peak of resident memory during a call above what it was before, in MiB."
-    with open("/proc/self/clear_refs", "w") as reset:
-        reset.write("5")  # the peak is what it is now
-    before = kibibytes("VmRSS:")
-    call()
-    return (kibibytes("VmHWM:") - before) / 1024
-
+CASE = """
 def case(queries, keys):
     rng = np.random.default_rng(0)
     key, value = rng.standard_normal((2, 1, 1, keys, 64), dtype=np.float32)
@@ -58,7 +44,7 @@ for call in case({min(queries, 200)}, 200){which}:
     call()  # compiled, and loaded
 print(*[growth(call) for call in case({queries}, {LENGTH}){which}])
 """
-    return [float(number) for number in processes.run(MEASURE + code, timeout=timeout).split()]
+    return [float(number) for number in processes.run(MEASURE + CASE + code, timeout=timeout).split()]
 
 
 @on_linux

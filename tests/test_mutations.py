@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,13 @@ in_the_source_tree = pytest.mark.skipif(not (ROOT / "pyproject.toml").exists(), 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
 def test_the_code_to_break_is_there(mutation: Mutation) -> None:
     assert (processes.PACKAGE / mutation.file).read_text().count(mutation.old) == 1
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
+def test_the_tests_that_must_notice_are_there(mutation: Mutation) -> None:
+    file, expression = mutation.tests
+    tests = re.findall(r"def (test_\w+)", (processes.TESTS / file).read_text("utf-8"))
+    assert any(word in test for test in tests for word in re.findall(r"test_\w+", expression))
 
 
 @in_the_source_tree

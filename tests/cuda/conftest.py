@@ -15,7 +15,7 @@ from numba import config
 import fastattn
 
 if find_spec("numba_cuda") is None:
-    collect_ignore_glob = ["test_*.py"]
+    collect_ignore_glob = ["*/test_*.py"]
 elif config.ENABLE_CUDASIM:
     from numba.cuda.simulator import kernel as simulator
 

@@ -13,7 +13,7 @@ import pytest
 
 from fastattn.cuda.kernels.tensor_cores import shape_for
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "cuda_kernels.py"
+SCRIPT = Path(__file__).parents[3] / "benchmarks" / "cuda_kernels.py"
 #: Architectures, and the compute capability that Numba makes PTX of for them; that for 8.0 is assembled for both.
 CAPABILITIES = {"sm_80": (8, 0), "sm_90a": (8, 0), "sm_100": (10, 0)}
 FORWARD = {

@@ -33,7 +33,7 @@ from fastattn.guide import (
 )
 from fastattn.guide.page import ClaimError, Listing, Picture, Step, Table, claim, duration
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docs" / "guide"
 MODULES = ("safetensors", "tokenizers", minilm.PACKAGE)
 needs_model = pytest.mark.skipif(

@@ -15,7 +15,7 @@ from fastattn.bench import measure, report
 from fastattn.bench.host import this_host
 from fastattn.bench.peers import ENGINES, OURS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from fastattn.bench.peers import ENGINES, OURS, Call, Engine, Unavailable
 from fastattn.console import arguments
 from fastattn.console.terminal import Style
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SMALL = Case("small", 1, 2, 48, 16)
 PLAIN = Style(colour=False)
 HOST = Host(

@@ -10,22 +10,15 @@ import numpy as np
 import processes
 import pytest
 import tolerances
+from additive_cases import ANY_DTYPE, additive_calls, check_calls, inputs
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import (
-    DTYPES,
     LAYOUTS,
-    MASKS,
-    ODD,
-    SEEDS,
     Call,
-    _broadcasting,
-    causal,
     laid_out,
     layouts,
     numbers,
-    random_mask,
-    with_odd,
 )
 
 import fastattn
@@ -37,7 +30,6 @@ from fastattn.machine import libraries as kernels
 from fastattn.machine import table as isa
 
 Array = np.ndarray[Any, Any]
-ANY_DTYPE = pytest.mark.parametrize("dtype", [np.float32, np.float64])
 ANY_QUERIES = pytest.mark.parametrize("queries", [1, 3, 40])  # features in the lanes, or queries
 
 
@@ -51,14 +43,6 @@ def _share_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
 def attend(query: Any, key: Any, value: Any, mask: Any = None, *, weight: Any, rng: Any = None, **options: Any) -> Any:
     """Call the kernels, with the arguments as the tests of attention have them."""
     return additive_attention(query, key, value, weight, mask, **options, backend="cpu")
-
-
-def inputs(dtype: Any, batch: int, queries: int, keys: int, features: int, size: float = 1.0) -> list[Any]:
-    """Return query, key, value and weight."""
-    rng = np.random.default_rng([batch, queries, keys, features])
-    lengths = (queries, keys, keys)
-    arrays = [numbers(rng, (batch, n, features), dtype, of) for n, of in zip(lengths, (size, size, 1), strict=True)]
-    return [*arrays, numbers(rng, (features,), dtype)]
 
 
 def formula(query: Array, key: Array, value: Array, weight: Array) -> Any:
@@ -159,53 +143,6 @@ def test_what_is_not_finite(queries: int, odd: float) -> None:
 
 
 # -- whole calls -------------------------------------------------------------------------------------------------------
-
-SIZES = {
-    "usual": (1, 1, 1),
-    "wide": (30, 30, 3),
-    "far": (1e3, 1e-3, 1),
-    "huge": (1e30, 1e30, 1e-3),
-    "tiny": (1e-40,) * 3,
-}
-some_lengths = st.one_of(st.integers(1, 9), st.integers(1, 40), st.sampled_from((15, 16, 17, 63, 64, 65, 129)))
-some_features = st.one_of(st.integers(0, 9), st.integers(1, 40), st.sampled_from((63, 64, 65)))
-
-
-@st.composite
-def additive_calls(draw: st.DrawFn, odd: bool = False, any_layout: bool = True) -> Call:
-    """Draw a call; its options have the weight."""
-    batch = draw(st.sampled_from(((), (1,), (2,), (3,), (2, 3))))
-    queries, keys, features, value_dim = draw(some_lengths), draw(some_lengths), draw(some_features), draw(some_lengths)
-    rng = np.random.default_rng(seed := draw(SEEDS))
-    dtype, size = draw(DTYPES), draw(st.sampled_from(("usual", *SIZES)))
-    shapes = [
-        (*draw(_broadcasting(batch)), rows, columns)
-        for rows, columns in ((queries, features), (keys, features), (keys, value_dim))
-    ]
-    of_query, of_key, of_weight = SIZES[size]
-    arrays: list[Any] = [
-        numbers(rng, shape, dtype, of) for shape, of in zip(shapes, (of_query, of_key, 1), strict=True)
-    ]
-    weight = numbers(rng, (features,), dtype, of_weight)
-    if odd:
-        arrays = [with_odd(rng, array, ODD, draw(st.sampled_from((0, 1 / 32, 1 / 512)))) for array in arrays]
-        # some rows far away, others not
-        for array in arrays[:2]:
-            array[..., rng.random(array.shape[-2]) < 0.2, :] *= dtype(50)
-    options: dict[str, Any] = {"is_causal": draw(causal)}
-    mask, kind = None, draw(st.sampled_from((None, *MASKS)))
-    if kind is not None:
-        scores = describe_additive(*arrays, weight, **options)[0].weights_shape
-        mask = random_mask(
-            rng, draw(_broadcasting(scores)), kind, draw(st.sampled_from((np.float16, np.float32, dtype)))
-        )
-    names = [draw(layouts) if any_layout else "contiguous" for _ in range(5)]
-    *arrays, weight, mask = (
-        array if array is None else laid_out(array, name)
-        for array, name in zip((*arrays, weight, mask), names, strict=True)
-    )
-    line = f"{' '.join(str(a.shape) for a in arrays)} {np.dtype(dtype)} {size} seed {seed}, mask {kind}"
-    return Call(*arrays, mask, options | {"weight": weight}, f"{line}, {options}, layouts {names}")
 
 
 def check(call: Call) -> None:
@@ -340,28 +277,10 @@ def test_memory_does_not_grow_with_the_lengths() -> None:
     assert sizes[1] <= sizes[0]
 
 
-def check_calls(dtypes: tuple[Any, ...]) -> int:
-    """Assert that a few calls, which reach every part of the kernels, are right; return how many there were."""
-    count = 0
-    for dtype in dtypes:
-        for queries, keys, features in ((150, 140, 37), (3, 140, 37), (1, 5, 130)):
-            for size in (1.0, 30.0):
-                *arrays, weight = inputs(dtype, 2, queries, keys, features, size)
-                arrays[0][:, ::7] *= 100
-                arrays[1][:, ::7] *= 100
-                for mask in (None, np.random.default_rng(0).random((queries, keys)) < 0.6):
-                    wanted = tolerances.expected(*arrays, mask, weight=weight, is_causal="bottom-right")
-                    out, lse = additive_attention(*arrays, weight, mask, "bottom-right", return_lse=True)
-                    tolerances.check_out(out, wanted)
-                    tolerances.check_lse(lse, wanted)
-                    count += 1
-    return count
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("row", [row for row in isa.TABLE if isa.runs_here(row)][1:], ids=lambda row: row.name)
 def test_other_rows_of_the_table_are_right(row: isa.Isa) -> None:
-    code = "import numpy as np, test_additive; print(test_additive.check_calls((np.float32,)))"
+    code = "import numpy as np, additive_cases; print(additive_cases.check_calls((np.float32,)))"
     assert processes.run(code, FASTATTN_ISA=row.name) == "12\n"
 
 

@@ -13,8 +13,8 @@ import pytest
 import tolerances
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memory import MEASURE
 from strategies import LAYOUTS, SIZES, Call, calls, laid_out, numbers, random_mask
-from test_memory import MEASURE
 
 import fastattn
 from fastattn import reference

@@ -1,0 +1,105 @@
+"""Gradients of additive attention against the formula, to within a bound; and a few calls for checks of one ISA."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import tolerances
+from additive_cases import inputs
+from strategies import Call, numbers
+
+from fastattn import additive_attention, additive_attention_backward, reference
+from fastattn.call.arrays import as_additive_operands
+from fastattn.call.shapes import describe_additive
+from fastattn.call.upstream import describe_upstream, folded
+from fastattn.reference.backward import differentiate
+
+Array = np.ndarray[Any, Any]
+NAMES = ("grad_query", "grad_key", "grad_value", "grad_weight")
+
+
+def upstream_of(query: Any, key: Any, value: Any, weight: Any, mask: Any = None, is_causal: Any = False) -> list[Array]:
+    """Return some gradient of the result, the result and the log-sum-exp."""
+    out, lse = additive_attention(query, key, value, weight, mask, is_causal, return_lse=True)
+    rng = np.random.default_rng(out.size)
+    return [numbers(rng, out.shape, out.dtype), out, lse]
+
+
+def backward(arrays: Any, mask: Any = None, is_causal: Any = False, *, upstream: Any = None, **options: Any) -> Any:
+    """Call the kernels, after the forward pass."""
+    upstream = upstream or upstream_of(*arrays, mask, is_causal)
+    grad_out, out, lse = upstream
+    return additive_attention_backward(grad_out, *arrays, out, lse, mask, is_causal, **options)
+
+
+def bounds(problem: Any, operands: Any, upstream: Any, weight: Array) -> list[Array]:
+    """Return how far each gradient may be from that of the formula, before sums over broadcast axes.
+
+    With A the size of the terms of a score (see `tolerances`), a weight P is wrong by eps · (8 + A + |lse| + |mask|) of
+    itself, and by what is too small for the dtype. dS is P times a difference of size Σ |dO| |value| + Σ |dO| |out|;
+    1 - t² has a few roundings of 1. Sums round as well: by the root of the number of terms, as roundings cancel.
+    """
+    info = np.finfo(problem.dtype)
+    eps, tiny = float(info.eps), float(info.tiny)
+    rows, out, lse, value = (
+        np.abs(np.where(np.isfinite(a), a, 0), dtype=np.float64) for a in (*upstream[:3], operands.value)
+    )
+    weights = reference.evaluate(problem, operands, weight=weight)[2].reshape(*lse.shape, problem.keys)
+    weights = np.where(np.isfinite(weights), weights, 0).astype(np.float64)
+    large = np.abs(np.where(np.isfinite(weight), weight, 0), dtype=np.float64)
+    terms = tolerances.ADDITIVE_ROUNDINGS * large.sum()
+    terms += 2 * tolerances.ROUNDINGS + np.sqrt(problem.value_dim + problem.queries + problem.keys)
+    errors = eps * (terms + lse[..., None])
+    if problem.mask_kind == "float":
+        mask = np.abs(np.where(np.isfinite(operands.mask), operands.mask, 0), dtype=np.float64)
+        errors = errors + eps * np.where(weights > eps**2, mask, 0).max(axis=-1, keepdims=True, initial=0)
+    errors = errors * weights + tiny
+    slopes = errors * (rows @ value.swapaxes(-1, -2) + (rows * out).sum(-1)[..., None]) + tiny
+    return [
+        slopes.sum(axis=-1)[..., None] * large + tiny,
+        slopes.sum(axis=-2)[..., None] * large + tiny,
+        errors.swapaxes(-1, -2) @ rows + tiny,
+        np.full(weight.shape, slopes.sum()),
+    ]
+
+
+def check(call: Call) -> None:
+    """Assert that the gradients of a call are right, and like their arguments, and that nothing was changed."""
+    arrays = (call.query, call.key, call.value, call.options["weight"])
+    is_causal = call.options["is_causal"]
+    upstream = upstream_of(*arrays, call.attn_mask, is_causal)
+    before = [None if a is None else a.tobytes() for a in (*arrays, call.attn_mask, *upstream)]
+    found = backward(arrays, call.attn_mask, is_causal, upstream=upstream)
+    assert [None if a is None else a.tobytes() for a in (*arrays, call.attn_mask, *upstream)] == before
+
+    *plain, mask = as_additive_operands(*arrays, call.attn_mask)
+    problem, operands = describe_additive(*plain, mask, is_causal)
+    checked = describe_upstream(problem, *upstream)
+    with np.errstate(all="ignore"):
+        exact = differentiate(problem, operands, checked, weight=plain[3])
+        allowed = bounds(problem, operands, checked, plain[3])
+        wide = [exact.query, exact.key, exact.value, exact.weight]
+        for name, got, want, bound, array in zip(NAMES, found, wide, allowed, arrays, strict=True):
+            assert got.shape == array.shape, name
+            assert got.dtype == array.dtype.newbyteorder("="), name
+            if name != "grad_weight":
+                shared = name != "grad_query"
+                want, bound = (folded(a, array.shape, problem, shared) for a in (want, bound))
+            fine = np.where(np.isfinite(want), np.abs(got - want) <= bound, ~np.isfinite(got))
+            assert fine.all(), f"{name}: {got[~fine][0]}, expected {want[~fine][0]} to within {bound[~fine][0]}; {call}"
+
+
+def check_calls(dtypes: tuple[Any, ...]) -> int:
+    """Assert that a few calls, which reach every part of the kernel, are right; return how many there were."""
+    count = 0
+    for dtype in dtypes:
+        for queries, keys, features in ((150, 140, 37), (3, 140, 37), (1, 5, 130)):
+            for size in (1.0, 30.0):
+                *arrays, weight = inputs(dtype, 2, queries, keys, features, size)
+                arrays[0][:, ::7] *= 100
+                arrays[1][:, ::7] *= 100
+                for mask in (None, np.random.default_rng(0).random((queries, keys)) < 0.6):
+                    check(Call(*arrays, mask, {"weight": weight, "is_causal": "bottom-right"}))
+                    count += 1
+    return count
