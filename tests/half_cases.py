@@ -16,13 +16,13 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from emulated_ptx import from_halves, to_halves
 from numba import cuda
 from numpy.typing import NDArray
 from tolerances import Expected, check_lse, check_out, expected, largest
 
 from fastattn.call.arrays import as_operands
 from fastattn.call.shapes import describe
-from fastattn.cuda.emulated import from_halves, to_halves
 from fastattn.cuda.host.compile import kernel, launch
 from fastattn.cuda.kernels import tensor_cores
 from fastattn.cuda.kernels.elements import LOG2_E

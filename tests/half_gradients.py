@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
+from emulated_ptx import from_halves
 from half_cases import EPS, SUBNORMAL, Halves
 from numba import cuda
 from tolerances import expected_gradients, folded
@@ -20,7 +21,6 @@ from fastattn import reference
 from fastattn.call.rounding import slack
 from fastattn.call.shapes import describe, split_shape
 from fastattn.call.upstream import Upstream
-from fastattn.cuda.emulated import from_halves
 from fastattn.cuda.host.backward import members_of
 from fastattn.cuda.host.compile import kernel, launch
 from fastattn.cuda.kernels import tensor_cores_backward as tensor_cores

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import emulated_ptx as emulated
 import numpy as np
 import pytest
 from half_cases import Halves
@@ -14,7 +15,6 @@ from hypothesis import strategies as st
 
 import fastattn
 from fastattn.call.shapes import describe
-from fastattn.cuda import emulated
 from fastattn.cuda.available import SIMULATED, Device
 from fastattn.cuda.host import backward
 from fastattn.cuda.kernels import gradient_fragments
