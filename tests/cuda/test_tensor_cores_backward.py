@@ -17,10 +17,10 @@ import fastattn
 from fastattn.call.shapes import describe
 from fastattn.cuda.available import SIMULATED, Device
 from fastattn.cuda.host import backward
+from fastattn.cuda.host import tensor_cores_backward as tensor_cores
+from fastattn.cuda.host.plan import Table
 from fastattn.cuda.kernels import gradient_fragments
-from fastattn.cuda.kernels import tensor_cores_backward as tensor_cores
 from fastattn.cuda.kernels.fragments import TileShape
-from fastattn.cuda.kernels.plan import Table
 
 STORAGES = ("bfloat16", "float16")
 SMALL = TileShape("bfloat16", "none", width=64, warps=1, rows=16, keys=16, blocks=1)
