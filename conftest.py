@@ -38,6 +38,9 @@ def has_gpu() -> bool:
     return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
 
 
+# the modules that tests share, of which Numba's simulator needs one: pytest's importlib mode leaves sys.path alone
+sys.path.insert(0, str(ROOT / "tests"))
+
 # Numba decides between GPU and simulator where numba.cuda is first imported, so this has to come before all tests
 if not has_gpu():
     numba.config.ENABLE_CUDASIM = 1

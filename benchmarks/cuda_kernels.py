@@ -9,6 +9,7 @@ at a time, and nothing about time.
 from __future__ import annotations
 
 import argparse
+import importlib
 import itertools
 import json
 import os
@@ -47,9 +48,7 @@ class Kernel(NamedTuple):
     ----------
     name : str
     factory, spec : object
-        As `fastattn.cuda.host.compile` takes them.
-    argument_types : tuple
-        Numba's.
+        As `fastattn.cuda.host.compile.kernel` takes them.
     options : dict
         Of `cuda.jit`.
     threads : int
@@ -61,7 +60,6 @@ class Kernel(NamedTuple):
     name: str
     factory: Any
     spec: Any
-    argument_types: tuple[Any, ...]
     options: dict[str, Any]
     threads: int
     blocks: int
@@ -101,42 +99,39 @@ def kernels() -> dict[str, Kernel]:
 
 def on_tensor_cores() -> Iterator[Kernel]:
     """The kernels of halves, forward and backward."""
-    from fastattn.cuda.kernels import portable, tensor_cores
+    from fastattn.cuda.host import tensor_cores as host
+    from fastattn.cuda.host import tensor_cores_backward as host_backward
+    from fastattn.cuda.kernels import tensor_cores
     from fastattn.cuda.kernels import tensor_cores_backward as backward
 
-    types: Any = portable.argument_types
     kinds = (("bfloat16", "none"), ("float16", "none"), ("bfloat16", "bool"), ("bfloat16", "float32"))
     for (storage, mask), width in itertools.product(kinds, (64, 128)):
         kind = f"{storage}, {width}" if mask == "none" else f"{storage}, {width}, mask {mask}"
-        shape = tensor_cores.shape_for(storage, mask, width)
-        options = tensor_cores.options(shape)
+        shape = host.shape_for(storage, mask, width)
+        options = host.options(shape)
         name = f"tensor cores, {kind}"
-        yield Kernel(name, tensor_cores.forward, shape, types(shape), options, shape.threads, shape.blocks)
+        yield Kernel(name, tensor_cores.forward, shape, options, shape.threads, shape.blocks)
         for of_keys in (False, True):
-            spec = backward.spec_for(storage, mask, width, of_keys)
-            options, shape = backward.options(spec), spec.shape
+            spec = host_backward.spec_for(storage, mask, width, of_keys)
+            options, shape = host_backward.options(spec), spec.shape
             name = f"tensor cores, gradients of {'keys, values' if of_keys else 'queries'}, {kind}"
-            taken = backward.argument_types(spec)
-            yield Kernel(name, backward.gradients, spec, taken, options, shape.threads, shape.blocks)
-        spec = backward.spec_for(storage, mask, width, of_keys=False)
-        options, shape, taken = backward.options(spec), spec.shape, backward.shifts_types(spec)
-        yield Kernel(
-            f"tensor cores, shifts, {kind}", backward.find_shifts, spec, taken, options, shape.threads, shape.blocks
-        )
+            yield Kernel(name, backward.gradients, spec, options, shape.threads, shape.blocks)
+        spec = host_backward.spec_for(storage, mask, width, of_keys=False)
+        options, shape = host_backward.options(spec), spec.shape
+        yield Kernel(f"tensor cores, shifts, {kind}", backward.find_shifts, spec, options, shape.threads, shape.blocks)
 
 
 def for_few_queries() -> Iterator[Kernel]:
     """The kernels that share the keys of few queries among blocks."""
+    from fastattn.cuda.host.decode import decode_for
     from fastattn.cuda.kernels import decode
 
     for storage, rows, features in (("bfloat16", 1, 128), ("bfloat16", 8, 128), ("float32", 1, 64)):
-        spec = decode.decode_for(storage, "none", False, True, rows, 16384, features)
+        spec = decode_for(storage, "none", False, True, rows, 16384, features)
         if spec is not None:
             kind = f"{storage}, {features}, {rows} rows" if rows > 1 else f"{storage}, {features}, 1 row"
-            taken = decode.split_types(spec)
-            yield Kernel(f"few queries, {kind}", decode.split_keys, spec, taken, {}, spec.threads, 1)
-            taken = decode.merge_types(spec)
-            yield Kernel(f"few queries, merge, {kind}", decode.merge_splits, spec, taken, {}, spec.threads, 1)
+            yield Kernel(f"few queries, {kind}", decode.split_keys, spec, {}, spec.threads, 1)
+            yield Kernel(f"few queries, merge, {kind}", decode.merge_splits, spec, {}, spec.threads, 1)
 
 
 def portable_ones() -> Iterator[Kernel]:
@@ -152,17 +147,16 @@ def portable_ones() -> Iterator[Kernel]:
         for factory, kind in both:
             spec: Any = kind(storage, "none", False, tiles)
             name = f"portable {factory.__name__}, {storage}, {width}"
-            yield Kernel(name, factory, spec, portable.argument_types(spec), {}, tiles.threads, 1)
+            yield Kernel(name, factory, spec, {}, tiles.threads, 1)
         shifts = choice.choose_shifts(storage, "none", problem, base_2=False).spec
-        taken = portable.shifts_types(shifts)
-        yield Kernel(f"portable shifts, {storage}, {width}", portable.find_shifts, shifts, taken, {}, tiles.threads, 1)
+        yield Kernel(f"portable shifts, {storage}, {width}", portable.find_shifts, shifts, {}, tiles.threads, 1)
         tiling = backward.tiling_for(storage, problem)
         spec = portable_backward.Backward(storage, "none", False, tiling)
-        for what, factory, taken in (
-            ("gradients of keys, values", portable_backward.grad_keys, portable_backward.keys_types(spec)),
-            ("gradients of queries", portable_backward.grad_queries, portable_backward.queries_types(spec)),
+        for what, factory in (
+            ("gradients of keys, values", portable_backward.grad_keys),
+            ("gradients of queries", portable_backward.grad_queries),
         ):
-            yield Kernel(f"portable {what}, {storage}, {width}", factory, spec, taken, {}, tiling.threads, 1)
+            yield Kernel(f"portable {what}, {storage}, {width}", factory, spec, {}, tiling.threads, 1)
 
 
 # -- tools -------------------------------------------------------------------------------------------------------------
@@ -179,12 +173,12 @@ def tool(name: str) -> str | None:
 
 def compile_here(names: Sequence[str], capability: tuple[int, int]) -> dict[str, Any]:
     """The PTX of kernels, and what of them is needed besides; a process compiles for one capability."""
-    from fastattn.cuda.host.compile import ptx
-
+    sys.path.append(str(ROOT / "tests"))
+    ptx = importlib.import_module("cuda_ptx").ptx
     made = {}
     for name, kernel in kernels().items():
         if name in names or not names:
-            text = ptx(kernel.factory, kernel.spec, kernel.argument_types, capability, **kernel.options)
+            text = ptx(kernel.factory, kernel.spec, capability, **kernel.options)
             made[name] = {"ptx": text, "threads": kernel.threads, "blocks": kernel.blocks}
     return made
 

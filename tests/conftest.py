@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 from hypothesis import HealthCheck, settings
 from numba import config
@@ -24,11 +23,6 @@ from fastattn.cpu.host import backward as gradients
 from fastattn.cpu.host import forward as cpu
 from fastattn.machine import libraries as kernels
 from fastattn.machine import table as isa
-
-# the modules that tests share, strategies and tolerances: pytest's importlib mode leaves sys.path alone
-sys.path.insert(0, str(Path(__file__).parent))
-
-import processes
 
 # CUDA where there is a GPU; the simulator, which takes its time, is for tests/cuda
 HAS_CUDA = find_spec("numba_cuda") is not None and not config.ENABLE_CUDASIM

@@ -16,18 +16,21 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from emulated_ptx import from_halves, to_halves
 from numba import cuda
 from numpy.typing import NDArray
 from tolerances import Expected, check_lse, check_out, expected, largest
 
 from fastattn.call.arrays import as_operands
 from fastattn.call.shapes import describe
-from fastattn.cuda.emulated import from_halves, to_halves
 from fastattn.cuda.host.compile import kernel, launch
+from fastattn.cuda.host.plan import make_table
+from fastattn.cuda.host.tensor_cores import block_of, grid_of
+from fastattn.cuda.host.tensor_cores import options as jit_options
 from fastattn.cuda.kernels import tensor_cores
 from fastattn.cuda.kernels.elements import LOG2_E
 from fastattn.cuda.kernels.fragments import TileShape
-from fastattn.cuda.kernels.plan import KEY, MASK, OUT, QUERY, VALUE, make_table
+from fastattn.cuda.kernels.plan import KEY, MASK, OUT, QUERY, VALUE
 
 Array = NDArray[Any]
 
@@ -96,8 +99,8 @@ def run(
         np.uint32(0),
         np.uint32(0),
     )
-    made = kernel(tensor_cores.forward, shape, **tensor_cores.options(shape))
-    launch(made, tensor_cores.grid_of(shape, problem), tensor_cores.block_of(shape), 0, arguments)
+    made = kernel(tensor_cores.forward, shape, **jit_options(shape))
+    launch(made, grid_of(shape, problem), block_of(shape), 0, arguments)
     bits = result.copy_to_host().view(np.uint16)
     count = int(np.prod(problem.lse_shape, dtype=int))
     return (

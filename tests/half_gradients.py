@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
+from emulated_ptx import from_halves
 from half_cases import EPS, SUBNORMAL, Halves
 from numba import cuda
 from tolerances import expected_gradients, folded
@@ -20,14 +21,15 @@ from fastattn import reference
 from fastattn.call.rounding import slack
 from fastattn.call.shapes import describe, split_shape
 from fastattn.call.upstream import Upstream
-from fastattn.cuda.emulated import from_halves
 from fastattn.cuda.host.backward import members_of
 from fastattn.cuda.host.compile import kernel, launch
+from fastattn.cuda.host.plan import make_table
+from fastattn.cuda.host.tensor_cores import block_of, grid_of
+from fastattn.cuda.host.tensor_cores_backward import options as jit_options
 from fastattn.cuda.kernels import tensor_cores_backward as tensor_cores
 from fastattn.cuda.kernels.elements import LOG2_E
 from fastattn.cuda.kernels.fragments import TileShape
-from fastattn.cuda.kernels.plan import DELTA, GRAD_OUT, KEY, LSE, MASK, NUMBERS, QUERY, VALUE, make_table
-from fastattn.cuda.kernels.tensor_cores import block_of, grid_of
+from fastattn.cuda.kernels.plan import DELTA, GRAD_OUT, KEY, LSE, MASK, NUMBERS, QUERY, VALUE
 
 Array = np.ndarray[Any, Any]
 
@@ -120,7 +122,7 @@ def on_device(argument: Any) -> Any:
 
 def run_kernel(factory: Any, spec: tensor_cores.Gradients, grid: int, arguments: list[Any]) -> None:
     """Compile and launch a kernel."""
-    made = kernel(factory, spec, **tensor_cores.options(spec))
+    made = kernel(factory, spec, **jit_options(spec))
     launch(made, grid, block_of(spec.shape), 0, tuple(arguments))
 
 

@@ -2,7 +2,7 @@
 
 It shows that the instructions that the compiler was made to emit compute what they should, without a GPU. A register is
 an array of the values of a warp's 32 lanes, so branches have to be the same for a whole warp. What instructions do to
-fragments and to shared memory is `fastattn.cuda.emulated`'s; here is how they are read off their text.
+fragments and to shared memory is `emulated_ptx`'s; here is how they are read off their text.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ import re
 from collections.abc import Generator, Sequence
 from typing import Any
 
+import emulated_ptx as emulated
 import numpy as np
+from emulated_ptx import LANE, LANES, Address
 from numpy.typing import NDArray
-
-from fastattn.cuda import emulated
-from fastattn.cuda.emulated import LANE, LANES, Address
 
 Array = NDArray[Any]
 

@@ -1,3 +1,3 @@
-"""The instructions for a GPU and those for the simulator: the module is chosen by name."""
+"""The instructions of a GPU: the module is imported by name."""
 
-hiddenimports = ["fastattn.cuda.emulated", "fastattn.cuda.kernels.ptx"]
+hiddenimports = ["fastattn.cuda.kernels.ptx"]

@@ -10,10 +10,14 @@ from typing import Any, NamedTuple
 
 from numba import config
 
-__all__ = ["SIMULATED", "Device", "device", "missing", "require"]
+__all__ = ["EMULATION", "NO_EMULATION", "SIMULATED", "Device", "device", "missing", "require"]
 
 #: Whether kernels run in Numba's simulator, in Python threads: decided where Numba is first imported.
 SIMULATED = bool(config.ENABLE_CUDASIM)
+
+#: The module that stands for PTX in the simulator, and what is said where it is not to be found.
+EMULATION = "emulated_ptx"
+NO_EMULATION = f"Numba's simulator needs the module {EMULATION}; put the folder tests of the sources on PYTHONPATH"
 
 HOW = "pip install 'fastattn[cuda]'"
 
@@ -32,7 +36,7 @@ def missing() -> str | None:
     if not find_spec("numba_cuda"):
         return f"the package numba-cuda is not installed; {HOW} installs it"
     if SIMULATED:
-        return None
+        return None if find_spec(EMULATION) else NO_EMULATION
     from numba import cuda
     from numba.cuda.cudadrv.driver import driver
 

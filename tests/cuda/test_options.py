@@ -13,8 +13,8 @@ import tolerances
 import fastattn
 from fastattn.call.shapes import describe
 from fastattn.cuda.host import decode as decoding
-from fastattn.cuda.kernels import tensor_cores
-from fastattn.cuda.kernels.plan import Table, is_extreme
+from fastattn.cuda.host import tensor_cores
+from fastattn.cuda.host.plan import Table, is_extreme
 
 pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import processes
 import pytest
+from imports import imported_by
 
 from fastattn.machine import digest
 from fastattn.machine import libraries as kernels
@@ -111,22 +112,6 @@ def test_an_edited_kernel_is_compiled_again(filled: Path, tmp_path: Path) -> Non
     assert len(names(filled)) == len(before) + 2
     softmax.write_text(text)
     assert processes.run(CALL + NO_NUMBA, tmp_path, FASTATTN_CACHE_DIR=str(filled)) == "right\n"
-
-
-def imported_by(module: str, found: dict[str, Path]) -> dict[str, Path]:
-    """Add the package's modules that a module imports, and that those do, to `found`, with their files."""
-    place = Path(*module.split("."))
-    for path in (place.with_suffix(".py"), place / "__init__.py"):
-        source = processes.PACKAGE.parent / path
-        if module in ("fastattn", *found) or not source.exists():
-            continue
-        found[module] = path
-        for node in ast.walk(ast.parse(source.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("fastattn"):
-                imported_by(node.module, found)
-                for alias in node.names:
-                    imported_by(f"{node.module}.{alias.name}", found)
-    return found
 
 
 def test_every_module_that_takes_part_is_in_the_name(tmp_path: Path) -> None:

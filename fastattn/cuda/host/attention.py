@@ -23,22 +23,10 @@ from fastattn.cuda.host import decode as decoding
 from fastattn.cuda.host.arrays import Given, HostPlace, Place, check_together, nothing, place_of, read, settle
 from fastattn.cuda.host.choice import Choice, Facts, choose_forward, choose_shifts, choose_weights, wants_rows
 from fastattn.cuda.host.compile import kernel, launch, table
+from fastattn.cuda.host.plan import Table, copy_table, is_extreme, make_table, slices_of
 from fastattn.cuda.kernels import portable
 from fastattn.cuda.kernels.elements import LOG2_E, MASKS, real_of
-from fastattn.cuda.kernels.plan import (
-    KEY,
-    LSE,
-    MASK,
-    NUMBERS,
-    OUT,
-    QUERY,
-    VALUE,
-    Table,
-    copy_table,
-    is_extreme,
-    make_table,
-    slices_of,
-)
+from fastattn.cuda.kernels.plan import KEY, LSE, MASK, NUMBERS, OUT, QUERY, VALUE
 from fastattn.cuda.kernels.tiles import in_base_2
 
 REMEMBERED = 256  # plans

@@ -13,6 +13,7 @@ from fastattn.call.rounding import slack
 from fastattn.call.shapes import describe, split_shape
 from fastattn.call.upstream import Upstream, describe_upstream, seed_of_forward, wants_mask
 from fastattn.cuda.available import SIMULATED, device
+from fastattn.cuda.host import tensor_cores_backward
 from fastattn.cuda.host.arrays import Given, HostPlace, check_together, nothing, place_of, read, settle
 from fastattn.cuda.host.attention import (
     ALIGNMENT,
@@ -34,8 +35,10 @@ from fastattn.cuda.host.attention import (
 )
 from fastattn.cuda.host.choice import wants_rows
 from fastattn.cuda.host.compile import kernel, launch, table
+from fastattn.cuda.host.plan import is_extreme, make_table, slices_of
+from fastattn.cuda.host.tensor_cores import block_of, grid_of
 from fastattn.cuda.kernels import portable_backward as portable
-from fastattn.cuda.kernels import tensor_cores_backward
+from fastattn.cuda.kernels import tensor_cores_backward as on_tensor_cores
 from fastattn.cuda.kernels.backward_tiles import Tiling
 from fastattn.cuda.kernels.elements import MASKS
 from fastattn.cuda.kernels.plan import (
@@ -48,11 +51,7 @@ from fastattn.cuda.kernels.plan import (
     OUT,
     QUERY,
     VALUE,
-    is_extreme,
-    make_table,
-    slices_of,
 )
-from fastattn.cuda.kernels.tensor_cores import block_of, grid_of
 
 __all__ = ["attention_backward", "tiling_for"]
 
@@ -304,7 +303,7 @@ def queue_tensor_cores(
         tables, scales = (*plan.tables, plan.members[name]), (scale_of(call, not spec.shape.floating), scale_of(call))
         arguments = (*operands, mask_of(call), numbers.memory(), *tables, *scales)
         gradients = (results[target].memory() for target in written)
-        made = kernel(tensor_cores_backward.gradients, spec, **tensor_cores_backward.options(spec))
+        made = kernel(on_tensor_cores.gradients, spec, **tensor_cores_backward.options(spec))
         if blocks:
             launch(made, blocks, block_of(spec.shape), place.stream, (*arguments, *gradients))
 
@@ -317,7 +316,7 @@ def queue_tensor_core_shifts(call: Call, plan: Plan, lse: Given, numbers: Given)
     shape = spec.shape
     arrays = (givens["query"].memory(), givens["key"].memory(), mask_of(call), lse.memory(), numbers.memory())
     options = (scale_of(call, not shape.floating), call.real(slack(problem.dtype, problem.head_dim)))
-    made = kernel(tensor_cores_backward.find_shifts, spec, **tensor_cores_backward.options(spec))
+    made = kernel(on_tensor_cores.find_shifts, spec, **tensor_cores_backward.options(spec))
     blocks = grid_of(shape, problem)
     if blocks:
         launch(made, blocks, block_of(shape), call.place.stream, (*arrays, *plan.tables, *options))

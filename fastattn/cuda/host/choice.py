@@ -10,8 +10,11 @@ import numpy as np
 from fastattn.call.problem import Problem
 from fastattn.cuda.available import SIMULATED
 from fastattn.cuda.host import decode as decoding
-from fastattn.cuda.kernels import decode, portable, tensor_cores
-from fastattn.cuda.kernels.plan import OPERANDS, Table, is_extreme, slices_of
+from fastattn.cuda.host import tensor_cores
+from fastattn.cuda.host.plan import Table, is_extreme, slices_of
+from fastattn.cuda.kernels import portable
+from fastattn.cuda.kernels import tensor_cores as on_tensor_cores
+from fastattn.cuda.kernels.plan import OPERANDS
 from fastattn.cuda.kernels.tiles import Tiles
 
 SMALL = Tiles(threads_y=2, threads_x=2, rows=2, columns=2, values=2, features=4, value_rows=4)  # for the simulator
@@ -101,7 +104,7 @@ def choose_forward(facts: Facts) -> Choice:
     if against is None:
         shape = tensor_cores.shape_for(storage, mask, max(problem.head_dim, problem.value_dim))
         return Choice(
-            tensor_cores.forward,
+            on_tensor_cores.forward,
             shape,
             tensor_cores.grid_of(shape, problem),
             tensor_cores.block_of(shape),
@@ -147,7 +150,7 @@ def choose_shifts(storage: str, mask: str, problem: Problem, base_2: bool) -> Ch
 
 def said(capability: tuple[int, int]) -> str:
     """Which kernels calls get on a GPU, and why, in a few words."""
-    few = f"keys split over blocks where up to {decode.MAX_ROWS} queries share them"
+    few = f"keys split over blocks where up to {decoding.MAX_ROWS} queries share them"
     if capability < tensor_cores.CAPABILITY:
         need = ".".join(map(str, tensor_cores.CAPABILITY))
         return f"{few}, portable for all else, as tensor cores are used from compute capability {need} on"

@@ -13,7 +13,6 @@ import hashlib
 import os
 import platform
 import re
-import types
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,15 +26,22 @@ from fastattn.machine.libraries import cache_folder, warn_not_kept
 from fastattn.machine.os_threads import RLock
 
 Factory = Callable[[Any], Any]
+
+#: What takes part in compiling.
+COMPILED = ("fastattn.call.rounding", "fastattn.cuda.kernels")
+
 _lock = RLock()
 
 
 @functools.cache
 def source_digest() -> str:
-    """A hash of all modules of this package and of what they take from others, and of the versions of compilers."""
+    """A hash of the modules of kernels, of what they take from others, and of the versions of compilers.
+
+    `fastattn.cuda.available` has no part in it, of which they ask whether they are compiled at all.
+    """
     versions = [version(name) for name in ("numba", "numba-cuda", "numpy")]
     identity = repr((versions, platform.python_version(), platform.machine()))
-    return hashlib.sha256(of_modules("fastattn.cuda", "fastattn.call.rounding") + identity.encode()).hexdigest()[:32]
+    return hashlib.sha256(of_modules(*COMPILED) + identity.encode()).hexdigest()[:32]
 
 
 def folder() -> Path | None:
@@ -160,31 +166,3 @@ def stream_of_tables(device: int) -> Any:
 
     status, handle = driver.cuStreamCreate(driver.CUstream_flags.CU_STREAM_NON_BLOCKING.value)
     return cuda.stream() if int(status) else cuda.external_stream(int(handle))
-
-
-def ptx(
-    factory: Factory, spec: Any, argument_types: tuple[Any, ...], capability: tuple[int, int], **options: Any
-) -> str:
-    """The PTX of a kernel for GPUs of a compute capability, made without one; `options` are those of `kernel`.
-
-    Device functions are compiled once in a process, so one process compiles for one capability.
-    """
-    import numba.cuda.dispatcher as numba_dispatcher
-
-    with _lock:
-        asked = numba_dispatcher.get_current_device
-        # the dispatchers of device functions ask for the current device, of which there need be none here
-        numba_dispatcher.get_current_device = lambda: types.SimpleNamespace(compute_capability=capability)
-        try:
-            text, _ = cuda.compile(
-                python_kernel(factory, spec),
-                argument_types,
-                device=False,
-                abi="numba",
-                cc=capability,
-                output="ptx",
-                **options,
-            )
-        finally:
-            numba_dispatcher.get_current_device = asked
-    return text.decode() if isinstance(text, bytes) else str(text)

@@ -11,9 +11,9 @@ from fastattn.call.problem import Problem
 from fastattn.cuda.available import SIMULATED
 from fastattn.cuda.host.arrays import Given, nothing
 from fastattn.cuda.host.compile import kernel, launch
+from fastattn.cuda.host.plan import is_extreme, slices_of
 from fastattn.cuda.kernels import decode
-from fastattn.cuda.kernels.elements import MASKS
-from fastattn.cuda.kernels.plan import is_extreme, slices_of
+from fastattn.cuda.kernels.elements import MASKS, real_of
 from fastattn.cuda.kernels.vectors import VECTOR_BYTES, vector_width
 
 __all__ = ["Work", "against", "attend", "is_aligned", "work_for"]
@@ -22,6 +22,12 @@ REMEMBERED = 256  # tables
 #: For the simulator: how many queries are few, and the work of a block, which has at least a thread for each row.
 FEW, SMALL = 4, {"rows": 2, "keys": 8, "threads": 4, "lanes": 2, "passes": 2}
 _tables: dict[Any, tuple[Any, Any, Any]] = {}
+
+
+MAX_ROWS = 16  # queries of a block, half as many of float64; more of a group are more blocks, which read the keys again
+MAX_FEATURES = 256
+THREADS = 128
+PARTIAL_BYTES = 20 << 10  # of shared memory, for sums that are still to be taken over lanes
 
 
 class Work(NamedTuple):
@@ -55,7 +61,7 @@ def is_aligned(given: Given) -> bool:
 
 def against(problem: Problem) -> str | None:
     """Say why a call cannot have these kernels; None if it can."""
-    rows, most = problem.group * problem.queries, FEW if SIMULATED else decode.MAX_ROWS
+    rows, most = problem.group * problem.queries, FEW if SIMULATED else MAX_ROWS
     if not rows:
         return "there are no queries"
     if rows > most:
@@ -65,8 +71,8 @@ def against(problem: Problem) -> str | None:
     if is_extreme(problem):
         return f"scale {problem.scale:g} is extreme"
     for name, size in (("head", problem.head_dim), ("value", problem.value_dim)):
-        if size > decode.MAX_FEATURES:
-            return f"{name} size {size} is above {decode.MAX_FEATURES}"
+        if size > MAX_FEATURES:
+            return f"{name} size {size} is above {MAX_FEATURES}"
     return None
 
 
@@ -76,16 +82,39 @@ def work_for(problem: Problem, storage: str, mask: str, aligned: bool) -> Work |
         return None
     rows = problem.group * problem.queries
     features = max(problem.head_dim, problem.value_dim)
-    spec = decode.decode_for(storage, mask, problem.dropout_p > 0, aligned, rows, problem.keys, features)
+    spec = decode_for(storage, mask, problem.dropout_p > 0, aligned, rows, problem.keys, features)
     if spec is None:
         return None
     if SIMULATED:
-        lanes = max(SMALL["lanes"], decode.power_of_two(-(-features // vector_width(storage))))
+        lanes = max(SMALL["lanes"], power_of_two(-(-features // vector_width(storage))))
         small: dict[str, Any] = {**SMALL, "lanes": lanes, "threads": max(SMALL["threads"], lanes)}
         spec = spec._replace(**small)
     parts = -(-problem.keys // spec.keys)
     heads = slices_of(problem) // problem.group
     return Work(spec, parts, parts * -(-rows // spec.rows) * heads, slices_of(problem) * problem.queries)
+
+
+def decode_for(
+    storage: str, mask: str, dropout: bool, aligned: bool, rows: int, keys: int, features: int
+) -> decode.Decode | None:
+    """The kernels for so many rows of a group, keys, and features of keys or values, if these are for it.
+
+    Nothing else has a say: the parts of the keys, and so the bits of the result, are the same on every device.
+    """
+    if features > MAX_FEATURES:
+        return None
+    itemsize = np.dtype(real_of(storage)).itemsize
+    rows = min(MAX_ROWS * 4 // itemsize, power_of_two(rows))
+    part = 64 if keys <= 2048 or rows * features * itemsize > 8192 else 128 if keys <= 8192 or rows > 8 else 256
+    lanes = min(THREADS, max(4, power_of_two(-(-features // vector_width(storage)))))
+    per_pass = rows * (THREADS + THREADS // lanes) * itemsize
+    passes = min(8, -(-part * lanes // THREADS), max(1, PARTIAL_BYTES // per_pass))
+    return decode.Decode(storage, mask, dropout, aligned, rows, part, THREADS, lanes, passes)
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that is not below n."""
+    return 1 << max(0, n - 1).bit_length()
 
 
 def attend(call: Any, out: Given, lse: Given, seed: int, make_tables: Callable[[], tuple[Any, Any, Any]]) -> bool:

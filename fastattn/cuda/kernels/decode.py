@@ -30,9 +30,9 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import cuda, types
+from numba import cuda
 
-from fastattn.cuda.kernels.elements import MASKS, STORAGE, device, keeps, loader, mask_loader, real_of, storer
+from fastattn.cuda.kernels.elements import device, keeps, loader, mask_loader, real_of, storer
 from fastattn.cuda.kernels.plan import (
     CAUSAL_OFFSET,
     DROP_BELOW,
@@ -49,21 +49,7 @@ from fastattn.cuda.kernels.plan import (
 )
 from fastattn.cuda.kernels.vectors import vector_loader, vector_width
 
-__all__ = [
-    "MAX_FEATURES",
-    "MAX_ROWS",
-    "Decode",
-    "decode_for",
-    "merge_splits",
-    "merge_types",
-    "split_keys",
-    "split_types",
-]
-
-MAX_ROWS = 16  # queries of a block, half as many of float64; more of a group are more blocks, which read the keys again
-MAX_FEATURES = 256
-THREADS = 128
-PARTIAL_BYTES = 20 << 10  # of shared memory, for sums that are still to be taken over lanes
+__all__ = ["Decode", "merge_splits", "split_keys"]
 
 
 class Decode(NamedTuple):
@@ -132,44 +118,7 @@ class Decode(NamedTuple):
         return numbers * np.dtype(real_of(self.storage)).itemsize + self.rows * self.keys
 
 
-def decode_for(
-    storage: str, mask: str, dropout: bool, aligned: bool, rows: int, keys: int, features: int
-) -> Decode | None:
-    """The kernels for so many rows of a group, keys, and features of keys or values, if these are for it.
-
-    Nothing else has a say: the parts of the keys, and so the bits of the result, are the same on every device.
-    """
-    if features > MAX_FEATURES:
-        return None
-    itemsize = np.dtype(real_of(storage)).itemsize
-    rows = min(MAX_ROWS * 4 // itemsize, power_of_two(rows))
-    part = 64 if keys <= 2048 or rows * features * itemsize > 8192 else 128 if keys <= 8192 or rows > 8 else 256
-    lanes = min(THREADS, max(4, power_of_two(-(-features // vector_width(storage)))))
-    per_pass = rows * (THREADS + THREADS // lanes) * itemsize
-    passes = min(8, -(-part * lanes // THREADS), max(1, PARTIAL_BYTES // per_pass))
-    return Decode(storage, mask, dropout, aligned, rows, part, THREADS, lanes, passes)
-
-
-def power_of_two(n: int) -> int:
-    """The least power of two that is not below n."""
-    return 1 << max(0, n - 1).bit_length()
-
-
 # -- a part of the keys ------------------------------------------------------------------------------------------------
-
-
-def split_types(spec: Decode) -> tuple[Any, ...]:
-    """The Numba types of the arguments of `split_keys`."""
-    real, element = _numba(real_of(spec.storage)), _numba(STORAGE[spec.storage])
-    mask = types.uint8 if spec.mask == "none" else _numba(MASKS[spec.mask])
-    arrays = [types.Array(kind, 1, "C") for kind in (element, element, element, mask, real, real)]
-    table = types.Array(types.int64, 2, "C")
-    numbers = (types.int64, real, real, types.uint32, types.uint32)
-    return (*arrays, table, table, types.Array(types.int64, 1, "C"), *numbers)
-
-
-def _numba(kind: Any) -> Any:
-    return getattr(types, np.dtype(kind).name)
 
 
 def _score_functions(spec: Decode) -> tuple[Any, Any]:
@@ -389,14 +338,6 @@ def split_keys(spec: Decode) -> Any:
 
 
 # -- all parts together ------------------------------------------------------------------------------------------------
-
-
-def merge_types(spec: Decode) -> tuple[Any, ...]:
-    """The Numba types of the arguments of `merge_splits`."""
-    real, element = _numba(real_of(spec.storage)), _numba(STORAGE[spec.storage])
-    arrays = [types.Array(kind, 1, "C") for kind in (real, real, element, real)]
-    table = types.Array(types.int64, 2, "C")
-    return (*arrays, table, table, types.Array(types.int64, 1, "C"))
 
 
 def merge_splits(spec: Decode) -> Any:

@@ -12,7 +12,7 @@ and threads speak to each other through shared memory alone. Values wider than a
 blocks of threads that each compute the scores again.
 
 Scores are in base 2: the scale has a factor log2(e) in it. Under a floating mask they stay in base e, since finfo.min
-times log2(e) is no number, and where the scale is extreme (see `fastattn.cuda.kernels.plan`), which has all arithmetic
+times log2(e) is no number, and where the scale is extreme (see `fastattn.cuda.host.plan`), which has all arithmetic
 in float64 as well; `unit` is log2(e) then, else 1.
 
 A key that a query may not look at has the weight -0.0, which adds nothing to a finite sum. Where a block of values
@@ -27,14 +27,12 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import cuda, types
+from numba import cuda
 
 from fastattn.call.rounding import PRECISE
 from fastattn.cuda.kernels.elements import (
     LN_2,
     LOG2_E,
-    MASKS,
-    STORAGE,
     device,
     exp2,
     holder,
@@ -75,7 +73,7 @@ from fastattn.cuda.kernels.tiles import (
 class Forward(NamedTuple):
     """What a forward kernel is compiled for; `mask` is "none" or the type that the mask is stored in.
 
-    `extreme` is what `fastattn.cuda.kernels.plan` says of the scale.
+    `extreme` is what `fastattn.cuda.host.plan` says of the scale.
     """
 
     storage: str
@@ -109,22 +107,6 @@ class Copy(NamedTuple):
     """What a kernel that copies a result is compiled for."""
 
     storage: str
-
-
-def argument_types(spec: Forward | Weights | Shifts) -> tuple[Any, ...]:
-    """The Numba types of a kernel's arguments."""
-    # of kernels on tensor cores the scale is never extreme
-    real = _numba_type(real_of(spec.storage, getattr(spec, "extreme", False)))
-    sums = real if isinstance(spec, (Weights, Shifts)) else _numba_type(real_of(spec.storage))
-    element = _numba_type(STORAGE[spec.storage])
-    mask = types.uint8 if spec.mask == "none" else _numba_type(MASKS[spec.mask])
-    operands = [types.Array(kind, 1, "C") for kind in (element, element, element, mask, element, sums)]
-    table = types.Array(types.int64, 2, "C")
-    return (*operands, table, table, types.Array(types.int64, 1, "C"), real, real, types.uint32, types.uint32)
-
-
-def _numba_type(kind: Any) -> Any:
-    return getattr(types, np.dtype(kind).name)
 
 
 def forward(spec: Forward) -> Any:
@@ -304,13 +286,6 @@ def _make_find_scores(spec: Weights | Shifts) -> Any:
         restrict(scores, seen, mask, offsets[MASK, slice_], steps, sizes, first_query, first_key, y, x)
 
     return find_scores
-
-
-def shifts_types(spec: Shifts) -> tuple[Any, ...]:
-    """The Numba types of the arguments of `find_shifts`."""
-    query, key, _, mask, _, real, offsets, steps, sizes, scale, *_ = argument_types(spec)
-    lse = types.Array(_numba_type(real_of(spec.storage)), 1, "C")
-    return query, key, mask, lse, real, offsets, steps, sizes, scale, scale
 
 
 def find_shifts(spec: Shifts) -> Any:

@@ -32,10 +32,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import cuda, types
+from numba import cuda
 
 from fastattn.cuda.kernels.backward_tiles import Tiles, Tiling, make_tiles
-from fastattn.cuda.kernels.elements import MASKS, STORAGE, device, loader, real_of, storer
+from fastattn.cuda.kernels.elements import device, loader, real_of, storer
 from fastattn.cuda.kernels.plan import (
     CAUSAL_OFFSET,
     DELTA,
@@ -56,17 +56,7 @@ from fastattn.cuda.kernels.plan import (
     VALUE_DIM,
 )
 
-__all__ = [
-    "Backward",
-    "deltas_types",
-    "find_deltas",
-    "grad_keys",
-    "grad_mask",
-    "grad_queries",
-    "keys_types",
-    "mask_types",
-    "queries_types",
-]
+__all__ = ["Backward", "find_deltas", "grad_keys", "grad_mask", "grad_queries"]
 
 PADDING = 1  # of a row in shared memory, so that a column of it lies in different banks
 
@@ -85,7 +75,7 @@ class Backward(NamedTuple):
     key, value : bool
         What `grad_keys` computes: both at once where the same slices share key and value.
     extreme : bool
-        What `fastattn.cuda.kernels.plan` says of the scale: the arithmetic is in float64.
+        What `fastattn.cuda.host.plan` says of the scale: the arithmetic is in float64.
     """
 
     storage: str
@@ -100,39 +90,6 @@ class Backward(NamedTuple):
     def real(self) -> Any:
         """The NumPy type of the arithmetic."""
         return real_of(self.storage, self.extreme)
-
-
-def _array(kind: Any, rank: int = 1) -> Any:
-    return types.Array(getattr(types, np.dtype(kind).name), rank, "C")
-
-
-def deltas_types(spec: Backward) -> tuple[Any, ...]:
-    """The Numba types of the arguments of `find_deltas`."""
-    element, real, table = _array(STORAGE[spec.storage]), _array(spec.real), _array(np.int64, 2)
-    return element, element, _array(real_of(spec.storage)), types.boolean, table, table, _array(np.int64), real
-
-
-def _common_types(spec: Backward) -> tuple[Any, ...]:
-    element, real, table = _array(STORAGE[spec.storage]), _array(spec.real), _array(np.int64, 2)
-    mask = _array(MASKS["bool" if spec.mask == "none" else spec.mask])
-    tables = (table, table, _array(np.int64), table)
-    return (*[element] * 3, mask, element, real, *tables, real.dtype, types.uint32, types.uint32, real.dtype)
-
-
-def keys_types(spec: Backward) -> tuple[Any, ...]:
-    """The Numba types of the arguments of `grad_keys`."""
-    element = _array(STORAGE[spec.storage])
-    return (*_common_types(spec), types.int64, element, element)
-
-
-def queries_types(spec: Backward) -> tuple[Any, ...]:
-    """The Numba types of the arguments of `grad_queries`."""
-    return (*_common_types(spec), types.int64, _array(STORAGE[spec.storage]))
-
-
-def mask_types(spec: Backward) -> tuple[Any, ...]:
-    """The Numba types of the arguments of `grad_mask`."""
-    return (*_common_types(spec), types.int64, types.int64, _array(MASKS[spec.mask]))
 
 
 def _make_differentiate(spec: Backward, tiles: Tiles) -> Any:

@@ -1,7 +1,7 @@
 """Instructions that Python has no word for, as inline PTX: for `unrolled` functions, on a GPU.
 
-`fastattn.cuda.emulated` has the same names in NumPy; `fastattn.cuda.kernels.primitives` is the one or the other. What
-each instruction does is said there, in code.
+`emulated_ptx`, a module of the tests, has the same names in NumPy; `fastattn.cuda.kernels.primitives` is the one or the
+other. What each instruction does is said there, in code.
 """
 
 from __future__ import annotations

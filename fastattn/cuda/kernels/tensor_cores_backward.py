@@ -27,17 +27,12 @@ References
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import cuda, types
+from numba import cuda
 
-from fastattn.call.problem import Problem
-from fastattn.cuda.available import SIMULATED
-from fastattn.cuda.kernels import tensor_cores
-from fastattn.cuda.kernels.elements import MASKS, STORAGE
-from fastattn.cuda.kernels.fragments import HALF, TileShape, make_steps
+from fastattn.cuda.kernels.fragments import TileShape, make_steps
 from fastattn.cuda.kernels.gradient_fragments import make_gradient_steps, shared_bytes
 from fastattn.cuda.kernels.plan import (
     CAUSAL_OFFSET,
@@ -52,13 +47,8 @@ from fastattn.cuda.kernels.plan import (
     QUERY,
     VALUE,
     VALUE_DIM,
-    Table,
 )
 from fastattn.cuda.kernels.primitives import global_address, hold_loads, unrolled
-
-# Bytes of a slice of a gradient, which are counted in 32 bits, and those of some rows more. So are the numbers of its
-# queries, which have fewer bytes.
-MOST = 2**31 - 2**20
 
 
 class Gradients(NamedTuple):
@@ -81,30 +71,6 @@ class Gradients(NamedTuple):
     def shared_bytes(self) -> int:
         """Shared memory of a block."""
         return shared_bytes(self.shape, self.apart)
-
-
-def spec_for(storage: str, mask: str, width: int, of_keys: bool) -> Gradients:
-    """The kernel for rows of up to `width` elements."""
-    # the sums of 16 keys and values are a quarter of the registers of a thread, or half of them: then tiles are small,
-    # and where addresses of a mask come in addition, the own rows have to stay in shared memory
-    masked = mask != "none"
-    if width <= 64:
-        shape = TileShape(storage, mask, width=64, warps=4, rows=16, keys=32, blocks=2 if masked else 3)
-        return Gradients(shape, of_keys)
-    tile = 16 if of_keys or masked else 32
-    return Gradients(TileShape(storage, mask, width=128, warps=4, rows=16, keys=tile, blocks=2), of_keys, apart=masked)
-
-
-def argument_types(spec: Gradients) -> tuple[Any, ...]:
-    """The Numba types of a kernel's arguments."""
-
-    def array(kind: Any, rank: int = 1) -> Any:
-        return types.Array(getattr(types, np.dtype(kind).name), rank, "C")
-
-    element, real, table = array(STORAGE[spec.shape.storage]), array(np.float32), array(np.int64, 2)
-    mask = array(MASKS["bool" if spec.shape.mask == "none" else spec.shape.mask])
-    tables = (table, table, array(np.int64), table)
-    return (*[element] * 4, mask, real, *tables, types.float32, types.float32, element, element)
 
 
 def gradients(spec: Gradients) -> Any:
@@ -236,12 +202,6 @@ def gradients(spec: Gradients) -> Any:
     return kernel
 
 
-def shifts_types(spec: Gradients) -> tuple[Any, ...]:
-    """The Numba types of the arguments of `find_shifts`."""
-    a, b, _, _, mask, numbers, offsets, steps, sizes, _, unit, *_ = argument_types(spec)
-    return a, b, mask, numbers, numbers, offsets, steps, sizes, unit, unit
-
-
 def find_shifts(spec: Gradients) -> Any:
     """The kernel of SHIFT and REST of each query, those of `portable.find_shifts`, from the scores of these kernels.
 
@@ -298,18 +258,3 @@ def find_shifts(spec: Gradients) -> Any:
         store_shifts(highest, total, unit, numbers_at, lse_at, steps[LSE, 0], slack, first, queries, thread)
 
     return kernel
-
-
-def options(spec: Gradients) -> dict[str, Any]:
-    """The options of `cuda.jit` for this kernel: how many registers a thread may have follows from them."""
-    return {} if SIMULATED else {"launch_bounds": (spec.shape.threads, spec.shape.blocks)}
-
-
-def against(
-    storage: str, mask: str, problem: Problem, table: Table, addresses: Sequence[int], capability: tuple[int, int]
-) -> str | None:
-    """Say why a call cannot have these kernels; None if it can. The arguments are those of the forward kernel's."""
-    size = max(problem.queries, problem.keys) * max(problem.head_dim, problem.value_dim) * HALF
-    if size > MOST:
-        return f"a gradient of {size} bytes for a slice is not below 2 GiB"
-    return tensor_cores.against(storage, mask, problem, table, addresses, capability, (QUERY, KEY, VALUE, GRAD_OUT))

@@ -478,6 +478,13 @@ def test_without_a_driver_the_error_says_so() -> None:
     assert "https://www.nvidia.com/drivers" in said
 
 
+def test_the_simulator_says_what_it_needs_of_the_tests() -> None:
+    away = "import sys; sys.path[:] = [place for place in sys.path if not place.endswith('tests')]"
+    said = processes.run(f"{away}\n{ASK}", NUMBA_ENABLE_CUDASIM="1")
+    assert "backend: 'cuda' cannot be used here: Numba's simulator needs the module emulated_ptx" in said
+    assert "PYTHONPATH" in said
+
+
 def test_numba_cuda_is_imported_for_cuda_alone() -> None:
     code = "import sys, numpy as np, fastattn; a = np.ones((2, 2), np.float32); fastattn.attention(a, a, a)"
     assert processes.run(f"{code}; print('numba.cuda' in sys.modules)").strip() == "False"

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import processes
+from imports import imported_by
 
 import fastattn
 from fastattn.cuda.host import choice, compile
@@ -52,6 +53,32 @@ def test_a_changed_source_is_compiled_anew(tmp_path: Path) -> None:
         damaged.write_bytes(b"not a kernel")
     assert outcome() == COMPILED
     assert outcome() == FOUND
+
+
+def test_every_module_that_takes_part_is_in_the_name(tmp_path: Path) -> None:
+    """All that kernels import, except what says that they run in the simulator, where nothing is compiled."""
+    modules: dict[str, Path] = {}
+    for name in ("decode", "portable", "portable_backward", "ptx", "tensor_cores", "tensor_cores_backward"):
+        imported_by(f"fastattn.cuda.kernels.{name}", modules)
+    del modules["fastattn.cuda.available"]
+    assert {"fastattn.call.rounding", "fastattn.cuda.kernels.plan", "fastattn.cuda.kernels.registers"} <= set(modules)
+    assert not any("host" in name for name in modules)
+    shutil.copytree(processes.PACKAGE, tmp_path / "fastattn", ignore=shutil.ignore_patterns("__pycache__"))
+    code = f"""
+from pathlib import Path
+from fastattn.cuda.host.compile import source_digest
+digests = [source_digest.__wrapped__()]
+for path in {[str(path) for path in modules.values()]}:
+    path = Path({str(tmp_path)!r}, path)
+    path.write_bytes(path.read_bytes() + b"#")
+    digests.append(source_digest.__wrapped__())
+print(len(digests) == len(set(digests)))
+before = digests[-1]
+for path in Path({str(tmp_path)!r}, "fastattn", "cuda", "host").glob("*.py"):
+    path.write_bytes(path.read_bytes() + b"#")
+print(source_digest.__wrapped__() == before)
+"""
+    assert processes.run(code, tmp_path, NUMBA_ENABLE_CUDASIM="0") == "True\nTrue\n"
 
 
 def test_a_tree_of_pyc_files_has_a_folder_of_its_own(tmp_path: Path) -> None:

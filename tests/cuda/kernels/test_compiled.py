@@ -40,9 +40,9 @@ EXTREME = ("bfloat16", "float64")  # storage and mask
 
 COMPILE = """
 import json
-from fastattn.cuda.host import backward, choice
-from fastattn.cuda.kernels import plan, portable, portable_backward as gradients
-from fastattn.cuda.host.compile import ptx
+from cuda_ptx import ptx
+from fastattn.cuda.host import backward, choice, plan
+from fastattn.cuda.kernels import portable_backward as gradients
 from fastattn.call.problem import Problem
 import numpy as np
 
@@ -54,24 +54,19 @@ for name, (storage, mask, dropout, head_dim, value_dim) in json.loads(KERNELS).i
     facts = choice.Facts(storage, mask, problem, plan.make_table(problem, []), (0,) * 4, (7, 5))
     for choose in (choice.choose_forward, *[choice.choose_weights] * (name == "float32" and CAPABILITY == (8, 0))):
         chosen = choose(facts)
-        text = ptx(chosen.factory, chosen.spec, portable.argument_types(chosen.spec), CAPABILITY)
-        made[f"{chosen.factory.__name__} of {name}"] = text
+        made[f"{chosen.factory.__name__} of {name}"] = ptx(chosen.factory, chosen.spec, CAPABILITY)
 if CAPABILITY == (8, 0):
     (storage, mask), real = EXTREME, np.dtype(np.float32)
     problem = Problem(real, (), 1, 1, 9, 9, 128, 128, (1, 9, 128), 1e39, 0, 0.5, "float")
     facts = choice.Facts(storage, mask, problem, plan.make_table(problem, []), (0,) * 4, CAPABILITY)
     work = [choice.choose_forward(facts), choice.choose_weights(facts)]
-    kernels = [(chosen.factory, chosen.spec, portable.argument_types(chosen.spec)) for chosen in work]
-    spec = choice.choose_shifts(storage, mask, problem, False).spec
-    kernels.append((portable.find_shifts, spec, portable.shifts_types(spec)))
+    work.append(choice.choose_shifts(storage, mask, problem, False))
+    kernels = [(chosen.factory, chosen.spec) for chosen in work]
     spec = gradients.Backward(storage, mask, True, backward.tiling_for(storage, problem), extreme=True)
-    for factory, types in (
-        (gradients.find_deltas, gradients.deltas_types), (gradients.grad_queries, gradients.queries_types),
-        (gradients.grad_keys, gradients.keys_types), (gradients.grad_mask, gradients.mask_types),
-    ):
-        kernels.append((factory, spec, types(spec)))
-    for factory, spec, types in kernels:
-        made[f"{factory.__name__} of an extreme scale"] = ptx(factory, spec, types, CAPABILITY)
+    for factory in (gradients.find_deltas, gradients.grad_queries, gradients.grad_keys, gradients.grad_mask):
+        kernels.append((factory, spec))
+    for factory, spec in kernels:
+        made[f"{factory.__name__} of an extreme scale"] = ptx(factory, spec, CAPABILITY)
 print(json.dumps(made))
 """
 

@@ -17,9 +17,9 @@ pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
 from numba import cuda
 
 from fastattn.cuda.available import SIMULATED
-from fastattn.cuda.host import arrays, choice
+from fastattn.cuda.host import arrays, choice, plan
 from fastattn.cuda.host import decode as decoding
-from fastattn.cuda.kernels import decode, plan
+from fastattn.cuda.kernels.plan import OPERANDS
 from fastattn.cuda.kernels.vectors import vector_width
 
 Array = np.ndarray[Any, Any]
@@ -185,7 +185,7 @@ def test_it_is_said_why_keys_are_not_split(query: Any, key: Any, why: str) -> No
     given = (np.zeros(query, np.float16), np.zeros(key, np.float16), np.zeros(key, np.float16))
     problem, _ = describe(*(array.astype(np.float32) for array in given), enable_gqa=True)
     for mask, kernel in (("none", "tensor cores"), ("float64", "portable, because of a mask of float64")):
-        table = plan.Table(np.zeros((plan.OPERANDS, 32), np.int64), np.tile([0, 1], (plan.OPERANDS, 1)), np.zeros(0))
+        table = plan.Table(np.zeros((OPERANDS, 32), np.int64), np.tile([0, 1], (OPERANDS, 1)), np.zeros(0))
         chosen = choice.choose_forward(choice.Facts("float16", mask, problem, table, (0,) * 4, (8, 0)))
         if query[-1] == 8:
             assert chosen.why.startswith(kernel)
@@ -210,9 +210,9 @@ def test_specifications_fit_a_block(storage: str) -> None:
     for rows in (1, 2, 5, 16):
         for keys in (1, 2048, 5000, 10**6):
             for features in (0, 1, 64, 80, 128, 256):
-                spec = decode.decode_for(storage, "none", False, True, rows, keys, features)
+                spec = decoding.decode_for(storage, "none", False, True, rows, keys, features)
                 assert spec is not None
                 assert spec.columns >= features
                 assert spec.threads % spec.lanes == 0
                 assert spec.shared_bytes <= 48 << 10
-    assert decode.decode_for(storage, "none", False, True, 1, 1, 257) is None
+    assert decoding.decode_for(storage, "none", False, True, 1, 1, 257) is None

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import emulated_ptx as emulated
 import numpy as np
 import pytest
-
-from fastattn.cuda import emulated
-from fastattn.cuda.emulated import Address, from_halves, mma, pack, to_halves
+from emulated_ptx import Address, from_halves, mma, pack, to_halves
 
 STORAGES = ("bfloat16", "float16")
 LANES = range(32)

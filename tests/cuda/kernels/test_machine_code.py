@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fastattn.cuda.kernels.tensor_cores import shape_for
+from fastattn.cuda.host.tensor_cores import shape_for
 
 SCRIPT = Path(__file__).parents[3] / "benchmarks" / "cuda_kernels.py"
 #: Architectures, and the compute capability that Numba makes PTX of for them; that for 8.0 is assembled for both.

@@ -20,6 +20,8 @@ from half_cases import Halves, check
 import fastattn
 from fastattn.cuda.available import SIMULATED, Device
 from fastattn.cuda.host import attention, backward
+from fastattn.cuda.host.tensor_cores import shape_for
+from fastattn.cuda.host.tensor_cores_backward import spec_for
 from fastattn.cuda.kernels import tensor_cores, tensor_cores_backward
 from fastattn.cuda.kernels.fragments import TileShape
 from fastattn.cuda.kernels.plan import REST, SHIFT
@@ -44,30 +46,23 @@ CASES = [("plain", False), ("plain", "bottom-right"), ("wide", False), ("bool", 
 CALL = ("float16", "none", 128)  # storage, mask and width of a whole call
 GRADIENTS = [
     *(Gradients(shape, of_keys, apart) for shape, apart in GRADIENT_SHAPES.values() for of_keys in (False, True)),
-    *(tensor_cores_backward.spec_for(*CALL, of_keys) for of_keys in (False, True)),
+    *(spec_for(*CALL, of_keys) for of_keys in (False, True)),
 ]
 #: Kernels, by the names of what makes them and their specifications.
 KERNELS = [
-    *(("forward", shape) for shape in (*SHAPES.values(), tensor_cores.shape_for(*CALL))),
+    *(("forward", shape) for shape in (*SHAPES.values(), shape_for(*CALL))),
     *(("gradients", spec) for spec in GRADIENTS),
     *(("find_shifts", spec._replace(apart=False)) for spec in GRADIENTS if not spec.of_keys),
 ]
 COMPILE = """
 import json, pickle
 from base64 import b64decode
-from fastattn.cuda.kernels import portable, tensor_cores, tensor_cores_backward
-from fastattn.cuda.host.compile import ptx
+from cuda_ptx import ptx
+from fastattn.cuda.kernels import tensor_cores, tensor_cores_backward
 
-kinds = {
-    "forward": (tensor_cores.forward, portable.argument_types),
-    "gradients": (tensor_cores_backward.gradients, tensor_cores_backward.argument_types),
-    "find_shifts": (tensor_cores_backward.find_shifts, tensor_cores_backward.shifts_types),
-}
-made = []
-for name, spec in pickle.loads(b64decode(KERNELS)):
-    factory, types = kinds[name]
-    made.append(ptx(factory, spec, types(spec), (8, 0)))
-print(json.dumps(made))
+factories = tensor_cores.forward, tensor_cores_backward.gradients, tensor_cores_backward.find_shifts
+by_name = {factory.__name__: factory for factory in factories}
+print(json.dumps([ptx(by_name[name], spec, (8, 0)) for name, spec in pickle.loads(b64decode(KERNELS))]))
 """
 
 

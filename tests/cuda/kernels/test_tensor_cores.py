@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import emulated_ptx as emulated
 import numpy as np
 import pytest
 from half_cases import Halves, check, run
@@ -12,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastattn.call.shapes import describe
-from fastattn.cuda import emulated
 from fastattn.cuda.available import SIMULATED
-from fastattn.cuda.kernels import tensor_cores
+from fastattn.cuda.host import tensor_cores
+from fastattn.cuda.host.plan import make_table
 from fastattn.cuda.kernels.fragments import TileShape
-from fastattn.cuda.kernels.plan import OUT, QUERY, make_table
+from fastattn.cuda.kernels.plan import OUT, QUERY
 
 SMALL = TileShape("bfloat16", "none", width=64, warps=1, rows=16, keys=16, blocks=1)
 STORAGES = ("bfloat16", "float16")

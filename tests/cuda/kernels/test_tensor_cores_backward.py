@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import emulated_ptx as emulated
 import numpy as np
 import pytest
 from half_cases import Halves
@@ -14,13 +15,12 @@ from hypothesis import strategies as st
 
 import fastattn
 from fastattn.call.shapes import describe
-from fastattn.cuda import emulated
 from fastattn.cuda.available import SIMULATED, Device
 from fastattn.cuda.host import backward
+from fastattn.cuda.host import tensor_cores_backward as tensor_cores
+from fastattn.cuda.host.plan import Table
 from fastattn.cuda.kernels import gradient_fragments
-from fastattn.cuda.kernels import tensor_cores_backward as tensor_cores
 from fastattn.cuda.kernels.fragments import TileShape
-from fastattn.cuda.kernels.plan import Table
 
 STORAGES = ("bfloat16", "float16")
 SMALL = TileShape("bfloat16", "none", width=64, warps=1, rows=16, keys=16, blocks=1)

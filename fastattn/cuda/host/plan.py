@@ -1,0 +1,116 @@
+"""The tables that tell kernels of a call where its operands are: what `fastattn.cuda.kernels.plan` says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastattn.call.problem import Problem
+from fastattn.cuda.kernels.plan import DROP_BELOW, OPERANDS, OUT, QUERIES, QUERY, SLICES, VALUE_DIM
+
+#: Scales, by dtype, between which a score comes of a scaled query, in base 2 as well. Others but 0 are *extreme*: then
+#: all arithmetic is in float64, whatever the storage, and nothing in base 2.
+SCALES = {"float32": (1e-30, 1e30), "float64": (0.0, 1e300)}
+
+
+class Table(NamedTuple):
+    """What is the same for all calls of the same shapes and strides, as arrays of int64.
+
+    Attributes
+    ----------
+    offsets : shape (OPERANDS, slices)
+        The first element of each slice, counted from the array's lowest address.
+    steps : shape (OPERANDS, 2)
+        From row to row and from column to column, in elements.
+    sizes : shape (8,)
+        See `sizes_of`.
+    """
+
+    offsets: NDArray[np.int64]
+    steps: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+
+
+def sizes_of(problem: Problem) -> NDArray[np.int64]:
+    """The sizes of a problem, in the order of the constants above.
+
+    CAUSAL_OFFSET is that of the problem; without a causal mask it is Lk, so that no key is beyond it. DROP_BELOW is 0
+    without dropout.
+    """
+    return np.array(
+        [
+            problem.queries,
+            problem.keys,
+            problem.head_dim,
+            problem.value_dim,
+            problem.heads,
+            slices_of(problem),
+            problem.keys if problem.causal_offset is None else problem.causal_offset,
+            problem.drop_threshold,
+        ],
+        np.int64,
+    )
+
+
+def is_extreme(problem: Problem) -> bool:
+    """Say whether the scale is extreme."""
+    low, high = SCALES[problem.dtype.name]
+    return problem.scale != 0 and not low <= abs(problem.scale) <= high
+
+
+def slices_of(problem: Problem) -> int:
+    """How many slices there are."""
+    return int(np.prod(problem.rows_shape, dtype=np.int64))
+
+
+def make_table(problem: Problem, views: Sequence[tuple[int, NDArray[Any], int]]) -> Table:
+    """Make the tables.
+
+    Parameters
+    ----------
+    problem : Problem
+    views : sequence of (int, ndarray, int)
+        The row of the table; a view with the axes of an operand, (*batch, Hk, G, rows, columns), of which only the
+        strides matter; and which element from the lowest address on is its first.
+    """
+    offsets = np.zeros((OPERANDS, slices_of(problem)), np.int64)
+    steps = np.zeros((OPERANDS, 2), np.int64)
+    for row, view, first in views:
+        strides = tuple(stride // view.itemsize for stride in view.strides)
+        offsets[row] = first + offsets_of(problem.rows_shape, strides[:-2])
+        steps[row] = strides[-2:]
+    return Table(offsets, steps, sizes_of(problem))
+
+
+def copy_table(
+    shape: tuple[int, ...], source: tuple[tuple[int, ...], int], target: tuple[tuple[int, ...], int]
+) -> Table:
+    """Make the tables for a copy from QUERY to OUT of arrays of one shape.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        Of rank 2 or more.
+    source, target : (tuple of int, int)
+        Strides in elements, and which element from the lowest address on is the first.
+    """
+    *rows, queries, columns = shape
+    offsets = np.zeros((OPERANDS, int(np.prod(rows, dtype=np.int64))), np.int64)
+    steps = np.zeros((OPERANDS, 2), np.int64)
+    for row, (strides, first) in ((QUERY, source), (OUT, target)):
+        offsets[row] = first + offsets_of(tuple(rows), strides[:-2])
+        steps[row] = strides[-2:]
+    sizes = np.zeros(DROP_BELOW + 1, np.int64)
+    sizes[[QUERIES, VALUE_DIM, SLICES]] = queries, columns, offsets.shape[1]
+    return Table(offsets, steps, sizes)
+
+
+def offsets_of(rows: tuple[int, ...], strides: tuple[int, ...]) -> NDArray[np.int64]:
+    """Where the slices of an array of these leading axes begin, counted from the first, in C order."""
+    total = np.zeros(rows, np.int64)
+    for axis, (count, stride) in enumerate(zip(rows, strides, strict=True)):
+        total += stride * np.arange(count).reshape([-1 if i == axis else 1 for i in range(len(rows))])
+    return total.ravel()
