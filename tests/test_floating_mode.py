@@ -23,9 +23,9 @@ from fastattn.cpu.host.builtin import in_default_mode
 from fastattn.machine import building as build
 from fastattn.machine import table as isa
 from fastattn.machine.libraries import Library, library
+from fastattn.machine.mode import with_default_mode
 from fastattn.machine.table import host
 from fastattn.simd import jit, load_f32, store_f32
-from fastattn.simd.mode import with_default_mode
 
 Array = NDArray[Any]
 DTYPES = (np.float32, np.float64)
