@@ -5,12 +5,63 @@ A new machine is a new row. The algorithm in `fastattn.cpu` reads the row and kn
 
 import os
 import platform
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 from llvmlite import binding as llvm
 
 from fastattn.machine.tile import ITEMSIZE, TileShape
+
+
+@dataclass(frozen=True)
+class Blocking:
+    """How work is cut into pieces. Compiled code is told the sizes when it runs, so that no kernel depends on them.
+
+    Attributes
+    ----------
+    least_rows : int
+        Keys, or queries, in a block however long their rows are: a multiple of any tile's rows and width.
+    block_bytes : int
+        What a block of keys and values may take of the second-level cache; blocks of long rows have fewer keys.
+    group_bytes : int
+        State of the query blocks taken through the keys together, which the packing is shared by.
+    cached_bytes : int
+        All queries, keys and values of a call: where they are no more, they may still be near from the last call, and
+        the next head is not asked for ahead.
+    in_place_bytes : int
+        From row to row of keys and values that are read in place, at most: farther apart, they fall into few sets of
+        the caches.
+    gradient_query_bytes : int
+        Backward pass: a row of queries taken together, which a visit adds to a gradient of keys and values at a time.
+    gradient_key_block : int
+        Backward pass: keys in a block.
+    gradient_state_bytes : int
+        Backward pass: a group of key blocks, at most: keys, values, and the gradients of both.
+    additive_block : int
+        Backward pass of additive attention: queries, and keys, that meet in working memory.
+    additive_query_bytes, additive_key_bytes : int
+        There: features and values of such a block, at most.
+    additive_terms_bytes : int
+        There: terms of the queries that meet a vector of keys together, where one query does not have more.
+    additive_cost, additive_gradient_cost : float
+        What a feature of a query and a key takes the time of in additive attention, forward and backward: operations
+        of the micro-kernel.
+    """
+
+    least_rows: int = 32
+    block_bytes: int = 128 << 10
+    group_bytes: int = 512 << 10
+    cached_bytes: int = 1 << 20
+    in_place_bytes: int = 3 << 10
+    gradient_query_bytes: int = 256
+    gradient_key_block: int = 128
+    gradient_state_bytes: int = 1 << 20
+    additive_block: int = 128
+    additive_query_bytes: int = 256 << 10
+    additive_key_bytes: int = 128 << 10
+    additive_terms_bytes: int = 8 << 10
+    additive_cost: float = 10.0
+    additive_gradient_cost: float = 20.0
 
 
 @dataclass(frozen=True)
@@ -32,44 +83,18 @@ class Isa:
         the operands no more than there are registers (16 of AVX2 and SSE, 32 of AVX-512 and NEON).
     tall_rows : int
         Rows of the tile that is one vector wide, for calls with few queries.
+    key_block : int
+        Keys taken through the softmax at a time.
     scalef : bool
         Whether the machine scales by a power of two in one instruction (AVX-512's vscalef).
     panels : bool
         Whether blocks of keys and values are laid out anew for a group of query blocks, in the order of their use.
         Otherwise they are read where they lie, or if that is awkward, from a copy of the rows.
     code_offset : int
-        Where in a cache line a kernel's code begins, in bytes. This changes the time of a call of some microseconds:
+        Where in a cache line a kernel's code begins, in bytes. It changes the time of a call of some microseconds:
         (1,8,8,32) took 6.8, 6.4, 7.2 and 6.2 us on Zen 4 where it begins at 0, 16, 32 and 48.
-    key_block : int
-        Keys taken through the softmax at a time.
-    least_rows : int
-        Keys, or queries, in a block however long their rows are: a multiple of any tile's rows and width.
-    block_bytes : int
-        What a block of keys and values may take of the second-level cache; blocks of long rows have fewer keys.
-    group_bytes : int
-        State of the query blocks taken through the keys together, which the packing is shared by.
-    cached_bytes : int
-        Of all queries, keys and values of a call: where they are no more, they may still be near from the last call,
-        and nothing is prefetched for the next head.
-    in_place_bytes : int
-        From row to row of keys and values that are read in place, at most: farther apart, they fall into few sets of
-        the caches.
-    gradient_query_bytes : int
-        Of the backward pass: a row of queries taken together, what a visit adds to a gradient of keys and values at a
-        time.
-    gradient_key_block : int
-        Of the backward pass: keys in a block.
-    gradient_state_bytes : int
-        Of the backward pass: a group of key blocks, at most: keys, values, and the gradients of both.
-    additive_block : int
-        Of additive attention's backward pass: queries, and keys, that meet in working memory.
-    additive_query_bytes, additive_key_bytes : int
-        There: features and values of such a block, at most.
-    additive_terms_bytes : int
-        There: the terms of the queries that meet a vector of keys together, where one query does not have more.
-    additive_cost, additive_gradient_cost : float
-        What a feature of a query and a key takes the time of in additive attention, in operations of the micro-kernel:
-        forward, and in the backward pass.
+    blocking : Blocking
+        How work is cut into pieces. Rows that differ in nothing else are equal: they have the same kernels.
     """
 
     name: str
@@ -79,24 +104,11 @@ class Isa:
     rows: int
     vectors: int
     tall_rows: int = 8
+    key_block: int = 128
     scalef: bool = False
     panels: bool = True
     code_offset: int = 48
-    key_block: int = 128
-    least_rows: int = 32
-    block_bytes: int = 128 << 10
-    group_bytes: int = 512 << 10
-    cached_bytes: int = 1 << 20
-    in_place_bytes: int = 3 << 10
-    gradient_query_bytes: int = 256
-    gradient_key_block: int = 128
-    gradient_state_bytes: int = 1 << 20
-    additive_block: int = 128
-    additive_query_bytes: int = 256 << 10
-    additive_key_bytes: int = 128 << 10
-    additive_terms_bytes: int = 8 << 10
-    additive_cost: float = 10.0
-    additive_gradient_cost: float = 20.0
+    blocking: Blocking = field(default=Blocking(), compare=False, repr=False)
 
     def tile(self, dtype: str) -> TileShape:
         """The register tile for a dtype."""
@@ -124,7 +136,7 @@ _AVX512 = replace(
     rows=8,
     scalef=True,
     panels=False,
-    block_bytes=256 << 10,
+    blocking=Blocking(block_bytes=256 << 10),
 )
 TABLE = (_AVX512, _AVX2, _GENERIC)  # the first that runs here is used
 NAMES = tuple(row.name for row in TABLE)

@@ -17,7 +17,7 @@ from fastattn.cpu.host.kernels import describe, load
 from fastattn.cpu.host.plan import TASK_FLOPS, Plan, aligned, make_plan, padded
 from fastattn.cpu.kernels.records import ADDITIVE_BACKWARD, ADDITIVE_PLACES, CALL, PLAN, QUERY_NUMBERS
 from fastattn.machine.objects import address_of
-from fastattn.machine.table import Isa, host
+from fastattn.machine.table import Blocking, Isa, host
 from fastattn.machine.tile import TileShape
 
 
@@ -87,11 +87,11 @@ def plan_rounds(problem: Problem, operands: Operands, grad_out: Array, row: Isa,
     They depend on the shapes of one head alone.
     """
     features, value_dim, itemsize = problem.head_dim, problem.value_dim, problem.dtype.itemsize
-    tile = row.tile(problem.dtype.type.__name__)
-    query_block = _block(row, row.additive_query_bytes, (features + value_dim) * itemsize)
-    key_block = _block(row, row.additive_key_bytes, (features + value_dim) * itemsize)
+    tile, blocking = row.tile(problem.dtype.type.__name__), row.blocking
+    query_block = _block(blocking, blocking.additive_query_bytes, (features + value_dim) * itemsize)
+    key_block = _block(blocking, blocking.additive_key_bytes, (features + value_dim) * itemsize)
     query_blocks, key_blocks = -(-problem.queries // query_block), -(-problem.keys // key_block)
-    flops = problem.queries * problem.keys * (row.additive_gradient_cost * features + 4.0 * value_dim)
+    flops = problem.queries * problem.keys * (blocking.additive_gradient_cost * features + 4.0 * value_dim)
     # as many chunks as can be at work at a time; more where tasks would be too long
     wide = -(-problem.keys // query_block)
     chunks = min(max(query_blocks, key_blocks), max(min(query_blocks, wide), math.ceil(flops / TASK_FLOPS)))
@@ -99,7 +99,9 @@ def plan_rounds(problem: Problem, operands: Operands, grad_out: Array, row: Isa,
     given: Any = np.zeros(1, ADDITIVE_BACKWARD)
     given["query_block"], given["query_blocks"] = query_block, -(-query_blocks // chunks)
     given["key_blocks"] = -(-key_blocks // chunks)
-    given["together"] = together = max(1, min(query_block, row.additive_terms_bytes // max(1, tile.lanes * row_bytes)))
+    given["together"] = together = max(
+        1, min(query_block, blocking.additive_terms_bytes // max(1, tile.lanes * row_bytes))
+    )
 
     plan = make_plan(problem, operands, grad_out, row, threads)
     record = plan.record.copy()
@@ -118,10 +120,10 @@ def plan_rounds(problem: Problem, operands: Operands, grad_out: Array, row: Isa,
     ), given
 
 
-def _block(row: Isa, most: int, row_bytes: int) -> int:
+def _block(blocking: Blocking, most: int, row_bytes: int) -> int:
     """How many rows are a block."""
-    block = row.additive_block
-    while block > row.least_rows and block * row_bytes > most:
+    block = blocking.additive_block
+    while block > blocking.least_rows and block * row_bytes > most:
         block //= 2
     return block
 

@@ -154,8 +154,8 @@ def _by_keys(
     fields = plan.fields
     outer, inner, blocks = int(fields["outer"]), int(fields["inner"]), int(fields["blocks"])
     panels = _panels(plan.tile, problem.head_dim) + _panels(plan.tile, problem.value_dim)
-    state = 2 * panels * row.gradient_key_block * plan.tile.row_bytes
-    group = max(1, min(row.gradient_state_bytes // max(1, state), blocks))
+    state = 2 * panels * row.blocking.gradient_key_block * plan.tile.row_bytes
+    group = max(1, min(row.blocking.gradient_state_bytes // max(1, state), blocks))
     while group > 1 and outer * inner * -(-blocks // group) < TASKS_PER_THREAD * threads:
         group -= 1
     block_flops = plan.flops / max(1, outer * inner * blocks * int(fields["query_blocks"]))
@@ -187,8 +187,8 @@ def _plan(kernel: Kernel, problem: Problem, arrays: Arrays, rounded: np.dtype[An
     row, tile, itemsize = kernel.row, kernel.tile, problem.dtype.itemsize
     lead = problem.rows_shape
     order = own + [axis for axis in range(len(lead)) if axis not in own]
-    query_block = -(-row.gradient_query_bytes // itemsize // tile.width) * tile.width
-    key_block = row.gradient_key_block
+    query_block = -(-row.blocking.gradient_query_bytes // itemsize // tile.width) * tile.width
+    key_block = row.blocking.gradient_key_block
     query_blocks, key_blocks = -(-problem.queries // query_block), -(-problem.keys // key_block)
     heads = math.prod(lead)
     outer = math.prod(lead[axis] for axis in own)

@@ -36,8 +36,8 @@ def choose_key_block(row: Isa, problem: Problem) -> int:
     """The table's number of keys, halved until their rows leave room in the level-2 cache."""
     key_block = row.key_block
     while (
-        key_block > row.least_rows
-        and key_block * (problem.head_dim + problem.value_dim) * problem.dtype.itemsize > row.block_bytes
+        key_block > row.blocking.least_rows
+        and key_block * (problem.head_dim + problem.value_dim) * problem.dtype.itemsize > row.blocking.block_bytes
     ):
         key_block //= 2
     return key_block
@@ -52,7 +52,7 @@ def room_for_rows(row: Isa, tile: TileShape, array: np.ndarray, elements: int) -
     if tile.vectors == 1:
         return 0, step
     dense = array.shape[-1] * tile.itemsize
-    if not row.panels and column == tile.itemsize and abs(step) <= max(row.in_place_bytes, dense):
+    if not row.panels and column == tile.itemsize and abs(step) <= max(row.blocking.in_place_bytes, dense):
         return 0, step
     return aligned(elements * tile.itemsize), dense
 
@@ -75,7 +75,7 @@ def padded(tile: TileShape, features: int) -> int:
 
 def group_size(row: Isa, blocks: int, state: int, flops: float, heads: int, threads: int) -> int:
     """How many of a head's blocks are a task, each of so many bytes of state and operations."""
-    group = max(1, min(row.group_bytes // state, blocks, int(TASK_FLOPS / max(flops, 1.0))))
+    group = max(1, min(row.blocking.group_bytes // state, blocks, int(TASK_FLOPS / max(flops, 1.0))))
     while group > 1 and heads * -(-blocks // group) < TASKS_PER_THREAD * threads:
         group -= 1
     return group
@@ -126,7 +126,7 @@ def make_plan(
     lead = query.shape[:-2]
     heads = math.prod(lead)
     blocks = -(-problem.queries // tile.width)
-    feature_flops = row.additive_cost if additive else 2.0
+    feature_flops = row.blocking.additive_cost if additive else 2.0
     flops_per_block = tile.width * problem.keys * (feature_flops * problem.head_dim + 2.0 * problem.value_dim)
     row_bytes = tile.width * problem.dtype.itemsize
     key_block = choose_key_block(row, problem)
@@ -163,7 +163,7 @@ def make_plan(
     plan["key_block"] = key_block
     features = (problem.head_dim + problem.value_dim) * problem.dtype.itemsize
     everything = heads * (problem.queries + problem.keys) * features
-    if everything > row.cached_bytes:
+    if everything > row.blocking.cached_bytes:
         plan["ahead"] = threads
     plan["query_bytes"], plan["key_bytes"], plan["value_bytes"] = query_bytes, key_bytes, value_bytes
     plan["key_step"], plan["value_step"] = key_step, value_step
