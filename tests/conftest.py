@@ -21,7 +21,7 @@ from fastattn.api import attention as api
 from fastattn.cpu.host import additive_backward as additive_gradients
 from fastattn.cpu.host import backward as gradients
 from fastattn.cpu.host import forward as cpu
-from fastattn.machine import libraries as kernels
+from fastattn.cpu.host import summary
 from fastattn.machine import table as isa
 
 # CUDA where there is a GPU; the simulator, which takes its time, is for tests/cuda
@@ -72,7 +72,7 @@ def sixteen_lanes(monkeypatch: pytest.MonkeyPatch) -> isa.Isa:
     here = isa.host()
     wide = next(row for row in isa.TABLE if row.name == "avx512")
     row = replace(wide, name="wide", cpu=here.cpu, needs=here.needs, scalef=here.scalef)
-    for module in (cpu, gradients, additive_gradients, kernels):
+    for module in (cpu, gradients, additive_gradients, summary):
         monkeypatch.setattr(module, "host", lambda: row)
     for module, plans in ((api, "_prepared"), (additive, "_prepared"), (cpu, "_prepared"), (gradients, "_plans")):
         monkeypatch.setattr(module, plans, {})

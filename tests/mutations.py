@@ -418,14 +418,14 @@ MUTATIONS = (
     ),
     Mutation(
         "compiled code runs in its caller's floating-point mode",
-        "simd/mode.py",
+        "machine/mode.py",
         "builder.store(ir.Constant(_I32, MXCSR_DEFAULT), default)",
         "builder.store(builder.load(before), default)",
         ("simd/test_mode.py", "test_the_same_bits_in_any_mode and attention and float32 or born"),
     ),
     Mutation(
         "the caller's floating-point mode is not given back",
-        "simd/mode.py",
+        "machine/mode.py",
         "    result = emit()\n    builder.call(load, [builder.bitcast(before, _BYTES)])",
         "    result = emit()",
         ("simd/test_mode.py", "test_a_mode_outlives_an_exception"),

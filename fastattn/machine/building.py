@@ -18,12 +18,8 @@ from numba.core.compiler_lock import global_compiler_lock
 from numba.core.registry import cpu_target
 
 from fastattn.machine.loading import target_machine
+from fastattn.machine.mode import with_default_mode
 from fastattn.machine.table import Isa
-from fastattn.simd.mode import with_default_mode
-
-# Bytes in front of a kernel. Where in a cache line its code begins changes the time of a call of some microseconds:
-# (1,8,8,32) took 6.8, 6.4, 7.2 and 6.2 us on Zen 4 where it begins at 0, 16, 32 and 48.
-SHIFT = 48
 
 
 class _Library(JITCodeLibrary):
@@ -131,13 +127,13 @@ def emit(functions: dict[str, tuple[Any, int]], row: Isa) -> bytes:
                 function.compile(arguments)
                 compiled = function.overloads[arguments]
                 libraries.update(dict.fromkeys(compiled.library.reachable()))
-                module.link_in(llvm.parse_assembly(_entry(compiled.fndesc, target, symbol)))
+                module.link_in(llvm.parse_assembly(_entry(compiled.fndesc, target, symbol, row)))
         for library in libraries:
             module.link_in(library._final_module, preserve=True)
     return _generate(module, row, functions)
 
 
-def _entry(descriptor: Any, target: Any, symbol: str) -> str:
+def _entry(descriptor: Any, target: Any, symbol: str, row: Isa) -> str:
     """LLVM IR of an exported function: it calls Numba's, whose convention adds a result pointer and a status.
 
     Here, and nowhere else, compiled code begins and ends: so this is where the floating-point mode changes.
@@ -153,12 +149,12 @@ def _entry(descriptor: Any, target: Any, symbol: str) -> str:
     arguments = [result, status, *entry.args]
     with_default_mode(builder, lambda: builder.call(callee, arguments, attrs=("noinline",)))
     builder.ret(builder.load(result) if descriptor.restype in types.integer_domain else ir.Constant(word, 0))
-    return _in_place(str(module)) if symbol == "task" else str(module)
+    return _in_place(str(module), row) if symbol == "task" else str(module)
 
 
-def _in_place(text: str) -> str:
+def _in_place(text: str, row: Isa) -> str:
     """IR of the first function of a kernel, with what is not executed in front of it: all that follows moves."""
-    return text.replace(")\n{", f") prefix [{SHIFT} x i8] zeroinitializer\n{{", 1)
+    return text.replace(")\n{", f") prefix [{row.code_offset} x i8] zeroinitializer\n{{", 1)
 
 
 def _generate(module: Any, row: Isa, exported: Container[str]) -> bytes:

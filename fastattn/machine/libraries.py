@@ -1,8 +1,8 @@
 """Compiled kernels, on demand: found in memory, in the cache on disk, or built.
 
-A kernel's file is named by a hash of everything its code depends on: the kernel's name and parameters, the row of the
-ISA table, the versions of Python, Numba and llvmlite, and the content of every module that takes part. So a stale file
-is never looked at. Files appear by an atomic rename, and begin with a checksum of the rest; where no folder can be
+A kernel's file is named by a hash of everything its code depends on: the kernel's description, with the row of the ISA
+table, the versions of Python, Numba and llvmlite, and the content of every module that takes part. So a stale file is
+never looked at. Files appear by an atomic rename, and begin with a checksum of the rest; where no folder can be
 written, kernels are built anew in every process.
 """
 
@@ -13,19 +13,21 @@ import platform
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from sys import is_finalizing
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import TYPE_CHECKING, TypeAlias
 
 from fastattn.machine import loading as machine
 from fastattn.machine.digest import of_modules, version
+from fastattn.machine.kernel import Kernel
 from fastattn.machine.os_threads import RLock, allocate_lock
-from fastattn.machine.table import Isa, host
+from fastattn.machine.table import Isa
+
+# The functions that a kernel exports, and how many integers each takes.
+Exports: TypeAlias = Mapping[str, int]
 
 
 class Library:
@@ -34,9 +36,9 @@ class Library:
     ``addresses`` has the address of each, for compiled code to call.
     """
 
-    def __init__(self, code: bytes, row: Isa, entries: dict[str, int]):
-        self.addresses, self._engine = machine.load(code, row, entries)
-        for name, arguments in entries.items():
+    def __init__(self, code: bytes, row: Isa, exports: Exports):
+        self.addresses, self._engine = machine.load(code, row, exports)
+        for name, arguments in exports.items():
             signature = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * arguments)
             setattr(self, name, signature(self.addresses[name]))
 
@@ -45,18 +47,7 @@ class Library:
         def __getattr__(self, name: str) -> Callable[..., int]: ...
 
 
-# The functions in each kind of library, and how many integers each takes.
-ATTENTION = ("forward", "masked", "weights", "summary", "received", "chosen", "additive", "additive_weights")
-BACKWARD = ("backward", "backward_masked", "mask_gradient", "additive_backward")
-ENTRIES: dict[str, dict[str, int]] = {
-    **{kind: {"task": 3, "alone": 3} for kind in BACKWARD},
-    **{kind: {"task": 3, "alone": 3, "quick": 3, "shared": 3} for kind in ATTENTION},
-    "peak": {"run": 5},
-    "signature": {"signature": 3, "in_default_mode": 3},
-    "schedule": {"start": 6, "take_part": 2, "cancel": 2, "work": 3},
-}
-
-_loaded: dict[tuple[str, Isa], Library] = {}
+_loaded: dict[Kernel, Library] = {}
 _lock = RLock()
 if hasattr(os, "register_at_fork"):  # a fork waits for a compilation to end: a child could never finish it
     os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
@@ -116,12 +107,12 @@ def _source_digest() -> bytes:
     return hashlib.sha256(modules + repr(identity).encode()).digest()
 
 
-def _path(name: str, row: Isa) -> Path | None:
+def _path(kernel: Kernel) -> Path | None:
     folder = cache_folder()
     if folder is None:
         return None
-    digest = hashlib.sha256(_source_digest() + repr((name, row)).encode()).hexdigest()
-    return folder / f"{name}-{row.name}-{digest[:32]}.o"
+    digest = hashlib.sha256(_source_digest() + repr(kernel).encode()).hexdigest()
+    return folder / f"{kernel.label}-{digest[:32]}.o"
 
 
 def _read(path: Path) -> bytes | None:
@@ -149,15 +140,14 @@ def _write(path: Path, code: bytes) -> bool:
     return True
 
 
-def library(name: str, row: Isa | None = None) -> Library:
-    """The compiled functions of that name (see `fastattn.cpu.kernels.catalogue`) for the host, or another row."""
-    row = row or host()
-    found = _loaded.get((name, row))
+def library(kernel: Kernel, exports: Exports, compile: Callable[[Kernel, Exports], bytes]) -> Library:
+    """A kernel's functions. `compile` makes its object code, where it is neither loaded nor on disk."""
+    found = _loaded.get(kernel)
     if found is None:
         with _one_at_a_time():
-            found = _loaded.get((name, row))
+            found = _loaded.get(kernel)
             if found is None:
-                found = _loaded[name, row] = _load(name, row)
+                found = _loaded[kernel] = _load(kernel, exports, compile)
     return found
 
 
@@ -172,36 +162,23 @@ def _one_at_a_time() -> Iterator[None]:
             _lock.release()
 
 
-def _load(name: str, row: Isa) -> Library:
+def _load(kernel: Kernel, exports: Exports, compile: Callable[[Kernel, Exports], bytes]) -> Library:
     try:
-        return Library(_code(name, row), row, ENTRIES[name.partition("-")[0]])
+        return Library(_code(kernel, exports, compile), kernel.row, exports)
     except Exception as error:
         if not is_finalizing():
             raise
         raise RuntimeError(
-            f"the kernel {name} has not been used before, and cannot be made while Python ends: "
+            f"the kernel {kernel.label} has not been used before, and cannot be made while Python ends: "
             "a call to fastattn.warmup, earlier, makes all kernels"
         ) from error
 
 
-@cache  # as the interpreter ends, nothing can be imported, not even again
-def _compiler() -> Callable[[str, Isa, dict[str, int]], bytes]:
-    from fastattn.cpu.kernels import catalogue  # imports Numba, which a cached kernel does not need
-
-    return catalogue.build
-
-
-def _code(name: str, row: Isa) -> bytes:
-    path = _path(name, row)
+def _code(kernel: Kernel, exports: Exports, compile: Callable[[Kernel, Exports], bytes]) -> bytes:
+    path = _path(kernel)
     code = _read(path) if path else None
     if code is None:
-        code = _compiler()(name, row, ENTRIES[name.partition("-")[0]])
+        code = compile(kernel, exports)
         if path is None or not _write(path, code):
             warn_not_kept()
     return code
-
-
-def kernel_name(kind: str, dtype: np.dtype[Any], tile: Any) -> str:
-    """The name of a kernel for a dtype and a register tile."""
-    name = dtype.type.__name__  # for `dtype.name` NumPy imports a module each time
-    return f"{kind}-{name}-{tile.rows}x{tile.vectors}"

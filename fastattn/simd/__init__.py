@@ -6,9 +6,11 @@ loops over tile operations; every operation below is an intrinsic that emits its
 
 Memory is addressed by plain integers (byte addresses), strides are in bytes, as in NumPy.
 
-`TileShape` is a compile-time value: passing a shape to a jitted function makes Numba compile that function for it.
+`TileShape` is a static value (`fastattn.simd.static`): passing a shape to a jitted function makes Numba compile that
+function for it.
 """
 
+from fastattn.machine.tile import TileShape
 from fastattn.simd.arithmetic import (
     absolute,
     all_finite,
@@ -69,15 +71,9 @@ from fastattn.simd.memory import (
     tile_transpose,
 )
 from fastattn.simd.philox import keep_rows
-from fastattn.simd.tile import (
-    ShapeType,
-    TileShape,
-    TileType,
-    make_tile,
-)
+from fastattn.simd.tile import TileType, make_tile
 
 __all__ = [
-    "ShapeType",
     "TileShape",
     "TileType",
     "absolute",

@@ -127,26 +127,26 @@ def _fraction(bits):
     downward = ir.Constant(ir.IntType(32), bits << 4 | 1)
 
     def emit(builder, shape, a):
-        return _avx512(builder, shape, "reduce", [a, downward]) if shape.scalef else a
+        return _avx512(builder, shape, "reduce", [a, downward])
 
     return emit
 
 
 @intrinsic
 def fraction(typingctx, a):
-    """a - floor(a), 0 for an infinity (AVX-512's vreduce); only where the shape says `scalef`."""
+    """a - floor(a), 0 for an infinity (AVX-512's vreduce); only for a row that says `scalef`."""
     return elementwise(_fraction(0), a)
 
 
 @intrinsic
 def fraction_of_sixteenths(typingctx, a):
-    """a less the multiple of 1/16 at or below it, 0 for an infinity; only where the shape says `scalef`."""
+    """a less the multiple of 1/16 at or below it, 0 for an infinity; only for a row that says `scalef`."""
     return elementwise(_fraction(4), a)
 
 
 @intrinsic
 def pick_sixteenth(typingctx, a, table):
-    """table[floor(16 a) mod 16] of sixteen float64 (AVX-512's vpermi2); only where the shape says `scalef`."""
+    """table[floor(16 a) mod 16] of sixteen float64 (AVX-512's vpermi2); only for a row that says `scalef`."""
     if not (isinstance(a, TileType) and isinstance(table, types.UniTuple) and table.count == 16):
         return None
 
@@ -178,8 +178,8 @@ def pick_sixteenth(typingctx, a, table):
 
 @intrinsic
 def scale_by_power(typingctx, a, b):
-    """a * 2^floor(b) (AVX-512's vscalef); only where the shape says `scalef`."""
-    return elementwise(lambda builder, s, a, b: _avx512(builder, s, "scalef", [a, b]) if s.scalef else a, a, b)
+    """a * 2^floor(b) (AVX-512's vscalef); only for a row that says `scalef`."""
+    return elementwise(lambda builder, shape, a, b: _avx512(builder, shape, "scalef", [a, b]), a, b)
 
 
 def _reduce_or(builder, shape, flags):

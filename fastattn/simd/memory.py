@@ -8,10 +8,10 @@ from numba.extending import intrinsic
 from numba.np.numpy_support import from_dtype
 
 from fastattn.simd.tile import (
-    ShapeType,
     TileType,
     call_llvm,
     element_of,
+    is_shape,
     load_from,
     make_tile,
     pointer_to,
@@ -27,12 +27,12 @@ LINE = 64  # bytes of a cache line
 @intrinsic
 def tile_fill(typingctx, shape, value):
     """A tile whose elements are all `value`."""
-    if not (isinstance(shape, ShapeType) and isinstance(value, types.Number)):
+    if not (is_shape(shape) and isinstance(value, types.Number)):
         return None
-    tile = TileType(shape.shape)
+    tile = TileType(shape.value)
 
     def codegen(context, builder, sig, values):
-        s = shape.shape
+        s = shape.value
         scalar = context.cast(builder, values[1], value, tile.element)
         return make_tile(builder, s, [splat(builder, scalar, s.lanes)] * (s.rows * s.vectors))
 
@@ -42,12 +42,12 @@ def tile_fill(typingctx, shape, value):
 @intrinsic
 def tile_iota(typingctx, shape):
     """A row 0, 1, 2, … over its lanes, repeated in every row."""
-    if not isinstance(shape, ShapeType):
+    if not is_shape(shape):
         return None
-    tile = TileType(shape.shape)
+    tile = TileType(shape.value)
 
     def codegen(context, builder, sig, values):
-        s = shape.shape
+        s = shape.value
         row = [
             ir.Constant(vector_of(s), [float(v * s.lanes + lane) for lane in range(s.lanes)]) for v in range(s.vectors)
         ]
@@ -59,12 +59,12 @@ def tile_iota(typingctx, shape):
 @intrinsic
 def tile_row_index(typingctx, shape):
     """A tile whose row r is filled with r."""
-    if not isinstance(shape, ShapeType):
+    if not is_shape(shape):
         return None
-    tile = TileType(shape.shape)
+    tile = TileType(shape.value)
 
     def codegen(context, builder, sig, values):
-        s = shape.shape
+        s = shape.value
         return make_tile(
             builder,
             s,
@@ -77,12 +77,12 @@ def tile_row_index(typingctx, shape):
 @intrinsic
 def tile_repeat(typingctx, shape, row):
     """A tile whose rows are all `row`."""
-    if not (isinstance(shape, ShapeType) and isinstance(row, TileType)):
+    if not (is_shape(shape) and isinstance(row, TileType)):
         return None
-    tile = TileType(shape.shape)
+    tile = TileType(shape.value)
 
     def codegen(context, builder, sig, values):
-        return make_tile(builder, shape.shape, vectors_of(builder, row.shape, values[1]) * shape.shape.rows)
+        return make_tile(builder, shape.value, vectors_of(builder, row.shape, values[1]) * shape.value.rows)
 
     return signature(tile, shape, row), codegen
 
@@ -98,12 +98,12 @@ def _rows(builder, shape, address, row_bytes):
 @intrinsic
 def tile_load(typingctx, shape, address, row_bytes):
     """The tile at `address`, its rows `row_bytes` apart; no alignment is asked."""
-    if not isinstance(shape, ShapeType):
+    if not is_shape(shape):
         return None
-    tile = TileType(shape.shape)
+    tile = TileType(shape.value)
 
     def codegen(context, builder, sig, values):
-        s = shape.shape
+        s = shape.value
         places = _rows(builder, s, values[1], values[2])
         return make_tile(builder, s, [load_from(builder, place, vector_of(s), s.itemsize) for place in places])
 
@@ -113,12 +113,12 @@ def tile_load(typingctx, shape, address, row_bytes):
 @intrinsic
 def tile_load_column(typingctx, shape, address, stride):
     """A tile whose row r is filled with the scalar at `address + r * stride`."""
-    if not isinstance(shape, ShapeType):
+    if not is_shape(shape):
         return None
-    tile = TileType(shape.shape)
+    tile = TileType(shape.value)
 
     def codegen(context, builder, sig, values):
-        s, rows = shape.shape, []
+        s, rows = shape.value, []
         for r in range(s.rows):
             place = builder.add(values[1], builder.mul(values[2], ir.Constant(values[2].type, r)))
             rows += [splat(builder, load_from(builder, place, element_of(s), s.itemsize), s.lanes)] * s.vectors
@@ -131,12 +131,12 @@ def _loader(convert):
     """An intrinsic like `tile_load` whose vectors come from `convert(builder, shape, address)`."""
 
     def typed(shape):
-        if not isinstance(shape, ShapeType):
+        if not is_shape(shape):
             return None
-        tile = TileType(shape.shape)
+        tile = TileType(shape.value)
 
         def codegen(context, builder, sig, values):
-            s = shape.shape
+            s = shape.value
             starts = [
                 builder.add(values[1], builder.mul(values[2], ir.Constant(values[2].type, r))) for r in range(s.rows)
             ]
@@ -362,9 +362,9 @@ load_f64, store_f64 = _scalar_access(types.float64)
 @intrinsic
 def as_element(typingctx, shape, value):
     """A number, rounded to the shape's dtype."""
-    if not (isinstance(shape, ShapeType) and isinstance(value, types.Number)):
+    if not (is_shape(shape) and isinstance(value, types.Number)):
         return None
-    element = TileType(shape.shape).element
+    element = TileType(shape.value).element
 
     def codegen(context, builder, sig, values):
         return context.cast(builder, values[1], value, element)
@@ -375,12 +375,12 @@ def as_element(typingctx, shape, value):
 @intrinsic
 def load_element(typingctx, shape, address):
     """The scalar of the shape's dtype at `address`."""
-    if not isinstance(shape, ShapeType):
+    if not is_shape(shape):
         return None
-    result = TileType(shape.shape).element
+    result = TileType(shape.value).element
 
     def codegen(context, builder, sig, values):
-        return load_from(builder, values[1], element_of(shape.shape), shape.shape.itemsize)
+        return load_from(builder, values[1], element_of(shape.value), shape.value.itemsize)
 
     return signature(result, shape, types.intp), codegen
 
@@ -388,13 +388,13 @@ def load_element(typingctx, shape, address):
 @intrinsic
 def store_element(typingctx, shape, address, value):
     """Write a number to `address` as a scalar of the shape's dtype."""
-    if not (isinstance(shape, ShapeType) and isinstance(value, types.Number)):
+    if not (is_shape(shape) and isinstance(value, types.Number)):
         return None
-    element = TileType(shape.shape).element
+    element = TileType(shape.value).element
 
     def codegen(context, builder, sig, values):
-        pointer = pointer_to(builder, values[1], element_of(shape.shape))
-        builder.store(context.cast(builder, values[2], value, element), pointer, align=shape.shape.itemsize)
+        pointer = pointer_to(builder, values[1], element_of(shape.value))
+        builder.store(context.cast(builder, values[2], value, element), pointer, align=shape.value.itemsize)
         return context.get_dummy_value()
 
     return signature(types.none, shape, types.intp, value), codegen

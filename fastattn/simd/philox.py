@@ -8,7 +8,7 @@ from numba.core import types
 from numba.core.typing.templates import signature
 from numba.extending import intrinsic
 
-from fastattn.simd.tile import ShapeType, TileType, make_tile, splat
+from fastattn.simd.tile import TileType, is_shape, make_tile, splat, vector_of
 
 MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 WEYL = 0x9E3779B9, 0xBB67AE85
@@ -19,9 +19,9 @@ LOW_32 = 0xFFFFFFFF
 @intrinsic
 def keep_rows(typingctx, shape, group, query, head, batch, seed, drop_below):
     """1 where an element is kept, else 0: a tile of 4 keys, 4 · group and on, by the queries from `query` on."""
-    if not isinstance(shape, ShapeType):
+    if not is_shape(shape):
         return None
-    rows = shape.shape.quad
+    rows = shape.value.quad
     result = TileType(rows)
 
     def codegen(context, builder, sig, values):
@@ -46,6 +46,6 @@ def keep_rows(typingctx, shape, group, query, head, batch, seed, drop_below):
             k0 = builder.and_(builder.add(k0, constant(WEYL[0])), low)
             k1 = builder.and_(builder.add(k1, constant(WEYL[1])), low)
         kept = [builder.icmp_unsigned(">=", random, limit) for random in (c0, c1, c2, c3)]
-        return make_tile(builder, rows, [builder.uitofp(flags, rows.llvm_vector) for flags in kept])
+        return make_tile(builder, rows, [builder.uitofp(flags, vector_of(rows)) for flags in kept])
 
     return signature(result, shape, *[types.int64] * 6), codegen

@@ -25,6 +25,7 @@ import fastattn
 from fastattn import BahdanauAttention, additive_attention, reference
 from fastattn.call.shapes import describe_additive
 from fastattn.cpu.host import plan, pool
+from fastattn.cpu.host.kernels import describe
 from fastattn.cpu.kernels import catalogue
 from fastattn.machine import libraries as kernels
 from fastattn.machine import table as isa
@@ -287,14 +288,14 @@ def test_other_rows_of_the_table_are_right(row: isa.Isa) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("row", [row for row in isa.TABLE if not isa.runs_here(row)], ids=lambda row: row.name)
 def test_rows_that_do_not_run_here_compile(row: isa.Isa) -> None:
-    for kind in ("additive", "additive_weights"):
-        assert catalogue.build(f"{kind}-float32-{row.rows}x{row.vectors}", row, {"task": 3})
+    for work in ("forward", "weights"):
+        assert catalogue.build(describe(work, row.tile("float32"), row, "additive"), {"task": 3})
 
 
 @pytest.mark.slow
 def test_sixteen_lanes_on_any_machine(sixteen_lanes: isa.Isa) -> None:
     assert check_calls((np.float32,)) == 12
-    assert any(name.startswith("additive") and loaded is sixteen_lanes for name, loaded in kernels._loaded)
+    assert any(kernel.score == "additive" and kernel.row is sixteen_lanes for kernel in kernels._loaded)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])

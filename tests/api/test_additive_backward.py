@@ -6,6 +6,7 @@ import contextlib
 import re
 import tracemalloc
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from fastattn import additive_attention, additive_attention_backward
 from fastattn.call.shapes import describe_additive
 from fastattn.cpu.host import additive_backward as additive_gradients
 from fastattn.cpu.host import pool
+from fastattn.cpu.host.kernels import describe
 from fastattn.cpu.kernels import catalogue
 from fastattn.machine import libraries as kernels
 from fastattn.machine import table as isa
@@ -153,7 +155,9 @@ def test_the_same_bits_in_any_layout_and_at_any_thread_count(call: Call, names: 
 @pytest.fixture
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let there be many rounds."""
-    monkeypatch.setattr(additive_gradients, "BLOCK", 32)
+    row = replace(isa.host(), blocking=replace(isa.host().blocking, additive_block=32))
+    for module in (isa, additive_gradients):
+        monkeypatch.setattr(module, "host", lambda: row)
     monkeypatch.setattr(additive_gradients, "TASK_FLOPS", 1e4)
 
 
@@ -355,13 +359,13 @@ def test_other_rows_of_the_table_are_right(row: isa.Isa) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("row", [row for row in isa.TABLE if not isa.runs_here(row)], ids=lambda row: row.name)
 def test_rows_that_do_not_run_here_compile(row: isa.Isa) -> None:
-    assert catalogue.build(f"additive_backward-float32-{row.rows}x{row.vectors}", row, {"task": 3})
+    assert catalogue.build(describe("additive_backward", row.tile("float32"), row, "additive"), {"task": 3})
 
 
 @pytest.mark.slow
 def test_sixteen_lanes_on_any_machine(sixteen_lanes: isa.Isa) -> None:
     assert check_calls((np.float32,)) == 12
-    assert any(name.startswith("additive_backward") and loaded is sixteen_lanes for name, loaded in kernels._loaded)
+    assert any(kernel.work == "additive_backward" and kernel.row is sixteen_lanes for kernel in kernels._loaded)
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------

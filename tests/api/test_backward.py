@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from strategies import LAYOUTS, Call, calls, laid_out, numbers, random_mask
 import fastattn
 from fastattn import reference
 from fastattn.cpu.host import backward as cpu
+from fastattn.cpu.host.kernels import PLAIN, STEPS
 from fastattn.machine import libraries as kernels
 from fastattn.machine import table as isa
 
@@ -323,7 +325,9 @@ def test_the_same_bits_however_the_work_is_split(
         (5, 1 << 17, 1),
         (8, 1, 1),
     ):
-        monkeypatch.setattr(cpu, "STATE_BYTES", state)
+        row = replace(isa.host(), blocking=replace(isa.host().blocking, gradient_state_bytes=state))
+        monkeypatch.setattr(cpu, "host", lambda row=row: row)
+        monkeypatch.setattr(cpu, "_plans", {})
         monkeypatch.setattr(cpu, "TASK_FLOPS", flops)
         with fastattn.num_threads(threads):
             found.append(gradients(*arguments, enable_gqa=True, grad_mask=True, **options))
@@ -360,8 +364,8 @@ def test_sixteen_lanes_on_any_machine(sixteen_lanes: isa.Isa) -> None:
         own.pop("grad_mask", None)
         wanted = tolerances.expected_gradients(grad_out, query, key, value, attn_mask, **own)
         tolerances.check_gradients(found, (query, key, value, attn_mask), *wanted)
-    loaded = {name.partition("-")[0] for name, row in kernels._loaded if row is sixteen_lanes}
-    assert {"backward", "backward_masked", "mask_gradient"} <= loaded
+    loaded = {(kernel.work, kernel.steps) for kernel in kernels._loaded if kernel.row is sixteen_lanes}
+    assert {("backward", PLAIN), ("backward", STEPS), ("mask_gradient", STEPS)} <= loaded
 
 
 # -- arguments ---------------------------------------------------------------------------------------------------------

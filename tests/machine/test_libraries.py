@@ -14,9 +14,12 @@ import processes
 import pytest
 from imports import imported_by
 
+from fastattn.cpu.host.kernels import PLAIN, STEPS, compile_kernel, describe
+from fastattn.cpu.kernels.exports import EXPORTS
 from fastattn.machine import digest
 from fastattn.machine import libraries as kernels
 from fastattn.machine import table as isa
+from fastattn.machine.kernel import Kernel
 
 CALL = """
 import sys
@@ -44,6 +47,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return an empty cache folder, used in this process."""
     monkeypatch.setattr(kernels, "cache_folder", lambda: tmp_path)
     return tmp_path
+
+
+def schedule() -> bytes:
+    """Return the object code of the smallest kernel."""
+    return kernels._code(Kernel("schedule", isa.host()), EXPORTS["schedule"], compile_kernel)
 
 
 def names(folder: Path) -> list[str]:
@@ -140,15 +148,18 @@ print(len(digests) == len(set(digests)))
 
 def test_the_row_and_the_kernel_are_in_the_name(folder: Path) -> None:
     row = isa.host()
+    kernel = describe("forward", row.tile("float32"), row, steps=PLAIN)
     changed = [
-        ("forward-float32-4x2", row),
-        ("forward-float64-4x2", row),
-        ("forward-float32-8x1", row),
-        ("forward-float32-4x2", replace(row, cpu="other")),
-        ("forward-float32-4x2", replace(row, scalef=not row.scalef)),
-        ("forward-float32-4x2", replace(row, key_block=row.key_block + 1)),
+        kernel,
+        describe("forward", row.tile("float64"), row, steps=PLAIN),
+        describe("forward", row.tall_tile("float32"), row, steps=PLAIN),
+        *(replace(kernel, **each) for each in ({"storage": "float64"}, {"score": "additive"}, {"steps": STEPS})),
+        *(replace(kernel, reads=reads) for reads in {"strided", "rows", "panels"} - {kernel.reads}),
+        replace(kernel, row=replace(row, cpu="other")),
+        replace(kernel, row=replace(row, scalef=not row.scalef)),
+        replace(kernel, row=replace(row, key_block=row.key_block + 1)),
     ]
-    assert len({kernels._path(*each) for each in changed}) == len(changed)
+    assert len({kernels._path(each) for each in changed}) == len(changed)
 
 
 @pytest.mark.parametrize("package", ["numba", "llvmlite"])
@@ -259,11 +270,13 @@ def test_a_version_without_metadata_is_asked_of_the_package(monkeypatch: pytest.
 def test_processes_fill_it_at_once(tmp_path: Path) -> None:
     code = """
 import sys
-from fastattn.machine.libraries import library
+from fastattn.cpu.host.kernels import load
 from fastattn.cpu.kernels import catalogue
+from fastattn.machine.kernel import Kernel
+from fastattn.machine.table import host
 print("ready", flush=True)
 sys.stdin.readline()
-library("schedule")
+load(Kernel("schedule", host()))
 """
     started = [processes.start(code, FASTATTN_CACHE_DIR=str(tmp_path)) for _ in range(3)]
     for process in started:
@@ -283,13 +296,13 @@ library("schedule")
     "damage", [lambda b: b"", lambda b: b[:20], lambda b: b[:-1], lambda b: b[:99] + b"!" + b[100:]]
 )
 def test_a_damaged_file_is_replaced(folder: Path, damage: object) -> None:
-    code = kernels._code("schedule", isa.host())
+    code = schedule()
     (path,) = folder.iterdir()
     content = path.read_bytes()
     assert callable(damage)
     path.write_bytes(damage(content))
     assert kernels._read(path) is None
-    kernels._code("schedule", isa.host())
+    schedule()
     assert names(folder) == [path.name]
     assert len(path.read_bytes()) == len(content)
     again = kernels._read(path)
@@ -346,11 +359,11 @@ def test_a_named_folder_that_is_full_is_warned_of_once(folder: Path, monkeypatch
     monkeypatch.setattr(kernels, "_warned", threading.Lock())
     monkeypatch.setattr(kernels.tempfile, "NamedTemporaryFile", full)
     monkeypatch.setattr(kernels.os, "environ", {})
-    kernels._code("schedule", isa.host())
+    schedule()
     monkeypatch.setattr(kernels.os, "environ", {"FASTATTN_CACHE_DIR": str(folder)})
     with pytest.warns(RuntimeWarning, match="FASTATTN_CACHE_DIR=.* cannot be written"):
-        kernels._code("schedule", isa.host())
-    kernels._code("schedule", isa.host())  # a second warning would be an error here
+        schedule()
+    schedule()  # a second warning would be an error here
 
 
 @pytest.mark.parametrize("place", ["/proc/fastattn", "/dev/null", "x" * 5000])

@@ -13,6 +13,7 @@ import processes
 import pytest
 
 from fastattn.cpu.host import pool
+from fastattn.cpu.host.kernels import PLAIN, describe
 from fastattn.cpu.kernels import catalogue
 from fastattn.machine import building as build
 from fastattn.machine import libraries as kernels
@@ -113,7 +114,7 @@ def assembly(name: str, dtype: str = "float32") -> list[str]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "target_machine", assembler)
-        code = catalogue.build(f"forward-{dtype}-{row.rows}x{row.vectors}", row, {"task": 3})
+        code = catalogue.build(describe("forward", row.tile(dtype), row, steps=PLAIN), {"task": 3})
     return code.decode().splitlines()
 
 
@@ -184,7 +185,7 @@ def test_sixteen_lanes_on_any_machine(monkeypatch: pytest.MonkeyPatch, sixteen_l
     for name in ("WORTH_SHARING", "WORTH_WAKING"):
         monkeypatch.setattr(pool, name, 0)
     assert broad.check((np.float32,)) == 16
-    assert any(loaded is sixteen_lanes for _, loaded in kernels._loaded)
+    assert any(kernel.row is sixteen_lanes for kernel in kernels._loaded)
 
 
 @pytest.mark.parametrize("row", [row for row in isa.TABLE if isa.runs_here(row)], ids=lambda row: row.name)

@@ -20,12 +20,14 @@ from numpy.typing import NDArray
 import fastattn
 from fastattn.cpu.host import pool
 from fastattn.cpu.host.builtin import in_default_mode
+from fastattn.cpu.host.kernels import load
 from fastattn.machine import building as build
 from fastattn.machine import table as isa
-from fastattn.machine.libraries import Library, library
+from fastattn.machine.kernel import Kernel
+from fastattn.machine.libraries import Library
+from fastattn.machine.mode import with_default_mode
 from fastattn.machine.table import host
 from fastattn.simd import jit, load_f32, store_f32
-from fastattn.simd.mode import with_default_mode
 
 Array = NDArray[Any]
 DTYPES = (np.float32, np.float64)
@@ -88,7 +90,7 @@ with fastattn.num_threads(2):
 @needs_modes
 def test_the_micro_kernel_alone() -> None:
     row = host()
-    run = library(f"peak-float32-{row.rows}x{row.vectors}").run
+    run = load(Kernel("peak", row, row.tile("float32"))).run
     width = row.vectors * row.vector_bytes // 4
     a, b = np.full(4 * row.rows, 1 / 3, np.float32), np.full(4 * width, 1e-39, np.float32)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -15,6 +16,7 @@ from fastattn.cpu.kernels import additive
 from fastattn.cpu.kernels.additive import exp_twice
 from fastattn.cpu.kernels.softmax import exp2
 from fastattn.machine import building as build
+from fastattn.machine.kernel import Kernel
 from fastattn.machine.libraries import Library
 from fastattn.machine.table import host
 
@@ -28,7 +30,8 @@ ROWS, VECTORS = 3, 2
 def functions(dtype: str, lanes: int) -> dict[str, tuple[Callable[..., Any], int]]:
     """Return the functions to compile for a number of lanes, and the number of their arguments."""
     scalef = host().scalef and host().vector_bytes == lanes * np.dtype(dtype).itemsize
-    tile = s.TileShape(dtype, lanes, ROWS, VECTORS, scalef)
+    tile = s.TileShape(dtype, lanes, ROWS, VECTORS)
+    kernel = Kernel("", replace(host(), scalef=scalef), tile)
     size = ROWS * tile.row_bytes
 
     def arithmetic(a, b, c, out):
@@ -98,7 +101,7 @@ def functions(dtype: str, lanes: int) -> dict[str, tuple[Callable[..., Any], int
 
     def power(source, count, out):
         for i in range(0, count * tile.itemsize, tile.vector_bytes):
-            s.tile_store(exp2(tile, s.tile_load(tile.vector, source + i, 0)), out + i, 0)
+            s.tile_store(exp2(kernel, s.tile_load(tile.vector, source + i, 0)), out + i, 0)
 
     def twice(source, count, out):
         for i in range(0, count * tile.itemsize, tile.vector_bytes):

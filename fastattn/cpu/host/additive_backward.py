@@ -13,17 +13,12 @@ from fastattn.call.rounding import limit_of, slack
 from fastattn.call.upstream import Upstream
 from fastattn.cpu.host import pool
 from fastattn.cpu.host.forward import scratch_memory
-from fastattn.cpu.host.plan import TASK_FLOPS, Plan, Tile, aligned, make_plan, padded
+from fastattn.cpu.host.kernels import describe, load
+from fastattn.cpu.host.plan import TASK_FLOPS, Plan, aligned, make_plan, padded
 from fastattn.cpu.kernels.records import ADDITIVE_BACKWARD, ADDITIVE_PLACES, CALL, PLAN, QUERY_NUMBERS
-from fastattn.machine.libraries import kernel_name, library
 from fastattn.machine.objects import address_of
-from fastattn.machine.table import Isa, host
-
-BLOCK = 128  # queries, and keys, that meet in working memory
-QUERY_BYTES, KEY_BYTES = 256 << 10, 128 << 10  # of their features and values, at most
-LEAST = 32  # rows of a block, however long they are: whole rows of any tile
-TERMS_BYTES = 8 << 10  # of the queries that meet a vector of keys together, where one does not have more
-FLOPS = 20.0  # what a feature of a query and a key takes the time of
+from fastattn.machine.table import Blocking, Isa, host
+from fastattn.machine.tile import TileShape
 
 
 def backward(
@@ -54,7 +49,8 @@ def backward(
     if not worked:
         return grad_query, grad_key, grad_value, np.zeros(problem.head_dim, dtype)
 
-    plan, given = plan_rounds(problem, operands, upstream.grad_out, host(), threads)
+    row = host()
+    plan, given = plan_rounds(problem, operands, upstream.grad_out, row, threads)
     rounds = plan.tasks // heads
     parts = np.empty((plan.tasks, problem.head_dim), dtype)
     out, lse, weight = map(np.ascontiguousarray, (upstream.out, upstream.lse, weight))
@@ -66,13 +62,13 @@ def backward(
     given["precise"], given["slack"] = limit_of(dtype, upstream.rounded), slack(upstream.rounded, problem.head_dim)
     sums = np.empty((heads * problem.queries, 2), dtype)
     _note(given, grad_weight=parts, sums=sums)
-    kernels = library(kernel_name("additive_backward", dtype, plan.tile))
+    kernel = load(describe("additive_backward", plan.tile, row, "additive"))
     threads = pool.concurrency(plan.tasks, plan.flops, threads)
     with scratch_memory(threads * plan.scratch_bytes) as address:
         call["scratch"], call["scratch_bytes"] = address, plan.scratch_bytes
         for number in range(rounds):
             given["round"] = number
-            pool.run(kernels, address_of(call), plan.tasks, plan.flops, threads)
+            pool.run(kernel, address_of(call), plan.tasks, plan.flops, threads)
     if threads > 1:
         pool.rhythm.end(threads - 1)
     with np.errstate(all="ignore"):
@@ -91,10 +87,11 @@ def plan_rounds(problem: Problem, operands: Operands, grad_out: Array, row: Isa,
     They depend on the shapes of one head alone.
     """
     features, value_dim, itemsize = problem.head_dim, problem.value_dim, problem.dtype.itemsize
-    tile = Tile(row.rows, row.vectors, row.vector_bytes // itemsize, itemsize)
-    query_block, key_block = (_block(limit, (features + value_dim) * itemsize) for limit in (QUERY_BYTES, KEY_BYTES))
+    tile, blocking = row.tile(problem.dtype.type.__name__), row.blocking
+    query_block = _block(blocking, blocking.additive_query_bytes, (features + value_dim) * itemsize)
+    key_block = _block(blocking, blocking.additive_key_bytes, (features + value_dim) * itemsize)
     query_blocks, key_blocks = -(-problem.queries // query_block), -(-problem.keys // key_block)
-    flops = problem.queries * problem.keys * (FLOPS * features + 4.0 * value_dim)
+    flops = problem.queries * problem.keys * (blocking.additive_gradient_cost * features + 4.0 * value_dim)
     # as many chunks as can be at work at a time; more where tasks would be too long
     wide = -(-problem.keys // query_block)
     chunks = min(max(query_blocks, key_blocks), max(min(query_blocks, wide), math.ceil(flops / TASK_FLOPS)))
@@ -102,7 +99,9 @@ def plan_rounds(problem: Problem, operands: Operands, grad_out: Array, row: Isa,
     given: Any = np.zeros(1, ADDITIVE_BACKWARD)
     given["query_block"], given["query_blocks"] = query_block, -(-query_blocks // chunks)
     given["key_blocks"] = -(-key_blocks // chunks)
-    given["together"] = together = max(1, min(query_block, TERMS_BYTES // max(1, tile.lanes * row_bytes)))
+    given["together"] = together = max(
+        1, min(query_block, blocking.additive_terms_bytes // max(1, tile.lanes * row_bytes))
+    )
 
     plan = make_plan(problem, operands, grad_out, row, threads)
     record = plan.record.copy()
@@ -121,15 +120,17 @@ def plan_rounds(problem: Problem, operands: Operands, grad_out: Array, row: Isa,
     ), given
 
 
-def _block(most: int, row_bytes: int) -> int:
+def _block(blocking: Blocking, most: int, row_bytes: int) -> int:
     """How many rows are a block."""
-    block = BLOCK
-    while block > LEAST and block * row_bytes > most:
+    block = blocking.additive_block
+    while block > blocking.least_rows and block * row_bytes > most:
         block //= 2
     return block
 
 
-def _scratch_bytes(tile: Tile, query_block: int, key_block: int, features: int, value_dim: int, together: int) -> int:
+def _scratch_bytes(
+    tile: TileShape, query_block: int, key_block: int, features: int, value_dim: int, together: int
+) -> int:
     """Room for a block of queries and one of keys, as `fastattn.cpu.kernels.additive_backward` lays it out."""
     row = padded(tile, features)
     values = (-(-value_dim // tile.width) + 1) * tile.width

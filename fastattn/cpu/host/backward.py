@@ -15,15 +15,13 @@ from fastattn.call.shapes import split_shape
 from fastattn.call.upstream import Upstream
 from fastattn.cpu.host import pool
 from fastattn.cpu.host.forward import remember, run_call
-from fastattn.cpu.host.plan import LOG2_E, TASK_FLOPS, TASKS_PER_THREAD, Tile, aligned, mask_kind
+from fastattn.cpu.host.kernels import describe, load, steps_of
+from fastattn.cpu.host.plan import LOG2_E, TASK_FLOPS, TASKS_PER_THREAD, aligned, mask_kind
 from fastattn.cpu.kernels.records import GRADIENT_ARRAYS, GRADIENT_AXIS, GRADIENT_CALL, GRADIENT_PARTS, GRADIENT_PLAN
-from fastattn.machine.libraries import kernel_name, library
+from fastattn.machine.kernel import Kernel
+from fastattn.machine.libraries import Library
 from fastattn.machine.table import Isa, host
-
-QUERY_BLOCK_BYTES = 256  # a row of queries taken together: what a visit adds to a gradient of keys and values at a time
-KEY_BLOCK = 128
-STATE_BYTES = 1 << 20  # of a group of key blocks, at most: keys, values, and the gradients of both
-
+from fastattn.machine.tile import TileShape
 
 Arrays: TypeAlias = "dict[str, Array | None]"
 _plans: dict[Any, GradientPlan] = {}
@@ -31,9 +29,10 @@ _plans: dict[Any, GradientPlan] = {}
 
 @dataclass(frozen=True, slots=True)
 class GradientPlan:
-    """What is to be run: `record` is the memory that the kernels read, `fields` its part that is no table."""
+    """What is to be run: `record` is the memory that the kernel reads, `fields` its part that is no table."""
 
-    tile: Tile
+    kernel: Library
+    tile: TileShape
     record: Array = field(repr=False)
     fields: Any = field(repr=False)
     query_blocks: int
@@ -97,12 +96,11 @@ def attention_backward(
     arrays["lse"] = lse = np.ascontiguousarray(upstream.lse)
     arrays["grad_lse"] = None if upstream.grad_lse is None else np.ascontiguousarray(upstream.grad_lse)
     arrays["deltas"] = np.empty((3, lse.size), dtype)
-    masked = problem.mask_kind != "none" or problem.dropout_p > 0
     plan = _planned(_by_keys, problem, arrays, upstream.rounded, own, threads)
-    _run("backward_masked" if masked else "backward", plan, problem, arrays, seed, threads)
+    _run(plan, problem, arrays, seed, threads)
     if grad_mask is not None:
         plan = _planned(_by_rectangles, problem, arrays, upstream.rounded, mask_axes, threads)
-        _run("mask_gradient", plan, problem, arrays, seed, threads)
+        _run(plan, problem, arrays, seed, threads)
     return grad_query, grad_key, grad_value, grad_mask
 
 
@@ -113,13 +111,12 @@ def _own_axes(problem: Problem, *splits: Shape) -> list[int]:
     return sorted(found)
 
 
-def _run(kind: str, plan: GradientPlan, problem: Problem, arrays: Arrays, seed: int, threads: int) -> None:
+def _run(plan: GradientPlan, problem: Problem, arrays: Arrays, seed: int, threads: int) -> None:
     heads = math.prod(problem.rows_shape)
     arrays["query_tickets"] = np.zeros(heads * plan.query_blocks, np.int64)
     arrays["key_tickets"] = np.zeros(heads * plan.groups, np.int64)
-    kernels = library(kernel_name(kind, problem.dtype, plan.tile))
     threads = pool.concurrency(plan.tasks, plan.flops, threads)
-    run_call(GRADIENT_CALL, plan, threads, kernels, seed, arrays)
+    run_call(GRADIENT_CALL, plan, threads, plan.kernel, seed, arrays)
 
 
 def _planned(
@@ -141,7 +138,7 @@ def _planned(
         None if mask is None else mask.dtype,
         None if grad_mask is None else grad_mask.shape,
         threads,
-        (QUERY_BLOCK_BYTES, KEY_BLOCK, STATE_BYTES, TASK_FLOPS),
+        TASK_FLOPS,
     )
     plan = _plans.get(key)
     if plan is None:
@@ -154,12 +151,13 @@ def _by_keys(
     problem: Problem, arrays: Arrays, rounded: np.dtype[Any], own: list[int], row: Isa, threads: int
 ) -> GradientPlan:
     """Plan the backward pass: its tasks own keys of one head, of which some leading axes make one each."""
-    plan = _plan(problem, arrays, rounded, own, row)
+    kernel = describe("backward", row.tile(problem.dtype.type.__name__), row, steps=steps_of(problem))
+    plan = _plan(kernel, problem, arrays, rounded, own)
     fields = plan.fields
     outer, inner, blocks = int(fields["outer"]), int(fields["inner"]), int(fields["blocks"])
     panels = _panels(plan.tile, problem.head_dim) + _panels(plan.tile, problem.value_dim)
-    state = 2 * panels * KEY_BLOCK * plan.tile.width * plan.tile.itemsize
-    group = max(1, min(STATE_BYTES // max(1, state), blocks))
+    state = 2 * panels * row.blocking.gradient_key_block * plan.tile.row_bytes
+    group = max(1, min(row.blocking.gradient_state_bytes // max(1, state), blocks))
     while group > 1 and outer * inner * -(-blocks // group) < TASKS_PER_THREAD * threads:
         group -= 1
     block_flops = plan.flops / max(1, outer * inner * blocks * int(fields["query_blocks"]))
@@ -173,7 +171,8 @@ def _by_rectangles(
     problem: Problem, arrays: Arrays, rounded: np.dtype[Any], own: list[int], row: Isa, threads: int
 ) -> GradientPlan:
     """Plan the gradient of a mask: tasks own rectangles of it."""
-    plan = _plan(problem, arrays, rounded, own, row)
+    kernel = describe("mask_gradient", row.tile(problem.dtype.type.__name__), row)
+    plan = _plan(kernel, problem, arrays, rounded, own)
     fields = plan.fields
     groups = int(fields["blocks"]) if fields["mask_keys"] > 1 else 1
     parts = int(fields["query_blocks"]) if fields["mask_queries"] > 1 else 1
@@ -181,18 +180,18 @@ def _by_rectangles(
     return _split(replace(plan, flops=plan.flops / 2.5), problem, heads, group=1, groups=groups, part=1, parts=parts)
 
 
-def _panels(tile: Tile, features: int) -> int:
+def _panels(tile: TileShape, features: int) -> int:
     return -(-features // tile.width)
 
 
-def _plan(problem: Problem, arrays: Arrays, rounded: np.dtype[Any], own: list[int], row: Isa) -> GradientPlan:
+def _plan(kernel: Kernel, problem: Problem, arrays: Arrays, rounded: np.dtype[Any], own: list[int]) -> GradientPlan:
     """Write down everything but how the work is split."""
-    itemsize = problem.dtype.itemsize
-    tile = Tile(row.rows, row.vectors, row.vector_bytes // itemsize, itemsize)
+    row, tile, itemsize = kernel.row, kernel.tile, problem.dtype.itemsize
     lead = problem.rows_shape
     order = own + [axis for axis in range(len(lead)) if axis not in own]
-    query_block = -(-QUERY_BLOCK_BYTES // itemsize // tile.width) * tile.width
-    query_blocks, key_blocks = -(-problem.queries // query_block), -(-problem.keys // KEY_BLOCK)
+    query_block = -(-row.blocking.gradient_query_bytes // itemsize // tile.width) * tile.width
+    key_block = row.blocking.gradient_key_block
+    query_blocks, key_blocks = -(-problem.queries // query_block), -(-problem.keys // key_block)
     heads = math.prod(lead)
     outer = math.prod(lead[axis] for axis in own)
     mask, grad_mask = arrays["mask"], arrays["grad_mask"]
@@ -219,7 +218,7 @@ def _plan(problem: Problem, arrays: Arrays, rounded: np.dtype[Any], own: list[in
         "axes": len(lead),
         "heads": problem.heads,
         "blocks": key_blocks,
-        "key_block": KEY_BLOCK,
+        "key_block": key_block,
         "query_block": query_block,
         "query_blocks": query_blocks,
         "outer": outer,
@@ -242,7 +241,9 @@ def _plan(problem: Problem, arrays: Arrays, rounded: np.dtype[Any], own: list[in
     # three of the products have the features of a key in them, two those of a value
     flops = 2.0 * heads * problem.queries * problem.keys * (3.0 * problem.head_dim + 2.0 * problem.value_dim)
     flops /= 2 if problem.causal_offset is not None else 1
-    return GradientPlan(tile, record, fields, query_blocks, groups=0, tasks=0, flops=flops, scratch_bytes=0)
+    return GradientPlan(
+        load(kernel), tile, record, fields, query_blocks, groups=0, tasks=0, flops=flops, scratch_bytes=0
+    )
 
 
 def _split(
@@ -250,9 +251,9 @@ def _split(
 ) -> GradientPlan:
     """Split the work of so many heads into tasks, and lay out the working memory of one."""
     tile, fields = plan.tile, plan.fields
-    row_bytes = tile.width * tile.itemsize
-    query_block = int(fields["query_block"])
-    panel, query_panel, score_panel = group * KEY_BLOCK * row_bytes, query_block * row_bytes, KEY_BLOCK * row_bytes
+    row_bytes = tile.row_bytes
+    query_block, key_block = int(fields["query_block"]), int(fields["key_block"])
+    panel, query_panel, score_panel = group * key_block * row_bytes, query_block * row_bytes, key_block * row_bytes
     subs, numbers = query_block // tile.width, query_block * tile.itemsize
     keys, values = _panels(tile, problem.head_dim), _panels(tile, problem.value_dim)
     sizes = {

@@ -14,9 +14,12 @@ from typing import Any, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from fastattn.cpu.host.kernels import load
 from fastattn.cpu.kernels.records import LINK
-from fastattn.machine.libraries import Library, library
+from fastattn.machine.kernel import Kernel
+from fastattn.machine.libraries import Library
 from fastattn.machine.objects import objects_are_as_expected
+from fastattn.machine.table import host
 
 Array = NDArray[Any]
 F = TypeVar("F", bound=Callable[..., Any])
@@ -92,7 +95,7 @@ class Signatures:
 
     def _first(self, *arrays: Array | None) -> Hashable:
         if objects_are_as_expected():
-            self.of = bind(library("signature"), "signature")
+            self.of = bind(load(Kernel("signature", host())), "signature")
         else:
             self.of = _described
         return self.of(*arrays)
@@ -119,4 +122,6 @@ def in_default_mode(function: F) -> F:
 def _calling(function: Callable[..., Any]) -> Callable[..., Any]:
     if not objects_are_as_expected():
         return function
-    return bind(library("signature"), "in_default_mode", METH_VARARGS | METH_KEYWORDS, function=id(function))
+    return bind(
+        load(Kernel("signature", host())), "in_default_mode", METH_VARARGS | METH_KEYWORDS, function=id(function)
+    )

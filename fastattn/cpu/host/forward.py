@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from fastattn.call.problem import Operands, Problem
 from fastattn.cpu.host import pool, processors
 from fastattn.cpu.host.builtin import bind
+from fastattn.cpu.host.kernels import STEPS, describe, load, steps_of
 from fastattn.cpu.host.plan import Plan, make_plan
 from fastattn.cpu.kernels.records import ALIGNMENT, CALL, RECORD_BYTES
 from fastattn.machine import os_threads
-from fastattn.machine.libraries import Library, kernel_name, library
+from fastattn.machine.libraries import Library
 from fastattn.machine.objects import address_of, objects_are_as_expected
 from fastattn.machine.table import host
 
@@ -96,14 +97,11 @@ class Prepared:
 
     def __init__(self, problem: Problem, operands: Operands, out: Array, threads: int, additive: bool = False):
         self.problem = problem
-        self.plan = plan = make_plan(problem, operands, out, host(), threads, additive)
+        self.row, self.score = row, score = host(), "additive" if additive else "dot"
+        self.plan = plan = make_plan(problem, operands, out, row, threads, additive)
         self.threads = pool.concurrency(plan.tasks, plan.flops, threads)
-        if additive:
-            forward, self._weights = "additive", "additive_weights"
-        else:
-            forward = "masked" if problem.mask_kind != "none" or problem.dropout_p > 0 else "forward"
-            self._weights = "weights"
-        self.forward = library(kernel_name(forward, problem.dtype, plan.tile))
+        steps = STEPS if additive else steps_of(problem)
+        self.forward = load(describe("forward", plan.tile, row, score, steps))
         self.most = pool.tasks_at_a_time(plan.tasks, plan.flops)
         self.quick: Callable[..., int] | None = None
         if objects_are_as_expected():
@@ -115,8 +113,8 @@ class Prepared:
 
     @property
     def weights(self) -> Library:
-        """The kernels of the matrix of weights, which few calls want."""
-        return library(kernel_name(self._weights, self.problem.dtype, self.plan.tile))
+        """The kernel of the matrix of weights, which few calls want."""
+        return load(describe("weights", self.plan.tile, self.row, self.score))
 
 
 def run(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 
-from fastattn.machine.libraries import library
+from fastattn.cpu.host.kernels import load
+from fastattn.machine.kernel import Kernel
 from fastattn.machine.objects import address_of
 from fastattn.machine.table import host
 
@@ -31,18 +33,17 @@ def measure(dtype: str = "float32", threads: int = 1, seconds: float = 0.1) -> f
         10^9 floating-point operations per second, of all threads together: the best tile's best of several runs.
     """
     row = host()
-    return max(
-        _rate(dtype, rows, vectors, threads, seconds / 2)
-        for rows, vectors in ((row.rows, row.vectors), (row.rows, row.vectors + 1))
-    )
+    tile = row.tile(dtype)
+    wider = replace(tile, vectors=tile.vectors + 1)
+    return max(_rate(Kernel("peak", row, each), threads, seconds / 2) for each in (tile, wider))
 
 
-def _rate(dtype: str, rows: int, vectors: int, threads: int, seconds: float) -> float:
-    run = library(f"peak-{dtype}-{rows}x{vectors}").run
-    width = vectors * host().vector_bytes // np.dtype(dtype).itemsize
+def _rate(kernel: Kernel, threads: int, seconds: float) -> float:
+    run, tile = load(kernel).run, kernel.tile
+    rows, width = tile.rows, tile.width
     flops = 2.0 * rows * width * LENGTH
     repeats = max(1, int(2e6 / flops) * 10)
-    memory = [np.ones((rows + 2 * width) * LENGTH, dtype) for _ in range(threads)]
+    memory = [np.ones((rows + 2 * width) * LENGTH, tile.dtype) for _ in range(threads)]
     best = [np.inf] * threads
     go = threading.Event()
 

@@ -18,52 +18,32 @@ from fastattn.cpu.kernels.records import (
 )
 from fastattn.machine.objects import address_of
 from fastattn.machine.table import Isa
+from fastattn.machine.tile import TileShape
 
-GROUP_BYTES = 512 << 10  # state of the query blocks taken through the keys together, which the packing is shared by
-CACHED_BYTES = 1 << 20  # of all queries and keys: where they are no more, they may still be near from the last call
 TASKS_PER_THREAD = 4  # enough to even out, as long as there are blocks to split into
-LEAST_KEYS = 32  # in a block, however large they are
-FARTHEST = 3 << 10  # bytes from row to row that are read in place: beyond, they fall into few sets of the caches
 LOG2_E = 1.4426950408889634
 TASK_FLOPS = 4e9  # at most, where a group can be made smaller: no thread is away from Python for long
-ADDITIVE_FLOPS = 10.0  # what a feature of an additive score takes the time of
 WORK_ROWS = 2  # rows of a tile needed besides the scores: maxima, and factors of the weights
 
 
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """The register tile that a call uses: `rows` x `width` elements of `itemsize` bytes."""
-
-    rows: int
-    vectors: int
-    lanes: int
-    itemsize: int
-
-    @property
-    def width(self) -> int:
-        return self.vectors * self.lanes
-
-
-def choose_tile(row: Isa, dtype: np.dtype, queries: int) -> Tile:
+def choose_tile(row: Isa, dtype: np.dtype, queries: int) -> TileShape:
     """The table's tile; for at most one vector of queries a tall one, one vector wide, that wastes no lanes."""
-    lanes = row.vector_bytes // dtype.itemsize
-    if queries <= lanes:
-        return Tile(row.tall_rows, 1, lanes, dtype.itemsize)
-    return Tile(row.rows, row.vectors, lanes, dtype.itemsize)
+    tile = row.tall_tile(dtype.type.__name__)  # for `dtype.name` NumPy imports a module each time
+    return tile if queries <= tile.lanes else row.tile(tile.dtype)
 
 
 def choose_key_block(row: Isa, problem: Problem) -> int:
     """The table's number of keys, halved until their rows leave room in the level-2 cache."""
     key_block = row.key_block
     while (
-        key_block > LEAST_KEYS
-        and key_block * (problem.head_dim + problem.value_dim) * problem.dtype.itemsize > row.block_bytes
+        key_block > row.blocking.least_rows
+        and key_block * (problem.head_dim + problem.value_dim) * problem.dtype.itemsize > row.blocking.block_bytes
     ):
         key_block //= 2
     return key_block
 
 
-def room_for_rows(row: Isa, tile: Tile, array: np.ndarray, elements: int) -> tuple[int, int]:
+def room_for_rows(row: Isa, tile: TileShape, array: np.ndarray, elements: int) -> tuple[int, int]:
     """Room for a block of keys or values, 0 where they are read in place; and where rows are, how far apart they are.
 
     `elements`: of a block in panels.
@@ -72,30 +52,30 @@ def room_for_rows(row: Isa, tile: Tile, array: np.ndarray, elements: int) -> tup
     if tile.vectors == 1:
         return 0, step
     dense = array.shape[-1] * tile.itemsize
-    if not row.panels and column == tile.itemsize and abs(step) <= max(FARTHEST, dense):
+    if not row.panels and column == tile.itemsize and abs(step) <= max(row.blocking.in_place_bytes, dense):
         return 0, step
     return aligned(elements * tile.itemsize), dense
 
 
-def additive_query_bytes(tile: Tile, features: int) -> int:
+def additive_query_bytes(tile: TileShape, features: int) -> int:
     """Room for a block of queries as `fastattn.cpu.kernels.additive` lays it out."""
     row = padded(tile, features)
     return (2 * row * tile.width + 3 * row + 8 * tile.lanes) * tile.itemsize
 
 
-def additive_key_bytes(tile: Tile, features: int, key_block: int) -> int:
+def additive_key_bytes(tile: TileShape, features: int, key_block: int) -> int:
     """Room for a block of keys there, through which a block of queries passes as well: it has no more rows."""
     return (key_block + 2 * tile.lanes + 2 * (key_block + tile.rows) * padded(tile, features)) * tile.itemsize
 
 
-def padded(tile: Tile, features: int) -> int:
+def padded(tile: TileShape, features: int) -> int:
     """The features of additive attention with what is added to fill quads of vectors."""
     return -(-features // (4 * tile.lanes)) * 4 * tile.lanes
 
 
-def group_size(blocks: int, state: int, flops: float, heads: int, threads: int) -> int:
+def group_size(row: Isa, blocks: int, state: int, flops: float, heads: int, threads: int) -> int:
     """How many of a head's blocks are a task, each of so many bytes of state and operations."""
-    group = max(1, min(GROUP_BYTES // state, blocks, int(TASK_FLOPS / max(flops, 1.0))))
+    group = max(1, min(row.blocking.group_bytes // state, blocks, int(TASK_FLOPS / max(flops, 1.0))))
     while group > 1 and heads * -(-blocks // group) < TASKS_PER_THREAD * threads:
         group -= 1
     return group
@@ -115,7 +95,7 @@ class Plan:
     """
 
     problem: Problem
-    tile: Tile
+    tile: TileShape
     record: np.ndarray = field(repr=False)
     address: int
     tasks: int
@@ -148,7 +128,7 @@ def make_plan(
     lead = query.shape[:-2]
     heads = math.prod(lead)
     blocks = -(-problem.queries // tile.width)
-    feature_flops = ADDITIVE_FLOPS if additive else 2.0
+    feature_flops = row.blocking.additive_cost if additive else 2.0
     flops_per_block = tile.width * problem.keys * (feature_flops * problem.head_dim + 2.0 * problem.value_dim)
     row_bytes = tile.width * problem.dtype.itemsize
     key_block = choose_key_block(row, problem)
@@ -161,7 +141,7 @@ def make_plan(
     panels = -(-problem.value_dim // tile.rows)
     value_bytes, value_step = room_for_rows(row, tile, value, key_block * panels * tile.rows)
     state = query_bytes + (problem.value_dim + 2) * row_bytes
-    group = group_size(blocks, state, flops_per_block, heads, threads)
+    group = group_size(row, blocks, state, flops_per_block, heads, threads)
     groups = -(-blocks // group)
 
     record = np.zeros(PLAN.itemsize + len(lead) * AXIS.itemsize, np.uint8)
@@ -185,7 +165,7 @@ def make_plan(
     plan["key_block"] = key_block
     features = (problem.head_dim + problem.value_dim) * problem.dtype.itemsize
     everything = heads * (problem.queries + problem.keys) * features
-    if everything > CACHED_BYTES:
+    if everything > row.blocking.cached_bytes:
         plan["ahead"] = threads
     plan["query_bytes"], plan["key_bytes"], plan["value_bytes"] = query_bytes, key_bytes, value_bytes
     plan["key_step"], plan["value_step"] = key_step, value_step

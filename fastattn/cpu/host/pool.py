@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from fastattn.cpu.host import processors
+from fastattn.cpu.host.kernels import load
 from fastattn.cpu.host.processors import MOST
 from fastattn.cpu.kernels.records import (
     ASLEEP,
@@ -32,8 +33,10 @@ from fastattn.cpu.kernels.records import (
     WORKERS,
 )
 from fastattn.machine import os_threads
-from fastattn.machine.libraries import Library, library
+from fastattn.machine.kernel import Kernel
+from fastattn.machine.libraries import Library
 from fastattn.machine.objects import address_of
+from fastattn.machine.table import host
 
 SPIN = 25  # nanoseconds that a round of waiting takes, or more
 SPINS = 8000  # rounds of waiting before a worker sleeps
@@ -210,7 +213,7 @@ class _Pool:
             return self.native is not None
         with self.growing:
             if self.native is None:
-                native = library("schedule")
+                native = load(Kernel("schedule", host()))
                 self._write(START, native.addresses["start"])
                 self._write(WOKEN, address_of(self.woken))
                 self._write(SPINS_AT, SPINS)

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from fastattn.call.problem import Operands, Problem
 from fastattn.cpu.host import pool
 from fastattn.cpu.host.forward import run
+from fastattn.cpu.host.kernels import describe, load
 from fastattn.cpu.host.plan import Plan, aligned, group_size, make_plan
 from fastattn.cpu.kernels.records import PLAN, SUMMARY
-from fastattn.machine.libraries import kernel_name, library
 from fastattn.machine.objects import address_of
 from fastattn.machine.table import host
 
@@ -64,7 +64,7 @@ def sums_from(problem: Problem, lse: Array) -> tuple[Array, Array]:
 def weigh(problem: Problem, operands: Operands, threads: int, m: Array, l: Array) -> Array:
     """Return the weights of all queries and keys, for given sums."""
     weights = np.empty(problem.weights_shape, problem.dtype)
-    _run("chosen", _by_queries(problem, operands, threads), operands, threads, _record(m=m, l=l), weights)
+    _run("known_weights", _by_queries(problem, operands, threads), operands, threads, _record(m=m, l=l), weights)
     return weights
 
 
@@ -77,10 +77,10 @@ def _record(top_k: int = 0, **arrays: Array) -> Array:
     return record
 
 
-def _run(kind: str, plan: Plan, operands: Operands, threads: int, record: Array, weights: Array | None = None) -> None:
-    kernels = library(kernel_name(kind, plan.problem.dtype, plan.tile))
+def _run(work: str, plan: Plan, operands: Operands, threads: int, record: Array, weights: Array | None = None) -> None:
+    kernel = load(describe(work, plan.tile, host()))
     threads = pool.concurrency(plan.tasks, plan.flops, threads)
-    run(plan, threads, kernels, 0, operands.query, operands.key, mask=operands.plain[3], out=record, weights=weights)
+    run(plan, threads, kernel, 0, operands.query, operands.key, mask=operands.plain[3], out=record, weights=weights)
 
 
 def _by_queries(problem: Problem, operands: Operands, threads: int) -> Plan:
@@ -102,7 +102,7 @@ def _by_keys(plan: Plan, operands: Operands, threads: int) -> Plan:
     state = key_block * row_bytes + (key_block + tile.rows) * problem.head_dim * tile.itemsize  # sums, packed keys
     flops_per_block = 2.0 * key_block * problem.queries * problem.head_dim
     blocks = -(-problem.keys // key_block)
-    group = group_size(blocks, state, flops_per_block, heads, threads)
+    group = group_size(host(), blocks, state, flops_per_block, heads, threads)
     groups = -(-blocks // group)
     fields["blocks"], fields["group"], fields["groups"] = blocks, group, groups
     fields["tasks"] = tasks = heads * groups

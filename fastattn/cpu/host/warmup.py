@@ -1,7 +1,7 @@
 """All kernels, ahead of their first use."""
 
 from fastattn.cpu.host.builtin import in_default_mode
-from fastattn.machine.libraries import ATTENTION, BACKWARD, library
+from fastattn.cpu.host.kernels import every_kernel, load
 from fastattn.machine.table import host
 
 
@@ -19,15 +19,10 @@ def warmup(progress=None) -> None:
     >>> import fastattn
     >>> fastattn.warmup()  # doctest: +SKIP
     """
-    row = host()
-    sizes = ((row.rows, row.vectors), (row.tall_rows, 1))
-    names = ["schedule", "signature"]
-    for dtype in ("float32", "float64"):
-        names += [f"{kind}-{dtype}-{rows}x{vectors}" for kind in ATTENTION for rows, vectors in sizes]
-        names += [f"{kind}-{dtype}-{row.rows}x{row.vectors}" for kind in BACKWARD]
-    for done, name in enumerate(names):
+    kernels = list(every_kernel(host()))
+    for done, kernel in enumerate(kernels):
         if progress is not None:
-            progress(done, len(names), name)
-        library(name, row)
+            progress(done, len(kernels), kernel.label)
+        load(kernel)
     if progress is not None:
-        progress(len(names), len(names), "")
+        progress(len(kernels), len(kernels), "")

@@ -76,12 +76,12 @@ def exp_twice(tile, x):
 
 
 @jit
-def tanh(tile, x):
+def tanh(kernel, x):
     """tanh(x) by elements, to an error of some units in the last place of 1; NaN for NaN.
 
     Where x is large, and its product with log2(e) wrong by more than that, tanh no longer depends on it.
     """
-    return 1.0 - 2.0 / (exp2(tile, minimum(SATURATED, x * LOG2_E_TWICE)) + 1.0)
+    return 1.0 - 2.0 / (exp2(kernel, minimum(SATURATED, x * LOG2_E_TWICE)) + 1.0)
 
 
 # -- rows of queries and keys ------------------------------------------------------------------------------------------
@@ -255,14 +255,15 @@ def near_scores(shape, plan, start, exps, column, q, row_bytes, factors, sums):
 
 
 @jit
-def distant_scores(tile, plan, start, raw, q_raws, weights):
+def distant_scores(kernel, plan, start, raw, q_raws, weights):
     """start + the scores of one key, with a tanh for each query and feature."""
+    tile = kernel.tile
     total = start
     for first in range(0, plan.head_dim, PART):
         part = tile_fill(tile.pair, 0.0)
         for _ in range(first, min(first + PART, plan.head_dim), 2):
             x = tile_load(tile.pair, q_raws, tile.row_bytes) + tile_load_column(tile.pair, raw, tile.itemsize)
-            part = fma(tanh(tile, x), tile_load_column(tile.pair, weights, tile.itemsize), part)
+            part = fma(tanh(kernel, x), tile_load_column(tile.pair, weights, tile.itemsize), part)
             q_raws += 2 * tile.row_bytes
             raw += 2 * tile.itemsize
             weights += 2 * tile.itemsize
@@ -271,8 +272,9 @@ def distant_scores(tile, plan, start, raw, q_raws, weights):
 
 
 @jit
-def score_many(tile, plan, q, keys, first, count, start, scores, best):
+def score_many(kernel, plan, q, keys, first, count, start, scores, best):
     """scores[j][i] = start[i] + the score of query i and key first + j for `count` keys; `best` and their maximum."""
+    tile = kernel.tile
     q_raws, factors, weights, sums, _ = places(tile, plan, q)
     raws, exps = key_places(tile, plan, keys)
     row_bytes = padded(tile, plan.head_dim) * tile.itemsize
@@ -294,7 +296,7 @@ def score_many(tile, plan, q, keys, first, count, start, scores, best):
                     at = exps + r * tile.itemsize
                     one = near_scores(tile.single, plan, start, at, panel_row, q, tile.row_bytes, factors, sums)
                 else:
-                    one = distant_scores(tile, plan, start, raws + r * row_bytes, q_raws, weights)
+                    one = distant_scores(kernel, plan, start, raws + r * row_bytes, q_raws, weights)
                 tile_store(one, scores + r * tile.row_bytes, 0)
                 best = maximum(one, best)
         largest += panel_row
@@ -338,13 +340,14 @@ def near_lanes(shape, features, exps, row_bytes, q, factors, sums):
 
 
 @jit
-def distant_lanes(tile, length, raw, q_raw, weights):
+def distant_lanes(kernel, length, raw, q_raw, weights):
     """The same for one key, with a tanh for each feature."""
+    tile = kernel.tile
     total = tile_fill(tile.quad, 0.0)
     step = tile.vector_bytes
     for offset in range(0, length * tile.itemsize, tile.quad.rows * step):
         x = tile_load(tile.quad, raw + offset, step) + tile_load(tile.quad, q_raw + offset, step)
-        total = fma(tanh(tile, x), tile_load(tile.quad, weights + offset, step), total)
+        total = fma(tanh(kernel, x), tile_load(tile.quad, weights + offset, step), total)
     return sum_rows(total)
 
 
@@ -358,8 +361,9 @@ def sum_of(tile, at):
 
 
 @jit
-def score_few(tile, plan, q, keys, first, count, start, scores, best):
+def score_few(kernel, plan, q, keys, first, count, start, scores, best):
     """`score_many` for at most one vector of queries, whose exponentials and products have features in the lanes."""
+    tile = kernel.tile
     q_raws, factors, weights, sums, q_largest = places(tile, plan, q)
     raws, exps = key_places(tile, plan, keys)
     length = padded(tile, plan.head_dim)
@@ -393,7 +397,7 @@ def score_few(tile, plan, q, keys, first, count, start, scores, best):
                 if load_element(tile, largest + r * tile.itemsize) <= reach:
                     one = near_lanes(tile.vector, plan.head_dim, exps + offset, row_bytes, q + query, factors, sums)
                 else:
-                    one = distant_lanes(tile, length, raws + offset, q_raws + query, weights)
+                    one = distant_lanes(kernel, length, raws + offset, q_raws + query, weights)
                 tile_store(one, lanes_at, 0)
                 store_element(tile, place + r * tile.row_bytes, initial + sum_of(tile, lanes_at))
         largest += quad * tile.itemsize
@@ -449,8 +453,9 @@ def load_keys(tile, plan, keys, source, count):
 
 
 @jit
-def score_block(tile, plan, q, keys, first, count, start, scores, best):
+def score_block(kernel, plan, q, keys, first, count, start, scores, best):
     """scores[j][i] = start[i] + the score of query i and key first + j for `count` keys; `best` and their maximum."""
+    tile = kernel.tile
     if tile.vectors > 1:
-        return score_many(tile, plan, q, keys, first, count, start, scores, best)
-    return score_few(tile, plan, q, keys, first, count, start, scores, best)
+        return score_many(kernel, plan, q, keys, first, count, start, scores, best)
+    return score_few(kernel, plan, q, keys, first, count, start, scores, best)

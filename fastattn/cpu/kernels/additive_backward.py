@@ -182,11 +182,12 @@ def few(tile, queries):
 
 
 @jit
-def hide(tile, plan, places, mask, first_query, present, first_key, filled, lse):
+def hide(kernel, plan, places, mask, first_query, present, first_key, filled, lse):
     """hidden[i][j] = what is added to a score: the mask, or -inf. Returns whether there is anything to look at.
 
     Nobody looks at the keys behind the last, and a query whose lse is -inf at none.
     """
+    tile = kernel.tile
     hidden_bytes = plan.key_block * tile.itemsize
     ones, top, buffer = places.work, places.work + tile.row_bytes, places.work + 2 * tile.row_bytes
     scores = buffer + tile.buffer_bytes
@@ -195,14 +196,14 @@ def hide(tile, plan, places, mask, first_query, present, first_key, filled, lse)
     hidden, some = places.hidden, False
     for first in range(0, present, tile.width):
         masks = mask + first * plan.mask_row
-        count, safe = visible_keys(tile, plan, first_query + first, first_key, masks)
+        count, safe = visible_keys(kernel, plan, first_query + first, first_key, masks)
         here = min(tile.width, present - first)
         if count > safe:
             position = plan.first_position + first_query + first
             masks += safe * plan.mask_column
             rest = count - safe
             clear(tile, scores, rest)
-            restrict(tile, plan, scores, rest, masks, here, position, first_key + safe, top, buffer)
+            restrict(kernel, plan, scores, rest, masks, here, position, first_key + safe, top, buffer)
             unpack_rows(tile, scores, ones, hidden + safe * tile.itemsize, hidden_bytes, tile.itemsize, here, rest)
         for i in range(first, first + here):
             if load_element(tile, lse + i * tile.itemsize) == MINUS_INFINITY:
@@ -334,35 +335,38 @@ def deliver_weight(tile, places, target, features, fresh):
 
 
 @jit
-def find_sums(tile, plan, given, places, key, mask, first_query, queries, lse, sums):
+def find_sums(kernel, plan, given, places, key, mask, first_query, queries, lse, sums):
     """Form the sums of those queries of a block whose lse has lost digits, over all keys."""
+    tile = kernel.tile
     clear_states(tile, plan, places, queries)
     for first_key in range(0, plan.keys, plan.key_block):
         count = min(plan.key_block, plan.keys - first_key)
         filled = (count + tile.width - 1) // tile.width * tile.width
         masks = mask + first_key * plan.mask_column
-        if hide(tile, plan, places, masks, first_query, queries, first_key, filled, lse):
+        if hide(kernel, plan, places, masks, first_query, queries, first_key, filled, lse):
             keys = key + first_key * plan.key_row
-            absorb_keys(tile, plan, given, places, keys, lse, queries, count, filled)
-    store_sums(tile, plan, given, places, lse, queries, sums)
+            absorb_keys(kernel, plan, given, places, keys, lse, queries, count, filled)
+    store_sums(kernel, plan, given, places, lse, queries, sums)
 
 
 @jit
-def differentiate_block(tile, plan, places, key, value, queries, count, filled):
+def differentiate_block(kernel, plan, places, key, value, queries, count, filled):
     """All that a block of queries and one of keys, where there is anything to look at, have to do with each other."""
+    tile = kernel.tile
     load_keys(tile, plan, places, key, value, queries, count, filled)
     if few(tile, queries):
         sums_with_values(tile, plan, places, queries, filled)
     else:
         product_with_values(tile, plan, places, queries, filled)
     for j in range(0, filled, tile.lanes):
-        differentiate_vector(tile, places, plan, queries, j)
+        differentiate_vector(kernel, places, plan, queries, j)
     add_to_values(tile, plan, places, queries, filled)
 
 
 @jit
-def differentiate_chunk(tile, call, plan, head, chunk, _, scratch):
+def differentiate_chunk(kernel, call, plan, head, chunk, _, scratch):
     """One task: the queries of a chunk and the keys that are theirs in this round, of one head."""
+    tile = kernel.tile
     given = backward_view(call.out)
     places = lay_out(tile, plan, given, scratch)
     row_bytes, v_bytes = padded(tile, plan.head_dim) * tile.itemsize, value_bytes(tile, plan)
@@ -395,20 +399,20 @@ def differentiate_chunk(tile, call, plan, head, chunk, _, scratch):
         if any_has_lost(tile, given, lse, queries):
             sums = given.sums + 2 * row * tile.itemsize
             if first_round:
-                find_sums(tile, plan, given, places, key, mask + first * plan.mask_row, first, queries, lse, sums)
+                find_sums(kernel, plan, given, places, key, mask + first * plan.mask_row, first, queries, lse, sums)
             take_sums(tile, given, places, lse, queries, sums)
         fill(tile, places.grad_queries, queries * row_bytes, 0.0)
         for first_key in range(key_start, key_end, plan.key_block):
             count = min(plan.key_block, key_end - first_key)
             filled = (count + tile.width - 1) // tile.width * tile.width
             masks = mask + first * plan.mask_row + first_key * plan.mask_column
-            some = hide(tile, plan, places, masks, first, queries, first_key, filled, lse)
+            some = hide(kernel, plan, places, masks, first, queries, first_key, filled, lse)
             if some or fresh:
                 fill(tile, places.grad_keys, filled * row_bytes, 0.0)
                 fill(tile, places.grad_values, filled * v_bytes, 0.0)
             if some:
                 keys, values = key + first_key * plan.key_row, value + first_key * plan.value_row
-                differentiate_block(tile, plan, places, keys, values, queries, count, filled)
+                differentiate_block(kernel, plan, places, keys, values, queries, count, filled)
             if some or fresh:
                 row_of_key = head * plan.keys + first_key
                 target = given.grad_key + row_of_key * features_bytes
@@ -421,6 +425,6 @@ def differentiate_chunk(tile, call, plan, head, chunk, _, scratch):
     deliver_weight(tile, places, target, plan.head_dim, first_round)
 
 
-def task_function(tile):
+def task_function(kernel):
     """The task function of the kernel."""
-    return tasks.task_function(tile, differentiate_chunk, by_keys=False)
+    return tasks.task_function(kernel, differentiate_chunk, by_keys=False)

@@ -44,18 +44,20 @@ def biased(tile, score, bias):
 
 
 @jit
-def absorb_vector(tile, state, score):
+def absorb_vector(kernel, state, score):
     """Bring the state of a query up to date with the scores of a vector of keys."""
+    tile = kernel.tile
     m, total = tile_load(tile.vector, state, 0), tile_load(tile.vector, state + tile.vector_bytes, 0)
     top = maximum(score, m)
-    total = total * exp2(tile, (m - top) * LOG2_E) + exp2(tile, (score - top) * LOG2_E)
+    total = total * exp2(kernel, (m - top) * LOG2_E) + exp2(kernel, (score - top) * LOG2_E)
     tile_store(top, state, 0)
     tile_store(total, state + tile.vector_bytes, 0)
 
 
 @jit
-def absorb_keys(tile, plan, given, places, key, lse, queries, count, filled):
+def absorb_keys(kernel, plan, given, places, key, lse, queries, count, filled):
     """Bring the states of the queries that want it up to date with a block of keys, of which `hidden` is known."""
+    tile = kernel.tile
     row_bytes, hidden_bytes = padded(tile, plan.head_dim) * tile.itemsize, plan.key_block * tile.itemsize
     load_rows(tile, key, plan.key_row, plan.key_column, count, plan.head_dim, places.raws, places.exps, places.largest)
     for j in range(count, filled):  # hidden, but finite
@@ -66,15 +68,16 @@ def absorb_keys(tile, plan, given, places, key, lse, queries, count, filled):
     for i in range(queries):
         if has_lost(given, load_element(tile, lse + i * tile.itemsize) * 1.0):
             for j in range(0, filled, tile.lanes):
-                terms_of(tile, places, plan.head_dim, row_bytes, i, j, start, places.terms, places.lanes)
+                terms_of(kernel, places, plan.head_dim, row_bytes, i, j, start, places.terms, places.lanes)
                 score = sum_rows(tile_transpose(tile_load(tile.square, places.lanes, tile.vector_bytes)))
                 bias = tile_load(tile.vector, places.hidden + i * hidden_bytes + j * tile.itemsize, 0)
-                absorb_vector(tile, places.weights + i * hidden_bytes, biased(tile, score, bias))
+                absorb_vector(kernel, places.weights + i * hidden_bytes, biased(tile, score, bias))
 
 
 @jit
-def store_sums(tile, plan, given, places, lse, queries, sums):
+def store_sums(kernel, plan, given, places, lse, queries, sums):
     """Write m and log2(l) of each query that wants them to `sums`, or an infinite m where its lse is of other keys."""
+    tile = kernel.tile
     for i in range(queries):
         total = load_element(tile, lse + i * tile.itemsize) * 1.0
         if has_lost(given, total):
@@ -82,7 +85,7 @@ def store_sums(tile, plan, given, places, lse, queries, sums):
             m = load_element(tile, state) * 1.0
             for lane in range(1, tile.lanes):
                 m = max(m, load_element(tile, state + lane * tile.itemsize) * 1.0)
-            shares = exp2(tile, (tile_load(tile.vector, state, 0) - m) * LOG2_E)
+            shares = exp2(kernel, (tile_load(tile.vector, state, 0) - m) * LOG2_E)
             tile_store(tile_load(tile.vector, state + tile.vector_bytes, 0) * shares, state, 0)
             own = sum_of(tile, state) * 1.0
             logarithm = math.log(own) if own != 0.0 else MINUS_INFINITY

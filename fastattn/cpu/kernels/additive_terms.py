@@ -58,20 +58,22 @@ def near_terms(shape, features, keys, row_bytes, query, factors, start, terms):
 
 
 @jit
-def distant_terms(tile, features, key, query, factors, start, terms):
+def distant_terms(kernel, features, key, query, factors, start, terms):
     """The same for one key, given both as they are: an exponential for each feature."""
+    tile = kernel.tile
     total = start
     for offset in range(0, features * tile.itemsize, tile.vector_bytes):
         x = tile_load(tile.vector, key + offset, 0) + tile_load(tile.vector, query + offset, 0)
-        term = -1.0 / (exp2(tile, minimum(SATURATED, x * LOG2_E_TWICE)) + 1.0)
+        term = -1.0 / (exp2(kernel, minimum(SATURATED, x * LOG2_E_TWICE)) + 1.0)
         tile_store(term, terms + offset, 0)
         total = fma(term, tile_load(tile.vector, factors + offset, 0), total)
     return total
 
 
 @jit
-def terms_of(tile, places, features, row_bytes, i, j, start, terms, lanes):
+def terms_of(kernel, places, features, row_bytes, i, j, start, terms, lanes):
     """terms = -r of query i and the vector of keys from j on; lanes: their scores, a row of lanes for each key."""
+    tile = kernel.tile
     reach = REACH_32 if tile.itemsize == 4 else REACH_64
     reach = reach - load_element(tile, places.q_largest + i * tile.itemsize)
     q_raw, q_exp = places.q_raws + i * row_bytes, places.q_exps + i * row_bytes
@@ -91,7 +93,7 @@ def terms_of(tile, places, features, row_bytes, i, j, start, terms, lanes):
                 if load_element(tile, largest + r * tile.itemsize) <= reach:
                     one = near_terms(tile.vector, features, exps + at, row_bytes, q_exp, factors, start, to)
                 else:
-                    one = distant_terms(tile, features, raws + at, q_raw, factors, start, to)
+                    one = distant_terms(kernel, features, raws + at, q_raw, factors, start, to)
                 tile_store(one, lanes + r * tile.vector_bytes, 0)
         largest += tile.strip.rows * tile.itemsize
         raws += tile.strip.rows * row_bytes
@@ -112,19 +114,20 @@ def clear_hidden(tile, hidden, terms, row_bytes):
 
 
 @jit
-def slopes_of(tile, lanes, hidden, shift, row_sum, rest, weights, slopes, terms, row_bytes):
+def slopes_of(kernel, lanes, hidden, shift, row_sum, rest, weights, slopes, terms, row_bytes):
     """Make P of scores, over dO · value at `weights`, and -dS at `slopes`, which may be where `lanes` is; returns dS.
 
     `hidden` is what is added to the scores: -inf for a key that the query may not look at. P is 2 to the power of
     (score - shift) log2(e) - rest: the shift is usually the log-sum-exp, and the rest 0
     (`fastattn.cpu.kernels.additive_sums`).
     """
+    tile = kernel.tile
     bias = tile_load(tile.vector, hidden, 0)
     score = sum_rows(tile_transpose(tile_load(tile.square, lanes, tile.vector_bytes)))
     if not all_finite(score):
         clear_hidden(tile, hidden, terms, row_bytes)
     # of a sum of exp(score) no score takes more than all of it
-    weight = minimum(1.0, exp2(tile, (saturate(tile, score + bias) - shift) * LOG2_E - rest))
+    weight = minimum(1.0, exp2(kernel, (saturate(tile, score + bias) - shift) * LOG2_E - rest))
     slope = weight * (tile_load(tile.vector, weights, 0) - row_sum)
     slope = where_greater(lowest(tile), bias, 0.0, slope)
     tile_store(where_greater(lowest(tile), bias, 0.0, weight), weights, 0)
@@ -152,8 +155,9 @@ def looks_at_none(tile, hidden):
 
 
 @jit
-def differentiate_vector(tile, places, plan, queries, j):
+def differentiate_vector(kernel, places, plan, queries, j):
     """All queries of a block and the vector of keys from j on; those together whose terms have room together."""
+    tile = kernel.tile
     features, row_bytes = plan.head_dim, padded(tile, plan.head_dim) * tile.itemsize
     weights_bytes = plan.key_block * tile.itemsize
     terms_bytes, lanes_bytes = tile.lanes * row_bytes, tile.lanes * tile.vector_bytes
@@ -165,7 +169,7 @@ def differentiate_vector(tile, places, plan, queries, j):
         terms, lanes = places.terms, places.lanes
         for i in range(first, end):
             if not looks_at_none(tile, hidden + i * weights_bytes):
-                terms_of(tile, places, features, row_bytes, i, j, start, terms, lanes)
+                terms_of(kernel, places, features, row_bytes, i, j, start, terms, lanes)
             terms += terms_bytes
             lanes += lanes_bytes
         terms, lanes = places.terms, places.lanes
@@ -177,7 +181,7 @@ def differentiate_vector(tile, places, plan, queries, j):
                 numbers = places.numbers + i * QUERY_NUMBERS * tile.itemsize
                 shift, row_sum = load_element(tile, numbers), load_element(tile, numbers + tile.itemsize)
                 rest, here = load_element(tile, numbers + 3 * tile.itemsize), weights + at
-                slope = slopes_of(tile, lanes, hidden + at, shift, row_sum, rest, here, lanes, terms, row_bytes)
+                slope = slopes_of(kernel, lanes, hidden + at, shift, row_sum, rest, here, lanes, terms, row_bytes)
                 tile_store(tile_load(tile.vector, places.slope_sums, 0) + slope, places.slope_sums, 0)
             terms += terms_bytes
             lanes += lanes_bytes

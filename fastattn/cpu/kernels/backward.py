@@ -221,20 +221,21 @@ def copy_numbers(tile, target, source, present, length, factor):
 
 
 @jit
-def differentiate(tile, plan, scores, grads, count, hidden, natural, start, delta):
+def differentiate(kernel, plan, scores, grads, count, hidden, natural, start, delta):
     """Turn a block of scores into weights p, and one of value · do into ds.
 
     `hidden`: some may not be looked at. `natural`: scores are no exponents yet, but sums with a float mask.
     """
+    tile = kernel.tile
     for _ in range(count):
         score = tile_load(tile.single, scores, 0)
-        if tile.masked and natural:
+        if "mask" in kernel.steps and natural:
             exponent = (score - start) * plan.unit
         else:
             exponent = score
-        weight = exp2(tile, minimum(0.0, exponent))  # no weight is above 1, whatever the roundings of huge scores
+        weight = exp2(kernel, minimum(0.0, exponent))  # no weight is above 1, whatever the roundings of huge scores
         grad = tile_load(tile.single, grads, 0)
-        if tile.masked and plan.drop_below > 0:
+        if "dropout" in kernel.steps and plan.drop_below > 0:
             grad = grad * plan.keep_scale - delta
         grad = weight * grad
         if hidden:  # 0, also beside an lse of NaN
@@ -266,13 +267,14 @@ def whole_tiles(tile, count):
 
 
 @jit
-def weigh(tile, call, plan, number, s, first_query, first_key, offset, mask, lost, scratch):
+def weigh(kernel, call, plan, number, s, first_query, first_key, offset, mask, lost, scratch):
     """The weights p of one tile width of queries, number `s` of its block, and a block of keys, and their ds.
 
     `offset` is where in a panel the block of keys begins; `lost`, whether the lse of a query has lost digits. Returns
     how many keys are looked at; p and ds of the others are 0 in the same tile, and not written behind it.
     """
-    count, safe = visible_keys(tile, plan, first_query, first_key, mask)
+    tile = kernel.tile
+    count, safe = visible_keys(kernel, plan, first_query, first_key, mask)
     if count == 0:
         return 0
     weights = scratch + plan.scores_at + s * plan.score_panel
@@ -281,7 +283,7 @@ def weigh(tile, call, plan, number, s, first_query, first_key, offset, mask, los
     delta = tile_load(tile.single, scratch + plan.deltas_at + s * tile.row_bytes, 0)
     zero = tile_fill(tile.single, 0.0)
     begin, grad_begin = start, zero - delta
-    if tile.masked:
+    if "mask" in kernel.steps:
         if plan.unit != 1.0:
             begin = zero  # under a float mask, whose sum with the score comes first
         if plan.drop_below > 0:
@@ -291,9 +293,9 @@ def weigh(tile, call, plan, number, s, first_query, first_key, offset, mask, los
     grad_lanes = scratch + plan.grad_lanes_at + s * plan.value_dim * tile.row_bytes
     product_along(tile, begin, count, keys, plan.panel, queries, plan.head_dim, weights)
     product_along(tile, grad_begin, count, values, plan.panel, grad_lanes, plan.value_dim, grads)
-    if tile.masked and plan.drop_below > 0:
+    if "dropout" in kernel.steps and plan.drop_below > 0:
         drop(tile, plan, call.seed, grads, count, number, first_query, first_key)
-    hide_keys(tile, plan, weights, count, safe, first_query, first_key, mask, scratch)
+    hide_keys(kernel, plan, weights, count, safe, first_query, first_key, mask, scratch)
     if not all_finite(start):
         hide_from_empty(tile, plan, weights, count, start)
         safe = 0
@@ -302,9 +304,9 @@ def weigh(tile, call, plan, number, s, first_query, first_key, offset, mask, los
         relate(tile, plan, weights, count, s, scratch)
     if safe < count:
         rest = safe * tile.row_bytes
-        differentiate(tile, plan, weights + rest, grads + rest, count - safe, True, natural, start, delta)
-    differentiate(tile, plan, weights, grads, safe, False, natural, start, delta)
-    if tile.masked and plan.drop_below > 0:
+        differentiate(kernel, plan, weights + rest, grads + rest, count - safe, True, natural, start, delta)
+    differentiate(kernel, plan, weights, grads, safe, False, natural, start, delta)
+    if "dropout" in kernel.steps and plan.drop_below > 0:
         drop(tile, plan, call.seed, weights, count, number, first_query, first_key)
     behind = whole_tiles(tile, count) - count
     clear(tile, weights + count * tile.row_bytes, behind)
@@ -337,8 +339,9 @@ def add_to_keys(tile, plan, offset, subs, present, scratch):
 
 
 @jit
-def add_visible(tile, plan, grad_out, lse, mask, count, present, ahead, offset, scratch):
+def add_visible(kernel, plan, grad_out, lse, mask, count, present, ahead, offset, scratch):
     """dv[j] += p[j][i] · do[i] for those elements of do that are not finite, where query i may look at key j."""
+    tile = kernel.tile
     for i in range(present):
         if load_element(tile, lse + i * tile.itemsize) == MINUS_INFINITY:
             continue
@@ -351,7 +354,7 @@ def add_visible(tile, plan, grad_out, lse, mask, count, present, ahead, offset, 
                 scratch + plan.value_sums_at + offset + p // tile.width * plan.panel + p % tile.width * tile.itemsize
             )
             for j in range(count):
-                if looks_at(tile, plan, mask, i, j, ahead):
+                if looks_at(kernel, plan, mask, i, j, ahead):
                     here = place + j * tile.row_bytes
                     weight = load_element(tile, weights + j * tile.row_bytes) * plan.keep_scale
                     store_element(tile, here, load_element(tile, here) + weight * odd)
@@ -382,8 +385,9 @@ def ask_for(tile, plan, query, grad_out, out, grad_query, first, count):
 
 
 @jit
-def differentiate_group(tile, call, plan, kv_head, group, turn, scratch):
+def differentiate_group(kernel, call, plan, kv_head, group, turn, scratch):
     """One task: a group of key blocks, and the queries of one head, or a part of them: those of turn `turn`."""
+    tile = kernel.tile
     head = kv_head * plan.inner + turn // plan.parts
     number, query, key, value, mask, grad_out, out, grad_query, grad_key, grad_value, _ = locate(call, plan, head)
     first_key = group * plan.group * plan.key_block
@@ -426,7 +430,7 @@ def differentiate_group(tile, call, plan, kv_head, group, turn, scratch):
         lost = any_has_lost(tile, plan, lse, present)
         if lost and group == 0:
             at = mask + first_query * plan.mask_row
-            find_sums(tile, plan, key, at, lse, first_query, present, deltas, scratch)
+            find_sums(kernel, plan, key, at, lse, first_query, present, deltas, scratch)
 
         ticket = query_tickets + block * WORD
         wait_for(ticket, group)
@@ -451,7 +455,7 @@ def differentiate_group(tile, call, plan, kv_head, group, turn, scratch):
                     following += step
                 ahead = s * tile.width
                 at = masks + ahead * plan.mask_row
-                count = weigh(tile, call, plan, number, s, first_query + ahead, start_key, offset, at, lost, scratch)
+                count = weigh(kernel, call, plan, number, s, first_query + ahead, start_key, offset, at, lost, scratch)
                 store_i64(scratch + plan.counts_at + s * WORD, count)
                 most = max(most, count)
                 if count > 0:
@@ -461,7 +465,7 @@ def differentiate_group(tile, call, plan, kv_head, group, turn, scratch):
                 add_to_keys(tile, plan, offset, subs, present, scratch)
                 if not finite:
                     position = plan.first_position + first_query - start_key
-                    add_visible(tile, plan, grads, lse, masks, most, present, position, offset, scratch)
+                    add_visible(kernel, plan, grads, lse, masks, most, present, position, offset, scratch)
         unpack_panels(tile, query_sums, query_panel, sums, plan.grad_query_row, element, present, plan.head_dim)
         atomic_store(ticket, group + 1)
     if some:
@@ -471,7 +475,7 @@ def differentiate_group(tile, call, plan, kv_head, group, turn, scratch):
     atomic_store(key_ticket, turn + 1)
 
 
-def task_function(tile):
+def task_function(kernel):
     """The task function of the backward pass.
 
     Tasks are numbered so that those which one waits for have lower numbers, and stand as far before it as can be.
@@ -483,6 +487,6 @@ def task_function(tile):
         plan = plan_view(call.plan)
         kv_head, number = number % plan.outer, number // plan.outer
         group, turn = number % plan.groups, number // plan.groups
-        differentiate_group(tile, call, plan, kv_head, group, turn, call.scratch + slot * call.scratch_bytes)
+        differentiate_group(kernel, call, plan, kv_head, group, turn, call.scratch + slot * call.scratch_bytes)
 
     return task

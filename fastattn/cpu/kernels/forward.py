@@ -50,56 +50,60 @@ LN_2 = 0.6931471805599453
 
 
 @jit
-def load_queries(tile, call, plan, q, source, present, work):
+def load_queries(kernel, call, plan, q, source, present, work):
     """q[p][i] = feature p of query i, times the scale; or what additive attention makes of it."""
-    if tile.additive:
+    tile = kernel.tile
+    if kernel.score == "additive":
         additive.load_queries(tile, call, plan, q, source, present, work)
     else:
         pack_queries(tile, q, source, plan.query_row, plan.query_column, present, plan.head_dim, plan.scale)
 
 
 @jit
-def load_keys(tile, plan, target, source, count):
+def load_keys(kernel, plan, target, source, count):
     """Pack a block of keys, where they are not read in place; where they are then."""
-    if tile.additive:
+    tile = kernel.tile
+    if kernel.score == "additive":
         return additive.load_keys(tile, plan, target, source, count)
-    if tile.packed:
+    if kernel.reads == "panels":
         pack_keys(tile, target, source, plan.key_row, plan.key_column, count, plan.head_dim)
         return target
-    if tile.dense and plan.key_bytes > 0:
+    if kernel.reads == "rows" and plan.key_bytes > 0:
         copy_rows(tile, target, plan.key_step, source, plan.key_row, plan.key_column, count, plan.head_dim)
         return target
     return source
 
 
 @jit
-def load_values(tile, plan, target, source, count):
+def load_values(kernel, plan, target, source, count):
     """The same for values."""
-    if tile.packed:
-        panel, _, _ = value_steps(tile, plan)
+    tile = kernel.tile
+    if kernel.reads == "panels":
+        panel, _, _ = value_steps(kernel, plan)
         pack_values(tile, target, source, plan.value_row, plan.value_column, count, plan.value_dim, panel)
         return target
-    if tile.dense and plan.value_bytes > 0:
+    if kernel.reads == "rows" and plan.value_bytes > 0:
         copy_rows(tile, target, plan.value_step, source, plan.value_row, plan.value_column, count, plan.value_dim)
         return target
     return source
 
 
 @jit
-def score_block(tile, plan, q, key, first, count, start, scores, best, wanted):
+def score_block(kernel, plan, q, key, first, count, start, scores, best, wanted):
     """scores[j][i] = start[i] + key[first + j] · q[i] for `count` keys; the maximum of `best` and of them over j.
 
     Meanwhile what is on the list `wanted` is asked for.
     """
-    if tile.additive:
-        return additive.score_block(tile, plan, q, key, first, count, start, scores, best)
+    tile = kernel.tile
+    if kernel.score == "additive":
+        return additive.score_block(kernel, plan, q, key, first, count, start, scores, best)
     features = plan.head_dim
-    panel, row, column = key_steps(tile, plan)
+    panel, row, column = key_steps(kernel, plan)
     key += first // tile.rows * panel
     initial = tile_repeat(tile, start)
     whole = count - count % tile.rows
     for _ in range(0, whole, tile.rows):
-        if tile.packed or tile.dense:
+        if kernel.reads != "strided":
             acc = unrolled_product(tile, initial, key, row, column, q, features)
         else:
             acc = product(initial, key, row, column, q, tile.row_bytes, features)
@@ -118,11 +122,14 @@ def score_block(tile, plan, q, key, first, count, start, scores, best, wanted):
 
 
 @jit
-def add_values(tile, plan, weights, count, value, out, wanted):
+def add_values(kernel, plan, weights, count, value, out, wanted):
     """out[p][i] += Σ_j value[j][p] · weights[j][i]; meanwhile what is on the list is asked for."""
+    tile = kernel.tile
     features = plan.value_dim
-    panel, row, column = value_steps(tile, plan)
-    if tile.additive and tile.vectors == 1 and column == tile.itemsize:  # few queries: most lanes would be empty
+    panel, row, column = value_steps(kernel, plan)
+    if (
+        kernel.score == "additive" and tile.vectors == 1 and column == tile.itemsize
+    ):  # few queries: most lanes would be empty
         done = features - features % (tile.quad.rows * tile.lanes)
         additive.add_values(tile, plan, weights, count, value, row, out, done)
         value += done * column
@@ -131,7 +138,7 @@ def add_values(tile, plan, weights, count, value, out, wanted):
     whole = features - features % tile.rows
     for _ in range(0, whole, tile.rows):
         acc = tile_load(tile, out, tile.row_bytes)
-        if tile.packed or tile.dense:
+        if kernel.reads != "strided":
             acc = unrolled_product(tile, acc, value, column, row, weights, count)
         else:
             acc = product(acc, value, column, row, weights, tile.row_bytes, count)
@@ -163,26 +170,27 @@ def are_finite(tile, plan, value, count):
 
 
 @jit
-def add_visible_values(tile, plan, weights, count, source, value, mask, present, ahead, out):
+def add_visible_values(kernel, plan, weights, count, source, value, mask, present, ahead, out):
     """`add_values` for a block with values that are not finite and queries that may not look at some key.
 
     There 0 · NaN must not reach a query. `source` is the block's first row of values in the user's array, `value` the
     same for the micro-kernel.
     """
+    tile = kernel.tile
     # Rows of values that are finite throughout take the fast way; in the others a query is added where it may look.
-    _, row, _ = value_steps(tile, plan)
+    _, row, _ = value_steps(kernel, plan)
     start = 0
     for j in range(count + 1):
         at = source + j * plan.value_row
         if j < count and are_finite(tile, plan, at, 1):
             continue
         rows = value + start * row
-        add_values(tile, plan, weights + start * tile.row_bytes, j - start, rows, out, NOTHING)
+        add_values(kernel, plan, weights + start * tile.row_bytes, j - start, rows, out, NOTHING)
         start = j + 1
         if j == count:
             break
         for i in range(present):
-            if looks_at(tile, plan, mask, i, j, ahead):
+            if looks_at(kernel, plan, mask, i, j, ahead):
                 weight = load_element(tile, weights + j * tile.row_bytes + i * tile.itemsize)
                 for p in range(plan.value_dim):
                     place = out + p * tile.row_bytes + i * tile.itemsize
@@ -191,11 +199,12 @@ def add_visible_values(tile, plan, weights, count, source, value, mask, present,
 
 
 @jit
-def visible_keys(tile, plan, first_query, first_key, mask):
+def visible_keys(kernel, plan, first_query, first_key, mask):
     """How many keys of a block the queries of a block look at, and how many of these, from the first, all look at.
 
     The second is a multiple of what `restrict` takes at a time, unless it is all.
     """
+    tile = kernel.tile
     count = min(plan.key_block, plan.keys - first_key)
     safe = count
     if plan.causal:
@@ -203,7 +212,7 @@ def visible_keys(tile, plan, first_query, first_key, mask):
         present = min(tile.width, plan.queries - first_query)
         count = max(0, min(count, position + present - first_key))
         safe = max(0, min(count, position + 1 - first_key))
-    if tile.masked and plan.mask_kind != MASK_NONE:
+    if "mask" in kernel.steps and plan.mask_kind != MASK_NONE:
         safe = 0
         if plan.mask_kind == MASK_BOOL and plan.mask_row == 0:
             while count > 0 and load_u8(mask + (count - 1) * plan.mask_column) == 0:
@@ -215,26 +224,27 @@ def visible_keys(tile, plan, first_query, first_key, mask):
 
 
 @jit
-def scores_of(tile, plan, q, m, relative, count, safe, first_query, first_key, key, mask, work, wanted):
+def scores_of(kernel, plan, q, m, relative, count, safe, first_query, first_key, key, mask, work, wanted):
     """The block of scores of some queries with `count` keys: their place; their maximum over the keys at `work`.
 
     `relative`: less m, from which the sums of products then start.
     """
+    tile = kernel.tile
     scores = work + tile.row_bytes + tile.buffer_bytes
     start = tile_fill(tile.single, 0.0)
     if relative:
         start = start - tile_load(tile.single, m, 0)
     best = tile_fill(tile.single, MINUS_INFINITY)
-    best = score_block(tile, plan, q, key, 0, safe, start, scores, best, wanted)
+    best = score_block(kernel, plan, q, key, 0, safe, start, scores, best, wanted)
     if safe < count:
         tile_store(best, work, 0)
         rest = scores + safe * tile.row_bytes
-        score_block(tile, plan, q, key, safe, count - safe, start, rest, best, wanted)
+        score_block(kernel, plan, q, key, safe, count - safe, start, rest, best, wanted)
         present = min(tile.width, plan.queries - first_query)
         position = plan.first_position + first_query
         mask += safe * plan.mask_column
         buffer = work + tile.row_bytes
-        restrict(tile, plan, rest, count - safe, mask, present, position, first_key + safe, work, buffer)
+        restrict(kernel, plan, rest, count - safe, mask, present, position, first_key + safe, work, buffer)
     else:
         tile_store(best, work, 0)
     return scores
@@ -265,8 +275,9 @@ def clear(tile, at, rows):
 
 
 @jit
-def forward_group(tile, call, plan, head, first_block, blocks, scratch):
+def forward_group(kernel, call, plan, head, first_block, blocks, scratch):
     """One task: `blocks` query blocks of one head, from `first_block` on, through all keys they look at."""
+    tile = kernel.tile
     first_query = first_block * tile.width
     query, key, value, mask, out = locate(call, plan, head)
     query += call.query
@@ -285,8 +296,8 @@ def forward_group(tile, call, plan, head, first_block, blocks, scratch):
     work = packed_values + plan.value_bytes
 
     # Under a float mask m may stem from the mask, and be far from the scores.
-    relative = not tile.masked or plan.mask_kind <= MASK_BOOL
-    unit = plan.unit if tile.masked else 1.0
+    relative = "mask" not in kernel.steps or plan.mask_kind <= MASK_BOOL
+    unit = plan.unit if "mask" in kernel.steps else 1.0
     end = plan.keys
     if plan.causal:
         last = min(first_query + blocks * tile.width, plan.queries) - 1
@@ -302,23 +313,23 @@ def forward_group(tile, call, plan, head, first_block, blocks, scratch):
     key_bytes, value_bytes = plan.head_dim * tile.itemsize, plan.value_dim * tile.itemsize
     prefetch_rows(key, plan.key_row, min(plan.key_block, end), key_bytes)
     prefetch_rows(value, plan.value_row, min(plan.key_block, end), value_bytes)
-    if tile.additive:  # in working memory that packed keys need later
+    if kernel.score == "additive":  # in working memory that packed keys need later
         for b in range(blocks):
             first = first_query + b * tile.width
             present = min(tile.width, plan.queries - first)
             source = query + first * plan.query_row
-            load_queries(tile, call, plan, scratch + b * state_bytes, source, present, packed_keys)
+            load_queries(kernel, call, plan, scratch + b * state_bytes, source, present, packed_keys)
     for first_key in range(0, max(end, 1), plan.key_block):
         keys, values = key + first_key * plan.key_row, value + first_key * plan.value_row
         count = max(0, min(plan.key_block, end - first_key))
-        keys_at = load_keys(tile, plan, packed_keys, keys, count)
-        values_at = load_values(tile, plan, packed_values, values, count)
+        keys_at = load_keys(kernel, plan, packed_keys, keys, count)
+        values_at = load_values(kernel, plan, packed_values, values, count)
         next_count = min(plan.key_block, end - first_key - plan.key_block)
         next_key, next_value = keys + plan.key_block * plan.key_row, values + plan.key_block * plan.value_row
         if next_count <= 0 and then_query != 0:
             next_count, next_key, next_value = min(plan.key_block, plan.keys), then_key, then_value
         finite = True
-        if plan.causal or (tile.masked and plan.mask_kind != MASK_NONE):
+        if plan.causal or ("mask" in kernel.steps and plan.mask_kind != MASK_NONE):
             finite = are_finite(tile, plan, values, count)
         skipped = 0
         for b in range(blocks):
@@ -329,13 +340,13 @@ def forward_group(tile, call, plan, head, first_block, blocks, scratch):
             m = block + out_bytes
             source = query + first * plan.query_row
             if first_key == 0:
-                if not tile.additive:
-                    load_queries(tile, call, plan, q, source, present, 0)
+                if kernel.score != "additive":
+                    load_queries(kernel, call, plan, q, source, present, 0)
                 clear(tile, block, plan.value_dim + 2)
             own_end = min(end, plan.first_position + first + present) if plan.causal else end
             is_last = first_key + plan.key_block >= own_end and (first_key == 0 or first_key < own_end)
             masks = mask + first * plan.mask_row + first_key * plan.mask_column
-            count, safe = visible_keys(tile, plan, first, first_key, masks)
+            count, safe = visible_keys(kernel, plan, first, first_key, masks)
             if count > 0:
                 # What comes next, what is wanted first before the rest.
                 want_nothing(wanted, (count + plan.value_dim) // tile.rows)
@@ -351,21 +362,21 @@ def forward_group(tile, call, plan, head, first_block, blocks, scratch):
                     share, shares = b - skipped, blocks - skipped
                     want_share(wanted, next_key, plan.key_row, key_bytes, next_count, share, shares)
                     want_share(wanted, next_value, plan.value_row, value_bytes, next_count, share, shares)
-                if tile.masked and plan.mask_row != 0:
+                if "mask" in kernel.steps and plan.mask_row != 0:
                     below = masks + tile.width * plan.mask_row
                     want(wanted, below, plan.mask_row, plan.key_block * plan.mask_itemsize, tile.width)
                 scores = scores_of(
-                    tile, plan, q, m, relative, count, safe, first, first_key, keys_at, masks, work, wanted
+                    kernel, plan, q, m, relative, count, safe, first, first_key, keys_at, masks, work, wanted
                 )
                 top = tile_load(tile.single, work, 0)
-                absorb(tile, scores, count, top, relative, unit, m, m + tile.row_bytes, block, plan.value_dim)
-                if tile.masked and plan.drop_below > 0:
+                absorb(kernel, scores, count, top, relative, unit, m, m + tile.row_bytes, block, plan.value_dim)
+                if "dropout" in kernel.steps and plan.drop_below > 0:
                     drop(tile, plan, call.seed, scores, count, head, first, first_key)
                 if not finite and safe < count:
                     offset = plan.first_position + first - first_key
-                    add_visible_values(tile, plan, scores, count, values, values_at, masks, present, offset, block)
+                    add_visible_values(kernel, plan, scores, count, values, values_at, masks, present, offset, block)
                 else:
-                    add_values(tile, plan, scores, count, values_at, block, wanted)
+                    add_values(kernel, plan, scores, count, values_at, block, wanted)
             else:
                 skipped += 1
             if is_last:

@@ -54,8 +54,9 @@ def write_rectangle(tile, plan, sums, ones, target, present, count):
 
 
 @jit
-def differentiate_rectangle(tile, call, plan, mask_head, query_task, key_task, scratch):
+def differentiate_rectangle(kernel, call, plan, mask_head, query_task, key_task, scratch):
     """One task. The working memory of sums is where the backward pass has the gradients of keys."""
+    tile = kernel.tile
     first_block, last_block = 0, plan.query_blocks
     if plan.mask_queries > 1:
         first_block, last_block = query_task, query_task + 1
@@ -88,7 +89,7 @@ def differentiate_rectangle(tile, call, plan, mask_head, query_task, key_task, s
                     ahead = s * tile.width
                     place = masks + ahead * plan.mask_row
                     first = first_query + ahead
-                    found = weigh(tile, call, plan, number, s, first, start_key, 0, place, lost, scratch)
+                    found = weigh(kernel, call, plan, number, s, first, start_key, 0, place, lost, scratch)
                     grads_at = scratch + plan.score_grads_at + s * plan.score_panel
                     add_block(tile, sums + s * plan.score_panel, grads_at, found, present - ahead)
     first_query = first_block * plan.query_block
@@ -97,7 +98,7 @@ def differentiate_rectangle(tile, call, plan, mask_head, query_task, key_task, s
     write_rectangle(tile, plan, sums, ones, target, present, count)
 
 
-def task_function(tile):
+def task_function(kernel):
     """The task function of the gradient of a mask."""
 
     @jit
@@ -107,6 +108,6 @@ def task_function(tile):
         mask_head, number = number % plan.outer, number // plan.outer
         query_task, key_task = number % plan.parts, number // plan.parts
         scratch = call.scratch + slot * call.scratch_bytes
-        differentiate_rectangle(tile, call, plan, mask_head, query_task, key_task, scratch)
+        differentiate_rectangle(kernel, call, plan, mask_head, query_task, key_task, scratch)
 
     return task

@@ -22,23 +22,25 @@ from fastattn.simd import (
 
 
 @jit
-def key_steps(tile, plan):
+def key_steps(kernel, plan):
     """How far apart the micro-kernel finds panels, rows and columns of keys: packed, or as they lie."""
-    if tile.packed:
+    tile = kernel.tile
+    if kernel.reads == "panels":
         panel_row = tile.rows * tile.itemsize
         return plan.head_dim * panel_row, tile.itemsize, panel_row
-    if tile.dense:
+    if kernel.reads == "rows":
         return tile.rows * plan.key_step, plan.key_step, tile.itemsize
     return tile.rows * plan.key_row, plan.key_row, plan.key_column
 
 
 @jit
-def value_steps(tile, plan):
+def value_steps(kernel, plan):
     """The same of values, whose panels are of columns."""
-    if tile.packed:
+    tile = kernel.tile
+    if kernel.reads == "panels":
         panel_row = tile.rows * tile.itemsize
         return plan.key_block * panel_row, panel_row, tile.itemsize
-    if tile.dense:
+    if kernel.reads == "rows":
         return tile.rows * tile.itemsize, plan.value_step, tile.itemsize
     return tile.rows * plan.value_column, plan.value_row, plan.value_column
 

@@ -50,13 +50,14 @@ def leave_out(tile, scores, count, present):
 
 
 @jit
-def add_weights(tile, scores, count, unit, state, sums):
+def add_weights(kernel, scores, count, unit, state, sums):
     """sums[j][i] += the weight that belongs to scores[j][i]: nothing for -inf, even where the other weights are NaN."""
+    tile = kernel.tile
     m = tile_load(tile.single, state, 0)
     inverse = tile_load(tile.single, state + tile.row_bytes, 0)
     for _ in range(count):
         score = tile_load(tile.single, scores, 0)
-        weight = exp2(tile, (score - m) * unit) * inverse
+        weight = exp2(kernel, (score - m) * unit) * inverse
         weight = where_greater(lowest(tile), score, 0.0, weight)
         tile_store(tile_load(tile.single, sums, 0) + weight, sums, 0)
         scores += tile.row_bytes
@@ -64,11 +65,12 @@ def add_weights(tile, scores, count, unit, state, sums):
 
 
 @jit
-def receive_group(tile, call, plan, head, first_block, blocks, scratch):
+def receive_group(kernel, call, plan, head, first_block, blocks, scratch):
     """One task: `blocks` blocks of keys of one head, from `first_block` on, for all queries that look at them.
 
     `group`, `groups` and `blocks` of its plan count blocks of keys.
     """
+    tile = kernel.tile
     out = summary_view(call.out)
     query, key, _, mask, _ = locate(call, plan, head)
     query += call.query
@@ -90,7 +92,7 @@ def receive_group(tile, call, plan, head, first_block, blocks, scratch):
             first_key = start + b * plan.key_block
             count = min(plan.key_block, end - first_key)
             source = key + first_key * plan.key_row
-            load_keys(tile, plan, packed + b * block_bytes, source, count)
+            load_keys(kernel, plan, packed + b * block_bytes, source, count)
         keys = packed
         work = packed + blocks * block_bytes
     clear(tile, sums, blocks * plan.key_block)
@@ -106,14 +108,14 @@ def receive_group(tile, call, plan, head, first_block, blocks, scratch):
         for b in range(blocks):
             first_key = start + b * plan.key_block
             masks = mask + first * plan.mask_row + first_key * plan.mask_column
-            count, safe = visible_keys(tile, plan, first, first_key, masks)
+            count, safe = visible_keys(kernel, plan, first, first_key, masks)
             if count == 0:
                 continue
             at = keys + b * block_bytes
-            scores = scores_of(tile, plan, q, state, False, count, safe, first, first_key, at, masks, work, NOTHING)
+            scores = scores_of(kernel, plan, q, state, False, count, safe, first, first_key, at, masks, work, NOTHING)
             if present < tile.width:
                 leave_out(tile, scores, count, present)
-            add_weights(tile, scores, count, plan.unit, state, sums + b * plan.key_block * tile.row_bytes)
+            add_weights(kernel, scores, count, plan.unit, state, sums + b * plan.key_block * tile.row_bytes)
     target = out.received + head * plan.keys * tile.itemsize
     for j in range(start, end):
         total = load_element(tile, sums)

@@ -114,17 +114,18 @@ def add_square(tile, scores, mask, row, best):
 
 
 @jit
-def restrict(tile, plan, scores, count, mask, present, position, first_key, top, buffer):
+def restrict(kernel, plan, scores, count, mask, present, position, first_key, top, buffer):
     """Apply the mask and the causal limit to a block of scores; raise `top` to its maximum over the keys.
 
     `mask` is the address of the mask's element for the block's first query and first key, `position` the position of
     that query, `present` the number of queries in the block.
     """
+    tile = kernel.tile
     kind, itemsize, row, column = plan.mask_kind, plan.mask_itemsize, plan.mask_row, plan.mask_column
     lanes = tile.lanes
     index = tile_row_index(tile.square)
     distance = tile_iota(tile.square) - index
-    plain = tile.masked and kind == MASK_SAME and column == itemsize and not plan.causal
+    plain = "mask" in kernel.steps and kind == MASK_SAME and column == itemsize and not plan.causal
     for v in range(tile.vectors):
         rows = min(lanes, present - v * lanes)
         best = tile_load(tile.vector, top + v * tile.vector_bytes, 0)
@@ -135,7 +136,7 @@ def restrict(tile, plan, scores, count, mask, present, position, first_key, top,
                 best = add_square(tile, place, mask + v * lanes * row + j * column, row, best)
                 continue
             square = tile_load(tile.square, place, tile.row_bytes)
-            if tile.masked and kind != MASK_NONE and rows > 0:
+            if "mask" in kernel.steps and kind != MASK_NONE and rows > 0:
                 at = mask + v * lanes * row + j * column
                 if column == itemsize and rows == lanes and columns == lanes:
                     values = load_mask(tile, kind, at, row)
@@ -153,11 +154,11 @@ def restrict(tile, plan, scores, count, mask, present, position, first_key, top,
 
 
 @jit
-def looks_at(tile, plan, mask, query, key, position):
+def looks_at(kernel, plan, mask, query, key, position):
     """Whether one query of a block may look at one key; indices are relative to `mask` and `position`."""
     if plan.causal and position + query < key:
         return False
-    if not tile.masked or plan.mask_kind == MASK_NONE:
+    if "mask" not in kernel.steps or plan.mask_kind == MASK_NONE:
         return True
     at = mask + query * plan.mask_row + key * plan.mask_column
     if plan.mask_kind == MASK_BOOL:

@@ -88,7 +88,7 @@ ROUND_32, ROUND_64 = 12583039.0, 6755399441056767.0
 
 
 @jit
-def exp2(tile, x):
+def exp2(kernel, x):
     """2^x by elements; 0 for x = -inf and where the result is subnormal, NaN for NaN.
 
     Right to 2.1 units in the last place, or 3 for float32 with AVX-512's instructions: these round down, and where f is
@@ -99,7 +99,8 @@ def exp2(tile, x):
     the scaling; elsewhere adding a large number rounds x, and leaves n where a shift makes it an exponent. In float64
     AVX-512 takes sixteenths from a table in two registers, which saves five terms of p for three instructions.
     """
-    if tile.scalef:
+    tile = kernel.tile
+    if kernel.row.scalef:
         if tile.itemsize == 4:
             return scale_by_power(horner(fraction(x), DOWN_32), x)
         power, rest = pick_sixteenth(x, POWERS_64), fraction_of_sixteenths(x)
@@ -114,11 +115,12 @@ def exp2(tile, x):
 
 
 @jit
-def exponentials(tile, scores, count, shift, unit, total):
+def exponentials(kernel, scores, count, shift, unit, total):
     """scores[j] = 2^((scores[j] - shift) · unit) for all keys j of the block; returns total plus their sum over j."""
+    tile = kernel.tile
     at = scores
     for _ in range(count):
-        weights = exp2(tile, (tile_load(tile.single, at, tile.row_bytes) - shift) * unit)
+        weights = exp2(kernel, (tile_load(tile.single, at, tile.row_bytes) - shift) * unit)
         tile_store(weights, at, tile.row_bytes)
         total = total + weights
         at += tile.row_bytes
@@ -135,12 +137,13 @@ def rescale(tile, block, features, factor):
 
 
 @jit
-def absorb(tile, scores, count, top, relative, unit, m_at, l_at, out, features):
+def absorb(kernel, scores, count, top, relative, unit, m_at, l_at, out, features):
     """Turn a block of scores into weights, bring m and l up to date, and rescale the output if m rose.
 
     `top` is the block's maximum for every query. `relative`: m has been subtracted from the scores, and from top, and
     scores are in base 2; otherwise they are times `unit`.
     """
+    tile = kernel.tile
     zero = tile_fill(tile.single, 0.0)
     m = tile_load(tile.single, m_at, tile.row_bytes)
     total = tile_load(tile.single, l_at, tile.row_bytes)
@@ -150,12 +153,12 @@ def absorb(tile, scores, count, top, relative, unit, m_at, l_at, out, features):
     shift = where_greater(top, bound, top, current)
     if all_zero(shift - current):
         if relative:
-            total = exponentials(tile, scores, count, zero, 1.0, total)
+            total = exponentials(kernel, scores, count, zero, 1.0, total)
         else:
-            total = exponentials(tile, scores, count, m, unit, total)
+            total = exponentials(kernel, scores, count, m, unit, total)
     else:
-        factor = where_greater(total, zero, exp2(tile, (current - shift) * unit), 1.0)
+        factor = where_greater(total, zero, exp2(kernel, (current - shift) * unit), 1.0)
         rescale(tile, out, features, factor)
         tile_store(m + shift if relative else shift, m_at, tile.row_bytes)
-        total = exponentials(tile, scores, count, shift, unit, total * factor)
+        total = exponentials(kernel, scores, count, shift, unit, total * factor)
     tile_store(total, l_at, tile.row_bytes)

@@ -50,12 +50,13 @@ NAN = float("nan")
 
 
 @jit
-def moments(tile, scores, count, shift, unit, total, moment):
+def moments(kernel, scores, count, shift, unit, total, moment):
     """total + Σ_j 2^x and moment + Σ_j 2^x · x with x = (scores[j] - shift) · unit."""
+    tile = kernel.tile
     at = scores
     for _ in range(count):
         x = maximum(LOWEST, (tile_load(tile.single, at, 0) - shift) * unit)
-        weights = exp2(tile, x)
+        weights = exp2(kernel, x)
         total = total + weights
         moment = fma(weights, x, moment)
         at += tile.row_bytes
@@ -63,8 +64,9 @@ def moments(tile, scores, count, shift, unit, total, moment):
 
 
 @jit
-def gather(tile, scores, count, top, unit, state):
+def gather(kernel, scores, count, top, unit, state):
     """Bring m, l and the moment of a query block up to date; m follows the maximum as in `softmax.absorb`."""
+    tile = kernel.tile
     zero = tile_fill(tile.single, 0.0)
     l_at, moment_at = state + tile.row_bytes, state + 2 * tile.row_bytes
     m = tile_load(tile.single, state, 0)
@@ -74,19 +76,20 @@ def gather(tile, scores, count, top, unit, state):
     shift = where_greater(top, bound, top, m)
     if not all_zero(shift - m):
         change = maximum(LOWEST, (m - shift) * unit)
-        factor = where_greater(total, zero, exp2(tile, change), 1.0)
+        factor = where_greater(total, zero, exp2(kernel, change), 1.0)
         # every x so far becomes x + change
         moment = where_greater(total, zero, factor * fma(total, change, moment), moment)
         total = total * factor
         tile_store(shift, state, 0)
-    total, moment = moments(tile, scores, count, shift, unit, total, moment)
+    total, moment = moments(kernel, scores, count, shift, unit, total, moment)
     tile_store(total, l_at, 0)
     tile_store(moment, moment_at, 0)
 
 
 @jit
-def finish_top(tile, m, total, unit, scores, keys, k, buffer):
+def finish_top(kernel, m, total, unit, scores, keys, k, buffer):
     """Turn one query's heap into weights, in falling order. Those of a row with NaN have none: NaN, and no keys."""
+    tile = kernel.tile
     if total != total:
         for r in range(k):
             store_element(tile, scores + r * tile.itemsize, NAN)
@@ -99,7 +102,7 @@ def finish_top(tile, m, total, unit, scores, keys, k, buffer):
         at = scores + start * tile.itemsize
         for r in range(count):
             store_element(tile, buffer + r * tile.itemsize, load_element(tile, at + r * tile.itemsize))
-        weights = exp2(tile, (tile_load(tile.vector, buffer, 0) - m) * unit) / total
+        weights = exp2(kernel, (tile_load(tile.vector, buffer, 0) - m) * unit) / total
         tile_store(weights, buffer, 0)
         for r in range(count):
             taken = load_i64(keys + (start + r) * WORD) != NOBODY
@@ -110,8 +113,9 @@ def finish_top(tile, m, total, unit, scores, keys, k, buffer):
 
 
 @jit
-def finish(tile, plan, out, state, row, present, buffer):
+def finish(kernel, plan, out, state, row, present, buffer):
     """Write what is known of `present` queries, of which the first is query number `row` of all heads."""
+    tile = kernel.tile
     for i in range(present):
         m = load_element(tile, state + i * tile.itemsize)
         total = load_element(tile, state + tile.row_bytes + i * tile.itemsize)
@@ -130,12 +134,13 @@ def finish(tile, plan, out, state, row, present, buffer):
         if k > 0:
             first = (row + i) * k
             scores, keys = out.top_weights + first * tile.itemsize, out.top_indices + first * WORD
-            finish_top(tile, m, total, plan.unit, scores, keys, k, buffer)
+            finish_top(kernel, m, total, plan.unit, scores, keys, k, buffer)
 
 
 @jit
-def summarise_group(tile, call, plan, head, first_block, blocks, scratch):
+def summarise_group(kernel, call, plan, head, first_block, blocks, scratch):
     """One task: `blocks` query blocks of one head, from `first_block` on, through all keys they look at."""
+    tile = kernel.tile
     out = summary_view(call.out)
     first_query = first_block * tile.width
     query, key, _, mask, _ = locate(call, plan, head)
@@ -167,28 +172,28 @@ def summarise_group(tile, call, plan, head, first_block, blocks, scratch):
         clear_heap(tile, out.top_weights + start * tile.itemsize, out.top_indices + start * WORD, present * k)
     for first_key in range(0, end, plan.key_block):
         keys = key + first_key * plan.key_row
-        keys_at = load_keys(tile, plan, packed, keys, min(plan.key_block, end - first_key))
+        keys_at = load_keys(kernel, plan, packed, keys, min(plan.key_block, end - first_key))
         for b in range(blocks):
             first = first_query + b * tile.width
             masks = mask + first * plan.mask_row + first_key * plan.mask_column
-            count, safe = visible_keys(tile, plan, first, first_key, masks)
+            count, safe = visible_keys(kernel, plan, first, first_key, masks)
             if count == 0:
                 continue
             q = scratch + b * state_bytes
             state = q + q_bytes
             scores = scores_of(
-                tile, plan, q, state, False, count, safe, first, first_key, keys_at, masks, work, NOTHING
+                kernel, plan, q, state, False, count, safe, first, first_key, keys_at, masks, work, NOTHING
             )
             top = tile_load(tile.single, work, 0)
             if k > 0:
                 start = (row + first) * k
                 heaps, heap_keys = out.top_weights + start * tile.itemsize, out.top_indices + start * WORD
                 keep_top(tile, scores, count, top, state + 3 * tile.row_bytes, first_key, heaps, heap_keys, k)
-            gather(tile, scores, count, top, plan.unit, state)
+            gather(kernel, scores, count, top, plan.unit, state)
     for b in range(blocks):
         first = first_query + b * tile.width
         present = min(tile.width, plan.queries - first)
-        finish(tile, plan, out, scratch + b * state_bytes + q_bytes, row + first, present, work)
+        finish(kernel, plan, out, scratch + b * state_bytes + q_bytes, row + first, present, work)
 
 
 @jit
@@ -201,8 +206,9 @@ def load_rows(tile, at, first, present, target):
 
 
 @jit
-def weigh_block(tile, call, plan, out, head, first_query, scratch):
+def weigh_block(kernel, call, plan, out, head, first_query, scratch):
     """Write the rows of the weights of one block of queries, whose m and l are known."""
+    tile = kernel.tile
     query, key, _, mask, _ = locate(call, plan, head)
     query += call.query + first_query * plan.query_row
     key += call.key
@@ -221,16 +227,17 @@ def weigh_block(tile, call, plan, out, head, first_query, scratch):
     for first_key in range(0, plan.keys, plan.key_block):
         keys = key + first_key * plan.key_row
         masks = mask + first_key * plan.mask_column
-        count, safe = visible_keys(tile, plan, first_query, first_key, masks)
+        count, safe = visible_keys(kernel, plan, first_query, first_key, masks)
         if count > 0:
-            scores_of(tile, plan, q, q, False, count, safe, first_query, first_key, keys, masks, work, NOTHING)
-        exponentials(tile, scores, count, m, plan.unit, zero)
+            scores_of(kernel, plan, q, q, False, count, safe, first_query, first_key, keys, masks, work, NOTHING)
+        exponentials(kernel, scores, count, m, plan.unit, zero)
         write_weights(tile, plan, scores, count, total, factors, weights, first_key, present)
 
 
 @jit
-def choose_group(tile, call, plan, head, first_block, blocks, scratch):
+def weigh_known_group(kernel, call, plan, head, first_block, blocks, scratch):
     """One task: the weights of `blocks` query blocks of one head whose m and l are known, from `first_block` on."""
+    tile = kernel.tile
     out = summary_view(call.out)
     for block in range(first_block, first_block + blocks):
-        weigh_block(tile, call, plan, out, head, block * tile.width, scratch)
+        weigh_block(kernel, call, plan, out, head, block * tile.width, scratch)

@@ -48,15 +48,16 @@ def any_has_lost(tile, plan, lse, present):
 
 
 @jit
-def hide_keys(tile, plan, scores, count, safe, first_query, first_key, mask, scratch):
+def hide_keys(kernel, plan, scores, count, safe, first_query, first_key, mask, scratch):
     """Apply mask and causal limit to a block of scores, of which the first `safe` rows need none."""
+    tile = kernel.tile
     if safe < count:
         present = min(tile.width, plan.queries - first_query)
         position = plan.first_position + first_query
         work = scratch + plan.work_at
         rest, masks = scores + safe * tile.row_bytes, mask + safe * plan.mask_column
         buffer = work + tile.row_bytes
-        restrict(tile, plan, rest, count - safe, masks, present, position, first_key + safe, work, buffer)
+        restrict(kernel, plan, rest, count - safe, masks, present, position, first_key + safe, work, buffer)
 
 
 @jit
@@ -70,11 +71,12 @@ def largest_scores(tile, scores, count):
 
 
 @jit
-def find_sums(tile, plan, key, mask, lse, first_query, present, numbers, scratch):
+def find_sums(kernel, plan, key, mask, lse, first_query, present, numbers, scratch):
     """For each query of a block whose lse has lost digits: m and log2(l), or an infinite m where l is of other keys.
 
     `numbers` is where the deltas of these queries are: in the arrays behind. The queries are in the lanes already.
     """
+    tile = kernel.tile
     keys, panel = scratch + plan.clean_keys_at, plan.score_panel
     scores, zero = scratch + plan.scores_at, tile_fill(tile.single, 0.0)
     tops, totals = scratch + plan.shifts_at, scratch + plan.rests_at
@@ -88,13 +90,13 @@ def find_sums(tile, plan, key, mask, lse, first_query, present, numbers, scratch
         for s in range(subs):
             first, at = first_query + s * tile.width, s * tile.row_bytes
             masks = mask + s * tile.width * plan.mask_row + first_key * plan.mask_column
-            count, safe = visible_keys(tile, plan, first, first_key, masks)
+            count, safe = visible_keys(kernel, plan, first, first_key, masks)
             if count > 0:
                 queries = scratch + plan.query_lanes_at + at * plan.head_dim
                 product_along(tile, zero, count, keys, panel, queries, plan.head_dim, scores)
-                hide_keys(tile, plan, scores, count, safe, first, first_key, masks, scratch)
+                hide_keys(kernel, plan, scores, count, safe, first, first_key, masks, scratch)
                 top = largest_scores(tile, scores, count)
-                absorb(tile, scores, count, top, False, plan.unit, tops + at, totals + at, 0, 0)
+                absorb(kernel, scores, count, top, False, plan.unit, tops + at, totals + at, 0, 0)
     for offset in range(0, present * tile.itemsize, tile.itemsize):
         given = load_element(tile, lse + offset) * 1.0
         if has_lost(plan, given):

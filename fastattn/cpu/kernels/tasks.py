@@ -25,8 +25,8 @@ def locate(call, plan, head):
     return query, key, value, mask, out
 
 
-def task_function(tile, work, by_keys):
-    """The task function of a kernel: `work(tile, call, plan, head, first_block, blocks, scratch)` on a task's part.
+def task_function(kernel, work, by_keys):
+    """The task function of a kernel: `work(kernel, call, plan, head, first_block, blocks, scratch)` on a task's part.
 
     The longest tasks of a causal call come first: they are what others would wait for. Those are the last of the tasks
     on blocks of queries, and the first of those on blocks of keys (`by_keys`).
@@ -42,6 +42,6 @@ def task_function(tile, work, by_keys):
             part = plan.groups - 1 - part
         first = part * plan.group
         blocks = min(plan.group, plan.blocks - first)
-        work(tile, call, plan, number % heads, first, blocks, call.scratch + slot * call.scratch_bytes)
+        work(kernel, call, plan, number % heads, first, blocks, call.scratch + slot * call.scratch_bytes)
 
     return task

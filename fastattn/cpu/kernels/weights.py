@@ -32,8 +32,9 @@ def write_weights(tile, plan, scores, count, total, factors, weights, first_key,
 
 
 @jit
-def weigh_block(tile, call, plan, head, first_query, scratch):
+def weigh_block(kernel, call, plan, head, first_query, scratch):
     """Write the rows of the weights of one block of queries."""
+    tile = kernel.tile
     query, key, _, mask, _ = locate(call, plan, head)
     query += call.query + first_query * plan.query_row
     key += call.key
@@ -47,7 +48,7 @@ def weigh_block(tile, call, plan, head, first_query, scratch):
     packed_keys = factors + tile.row_bytes
     work = packed_keys + plan.key_bytes
     tile_store(tile_fill(tile.single, plan.keep_scale), factors, 0)
-    load_queries(tile, call, plan, q, query, present, packed_keys)
+    load_queries(kernel, call, plan, q, query, present, packed_keys)
     clear(tile, m, 2)
     zero = tile_fill(tile.single, 0.0)
     scores = work + tile.row_bytes + tile.buffer_bytes
@@ -55,16 +56,16 @@ def weigh_block(tile, call, plan, head, first_query, scratch):
         for first_key in range(0, plan.keys, plan.key_block):
             keys = key + first_key * plan.key_row
             masks = mask + first_key * plan.mask_column
-            count, safe = visible_keys(tile, plan, first_query, first_key, masks)
+            count, safe = visible_keys(kernel, plan, first_query, first_key, masks)
             if count > 0:
-                keys = load_keys(tile, plan, packed_keys, keys, count)
-                scores_of(tile, plan, q, m, False, count, safe, first_query, first_key, keys, masks, work, NOTHING)
+                keys = load_keys(kernel, plan, packed_keys, keys, count)
+                scores_of(kernel, plan, q, m, False, count, safe, first_query, first_key, keys, masks, work, NOTHING)
             if not second:
                 if count > 0:
                     top = tile_load(tile.single, work, 0)
-                    absorb(tile, scores, count, top, False, plan.unit, m, total, 0, 0)
+                    absorb(kernel, scores, count, top, False, plan.unit, m, total, 0, 0)
                 continue
-            exponentials(tile, scores, count, tile_load(tile.single, m, 0), plan.unit, zero)
+            exponentials(kernel, scores, count, tile_load(tile.single, m, 0), plan.unit, zero)
             if plan.drop_below > 0:
                 drop(tile, plan, call.seed, scores, count, head, first_query, first_key)
             sums = tile_load(tile.single, total, 0)
@@ -72,7 +73,8 @@ def weigh_block(tile, call, plan, head, first_query, scratch):
 
 
 @jit
-def weigh_group(tile, call, plan, head, first_block, blocks, scratch):
+def weigh_group(kernel, call, plan, head, first_block, blocks, scratch):
     """One task: the weights of `blocks` query blocks of one head, from `first_block` on."""
+    tile = kernel.tile
     for block in range(first_block, first_block + blocks):
-        weigh_block(tile, call, plan, head, block * tile.width, scratch)
+        weigh_block(kernel, call, plan, head, block * tile.width, scratch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -140,7 +141,8 @@ def test_asking_ahead_changes_nothing(
     key, value = key[:, ::-1], value[..., ::-1, :]  # the next head is before this one, the next key as well
     with fastattn.num_threads(threads):
         wanted = fastattn.attention(query, key, value, is_causal=causal)
-        monkeypatch.setattr(plan, "CACHED_BYTES", 0)  # as for a large call
+        row = replace(host(), blocking=replace(host().blocking, cached_bytes=0))  # as for a large call
+        monkeypatch.setattr(cpu, "host", lambda: row)
         plans.clear()
         monkeypatch.setattr("fastattn.api.attention._prepared", {})
         np.testing.assert_array_equal(fastattn.attention(query, key, value, is_causal=causal), wanted)

@@ -21,8 +21,10 @@ import fastattn
 from fastattn.api import attention as api
 from fastattn.cpu.host import forward as cpu
 from fastattn.cpu.host import pool, processors
+from fastattn.cpu.host.kernels import load
 from fastattn.cpu.kernels.records import MORE
-from fastattn.machine.libraries import Library, library
+from fastattn.machine.kernel import Kernel
+from fastattn.machine.libraries import Library
 from fastattn.machine.table import host
 
 Array = NDArray[Any]
@@ -326,7 +328,7 @@ class Interrupting:
 def test_the_pool_is_as_good_as_new_after_ctrl_c(monkeypatch: pytest.MonkeyPatch, counting: Library, name: str) -> None:
     monkeypatch.setattr(pool, "SPINS", 1)
     workers = pool._Pool()
-    native = library("schedule")
+    native = load(Kernel("schedule", host()))
     call = Counted(counting)
 
     def both_take_part() -> bool:
@@ -357,7 +359,7 @@ def test_the_pool_is_as_good_as_new_after_ctrl_c(monkeypatch: pytest.MonkeyPatch
 
 def test_a_call_that_ended_cancels_no_other(counting: Library) -> None:
     workers = pool._Pool()
-    native = library("schedule")
+    native = load(Kernel("schedule", host()))
     workers.grow(1)
     first, second = Counted(counting), Counted(counting)
     task = counting.addresses["task"]

@@ -1,0 +1,70 @@
+"""Which kernels there are, and where one comes from: memory, the cache on disk, or the compiler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+
+from fastattn.call.problem import Problem
+from fastattn.cpu.kernels.exports import EXPORTS
+from fastattn.machine.kernel import Kernel
+from fastattn.machine.libraries import Library, library
+from fastattn.machine.table import Isa
+from fastattn.machine.tile import TileShape
+
+PLAIN: tuple[str, ...] = ()
+STEPS = ("dropout", "mask")
+BY_BLOCKS = ("weights", "known_weights")  # take blocks of queries one by one: too few to lay out keys for
+
+
+def describe(work: str, tile: TileShape, row: Isa, score: str = "dot", steps: tuple[str, ...] = STEPS) -> Kernel:
+    """Describe the kernel of some work on scores, for a register tile.
+
+    A kernel for all that may happen to scores does what one without these steps does, more slowly. The forward and the
+    backward pass have both: a single one would make a first call wait for what it does not use.
+    """
+    if work in BY_BLOCKS or tile.vectors == 1:  # a tall tile is for few queries
+        reads = "strided"
+    else:
+        reads = "panels" if row.panels else "rows"
+    return Kernel(work, row, tile, storage=tile.dtype, score=score, reads=reads, steps=steps)
+
+
+def steps_of(problem: Problem) -> tuple[str, ...]:
+    """Return what may happen to the scores of a call."""
+    return STEPS if problem.mask_kind != "none" or problem.dropout_p > 0 else PLAIN
+
+
+def every_kernel(row: Isa) -> Iterator[Kernel]:
+    """All kernels that calls run on a machine."""
+    yield Kernel("schedule", row)
+    yield Kernel("signature", row)
+    for dtype in ("float32", "float64"):
+        tile = row.tile(dtype)
+        for shape in (tile, row.tall_tile(dtype)):
+            yield describe("forward", shape, row, steps=PLAIN)
+            for work in ("forward", "weights", "summary", "received", "known_weights"):
+                yield describe(work, shape, row)
+            for work in ("forward", "weights"):
+                yield describe(work, shape, row, "additive")
+        yield describe("backward", tile, row, steps=PLAIN)
+        for work in ("backward", "mask_gradient"):
+            yield describe(work, tile, row)
+        yield describe("additive_backward", tile, row, "additive")
+
+
+def load(kernel: Kernel) -> Library:
+    """Return the functions of a kernel, which is compiled if it has not been."""
+    return library(kernel, EXPORTS[kernel.work], compile_kernel)
+
+
+def compile_kernel(kernel: Kernel, exports: Mapping[str, int]) -> bytes:
+    """Compile a kernel, which wants Numba."""
+    return _compiler()(kernel, exports)
+
+
+@cache  # as the interpreter ends, nothing can be imported, not even again
+def _compiler() -> Callable[[Kernel, Mapping[str, int]], bytes]:
+    from fastattn.cpu.kernels import catalogue  # imports Numba, which a cached kernel does not need
+
+    return catalogue.build

@@ -1,0 +1,57 @@
+"""What is compiled, described in full: a value that names a file of the cache, and that kernels branch on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastattn.machine.table import Isa
+from fastattn.machine.tile import TileShape
+
+NO_TILE = TileShape("", 0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One compiled library. All of this is known while it is compiled, and decides its branches.
+
+    Attributes
+    ----------
+    work : str
+        What its tasks do: "forward", "weights" (the matrix of weights), "known_weights" (the same where the sums are
+        known), "summary" (what is said of each query's weights), "received" (the weight that each key receives),
+        "backward", "mask_gradient", "additive_backward"; "peak" is the micro-kernel alone. "schedule" and "signature"
+        are compiled functions around all of these.
+    row : Isa
+        The row of the ISA table to generate code for.
+    tile : TileShape
+        The register tile, of the dtype that is computed in; `NO_TILE` where nothing is computed.
+    storage : str
+        The dtype of what lies in memory.
+    score : {"dot", "additive"}
+        What the score of a query and a key is made of.
+    reads : {"strided", "rows", "panels"}
+        How the micro-kernel finds keys and values: where they lie, with any strides; in rows of which each is
+        contiguous, where they lie or copied; or laid out anew in panels, in the order of their use.
+    steps : tuple of str
+        What may happen to scores besides, in alphabetical order: "dropout" and "mask". (Every kernel knows causality.)
+        Code for a step that is not among them is not even typed.
+    """
+
+    work: str
+    row: Isa
+    tile: TileShape = NO_TILE
+    storage: str = ""
+    score: str = "dot"
+    reads: str = "strided"
+    steps: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """The kernel in short, for people: a kernel is known by all of its attributes."""
+        words = [self.work]
+        if self.tile != NO_TILE:
+            words += [self.tile.dtype, f"{self.tile.rows}x{self.tile.vectors}"]
+        words.append(self.row.name)
+        if self.score != "dot":
+            words.append(self.score)
+        return "-".join([*words, *self.steps])

@@ -1,0 +1,73 @@
+"""The shape of a register tile: what the micro-kernel holds in registers, known before anything is compiled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+ITEMSIZE = {"float32": 4, "float64": 8}
+
+
+@dataclass(frozen=True)
+class TileShape:
+    """A register tile: `rows` rows of `vectors` vectors of `lanes` elements of a floating dtype."""
+
+    dtype: str
+    lanes: int
+    rows: int
+    vectors: int
+
+    @property
+    def itemsize(self) -> int:
+        return ITEMSIZE[self.dtype]
+
+    @property
+    def width(self) -> int:
+        """Elements in one row."""
+        return self.lanes * self.vectors
+
+    @property
+    def row_bytes(self) -> int:
+        return self.width * self.itemsize
+
+    @property
+    def vector_bytes(self) -> int:
+        return self.lanes * self.itemsize
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Room for a square of elements of any dtype."""
+        return 8 * self.lanes * self.lanes
+
+    @property
+    def single(self) -> TileShape:
+        """The same row, once: what a tail of fewer than `rows` rows is made of."""
+        return replace(self, rows=1)
+
+    @property
+    def pair(self) -> TileShape:
+        """The same row, twice."""
+        return replace(self, rows=2)
+
+    @property
+    def square(self) -> TileShape:
+        """`lanes` rows of one vector: what is transposed in registers."""
+        return replace(self, rows=self.lanes, vectors=1)
+
+    @property
+    def panel(self) -> TileShape:
+        """A square of as many elements as the tile has rows: what is packed at a time."""
+        return TileShape(self.dtype, self.rows, self.rows, 1)
+
+    @property
+    def quad(self) -> TileShape:
+        """Four rows of one vector."""
+        return replace(self, rows=4, vectors=1)
+
+    @property
+    def strip(self) -> TileShape:
+        """Up to four rows of one vector, no more than a square has."""
+        return replace(self, rows=min(4, self.lanes), vectors=1)
+
+    @property
+    def vector(self) -> TileShape:
+        return replace(self, rows=1, vectors=1)
