@@ -58,8 +58,8 @@ MUTATIONS = (
     Mutation(
         "of additive attention, the sum of the lanes leaves their maxima out",
         "cpu/kernels/additive_sums.py",
-        "shares = exp2(tile, (tile_load(tile.vector, state, 0) - m) * LOG2_E)",
-        "shares = exp2(tile, (tile_load(tile.vector, state, 0) - m) * 0.0)",
+        "shares = exp2(kernel, (tile_load(tile.vector, state, 0) - m) * LOG2_E)",
+        "shares = exp2(kernel, (tile_load(tile.vector, state, 0) - m) * 0.0)",
         ("test_rounded_lse.py", "test_additive_gradients_keep_their_promise and cpu"),
     ),
     Mutation(
