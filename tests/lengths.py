@@ -22,7 +22,6 @@ KNOWN = {
     "cuda/kernels/portable.py kernel",
     "cuda/kernels/portable_backward.py kernel",
     "cuda/kernels/tensor_cores_backward.py kernel",
-    "layers/luong.py",
 }
 
 
