@@ -22,6 +22,8 @@ from fastattn.layers.scores import Dot
 
 __all__ = ["Alignment", "Attended", "Interval", "find_interval", "scores_of_rows"]
 
+ALL = Scores()
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Attended(Saved):
@@ -183,6 +185,8 @@ def find_interval(options: FurtherOptions, batch: Shape, queries: int, keys: int
     TypeError, ValueError
         For an option that `fastattn.attention` does not take.
     """
+    if not options:  # nothing to check, and nothing to cut off
+        return Interval(0, keys, options, ALL, None, None)
     scores, offsets, lengths = scores_of_rows(options, batch, queries, keys)
     if offsets is None:
         begin, _, _, end = scores.span(0, queries - 1, keys)

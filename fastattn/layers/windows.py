@@ -3,8 +3,8 @@
 Where windows move with the positions of queries, all at one pace, `fastattn.layers.alignment` has one call for them.
 
 Queries whose windows begin within `REACH` keys of each other are taken together, as a block: their windows lie in one
-slab of keys, which is gathered, and holds few keys that a query of the block may not look at. Blocks are then the heads
-of calls of `fastattn.attention`, chunk by chunk, in memory that depends neither on the lengths nor on the batch.
+slab of keys, which is gathered, and holds few keys that a query of the block may not look at. Blocks are then the rows
+of a batch of `fastattn.attention`, chunk by chunk, in memory that depends neither on the lengths nor on the batch.
 
     keys     0 1 2 3 4 5 6 7 8 9 …
     query 4      ▪ ▪ ▪ ▪ ▪              p = 4, window = 2
