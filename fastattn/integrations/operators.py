@@ -22,7 +22,7 @@ import fastattn
 from fastattn.call.arrays import as_operands, is_hollow
 from fastattn.call.problem import Array
 from fastattn.call.shapes import describe
-from fastattn.cpu.host.pool import threads_of_call
+from fastattn.cpu.host.threads import threads_of_call
 
 __all__ = [
     "additive_attention",
