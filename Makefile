@@ -29,14 +29,16 @@ demo: $(STAMP)/demo
 guide: $(STAMP)/guide
 	$(BIN)/python -m fastattn guide $(ARGS)
 
-# all of it on two cores: what CUDA's kernels are tested with, mostly a simulator, has a process of its own, and its
-# report comes at the end
+# all of it on two cores: what is tested of CUDA, mostly in a simulator, and with other libraries has a process of its
+# own, as nothing there depends on how long it takes; its report comes at the end
+BESIDE := tests/cuda tests/integrations
+
 test: $(STAMP)/test
 ifeq ($(strip $(ARGS)),)
-	@$(BIN)/python -m pytest -q tests/cuda >$(STAMP)/cuda-tests.log 2>&1 & cuda=$$!; trap 'kill $$cuda' INT TERM; \
-	$(BIN)/python -m pytest --ignore=tests/cuda; host=$$?; \
-	wait $$cuda; status=$$?; cat $(STAMP)/cuda-tests.log; \
-	if [ $$status -eq 5 ]; then status=0; fi; exit $$((host | status))  # 5: nothing to test, numba-cuda is missing
+	@$(BIN)/python -m pytest -q $(BESIDE) >$(STAMP)/beside.log 2>&1 & beside=$$!; trap 'kill $$beside' INT TERM; \
+	$(BIN)/python -m pytest $(BESIDE:%=--ignore=%); host=$$?; \
+	wait $$beside; status=$$?; cat $(STAMP)/beside.log; \
+	if [ $$status -eq 5 ]; then status=0; fi; exit $$((host | status))  # 5: nothing to test, all of it is missing
 else
 	$(BIN)/python -m pytest $(ARGS)
 endif

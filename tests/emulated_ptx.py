@@ -79,12 +79,12 @@ class Address:
         return np.broadcast_to(np.asarray(self.offset, np.int64), (LANES,))
 
 
-def unrolled(function: Any) -> Any:
+def unrolled(function: Any, *known: Any) -> Any:
     """The function itself: Python runs its loops anyway. Integers of a kernel have 64 bits, as they have on a GPU."""
 
     @functools.wraps(function)
     def run(*args: Any) -> Any:
-        return function(*(np.int64(arg) if type(arg) is int else arg for arg in args))
+        return function(*known, *(np.int64(arg) if type(arg) is int else arg for arg in args))
 
     return run
 

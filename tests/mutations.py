@@ -545,15 +545,15 @@ MUTATIONS = (
     Mutation(
         "CUDA: gradients on tensor cores leave out the sum under a floating mask",
         "cuda/kernels/gradient_fragments.py",
-        "power = (fma(score, unit, added) - shift - rest) * LOG2_E",
-        "power = (fma(score, unit, added) - shift) * LOG2_E",
+        "power = (fma(score, scale, added) - shift - rest) * LOG2_E",
+        "power = (fma(score, scale, added) - shift) * LOG2_E",
         ("cuda/test_rounded_lse.py", "test_lost_rows_on_tensor_cores"),
     ),
     Mutation(
         "CUDA: gradients on tensor cores leave out the sum in base 2",
         "cuda/kernels/gradient_fragments.py",
-        "power = fma(score, unit, -shift) - rest",
-        "power = fma(score, unit, -shift)",
+        "power = fma(score, scale, -shift) - rest",
+        "power = fma(score, scale, -shift)",
         ("cuda/test_rounded_lse.py", "test_large_scores_on_tensor_cores"),
     ),
     Mutation(

@@ -12,6 +12,7 @@ from fastattn.api.backends import BACKENDS
 from fastattn.call.arrays import as_additive_operands
 from fastattn.call.options import check_backend, check_flag
 from fastattn.call.out import check_out, delivered, target_for
+from fastattn.call.problem import Operands
 from fastattn.call.score_options import FurtherOptions
 from fastattn.call.shapes import describe_additive, masks_of
 from fastattn.cpu.host import forward as cpu
@@ -122,7 +123,8 @@ def additive_attention(
             plain = agreed, is_causal, threads_of_call()
             prepared = _prepared.get(plain)
             if prepared is not None:
-                given: Any = (query, key, value, attn_mask)
+                arguments: tuple[Any, ...] = (query, key, value, attn_mask)
+                given = Operands(arguments[0], arguments[1], arguments[2], *masks_of(arguments[3]))
                 vector: Any = weight
                 return cpu.attention(prepared, given, 0, None, return_lse, False, vector)
 
@@ -173,5 +175,5 @@ def _on_cpu(
         and mask_ is attn_mask
     ):
         cpu.remember(_prepared, plain, prepared)
-    results = cpu.attention(prepared, (*arrays[:3], operands.mask), 0, target, return_lse, return_weights, weight_)
+    results = cpu.attention(prepared, operands, 0, target, return_lse, return_weights, weight_)
     return delivered(results, target, out)

@@ -12,6 +12,7 @@ from fastattn.api.backends import backend_of_attention
 from fastattn.call.arrays import as_operands
 from fastattn.call.options import check_flag
 from fastattn.call.out import check_out, delivered, target_for
+from fastattn.call.problem import Operands
 from fastattn.call.score_options import FurtherOptions
 from fastattn.call.seeds import Rng, seed_from
 from fastattn.call.shapes import describe, masks_of
@@ -156,7 +157,8 @@ def attention(
             plain = agreed, is_causal, scale, enable_gqa, threads_of_call()
             prepared = _prepared.get(plain)
             if prepared is not None:
-                given: Any = (query, key, value, attn_mask)
+                arguments: tuple[Any, ...] = (query, key, value, attn_mask)
+                given = Operands(arguments[0], arguments[1], arguments[2], *masks_of(arguments[3]))
                 return cpu.attention(prepared, given, 0, None, return_lse, False)
 
     further: FurtherOptions = {
@@ -216,7 +218,7 @@ def _on_cpu(
         cpu.remember(_prepared, plain, prepared)
     results = cpu.attention(
         prepared,
-        (*arrays[:3], operands.mask if arrays[3] is not None else None),
+        operands,
         seed,
         target,
         return_lse,

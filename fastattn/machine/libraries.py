@@ -20,7 +20,7 @@ from pathlib import Path
 from sys import is_finalizing
 from typing import TYPE_CHECKING, TypeAlias
 
-from fastattn.machine import loading as machine
+from fastattn.machine import loading
 from fastattn.machine.digest import of_modules, version
 from fastattn.machine.kernel import Kernel
 from fastattn.machine.os_threads import RLock, allocate_lock
@@ -37,7 +37,7 @@ class Library:
     """
 
     def __init__(self, code: bytes, row: Isa, exports: Exports):
-        self.addresses, self._engine = machine.load(code, row, exports)
+        self.addresses, self._engine = loading.load(code, row, exports)
         for name, arguments in exports.items():
             signature = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * arguments)
             setattr(self, name, signature(self.addresses[name]))

@@ -13,6 +13,7 @@ import tolerances
 from additive_cases import ANY_DTYPE, additive_calls, check_calls, inputs
 from hypothesis import given
 from hypothesis import strategies as st
+from rows import on_other_rows
 from strategies import (
     LAYOUTS,
     Call,
@@ -279,7 +280,7 @@ def test_memory_does_not_grow_with_the_lengths() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("row", [row for row in isa.TABLE if isa.runs_here(row)][1:], ids=lambda row: row.name)
+@on_other_rows
 def test_other_rows_of_the_table_are_right(row: isa.Isa) -> None:
     code = "import numpy as np, additive_cases; print(additive_cases.check_calls((np.float32,)))"
     assert processes.run(code, FASTATTN_ISA=row.name) == "12\n"

@@ -18,13 +18,6 @@ from matplotlib import font_manager, pyplot  # noqa: E402
 from fastattn.plot import canvas, fonts  # noqa: E402
 
 
-@pytest.fixture(autouse=True)
-def close() -> Any:
-    """Close all figures."""
-    yield
-    pyplot.close("all")
-
-
 def softmax_like(*shape: int) -> Any:
     return np.random.default_rng(0).dirichlet(np.full(shape[-1], 0.2), size=shape[:-1])
 

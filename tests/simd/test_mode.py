@@ -16,6 +16,7 @@ from floating_modes import CALLS, MODES, WORDS, is_x86, needs_modes, register, t
 from llvmlite import binding as llvm
 from llvmlite import ir
 from numpy.typing import NDArray
+from rows import on_other_rows
 
 import fastattn
 from fastattn.cpu.host import pool
@@ -73,9 +74,7 @@ def test_the_same_bits_in_any_mode(name: str, dtype: Any, threads: int) -> None:
 
 
 @needs_modes
-@pytest.mark.parametrize(
-    "row", [row for row in isa.TABLE if isa.runs_here(row) and row is not host()], ids=lambda row: row.name
-)
+@on_other_rows
 def test_the_same_bits_in_any_mode_on_other_rows(row: isa.Isa) -> None:
     code = """
 import numpy as np, fastattn, floating_modes

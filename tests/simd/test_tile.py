@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numba.core import errors
 from numpy.typing import NDArray
 
 from fastattn import simd as s
@@ -327,3 +328,58 @@ def test_exp2_at_its_limits(call: Callable[..., Any], shape: tuple[str, int]) ->
     assert np.isnan(out[6])
     assert out[7] == 1
     assert (np.abs(out[8:] - np.exp2(x[8:].astype(np.float64))) <= tiny).all()
+
+
+# -- static values -----------------------------------------------------------------------------------------------------
+
+
+@s.jit
+def answer(kernel: Any, number: Any) -> Any:
+    """Return something else for each kernel; what is said of an unknown step would not compile."""
+    if "unknown" in kernel.steps:
+        return number.unknown
+    total = kernel.tile.single.rows + 10 * kernel.tile.rows
+    if kernel.reads == "panels" and "mask" not in kernel.steps:
+        total += 100
+    elif kernel.reads == "rows":
+        total += 200
+    is_small = kernel.score != "dot" or number < 3
+    if is_small:
+        total += 1000
+    return total + 10000 * kernel.row.scalef
+
+
+def test_kernels_branch_on_words() -> None:
+    row = replace(host(), scalef=False)
+    plain = Kernel("", row, s.TileShape("float32", 4, ROWS, VECTORS), reads="panels")
+    expected = {
+        plain: (1131, 131),
+        replace(plain, steps=("dropout", "mask")): (1031, 31),
+        replace(plain, reads="rows", row=replace(row, scalef=True)): (11231, 10231),
+        replace(plain, score="additive", reads="strided"): (1031, 1031),
+    }
+
+    def asking(kernel: Kernel) -> Callable[..., Any]:
+        return s.jit(lambda number: answer(kernel, number))
+
+    functions = {f"f{i}": (asking(kernel), 1) for i, kernel in enumerate(expected)}
+    library = Library(build.emit(functions, host()), host(), dict.fromkeys(functions, 1))
+    for i, (small, large) in enumerate(expected.values()):
+        assert (getattr(library, f"f{i}")(2), getattr(library, f"f{i}")(3)) == (small, large)
+
+
+def test_what_is_not_taken_is_not_typed() -> None:
+    kernel = Kernel("", host(), s.TileShape("float32", 4, ROWS, VECTORS), steps=("unknown",))
+    with pytest.raises(errors.TypingError, match="unknown"):
+        build.emit({"function": (s.jit(lambda number: answer(kernel, number)), 1)}, host())
+
+
+def test_sizes_that_code_is_told_are_no_part_of_it() -> None:
+    """No kernel can read them, and no kernel is compiled anew for them."""
+    row = host()
+    told = replace(row, blocking=replace(row.blocking, group_bytes=1))
+    assert Kernel("forward", row) == Kernel("forward", told)
+    assert repr(Kernel("forward", row)) == repr(Kernel("forward", told))
+    kernel = Kernel("forward", row)
+    with pytest.raises(errors.TypingError, match="blocking"):
+        build.emit({"function": (s.jit(lambda number: number + kernel.row.blocking.group_bytes), 1)}, row)

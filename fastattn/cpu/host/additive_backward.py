@@ -13,8 +13,8 @@ from fastattn.call.rounding import limit_of, slack
 from fastattn.call.upstream import Upstream
 from fastattn.cpu.host import pool
 from fastattn.cpu.host.forward import scratch_memory
-from fastattn.cpu.host.kernels import describe, load
-from fastattn.cpu.host.plan import TASK_FLOPS, Plan, aligned, make_plan, padded
+from fastattn.cpu.host.kernels import describe, load, steps_of
+from fastattn.cpu.host.plan import LOG2_E, TASK_FLOPS, Plan, aligned, make_plan, padded, share_of_keys
 from fastattn.cpu.kernels.records import ADDITIVE_BACKWARD, ADDITIVE_PLACES, CALL, PLAN, QUERY_NUMBERS
 from fastattn.machine.objects import address_of
 from fastattn.machine.table import Blocking, Isa, host
@@ -40,7 +40,7 @@ def backward(
         With the axes of the operands.
     grad_weight : ndarray, shape (D,)
     """
-    lead, dtype = problem.rows_shape, problem.dtype
+    lead, dtype = problem.rows_shape, problem.real
     heads = math.prod(lead)
     worked = heads and problem.queries and problem.keys
     make = np.empty if worked else np.zeros
@@ -54,15 +54,14 @@ def backward(
     rounds = plan.tasks // heads
     parts = np.empty((plan.tasks, problem.head_dim), dtype)
     out, lse, weight = map(np.ascontiguousarray, (upstream.out, upstream.lse, weight))
-    query, key, value, mask = operands.plain
     call = np.zeros(1, CALL)
-    arrays = {"query": query, "key": key, "value": value, "mask": mask, "lse": lse, "weight": weight, "out": given}
+    arrays = {**operands._asdict(), "lse": lse, "weight": weight, "out": given}
     _note(call, plan=plan.record, **arrays)
     _note(given, grad_out=upstream.grad_out, out=out, grad_query=grad_query, grad_key=grad_key, grad_value=grad_value)
     given["precise"], given["slack"] = limit_of(dtype, upstream.rounded), slack(upstream.rounded, problem.head_dim)
     sums = np.empty((heads * problem.queries, 2), dtype)
     _note(given, grad_weight=parts, sums=sums)
-    kernel = load(describe("additive_backward", plan.tile, row, "additive"))
+    kernel = load(describe("additive_backward", plan.tile, row, "additive", steps_of(problem, all_of=True)))
     threads = pool.concurrency(plan.tasks, plan.flops, threads)
     with scratch_memory(threads * plan.scratch_bytes) as address:
         call["scratch"], call["scratch_bytes"] = address, plan.scratch_bytes
@@ -86,8 +85,8 @@ def plan_rounds(problem: Problem, operands: Operands, grad_out: Array, row: Isa,
 
     They depend on the shapes of one head alone.
     """
-    features, value_dim, itemsize = problem.head_dim, problem.value_dim, problem.dtype.itemsize
-    tile, blocking = row.tile(problem.dtype.type.__name__), row.blocking
+    features, value_dim, itemsize = problem.head_dim, problem.value_dim, problem.real.itemsize
+    tile, blocking = row.tile(problem.real.type.__name__), row.blocking
     query_block = _block(blocking, blocking.additive_query_bytes, (features + value_dim) * itemsize)
     key_block = _block(blocking, blocking.additive_key_bytes, (features + value_dim) * itemsize)
     query_blocks, key_blocks = -(-problem.queries // query_block), -(-problem.keys // key_block)
@@ -108,6 +107,8 @@ def plan_rounds(problem: Problem, operands: Operands, grad_out: Array, row: Isa,
     fields = record[: PLAN.itemsize].view(PLAN)[0]
     heads = math.prod(problem.rows_shape)
     fields["key_block"] = key_block
+    if problem.scores.softcap is not None:  # scores are in base e here
+        fields["softcap"], fields["softcap_factor"] = problem.scores.softcap, 2.0 * LOG2_E / problem.scores.softcap
     fields["blocks"], fields["group"], fields["groups"], fields["tasks"] = chunks, 1, chunks, heads * chunks
     return replace(
         plan,
@@ -115,7 +116,7 @@ def plan_rounds(problem: Problem, operands: Operands, grad_out: Array, row: Isa,
         record=record,
         address=address_of(record),
         tasks=heads * chunks,
-        flops=heads * flops / chunks * (0.5 if problem.causal_offset is not None else 1.0),
+        flops=heads * flops / chunks * share_of_keys(problem),
         scratch_bytes=aligned(_scratch_bytes(tile, query_block, key_block, features, value_dim, together)),
     ), given
 

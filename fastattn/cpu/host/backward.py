@@ -16,7 +16,7 @@ from fastattn.call.upstream import Upstream
 from fastattn.cpu.host import pool
 from fastattn.cpu.host.forward import remember, run_call
 from fastattn.cpu.host.kernels import describe, load, steps_of
-from fastattn.cpu.host.plan import LOG2_E, TASK_FLOPS, TASKS_PER_THREAD, aligned, mask_kind
+from fastattn.cpu.host.plan import TASK_FLOPS, TASKS_PER_THREAD, aligned, fields_of_scores, share_of_keys
 from fastattn.cpu.kernels.records import GRADIENT_ARRAYS, GRADIENT_AXIS, GRADIENT_CALL, GRADIENT_PARTS, GRADIENT_PLAN
 from fastattn.machine.kernel import Kernel
 from fastattn.machine.libraries import Library
@@ -73,13 +73,11 @@ def attention_backward(
     grad_mask : ndarray, or None
         With 1 for the axes that the mask does not have.
     """
-    if problem.scores.left is not None or problem.scores.softcap is not None:
-        raise NotImplementedError
-    lead, dtype = problem.rows_shape, problem.dtype
+    lead, dtype = problem.rows_shape, problem.real
     own = _own_axes(problem, *(split_shape(shape, problem, shared=True) for shape in shapes))
     summed = tuple(size if axis in own else 1 for axis, size in enumerate(lead))
     arrays: Arrays = dict.fromkeys(GRADIENT_ARRAYS)
-    arrays |= zip(("query", "key", "value", "mask"), operands.plain, strict=True)
+    arrays |= operands._asdict()
     arrays |= {"grad_out": upstream.grad_out, "out": upstream.out}
     arrays["grad_query"] = grad_query = np.zeros((*lead, problem.queries, problem.head_dim), dtype)
     arrays["grad_key"] = grad_key = np.zeros((*summed, problem.keys, problem.head_dim), dtype)
@@ -89,7 +87,7 @@ def attention_backward(
         split = split_shape(mask_shape, problem)
         mask_axes = _own_axes(problem, split)
         grad_mask = np.zeros((*(n if axis in mask_axes else 1 for axis, n in enumerate(lead)), *split[-2:]), dtype)
-        arrays["grad_mask"] = grad_mask
+        arrays["grad_bias"] = grad_mask
     if not problem.keys or not problem.queries or 0 in lead:
         return grad_query, grad_key, grad_value, grad_mask
 
@@ -128,15 +126,15 @@ def _planned(
     threads: int,
 ) -> Any:
     """Return the plan of a call, which all calls share that agree in all but addresses."""
-    mask, grad_mask = arrays["mask"], arrays["grad_mask"]
+    masks, grad_bias = (arrays["bias"], arrays["keep"]), arrays["grad_bias"]
     key = (
         make,
         problem,
         rounded,
         tuple(own),
         tuple(None if array is None else array.strides for array in arrays.values()),
-        None if mask is None else mask.dtype,
-        None if grad_mask is None else grad_mask.shape,
+        *(None if mask is None else mask.dtype for mask in masks),
+        None if grad_bias is None else grad_bias.shape,
         threads,
         TASK_FLOPS,
     )
@@ -151,7 +149,7 @@ def _by_keys(
     problem: Problem, arrays: Arrays, rounded: np.dtype[Any], own: list[int], row: Isa, threads: int
 ) -> GradientPlan:
     """Plan the backward pass: its tasks own keys of one head, of which some leading axes make one each."""
-    kernel = describe("backward", row.tile(problem.dtype.type.__name__), row, steps=steps_of(problem))
+    kernel = describe("backward", row.tile(problem.real.type.__name__), row, steps=steps_of(problem))
     plan = _plan(kernel, problem, arrays, rounded, own)
     fields = plan.fields
     outer, inner, blocks = int(fields["outer"]), int(fields["inner"]), int(fields["blocks"])
@@ -171,11 +169,11 @@ def _by_rectangles(
     problem: Problem, arrays: Arrays, rounded: np.dtype[Any], own: list[int], row: Isa, threads: int
 ) -> GradientPlan:
     """Plan the gradient of a mask: tasks own rectangles of it."""
-    kernel = describe("mask_gradient", row.tile(problem.dtype.type.__name__), row)
+    kernel = describe("mask_gradient", row.tile(problem.real.type.__name__), row, steps=steps_of(problem))
     plan = _plan(kernel, problem, arrays, rounded, own)
     fields = plan.fields
-    groups = int(fields["blocks"]) if fields["mask_keys"] > 1 else 1
-    parts = int(fields["query_blocks"]) if fields["mask_queries"] > 1 else 1
+    groups = int(fields["blocks"]) if fields["bias_keys"] > 1 else 1
+    parts = int(fields["query_blocks"]) if fields["bias_queries"] > 1 else 1
     heads = int(fields["outer"])  # a task goes through those that share the mask
     return _split(replace(plan, flops=plan.flops / 2.5), problem, heads, group=1, groups=groups, part=1, parts=parts)
 
@@ -186,7 +184,7 @@ def _panels(tile: TileShape, features: int) -> int:
 
 def _plan(kernel: Kernel, problem: Problem, arrays: Arrays, rounded: np.dtype[Any], own: list[int]) -> GradientPlan:
     """Write down everything but how the work is split."""
-    row, tile, itemsize = kernel.row, kernel.tile, problem.dtype.itemsize
+    row, tile, itemsize = kernel.row, kernel.tile, problem.real.itemsize
     lead = problem.rows_shape
     order = own + [axis for axis in range(len(lead)) if axis not in own]
     query_block = -(-row.blocking.gradient_query_bytes // itemsize // tile.width) * tile.width
@@ -194,27 +192,19 @@ def _plan(kernel: Kernel, problem: Problem, arrays: Arrays, rounded: np.dtype[An
     query_blocks, key_blocks = -(-problem.queries // query_block), -(-problem.keys // key_block)
     heads = math.prod(lead)
     outer = math.prod(lead[axis] for axis in own)
-    mask, grad_mask = arrays["mask"], arrays["grad_mask"]
-    natural = problem.mask_kind == "float"
+    grad_bias = arrays["grad_bias"]
     values: dict[str, Any] = {
         "queries": problem.queries,
         "keys": problem.keys,
         "head_dim": problem.head_dim,
         "value_dim": problem.value_dim,
-        "mask_kind": mask_kind(mask, problem.dtype),
-        "mask_itemsize": mask.itemsize if mask is not None else 0,
-        "mask_queries": grad_mask.shape[-2] if grad_mask is not None else 1,
-        "mask_keys": grad_mask.shape[-1] if grad_mask is not None else 1,
-        "causal": problem.causal_offset is not None,
-        "first_position": problem.causal_offset or 0,
-        "scale": problem.scale * (1.0 if natural else LOG2_E),
-        "unit": LOG2_E if natural else 1.0,
-        "score_scale": problem.scale,
-        "precise": limit_of(problem.dtype, rounded),
+        **fields_of_scores(problem, arrays["bias"]),
+        "bias_queries": grad_bias.shape[-2] if grad_bias is not None else 1,
+        "bias_keys": grad_bias.shape[-1] if grad_bias is not None else 1,
+        "score_scale": problem.scores.scale,
+        "precise": limit_of(problem.real, rounded),
         "slack": slack(rounded, problem.head_dim),
         "numbers": heads * problem.queries * itemsize,
-        "drop_below": problem.drop_threshold,
-        "keep_scale": problem.keep_scale,
         "axes": len(lead),
         "heads": problem.heads,
         "blocks": key_blocks,
@@ -240,7 +230,7 @@ def _plan(kernel: Kernel, problem: Problem, arrays: Arrays, rounded: np.dtype[An
             place[name] = array.strides[axis] if array is not None and array.shape[axis] > 1 else 0
     # three of the products have the features of a key in them, two those of a value
     flops = 2.0 * heads * problem.queries * problem.keys * (3.0 * problem.head_dim + 2.0 * problem.value_dim)
-    flops /= 2 if problem.causal_offset is not None else 1
+    flops *= share_of_keys(problem)
     return GradientPlan(
         load(kernel), tile, record, fields, query_blocks, groups=0, tasks=0, flops=flops, scratch_bytes=0
     )
@@ -270,7 +260,7 @@ def _split(
         "shifts": numbers,
         "rests": numbers,
         "deltas": numbers,
-        "counts": 8 * subs,
+        "spans": 16 * subs,
         "work": row_bytes + 8 * tile.lanes * tile.lanes,
         "scores": subs * score_panel,
         "score_grads": subs * score_panel,

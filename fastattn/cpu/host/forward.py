@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from fastattn.call.problem import Operands, Problem
 from fastattn.cpu.host import pool, processors
 from fastattn.cpu.host.builtin import bind
-from fastattn.cpu.host.kernels import STEPS, describe, load, steps_of
+from fastattn.cpu.host.kernels import describe, load, steps_of
 from fastattn.cpu.host.plan import Plan, make_plan
 from fastattn.cpu.kernels.records import ALIGNMENT, CALL, RECORD_BYTES
 from fastattn.machine import os_threads
@@ -62,13 +62,12 @@ _prepared: dict[Any, Prepared] = {}
 
 def prepare(problem: Problem, operands: Operands, out: Array, threads: int, additive: bool = False) -> Prepared:
     """Plan a call, or find the plan of one like it; `out` is an array like those that will be written to."""
-    mask = operands.plain[3]
     key = (
         problem,
         operands.query.strides,
         operands.key.strides,
         operands.value.strides,
-        None if mask is None else (mask.strides, mask.dtype),
+        *(None if mask is None else (mask.strides, mask.dtype) for mask in (operands.bias, operands.keep)),
         out.strides,
         threads,
         additive,
@@ -100,7 +99,7 @@ class Prepared:
         self.row, self.score = row, score = host(), "additive" if additive else "dot"
         self.plan = plan = make_plan(problem, operands, out, row, threads, additive)
         self.threads = pool.concurrency(plan.tasks, plan.flops, threads)
-        steps = STEPS if additive else steps_of(problem)
+        steps = steps_of(problem, all_of=additive)
         self.forward = load(describe("forward", plan.tile, row, score, steps))
         self.most = pool.tasks_at_a_time(plan.tasks, plan.flops)
         self.quick: Callable[..., int] | None = None
@@ -114,7 +113,7 @@ class Prepared:
     @property
     def weights(self) -> Library:
         """The kernel of the matrix of weights, which few calls want."""
-        return load(describe("weights", self.plan.tile, self.row, self.score))
+        return load(describe("weights", self.plan.tile, self.row, self.score, steps_of(self.problem, all_of=True)))
 
 
 def run(
@@ -122,10 +121,7 @@ def run(
     threads: int,
     kernels: Library,
     seed: int,
-    query: Array,
-    key: Array,
-    value: Array | None = None,
-    mask: Array | None = None,
+    operands: Operands,
     out: Array | None = None,
     lse: Array | None = None,
     weights: Array | None = None,
@@ -134,8 +130,8 @@ def run(
     """Run a plan's tasks, on arrays whose addresses are those of the operands that it was made for."""
     if not plan.tasks:
         return
-    arrays = {"query": query, "key": key, "value": value, "mask": mask, "out": out, "lse": lse}
-    run_call(CALL, plan, threads, kernels, seed, {**arrays, "weights": weights, "weight": weight})
+    arrays = {**operands._asdict(), "out": out, "lse": lse, "weights": weights, "weight": weight}
+    run_call(CALL, plan, threads, kernels, seed, arrays)
 
 
 def run_call(
@@ -157,7 +153,7 @@ def run_call(
 
 
 def run_prepared(prepared: Prepared, *objects: Any) -> None:
-    """Run a call's tasks. `objects`: query, key, value, mask, out, lse, weight, seed."""
+    """Run a call's tasks. `objects`: the operands, out, lse, weight, seed."""
     plan, threads, quick = prepared.plan, prepared.threads, prepared.quick
     if not plan.tasks:
         return
@@ -168,8 +164,8 @@ def run_prepared(prepared: Prepared, *objects: Any) -> None:
         processors.look_if_old()
         is_long = plan.flops >= pool.TURN_FLOPS
     if quick is None or is_long:
-        query, key, value, mask, out, lse, weight, seed = objects
-        run(plan, threads, prepared.forward, seed, query, key, value, mask, out, lse, weight=weight)
+        out, lse, weight, seed = objects[7:]
+        run(plan, threads, prepared.forward, seed, Operands(*objects[:7]), out, lse, weight=weight)
     elif is_shared:
         at, held = _scratch(RECORD_BYTES + threads * plan.scratch_bytes)
         _memory.held = None  # who interrupts needs memory of its own
@@ -187,7 +183,7 @@ def run_prepared(prepared: Prepared, *objects: Any) -> None:
 
 def attention(
     prepared: Prepared,
-    arrays: tuple[Array, Array, Array, Array | None],
+    operands: Operands,
     seed: int,
     out: Array | None,
     return_lse: bool,
@@ -200,14 +196,13 @@ def attention(
     """
     problem = prepared.problem
     plan, threads = prepared.plan, prepared.threads
-    query, key, value, mask = arrays
-    result = np.empty(problem.out_shape, problem.dtype) if out is None else out
-    lse = np.empty(problem.lse_shape, problem.dtype) if return_lse else None
+    result = np.empty(problem.out_shape, problem.real) if out is None else out
+    lse = np.empty(problem.lse_shape, problem.real) if return_lse else None
     weights = None
     if return_weights:
-        weights = np.empty(problem.weights_shape, problem.dtype)
-        run(plan, threads, prepared.weights, seed, query, key, mask=mask, weights=weights, weight=weight)
-    run_prepared(prepared, query, key, value, mask, result, lse, weight, seed)
+        weights = np.empty(problem.weights_shape, problem.real)
+        run(plan, threads, prepared.weights, seed, operands, weights=weights, weight=weight)
+    run_prepared(prepared, *operands, result, lse, weight, seed)
     if lse is None and weights is None:
         return result
     return tuple(array for array in (result, lse, weights) if array is not None)

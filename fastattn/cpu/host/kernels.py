@@ -30,9 +30,12 @@ def describe(work: str, tile: TileShape, row: Isa, score: str = "dot", steps: tu
     return Kernel(work, row, tile, storage=tile.dtype, score=score, reads=reads, steps=steps)
 
 
-def steps_of(problem: Problem) -> tuple[str, ...]:
-    """Return what may happen to the scores of a call."""
-    return STEPS if problem.mask_kind != "none" or problem.dropout_p > 0 else PLAIN
+def steps_of(problem: Problem, all_of: bool = False) -> tuple[str, ...]:
+    """Return what may happen to the scores of a call; `all_of`: there is no kernel without masks and dropout."""
+    scores = problem.scores
+    if scores.softcap is not None:
+        return (*STEPS, "softcap")
+    return STEPS if all_of or scores.bias or scores.keep or problem.dropout_p > 0 else PLAIN
 
 
 def every_kernel(row: Isa) -> Iterator[Kernel]:

@@ -9,11 +9,10 @@ from fastattn.call.problem import Operands, Problem
 from fastattn.cpu.kernels.records import (
     ALIGNMENT,
     AXIS,
-    MASK_BOOL,
-    MASK_HALF,
-    MASK_NONE,
-    MASK_OTHER,
-    MASK_SAME,
+    BIAS_HALF,
+    BIAS_NONE,
+    BIAS_OTHER,
+    BIAS_SAME,
     PLAN,
 )
 from fastattn.machine.objects import address_of
@@ -37,7 +36,7 @@ def choose_key_block(row: Isa, problem: Problem) -> int:
     key_block = row.key_block
     while (
         key_block > row.blocking.least_rows
-        and key_block * (problem.head_dim + problem.value_dim) * problem.dtype.itemsize > row.blocking.block_bytes
+        and key_block * (problem.head_dim + problem.value_dim) * problem.real.itemsize > row.blocking.block_bytes
     ):
         key_block //= 2
     return key_block
@@ -103,15 +102,44 @@ class Plan:
     scratch_bytes: int
 
 
-def mask_kind(mask: np.ndarray | None, dtype: np.dtype) -> int:
-    """Which of MASK_* a mask is."""
-    if mask is None:
-        return MASK_NONE
-    if mask.dtype.kind == "b":
-        return MASK_BOOL
-    if mask.dtype.itemsize == 2:
-        return MASK_HALF
-    return MASK_SAME if mask.dtype == dtype else MASK_OTHER
+def bias_kind(bias: np.ndarray | None, real: np.dtype) -> int:
+    """Which of BIAS_* a floating mask is."""
+    if bias is None:
+        return BIAS_NONE
+    if bias.dtype.itemsize == 2:
+        return BIAS_HALF
+    return BIAS_SAME if bias.dtype == real else BIAS_OTHER
+
+
+def fields_of_scores(problem: Problem, bias: np.ndarray | None) -> dict[str, float]:
+    """The fields of a plan that say what happens to scores."""
+    scores = problem.scores
+    base = 1.0 if scores.bias else LOG2_E  # finfo.min times log2(e) is no number: scores stay in base e under a bias
+    softcap = 0.0 if scores.softcap is None else scores.softcap * base
+    return {
+        "scale": scores.scale * base,
+        "unit": LOG2_E / base,
+        "softcap": softcap,
+        "softcap_factor": 2.0 * LOG2_E / softcap if softcap else 0.0,
+        "bias_kind": bias_kind(bias, problem.real),
+        "bias_itemsize": bias.itemsize if bias is not None else 0,
+        "keep": scores.keep,
+        "left_bound": scores.left is not None,
+        "left": scores.left or 0,
+        "right_bound": scores.right is not None,
+        "right": scores.right or 0,
+        "first_position": scores.offset,
+        "drop_below": problem.drop_threshold,
+        "keep_scale": problem.keep_scale,
+    }
+
+
+def share_of_keys(problem: Problem) -> float:
+    """About which share of the keys a query looks at."""
+    scores = problem.scores
+    if scores.left is None or scores.right is None:
+        return 1.0 if scores.left is None and scores.right is None else 0.5
+    return min(1.0, (scores.left + scores.right + 1) / max(1, problem.keys))
 
 
 def make_plan(
@@ -121,16 +149,14 @@ def make_plan(
 
     `out` has the axes of the operands: (*batch, Hk, G, Lq, Dv). `additive`: scores are those of additive attention.
     """
-    query, key, value, mask = operands.plain
-    if problem.scores.left is not None or problem.scores.softcap is not None:
-        raise NotImplementedError
-    tile = choose_tile(row, problem.dtype, problem.queries)
+    query, key, value, bias, keep = operands[:5]
+    tile = choose_tile(row, problem.real, problem.queries)
     lead = query.shape[:-2]
     heads = math.prod(lead)
     blocks = -(-problem.queries // tile.width)
     feature_flops = row.blocking.additive_cost if additive else 2.0
     flops_per_block = tile.width * problem.keys * (feature_flops * problem.head_dim + 2.0 * problem.value_dim)
-    row_bytes = tile.width * problem.dtype.itemsize
+    row_bytes = tile.width * problem.real.itemsize
     key_block = choose_key_block(row, problem)
     if additive:
         query_bytes = additive_query_bytes(tile, problem.head_dim)
@@ -146,24 +172,18 @@ def make_plan(
 
     record = np.zeros(PLAN.itemsize + len(lead) * AXIS.itemsize, np.uint8)
     plan = record[: PLAN.itemsize].view(PLAN)[0]
-    for name, array in (("query", query), ("key", key), ("value", value), ("out", out), ("mask", mask)):
+    arrays = {"query": query, "key": key, "value": value, "bias": bias, "keep": keep, "out": out}
+    for name, array in arrays.items():
         if array is not None:
             plan[name + "_row"], plan[name + "_column"] = array.strides[-2:]
     plan["queries"], plan["keys"] = problem.queries, problem.keys
     plan["head_dim"], plan["value_dim"] = problem.head_dim, problem.value_dim
-    plan["mask_kind"] = mask_kind(mask, problem.dtype)
-    plan["mask_itemsize"] = mask.itemsize if mask is not None else 0
-    plan["causal"] = problem.causal_offset is not None
-    plan["first_position"] = problem.causal_offset or 0
-    natural = problem.mask_kind == "float"
-    plan["scale"] = problem.scale * (1.0 if natural else LOG2_E)
-    plan["unit"] = LOG2_E if natural else 1.0
-    plan["drop_below"] = problem.drop_threshold
-    plan["keep_scale"] = problem.keep_scale
+    for name, number in fields_of_scores(problem, bias).items():
+        plan[name] = number
     plan["axes"] = len(lead)
     plan["heads"] = problem.heads
     plan["key_block"] = key_block
-    features = (problem.head_dim + problem.value_dim) * problem.dtype.itemsize
+    features = (problem.head_dim + problem.value_dim) * problem.real.itemsize
     everything = heads * (problem.queries + problem.keys) * features
     if everything > row.blocking.cached_bytes:
         plan["ahead"] = threads
@@ -173,10 +193,10 @@ def make_plan(
     plan["tasks"] = tasks = heads * groups
     axes = record[PLAN.itemsize :].view(AXIS)
     for i, size in enumerate(lead):
-        strides = [array.strides[i] if array is not None else 0 for array in (query, key, value, mask, out)]
+        strides = [0 if array is None else array.strides[i] for array in arrays.values()]
         axes[i] = (size, *strides)
 
     scores = (WORK_ROWS + key_block) * row_bytes + tile.lanes * tile.lanes * 8
     scratch_bytes = aligned(group * state + key_bytes + value_bytes + scores)
-    flops = heads * blocks * flops_per_block * (0.5 if problem.causal_offset is not None else 1.0)
+    flops = heads * blocks * flops_per_block * share_of_keys(problem)
     return Plan(problem, tile, record, address_of(record), tasks, flops, scratch_bytes)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from fastattn.call.problem import Operands, Problem
 from fastattn.cpu.host import pool
 from fastattn.cpu.host.forward import run
-from fastattn.cpu.host.kernels import describe, load
+from fastattn.cpu.host.kernels import describe, load, steps_of
 from fastattn.cpu.host.plan import Plan, aligned, group_size, make_plan
 from fastattn.cpu.kernels.records import PLAN, SUMMARY
 from fastattn.machine.objects import address_of
@@ -27,7 +27,7 @@ QUERY_ROWS = 2  # rows besides the queries of the one query block that a task on
 
 def summarise(problem: Problem, operands: Operands, threads: int, top_k: int) -> tuple[Array, ...]:
     """Return the fields of an `AttentionSummary`. The value operand is not read."""
-    rows, dtype = problem.lse_shape, problem.dtype
+    rows, dtype = problem.lse_shape, problem.real
     plan = _by_queries(problem, operands, threads)
     m, l, lse, entropy = (np.empty(rows, dtype) for _ in range(4))
     top_weights, top_indices = np.empty((*rows, top_k), dtype), np.empty((*rows, top_k), np.int64)
@@ -40,14 +40,14 @@ def summarise(problem: Problem, operands: Operands, threads: int, top_k: int) ->
 
 def sums(problem: Problem, operands: Operands, threads: int) -> tuple[Array, Array]:
     """Return m and l of every query: its weights are 2^((score - m) · unit) / l."""
-    m, l = (np.empty(problem.lse_shape, problem.dtype) for _ in range(2))
+    m, l = (np.empty(problem.lse_shape, problem.real) for _ in range(2))
     _run("summary", _by_queries(problem, operands, threads), operands, threads, _record(m=m, l=l))
     return m, l
 
 
 def unit_of(problem: Problem) -> float:
     """Return the natural logarithm of the base that m is in: e under a floating mask, else 2."""
-    return 1.0 if problem.mask_kind == "float" else LN_2
+    return 1.0 if problem.scores.bias else LN_2
 
 
 def sums_from(problem: Problem, lse: Array) -> tuple[Array, Array]:
@@ -57,13 +57,13 @@ def sums_from(problem: Problem, lse: Array) -> tuple[Array, Array]:
     NaN has weights of NaN, those of hidden keys included, whose score l alone meets.
     """
     with np.errstate(all="ignore"):
-        m = np.ascontiguousarray(np.where(lse == -np.inf, np.inf, lse) / unit_of(problem), problem.dtype)
+        m = np.ascontiguousarray(np.where(lse == -np.inf, np.inf, lse) / unit_of(problem), problem.real)
         return m, np.where(np.isnan(m), m, np.ones(1, m.dtype))
 
 
 def weigh(problem: Problem, operands: Operands, threads: int, m: Array, l: Array) -> Array:
     """Return the weights of all queries and keys, for given sums."""
-    weights = np.empty(problem.weights_shape, problem.dtype)
+    weights = np.empty(problem.weights_shape, problem.real)
     _run("known_weights", _by_queries(problem, operands, threads), operands, threads, _record(m=m, l=l), weights)
     return weights
 
@@ -78,9 +78,9 @@ def _record(top_k: int = 0, **arrays: Array) -> Array:
 
 
 def _run(work: str, plan: Plan, operands: Operands, threads: int, record: Array, weights: Array | None = None) -> None:
-    kernel = load(describe(work, plan.tile, host()))
+    kernel = load(describe(work, plan.tile, host(), steps=steps_of(plan.problem, all_of=True)))
     threads = pool.concurrency(plan.tasks, plan.flops, threads)
-    run(plan, threads, kernel, 0, operands.query, operands.key, mask=operands.plain[3], out=record, weights=weights)
+    run(plan, threads, kernel, 0, operands, out=record, weights=weights)
 
 
 def _by_queries(problem: Problem, operands: Operands, threads: int) -> Plan:

@@ -23,10 +23,10 @@ from fastattn.cpu.kernels import tasks
 from fastattn.cpu.kernels.additive import copy_row, load_rows, padded, sum_of
 from fastattn.cpu.kernels.additive_sums import absorb_keys, clear_states, store_sums, take_sums
 from fastattn.cpu.kernels.additive_terms import differentiate_vector, places_view
-from fastattn.cpu.kernels.forward import clear, visible_keys
+from fastattn.cpu.kernels.blocks import clear
 from fastattn.cpu.kernels.pack import pack_queries, unpack_rows
 from fastattn.cpu.kernels.records import ADDITIVE_BACKWARD, ADDITIVE_PLACES, QUERY_NUMBERS
-from fastattn.cpu.kernels.scores import restrict
+from fastattn.cpu.kernels.scores import keys_of_block, restrict
 from fastattn.cpu.kernels.softmax import MINUS_INFINITY
 from fastattn.cpu.kernels.sums import any_has_lost
 from fastattn.cpu.kernels.tasks import locate
@@ -182,38 +182,45 @@ def few(tile, queries):
 
 
 @jit
-def hide(kernel, plan, places, mask, first_query, present, first_key, filled, lse):
+def hide(kernel, plan, head, places, first_query, present, first_key, filled, lse):
     """hidden[i][j] = what is added to a score: the mask, or -inf. Returns whether there is anything to look at.
 
     Nobody looks at the keys behind the last, and a query whose lse is -inf at none.
     """
     tile = kernel.tile
     hidden_bytes = plan.key_block * tile.itemsize
-    ones, top, buffer = places.work, places.work + tile.row_bytes, places.work + 2 * tile.row_bytes
-    scores = buffer + tile.buffer_bytes
-    tile_store(tile_fill(tile.single, 1.0), ones, 0)
-    clear(tile, top, 1)
+    tile_store(tile_fill(tile.single, 1.0), places.work, 0)
+    clear(tile, places.work + tile.row_bytes, 1)
     hidden, some = places.hidden, False
     for first in range(0, present, tile.width):
-        masks = mask + first * plan.mask_row
-        count, safe = visible_keys(kernel, plan, first_query + first, first_key, masks)
+        part = keys_of_block(kernel, plan, head, first_query + first, first_key)
         here = min(tile.width, present - first)
-        if count > safe:
-            position = plan.first_position + first_query + first
-            masks += safe * plan.mask_column
-            rest = count - safe
-            clear(tile, scores, rest)
-            restrict(kernel, plan, scores, rest, masks, here, position, first_key + safe, top, buffer)
-            unpack_rows(tile, scores, ones, hidden + safe * tile.itemsize, hidden_bytes, tile.itemsize, here, rest)
+        hide_edge(kernel, plan, head, places, hidden, first_query + first, here, first_key, part.begin, part.full)
+        hide_edge(kernel, plan, head, places, hidden, first_query + first, here, first_key, part.full_end, part.end)
         for i in range(first, first + here):
             if load_element(tile, lse + i * tile.itemsize) == MINUS_INFINITY:
                 fill(tile, hidden, filled * tile.itemsize, MINUS_INFINITY)
             else:
-                fill_row(tile, hidden, 0, safe, 0.0)
-                fill_row(tile, hidden, count, filled, MINUS_INFINITY)
-                some = some or count > 0
+                fill_row(tile, hidden, 0, part.begin, MINUS_INFINITY)
+                fill_row(tile, hidden, part.full, part.full_end, 0.0)
+                fill_row(tile, hidden, part.end, filled, MINUS_INFINITY)
+                some = some or part.end > part.begin
             hidden += hidden_bytes
     return some
+
+
+@jit
+def hide_edge(kernel, plan, head, places, hidden, first_query, present, first_key, begin, end):
+    """The same for keys of a block that only some queries look at, of one tile width of queries."""
+    tile = kernel.tile
+    count, hidden_bytes = end - begin, plan.key_block * tile.itemsize
+    if count <= 0:
+        return
+    ones, top, buffer = places.work, places.work + tile.row_bytes, places.work + 2 * tile.row_bytes
+    scores = buffer + tile.buffer_bytes
+    clear(tile, scores, count)
+    restrict(kernel, plan, head, scores, count, first_query, first_key + begin, top, buffer)
+    unpack_rows(tile, scores, ones, hidden + begin * tile.itemsize, hidden_bytes, tile.itemsize, present, count)
 
 
 # -- the products with values and with the gradient of the result ------------------------------------------------------
@@ -335,16 +342,15 @@ def deliver_weight(tile, places, target, features, fresh):
 
 
 @jit
-def find_sums(kernel, plan, given, places, key, mask, first_query, queries, lse, sums):
+def find_sums(kernel, plan, given, head, places, first_query, queries, lse, sums):
     """Form the sums of those queries of a block whose lse has lost digits, over all keys."""
     tile = kernel.tile
     clear_states(tile, plan, places, queries)
-    for first_key in range(0, plan.keys, plan.key_block):
-        count = min(plan.key_block, plan.keys - first_key)
+    for first_key in range(0, head.keys, plan.key_block):
+        count = min(plan.key_block, head.keys - first_key)
         filled = (count + tile.width - 1) // tile.width * tile.width
-        masks = mask + first_key * plan.mask_column
-        if hide(kernel, plan, places, masks, first_query, queries, first_key, filled, lse):
-            keys = key + first_key * plan.key_row
+        if hide(kernel, plan, head, places, first_query, queries, first_key, filled, lse):
+            keys = head.key + first_key * plan.key_row
             absorb_keys(kernel, plan, given, places, keys, lse, queries, count, filled)
     store_sums(kernel, plan, given, places, lse, queries, sums)
 
@@ -364,19 +370,54 @@ def differentiate_block(kernel, plan, places, key, value, queries, count, filled
 
 
 @jit
-def differentiate_chunk(kernel, call, plan, head, chunk, _, scratch):
+def begin_queries(kernel, call, plan, given, head, number, places, first, queries):
+    """Lay out a block of queries, with what arrives at them; in the first round form the sums that an lse has lost."""
+    tile = kernel.tile
+    row = number * plan.queries + first
+    lse = call.lse + row * tile.itemsize
+    source, exps, largest = head.query + first * plan.query_row, places.q_exps, places.q_largest
+    load_rows(tile, source, plan.query_row, plan.query_column, queries, plan.head_dim, places.q_raws, exps, largest)
+    out = given.out + row * plan.value_dim * tile.itemsize
+    grad_out = given.grad_out + (head.out - call.out) + first * plan.out_row
+    load_upstream(tile, plan, places, grad_out, out, lse, queries)
+    if any_has_lost(tile, given, lse, queries):
+        sums = given.sums + 2 * row * tile.itemsize
+        if given.round == 0:
+            find_sums(kernel, plan, given, head, places, first, queries, lse, sums)
+        take_sums(tile, given, places, lse, queries, sums)
+    fill(tile, places.grad_queries, queries * padded(tile, plan.head_dim) * tile.itemsize, 0.0)
+
+
+@jit
+def meet(kernel, call, plan, given, head, number, places, first, queries, first_key, count, fresh):
+    """Take a block of queries and one of keys together, and add to the gradients of the keys."""
+    tile = kernel.tile
+    row_bytes, v_bytes = padded(tile, plan.head_dim) * tile.itemsize, value_bytes(tile, plan)
+    lse = call.lse + (number * plan.queries + first) * tile.itemsize
+    filled = (count + tile.width - 1) // tile.width * tile.width
+    some = hide(kernel, plan, head, places, first, queries, first_key, filled, lse)
+    if not (some or fresh):
+        return
+    fill(tile, places.grad_keys, filled * row_bytes, 0.0)
+    fill(tile, places.grad_values, filled * v_bytes, 0.0)
+    if some:
+        keys, values = head.key + first_key * plan.key_row, head.value + first_key * plan.value_row
+        differentiate_block(kernel, plan, places, keys, values, queries, count, filled)
+    row = number * plan.keys + first_key
+    target = given.grad_key + row * plan.head_dim * tile.itemsize
+    deliver(tile, places.grad_keys, row_bytes, places.factors, target, count, plan.head_dim, fresh)
+    target = given.grad_value + row * plan.value_dim * tile.itemsize
+    deliver(tile, places.grad_values, v_bytes, 0, target, count, plan.value_dim, fresh)
+
+
+@jit
+def differentiate_chunk(kernel, call, plan, number, chunk, _, scratch):
     """One task: the queries of a chunk and the keys that are theirs in this round, of one head."""
     tile = kernel.tile
     given = backward_view(call.out)
     places = lay_out(tile, plan, given, scratch)
-    row_bytes, v_bytes = padded(tile, plan.head_dim) * tile.itemsize, value_bytes(tile, plan)
-    features_bytes, values_bytes = plan.head_dim * tile.itemsize, plan.value_dim * tile.itemsize
-    query, key, value, mask, grad_out = locate(call, plan, head)
-    query += call.query
-    key += call.key
-    value += call.value
-    mask += call.mask
-    grad_out += given.grad_out
+    row_bytes, features_bytes = padded(tile, plan.head_dim) * tile.itemsize, plan.head_dim * tile.itemsize
+    head = locate(call, plan, number)
     query_start = chunk * given.query_blocks * given.query_block
     query_end = min(plan.queries, query_start + given.query_blocks * given.query_block)
     key_start = (given.round + plan.groups - chunk) % plan.groups * given.key_blocks * plan.key_block
@@ -390,38 +431,13 @@ def differentiate_chunk(kernel, call, plan, head, chunk, _, scratch):
     for first in range(query_start, max(query_end, query_start + 1), given.query_block):
         queries = max(0, min(given.query_block, query_end - first))
         fresh = first_round and first == query_start
-        row = head * plan.queries + first
-        lse = call.lse + row * tile.itemsize
-        source, exps, largest = query + first * plan.query_row, places.q_exps, places.q_largest
-        load_rows(tile, source, plan.query_row, plan.query_column, queries, plan.head_dim, places.q_raws, exps, largest)
-        upstream = grad_out + first * plan.out_row
-        load_upstream(tile, plan, places, upstream, given.out + row * values_bytes, lse, queries)
-        if any_has_lost(tile, given, lse, queries):
-            sums = given.sums + 2 * row * tile.itemsize
-            if first_round:
-                find_sums(kernel, plan, given, places, key, mask + first * plan.mask_row, first, queries, lse, sums)
-            take_sums(tile, given, places, lse, queries, sums)
-        fill(tile, places.grad_queries, queries * row_bytes, 0.0)
+        begin_queries(kernel, call, plan, given, head, number, places, first, queries)
         for first_key in range(key_start, key_end, plan.key_block):
             count = min(plan.key_block, key_end - first_key)
-            filled = (count + tile.width - 1) // tile.width * tile.width
-            masks = mask + first * plan.mask_row + first_key * plan.mask_column
-            some = hide(kernel, plan, places, masks, first, queries, first_key, filled, lse)
-            if some or fresh:
-                fill(tile, places.grad_keys, filled * row_bytes, 0.0)
-                fill(tile, places.grad_values, filled * v_bytes, 0.0)
-            if some:
-                keys, values = key + first_key * plan.key_row, value + first_key * plan.value_row
-                differentiate_block(kernel, plan, places, keys, values, queries, count, filled)
-            if some or fresh:
-                row_of_key = head * plan.keys + first_key
-                target = given.grad_key + row_of_key * features_bytes
-                deliver(tile, places.grad_keys, row_bytes, places.factors, target, count, plan.head_dim, fresh)
-                target = given.grad_value + row_of_key * values_bytes
-                deliver(tile, places.grad_values, v_bytes, 0, target, count, plan.value_dim, fresh)
-        target = given.grad_query + row * features_bytes
+            meet(kernel, call, plan, given, head, number, places, first, queries, first_key, count, fresh)
+        target = given.grad_query + (number * plan.queries + first) * features_bytes
         deliver(tile, places.grad_queries, row_bytes, places.factors, target, queries, plan.head_dim, first_round)
-    target = given.grad_weight + (head * plan.groups + chunk) * features_bytes
+    target = given.grad_weight + (number * plan.groups + chunk) * features_bytes
     deliver_weight(tile, places, target, plan.head_dim, first_round)
 
 

@@ -10,8 +10,9 @@ import math
 from fastattn.cpu.kernels.additive import load_rows, padded, sum_of
 from fastattn.cpu.kernels.additive_terms import LOG2_E, terms_of
 from fastattn.cpu.kernels.forward import LN_2
+from fastattn.cpu.kernels.masks import INFINITY, lowest, saturate
 from fastattn.cpu.kernels.records import QUERY_NUMBERS
-from fastattn.cpu.kernels.scores import INFINITY, lowest, saturate
+from fastattn.cpu.kernels.scores import capped
 from fastattn.cpu.kernels.softmax import MINUS_INFINITY, exp2
 from fastattn.cpu.kernels.sums import has_lost
 from fastattn.simd import (
@@ -70,6 +71,8 @@ def absorb_keys(kernel, plan, given, places, key, lse, queries, count, filled):
             for j in range(0, filled, tile.lanes):
                 terms_of(kernel, places, plan.head_dim, row_bytes, i, j, start, places.terms, places.lanes)
                 score = sum_rows(tile_transpose(tile_load(tile.square, places.lanes, tile.vector_bytes)))
+                if "softcap" in kernel.steps:
+                    score, _ = capped(tile, plan, score)
                 bias = tile_load(tile.vector, places.hidden + i * hidden_bytes + j * tile.itemsize, 0)
                 absorb_vector(kernel, places.weights + i * hidden_bytes, biased(tile, score, bias))
 

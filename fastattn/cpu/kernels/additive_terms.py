@@ -13,8 +13,9 @@ As in the forward pass two features share a division. Which way a key goes, near
 """
 
 from fastattn.cpu.kernels.additive import LOG2_E_TWICE, REACH_32, REACH_64, SATURATED, padded
+from fastattn.cpu.kernels.masks import lowest, saturate
 from fastattn.cpu.kernels.records import ADDITIVE_PLACES, QUERY_NUMBERS
-from fastattn.cpu.kernels.scores import lowest, saturate
+from fastattn.cpu.kernels.scores import capped
 from fastattn.cpu.kernels.softmax import MINUS_INFINITY, exp2
 from fastattn.simd import (
     all_finite,
@@ -114,7 +115,7 @@ def clear_hidden(tile, hidden, terms, row_bytes):
 
 
 @jit
-def slopes_of(kernel, lanes, hidden, shift, row_sum, rest, weights, slopes, terms, row_bytes):
+def slopes_of(kernel, plan, lanes, hidden, shift, row_sum, rest, weights, slopes, terms, row_bytes):
     """Make P of scores, over dO · value at `weights`, and -dS at `slopes`, which may be where `lanes` is; returns dS.
 
     `hidden` is what is added to the scores: -inf for a key that the query may not look at. P is 2 to the power of
@@ -126,9 +127,13 @@ def slopes_of(kernel, lanes, hidden, shift, row_sum, rest, weights, slopes, term
     score = sum_rows(tile_transpose(tile_load(tile.square, lanes, tile.vector_bytes)))
     if not all_finite(score):
         clear_hidden(tile, hidden, terms, row_bytes)
+    if "softcap" in kernel.steps:
+        score, descent = capped(tile, plan, score)
     # of a sum of exp(score) no score takes more than all of it
     weight = minimum(1.0, exp2(kernel, (saturate(tile, score + bias) - shift) * LOG2_E - rest))
     slope = weight * (tile_load(tile.vector, weights, 0) - row_sum)
+    if "softcap" in kernel.steps:
+        slope = slope * descent
     slope = where_greater(lowest(tile), bias, 0.0, slope)
     tile_store(where_greater(lowest(tile), bias, 0.0, weight), weights, 0)
     tile_store(slope * -1.0, slopes, 0)
@@ -181,7 +186,7 @@ def differentiate_vector(kernel, places, plan, queries, j):
                 numbers = places.numbers + i * QUERY_NUMBERS * tile.itemsize
                 shift, row_sum = load_element(tile, numbers), load_element(tile, numbers + tile.itemsize)
                 rest, here = load_element(tile, numbers + 3 * tile.itemsize), weights + at
-                slope = slopes_of(kernel, lanes, hidden + at, shift, row_sum, rest, here, lanes, terms, row_bytes)
+                slope = slopes_of(kernel, plan, lanes, hidden + at, shift, row_sum, rest, here, lanes, terms, row_bytes)
                 tile_store(tile_load(tile.vector, places.slope_sums, 0) + slope, places.slope_sums, 0)
             terms += terms_bytes
             lanes += lanes_bytes

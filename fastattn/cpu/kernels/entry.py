@@ -52,14 +52,17 @@ def fill(link, objects):
     call.query = address_of(load_i64(objects + 1 * WORD), none)
     call.key = address_of(load_i64(objects + 2 * WORD), none)
     call.value = address_of(load_i64(objects + 3 * WORD), none)
-    call.mask = address_of(load_i64(objects + 4 * WORD), none)
-    call.out = address_of(load_i64(objects + 5 * WORD), none)
-    call.lse = address_of(load_i64(objects + 6 * WORD), none)
-    call.weight = address_of(load_i64(objects + 7 * WORD), none)
+    call.bias = address_of(load_i64(objects + 4 * WORD), none)
+    call.keep = address_of(load_i64(objects + 5 * WORD), none)
+    call.offsets = address_of(load_i64(objects + 6 * WORD), none)
+    call.lengths = address_of(load_i64(objects + 7 * WORD), none)
+    call.out = address_of(load_i64(objects + 8 * WORD), none)
+    call.lse = address_of(load_i64(objects + 9 * WORD), none)
+    call.weight = address_of(load_i64(objects + 10 * WORD), none)
     call.weights = 0
     call.seed = 0
     if plan_view(link.plan).drop_below > 0:
-        call.seed = call_compiled(link.from_int, (load_i64(objects + 8 * WORD),))
+        call.seed = call_compiled(link.from_int, (load_i64(objects + 11 * WORD),))
     return at
 
 

@@ -9,9 +9,13 @@ one column. Whatever is added there comes by in one order:
             sums[j][i] += ds[j][i]                    as in the backward pass, which must have found the deltas and sums
 """
 
-from fastattn.cpu.kernels.backward import call_view, copy_numbers, load_keys, load_lanes, locate, plan_view, weigh
-from fastattn.cpu.kernels.forward import clear
+from collections import namedtuple
+
+from fastattn.cpu.kernels.backward import call_view, load_keys, locate, plan_view, weigh
+from fastattn.cpu.kernels.blocks import clear
+from fastattn.cpu.kernels.gradient_rows import copy_numbers, load_lanes
 from fastattn.cpu.kernels.pack import unpack_rows
+from fastattn.cpu.kernels.scores import keys_of_queries
 from fastattn.cpu.kernels.sums import any_has_lost, load_sums
 from fastattn.simd import jit, load_element, store_element, tile_fill, tile_load, tile_store
 
@@ -34,67 +38,85 @@ def add_block(tile, sums, grads, count, present):
 def write_rectangle(tile, plan, sums, ones, target, present, count):
     """Write sums[j][i] to target[i][j], summed over i where the mask has one row, over j where it has one column."""
     subs = plan.query_block // tile.width
-    if plan.mask_queries > 1 and plan.mask_keys > 1:
+    if plan.bias_queries > 1 and plan.bias_keys > 1:
         for s in range((present + tile.width - 1) // tile.width):
             there = min(tile.width, present - s * tile.width)
-            rows = target + s * tile.width * plan.grad_mask_row
-            unpack_rows(tile, sums, ones, rows, plan.grad_mask_row, tile.itemsize, there, count)
+            rows = target + s * tile.width * plan.grad_bias_row
+            unpack_rows(tile, sums, ones, rows, plan.grad_bias_row, tile.itemsize, there, count)
             sums += plan.score_panel
         return
     lanes, columns = subs * tile.width, plan.key_block
-    own_lanes, own_columns = present if plan.mask_queries > 1 else 1, count if plan.mask_keys > 1 else 1
+    own_lanes, own_columns = present if plan.bias_queries > 1 else 1, count if plan.bias_keys > 1 else 1
     for i in range(own_lanes):
         for j in range(own_columns):
             total = 0.0
-            for other_i in range(i, i + 1 if plan.mask_queries > 1 else lanes):
+            for other_i in range(i, i + 1 if plan.bias_queries > 1 else lanes):
                 column = sums + other_i // tile.width * plan.score_panel + other_i % tile.width * tile.itemsize
-                for other_j in range(j, j + 1 if plan.mask_keys > 1 else columns):
+                for other_j in range(j, j + 1 if plan.bias_keys > 1 else columns):
                     total += load_element(tile, column + other_j * tile.row_bytes)
-            store_element(tile, target + i * plan.grad_mask_row + j * tile.itemsize, total)
+            store_element(tile, target + i * plan.grad_bias_row + j * tile.itemsize, total)
+
+
+# The rectangle of a task: blocks of queries, and keys.
+Rectangle = namedtuple("Rectangle", "first_block last_block first_key end")
+
+
+@jit
+def rectangle_of(plan, query_task, key_task):
+    """Which part of a mask a task owns."""
+    first_block, last_block = 0, plan.query_blocks
+    if plan.bias_queries > 1:
+        first_block, last_block = query_task, query_task + 1
+    first_key, end = 0, plan.keys
+    if plan.bias_keys > 1:
+        first_key, end = key_task * plan.key_block, min(plan.keys, (key_task + 1) * plan.key_block)
+    return Rectangle(first_block, last_block, first_key, end)
+
+
+@jit
+def add_head(kernel, call, plan, head, own, scratch):
+    """Add the gradients of the scores of one head of queries to the sums of a rectangle."""
+    tile = kernel.tile
+    sums = scratch + plan.key_sums_at
+    for block in range(own.first_block, own.last_block):
+        first_query = block * plan.query_block
+        present = min(plan.query_block, plan.queries - first_query)
+        at = (head.number * plan.queries + first_query) * tile.itemsize
+        lse = call.lse + at
+        rows, grads = head.query + first_query * plan.query_row, head.grad_out + first_query * plan.grad_out_row
+        load_lanes(kernel, plan, rows, grads, lse, present, 1.0, scratch)
+        lost = any_has_lost(tile, plan, lse, present)
+        if lost:
+            load_sums(kernel, plan, lse, present, call.deltas + at, scratch)
+        copy_numbers(tile, scratch + plan.deltas_at, call.deltas + at, present, plan.query_block, 1.0)
+        begin, end = keys_of_queries(plan, head, first_query, first_query + present - 1)
+        begin, end = max(own.first_key, begin - begin % plan.key_block), min(own.end, end)
+        for start_key in range(begin, end, plan.key_block):
+            load_keys(tile, plan, head.key, head.value, start_key, min(plan.key_block, end - start_key), scratch)
+            for s in range((present + tile.width - 1) // tile.width):
+                first = first_query + s * tile.width
+                part = weigh(kernel, call, plan, head, s, first, start_key, 0, lost, scratch)
+                place = s * plan.score_panel + part.begin * tile.row_bytes
+                found = scratch + plan.score_grads_at + place
+                add_block(tile, sums + place, found, part.end - part.begin, plan.queries - first)
 
 
 @jit
 def differentiate_rectangle(kernel, call, plan, mask_head, query_task, key_task, scratch):
     """One task. The working memory of sums is where the backward pass has the gradients of keys."""
     tile = kernel.tile
-    first_block, last_block = 0, plan.query_blocks
-    if plan.mask_queries > 1:
-        first_block, last_block = query_task, query_task + 1
-    first_key, end = 0, plan.keys
-    if plan.mask_keys > 1:
-        first_key, end = key_task * plan.key_block, min(plan.keys, (key_task + 1) * plan.key_block)
+    own = rectangle_of(plan, query_task, key_task)
     sums, ones = scratch + plan.key_sums_at, scratch + plan.query_sums_at
-    subs = plan.query_block // tile.width
-    clear(tile, sums, subs * plan.key_block)
+    clear(tile, sums, plan.query_block // tile.width * plan.key_block)
     tile_store(tile_fill(tile.single, 1.0), ones, 0)
-    target = call.grad_mask
-    for head in range(mask_head * plan.inner, (mask_head + 1) * plan.inner):
-        number, query, key, value, mask, grad_out, _, _, _, _, target = locate(call, plan, head)
-        for block in range(first_block, last_block):
-            first_query = block * plan.query_block
-            present = min(plan.query_block, plan.queries - first_query)
-            at = (number * plan.queries + first_query) * tile.itemsize
-            lse = call.lse + at
-            rows, grads = query + first_query * plan.query_row, grad_out + first_query * plan.grad_out_row
-            load_lanes(tile, plan, rows, grads, lse, present, 1.0, scratch)
-            lost = any_has_lost(tile, plan, lse, present)
-            if lost:
-                load_sums(tile, plan, lse, present, call.deltas + at, scratch)
-            copy_numbers(tile, scratch + plan.deltas_at, call.deltas + at, present, plan.query_block, 1.0)
-            for start_key in range(first_key, end, plan.key_block):
-                masks = mask + first_query * plan.mask_row + start_key * plan.mask_column
-                count = min(plan.key_block, end - start_key)
-                load_keys(tile, plan, key, value, start_key, count, scratch)
-                for s in range((present + tile.width - 1) // tile.width):
-                    ahead = s * tile.width
-                    place = masks + ahead * plan.mask_row
-                    first = first_query + ahead
-                    found = weigh(kernel, call, plan, number, s, first, start_key, 0, place, lost, scratch)
-                    grads_at = scratch + plan.score_grads_at + s * plan.score_panel
-                    add_block(tile, sums + s * plan.score_panel, grads_at, found, present - ahead)
-    first_query = first_block * plan.query_block
-    target += first_query * plan.grad_mask_row + first_key * tile.itemsize
-    present, count = min(plan.query_block, plan.queries - first_query), min(plan.key_block, end - first_key)
+    target = call.grad_bias
+    for number in range(mask_head * plan.inner, (mask_head + 1) * plan.inner):
+        head = locate(call, plan, number)
+        target = head.grad_bias
+        add_head(kernel, call, plan, head, own, scratch)
+    first_query = own.first_block * plan.query_block
+    target += first_query * plan.grad_bias_row + own.first_key * tile.itemsize
+    present, count = min(plan.query_block, plan.queries - first_query), min(plan.key_block, own.end - own.first_key)
     write_rectangle(tile, plan, sums, ones, target, present, count)
 
 

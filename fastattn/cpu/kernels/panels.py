@@ -11,7 +11,7 @@ be any of the three in c += a · b: c and b as they are, and a, of which single 
     across    c[m][n] += Σ_k a[k][m] · b[k][n]        k runs across them: a's transpose is multiplied
 """
 
-from fastattn.cpu.kernels.scores import INFINITY
+from fastattn.cpu.kernels.masks import INFINITY
 from fastattn.cpu.kernels.tiles import unrolled_product
 from fastattn.simd import (
     absolute,

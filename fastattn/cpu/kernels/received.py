@@ -10,10 +10,11 @@ in order, so that each sum has one owner and one order of its terms, and needs n
     received[j] = Σ_i sums[j][i]                     over the lanes, once
 """
 
-from fastattn.cpu.kernels.forward import clear, load_keys, scores_of, visible_keys
+from fastattn.cpu.kernels.blocks import clear, load_keys, place_of_scores, scores_of
+from fastattn.cpu.kernels.masks import lowest
 from fastattn.cpu.kernels.pack import pack_queries
 from fastattn.cpu.kernels.prefetch import NOTHING
-from fastattn.cpu.kernels.scores import lowest
+from fastattn.cpu.kernels.scores import keys_of_block
 from fastattn.cpu.kernels.softmax import MINUS_INFINITY, exp2
 from fastattn.cpu.kernels.summary import summary_view
 from fastattn.cpu.kernels.tasks import locate
@@ -65,61 +66,73 @@ def add_weights(kernel, scores, count, unit, state, sums):
 
 
 @jit
-def receive_group(kernel, call, plan, head, first_block, blocks, scratch):
+def queries_of_keys(plan, head, start, end):
+    """The first query and the end of those that may look at any key from `start` to `end`."""
+    first, stop = 0, plan.queries
+    if plan.right_bound:
+        first = max(0, start - plan.right - head.offset)
+    if plan.left_bound:
+        stop = min(stop, end + plan.left - head.offset)
+    return first, stop
+
+
+@jit
+def write_received(tile, sums, count, target):
+    """Sum over the lanes."""
+    for j in range(count):
+        total = load_element(tile, sums)
+        for i in range(1, tile.width):
+            total += load_element(tile, sums + i * tile.itemsize)
+        store_element(tile, target + j * tile.itemsize, total)
+        sums += tile.row_bytes
+
+
+@jit
+def receive_group(kernel, call, plan, number, first_block, blocks, scratch):
     """One task: `blocks` blocks of keys of one head, from `first_block` on, for all queries that look at them.
 
     `group`, `groups` and `blocks` of its plan count blocks of keys.
     """
     tile = kernel.tile
     out = summary_view(call.out)
-    query, key, _, mask, _ = locate(call, plan, head)
-    query += call.query
-    key += call.key
-    mask += call.mask
-    row = head * plan.queries
+    head = locate(call, plan, number)
+    row = number * plan.queries
     start = first_block * plan.key_block
     end = min(plan.keys, start + blocks * plan.key_block)
-    q_bytes = plan.head_dim * tile.row_bytes
     sums = scratch
-    state = sums + blocks * plan.key_block * tile.row_bytes + q_bytes
-    q = state - q_bytes
+    q = sums + blocks * plan.key_block * tile.row_bytes
+    state = q + plan.head_dim * tile.row_bytes
     packed = state + QUERY_ROWS * tile.row_bytes
     work = packed
-    keys, block_bytes = key + start * plan.key_row, plan.key_block * plan.key_row
+    keys, block_bytes = head.key + start * plan.key_row, plan.key_block * plan.key_row
     if plan.key_bytes > 0:
         block_bytes = plan.key_bytes
         for b in range(blocks):
             first_key = start + b * plan.key_block
-            count = min(plan.key_block, end - first_key)
-            source = key + first_key * plan.key_row
+            count = max(0, min(plan.key_block, min(end, head.keys) - first_key))
+            source = head.key + first_key * plan.key_row
             load_keys(kernel, plan, packed + b * block_bytes, source, count)
         keys = packed
         work = packed + blocks * block_bytes
     clear(tile, sums, blocks * plan.key_block)
 
-    first_query = 0
-    if plan.causal:  # the block of the first query that looks at the first key
-        first_query = max(0, start - plan.first_position) // tile.width * tile.width
-    for first in range(first_query, plan.queries, tile.width):
+    first_query, last_query = queries_of_keys(plan, head, start, end)
+    for first in range(first_query // tile.width * tile.width, last_query, tile.width):
         present = min(tile.width, plan.queries - first)
-        source = query + first * plan.query_row
+        source = head.query + first * plan.query_row
         pack_queries(tile, q, source, plan.query_row, plan.query_column, present, plan.head_dim, plan.scale)
         load_sums(tile, out, row + first, present, state)
         for b in range(blocks):
             first_key = start + b * plan.key_block
-            masks = mask + first * plan.mask_row + first_key * plan.mask_column
-            count, safe = visible_keys(kernel, plan, first, first_key, masks)
-            if count == 0:
+            part = keys_of_block(kernel, plan, head, first, first_key)
+            count = part.end - part.begin
+            if count <= 0:
                 continue
             at = keys + b * block_bytes
-            scores = scores_of(kernel, plan, q, state, False, count, safe, first, first_key, at, masks, work, NOTHING)
+            scores_of(kernel, plan, head, q, state, False, part, first, first_key, at, work, NOTHING)
+            scores = place_of_scores(tile, work) + part.begin * tile.row_bytes
             if present < tile.width:
                 leave_out(tile, scores, count, present)
-            add_weights(kernel, scores, count, plan.unit, state, sums + b * plan.key_block * tile.row_bytes)
-    target = out.received + head * plan.keys * tile.itemsize
-    for j in range(start, end):
-        total = load_element(tile, sums)
-        for i in range(1, tile.width):
-            total += load_element(tile, sums + i * tile.itemsize)
-        store_element(tile, target + j * tile.itemsize, total)
-        sums += tile.row_bytes
+            place = sums + (b * plan.key_block + part.begin) * tile.row_bytes
+            add_weights(kernel, scores, count, plan.unit, state, place)
+    write_received(tile, sums, end - start, out.received + (number * plan.keys + start) * tile.itemsize)

@@ -21,14 +21,22 @@ PLAN = np.dtype(
         ("key_column", i8),
         ("value_row", i8),
         ("value_column", i8),
-        ("mask_row", i8),
-        ("mask_column", i8),
+        ("bias_row", i8),
+        ("bias_column", i8),
+        ("keep_row", i8),
+        ("keep_column", i8),
         ("out_row", i8),
         ("out_column", i8),
-        ("mask_kind", i8),  # one of MASK_*
-        ("mask_itemsize", i8),
-        ("causal", i8),  # 1: a query looks at keys up to its own position
-        ("first_position", i8),  # of query 0
+        ("bias_kind", i8),  # one of BIAS_*
+        ("bias_itemsize", i8),
+        ("keep", i8),  # 1: there is a boolean mask
+        ("left_bound", i8),  # 1: a query looks at no key farther before its position than `left`
+        ("left", i8),
+        ("right_bound", i8),  # 1: and at none farther behind it than `right`
+        ("right", i8),
+        ("first_position", i8),  # of query 0, where rows of the batch have none of their own
+        ("softcap", f8),  # in the base that scores are kept in
+        ("softcap_factor", f8),  # 2 log2(e) / softcap
         ("scale", f8),  # of the scores, times log2(e) where they are kept in base 2
         ("unit", f8),  # what turns a difference of scores into base 2: log2(e) under a float mask, else 1
         ("drop_below", i8),  # an element is dropped if its 32 random bits are below this
@@ -49,7 +57,7 @@ PLAN = np.dtype(
     ]
 )
 
-AXIS = np.dtype([("size", i8), ("query", i8), ("key", i8), ("value", i8), ("mask", i8), ("out", i8)])
+AXIS = np.dtype([(name, i8) for name in ("size", "query", "key", "value", "bias", "keep", "out")])
 
 CALL = np.dtype(
     [
@@ -57,7 +65,10 @@ CALL = np.dtype(
         ("query", i8),
         ("key", i8),
         ("value", i8),
-        ("mask", i8),
+        ("bias", i8),
+        ("keep", i8),
+        ("offsets", i8),  # of rows of the batch, contiguous; 0: all have the plan's; so are lengths
+        ("lengths", i8),
         ("out", i8),
         ("lse", i8),  # 0: not wanted; otherwise contiguous, as are the weights
         ("weights", i8),
@@ -95,13 +106,14 @@ GRADIENT_ARRAYS = (
     "query",
     "key",
     "value",
-    "mask",
+    "bias",
+    "keep",
     "grad_out",
     "out",
     "grad_query",
     "grad_key",
     "grad_value",
-    "grad_mask",
+    "grad_bias",
 )
 # What a task has in its working memory, in this order.
 GRADIENT_PARTS = (
@@ -118,7 +130,7 @@ GRADIENT_PARTS = (
     "shifts",  # where an lse has lost digits: what is subtracted from scores, and then from exponents
     "rests",
     "deltas",  # and what is subtracted from the gradient of a weight
-    "counts",  # how many keys of a block the queries of each tile width look at
+    "spans",  # the first key and the end of those of a block that the queries of each tile width look at
     "work",
     "scores",  # of a block of queries and a block of keys: scores, then weights
     "score_grads",  # and their gradients
@@ -132,7 +144,7 @@ GRADIENT_PLAN = np.dtype(
         ("grad_query_row", i8),
         ("grad_key_row", i8),
         ("grad_value_row", i8),
-        ("grad_mask_row", i8),
+        ("grad_bias_row", i8),
         ("score_scale", f8),  # the scale itself, whatever base the scores are kept in
         ("precise", f8),  # below this magnitude an lse has not lost digits that matter
         ("slack", f8),  # how far an lse may be from the sum of its row, relative to its size
@@ -143,8 +155,8 @@ GRADIENT_PLAN = np.dtype(
         ("inner", i8),  # heads of queries for each
         ("parts", i8),  # tasks that a head's queries are split into
         ("part", i8),  # blocks of queries in each
-        ("mask_queries", i8),  # rows and columns that the mask has of its own: 1 where it is broadcast
-        ("mask_keys", i8),
+        ("bias_queries", i8),  # rows and columns that the mask has of its own: 1 where it is broadcast
+        ("bias_keys", i8),
         ("panel", i8),  # from panel to panel, in bytes: of a group of key blocks
         ("query_panel", i8),  # of a block of queries
         ("score_panel", i8),  # of a block of keys
@@ -159,6 +171,8 @@ GRADIENT_CALL = np.dtype(
         *((name, i8) for name in GRADIENT_ARRAYS),
         ("lse", i8),  # contiguous, one number for each query of all heads; so is grad_lse, unless 0
         ("grad_lse", i8),
+        ("offsets", i8),
+        ("lengths", i8),
         ("deltas", i8),  # what the first group of keys finds, for those that follow: deltas, and m and log2(l) behind
         ("query_tickets", i8),  # for each block of queries of each head: the groups of keys that have been there
         ("key_tickets", i8),  # for each group of keys of each head: the parts of the queries that have been there
@@ -234,7 +248,7 @@ ADDITIVE_PLACES = np.dtype(
 
 QUERY_NUMBERS = 4  # of a query: `numbers`
 
-MASK_NONE, MASK_BOOL, MASK_SAME, MASK_OTHER, MASK_HALF = range(5)
+BIAS_NONE, BIAS_SAME, BIAS_OTHER, BIAS_HALF, KEEP = range(5)  # what a mask is made of: of the dtype of the call, or not
 ALIGNMENT = 64
 RECORD_BYTES = -(-CALL.itemsize // ALIGNMENT) * ALIGNMENT  # in front of a call's working memory
 

@@ -1,15 +1,18 @@
-"""What may change a score between the first product and the softmax, and which keys a block of queries looks at.
+"""What happens to a score between the first product and the softmax, and which keys a block of queries looks at.
 
-A mask is read tile by tile where it lies: a square of `lanes` queries by `lanes` keys is loaded along the keys and
-transposed in registers, so that it meets the scores with queries in the lanes.
+For a call's kind of scores (`fastattn.call.scores.Scores`) this file has all that kernels know of it: the interval of
+keys (`keys_of_blocks`, `keys_of_block`), what is done to a block of scores (`cap`, `restrict`), the slope of that for
+the backward pass (`cap_with_slope`), and whether one query looks at one key (`sees`). Positions are numbers of keys.
 """
 
-from fastattn.cpu.kernels.records import MASK_BOOL, MASK_HALF, MASK_NONE, MASK_OTHER, MASK_SAME
+from collections import namedtuple
+
+from fastattn.cpu.kernels.masks import add_bias, add_square, hide, square_of
+from fastattn.cpu.kernels.records import BIAS_HALF, BIAS_NONE, BIAS_SAME, KEEP
 from fastattn.cpu.kernels.softmax import MINUS_INFINITY
+from fastattn.cpu.kernels.tanh import tanh_with_slope
 from fastattn.simd import (
-    absolute,
-    all_finite,
-    inline,
+    as_element,
     jit,
     largest_row,
     load_f32,
@@ -17,115 +20,119 @@ from fastattn.simd import (
     load_u8,
     load_u16,
     maximum,
-    minimum,
-    store_f32,
-    store_f64,
-    store_u8,
-    store_u16,
     tile_iota,
     tile_load,
-    tile_load_bool,
-    tile_load_half,
-    tile_load_other,
     tile_row_index,
     tile_store,
-    tile_transpose,
     where_greater,
 )
 
-INFINITY = float("inf")
 HALF_MINUS_INFINITY = 0xFC00
-LARGEST_FLOAT32 = 3.4028234663852886e38
-LARGEST_FLOAT64 = 1.7976931348623157e308
 FAR = 1 << 20  # more than any block is wide; small enough to be exact in float32
 
-
-@jit
-def load_mask(tile, kind, at, row):
-    """A square of the mask, [query][key], as values to add: a boolean is 0 or -inf."""
-    if kind == MASK_BOOL:
-        return tile_load_bool(tile.square, at, row)
-    if kind == MASK_SAME:
-        return tile_load(tile.square, at, row)
-    if kind == MASK_OTHER:
-        return tile_load_other(tile.square, at, row)
-    return tile_load_half(tile.square, at, row)
+# Keys of a block, by their numbers in it: any of its queries looks at those from `begin` to `end`, all of them at those
+# from `full` to `full_end`. What is outside of the latter is restricted, in whole squares.
+Part = namedtuple("Part", "begin full full_end end")
 
 
 @jit
-def gather_mask(tile, kind, itemsize, at, row, column, rows, columns, buffer):
-    """The same for a square that lies apart in memory, or reaches over an edge: elements are copied together first."""
-    for i in range(rows):
-        source = at + i * row
-        target = buffer + i * tile.lanes * itemsize
-        for _ in range(columns):
-            if itemsize == 1:
-                store_u8(target, load_u8(source))
-            elif itemsize == 2:
-                store_u16(target, load_u16(source))
-            elif itemsize == 4:
-                store_f32(target, load_f32(source))
-            else:
-                store_f64(target, load_f64(source))
-            source += column
-            target += itemsize
-    return load_mask(tile, kind, buffer, tile.lanes * itemsize)
+def keys_of_queries(plan, head, first, last):
+    """The first key and the end of those that any query from `first` to `last` looks at."""
+    begin, end = 0, head.keys
+    if plan.left_bound:
+        begin = min(max(0, head.offset + first - plan.left), end)
+    if plan.right_bound:
+        end = min(end, head.offset + last + plan.right + 1)
+    return begin, max(begin, end)
 
 
 @jit
-def lowest(tile):
-    """The lowest finite number of the tile's dtype."""
-    return -LARGEST_FLOAT32 if tile.itemsize == 4 else -LARGEST_FLOAT64
+def step_of(tile):
+    """How many keys are restricted together: where a part begins, or becomes full, is a multiple of that."""
+    return max(tile.lanes, tile.rows)
 
 
 @jit
-def saturate(tile, x):
-    """x, an infinity brought back to the largest finite number of the tile's dtype; NaN stays."""
-    return maximum(lowest(tile), minimum(-lowest(tile), x))
+def keys_of_block(kernel, plan, head, first_query, first_key):
+    """Which keys of a block the queries of a block look at."""
+    tile = kernel.tile
+    begin, end = 0, min(plan.key_block, head.keys - first_key)
+    full, full_end = 0, end
+    if plan.left_bound or plan.right_bound:
+        at = head.offset + first_query - first_key
+        last = min(tile.width, plan.queries - first_query) - 1
+        if plan.right_bound:
+            end = min(end, at + last + plan.right + 1)
+            full_end = min(end, at + plan.right + 1)
+        if plan.left_bound:
+            begin = max(0, at - plan.left)
+            full = max(0, at + last - plan.left)
+        if begin >= end:
+            return Part(0, 0, 0, 0)
+    if "mask" in kernel.steps:
+        if plan.keep and plan.keep_row == 0:
+            row = head.keep + first_key * plan.keep_column
+            while end > begin and load_u8(row + (end - 1) * plan.keep_column) == 0:
+                end -= 1  # padding, usually
+        if plan.keep or plan.bias_kind != BIAS_NONE:
+            full_end = 0
+    full_end = min(full_end, end)
+    if full > 0 or full_end < end:
+        step = step_of(tile)
+        begin -= begin % step
+        full += (step - full % step) % step
+        if full_end < end:
+            full_end -= full_end % step
+        if full >= full_end:
+            full = full_end = begin
+    return Part(begin, full, full_end, max(begin, end))
+
+
+# -- blocks of scores --------------------------------------------------------------------------------------------------
 
 
 @jit
-def hide(tile, scores, mask):
-    """-inf where the mask is -inf, the score, whatever it is, elsewhere."""
-    return where_greater(lowest(tile), mask, MINUS_INFINITY, scores)
+def capped(tile, plan, score):
+    """softcap · tanh(score / softcap) by elements, and the derivative."""
+    t, slope = tanh_with_slope(tile, score * as_element(tile, plan.softcap_factor))
+    return t * as_element(tile, plan.softcap), slope
 
 
 @jit
-def add_mask(tile, kind, scores, mask):
-    """Scores under a square of the mask, both with queries in the lanes. Sums of finite numbers stay finite."""
-    if kind == MASK_BOOL:
-        return hide(tile, scores, mask)
-    biased = scores + mask
-    if all_finite(scores + maximum(mask, lowest(tile))):
-        return biased  # the mask's -inf, if any, is the only one
-    largest = maximum(absolute(scores), absolute(mask))
-    return hide(tile, where_greater(INFINITY, largest, saturate(tile, biased), biased), mask)
-
-
-@inline
-def add_square(tile, scores, mask, row, best):
-    """`add_mask` for a whole square of the scores' dtype, where the scores stand; the maximum of `best` and of them."""
-    values = tile_transpose(tile_load(tile.square, mask, row))
-    biased = tile_load(tile.square, scores, tile.row_bytes) + values
-    if not all_finite(biased):
-        biased = add_mask(tile, MASK_SAME, tile_load(tile.square, scores, tile.row_bytes), values)
-    tile_store(biased, scores, tile.row_bytes)
-    return maximum(largest_row(biased), best)
+def cap(tile, plan, scores, count, best):
+    """Cap a block of scores; the maximum of `best` and of them over the keys."""
+    for _ in range(count):
+        score, _ = capped(tile, plan, tile_load(tile.single, scores, 0))
+        tile_store(score, scores, 0)
+        best = maximum(score, best)
+        scores += tile.row_bytes
+    return best
 
 
 @jit
-def restrict(kernel, plan, scores, count, mask, present, position, first_key, top, buffer):
-    """Apply the mask and the causal limit to a block of scores; raise `top` to its maximum over the keys.
+def cap_with_slope(tile, plan, scores, grads, count):
+    """The same, and multiply what stands beside the scores by the derivative."""
+    for _ in range(count):
+        score, slope = capped(tile, plan, tile_load(tile.single, scores, 0))
+        tile_store(score, scores, 0)
+        tile_store(tile_load(tile.single, grads, 0) * slope, grads, 0)
+        scores += tile.row_bytes
+        grads += tile.row_bytes
 
-    `mask` is the address of the mask's element for the block's first query and first key, `position` the position of
-    that query, `present` the number of queries in the block.
+
+@jit
+def restrict(kernel, plan, head, scores, count, first_query, first_key, top, buffer):
+    """Apply masks and interval to a block of scores; raise `top` to its maximum over the keys.
+
+    The block is that of the queries from `first_query` on, and `count` keys from `first_key` on.
     """
     tile = kernel.tile
-    kind, itemsize, row, column = plan.mask_kind, plan.mask_itemsize, plan.mask_row, plan.mask_column
     lanes = tile.lanes
-    index = tile_row_index(tile.square)
-    distance = tile_iota(tile.square) - index
-    plain = "mask" in kernel.steps and kind == MASK_SAME and column == itemsize and not plan.causal
+    present = min(tile.width, plan.queries - first_query)
+    bias = head.bias + first_query * plan.bias_row + first_key * plan.bias_column
+    plain = "mask" in kernel.steps and plan.bias_kind == BIAS_SAME and plan.bias_column == tile.itemsize
+    if plain:
+        plain = not (plan.keep or plan.left_bound or plan.right_bound)
     for v in range(tile.vectors):
         rows = min(lanes, present - v * lanes)
         best = tile_load(tile.vector, top + v * tile.vector_bytes, 0)
@@ -133,38 +140,60 @@ def restrict(kernel, plan, scores, count, mask, present, position, first_key, to
             columns = min(lanes, count - j)
             place = scores + j * tile.row_bytes + v * tile.vector_bytes
             if plain and rows == lanes and columns == lanes:
-                best = add_square(tile, place, mask + v * lanes * row + j * column, row, best)
+                at = bias + v * lanes * plan.bias_row + j * plan.bias_column
+                best = add_square(tile, place, at, plan.bias_row, best)
                 continue
             square = tile_load(tile.square, place, tile.row_bytes)
-            if "mask" in kernel.steps and kind != MASK_NONE and rows > 0:
-                at = mask + v * lanes * row + j * column
-                if column == itemsize and rows == lanes and columns == lanes:
-                    values = load_mask(tile, kind, at, row)
-                else:
-                    values = gather_mask(tile, kind, itemsize, at, row, column, rows, columns, buffer)
-                square = add_mask(tile, kind, square, tile_transpose(values))
-            if plan.causal:
-                ahead = min(max(position + v * lanes - first_key - j, -FAR), FAR)
-                square = where_greater(distance + (ahead + 0.5), 0.0, square, MINUS_INFINITY)
-            if columns < lanes:
-                square = where_greater(columns - 0.5, index, square, MINUS_INFINITY)
+            first = first_query + v * lanes
+            square = restrict_square(kernel, plan, head, square, first, first_key + j, rows, columns, buffer)
             tile_store(square, place, tile.row_bytes)
             best = maximum(largest_row(square), best)
         tile_store(best, top + v * tile.vector_bytes, 0)
 
 
 @jit
-def looks_at(kernel, plan, mask, query, key, position):
-    """Whether one query of a block may look at one key; indices are relative to `mask` and `position`."""
-    if plan.causal and position + query < key:
+def restrict_square(kernel, plan, head, square, query, key, rows, columns, buffer):
+    """The same for a square of scores, of which so many rows (queries) and columns (keys) are there."""
+    tile = kernel.tile
+    index = tile_row_index(tile.square)
+    distance = tile_iota(tile.square) - index
+    if "mask" in kernel.steps and rows > 0:
+        kind, itemsize, row, column = plan.bias_kind, plan.bias_itemsize, plan.bias_row, plan.bias_column
+        if kind != BIAS_NONE:
+            at = head.bias + query * row + key * column
+            square = add_bias(tile, square, square_of(tile, kind, itemsize, at, row, column, rows, columns, buffer))
+        if plan.keep:
+            row, column = plan.keep_row, plan.keep_column
+            at = head.keep + query * row + key * column
+            square = hide(tile, square, square_of(tile, KEEP, 1, at, row, column, rows, columns, buffer))
+    if plan.right_bound:
+        ahead = min(max(head.offset + plan.right + query - key, -FAR), FAR)
+        square = where_greater(distance + (ahead + 0.5), 0.0, square, MINUS_INFINITY)
+    if plan.left_bound:
+        behind = min(max(key - (head.offset - plan.left + query), -FAR), FAR)
+        square = where_greater(behind + 0.5, distance, square, MINUS_INFINITY)
+    if columns < tile.lanes:
+        square = where_greater(columns - 0.5, index, square, MINUS_INFINITY)
+    return square
+
+
+@jit
+def sees(kernel, plan, head, query, key):
+    """Whether one query may look at one key, both by their numbers."""
+    position = head.offset + query
+    if plan.right_bound and position + plan.right < key:
         return False
-    if "mask" not in kernel.steps or plan.mask_kind == MASK_NONE:
+    if plan.left_bound and position - plan.left > key:
+        return False
+    if "mask" not in kernel.steps:
         return True
-    at = mask + query * plan.mask_row + key * plan.mask_column
-    if plan.mask_kind == MASK_BOOL:
-        return load_u8(at) != 0
-    if plan.mask_kind == MASK_HALF:
+    if plan.keep and load_u8(head.keep + query * plan.keep_row + key * plan.keep_column) == 0:
+        return False
+    if plan.bias_kind == BIAS_NONE:
+        return True
+    at = head.bias + query * plan.bias_row + key * plan.bias_column
+    if plan.bias_kind == BIAS_HALF:
         return load_u16(at) != HALF_MINUS_INFINITY
-    if plan.mask_itemsize == 4:
+    if plan.bias_itemsize == 4:
         return load_f32(at) != MINUS_INFINITY
     return load_f64(at) != MINUS_INFINITY

@@ -17,10 +17,12 @@ taken of a weight, and as x is relative to m nothing large is subtracted. m and 
 
 import math
 
-from fastattn.cpu.kernels.forward import LN_2, clear, load_keys, scores_of, visible_keys
+from fastattn.cpu.kernels.blocks import clear, load_keys, place_of_scores, scores_of
+from fastattn.cpu.kernels.forward import LN_2, group_of
 from fastattn.cpu.kernels.pack import pack_queries
 from fastattn.cpu.kernels.prefetch import NOTHING
 from fastattn.cpu.kernels.records import SUMMARY
+from fastattn.cpu.kernels.scores import keys_of_block
 from fastattn.cpu.kernels.softmax import MINUS_INFINITY, SLACK, exp2, exponentials
 from fastattn.cpu.kernels.tasks import locate
 from fastattn.cpu.kernels.top import NOBODY, WORD, clear_heap, keep_top, sort_heap
@@ -138,60 +140,58 @@ def finish(kernel, plan, out, state, row, present, buffer):
 
 
 @jit
-def summarise_group(kernel, call, plan, head, first_block, blocks, scratch):
+def begin_block(tile, plan, head, out, first, row, state):
+    """Lay out a block of queries, with nothing known of them yet; the first is number `row` of all heads."""
+    present = min(tile.width, plan.queries - first)
+    source = head.query + first * plan.query_row
+    pack_queries(tile, state, source, plan.query_row, plan.query_column, present, plan.head_dim, plan.scale)
+    state += plan.head_dim * tile.row_bytes
+    clear(tile, state, 3)
+    for i in range(tile.width):  # lanes without a query have no heap
+        least = MINUS_INFINITY if i < present else INFINITY
+        store_element(tile, state + 3 * tile.row_bytes + i * tile.itemsize, least)
+    start = row * out.top_k
+    clear_heap(tile, out.top_weights + start * tile.itemsize, out.top_indices + start * WORD, present * out.top_k)
+
+
+@jit
+def summarise_group(kernel, call, plan, number, first_block, blocks, scratch):
     """One task: `blocks` query blocks of one head, from `first_block` on, through all keys they look at."""
     tile = kernel.tile
     out = summary_view(call.out)
-    first_query = first_block * tile.width
-    query, key, _, mask, _ = locate(call, plan, head)
-    query += call.query
-    key += call.key
-    mask += call.mask
-    row = head * plan.queries
+    head = locate(call, plan, number)
+    group = group_of(kernel, plan, head, first_block, blocks)
+    row = number * plan.queries
     q_bytes = plan.head_dim * tile.row_bytes
     state_bytes = q_bytes + STATE_ROWS * tile.row_bytes
     packed = scratch + blocks * state_bytes
     work = packed + plan.key_bytes
-
     k = out.top_k
-    end = plan.keys
-    if plan.causal:
-        last = min(first_query + blocks * tile.width, plan.queries) - 1
-        end = min(end, plan.first_position + last + 1)
     for b in range(blocks):
-        first = first_query + b * tile.width
-        state = scratch + b * state_bytes
-        present = min(tile.width, plan.queries - first)
-        source = query + first * plan.query_row
-        pack_queries(tile, state, source, plan.query_row, plan.query_column, present, plan.head_dim, plan.scale)
-        clear(tile, state + q_bytes, 3)
-        for i in range(tile.width):  # lanes without a query have no heap
-            least = MINUS_INFINITY if i < present else INFINITY
-            store_element(tile, state + q_bytes + 3 * tile.row_bytes + i * tile.itemsize, least)
-        start = (row + first) * k
-        clear_heap(tile, out.top_weights + start * tile.itemsize, out.top_indices + start * WORD, present * k)
-    for first_key in range(0, end, plan.key_block):
-        keys = key + first_key * plan.key_row
-        keys_at = load_keys(kernel, plan, packed, keys, min(plan.key_block, end - first_key))
+        first = group.first_query + b * tile.width
+        begin_block(tile, plan, head, out, first, row + first, scratch + b * state_bytes)
+    for first_key in range(group.begin, group.end, plan.key_block):
+        keys = head.key + first_key * plan.key_row
+        keys_at = load_keys(kernel, plan, packed, keys, min(plan.key_block, group.end - first_key))
         for b in range(blocks):
-            first = first_query + b * tile.width
-            masks = mask + first * plan.mask_row + first_key * plan.mask_column
-            count, safe = visible_keys(kernel, plan, first, first_key, masks)
-            if count == 0:
+            first = group.first_query + b * tile.width
+            part = keys_of_block(kernel, plan, head, first, first_key)
+            count = part.end - part.begin
+            if count <= 0:
                 continue
             q = scratch + b * state_bytes
             state = q + q_bytes
-            scores = scores_of(
-                kernel, plan, q, state, False, count, safe, first, first_key, keys_at, masks, work, NOTHING
-            )
+            scores_of(kernel, plan, head, q, state, False, part, first, first_key, keys_at, work, NOTHING)
+            scores = place_of_scores(tile, work) + part.begin * tile.row_bytes
             top = tile_load(tile.single, work, 0)
             if k > 0:
                 start = (row + first) * k
                 heaps, heap_keys = out.top_weights + start * tile.itemsize, out.top_indices + start * WORD
-                keep_top(tile, scores, count, top, state + 3 * tile.row_bytes, first_key, heaps, heap_keys, k)
+                least = state + 3 * tile.row_bytes
+                keep_top(tile, scores, count, top, least, first_key + part.begin, heaps, heap_keys, k)
             gather(kernel, scores, count, top, plan.unit, state)
     for b in range(blocks):
-        first = first_query + b * tile.width
+        first = group.first_query + b * tile.width
         present = min(tile.width, plan.queries - first)
         finish(kernel, plan, out, scratch + b * state_bytes + q_bytes, row + first, present, work)
 
@@ -206,38 +206,37 @@ def load_rows(tile, at, first, present, target):
 
 
 @jit
-def weigh_block(kernel, call, plan, out, head, first_query, scratch):
+def weigh_block(kernel, call, plan, head, number, first_query, scratch):
     """Write the rows of the weights of one block of queries, whose m and l are known."""
     tile = kernel.tile
-    query, key, _, mask, _ = locate(call, plan, head)
-    query += call.query + first_query * plan.query_row
-    key += call.key
-    mask += call.mask + first_query * plan.mask_row
+    out = summary_view(call.out)
+    query = head.query + first_query * plan.query_row
     present = min(tile.width, plan.queries - first_query)
-    weights = call.weights + (head * plan.queries + first_query) * plan.keys * tile.itemsize
+    row = number * plan.queries + first_query
     q = scratch
     factors = q + plan.head_dim * tile.row_bytes
     work = factors + tile.row_bytes
-    m = load_rows(tile, out.m, head * plan.queries + first_query, present, factors)
-    total = load_rows(tile, out.l, head * plan.queries + first_query, present, factors)
+    m = load_rows(tile, out.m, row, present, factors)
+    total = load_rows(tile, out.l, row, present, factors)
     zero = tile_fill(tile.single, 0.0)
     tile_store(tile_fill(tile.single, 1.0), factors, 0)
     pack_queries(tile, q, query, plan.query_row, plan.query_column, present, plan.head_dim, plan.scale)
-    scores = work + tile.row_bytes + tile.buffer_bytes
+    scores = place_of_scores(tile, work)
     for first_key in range(0, plan.keys, plan.key_block):
-        keys = key + first_key * plan.key_row
-        masks = mask + first_key * plan.mask_column
-        count, safe = visible_keys(kernel, plan, first_query, first_key, masks)
+        keys = head.key + first_key * plan.key_row
+        part = keys_of_block(kernel, plan, head, first_query, first_key)
+        count = part.end - part.begin
         if count > 0:
-            scores_of(kernel, plan, q, q, False, count, safe, first_query, first_key, keys, masks, work, NOTHING)
-        exponentials(kernel, scores, count, m, plan.unit, zero)
-        write_weights(tile, plan, scores, count, total, factors, weights, first_key, present)
+            scores_of(kernel, plan, head, q, q, False, part, first_query, first_key, keys, work, NOTHING)
+        exponentials(kernel, scores + part.begin * tile.row_bytes, count, m, plan.unit, zero)
+        weights = call.weights + row * plan.keys * tile.itemsize
+        write_weights(tile, plan, scores, part, total, factors, weights, first_key, present)
 
 
 @jit
-def weigh_known_group(kernel, call, plan, head, first_block, blocks, scratch):
+def weigh_known_group(kernel, call, plan, number, first_block, blocks, scratch):
     """One task: the weights of `blocks` query blocks of one head whose m and l are known, from `first_block` on."""
     tile = kernel.tile
-    out = summary_view(call.out)
+    head = locate(call, plan, number)
     for block in range(first_block, first_block + blocks):
-        weigh_block(kernel, call, plan, out, head, block * tile.width, scratch)
+        weigh_block(kernel, call, plan, head, number, block * tile.width, scratch)

@@ -13,9 +13,12 @@ of more keys than these has no such sum, and is taken as any other.
 
 import math
 
-from fastattn.cpu.kernels.forward import LN_2, clear, visible_keys
+from fastattn.cpu.kernels.blocks import clear
+from fastattn.cpu.kernels.forward import LN_2
+from fastattn.cpu.kernels.gradient_rows import starts_late
+from fastattn.cpu.kernels.masks import INFINITY, lowest
 from fastattn.cpu.kernels.panels import pack_panels, product_along
-from fastattn.cpu.kernels.scores import INFINITY, lowest, restrict
+from fastattn.cpu.kernels.scores import cap, keys_of_block, keys_of_queries, restrict
 from fastattn.cpu.kernels.softmax import MINUS_INFINITY, absorb
 from fastattn.simd import (
     jit,
@@ -48,16 +51,15 @@ def any_has_lost(tile, plan, lse, present):
 
 
 @jit
-def hide_keys(kernel, plan, scores, count, safe, first_query, first_key, mask, scratch):
-    """Apply mask and causal limit to a block of scores, of which the first `safe` rows need none."""
+def hide_keys(kernel, plan, head, scores, part, first_query, first_key, scratch):
+    """Apply masks and interval to a part of a block of scores, where its rows want it."""
     tile = kernel.tile
-    if safe < count:
-        present = min(tile.width, plan.queries - first_query)
-        position = plan.first_position + first_query
-        work = scratch + plan.work_at
-        rest, masks = scores + safe * tile.row_bytes, mask + safe * plan.mask_column
-        buffer = work + tile.row_bytes
-        restrict(kernel, plan, rest, count - safe, masks, present, position, first_key + safe, work, buffer)
+    work = scratch + plan.work_at
+    for edge in range(2):
+        begin, end = (part.begin, part.full) if edge == 0 else (part.full_end, part.end)
+        if begin < end:
+            rows, buffer = scores + begin * tile.row_bytes, work + tile.row_bytes
+            restrict(kernel, plan, head, rows, end - begin, first_query, first_key + begin, work, buffer)
 
 
 @jit
@@ -71,32 +73,44 @@ def largest_scores(tile, scores, count):
 
 
 @jit
-def find_sums(kernel, plan, key, mask, lse, first_query, present, numbers, scratch):
+def absorb_block(kernel, plan, head, first_query, first_key, keys, s, scratch):
+    """Bring m and l of tile width `s` of the queries up to date with a block of keys."""
+    tile = kernel.tile
+    at, panel = s * tile.row_bytes, plan.score_panel
+    part = keys_of_block(kernel, plan, head, first_query, first_key)
+    count = part.end - part.begin
+    if count <= 0:
+        return
+    scores, rows = scratch + plan.scores_at, part.begin * tile.row_bytes
+    queries, zero = scratch + plan.query_lanes_at + at * plan.head_dim, tile_fill(tile.single, 0.0)
+    product_along(tile, zero, count, keys + rows, panel, queries, plan.head_dim, scores + rows)
+    if "softcap" in kernel.steps:
+        cap(tile, plan, scores + rows, count, zero)
+    hide_keys(kernel, plan, head, scores, part, first_query, first_key, scratch)
+    top = largest_scores(tile, scores + rows, count)
+    tops, totals = scratch + plan.shifts_at + at, scratch + plan.rests_at + at
+    absorb(kernel, scores + rows, count, top, False, plan.unit, tops, totals, 0, 0)
+
+
+@jit
+def find_sums(kernel, plan, head, lse, first_query, present, numbers, scratch):
     """For each query of a block whose lse has lost digits: m and log2(l), or an infinite m where l is of other keys.
 
     `numbers` is where the deltas of these queries are: in the arrays behind. The queries are in the lanes already.
     """
     tile = kernel.tile
     keys, panel = scratch + plan.clean_keys_at, plan.score_panel
-    scores, zero = scratch + plan.scores_at, tile_fill(tile.single, 0.0)
     tops, totals = scratch + plan.shifts_at, scratch + plan.rests_at
     subs = (present + tile.width - 1) // tile.width
     clear(tile, tops, subs)
     clear(tile, totals, subs)
-    for first_key in range(0, plan.keys, plan.key_block):
+    begin, end = keys_of_queries(plan, head, first_query, first_query + present - 1)
+    for first_key in range(begin - begin % plan.key_block, end, plan.key_block):
         there = min(plan.key_block, plan.keys - first_key)
-        source = key + first_key * plan.key_row
+        source = head.key + first_key * plan.key_row
         pack_panels(tile, keys, panel, source, plan.key_row, plan.key_column, there, plan.head_dim)
         for s in range(subs):
-            first, at = first_query + s * tile.width, s * tile.row_bytes
-            masks = mask + s * tile.width * plan.mask_row + first_key * plan.mask_column
-            count, safe = visible_keys(kernel, plan, first, first_key, masks)
-            if count > 0:
-                queries = scratch + plan.query_lanes_at + at * plan.head_dim
-                product_along(tile, zero, count, keys, panel, queries, plan.head_dim, scores)
-                hide_keys(kernel, plan, scores, count, safe, first, first_key, masks, scratch)
-                top = largest_scores(tile, scores, count)
-                absorb(kernel, scores, count, top, False, plan.unit, tops + at, totals + at, 0, 0)
+            absorb_block(kernel, plan, head, first_query + s * tile.width, first_key, keys, s, scratch)
     for offset in range(0, present * tile.itemsize, tile.itemsize):
         given = load_element(tile, lse + offset) * 1.0
         if has_lost(plan, given):
@@ -110,12 +124,14 @@ def find_sums(kernel, plan, key, mask, lse, first_query, present, numbers, scrat
 
 
 @jit
-def load_sums(tile, plan, lse, present, numbers, scratch):
+def load_sums(kernel, plan, lse, present, numbers, scratch):
     """Lay out what `relate` takes from the scores of a block of queries; those of queries with a sum start from 0."""
+    tile = kernel.tile
+    late = starts_late(kernel, plan)
     for i in range(plan.query_block):
         offset = i * tile.itemsize
         start = scratch + plan.starts_at + offset
-        shift, rest = load_element(tile, start) * 1.0 if plan.unit != 1.0 else 0.0, 0.0
+        shift, rest = load_element(tile, start) * 1.0 if late else 0.0, 0.0
         if i < present and has_lost(plan, load_element(tile, lse + offset) * 1.0):
             m = load_element(tile, numbers + plan.numbers + offset) * 1.0
             if m != INFINITY:

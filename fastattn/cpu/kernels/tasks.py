@@ -1,28 +1,49 @@
 """From the number of a task to the part of a call that it is: some blocks of one head."""
 
+from collections import namedtuple
+
 from fastattn.cpu.kernels.records import AXIS, CALL, PLAN
-from fastattn.simd import jit, record_view
+from fastattn.simd import jit, load_i64, record_view
 
 axis_view, call_view, plan_view = record_view(AXIS), record_view(CALL), record_view(PLAN)
 AXIS_BYTES, PLAN_BYTES = AXIS.itemsize, PLAN.itemsize
+WORD = 8
+
+
+# Where a head's matrices begin, and what its row of the batch is: the position of query 0, and the number of keys.
+Head = namedtuple("Head", "query key value bias keep out offset keys")
 
 
 @jit
-def locate(call, plan, head):
-    """Where a head's matrices begin, as offsets from the arrays' addresses: query, key, value, mask, out."""
+def locate(call, plan, number):
+    """The head of this number."""
     axis = call.plan + PLAN_BYTES + plan.axes * AXIS_BYTES
-    query = key = value = mask = out = 0
+    query, key, value, bias, keep, out = call.query, call.key, call.value, call.bias, call.keep, call.out
+    rest = number
     for _ in range(plan.axes):
         axis -= AXIS_BYTES
         strides = axis_view(axis)
-        index = head % strides.size
-        head //= strides.size
+        index = rest % strides.size
+        rest //= strides.size
         query += index * strides.query
         key += index * strides.key
         value += index * strides.value
-        mask += index * strides.mask
+        bias += index * strides.bias
+        keep += index * strides.keep
         out += index * strides.out
-    return query, key, value, mask, out
+    offset, keys = row_of(call, plan, number)
+    return Head(query, key, value, bias, keep, out, offset, keys)
+
+
+@jit
+def row_of(call, plan, number):
+    """The position of query 0 and the number of keys of a head, which are those of its row of the batch."""
+    offset, keys, place = plan.first_position, plan.keys, number // plan.heads * WORD
+    if call.offsets != 0:
+        offset = load_i64(call.offsets + place)
+    if call.lengths != 0:
+        keys = load_i64(call.lengths + place)
+    return offset, keys
 
 
 def task_function(kernel, work, by_keys):
@@ -38,7 +59,7 @@ def task_function(kernel, work, by_keys):
         plan = plan_view(call.plan)
         heads = plan.tasks // plan.groups
         part = number // heads
-        if plan.causal and not by_keys:
+        if plan.right_bound and not by_keys:
             part = plan.groups - 1 - part
         first = part * plan.group
         blocks = min(plan.group, plan.blocks - first)

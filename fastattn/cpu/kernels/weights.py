@@ -1,9 +1,10 @@
 """The matrix of attention weights, for those who ask for it: two passes over the keys, the second knows the sums."""
 
+from fastattn.cpu.kernels.blocks import clear, load_keys, load_queries, place_of_scores, scores_of
 from fastattn.cpu.kernels.dropout import drop
-from fastattn.cpu.kernels.forward import clear, load_keys, load_queries, scores_of, visible_keys
 from fastattn.cpu.kernels.pack import unpack_rows
 from fastattn.cpu.kernels.prefetch import NOTHING
+from fastattn.cpu.kernels.scores import keys_of_block
 from fastattn.cpu.kernels.softmax import absorb, exponentials
 from fastattn.cpu.kernels.tasks import locate
 from fastattn.simd import jit, minimum, tile_fill, tile_load, tile_store, where_greater
@@ -22,25 +23,23 @@ def normalise(tile, weights, count, total):
 
 
 @jit
-def write_weights(tile, plan, scores, count, total, factors, weights, first_key, present):
-    """Normalise a block of exponentials, of which `count` keys are not 0, and write it to its rows, times `factors`."""
+def write_weights(tile, plan, scores, part, total, factors, weights, first_key, present):
+    """Normalise a block of exponentials, of which a part is not 0, and write it to its rows, times `factors`."""
     width = min(plan.key_block, plan.keys - first_key)
-    clear(tile, scores + count * tile.row_bytes, width - count)
+    clear(tile, scores, part.begin)
+    clear(tile, scores + part.end * tile.row_bytes, width - part.end)
     normalise(tile, scores, width, total)
     target = weights + first_key * tile.itemsize
     unpack_rows(tile, scores, factors, target, plan.keys * tile.itemsize, tile.itemsize, present, width)
 
 
 @jit
-def weigh_block(kernel, call, plan, head, first_query, scratch):
+def weigh_block(kernel, call, plan, head, number, first_query, scratch):
     """Write the rows of the weights of one block of queries."""
     tile = kernel.tile
-    query, key, _, mask, _ = locate(call, plan, head)
-    query += call.query + first_query * plan.query_row
-    key += call.key
-    mask += call.mask + first_query * plan.mask_row
+    query = head.query + first_query * plan.query_row
     present = min(tile.width, plan.queries - first_query)
-    weights = call.weights + (head * plan.queries + first_query) * plan.keys * tile.itemsize
+    weights = call.weights + (number * plan.queries + first_query) * plan.keys * tile.itemsize
     q = scratch
     m = q + plan.query_bytes
     total = m + tile.row_bytes
@@ -51,30 +50,30 @@ def weigh_block(kernel, call, plan, head, first_query, scratch):
     load_queries(kernel, call, plan, q, query, present, packed_keys)
     clear(tile, m, 2)
     zero = tile_fill(tile.single, 0.0)
-    scores = work + tile.row_bytes + tile.buffer_bytes
+    scores = place_of_scores(tile, work)
     for second in range(2):
         for first_key in range(0, plan.keys, plan.key_block):
-            keys = key + first_key * plan.key_row
-            masks = mask + first_key * plan.mask_column
-            count, safe = visible_keys(kernel, plan, first_query, first_key, masks)
+            part = keys_of_block(kernel, plan, head, first_query, first_key)
+            rows, count = scores + part.begin * tile.row_bytes, part.end - part.begin
             if count > 0:
-                keys = load_keys(kernel, plan, packed_keys, keys, count)
-                scores_of(kernel, plan, q, m, False, count, safe, first_query, first_key, keys, masks, work, NOTHING)
+                keys = load_keys(kernel, plan, packed_keys, head.key + first_key * plan.key_row, part.end)
+                scores_of(kernel, plan, head, q, m, False, part, first_query, first_key, keys, work, NOTHING)
             if not second:
                 if count > 0:
                     top = tile_load(tile.single, work, 0)
-                    absorb(kernel, scores, count, top, False, plan.unit, m, total, 0, 0)
+                    absorb(kernel, rows, count, top, False, plan.unit, m, total, 0, 0)
                 continue
-            exponentials(kernel, scores, count, tile_load(tile.single, m, 0), plan.unit, zero)
+            exponentials(kernel, rows, count, tile_load(tile.single, m, 0), plan.unit, zero)
             if plan.drop_below > 0:
-                drop(tile, plan, call.seed, scores, count, head, first_query, first_key)
+                drop(tile, plan, call.seed, rows, count, number, first_query, first_key + part.begin)
             sums = tile_load(tile.single, total, 0)
-            write_weights(tile, plan, scores, count, sums, factors, weights, first_key, present)
+            write_weights(tile, plan, scores, part, sums, factors, weights, first_key, present)
 
 
 @jit
-def weigh_group(kernel, call, plan, head, first_block, blocks, scratch):
+def weigh_group(kernel, call, plan, number, first_block, blocks, scratch):
     """One task: the weights of `blocks` query blocks of one head, from `first_block` on."""
     tile = kernel.tile
+    head = locate(call, plan, number)
     for block in range(first_block, first_block + blocks):
-        weigh_block(kernel, call, plan, head, block * tile.width, scratch)
+        weigh_block(kernel, call, plan, head, number, block * tile.width, scratch)

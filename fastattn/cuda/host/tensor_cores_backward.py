@@ -10,8 +10,8 @@ from fastattn.cuda.available import SIMULATED
 from fastattn.cuda.host import tensor_cores
 from fastattn.cuda.host.plan import Table
 from fastattn.cuda.kernels.fragments import HALF, TileShape
+from fastattn.cuda.kernels.gradient_fragments import Gradients
 from fastattn.cuda.kernels.plan import GRAD_OUT, KEY, QUERY, VALUE
-from fastattn.cuda.kernels.tensor_cores_backward import Gradients
 
 # Bytes of a slice of a gradient, which are counted in 32 bits, and those of some rows more. So are the numbers of its
 # queries, which have fewer bytes.

@@ -109,6 +109,26 @@ class Copy(NamedTuple):
     storage: str
 
 
+class Block(NamedTuple):
+    """What a block of threads of the forward pass has to do.
+
+    Attributes
+    ----------
+    slice, query, value
+        The slice, the first of its queries, and the first column of the result.
+    queries
+        How many queries there are.
+    end
+        After the last key that one of these queries may look at.
+    """
+
+    slice: int
+    query: int
+    value: int
+    queries: int
+    end: int
+
+
 def forward(spec: Forward) -> Any:
     """The kernel of the result and the log-sum-exp.
 
@@ -116,22 +136,16 @@ def forward(spec: Forward) -> Any:
     queries come first: under a causal mask they have the most to do.
     """
     storage, mask_kind, dropout, tiles, extreme = spec
-    real, base_2 = real_of(storage, extreme), in_base_2(mask_kind, extreme)
-    store, load_tile, multiply = storer(storage), tile_loader(loader(storage, real), real), multiplication(tiles)
-    restrict = restriction(tiles, mask_kind, real, real_of(storage))
-    publish, absorb = softmax_functions(tiles, real, base_2)
-    drop = dropping(tiles, real)
-    add_values, add_visible_values = addition(tiles, real)
-    threads_y, threads_x, rows, columns, values, features, value_rows = tiles
-    threads, block_q, block_k, block_v = tiles.threads, tiles.queries, tiles.keys, tiles.value_columns
+    real = real_of(storage, extreme)
+    find_scores, drop = _make_find_scores(spec), dropping(tiles, real)
+    publish, absorb = softmax_functions(tiles, real, in_base_2(mask_kind, extreme))
+    part_of, add_values, finish = _make_part_of(tiles), _make_add_values(spec), _make_finish(spec)
+    threads_x, rows, columns, values = tiles.threads_x, tiles.rows, tiles.columns, tiles.values
+    block_q, block_k, features = tiles.queries, tiles.keys, tiles.features
     # rows of shared tiles are an element longer, so that the threads of a warp read from different banks
-    pitch = features + 1
-    query_size = block_q * pitch
-    key_size = max(block_k * pitch, block_q * (block_k + 1))
-    value_size = max(value_rows * block_v, block_q * threads_x)
-    lowest, one, zero = real(-math.inf), real(1), real(0)
-    to_natural, ln_2 = real(LN_2 if base_2 else 1.0), real(LN_2)
-    hold = holder(real, real_of(storage) if extreme else np.float64)
+    query_size, key_size = block_q * (features + 1), max(block_k * (features + 1), block_q * (block_k + 1))
+    value_size = max(tiles.value_rows * tiles.value_columns, block_q * threads_x)
+    lowest, zero = real(-math.inf), real(0)
 
     def kernel(query, key, value, mask, out, lse, offsets, steps, sizes, scale, keep_scale, seed_low, seed_high):
         query_tile = cuda.shared.array(query_size, real)
@@ -143,21 +157,8 @@ def forward(spec: Forward) -> Any:
         m = cuda.local.array(rows, real)
         total = cuda.local.array(rows, real)  # of the weights of this thread's own keys
         x, y = cuda.threadIdx.x, cuda.threadIdx.y
-        thread = y * threads_x + x
-
-        queries, head_dim, value_dim = sizes[QUERIES], sizes[HEAD_DIM], sizes[VALUE_DIM]
-        parts = max(1, (value_dim + block_v - 1) // block_v)
-        blocks = (queries + block_q - 1) // block_q
-        block = cuda.blockIdx.x
-        first_value = block % parts * block_v
-        block = block // parts
-        slice_ = block // blocks
-        first_query = (blocks - 1 - block % blocks) * block_q
-        present = min(block_q, queries - first_query)
-        # after the last key that one of these queries may look at
-        end = min(sizes[KEYS], first_query + present + sizes[CAUSAL_OFFSET])
-        query_base = offsets[QUERY, slice_] + first_query * steps[QUERY, 0]
-        value_base = offsets[VALUE, slice_] + first_value * steps[VALUE, 1]
+        here, head_dim, value_dim = part_of(cuda.blockIdx.x, sizes), sizes[HEAD_DIM], sizes[VALUE_DIM]
+        value_base = offsets[VALUE, here.slice] + here.value * steps[VALUE, 1]
 
         for i in range(rows):
             m[i] = lowest
@@ -165,93 +166,48 @@ def forward(spec: Forward) -> Any:
             for c in range(values):
                 sums[i, c] = zero
 
-        for first_key in range(0, end, block_k):
-            count = min(block_k, end - first_key)
-            key_base = offsets[KEY, slice_] + first_key * steps[KEY, 0]
-            for i in range(rows):
-                for j in range(columns):
-                    scores[i, j] = zero
-            for f in range(0, head_dim, features):
-                left = head_dim - f
-                cuda.syncthreads()
-                if first_key == 0 or head_dim > features:
-                    at = query_base + f * steps[QUERY, 1]
-                    load_tile(
-                        query_tile,
-                        block_q,
-                        features,
-                        pitch,
-                        scale,
-                        query,
-                        at,
-                        steps,
-                        QUERY,
-                        present,
-                        left,
-                        thread,
-                        threads,
-                    )
-                at = key_base + f * steps[KEY, 1]
-                load_tile(key_tile, block_k, features, pitch, one, key, at, steps, KEY, count, left, thread, threads)
-                cuda.syncthreads()
-                multiply(scores, query_tile, key_tile, y, x)
-            restrict(scores, seen, mask, offsets[MASK, slice_], steps, sizes, first_query, first_key, y, x)
-
+        for first_key in range(0, here.end, block_k):
+            count = min(block_k, here.end - first_key)
+            find_scores(
+                scores, seen, query_tile, key_tile, query, key, mask, offsets, steps, sizes, scale, here.slice,
+                here.query, first_key, here.queries, count, first_key == 0 or head_dim > features, y, x,
+            )  # fmt: skip
             cuda.syncthreads()
             publish(scores, value_tile, y, x)
             cuda.syncthreads()
             absorb(scores, seen, value_tile, key_tile, m, total, sums, y, x)
             if dropout:
                 cuda.syncthreads()
-                drop(key_tile, slice_, first_query, first_key, sizes, seed_low, seed_high, thread)
+                drop(key_tile, here.slice, here.query, first_key, sizes, seed_low, seed_high, y * threads_x + x)
+            at = value_base + first_key * steps[VALUE, 0]
+            add_values(sums, key_tile, value_tile, value, at, steps, count, value_dim - here.value, y, x)
 
-            for first_row in range(0, count, value_rows):
-                cuda.syncthreads()
-                at, left = value_base + (first_key + first_row) * steps[VALUE, 0], value_dim - first_value
-                finite = load_tile(
-                    value_tile,
-                    value_rows,
-                    block_v,
-                    block_v,
-                    one,
-                    value,
-                    at,
-                    steps,
-                    VALUE,
-                    count - first_row,
-                    left,
-                    thread,
-                    threads,
-                )
-                if cuda.syncthreads_or(np.int32(0 if finite else 1)):
-                    add_visible_values(sums, key_tile, value_tile, first_row, y, x)
-                else:
-                    add_values(sums, key_tile, value_tile, first_row, y, x)
-
-        cuda.syncthreads()
-        for i in range(rows):
-            value_tile[(y + i * threads_y) * threads_x + x] = total[i]
-        cuda.syncthreads()
-        for i in range(rows):
-            row = first_query + y + i * threads_y
-            if row < queries:
-                whole = zero
-                for other in range(threads_x):
-                    whole += value_tile[(y + i * threads_y) * threads_x + other]
-                if x == 0 and first_value == 0:
-                    sums_of_row = m[i] * to_natural + log2(whole) * ln_2 if whole != zero else lowest
-                    lse[slice_ * queries + row] = hold(sums_of_row)
-                at = offsets[OUT, slice_] + row * steps[OUT, 0]
-                for c in range(values):
-                    column = first_value + x + c * threads_x
-                    if column < value_dim:
-                        result = sums[i, c] * keep_scale / whole if whole != zero else zero
-                        out[at + column * steps[OUT, 1]] = store(result)
+        finish(out, lse, value_tile, sums, m, total, offsets, steps, sizes, here, keep_scale, y, x)
 
     return kernel
 
 
-def _make_find_scores(spec: Weights | Shifts) -> Any:
+def _make_part_of(tiles: Tiles) -> Any:
+    """A device function of a block's number."""
+    block_q, block_v = tiles.queries, tiles.value_columns
+
+    @device
+    def part_of(block, sizes):
+        """What a block has to do."""
+        queries = sizes[QUERIES]
+        parts = max(1, (sizes[VALUE_DIM] + block_v - 1) // block_v)
+        blocks = (queries + block_q - 1) // block_q
+        first_value = block % parts * block_v
+        block = block // parts
+        first_query = (blocks - 1 - block % blocks) * block_q
+        present = min(block_q, queries - first_query)
+        end = min(sizes[KEYS], first_query + present + sizes[CAUSAL_OFFSET])
+        return Block(block // blocks, first_query, first_value, present, end)
+
+    return part_of
+
+
+def _make_find_scores(spec: Forward | Weights | Shifts) -> Any:
     """A device function of a block of queries and one of keys."""
     tiles, storage, real = spec.tiles, spec.storage, real_of(spec.storage, spec.extreme)
     load_tile, multiply = tile_loader(loader(storage, real), real), multiplication(tiles)
@@ -263,9 +219,12 @@ def _make_find_scores(spec: Weights | Shifts) -> Any:
     @device
     def find_scores(
         scores, seen, query_tile, key_tile, query, key, mask, offsets, steps, sizes, scale, slice_, first_query,
-        first_key, y, x,
+        first_key, present, count, fresh, y, x,
     ):  # fmt: skip
-        """The scores, and whether the query may look at the key."""
+        """The scores, and whether the query may look at the key, of so many queries and keys.
+
+        `fresh`: the queries have to be loaded, and are not in shared memory from the keys before.
+        """
         thread, head_dim = y * threads_x + x, sizes[HEAD_DIM]
         query_base = offsets[QUERY, slice_] + first_query * steps[QUERY, 0]
         key_base = offsets[KEY, slice_] + first_key * steps[KEY, 0]
@@ -275,17 +234,83 @@ def _make_find_scores(spec: Weights | Shifts) -> Any:
         for f in range(0, head_dim, features):
             left = head_dim - f
             cuda.syncthreads()
-            at, present = query_base + f * steps[QUERY, 1], sizes[QUERIES] - first_query
-            load_tile(
-                query_tile, block_q, features, pitch, scale, query, at, steps, QUERY, present, left, thread, threads
-            )
-            at, present = key_base + f * steps[KEY, 1], sizes[KEYS] - first_key
-            load_tile(key_tile, block_k, features, pitch, one, key, at, steps, KEY, present, left, thread, threads)
+            if fresh:
+                at = query_base + f * steps[QUERY, 1]
+                load_tile(
+                    query_tile, block_q, features, pitch, scale, query, at, steps, QUERY, present, left, thread, threads
+                )
+            at = key_base + f * steps[KEY, 1]
+            load_tile(key_tile, block_k, features, pitch, one, key, at, steps, KEY, count, left, thread, threads)
             cuda.syncthreads()
             multiply(scores, query_tile, key_tile, y, x)
         restrict(scores, seen, mask, offsets[MASK, slice_], steps, sizes, first_query, first_key, y, x)
 
     return find_scores
+
+
+def _make_add_values(spec: Forward) -> Any:
+    """A device function of the weights and values of a block of keys."""
+    tiles, real = spec.tiles, real_of(spec.storage, spec.extreme)
+    load_tile, (add_finite_values, add_visible_values) = (
+        tile_loader(loader(spec.storage, real), real),
+        addition(tiles, real),
+    )
+    value_rows, block_v, threads_x, threads, one = (
+        tiles.value_rows, tiles.value_columns, tiles.threads_x, tiles.threads, real(1),
+    )  # fmt: skip
+
+    @device
+    def add_values(sums, weights_tile, value_tile, value, base, steps, count, left, y, x):
+        """sums += weights · value; of values that are not finite, to the queries that may look at the key."""
+        thread = y * threads_x + x
+        for first_row in range(0, count, value_rows):
+            cuda.syncthreads()
+            at, below = base + first_row * steps[VALUE, 0], count - first_row
+            finite = load_tile(
+                value_tile, value_rows, block_v, block_v, one, value, at, steps, VALUE, below, left, thread, threads
+            )
+            if cuda.syncthreads_or(np.int32(0 if finite else 1)):
+                add_visible_values(sums, weights_tile, value_tile, first_row, y, x)
+            else:
+                add_finite_values(sums, weights_tile, value_tile, first_row, y, x)
+
+    return add_values
+
+
+def _make_finish(spec: Forward) -> Any:
+    """A device function of what is summed."""
+    storage, mask_kind, _, tiles, extreme = spec
+    real, store = real_of(storage, extreme), storer(storage)
+    threads_y, threads_x, rows, values = tiles.threads_y, tiles.threads_x, tiles.rows, tiles.values
+    lowest, zero, ln_2 = real(-math.inf), real(0), real(LN_2)
+    to_natural = real(LN_2 if in_base_2(mask_kind, extreme) else 1.0)
+    hold = holder(real, real_of(storage) if extreme else np.float64)
+
+    @device
+    def finish(out, lse, shared_tile, sums, m, total, offsets, steps, sizes, here, keep_scale, y, x):
+        """Divide by the sums of the weights, and store the rows and their log-sum-exp."""
+        queries, value_dim = sizes[QUERIES], sizes[VALUE_DIM]
+        cuda.syncthreads()
+        for i in range(rows):
+            shared_tile[(y + i * threads_y) * threads_x + x] = total[i]
+        cuda.syncthreads()
+        for i in range(rows):
+            row = here.query + y + i * threads_y
+            if row < queries:
+                whole = zero
+                for other in range(threads_x):
+                    whole += shared_tile[(y + i * threads_y) * threads_x + other]
+                if x == 0 and here.value == 0:
+                    sums_of_row = m[i] * to_natural + log2(whole) * ln_2 if whole != zero else lowest
+                    lse[here.slice * queries + row] = hold(sums_of_row)
+                at = offsets[OUT, here.slice] + row * steps[OUT, 0]
+                for c in range(values):
+                    column = here.value + x + c * threads_x
+                    if column < value_dim:
+                        result = sums[i, c] * keep_scale / whole if whole != zero else zero
+                        out[at + column * steps[OUT, 1]] = store(result)
+
+    return finish
 
 
 def find_shifts(spec: Shifts) -> Any:
@@ -339,7 +364,7 @@ def find_shifts(spec: Shifts) -> Any:
         for first_key in range(0, end, block_k):
             find_scores(
                 scores, seen, query_tile, key_tile, query, key, mask, offsets, steps, sizes, scale, slice_, first_query,
-                first_key, y, x,
+                first_key, queries - first_query, sizes[KEYS] - first_key, True, y, x,
             )  # fmt: skip
             cuda.syncthreads()
             publish(scores, shared_tile, y, x)
@@ -398,7 +423,7 @@ def weights(spec: Weights) -> Any:
 
         find_scores(
             scores, seen, query_tile, key_tile, query, key, mask, offsets, steps, sizes, scale, slice_, first_query,
-            first_key, y, x,
+            first_key, queries - first_query, keys - first_key, True, y, x,
         )  # fmt: skip
         cuda.syncthreads()
         for i in range(rows):

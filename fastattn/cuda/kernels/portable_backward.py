@@ -191,10 +191,8 @@ def grad_keys(spec: Backward) -> Any:
     features, wide, width = tiling.features, max(tile, tiling.features) + PADDING, tile + PADDING
     real, store = spec.real, storer(storage)
     tiles = make_tiles(tiling, storage, mask_storage, dropout, extreme)
-    clear, multiply, multiply_visible, stage, load_rows = (
-        tiles.clear, tiles.multiply, tiles.multiply_visible, tiles.stage, tiles.load_rows,
-    )  # fmt: skip
-    differentiate = _make_differentiate(spec, tiles)
+    clear, load_rows, differentiate = tiles.clear, tiles.load_rows, _make_differentiate(spec, tiles)
+    add_products = _make_add_products(spec, tiles)
 
     def kernel(
         query, key, value, mask, grad_out, numbers, offsets, steps, sizes, members, scale, seed_low, seed_high,
@@ -236,23 +234,10 @@ def grad_keys(spec: Backward) -> Any:
                         weights[ty + r * side, tx + c * side] = weights_here[r, c]
                         grads[ty + r * side, tx + c * side] = grads_here[r, c]
                 odd = cuda.syncthreads_or(np.int32(odd != 0))
-                for first in range(0, tile, depth):
-                    start = first_query + first
-                    if with_value:
-                        row, step = steps[GRAD_OUT, 0], steps[GRAD_OUT, 1]
-                        stage(right, grad_out, grad_at, row, step, start, queries, column, value_dim, False, thread)
-                    if with_key:
-                        row, step = steps[QUERY, 0], steps[QUERY, 1]
-                        stage(left, query, query_at, row, step, start, queries, column, head_dim, True, thread)
-                    cuda.syncthreads()
-                    if with_value:
-                        if odd:
-                            multiply_visible(value_sums, weights, first, right, tx, ty)
-                        else:
-                            multiply(value_sums, weights, first, right, tx, ty)
-                    if with_key:
-                        multiply(key_sums, grads, first, left, tx, ty)
-                    cuda.syncthreads()
+                add_products(
+                    key_sums, value_sums, weights, grads, odd, left, right, query, query_at, grad_out, grad_at, steps,
+                    first_query, queries, column, head_dim, value_dim, tx, ty,
+                )  # fmt: skip
 
         for r in range(rows):
             j = first_key + ty + r * side
@@ -264,6 +249,45 @@ def grad_keys(spec: Backward) -> Any:
                     grad_value[(owner * keys + j) * value_dim + f] = store(value_sums[r, c])
 
     return kernel
+
+
+def _make_add_products(spec: Backward, tiles: Tiles) -> Any:
+    """A device function of the weights of a tile, and the gradients of its scores."""
+    side, tile, depth, with_key, with_value = (
+        spec.tiling.side,
+        spec.tiling.tile,
+        spec.tiling.depth,
+        spec.key,
+        spec.value,
+    )
+    multiply, multiply_visible, stage = tiles.multiply, tiles.multiply_visible, tiles.stage
+
+    @device
+    def add_products(
+        key_sums, value_sums, weights, grads, odd, left, right, query, query_at, grad_out, grad_at, steps, first_query,
+        queries, column, head_dim, value_dim, tx, ty,
+    ):  # fmt: skip
+        """key_sums += dSᵀ · query, value_sums += (P · Z)ᵀ · dO; `odd`: there is dO that is not finite."""
+        thread = ty * side + tx
+        for first in range(0, tile, depth):
+            start = first_query + first
+            if with_value:
+                row, step = steps[GRAD_OUT, 0], steps[GRAD_OUT, 1]
+                stage(right, grad_out, grad_at, row, step, start, queries, column, value_dim, False, thread)
+            if with_key:
+                row, step = steps[QUERY, 0], steps[QUERY, 1]
+                stage(left, query, query_at, row, step, start, queries, column, head_dim, True, thread)
+            cuda.syncthreads()
+            if with_value:
+                if odd:
+                    multiply_visible(value_sums, weights, first, right, tx, ty)
+                else:
+                    multiply(value_sums, weights, first, right, tx, ty)
+            if with_key:
+                multiply(key_sums, grads, first, left, tx, ty)
+            cuda.syncthreads()
+
+    return add_products
 
 
 def grad_queries(spec: Backward) -> Any:

@@ -8,6 +8,7 @@ run then, and each operation leaves an instruction behind. What stands in the ke
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
@@ -231,8 +232,10 @@ def _trace(context, at, function, tys, values):
         _builders.pop()
 
 
-def unrolled(function):
+def unrolled(function, *known):
     """Make a function of numbers, arrays and tuples one that kernels may call, unrolled where it is called.
+
+    `known` are its first arguments, which are whatever it may be in Python; kernels give the others.
 
     It may use Python as it likes on what is known while compiling; with what is not, arithmetic, comparisons and the
     primitives of `fastattn.cuda.kernels.ptx`. It returns a number, or tuples of them, or None.
@@ -250,10 +253,10 @@ def unrolled(function):
             "scratch",
         )
         block = ir.IRBuilder(scratch.append_basic_block())
-        returned = _type_of(_trace(context, block, function, tys, scratch.args))
+        returned = _type_of(_trace(context, block, of_kernel, tys, scratch.args))
 
         def codegen(context, at, sig, values):
-            result = _trace(context, at, function, sig.args, values)
+            result = _trace(context, at, of_kernel, sig.args, values)
             _builders.append(at)
             try:
                 return _packed(context, sig.return_type, result)
@@ -262,7 +265,8 @@ def unrolled(function):
 
         return signature(returned, *tys), codegen
 
-    own = inspect.signature(function)
+    of_kernel = functools.partial(function, *known)
+    own = inspect.signature(of_kernel)
     context = inspect.Parameter("typingctx", inspect.Parameter.POSITIONAL_ONLY)
     named = [p.replace(kind=inspect.Parameter.POSITIONAL_ONLY) for p in own.parameters.values()]
     typing.__signature__ = own.replace(parameters=[context, *named])  # type: ignore[attr-defined]

@@ -28,7 +28,17 @@ from typing import Any
 
 from numba import cuda
 
-from fastattn.cuda.kernels.fragments import TileShape, make_steps
+from fastattn.cuda.kernels import forward_fragments as softmax
+from fastattn.cuda.kernels import fragments
+from fastattn.cuda.kernels.fragments import (
+    TileShape,
+    address,
+    close,
+    own_thread,
+    wait_for_all,
+    wait_for_first,
+    warp_of,
+)
 from fastattn.cuda.kernels.plan import (
     CAUSAL_OFFSET,
     HEAD_DIM,
@@ -41,28 +51,29 @@ from fastattn.cuda.kernels.plan import (
     VALUE,
     VALUE_DIM,
 )
-from fastattn.cuda.kernels.primitives import global_address, unrolled
+from fastattn.cuda.kernels.primitives import unrolled
 
 
 def forward(shape: TileShape) -> Any:
     """The kernel of the result and the log-sum-exp: a block of warps for each block of queries of each slice.
 
-    Its arguments are those of `fastattn.cuda.kernels.portable.forward`, of which it does without the mask and
-    dropout's.
+    Its arguments are those of `fastattn.cuda.kernels.portable.forward`, of which it does without dropout's.
     """
-    own = make_steps(shape)
-    allocate, own_thread, warp_of, part_of = own.allocate, own.own_thread, own.warp_of, own.part_of
-    tiles_of, first_key, stage_of, load_queries = own.tiles_of, own.first_key, own.stage_of, own.load_queries
-    copy_queries, copy_keys, close, clear = own.copy_queries, own.copy_keys, own.close, own.clear
-    wait_for_queries, wait_for_all = own.wait_for_queries, own.wait_for_all
-    seen_by, limits_of, multiply, restrict = own.seen_by, own.limits_of, own.multiply, own.restrict
-    absorb, accumulate, has_odd = own.absorb, own.accumulate, own.has_odd
-    accumulate_finite = own.accumulate_finite
-    positive, add_odd, finish = own.positive, own.add_odd, own.finish
-    address, masked = unrolled(global_address), shape.mask != "none"
-    tile_keys, tile_bytes = shape.keys, shape.stage_bytes // 2
 
-    def kernel(query, key, value, mask, out, lse, offsets, steps, sizes, unit, keep_scale, seed_low, seed_high):
+    def own(step):
+        return unrolled(step, shape)
+
+    part_of, tiles_of, first_key = map(own, (softmax.part_of, softmax.tiles_of, softmax.first_key))
+    allocate, stage_of, tile_bytes = own(fragments.allocate), own(fragments.stage_of), shape.tile_bytes
+    copy_queries, copy_keys = (unrolled(fragments.copy_rows, shape, count) for count in (shape.queries, shape.keys))
+    load_queries, multiply, start = map(own, (fragments.load_queries, fragments.multiply, softmax.start))
+    seen_by, limits_of, restrict = map(own, (softmax.seen_by, softmax.limits_of, softmax.restrict))
+    has_odd, absorb, finish = map(own, (softmax.has_odd, softmax.absorb, softmax.finish))
+    accumulate, accumulate_finite = own(fragments.accumulate), own(fragments.accumulate_finite)
+    positive, add_odd, tile_keys = own(fragments.positive), own(softmax.add_odd), shape.keys
+    masked = shape.mask != "none"
+
+    def kernel(query, key, value, mask, out, lse, offsets, steps, sizes, scale, keep_scale, seed_low, seed_high):
         queries, keys, length = sizes[QUERIES], sizes[KEYS], sizes[HEAD_DIM]
         value_length, offset = sizes[VALUE_DIM], sizes[CAUSAL_OFFSET]
         part, first = part_of(cuda.blockIdx.x, queries)
@@ -80,11 +91,11 @@ def forward(shape: TileShape) -> Any:
         copy_keys(memory, key_at, key_step, 0, keys, length, thread)
         copy_keys(memory + tile_bytes, value_at, value_step, 0, keys, value_length, thread)
         close()
-        wait_for_queries()
+        wait_for_first()
         cuda.syncthreads()
         left = load_queries(stage_of(memory, 1), thread)
 
-        output, highest, total = clear()
+        output, highest, total = start()
         for tile in range(tiles_of(block_sees)):
             # of what is computed from this nothing is kept from tile to tile, where registers are short
             thread = own_thread()
@@ -101,24 +112,21 @@ def forward(shape: TileShape) -> Any:
                 scores = multiply(left, stage, thread)
                 limits, odd = limits_of(first, offset, keys, queries, thread), False
                 if masked or after > all_see:
-                    scores = restrict(
-                        scores, begin, limits, thread, first, mask_at, steps[MASK, 0], steps[MASK, 1], unit
-                    )
+                    at = mask_at, steps[MASK, 0], steps[MASK, 1]
+                    scores = restrict(scores, begin, limits, first, at, scale, thread)
                     odd = has_odd(stage, thread)
-                weights, highest, total, output = absorb(scores, highest, total, output, unit)
+                weights, highest, total, output = absorb(scores, highest, total, output, scale)
                 if odd:
                     output = accumulate_finite(output, weights, stage, thread)
                     bits = positive(weights)
                     for row in range(tile_keys):
-                        output = add_odd(
-                            output, bits, stage, begin, row, limits, thread,
-                            first, mask_at, steps[MASK, 0], steps[MASK, 1],
-                        )  # fmt: skip
+                        at = mask_at, steps[MASK, 0], steps[MASK, 1]
+                        output = add_odd(output, bits, stage, begin, row, limits, first, at, thread)
                 else:
                     output = accumulate(output, weights, stage, thread)
         wait_for_all()
         finish(
-            output, highest, total, unit, out, offsets[OUT, part], steps[OUT, 0], lse, part * queries, first, queries,
+            output, highest, total, scale, out, offsets[OUT, part], steps[OUT, 0], lse, part * queries, first, queries,
             value_length, thread,
         )  # fmt: skip
 

@@ -27,13 +27,17 @@ References
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numba import cuda
 
-from fastattn.cuda.kernels.fragments import TileShape, make_steps
-from fastattn.cuda.kernels.gradient_fragments import make_gradient_steps, shared_bytes
+from fastattn.cuda.kernels import forward_fragments as softmax
+from fastattn.cuda.kernels import fragments
+from fastattn.cuda.kernels import gradient_fragments as own_fragments
+from fastattn.cuda.kernels.elements import device
+from fastattn.cuda.kernels.fragments import address, close, own_thread, wait_for_all, warp_of
+from fastattn.cuda.kernels.gradient_fragments import Gradients
 from fastattn.cuda.kernels.plan import (
     CAUSAL_OFFSET,
     GRAD_OUT,
@@ -48,94 +52,59 @@ from fastattn.cuda.kernels.plan import (
     VALUE,
     VALUE_DIM,
 )
-from fastattn.cuda.kernels.primitives import global_address, hold_loads, unrolled
-
-
-class Gradients(NamedTuple):
-    """What a kernel is compiled for.
-
-    Attributes
-    ----------
-    shape : TileShape
-    of_keys : bool
-        Whether it is for the gradients of keys and values, and not for that of queries.
-    apart : bool
-        Whether the own rows stay in shared memory, and not in registers.
-    """
-
-    shape: TileShape
-    of_keys: bool
-    apart: bool = False
-
-    @property
-    def shared_bytes(self) -> int:
-        """Shared memory of a block."""
-        return shared_bytes(self.shape, self.apart)
+from fastattn.cuda.kernels.primitives import unrolled
 
 
 def gradients(spec: Gradients) -> Any:
     """The kernel: a block of warps for each block of own rows of each row of `members`.
 
     Its first four arguments are what the own rows and the others are of: (key, value, query, dO) for the gradients of
-    keys and values, which it writes, else (query, dO, key, value) for that of queries, in `result`.
+    keys and values, which it writes, else (query, dO, key, value) for that of queries, in `result`. `scale` is what
+    scores are multiplied by, with a factor log2(e) where they are in base 2, and `factor` the scale itself.
     """
-    shape, of_keys, apart = spec
-    first_own, second_own = (KEY, VALUE) if of_keys else (QUERY, GRAD_OUT)
-    first_other, second_other = (QUERY, GRAD_OUT) if of_keys else (KEY, VALUE)
+    shape, of_keys, _ = spec
+    rows, tile, masked = shape.queries, shape.keys, shape.mask != "none"
     own_size, other_size = (KEYS, QUERIES) if of_keys else (QUERIES, KEYS)
-    own, more = make_steps(shape), make_gradient_steps(shape, of_keys, apart)
-    own_thread, stage_of, close, wait_for_all = own.own_thread, own.stage_of, own.close, own.wait_for_all
-    copy_own, copy_others, load_own, clear = own.copy_queries, own.copy_keys, own.load_queries, own.clear
-    multiply, accumulate, accumulate_finite, positive = (
-        own.multiply, own.accumulate, own.accumulate_finite, own.positive,
-    )  # fmt: skip
-    allocate, own_at, second_own_at = more.allocate, more.first_own, more.second_own
-    before, any_odd = more.before, more.any_odd
-    differentiate, differentiate_seen = more.differentiate, more.differentiate_seen
-    add_odd, store = more.add_odd, more.store
-    second_tile = unrolled(lambda stage: stage + shape.keys * shape.row_bytes)
-    address, hold, masked = unrolled(global_address), unrolled(hold_loads), shape.mask != "none"
-    rows, tile = shape.queries, shape.keys
 
-    def kernel(
-        a, b, c, d, mask, numbers, offsets, steps, sizes, members, unit, scale, result, second_result
-    ):  # fmt: skip
+    def own(step, *known):
+        return unrolled(step, spec, *known)
+
+    allocate, stage_of = own(fragments.allocate), unrolled(fragments.stage_of, shape)
+    clear, positive = unrolled(fragments.clear, shape), unrolled(fragments.positive, shape)
+    load_own, multiply_both, any_odd = map(
+        own, (own_fragments.load_own, own_fragments.multiply_both, own_fragments.any_odd)
+    )
+    differentiate, differentiate_seen = (own(own_fragments.differentiate, restricted) for restricted in (False, True))
+    accumulate, accumulate_finite = (
+        unrolled(step, shape) for step in (fragments.accumulate, fragments.accumulate_finite)
+    )
+    before, all_see = own(own_fragments.before), own(own_fragments.all_see)
+    add_odd, store = own(own_fragments.add_odd), unrolled(own_fragments.store, shape)
+    copy_own, copy_others = _make_copies(spec)
+
+    def kernel(a, b, c, d, mask, numbers, offsets, steps, sizes, members, scale, factor, result, second_result):
         count, others, offset = sizes[own_size], sizes[other_size], sizes[CAUSAL_OFFSET]
-        queries, keys = sizes[QUERIES], sizes[KEYS]
-        length, second_length = sizes[HEAD_DIM], sizes[VALUE_DIM]
+        near, lengths = (sizes[QUERIES], sizes[KEYS], offset), (sizes[HEAD_DIM], sizes[VALUE_DIM])
         blocks = (count + rows - 1) // rows
         owner, first = cuda.blockIdx.x // blocks, cuda.blockIdx.x % blocks * rows
         thread, memory = own_thread(), allocate()
-
         # the others that may look at any of the own rows, or be looked at
-        start, end = 0, others
-        if of_keys:
-            start = max(0, first - offset) // tile * tile
-        else:
-            end = min(others, first + rows + offset)
+        start = max(0, first - offset) // tile * tile if of_keys else 0
+        end = others if of_keys else min(others, first + rows + offset)
         tiles = max(0, (end - start + tile - 1) // tile)
         total = tiles * members.shape[1]
 
         number = members[owner, 0]
-        copy_own(
-            own_at(memory), address(a, offsets[first_own, number]), steps[first_own, 0], first, count, length, thread
-        )
-        at = address(b, offsets[second_own, number])
-        copy_own(second_own_at(memory), at, steps[second_own, 0], first, count, second_length, thread)
-        close()
+        copy_own(memory, a, b, offsets, steps, number, first, count, lengths, thread)
         wait_for_all()
         cuda.syncthreads()
-        left, second_left = load_own(own_at(memory), thread), load_own(second_own_at(memory), thread)
+        left = load_own(memory, thread)
         cuda.syncthreads()
         if total > 0:
-            at = address(c, offsets[first_other, number])
-            copy_others(memory, at, steps[first_other, 0], start, others, length, thread)
-            at = address(d, offsets[second_other, number])
-            copy_others(second_tile(memory), at, steps[second_other, 0], start, others, second_length, thread)
-            close()
+            copy_others(memory, c, d, offsets, steps, number, start, others, lengths, thread)
 
-        sums, _, _ = clear()
-        second_sums, _, _ = clear()
+        sums = clear()
+        second_sums = clear()
         for step in range(total):
             # of what is computed from this nothing is kept from tile to tile or step to step: registers are short
             thread = own_thread()
@@ -146,60 +115,63 @@ def gradients(spec: Gradients) -> Any:
             odd = cuda.syncthreads_or(np.int32(1 if any_odd(stage, thread) else 0))
             if step + 1 < total:
                 after, after_number = start + (step + 1) % tiles * tile, members[owner, (step + 1) // tiles]
-                at = address(c, offsets[first_other, after_number])
-                copy_others(following, at, steps[first_other, 0], after, others, length, thread)
-                at = address(d, offsets[second_other, after_number])
-                copy_others(second_tile(following), at, steps[second_other, 0], after, others, second_length, thread)
-                close()
-            if apart:
-                left = load_own(own_at(memory), thread)
-            scores = multiply(left, stage, thread)
-            thread = own_thread()
-            if apart:
-                second_left = load_own(second_own_at(memory), thread)
-            grads = multiply(second_left, second_tile(stage), thread)
-            thread = own_thread()
-            if apart:
-                # where registers are this short, none is for the mask while there are factors in them
-                hold()
-            numbers_at, mask_at = address(numbers, NUMBERS * number * queries), address(mask, offsets[MASK, number])
-            # whether the last key is seen by the first query
-            if of_keys:
-                whole = begin + tile <= others and first + rows <= begin + offset + 1
-            else:
-                whole = begin + tile <= others and begin + tile <= first + offset + 1
+                copy_others(following, c, d, offsets, steps, after_number, after, others, lengths, thread)
+            scores, grads, thread = multiply_both(left, memory, stage, thread)
+            numbers_at, mask_at = address(numbers, NUMBERS * number * near[0]), address(mask, offsets[MASK, number])
+            whole = all_see(first, begin, others, offset)
             if masked or odd or not whole:
-                weights, score_grads = differentiate_seen(
-                    scores, grads, first, begin, numbers_at, queries, keys, offset, mask_at, steps[MASK, 0],
-                    steps[MASK, 1], unit, thread,
-                )  # fmt: skip
+                at = mask_at, steps[MASK, 0], steps[MASK, 1]
+                weights, slopes = differentiate_seen(scores, grads, first, begin, numbers_at, near, at, scale, thread)
             else:
-                weights, score_grads = differentiate(
-                    scores, grads, first, begin, numbers_at, queries, keys, offset, mask_at, steps[MASK, 0],
-                    steps[MASK, 1], unit, thread,
-                )  # fmt: skip
+                weights, slopes = differentiate(scores, grads, first, begin, numbers_at, near, (), scale, thread)
             thread = own_thread()
             if odd:
-                sums = accumulate_finite(sums, score_grads, before(stage), thread)
+                sums = accumulate_finite(sums, slopes, before(stage), thread)
                 if of_keys:
                     second_sums = accumulate_finite(second_sums, weights, stage, thread)
                     bits = positive(weights)
                     for row in range(tile):
-                        second_sums = add_odd(
-                            second_sums, bits, stage, first, begin, row, queries, keys, offset, mask_at,
-                            steps[MASK, 0], steps[MASK, 1], numbers_at, thread,
-                        )  # fmt: skip
+                        at = mask_at, steps[MASK, 0], steps[MASK, 1]
+                        second_sums = add_odd(second_sums, bits, stage, first, begin, row, near, at, numbers_at, thread)
             else:
-                sums = accumulate(sums, score_grads, before(stage), thread)
+                sums = accumulate(sums, slopes, before(stage), thread)
                 if of_keys:
                     second_sums = accumulate(second_sums, weights, stage, thread)
         wait_for_all()
-        store(sums, scale, result, owner * count * length, first, count, length, thread)
+        store(sums, factor, result, owner, first, count, lengths[0], thread)
         if of_keys:
-            at = owner * count * second_length
-            store(second_sums, np.float32(1), second_result, at, first, count, second_length, thread)
+            store(second_sums, np.float32(1), second_result, owner, first, count, lengths[1], thread)
 
     return kernel
+
+
+def _make_copies(spec: Gradients) -> tuple[Any, Any]:
+    """Device functions that begin to copy the rows of both operands: the own ones, and a tile of others."""
+    shape, of_keys = spec.shape, spec.of_keys
+    one, two = (KEY, VALUE) if of_keys else (QUERY, GRAD_OUT)
+    other, other_two = (QUERY, GRAD_OUT) if of_keys else (KEY, VALUE)
+    copy_block, copy_tile = (unrolled(fragments.copy_rows, shape, count) for count in (shape.queries, shape.keys))
+    first_own, second_own = unrolled(own_fragments.first_own, spec), unrolled(own_fragments.second_own, spec)
+    second_tile = unrolled(fragments.second_tile, shape)
+
+    @device
+    def copy_own(memory, a, b, offsets, steps, number, first, count, lengths, thread):
+        """The block's own rows, of slice `number`, from row `first` on."""
+        copy_block(first_own(memory), address(a, offsets[one, number]), steps[one, 0], first, count, lengths[0], thread)
+        at = address(b, offsets[two, number])
+        copy_block(second_own(memory), at, steps[two, 0], first, count, lengths[1], thread)
+        close()
+
+    @device
+    def copy_others(stage, c, d, offsets, steps, number, begin, count, lengths, thread):
+        """A tile of other rows, of slice `number`, from row `begin` on."""
+        at = address(c, offsets[other, number])
+        copy_tile(stage, at, steps[other, 0], begin, count, lengths[0], thread)
+        at = address(d, offsets[other_two, number])
+        copy_tile(second_tile(stage), at, steps[other_two, 0], begin, count, lengths[1], thread)
+        close()
+
+    return copy_own, copy_others
 
 
 def find_shifts(spec: Gradients) -> Any:
@@ -208,16 +180,19 @@ def find_shifts(spec: Gradients) -> Any:
     A block of warps has a block of queries of a slice, and if need be goes over the keys like the forward pass.
     """
     shape = spec.shape
-    own, more = make_steps(shape), make_gradient_steps(shape, of_keys=False, apart=False)
-    copy_sums, store_shifts = more.copy_sums, more.store_shifts
-    allocate, own_thread, warp_of, part_of = own.allocate, own.own_thread, own.warp_of, own.part_of
-    tiles_of, first_key, stage_of, load_queries = own.tiles_of, own.first_key, own.stage_of, own.load_queries
-    copy_queries, copy_keys, close, clear = own.copy_queries, own.copy_keys, own.close, own.clear
-    wait_for_all, seen_by, limits_of = own.wait_for_all, own.seen_by, own.limits_of
-    multiply, restrict, absorb = own.multiply, own.restrict, own.absorb
-    address, masked = unrolled(global_address), shape.mask != "none"
 
-    def kernel(query, key, mask, lse, numbers, offsets, steps, sizes, unit, slack):
+    def own(step):
+        return unrolled(step, shape)
+
+    copy_sums, store_shifts = own(own_fragments.copy_sums), own(own_fragments.store_shifts)
+    part_of, tiles_of, first_key = map(own, (softmax.part_of, softmax.tiles_of, softmax.first_key))
+    allocate, stage_of = own(fragments.allocate), own(fragments.stage_of)
+    load_queries, multiply = own(fragments.load_queries), own(fragments.multiply)
+    copy_queries, copy_keys = (unrolled(fragments.copy_rows, shape, count) for count in (shape.queries, shape.keys))
+    seen_by, limits_of, start = map(own, (softmax.seen_by, softmax.limits_of, softmax.start))
+    restrict, absorb, masked = own(softmax.restrict), own(softmax.absorb), shape.mask != "none"
+
+    def kernel(query, key, mask, lse, numbers, offsets, steps, sizes, scale, slack):
         queries, keys, length, offset = sizes[QUERIES], sizes[KEYS], sizes[HEAD_DIM], sizes[CAUSAL_OFFSET]
         part, first = part_of(cuda.blockIdx.x, queries)
         thread, memory = own_thread(), allocate()
@@ -236,7 +211,7 @@ def find_shifts(spec: Gradients) -> Any:
         cuda.syncthreads()
         left = load_queries(stage_of(memory, 1), thread)
 
-        _, highest, total = clear()
+        _, highest, total = start()
         for tile in range(tiles_of(block_sees)):
             thread = own_thread()
             begin, after = first_key(tile), first_key(tile + 1)
@@ -250,11 +225,10 @@ def find_shifts(spec: Gradients) -> Any:
                 scores = multiply(left, stage_of(memory, tile), thread)
                 if masked or after > all_see:
                     limits = limits_of(first, offset, keys, queries, thread)
-                    scores = restrict(
-                        scores, begin, limits, thread, first, mask_at, steps[MASK, 0], steps[MASK, 1], unit
-                    )
-                _, highest, total, _ = absorb(scores, highest, total, (), unit)
+                    at = mask_at, steps[MASK, 0], steps[MASK, 1]
+                    scores = restrict(scores, begin, limits, first, at, scale, thread)
+                _, highest, total, _ = absorb(scores, highest, total, (), scale)
         wait_for_all()
-        store_shifts(highest, total, unit, numbers_at, lse_at, steps[LSE, 0], slack, first, queries, thread)
+        store_shifts(highest, total, scale, numbers_at, lse_at, steps[LSE, 0], slack, first, queries, thread)
 
     return kernel

@@ -134,7 +134,7 @@ def test_bytes_of_a_gradient_that_32_bits_count(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(gradient_fragments, "global_address", lambda array, at: emulated.Address(array, at * 2))
     monkeypatch.setattr(gradient_fragments, "store_pair", lambda place, word, when: places.append(place.offset))
     shape, thread = SMALL._replace(width=128), np.arange(32, dtype=np.int32)
-    store = gradient_fragments.make_gradient_steps(shape, of_keys=True, apart=False).store
+    store = emulated.unrolled(gradient_fragments.store, shape)
     problem = describe(*(np.zeros((1, 16, 128), np.float32),) * 3)[0]
     none = Table(np.zeros((8, 1), np.int64), np.tile(np.int64([128, 1]), (8, 1)), np.zeros(8, np.int64))
     for count in (2**22, 2**23 - 2**12, 2**23 + 16):

@@ -1,0 +1,222 @@
+"""Blocks of queries, keys and values: how they are laid out, and both products of attention on them.
+
+scores[j][i] = start[i] + key[j] · q[i]          q[p][i]: the queries, transposed, times the scale
+out[p][i]   += Σ_j value[j][p] · weights[j][i]
+"""
+
+from fastattn.cpu.kernels import additive
+from fastattn.cpu.kernels.pack import copy_rows, key_steps, pack_keys, pack_queries, pack_values, value_steps
+from fastattn.cpu.kernels.prefetch import NOTHING, ask
+from fastattn.cpu.kernels.scores import cap, restrict, sees
+from fastattn.cpu.kernels.softmax import MINUS_INFINITY
+from fastattn.cpu.kernels.tiles import product, unrolled_product
+from fastattn.simd import (
+    all_zero,
+    jit,
+    largest_row,
+    load_element,
+    maximum,
+    store_element,
+    tile_fill,
+    tile_load,
+    tile_repeat,
+    tile_store,
+)
+
+
+@jit
+def load_queries(kernel, call, plan, q, source, present, work):
+    """q[p][i] = feature p of query i, times the scale; or what additive attention makes of it."""
+    tile = kernel.tile
+    if kernel.score == "additive":
+        additive.load_queries(tile, call, plan, q, source, present, work)
+    else:
+        pack_queries(tile, q, source, plan.query_row, plan.query_column, present, plan.head_dim, plan.scale)
+
+
+@jit
+def load_keys(kernel, plan, target, source, count):
+    """Pack a block of keys, where they are not read in place; where they are then."""
+    tile = kernel.tile
+    if kernel.score == "additive":
+        return additive.load_keys(tile, plan, target, source, count)
+    if kernel.reads == "panels":
+        pack_keys(tile, target, source, plan.key_row, plan.key_column, count, plan.head_dim)
+        return target
+    if kernel.reads == "rows" and plan.key_bytes > 0:
+        copy_rows(tile, target, plan.key_step, source, plan.key_row, plan.key_column, count, plan.head_dim)
+        return target
+    return source
+
+
+@jit
+def load_values(kernel, plan, target, source, count):
+    """The same for values."""
+    tile = kernel.tile
+    if kernel.reads == "panels":
+        panel, _, _ = value_steps(kernel, plan)
+        pack_values(tile, target, source, plan.value_row, plan.value_column, count, plan.value_dim, panel)
+        return target
+    if kernel.reads == "rows" and plan.value_bytes > 0:
+        copy_rows(tile, target, plan.value_step, source, plan.value_row, plan.value_column, count, plan.value_dim)
+        return target
+    return source
+
+
+@jit
+def score_block(kernel, plan, q, key, first, count, start, scores, best, wanted):
+    """scores[j][i] = start[i] + key[first + j] · q[i] for `count` keys; the maximum of `best` and of them over j.
+
+    Meanwhile what is on the list `wanted` is asked for.
+    """
+    tile = kernel.tile
+    if kernel.score == "additive":
+        return additive.score_block(kernel, plan, q, key, first, count, start, scores, best)
+    features = plan.head_dim
+    panel, row, column = key_steps(kernel, plan)
+    key += first // tile.rows * panel
+    initial = tile_repeat(tile, start)
+    whole = count - count % tile.rows
+    for _ in range(0, whole, tile.rows):
+        if kernel.reads != "strided":
+            acc = unrolled_product(tile, initial, key, row, column, q, features)
+        else:
+            acc = product(initial, key, row, column, q, tile.row_bytes, features)
+        tile_store(acc, scores, tile.row_bytes)
+        best = maximum(largest_row(acc), best)
+        ask(wanted)
+        key += panel
+        scores += tile.rows * tile.row_bytes
+    for _ in range(whole, count):
+        one = product(start, key, row, column, q, tile.row_bytes, features)
+        tile_store(one, scores, tile.row_bytes)
+        best = maximum(one, best)
+        key += row
+        scores += tile.row_bytes
+    return best
+
+
+@jit
+def add_values(kernel, plan, weights, count, value, out, wanted):
+    """out[p][i] += Σ_j value[j][p] · weights[j][i]; meanwhile what is on the list is asked for."""
+    tile = kernel.tile
+    features = plan.value_dim
+    panel, row, column = value_steps(kernel, plan)
+    if (
+        kernel.score == "additive" and tile.vectors == 1 and column == tile.itemsize
+    ):  # few queries: most lanes would be empty
+        done = features - features % (tile.quad.rows * tile.lanes)
+        additive.add_values(tile, plan, weights, count, value, row, out, done)
+        value += done * column
+        out += done * tile.row_bytes
+        features -= done
+    whole = features - features % tile.rows
+    for _ in range(0, whole, tile.rows):
+        acc = tile_load(tile, out, tile.row_bytes)
+        if kernel.reads != "strided":
+            acc = unrolled_product(tile, acc, value, column, row, weights, count)
+        else:
+            acc = product(acc, value, column, row, weights, tile.row_bytes, count)
+        tile_store(acc, out, tile.row_bytes)
+        ask(wanted)
+        value += panel
+        out += tile.rows * tile.row_bytes
+    for _ in range(whole, features):
+        one = tile_load(tile.single, out, tile.row_bytes)
+        one = product(one, value, column, row, weights, tile.row_bytes, count)
+        tile_store(one, out, tile.row_bytes)
+        value += column
+        out += tile.row_bytes
+
+
+@jit
+def are_finite(tile, plan, value, count):
+    """Whether `count` rows of values hold neither NaN nor infinity (x · 0 = 0 only for a finite x)."""
+    sums = tile_fill(tile.vector, 0.0)
+    vectors = plan.value_dim // tile.lanes if plan.value_column == tile.itemsize else 0
+    for j in range(count):
+        row = value + j * plan.value_row
+        for v in range(vectors):
+            sums = sums + tile_load(tile.vector, row + v * tile.vector_bytes, 0) * 0.0
+        for p in range(vectors * tile.lanes, plan.value_dim):
+            if load_element(tile, row + p * plan.value_column) * 0.0 != 0.0:
+                return False
+    return all_zero(sums)
+
+
+@jit
+def add_visible_values(kernel, plan, head, weights, count, first_query, first_key, value, out):
+    """`add_values` for keys with values that are not finite and queries that may not look at some of them.
+
+    There 0 · NaN must not reach a query. `value` is where the micro-kernel finds the row of the first key.
+    """
+    tile = kernel.tile
+    present = min(tile.width, plan.queries - first_query)
+    source = head.value + first_key * plan.value_row
+    # Rows of values that are finite throughout take the fast way; in the others a query is added where it may look.
+    _, row, _ = value_steps(kernel, plan)
+    start = 0
+    for j in range(count + 1):
+        at = source + j * plan.value_row
+        if j < count and are_finite(tile, plan, at, 1):
+            continue
+        rows = value + start * row
+        add_values(kernel, plan, weights + start * tile.row_bytes, j - start, rows, out, NOTHING)
+        start = j + 1
+        if j == count:
+            break
+        for i in range(present):
+            if sees(kernel, plan, head, first_query + i, first_key + j):
+                weight = load_element(tile, weights + j * tile.row_bytes + i * tile.itemsize)
+                for p in range(plan.value_dim):
+                    place = out + p * tile.row_bytes + i * tile.itemsize
+                    element = load_element(tile, at + p * plan.value_column)
+                    store_element(tile, place, load_element(tile, place) + element * weight)
+
+
+@jit
+def scores_of(kernel, plan, head, q, m, relative, part, first_query, first_key, key, work, wanted):
+    """Form the scores of some queries with a part of a block of keys; their maximum over the keys is at `work`.
+
+    They are where `place_of_scores` says, those of key j of the block in row j. `relative`: less m, from which the sums
+    of products then start.
+    """
+    tile = kernel.tile
+    start = tile_fill(tile.single, 0.0)
+    if relative:
+        start = start - tile_load(tile.single, m, 0)
+    best = tile_fill(tile.single, MINUS_INFINITY)
+    best = score_rows(kernel, plan, q, key, part.full, part.full_end, start, best, work, wanted)
+    tile_store(best, work, 0)
+    for edge in range(2):
+        begin, end = (part.begin, part.full) if edge == 0 else (part.full_end, part.end)
+        if begin < end:
+            score_rows(kernel, plan, q, key, begin, end, start, best, work, wanted)
+            rows = place_of_scores(tile, work) + begin * tile.row_bytes
+            buffer = work + tile.row_bytes
+            restrict(kernel, plan, head, rows, end - begin, first_query, first_key + begin, work, buffer)
+
+
+@jit
+def place_of_scores(tile, work):
+    """Where scores are, in the working memory of `scores_of`: behind their maxima, and room for a square of a mask."""
+    return work + tile.row_bytes + tile.buffer_bytes
+
+
+@jit
+def score_rows(kernel, plan, q, key, begin, end, start, best, work, wanted):
+    """Form the scores of the keys from `begin` to `end` of a block, capped; the maximum of `best` and of them."""
+    tile = kernel.tile
+    scores = place_of_scores(tile, work) + begin * tile.row_bytes
+    if "softcap" in kernel.steps:
+        score_block(kernel, plan, q, key, begin, end - begin, start, scores, best, wanted)
+        return cap(tile, plan, scores, end - begin, best)
+    return score_block(kernel, plan, q, key, begin, end - begin, start, scores, best, wanted)
+
+
+@jit
+def clear(tile, at, rows):
+    """Fill rows with 0."""
+    for _ in range(rows):
+        tile_store(tile_fill(tile.single, 0.0), at, tile.row_bytes)
+        at += tile.row_bytes
