@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import torch
 
-from fastattn.call.score_options import FurtherOptions, check_softcap, check_window
+from fastattn.call.score_options import FurtherOptions, check_names, check_softcap, check_window
 from fastattn.call.scores import FARTHEST
 from fastattn.integrations.tensors import array_of, check_integers
 
@@ -75,9 +75,7 @@ def flattened(options: FurtherOptions) -> tuple[Any, ...]:
     TypeError, ValueError
         If an option does not exist, or is of a kind or out of a range that has a meaning here. The message names it.
     """
-    for name in options:
-        if name not in KEYWORDS:
-            raise TypeError(f"{name}: no such option; expected one of {', '.join(KEYWORDS)}")
+    check_names(options)
     arguments: tuple[Any, ...] = ()
     for name, keyword in KEYWORDS.items():
         given = options.get(name)

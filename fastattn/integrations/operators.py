@@ -20,9 +20,8 @@ import numpy as np
 import torch
 
 import fastattn
-from fastattn.call.arrays import as_operands
 from fastattn.call.problem import Array
-from fastattn.call.shapes import describe
+from fastattn.call.shapes import shapes_of_results
 from fastattn.cpu.host.pool import threads_of_call
 from fastattn.integrations import keywords
 from fastattn.integrations.tensors import array_of
@@ -85,9 +84,9 @@ def attention(
         options["rng"] = int(seed)
     in_one_piece = query.numel() > 0 and query.is_contiguous()  # which takes less time to find out
     if not in_one_piece and _length_first(query):
-        problem, _ = describe(*as_operands(*arrays), dropout_p, CAUSAL[causal], scale, enable_gqa)
-        *batch, heads, length, features = problem.out_shape
-        options["out"] = np.empty((*batch, length, heads, features), problem.storage).swapaxes(-3, -2)
+        shape, _ = shapes_of_results(*(array.shape for array in arrays[:3]), None, None, enable_gqa)
+        *batch, heads, length, features = shape
+        options["out"] = np.empty((*batch, length, heads, features), arrays[0].dtype).swapaxes(-3, -2)
     out, lse = _call(fastattn.attention, *arrays, dropout_p, CAUSAL[causal], scale, enable_gqa, **options)
     return torch.from_numpy(out), torch.from_numpy(lse)
 

@@ -11,6 +11,7 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 from torch.autograd import gradcheck  # noqa: E402
 from torch.nn.functional import scaled_dot_product_attention as theirs  # noqa: E402
 
+from fastattn.call.score_options import FurtherOptions  # noqa: E402
 from fastattn.integrations import keywords  # noqa: E402
 from fastattn.integrations.torch import (  # noqa: E402
     additive_attention,
@@ -326,6 +327,10 @@ REFUSED: list[tuple[Any, str, dict[str, Any]]] = [
 def test_refused(kind: Any, message: str, options: dict[str, Any], grad: bool) -> None:
     with pytest.raises(kind, match=message):
         scaled_dot_product_attention(*operands(grad=grad), enable_gqa=True, **options)
+
+
+def test_every_option_gets_through() -> None:
+    assert keywords.KEYWORDS.keys() == FurtherOptions.__annotations__.keys()
 
 
 def test_a_pair_of_masks_that_is_one_or_none() -> None:
