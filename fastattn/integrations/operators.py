@@ -84,8 +84,8 @@ def attention(
         options["rng"] = int(seed)
     in_one_piece = query.numel() > 0 and query.is_contiguous()  # which takes less time to find out
     if not in_one_piece and _length_first(query):
-        shape, _ = shapes_of_results(*(array.shape for array in arrays[:3]), None, None, enable_gqa)
-        *batch, heads, length, features = shape
+        shapes = arrays[0].shape, arrays[1].shape, arrays[2].shape
+        *batch, heads, length, features = shapes_of_results(*shapes, None, None, enable_gqa)[0]
         options["out"] = np.empty((*batch, length, heads, features), arrays[0].dtype).swapaxes(-3, -2)
     out, lse = _call(fastattn.attention, *arrays, dropout_p, CAUSAL[causal], scale, enable_gqa, **options)
     return torch.from_numpy(out), torch.from_numpy(lse)
