@@ -86,6 +86,8 @@ def flattened(options: FurtherOptions) -> tuple[Any, ...]:
 def restored(arguments: tuple[Any, ...]) -> dict[str, Any]:
     """Return what a user gave, of the operator's arguments; the last of them may be left out where they are None."""
     options: dict[str, Any] = {}
+    if not arguments:
+        return options  # as most calls have it
     rest = list(arguments)
     for name, keyword in KEYWORDS.items():
         own, rest = rest[: len(keyword.arguments)], rest[len(keyword.arguments) :]
