@@ -22,7 +22,7 @@ import torch
 import fastattn
 from fastattn.call.problem import Array
 from fastattn.call.shapes import shapes_of_results
-from fastattn.cpu.host.pool import threads_of_call
+from fastattn.cpu.host.threads import threads_of_call
 from fastattn.integrations import keywords
 from fastattn.integrations.tensors import array_of
 

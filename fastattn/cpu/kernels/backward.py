@@ -507,6 +507,6 @@ def task_function(kernel):
         plan = plan_view(call.plan)
         kv_head, number = number % plan.outer, number // plan.outer
         group, turn = number % plan.groups, number // plan.groups
-        differentiate_group(kernel, call, plan, kv_head, group, turn, call.scratch + slot * call.scratch_bytes)
+        differentiate_group(kernel, call, plan, kv_head, group, turn, call.scratch + slot * plan.scratch_bytes)
 
     return task
