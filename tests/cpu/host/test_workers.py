@@ -142,7 +142,7 @@ class Lives:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.end = threading.Event()
         self.workers: list[int] = []
-        monkeypatch.setattr(pool, "library", lambda name: self)
+        monkeypatch.setattr(pool, "load", lambda kernel: self)
         self.addresses = {"start": 0}
 
     def work(self, address: int, worker: int, spins: int) -> None:
