@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,12 @@ from strategies import (
     Call,
     _broadcasting,
     causal,
+    each,
     laid_out,
     layouts,
+    masks_of,
     numbers,
-    random_mask,
+    score_options,
     with_odd,
 )
 
@@ -70,18 +73,15 @@ def additive_calls(draw: st.DrawFn, odd: bool = False, any_layout: bool = True) 
         for array in arrays[:2]:
             array[..., rng.random(array.shape[-2]) < 0.2, :] *= dtype(50)
     options: dict[str, Any] = {"is_causal": draw(causal)}
-    mask, kind = None, draw(st.sampled_from((None, *MASKS)))
-    if kind is not None:
-        scores = describe_additive(*arrays, weight, **options)[0].weights_shape
-        mask = random_mask(
-            rng, draw(_broadcasting(scores)), kind, draw(st.sampled_from((np.float16, np.float32, dtype)))
-        )
+    problem, _ = describe_additive(*arrays, weight, **options)
+    kinds = (None, *MASKS)
+    mask, described_mask = draw(masks_of(rng, problem.weights_shape, kinds, dtypes=(np.float16, np.float32, dtype)))
+    options |= draw(score_options(problem.batch, problem.queries, problem.keys, options["is_causal"]))
     names = [draw(layouts) if any_layout else "contiguous" for _ in range(5)]
     *arrays, weight, mask = (
-        array if array is None else laid_out(array, name)
-        for array, name in zip((*arrays, weight, mask), names, strict=True)
+        each(partial(laid_out, layout=name), array) for array, name in zip((*arrays, weight, mask), names, strict=True)
     )
-    line = f"{' '.join(str(a.shape) for a in arrays)} {np.dtype(dtype)} {size} seed {seed}, mask {kind}"
+    line = f"{' '.join(str(a.shape) for a in arrays)} {np.dtype(dtype)} {size} seed {seed}{described_mask}"
     return Call(*arrays, mask, options | {"weight": weight}, f"{line}, {options}, layouts {names}")
 
 

@@ -7,28 +7,32 @@ from typing import Any
 import numpy as np
 import tolerances
 from additive_cases import inputs
-from strategies import Call, numbers
+from strategies import Call, bits_of, numbers
 
 from fastattn import additive_attention, additive_attention_backward, reference
 from fastattn.call.arrays import as_additive_operands
 from fastattn.call.shapes import describe_additive
 from fastattn.call.upstream import describe_upstream, folded
 from fastattn.reference.backward import differentiate
+from fastattn.reference.forward import raw_scores
 
 Array = np.ndarray[Any, Any]
 NAMES = ("grad_query", "grad_key", "grad_value", "grad_weight")
 
 
-def upstream_of(query: Any, key: Any, value: Any, weight: Any, mask: Any = None, is_causal: Any = False) -> list[Array]:
+def upstream_of(
+    query: Any, key: Any, value: Any, weight: Any, mask: Any = None, is_causal: Any = False, **options: Any
+) -> list[Array]:
     """Return some gradient of the result, the result and the log-sum-exp."""
-    out, lse = additive_attention(query, key, value, weight, mask, is_causal, return_lse=True)
+    out, lse = additive_attention(query, key, value, weight, mask, is_causal, **options, return_lse=True)
     rng = np.random.default_rng(out.size)
     return [numbers(rng, out.shape, out.dtype), out, lse]
 
 
 def backward(arrays: Any, mask: Any = None, is_causal: Any = False, *, upstream: Any = None, **options: Any) -> Any:
     """Call the kernels, after the forward pass."""
-    upstream = upstream or upstream_of(*arrays, mask, is_causal)
+    of_scores = {name: option for name, option in options.items() if name != "backend"}
+    upstream = upstream or upstream_of(*arrays, mask, is_causal, **of_scores)
     grad_out, out, lse = upstream
     return additive_attention_backward(grad_out, *arrays, out, lse, mask, is_causal, **options)
 
@@ -38,7 +42,8 @@ def bounds(problem: Any, operands: Any, upstream: Any, weight: Array) -> list[Ar
 
     With A the size of the terms of a score (see `tolerances`), a weight P is wrong by eps · (8 + A + |lse| + |mask|) of
     itself, and by what is too small for the dtype. dS is P times a difference of size Σ |dO| |value| + Σ |dO| |out|;
-    1 - t² has a few roundings of 1. Sums round as well: by the root of the number of terms, as roundings cancel.
+    1 - t² has a few roundings of 1. Sums round as well: by the root of the number of terms, as roundings cancel. What
+    a softcap makes of the errors of scores, and of dS, is said in `tolerances`.
     """
     info = np.finfo(problem.dtype)
     eps, tiny = float(info.eps), float(info.tiny)
@@ -48,14 +53,17 @@ def bounds(problem: Any, operands: Any, upstream: Any, weight: Array) -> list[Ar
     weights = reference.evaluate(problem, operands, weight=weight)[2].reshape(*lse.shape, problem.keys)
     weights = np.where(np.isfinite(weights), weights, 0).astype(np.float64)
     large = np.abs(np.where(np.isfinite(weight), weight, 0), dtype=np.float64)
-    terms = tolerances.ADDITIVE_ROUNDINGS * large.sum()
+    of_raw = tolerances.ADDITIVE_ROUNDINGS * float(large.sum())
+    slope, blur = tolerances.slope_of_score(problem, raw_scores(problem, operands, weight), of_raw)
+    terms = tolerances.error_of_score(problem, of_raw, float(large.sum()))
     terms += 2 * tolerances.ROUNDINGS + np.sqrt(problem.value_dim + problem.queries + problem.keys)
     errors = eps * (terms + lse[..., None])
     if problem.mask_kind == "float":
         mask = np.abs(np.where(np.isfinite(operands.mask), operands.mask, 0), dtype=np.float64)
         errors = errors + eps * np.where(weights > eps**2, mask, 0).max(axis=-1, keepdims=True, initial=0)
     errors = errors * weights + tiny
-    slopes = errors * (rows @ value.swapaxes(-1, -2) + (rows * out).sum(-1)[..., None]) + tiny
+    magnitudes = rows @ value.swapaxes(-1, -2) + (rows * out).sum(-1)[..., None]
+    slopes = (errors * slope + weights * blur) * magnitudes + tiny
     return [
         slopes.sum(axis=-1)[..., None] * large + tiny,
         slopes.sum(axis=-2)[..., None] * large + tiny,
@@ -67,14 +75,14 @@ def bounds(problem: Any, operands: Any, upstream: Any, weight: Array) -> list[Ar
 def check(call: Call) -> None:
     """Assert that the gradients of a call are right, and like their arguments, and that nothing was changed."""
     arrays = (call.query, call.key, call.value, call.options["weight"])
-    is_causal = call.options["is_causal"]
-    upstream = upstream_of(*arrays, call.attn_mask, is_causal)
-    before = [None if a is None else a.tobytes() for a in (*arrays, call.attn_mask, *upstream)]
-    found = backward(arrays, call.attn_mask, is_causal, upstream=upstream)
-    assert [None if a is None else a.tobytes() for a in (*arrays, call.attn_mask, *upstream)] == before
+    options = {name: option for name, option in call.options.items() if name != "weight"}
+    upstream = upstream_of(*arrays, call.attn_mask, **options)
+    before = call.bits, bits_of(*upstream)
+    found = backward(arrays, call.attn_mask, **options, upstream=upstream)
+    assert (call.bits, bits_of(*upstream)) == before
 
     *plain, mask = as_additive_operands(*arrays, call.attn_mask)
-    problem, operands = describe_additive(*plain, mask, is_causal)
+    problem, operands = describe_additive(*plain, mask, **options)
     checked = describe_upstream(problem, *upstream)
     with np.errstate(all="ignore"):
         exact = differentiate(problem, operands, checked, weight=plain[3])

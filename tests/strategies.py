@@ -1,4 +1,4 @@
-"""What Hypothesis tries: whole calls of `attention`, with every shape, layout, dtype, mask and option.
+"""What Hypothesis tries: whole calls of `attention`, with every shape, layout, dtype, mask, interval and option.
 
 Hypothesis draws what a call looks like; the numbers themselves come from a generator that it seeds, which is quick and
 lets it shrink a failure to the smallest shape. `Call` prints as a line that says all this.
@@ -6,7 +6,9 @@ lets it shrink a failure to the smallest shape. `Call` prints as a line that say
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -49,12 +51,42 @@ class Call:
         """The positional arguments: query, key, value, attn_mask."""
         return self.query, self.key, self.value, self.attn_mask
 
+    @property
+    def bits(self) -> list[bytes]:
+        """What all its arrays hold, those among its options included."""
+        return bits_of(*self.args, *(option for option in self.options.values() if isinstance(option, np.ndarray)))
+
     def __repr__(self) -> str:
         return f"<call {self.line}>"
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         """Have Hypothesis print the line, and not the arrays."""
         printer.text(repr(self))
+
+
+def each(function: Callable[[Array], Array], given: Any) -> Any:
+    """Apply a function to an array, or to both of a pair of masks; None stays."""
+    if isinstance(given, tuple):
+        return tuple(each(function, mask) for mask in given)
+    return None if given is None else function(given)
+
+
+def bits_of(*arrays: Any) -> list[bytes]:
+    """Return what arrays hold, of pairs of masks both; nothing for None."""
+    found: list[bytes] = []
+    for array in arrays:
+        if isinstance(array, tuple):
+            found += bits_of(*array)
+        elif array is not None:
+            found.append(array.tobytes())
+    return found
+
+
+def bias_in(mask: Any) -> Any:
+    """Return the floating mask, alone or in a pair, None if there is none."""
+    if isinstance(mask, tuple):
+        return mask[0]
+    return None if mask is None or mask.dtype.kind == "b" else mask
 
 
 # -- layouts -----------------------------------------------------------------------------------------------------------
@@ -226,6 +258,85 @@ def random_mask(rng: np.random.Generator, shape: tuple[int, ...], kind: str, dty
 MASKS = ("bool", "bool, few rows", "padding", "float", "float, -inf", "float, lowest", "float, odd")
 
 
+# -- scores ------------------------------------------------------------------------------------------------------------
+
+#: None, mostly: a call with all options at once says little of any of them.
+rarely = st.sampled_from((False, False, True))
+softcaps = st.sampled_from((0.25, 1, 5.0, 30, 50.0, 1e4))
+HUGE = 10**30  # beyond every integer of NumPy's
+
+
+@st.composite
+def windows(draw: st.DrawFn, keys: int) -> Any:
+    """Draw a window: narrow ones, wide ones, open ones."""
+    reach = st.one_of(st.none(), st.integers(0, 3), st.integers(0, keys + 2), st.just(HUGE))
+    return draw(st.tuples(reach, reach))
+
+
+@st.composite
+def query_offsets(draw: st.DrawFn, batch: tuple[int, ...], queries: int, keys: int) -> Any:
+    """Draw the position of query 0, one for all rows of a batch or one for each: among the keys, mostly."""
+    near = st.integers(-queries - 2, keys + 2)
+    if not draw(st.booleans()):
+        return draw(st.one_of(near, near, near, st.sampled_from((HUGE, -HUGE))))
+    shape = draw(_broadcasting(batch))
+    rng = np.random.default_rng(draw(SEEDS))
+    return rng.integers(-queries - 2, keys + 3, shape).astype(draw(st.sampled_from((np.int64, np.int32))))
+
+
+@st.composite
+def key_lengths(draw: st.DrawFn, batch: tuple[int, ...], keys: int) -> Array:
+    """Draw how many keys the rows of a batch have: all of them, or none, among others."""
+    rng = np.random.default_rng(draw(SEEDS))
+    found = rng.integers(0, keys + 1, draw(_broadcasting(batch)))
+    ends = rng.choice((0, keys), found.shape)
+    return np.where(rng.random(found.shape) < 0.2, ends, found).astype(draw(st.sampled_from((np.int64, np.uint16))))
+
+
+@st.composite
+def score_options(draw: st.DrawFn, batch: tuple[int, ...], queries: int, keys: int, is_causal: Any) -> dict[str, Any]:
+    """Draw some of window, query_offset, key_lengths and softcap, as go together with `is_causal`."""
+    options: dict[str, Any] = {}
+    if draw(rarely):
+        options["window"] = draw(windows(keys))
+    if is_causal != "bottom-right" and draw(rarely):
+        options["query_offset"] = draw(query_offsets(batch, queries, keys))
+    if draw(rarely):
+        options["key_lengths"] = draw(key_lengths(batch, keys))
+    if draw(rarely):
+        options["softcap"] = draw(softcaps)
+    return options
+
+
+@st.composite
+def masks_of(
+    draw: st.DrawFn,
+    rng: np.random.Generator,
+    scores: tuple[int, ...],
+    kinds: tuple[str | None, ...],
+    pairs: bool = True,
+    dtypes: tuple[Any, ...] = (np.float16, np.float32, np.float64),
+) -> tuple[Any, str]:
+    """Draw a mask for scores of a shape, or a pair of them, and what it is."""
+    kind = draw(st.sampled_from(kinds))
+    if kind is None:
+        return None, ""
+
+    def mask_of(kind: str) -> Array:
+        dtype = draw(st.sampled_from(dtypes))
+        return random_mask(rng, draw(_broadcasting(scores)), kind, dtype)
+
+    mask = mask_of(kind)
+    described = f", mask {kind} {mask.dtype} {mask.shape}"
+    if not (pairs and draw(rarely)):
+        return mask, described
+    others = [other for other in kinds if other and other.startswith("float") != kind.startswith("float")]
+    other_kind = draw(st.sampled_from((None, *others)))
+    other = None if other_kind is None else mask_of(other_kind)
+    described += f" with {other_kind}" + ("" if other is None else f" {other.dtype} {other.shape}")
+    return ((mask, other) if kind.startswith("float") else (other, mask)), described
+
+
 @st.composite
 def calls(
     draw: st.DrawFn,
@@ -237,6 +348,7 @@ def calls(
     dropout: bool = False,
     any_layout: bool = True,
     small: bool = False,
+    further: bool | None = None,
 ) -> Call:
     """Draw a call.
 
@@ -256,6 +368,9 @@ def calls(
         Whether the arrays lie in memory in other ways than C-contiguous.
     small
         Whether all axes are short.
+    further
+        Whether queries have windows, offsets and lengths, scores a softcap, and masks come in pairs; not if small,
+        unless asked for.
     """
     query_shape, key_shape, value_shape, enable_gqa = draw(shapes(empty=empty, small=small))
     dtype = draw(DTYPES)
@@ -269,12 +384,12 @@ def calls(
         which, share = draw(st.sets(st.integers(0, 2), min_size=1)), draw(st.sampled_from((1 / 32, 1 / 1024)))
         arrays = [with_odd(rng, array, ODD, share) if i in which else array for i, array in enumerate(arrays)]
 
+    further = not small if further is None else further
     options: dict[str, Any] = {"enable_gqa": enable_gqa, "is_causal": draw(causal), "scale": draw(scales)}
-    mask, mask_kind = None, draw(st.sampled_from(masks))
-    if mask_kind is not None:
-        scores = describe(arrays[0], arrays[1], arrays[2], **options)[0].weights_shape
-        mask_dtype = draw(st.sampled_from((np.float16, np.float32, np.float64)))
-        mask = random_mask(rng, draw(_broadcasting(scores)), mask_kind, mask_dtype)
+    problem, _ = describe(arrays[0], arrays[1], arrays[2], **options)
+    mask, described_mask = draw(masks_of(rng, problem.weights_shape, masks, further))
+    if further:
+        options |= draw(score_options(problem.batch, problem.queries, problem.keys, options["is_causal"]))
     if dropout:
         options["dropout_p"] = draw(st.sampled_from((0.1, 0.5, 0.9, 1, 2**-20)))
         options["rng"] = draw(st.integers(0, 2**64 - 1))
@@ -283,10 +398,9 @@ def calls(
     if any_layout:
         names = [draw(st.one_of(layouts, st.just("stride 0"))) for _ in range(4)]
         *arrays, mask = (
-            array if array is None else repeated(array) if name == "stride 0" else laid_out(array, name)
+            each(repeated, array) if name == "stride 0" else each(partial(laid_out, layout=name), array)
             for array, name in zip((*arrays, mask), names, strict=True)
         )
     described = " ".join(str(array.shape) for array in arrays) + f" {np.dtype(dtype)} {size} seed {seed}"
-    if mask is not None:
-        described += f", mask {mask_kind} {mask.dtype} {mask.shape}"
-    return Call(arrays[0], arrays[1], arrays[2], mask, options, f"{described}, {options}, layouts {names}")
+    line = f"{described}{described_mask}, {options}, layouts {names}"
+    return Call(arrays[0], arrays[1], arrays[2], mask, options, line)

@@ -20,10 +20,17 @@ score. Then:
 - In additive attention the terms of a score are weight · tanh. A is 7 Σ|weight|: the error of one term is at most 7 eps
   times its weight (2 from that of exp(2q) and exp(2k), which are right to 2 units in the last place each, and change
   2 / (1 + exp(2q) exp(2k)) by at most half as much; the rest from the roundings of this quotient, which is up to 2).
+- A softcap c makes c · tanh(s / c) of a score s, whose slope is at most 1: the error of the score becomes no greater,
+  and no error is above 2 c. The result, no larger than c or than the score, is rounded some times more
+  (`CAP_ROUNDINGS`): the factor 1 / c, the product with it, which tanh makes no worse relative to itself, tanh (2 for
+  that of exp(x) - 1, 1 each for the sum and the quotient), and the product with c.
 - Dropout multiplies weights, and with them their errors, by 1 / (1 - p).
 - In the backward pass a weight is exp(score - lse) with both rounded, and what is multiplied by it, and summed, is
   rounded as often as the sum is long. A gradient is a sum of such products: its error is at most eps times the number
   of roundings on the way, times the sum of the magnitudes. `expected_gradients` evaluates just that.
+- With a softcap the gradient of a score is multiplied by its slope, 1 - tanh(s / c)². That has the roundings of tanh,
+  and an error d of the score changes it by a factor of up to exp(2 d / c), as its logarithm has a slope of up to 2 / c.
+  Where tanh is 1 in the call's type, the slope need not become smaller any more (`LEAST_SLOPE`).
 
 What is not finite must be the same, with one exception: where the exact result is infinite, because a value is, the
 weight of that value may be 0 in the narrower type, and 0 · inf is NaN.
@@ -42,7 +49,7 @@ from fastattn.call.arrays import as_additive_operands, as_operands
 from fastattn.call.problem import Problem
 from fastattn.call.seeds import seed_from
 from fastattn.call.shapes import describe, describe_additive
-from fastattn.call.upstream import Upstream, folded
+from fastattn.call.upstream import Upstream, bias_of, folded
 
 Array = NDArray[Any]
 
@@ -50,6 +57,10 @@ Array = NDArray[Any]
 ADDITIVE_ROUNDINGS = 7
 #: Roundings of one result that do not depend on the size of the scores: exp, sum, division, products with the values.
 ROUNDINGS = 8
+#: Roundings of a score that a softcap makes, at the size that it then has.
+CAP_ROUNDINGS = 7
+#: A slope below this may be any other.
+LEAST_SLOPE = {np.dtype(np.float32): 2.0**-56, np.dtype(np.float64): 2.0**-450}
 
 
 @dataclass(frozen=True)
@@ -72,8 +83,8 @@ def expected(
 ) -> Expected:
     """Evaluate a call in a wider type, with the bounds for it.
 
-    Parameters are those of `fastattn.attention`; `options` are dropout_p, is_causal, scale and enable_gqa. Given a
-    weight, those of `fastattn.additive_attention`.
+    Parameters are those of `fastattn.attention`; `options` are dropout_p, is_causal, scale, enable_gqa and what else
+    there is to say of scores. Given a weight, those of `fastattn.additive_attention`.
     """
     if weight is None:
         problem, operands = describe(*as_operands(query, key, value, attn_mask), **options)
@@ -87,10 +98,11 @@ def expected(
     with np.errstate(all="ignore"):
         eps = float(np.finfo(problem.dtype).eps)
         if weight is None:
-            terms = score_size(operands.query, operands.key, problem.scale)
+            largest_score = terms = score_size(operands.query, operands.key, problem.scale)
         else:
-            terms = ADDITIVE_ROUNDINGS * float(np.abs(weight[np.isfinite(weight)], dtype=np.float64).sum())
-        size: Any = ROUNDINGS + terms
+            largest_score = float(np.abs(weight[np.isfinite(weight)], dtype=np.float64).sum())
+            terms = ADDITIVE_ROUNDINGS * largest_score
+        size: Any = ROUNDINGS + error_of_score(problem, terms, largest_score)
         if operands.mask is not None and problem.mask_kind == "float":
             # not finite: the row is not finite either, or the key has no part in it
             counts = (undropped > eps**2) & np.isfinite(operands.mask).reshape(undropped.shape)
@@ -98,7 +110,8 @@ def expected(
             size = size + np.minimum(masks, np.finfo(problem.dtype).max).max(axis=-1, initial=0)
         size = np.broadcast_to(size, problem.lse_shape)
         out_bound = eps * size * max(1.0, problem.keep_scale) * max(1.0, largest(operands.value))
-        size = size + terms * max(0.0, problem.head_dim / 2 - 1)
+        worst = terms * max(1.0, problem.head_dim / 2)
+        size = size + error_of_score(problem, worst, largest_score) - error_of_score(problem, terms, largest_score)
         weight_bound = eps * size * max(1.0, problem.keep_scale)
         most = max(1.0, problem.keep_scale) * (1 + ROUNDINGS * eps)
         most_out = most * (1 + problem.keys * eps) * largest(operands.value)
@@ -119,6 +132,25 @@ def score_size(query: Array, key: Array, scale: float) -> float:
     """Return A, the largest Σ|q||k| · |scale| of the finite values."""
     query, key = (np.abs(np.where(np.isfinite(array), array, 0), dtype=np.float64) for array in (query, key))
     return float((query @ key.swapaxes(-1, -2)).max(initial=0) * abs(scale))
+
+
+def error_of_score(problem: Problem, terms: float, largest_score: float) -> float:
+    """Return the error of a score, in eps, where that of scale · (query · key) is `terms`."""
+    softcap = problem.scores.softcap
+    if softcap is None:
+        return terms
+    return min(terms, 2 * softcap / float(np.finfo(problem.dtype).eps)) + CAP_ROUNDINGS * min(softcap, largest_score)
+
+
+def slope_of_score(problem: Problem, raw: Array, terms: float) -> tuple[Any, Any]:
+    """Return what a gradient of scores is multiplied by, and its error, where the error of `raw` is eps · terms."""
+    softcap = problem.scores.softcap
+    if softcap is None:
+        return 1.0, 0.0
+    eps = float(np.finfo(problem.dtype).eps)
+    slope = problem.scores.slope(np.where(np.isnan(raw), 0, raw))  # NaN is hidden, or all of the row is
+    blur = slope * (np.expm1(min(2 * eps * terms / softcap, 700.0)) + eps * CAP_ROUNDINGS)
+    return slope, np.minimum(1.0, blur + LEAST_SLOPE[problem.dtype])
 
 
 def largest(values: Array) -> float:
@@ -299,19 +331,24 @@ def expected_gradients(
         sums = (g * np.abs(upstream.out)).sum(-1, keepdims=True)
         if upstream.grad_lse is not None:
             sums = sums + np.abs(upstream.grad_lse)[..., None]
-        scores = whole * (max(1.0, problem.keep_scale) * (g @ v) + sums)
+        magnitudes = whole * (max(1.0, problem.keep_scale) * (g @ v) + sums)
         eps = float(np.finfo(problem.dtype).eps)
-        terms = score_size(operands.query, operands.key, problem.scale) * max(1.0, problem.head_dim / 2)
+        largest_score = score_size(operands.query, operands.key, problem.scale)
+        of_raw = largest_score * max(1.0, problem.head_dim / 2)
+        slope, blur = slope_of_score(problem, reference.forward.raw_scores(problem, operands), of_raw)
+        terms = error_of_score(problem, of_raw, largest_score)
         largest_mask = 0.0 if operands.mask is None or problem.mask_kind == "bool" else largest(operands.mask)
         # of one weight, whatever is multiplied by it
         row = np.where(np.isfinite(upstream.lse), np.abs(upstream.lse), 0)[..., None]
         row = 2 * ROUNDINGS + terms + row + np.minimum(largest_mask, row + terms)
-        row = np.where(scores > 0, row + problem.head_dim + problem.value_dim + max(problem.queries, problem.keys), 0)
-        scores, kept = np.minimum(eps * row, 1e30) * scores, np.minimum(eps * row, 1e30) * kept
+        row = row + problem.head_dim + problem.value_dim + max(problem.queries, problem.keys)
+        row = np.where(magnitudes > 0, row, 0)
+        scores, kept = np.minimum(eps * row, 1e30) * magnitudes, np.minimum(eps * row, 1e30) * kept
+        raw = scores * slope + magnitudes * blur
         q, k = np.abs(operands.query), np.abs(operands.key)
         bounds = [
-            abs(problem.scale) * (scores @ k),
-            abs(problem.scale) * (scores.swapaxes(-1, -2) @ q),
+            abs(problem.scale) * (raw @ k),
+            abs(problem.scale) * (raw.swapaxes(-1, -2) @ q),
             kept.swapaxes(-1, -2) @ g,
             scores,
         ]
@@ -324,7 +361,8 @@ def check_gradients(
 ) -> None:
     """Assert that gradients are right, and of the shapes and dtypes of what was given; without a mask's, if none is."""
     names = ("grad_query", "grad_key", "grad_value", "grad_mask")
-    for name, gradient, argument, wide, bound in zip(names, gradients, given, exact, bounds, strict=False):
+    arguments = (*given[:3], *map(bias_of, given[3:]))
+    for name, gradient, argument, wide, bound in zip(names, gradients, arguments, exact, bounds, strict=False):
         shared = name in ("grad_key", "grad_value")
         shape, dtype = np.shape(argument), np.asarray(argument).dtype
         assert gradient.shape == shape, name

@@ -71,7 +71,10 @@ def scores_from(
             raise ValueError("query_offset: given together with is_causal='bottom-right', which sets it; expected None")
         offset, offsets = (keys - queries, None) if lengths is None else (0, lengths - queries)
     if causal != "no":
-        right = 0 if right is None else min(right, 0)
+        right = 0
+    first, offset = offset, held(offset)
+    left = None if left is None else offset - held(first - left)
+    right = None if right is None else held(first + right) - offset
     scores = Scores(
         scale=(1.0 / math.sqrt(head_dim) if head_dim else 1.0) if scale is None else scale,
         softcap=check_softcap(options.get("softcap")),
@@ -145,8 +148,13 @@ def check_window(given: object) -> tuple[int | None, int | None]:
             raise TypeError(f"window: {said(given)}; {expected}")
         if reach is not None and reach < 0:
             raise ValueError(f"window: {said(given)}; {expected}")
-    left, right = (None if reach is None else min(int(reach), FARTHEST) for reach in given)
+    left, right = (None if reach is None else int(reach) for reach in given)
     return left, right
+
+
+def held(position: int) -> int:
+    """Return a position, or the farthest one on its side."""
+    return min(max(position, -FARTHEST), FARTHEST)
 
 
 def _as_lengths(given: ArrayLike | None, batch: Shape, keys: int) -> Array | None:
@@ -164,10 +172,10 @@ def _as_offset(given: ArrayLike | None, batch: Shape) -> tuple[int, Array | None
     if given is None:
         return 0, None
     if isinstance(given, int) and not isinstance(given, bool):
-        return min(max(given, -FARTHEST), FARTHEST), None
+        return given, None
     offsets = _as_integers("query_offset", given, batch)
     if offsets.ndim == 0:
-        return min(max(int(offsets), -FARTHEST), FARTHEST), None
+        return int(offsets), None
     if offsets.dtype.kind == "u":
         offsets = np.minimum(offsets, FARTHEST)
     return 0, _of_rows(offsets.astype(np.int64).clip(-FARTHEST, FARTHEST), batch)

@@ -23,8 +23,10 @@ from fastattn.call.rounding import saturated
 
 __all__ = ["FARTHEST", "Scores", "Span"]
 
-#: No position is farther from another: what is beyond is at least as far as any key.
+#: No position is farther from the keys: what is beyond is at least as far as any key.
 FARTHEST = 1 << 60
+#: How far a query looks from there where nothing bounds it; positions less or plus this are whole numbers of 64 bits.
+UNBOUNDED = 1 << 61
 
 
 class Span(NamedTuple):
@@ -88,7 +90,7 @@ class Scores:
         return (key >= position - left) & (key <= position + right) & (key < keys)
 
     def _reach(self) -> tuple[int, int]:
-        return tuple(FARTHEST if reach is None else reach for reach in (self.left, self.right))  # type: ignore[return-value]
+        return tuple(UNBOUNDED if reach is None else reach for reach in (self.left, self.right))  # type: ignore[return-value]
 
     def value(self, raw: Any, bias: NDArray[Any] | None, real: np.dtype[Any]) -> Any:
         """Return what becomes of scale · (query · key), before anything is hidden.

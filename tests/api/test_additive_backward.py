@@ -7,6 +7,7 @@ import re
 import tracemalloc
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from additive_gradients import NAMES, backward, check, check_calls, upstream_of
 from hypothesis import given
 from hypothesis import strategies as st
 from rows import on_other_rows, takes_long
-from strategies import SEEDS, Call, causal, laid_out, layouts, numbers, random_mask
+from strategies import SEEDS, Call, causal, each, laid_out, layouts, numbers, random_mask
 
 import fastattn
 from fastattn import additive_attention, additive_attention_backward
@@ -142,13 +143,13 @@ def test_values_that_are_not_finite(call: Call) -> None:
 @given(call=additive_calls(odd=True, any_layout=False), names=st.tuples(*[layouts] * 8), threads=st.integers(1, 5))
 def test_the_same_bits_in_any_layout_and_at_any_thread_count(call: Call, names: Any, threads: int) -> None:
     arrays = (call.query, call.key, call.value, call.options["weight"])
-    is_causal = call.options["is_causal"]
-    upstream = upstream_of(*arrays, call.attn_mask, is_causal)
-    wanted = backward(arrays, call.attn_mask, is_causal, upstream=upstream)
+    options = {name: option for name, option in call.options.items() if name != "weight"}
+    upstream = upstream_of(*arrays, call.attn_mask, **options)
+    wanted = backward(arrays, call.attn_mask, **options, upstream=upstream)
     given = (*arrays, call.attn_mask, *upstream)
-    *moved, mask, grad_out, out, lse = (a if a is None else laid_out(a, n) for a, n in zip(given, names, strict=True))
+    *moved, mask, grad_out, out, lse = (each(partial(laid_out, layout=n), a) for a, n in zip(given, names, strict=True))
     with fastattn.num_threads(threads):
-        found = backward(moved, mask, is_causal, upstream=[grad_out, out, lse])
+        found = backward(moved, mask, **options, upstream=[grad_out, out, lse])
     for got, want in zip(found, wanted, strict=True):
         assert got.tobytes() == want.tobytes()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import tolerances
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory import MEASURE
-from strategies import LAYOUTS, SIZES, Call, calls, laid_out, numbers, random_mask
+from strategies import LAYOUTS, SIZES, Call, bits_of, calls, each, laid_out, numbers, random_mask
 
 import fastattn
 from fastattn import reference
@@ -42,9 +43,9 @@ def exact(args: tuple[Any, Any, Any], options: Any, top_k: int = 8) -> tuple[Any
 
 
 def check_summary(args: tuple[Any, Any, Any], options: Any, top_k: int = 8, backend: str = "cpu") -> Any:
-    before = [None if array is None else array.tobytes() for array in args]
+    before = bits_of(*args)
     summary = fastattn.attention_summary(*args, **options, top_k=top_k, backend=backend)
-    assert [None if array is None else array.tobytes() for array in args] == before
+    assert bits_of(*args) == before
     tolerances.check_summary(summary, *exact(args, options, top_k))
     return summary
 
@@ -130,7 +131,7 @@ def test_summary_has_the_same_bits_in_any_layout_and_at_any_thread_count(
     args = without_values(call)
     with fastattn.num_threads(1):
         wanted = fastattn.attention_summary(*args, **call.options, top_k=top_k)
-    moved = [None if array is None else laid_out(array, name) for array, name in zip(args, names, strict=True)]
+    moved = [each(partial(laid_out, layout=name), array) for array, name in zip(args, names, strict=True)]
     with fastattn.num_threads(threads):
         assert bits(fastattn.attention_summary(*moved, **call.options, top_k=top_k)) == bits(wanted)
 
@@ -315,7 +316,7 @@ def chosen(draw: st.DrawFn, **kinds: Any) -> tuple[tuple[Any, Any, Any], Any, An
 
 
 def check_chosen(args: Any, options: Any, rows: Any, columns: Any, backend: str = "cpu") -> None:
-    before = [None if array is None else array.tobytes() for array in args]
+    before = bits_of(*args)
     query, key, mask = args
     wanted = tolerances.expected(query, key, key, mask, **options)
     with np.errstate(all="ignore"):
@@ -332,7 +333,7 @@ def check_chosen(args: Any, options: Any, rows: Any, columns: Any, backend: str 
     part = replace(part, weights_bound=part.weights_bound + more[..., full(rows), :])
     given_lse = fastattn.attention_weights(*args, **options, rows=rows, columns=columns, lse=lse, backend=backend)
     tolerances.check_weights(given_lse, part)
-    assert [None if array is None else array.tobytes() for array in args] == before
+    assert bits_of(*args) == before
 
 
 @settings(max_examples=MANY)

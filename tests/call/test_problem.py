@@ -16,7 +16,7 @@ from fastattn.call.options import check_backend, check_causal, check_dropout, ch
 from fastattn.call.out import check_out
 from fastattn.call.problem import Problem
 from fastattn.call.scores import Scores
-from fastattn.call.shapes import MAX_RANK, describe
+from fastattn.call.shapes import MAX_RANK, describe, masks_of
 
 
 def problem_of(
@@ -112,9 +112,11 @@ def test_operands_are_views_of_the_arguments(call: Call) -> None:
         "query": (problem.queries, problem.head_dim),
         "key": (problem.keys, problem.head_dim),
         "value": (problem.keys, problem.value_dim),
-        "mask": (problem.queries, problem.keys),
+        "bias": (problem.queries, problem.keys),
+        "keep": (problem.queries, problem.keys),
     }
-    for (name, last), operand, array in zip(lengths.items(), (*operands[:3], operands.mask), arrays, strict=True):
+    given = (*arrays[:3], *masks_of(arrays[3]))
+    for (name, last), operand, array in zip(lengths.items(), operands[:5], given, strict=True):
         if operand is not None:
             assert operand.shape == (*problem.rows_shape, *last), name
             assert np.may_share_memory(operand, array), name

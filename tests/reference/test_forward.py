@@ -18,7 +18,22 @@ from strategies import Call, calls
 from fastattn import reference
 from fastattn.call import problem
 from fastattn.call.arrays import as_operands
+from fastattn.call.problem import Problem
 from fastattn.call.shapes import describe
+
+
+def intervals(call: Call, problem: Problem) -> tuple[float, float, Any, Any]:
+    """Return how far a query sees to either side, and for each row of the batch an offset and a number of keys."""
+    options = call.options
+    reaches = options.get("window", (None, None))
+    left, right = (math.inf if reach is None else reach for reach in reaches)
+    numbers = np.broadcast_to(options.get("key_lengths", problem.keys), problem.batch)
+    offsets = np.broadcast_to(np.asarray(options.get("query_offset", 0), object), problem.batch)
+    if options["is_causal"]:
+        right = 0
+    if options["is_causal"] == "bottom-right":
+        offsets = numbers - problem.queries
+    return left, right, offsets, numbers
 
 
 def one_by_one(call: Call) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -28,20 +43,22 @@ def one_by_one(call: Call) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     out = np.zeros((*rows, problem.queries, problem.value_dim))
     lse = np.zeros((*rows, problem.queries))
     weights = np.zeros((*rows, problem.queries, problem.keys))
+    softcap = call.options.get("softcap")
+    left, right, offsets, numbers = intervals(call, problem)
     for index in np.ndindex(*rows, problem.queries):
-        i = index[-1]
+        position, number = index[-1] + int(offsets[index[:-3]]), int(numbers[index[:-3]])
         q, k, v = operands.query[index], operands.key[index[:-1]], operands.value[index[:-1]]
         looked_at, scores = [], []
         for j in range(problem.keys):
             score = problem.scale * math.fsum(float(a) * float(b) for a, b in zip(q, k[j], strict=True))
-            if operands.mask is not None:
-                mask = operands.mask[(*index, j)]
-                if mask.dtype == bool:
-                    score = score if mask else -math.inf
-                else:
-                    limit = float(np.finfo(problem.dtype).max)
-                    score += float(mask) if math.isinf(mask) else min(max(float(mask), -limit), limit)
-            if problem.causal_offset is not None and j > i + problem.causal_offset:
+            if softcap is not None:
+                score = softcap * math.tanh(score / softcap)
+            if operands.bias is not None:
+                bias, limit = operands.bias[(*index, j)], float(np.finfo(problem.dtype).max)
+                score += float(bias) if math.isinf(bias) else min(max(float(bias), -limit), limit)
+            if operands.keep is not None and not operands.keep[(*index, j)]:
+                score = -math.inf
+            if not position - left <= j <= position + right or j >= number:
                 score = -math.inf
             if score > -math.inf:
                 looked_at.append(j)
