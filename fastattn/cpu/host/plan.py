@@ -1,6 +1,7 @@
 """From a Problem to what the kernels are told: the plan record, the blocking, the split into tasks."""
 
 import math
+import sys
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -115,12 +116,12 @@ def fields_of_scores(problem: Problem, bias: np.ndarray | None) -> dict[str, flo
     """The fields of a plan that say what happens to scores."""
     scores = problem.scores
     base = 1.0 if scores.bias else LOG2_E  # finfo.min times log2(e) is no number: scores stay in base e under a bias
-    softcap = 0.0 if scores.softcap is None else scores.softcap * base
+    softcap = 0.0 if scores.softcap is None else min(scores.softcap * base, sys.float_info.max)
     return {
         "scale": scores.scale * base,
         "unit": LOG2_E / base,
         "softcap": softcap,
-        "softcap_factor": 2.0 * LOG2_E / softcap if softcap else 0.0,
+        "softcap_factor": min(2.0 * LOG2_E / softcap, sys.float_info.max) if softcap else 0.0,
         "bias_kind": bias_kind(bias, problem.real),
         "bias_itemsize": bias.itemsize if bias is not None else 0,
         "keep": scores.keep,
