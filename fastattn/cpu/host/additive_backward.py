@@ -14,7 +14,7 @@ from fastattn.call.upstream import Upstream
 from fastattn.cpu.host import pool
 from fastattn.cpu.host.forward import scratch_memory
 from fastattn.cpu.host.kernels import describe, load, steps_of
-from fastattn.cpu.host.plan import LOG2_E, TASK_FLOPS, Plan, aligned, make_plan, padded, share_of_keys
+from fastattn.cpu.host.plan import TASK_FLOPS, Plan, aligned, fields_of_softcap, make_plan, padded, share_of_keys
 from fastattn.cpu.kernels.records import ADDITIVE_BACKWARD, ADDITIVE_PLACES, CALL, PLAN, QUERY_NUMBERS
 from fastattn.machine.objects import address_of
 from fastattn.machine.table import Blocking, Isa, host
@@ -107,8 +107,8 @@ def plan_rounds(problem: Problem, operands: Operands, grad_out: Array, row: Isa,
     fields = record[: PLAN.itemsize].view(PLAN)[0]
     heads = math.prod(problem.rows_shape)
     fields["key_block"] = key_block
-    if problem.scores.softcap is not None:  # scores are in base e here
-        fields["softcap"], fields["softcap_factor"] = problem.scores.softcap, 2.0 * LOG2_E / problem.scores.softcap
+    for name, number in fields_of_softcap(problem, 1.0).items():  # scores are in base e here
+        fields[name] = number
     fields["blocks"], fields["group"], fields["groups"], fields["tasks"] = chunks, 1, chunks, heads * chunks
     return replace(
         plan,
