@@ -16,12 +16,7 @@ from hypothesis import HealthCheck, settings
 from numba import config
 
 import fastattn
-from fastattn.api import additive
-from fastattn.api import attention as api
-from fastattn.cpu.host import additive_backward as additive_gradients
-from fastattn.cpu.host import backward as gradients
-from fastattn.cpu.host import forward as cpu
-from fastattn.cpu.host import summary
+from fastattn.cpu.host import session
 from fastattn.machine import table as isa
 
 # CUDA where there is a GPU; the simulator, which takes its time, is for tests/cuda
@@ -74,10 +69,8 @@ def sixteen_lanes(monkeypatch: pytest.MonkeyPatch) -> isa.Isa:
     row = replace(wide, name="wide", cpu=here.cpu, needs=here.needs, scalef=here.scalef)
     if here is wide:
         row = here  # which is compiled already
-    for module in (cpu, gradients, additive_gradients, summary):
-        monkeypatch.setattr(module, "host", lambda: row)
-    for module, plans in ((api, "_prepared"), (additive, "_prepared"), (cpu, "_prepared"), (gradients, "_plans")):
-        monkeypatch.setattr(module, plans, {})
+    monkeypatch.setattr(session.current, "_row", row)
+    monkeypatch.setattr(session.current, "plans", session.Plans())
     return row
 
 

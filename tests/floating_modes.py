@@ -12,10 +12,7 @@ import pytest
 from llvmlite import binding as llvm
 
 import fastattn
-from fastattn.api import additive
-from fastattn.api import attention as api
-from fastattn.cpu.host import backward as gradients
-from fastattn.cpu.host import forward as cpu
+from fastattn.cpu.host import session
 from fastattn.machine import loading as machine
 from fastattn.machine.libraries import Library
 from fastattn.machine.table import host
@@ -173,8 +170,7 @@ def _bits(results: Any) -> list[bytes]:
 
 
 def forget_plans() -> None:
-    for plans in (api._prepared, additive._prepared, cpu._prepared, gradients._plans):
-        plans.clear()
+    session.current.plans = session.Plans()
 
 
 def check(*dtypes: Any, names: Iterable[str] = CALLS) -> int:

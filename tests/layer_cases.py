@@ -96,6 +96,18 @@ CASES: dict[str, Any] = {
         strengthened(LuongAttention(5, 5, score, align, window=3, hidden_dim=4, rng=rng, dtype=np.float64)),
         [(7, 5), (3, 30, 5)], {"key_lengths": [30, 0, 11]})
     for score, align in itertools.product(SCORES, ALIGNMENTS)
+} | {
+    "multi-head, options": lambda rng: (MultiHeadAttention(12, 3, rng=rng, dtype=np.float64), [(3, 7, 12), (9, 12)],
+                                        {"is_causal": True, "window": (4, None), "query_offset": [2, -3, 1],
+                                         "key_lengths": [9, 6, 7], "softcap": 2.0}),
+    "bahdanau, options": lambda rng: (BahdanauAttention(4, 5, 6, rng=rng, dtype=np.float64), [(3, 7, 4), (9, 5)],
+                                      {"window": (3, 1), "query_offset": 1, "key_lengths": [9, 0, 5], "softcap": 0.7}),
+} | {
+    f"luong, general, {align}, options": lambda rng, align=align: (
+        strengthened(LuongAttention(5, 5, "general", align, window=3, hidden_dim=4, rng=rng, dtype=np.float64)),
+        [(7, 5), (3, 30, 5)], {"window": (5, 2), "query_offset": 9, "key_lengths": [30, 0, 13], "softcap": 3.0,
+                               "attn_mask": (rng.standard_normal((7, 30)), rng.random((3, 7, 30)) < 0.8)})
+    for align in ALIGNMENTS
 }  # fmt: skip
 
 

@@ -531,8 +531,8 @@ MUTATIONS = (
     Mutation(
         "CUDA: weights leave out the sum",
         "cuda/kernels/portable.py",
-        "exp2(((scores[i, j] - shift) - rest) * unit)",
-        "exp2((scores[i, j] - shift) * unit)",
+        "exp2(((scores[i, j] - shift) - rest) * to_base_2)",
+        "exp2((scores[i, j] - shift) * to_base_2)",
         ("cuda/test_rounded_lse.py", "test_a_row_of_scores_all_alike"),
     ),
     Mutation(

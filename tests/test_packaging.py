@@ -25,6 +25,8 @@ pytestmark = [
     ),
 ]
 
+takes_long = pytest.mark.skipif("FASTATTN_SLOW" not in os.environ, reason="takes long; FASTATTN_SLOW=1 runs it")
+
 USE = """
 import numpy as np, fastattn
 from pathlib import Path
@@ -104,7 +106,8 @@ def test_what_an_index_shows_has_no_links_that_lead_nowhere(distributions: dict[
     assert "in the source distribution" in shown
 
 
-@pytest.mark.parametrize("kind", ["wheel", "sdist"])
+# the wheel is that of the sdist, so that the sdist by itself says little more
+@pytest.mark.parametrize("kind", ["wheel", pytest.param("sdist", marks=takes_long)])
 def test_it_runs_from_an_empty_environment(kind: str, distributions: dict[str, Path], tmp_path: Path) -> None:
     run(sys.executable, "-m", "venv", tmp_path / "venv", cwd=tmp_path)
     python = tmp_path / "venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
@@ -133,7 +136,7 @@ print(sys.frozen, "numba" in sys.modules)
 """
 
 
-@pytest.mark.skipif("FASTATTN_SLOW" not in os.environ, reason="takes minutes; FASTATTN_SLOW=1 runs it")
+@takes_long
 def test_pyinstaller_freezes_it(
     distributions: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

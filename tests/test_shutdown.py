@@ -11,7 +11,7 @@ PREAMBLE = """
 import atexit, sys, threading, time
 import numpy as np
 import fastattn
-from fastattn.cpu.host import pool
+from fastattn.cpu.host import pool, session
 pool.WORTH_SHARING = pool.WORTH_WAKING = 0
 fastattn.set_num_threads(3)
 query, key, value = np.random.default_rng(0).standard_normal((3, 1, 4, 40, 16), dtype=np.float32)
@@ -52,11 +52,9 @@ class Last:
 # the kernels have to be there: they cannot be compiled any more
 KERNELS = """
 wanted = every_call()
-from fastattn.api import additive, attention as api
-from fastattn.cpu.host import forward as attention, backward as gradients
+from fastattn.cpu.host import session
 from fastattn.machine import libraries as kernels
-for plans in (additive._prepared, api._prepared, attention._prepared, gradients._plans):
-    plans.clear()  # shapes are new again
+session.current.plans = session.Plans()  # shapes are new again
 
 def are_right():
     return all(np.array_equal(*pair) for pair in zip(every_call(), wanted, strict=True))
@@ -92,7 +90,7 @@ last = Last(lambda: len(every_call()))
 
 def test_new_threads_in_a_last_finaliser() -> None:
     """None can be started."""
-    assert run(KERNELS + "pool._forget()\nlast = Last(are_right)\n") == "True True\n"
+    assert run(KERNELS + "session.forget()\nlast = Last(are_right)\n") == "True True\n"
     more = "fastattn.set_num_threads(1)\n" + KERNELS + "fastattn.set_num_threads(7)\nlast = Last(are_right)\n"
     assert run(more) == "True True\n"
 
@@ -122,7 +120,7 @@ def test_a_kernel_is_compiled_at_exit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("new_threads", [False, True])
 def test_every_function_at_exit(new_threads: bool) -> None:
-    forget = "pool._forget()\n" if new_threads else ""
+    forget = "session.forget()\n" if new_threads else ""
     assert run(KERNELS + forget + "atexit.register(lambda: print(are_right(), flush=True))") == "True\n"
 
 
@@ -142,14 +140,14 @@ def run(begun):
     assert run(KERNELS + code + DAEMON + DAEMON + "last = Last(are_right)\n") == "True True\n"
 
 
-@pytest.mark.parametrize("lock", ["kernels._lock", "pool._pool.growing"])
+@pytest.mark.parametrize("lock", ["kernels._lock", "session.current.pool.growing"])
 def test_a_daemon_thread_that_ends_with_a_lock(lock: str) -> None:
     """Nobody waits for what it will never give back."""
     code = f"""
 daemon = '''
 import time
 from fastattn.machine import libraries as kernels
-from fastattn.cpu.host import pool
+from fastattn.cpu.host import pool, session
 def run(begun):
     with {lock}:
         begun.set()

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastattn import reference
+from fastattn.api.asked import are_same, key_of, masks_in
 from fastattn.api.backends import BACKENDS
 from fastattn.call.arrays import as_additive_operands
 from fastattn.call.options import check_backend, check_flag
 from fastattn.call.out import check_out, delivered, target_for
-from fastattn.call.problem import Operands
 from fastattn.call.score_options import FurtherOptions
 from fastattn.call.shapes import describe_additive, masks_of
 from fastattn.cpu.host import forward as cpu
+from fastattn.cpu.host import session
 from fastattn.cpu.host.builtin import in_default_mode, signatures
-from fastattn.cpu.host.pool import get_num_threads, threads_of_call
-
-_prepared: dict[Any, cpu.Prepared] = {}
+from fastattn.cpu.host.threads import get_num_threads, threads_of_call
 
 
 def additive_attention(
@@ -105,28 +105,18 @@ def additive_attention(
     >>> fastattn.additive_attention(query, key, value, weight).shape
     (8, 16, 64)
     """
-    # as in `attention`: a call like an earlier one, with plain arguments, finds its plan by what it depends on
-    plain = None
-    if (
-        (is_causal is False or is_causal is True)
-        and type(return_lse) is bool
-        and return_weights is False
-        and out is None
-        and backend is None
-        and window is None
-        and query_offset is None
-        and key_lengths is None
-        and softcap is None
-    ):
-        agreed = signatures.of(query, key, value, weight, attn_mask)
-        if agreed:
-            plain = agreed, is_causal, threads_of_call()
-            prepared = _prepared.get(plain)
-            if prepared is not None:
-                arguments: tuple[Any, ...] = (query, key, value, attn_mask)
-                given = Operands(arguments[0], arguments[1], arguments[2], *masks_of(arguments[3]))
-                vector: Any = weight
-                return cpu.attention(prepared, given, 0, None, return_lse, False, vector)
+    asked = None
+    if key_lengths is None and return_weights is False and (backend is None or backend == "cpu"):
+        mask, keep = masks_in(attn_mask)
+        agreed = signatures.of(query, key, value, weight, mask, keep, out)
+        options = ("additive", is_causal, softcap, return_lse)
+        asked = key_of(agreed, threads_of_call(), window, query_offset, *options)
+        plan = session.current.plans.get(asked)
+        if plan is not None and (out is None or not signatures.overlap(out, query, key, value, weight, mask, keep)):
+            if not plan.problem.scores.bias and keep is None:
+                mask, keep = None, mask
+            vector: Any = weight
+            return cpu.attention(plan, (query, key, value, mask, keep, None, None), None, out, return_lse, vector)
 
     further: FurtherOptions = {
         "window": window,
@@ -139,12 +129,12 @@ def additive_attention(
     if backend == "reference":
         wanted: Any = {"return_lse": return_lse, "return_weights": return_weights, "out": out}
         return reference.additive_attention(*call, **wanted, **further)
-    return _on_cpu(plain, *call, return_lse, return_weights, out, further)
+    return _on_cpu(asked, *call, return_lse, return_weights, out, further)
 
 
 @in_default_mode
 def _on_cpu(
-    plain: Any,
+    asked: Hashable | None,
     query: Any,
     key: Any,
     value: Any,
@@ -156,24 +146,21 @@ def _on_cpu(
     out: NDArray[Any] | None,
     further: FurtherOptions,
 ) -> Any:
-    """Plan a call and run it; one like it, with the same `plain`, finds the plan."""
+    """Plan a call and run it; one like it, of which the same is `asked`, finds the plan."""
     query_, key_, value_, weight_, mask_ = as_additive_operands(query, key, value, weight, attn_mask)
     problem, operands = describe_additive(query_, key_, value_, weight_, mask_, is_causal, **further)
     weight_ = np.ascontiguousarray(weight_)
     return_lse = check_flag("return_lse", return_lse)
     return_weights = check_flag("return_weights", return_weights)
-    arrays = (query_, key_, value_, mask_)
-    target = target_for(check_out(out, problem), problem, (*arrays[:3], *masks_of(mask_), weight_))
-    threads = get_num_threads() if plain is None else plain[-1]
-    prepared = cpu.prepare(problem, operands, target, threads, additive=True)
-    if (
-        plain is not None
-        and query_ is query
-        and key_ is key
-        and value_ is value
-        and weight_ is weight
-        and mask_ is attn_mask
-    ):
-        cpu.remember(_prepared, plain, prepared)
-    results = cpu.attention(prepared, operands, 0, target, return_lse, return_weights, weight_)
-    return delivered(results, target, out)
+    target = target_for(check_out(out, problem), problem, (query_, key_, value_, *masks_of(mask_), weight_))
+    threads = get_num_threads()
+    plan = cpu.plan_forward(problem, operands, target, threads, "additive")
+    made = (query_, key_, value_, weight_, *masks_in(mask_))
+    given = (query, key, value, weight, *masks_in(attn_mask))
+    if asked is not None and are_same(made, given) and (out is None or target is out):
+        session.current.plans.keep(asked, plan)
+    result = cpu.attention(plan, operands, None, target, return_lse, weight_)
+    if return_weights:
+        matrix = cpu.weights(problem, operands, target, None, threads, weight_, "additive")
+        result = (*(result if return_lse else (result,)), matrix)
+    return delivered(result, target, out)

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastattn import reference
+from fastattn.api.asked import are_same, key_of, masks_in
 from fastattn.api.backends import backend_of_attention
 from fastattn.call.arrays import as_operands
 from fastattn.call.options import check_flag
 from fastattn.call.out import check_out, delivered, target_for
-from fastattn.call.problem import Operands
 from fastattn.call.score_options import FurtherOptions
 from fastattn.call.seeds import Rng, seed_from
 from fastattn.call.shapes import describe, masks_of
 from fastattn.call.widening import exceeds_float32, in_float64, narrowed, scale_in_float64
 from fastattn.cpu.host import forward as cpu
+from fastattn.cpu.host import session
 from fastattn.cpu.host.builtin import in_default_mode, signatures
-from fastattn.cpu.host.pool import get_num_threads, threads_of_call
-
-_prepared: dict[Any, cpu.Prepared] = {}
+from fastattn.cpu.host.threads import get_num_threads, threads_of_call
 
 
 def attention(
@@ -134,32 +134,19 @@ def attention(
     >>> np.allclose(weights.sum(-1), 1)
     True
     """
-    # A call like an earlier one, with plain arguments, finds its plan by what it depends on: no validation is repeated.
-    plain = None
-    if (
-        (is_causal is False or is_causal is True)
-        and (scale is None or type(scale) is float)
-        and type(enable_gqa) is bool
-        and dropout_p == 0.0
-        and type(dropout_p) is float
-        and type(return_lse) is bool
-        and return_weights is False
-        and rng is None
-        and out is None
-        and backend is None
-        and window is None
-        and query_offset is None
-        and key_lengths is None
-        and softcap is None
-    ):
-        agreed = signatures.of(query, key, value, attn_mask)
-        if agreed:
-            plain = agreed, is_causal, scale, enable_gqa, threads_of_call()
-            prepared = _prepared.get(plain)
-            if prepared is not None:
-                arguments: tuple[Any, ...] = (query, key, value, attn_mask)
-                given = Operands(arguments[0], arguments[1], arguments[2], *masks_of(arguments[3]))
-                return cpu.attention(prepared, given, 0, None, return_lse, False)
+    asked = None
+    if key_lengths is None and return_weights is False and (backend is None or backend == "cpu"):
+        mask, keep = masks_in(attn_mask)
+        agreed = signatures.of(query, key, value, mask, keep, out)
+        options = (dropout_p, is_causal, scale, enable_gqa, softcap, return_lse)
+        asked = key_of(agreed, threads_of_call(), window, query_offset, *options)
+        plan = session.current.plans.get(asked)
+        if plan is not None and (out is None or not signatures.overlap(out, query, key, value, mask, keep)):
+            if not plan.problem.scores.bias and keep is None:
+                mask, keep = None, mask
+            drops = plan.problem.dropout_p > 0
+            seed = seed_from(rng, drops) if drops or rng is not None else None
+            return cpu.attention(plan, (query, key, value, mask, keep, None, None), seed, out, return_lse)
 
     further: FurtherOptions = {
         "window": window,
@@ -176,12 +163,12 @@ def attention(
     if backend == "reference":
         wanted: Any = {"return_lse": return_lse, "return_weights": return_weights, "rng": rng, "out": out}
         return reference.attention(*call, **wanted, **further)
-    return _on_cpu(plain, *call, return_lse, return_weights, rng, out, further)
+    return _on_cpu(asked, *call, return_lse, return_weights, rng, out, further)
 
 
 @in_default_mode
 def _on_cpu(
-    plain: Any,
+    asked: Hashable | None,
     query: Any,
     key: Any,
     value: Any,
@@ -196,35 +183,31 @@ def _on_cpu(
     out: NDArray[Any] | None,
     further: FurtherOptions,
 ) -> Any:
-    """Plan a call and run it; one like it, with the same `plain`, finds the plan."""
+    """Plan a call and run it; one like it, of which the same is `asked`, finds the plan."""
     arrays = as_operands(query, key, value, attn_mask)
     problem, operands = describe(*arrays, dropout_p, is_causal, scale, enable_gqa, **further)
     return_lse = check_flag("return_lse", return_lse)
     return_weights = check_flag("return_weights", return_weights)
     seed = seed_from(rng, problem.dropout_p > 0)
+    checked = check_out(out, problem)
     if exceeds_float32(problem):
-        checked = check_out(out, problem)
         target = np.empty(problem.out_shape, problem.real) if checked is None else checked
         scale = scale_in_float64(problem)
         wide = (*in_float64(*arrays[:3], mask=arrays[3]), dropout_p, is_causal, scale, enable_gqa)
         wanted: Any = {"return_lse": True, "return_weights": return_weights, "rng": seed, "backend": "cpu"}
         results = attention(*wide, **wanted, **further)
         return _rounded(*results, target=target, return_lse=return_lse)
-    target = target_for(check_out(out, problem), problem, (*arrays[:3], *masks_of(arrays[3])))
-    threads = get_num_threads() if plain is None else plain[-1]
-    prepared = cpu.prepare(problem, operands, target, threads)
-    given = (query, key, value, attn_mask)
-    if plain is not None and all(array is its for array, its in zip(arrays, given, strict=True)):
-        cpu.remember(_prepared, plain, prepared)
-    results = cpu.attention(
-        prepared,
-        operands,
-        seed,
-        target,
-        return_lse,
-        return_weights,
-    )
-    return delivered(results, target, out)
+    masks = masks_of(arrays[3])
+    target = target_for(checked, problem, (*arrays[:3], *masks))
+    threads = get_num_threads()
+    plan = cpu.plan_forward(problem, operands, target, threads)
+    made, given = (*arrays[:3], *masks_in(arrays[3])), (query, key, value, *masks_in(attn_mask))
+    if asked is not None and are_same(made, given) and (out is None or target is out):
+        session.current.plans.keep(asked, plan)
+    result = cpu.attention(plan, operands, seed, target, return_lse)
+    if return_weights:
+        result = (*(result if return_lse else (result,)), cpu.weights(problem, operands, target, seed, threads))
+    return delivered(result, target, out)
 
 
 def _rounded(out: Any, lse: Any, *weights: Any, target: NDArray[Any], return_lse: bool) -> Any:

@@ -19,7 +19,7 @@ from fastattn.call.widening import exceeds_float32, in_float64, narrowed, scale_
 from fastattn.cpu.host import additive_backward as additive_gradients
 from fastattn.cpu.host import backward as cpu
 from fastattn.cpu.host.builtin import in_default_mode
-from fastattn.cpu.host.pool import get_num_threads
+from fastattn.cpu.host.threads import get_num_threads
 
 __all__ = ["additive_attention_backward", "attention_backward"]
 

@@ -28,7 +28,7 @@ from fastattn.call.selection import (
 from fastattn.call.widening import exceeds_float32, in_float64, narrowed, scale_in_float64
 from fastattn.cpu.host import summary as statistics
 from fastattn.cpu.host.builtin import in_default_mode
-from fastattn.cpu.host.pool import get_num_threads
+from fastattn.cpu.host.threads import get_num_threads
 from fastattn.reference import AttentionSummary
 
 __all__ = ["AttentionSummary", "attention_summary", "attention_weights"]

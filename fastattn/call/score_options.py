@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TypedDict
 
 import numpy as np
@@ -15,7 +16,7 @@ from fastattn.call.options import check_causal, check_scale, is_real
 from fastattn.call.problem import Array, Shape
 from fastattn.call.scores import FARTHEST, Scores
 
-__all__ = ["FurtherOptions", "ScoreOptions", "scores_from"]
+__all__ = ["FurtherOptions", "ScoreOptions", "check_names", "scores_from"]
 
 
 class FurtherOptions(TypedDict, total=False):
@@ -86,6 +87,19 @@ def scores_from(
         lengths=lengths is not None,
     )
     return scores, offsets, lengths
+
+
+def check_names(options: Mapping[str, object]) -> None:
+    """Refuse options by keyword that do not exist.
+
+    Raises
+    ------
+    TypeError
+        With the name of one.
+    """
+    for name in options:
+        if name not in FurtherOptions.__annotations__:
+            raise TypeError(f"{name}: no such option; expected one of {', '.join(FurtherOptions.__annotations__)}")
 
 
 def check_softcap(given: object) -> float | None:

@@ -147,6 +147,27 @@ def _describe(
     )
 
 
+def shapes_of_results(
+    query: Shape,
+    key: Shape,
+    value: Shape,
+    bias: Shape | None,
+    keep: Shape | None,
+    enable_gqa: bool = False,
+    **options: Unpack[ScoreOptions],
+) -> tuple[Shape, Shape]:
+    """Return the shapes of the result and of the log-sum-exp, for arrays of which nothing but the shapes is known.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `describe`.
+    """
+    sizes, _ = _sizes(query, key, value, bias, keep, check_flag("enable_gqa", enable_gqa))
+    scores_from(options, sizes.batch, sizes.queries, sizes.keys, sizes.head_dim, bias is not None, keep is not None)
+    return sizes.out_shape, sizes.out_shape[:-1]
+
+
 def masks_of(attn_mask: Mask) -> tuple[Array | None, Array | None]:
     """Return the floating mask and the boolean one of what `as_operands` made of an argument."""
     if isinstance(attn_mask, tuple):

@@ -18,8 +18,9 @@ import torch
 from torch.autograd import forward_ad
 
 from fastattn.integrations import operators
+from fastattn.integrations.tensors import PLAIN
 
-__all__ = ["PLAIN", "additive_attention", "attention"]
+__all__ = ["additive_attention", "attention"]
 
 Tensor: TypeAlias = Any  # PyTorch's types are not known where it is not installed
 
@@ -30,8 +31,6 @@ _transforming = getattr(torch._C, "_are_functorch_transforms_active", lambda: Tr
 _moded = getattr(torch._C, "_len_torch_dispatch_stack", lambda: True)
 _traced = getattr(torch._C, "_get_tracing_state", lambda: True)
 _batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda tensor: True)
-
-PLAIN = (torch.Tensor, torch.nn.Parameter)  # classes that add nothing to what a tensor is
 
 
 def attention(*args: Any) -> Any:
@@ -105,7 +104,7 @@ def _blame(operator: Any, args: tuple[Any, ...], error: Exception) -> None:
     """Raise a TypeError if it is a subclass of ``torch.Tensor`` that did not let an operator be called."""
     if _moded():
         return  # what is raised under a mode may be meant for the mode
-    for argument, given in zip(operator._schema.arguments, args, strict=True):
+    for argument, given in zip(operator._schema.arguments, args, strict=False):
         if isinstance(given, torch.Tensor) and _overrides(type(given)):
             raise TypeError(
                 f"{argument.name}: a {type(given).__name__}, which fastattn's operator cannot be called with; expected "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -14,27 +14,54 @@ except ImportError as error:
 
 import fastattn
 from fastattn.call.advice import to_convert
-from fastattn.call.arrays import as_operands
-from fastattn.call.problem import Problem
-from fastattn.call.shapes import describe
+from fastattn.call.arrays import as_masks
+from fastattn.call.options import check_flag
+from fastattn.call.score_options import FurtherOptions, check_names
+from fastattn.call.shapes import shapes_of_results
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["attention"]
 
-OPTIONS = ("is_causal", "scale", "enable_gqa")
 ARRAYS = (jax.Array, np.ndarray, np.generic)
 Array: TypeAlias = Any  # JAX's types are not known where it is not installed
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+class Arrays(NamedTuple):
+    """The arrays of a call: what a compiled program is given from call to call."""
+
+    operands: tuple[Array, Array, Array]  #: query, key and value
+    bias: Array | None  #: a mask that is added to scores
+    keep: Array | None  #: a boolean one
+    options: tuple[Array, ...]  #: those options that are arrays
+
+
+class Options(NamedTuple):
+    """What else a call is told: part of a compiled program, and as hashable."""
+
+    numbers: tuple[tuple[str, Any], ...]  #: options by their names
+    arrays: tuple[str, ...]  #: the names of those that are arrays
+
+    def call(self, arrays: Arrays) -> tuple[Any, dict[str, Any]]:
+        """Return the mask and the options that fastattn is called with."""
+        both = arrays.bias is not None and arrays.keep is not None
+        mask = (arrays.bias, arrays.keep) if both else arrays.keep if arrays.bias is None else arrays.bias
+        return mask, {**dict(self.numbers), **dict(zip(self.arrays, arrays.options, strict=True))}
+
+
 def attention(
     query: Array,
     key: Array,
     value: Array,
-    attn_mask: Array | None = None,
+    attn_mask: Array | tuple[Array | None, Array | None] | None = None,
     is_causal: bool | str = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> Array:
+    *,
+    return_lse: bool = False,
+    **options: Unpack[FurtherOptions],
+) -> Any:
     """Scaled dot-product attention: `fastattn.attention`, differentiable once in reverse mode.
 
     Works under ``jit``, ``grad`` and ``vmap``, on the CPU. Layouts are fastattn's, heads before lengths.
@@ -46,17 +73,24 @@ def attention(
     key : jax.Array, shape (..., Hk, Lk, D)
     value : jax.Array, shape (..., Hk, Lk, Dv)
     attn_mask : jax.Array, broadcasting to (..., Hq, Lq, Lk), optional
-        Boolean, where True takes part, or floating, added to the scores.
+        Boolean, where True takes part, or floating, added to the scores; or one of each, as a tuple (bias, keep).
     is_causal : bool or "bottom-right"
         True: query i looks at the keys up to i. "bottom-right": up to i + Lk - Lq, as in decoding.
     scale : float, optional
         Factor of query · key, 1/sqrt(D) unless given.
     enable_gqa : bool
         Grouped queries: Hq is a multiple of Hk.
+    return_lse : bool
+        Return the natural logarithm of the sum of exp(score) over the keys as well. It is differentiable, too.
+    **options
+        What `fastattn.attention` takes by keyword: ``window=(left, right)``, ``query_offset``, an int or an array of
+        integers, ``key_lengths``, an array of integers, and ``softcap``. Arrays may be traced.
 
     Returns
     -------
-    jax.Array, shape (..., Hq, Lq, Dv)
+    out : jax.Array, shape (..., Hq, Lq, Dv)
+    lse : jax.Array, shape (..., Hq, Lq)
+        If `return_lse`; -inf for a query that may look at no key.
 
     Raises
     ------
@@ -73,57 +107,117 @@ def attention(
     >>> jax.jit(jax.grad(lambda query: attention(query, key, value).sum()))(query).shape
     (2, 8, 16, 64)
     """
-    return _forward(query, key, value, attn_mask, is_causal, scale, enable_gqa)[0]
+    check_names(options)
+    bias, keep = (None, None) if attn_mask is None else _masks(attn_mask)
+    given: dict[str, Any] = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa, **options}
+    names = tuple(name for name, option in given.items() if isinstance(option, (jax.Array, np.ndarray)))
+    numbers = tuple((name, _hashable(option)) for name, option in given.items() if name not in names)
+    arrays = Arrays((query, key, value), bias, keep, tuple(given[name] for name in names))
+    told = Options(numbers, names)
+    _check(told, arrays)
+    if check_flag("return_lse", return_lse):
+        return _attention(2, told, arrays)
+    return _attention(1, told, arrays)[0]
 
 
-def _problem(arrays: tuple[Array, Array, Array, Array | None], *options: Any) -> Problem:
-    """Check a call while it is traced, when there are shapes and no numbers yet."""
-    for name, array in zip(("query", "key", "value", "attn_mask"), arrays, strict=True):
-        if not isinstance(array, ARRAYS) and not (array is None and name == "attn_mask"):
+# -- checks ------------------------------------------------------------------------------------------------------------
+
+
+def _masks(given: Any) -> tuple[Array | None, Array | None]:
+    """Return the floating mask and the boolean one of an argument.
+
+    Raises
+    ------
+    TypeError
+        If it is no array, or none of a dtype that has a meaning here.
+    """
+    pair = given if isinstance(given, tuple) and len(given) == 2 else None
+    for mask in pair or (given,):
+        if mask is not None and not isinstance(mask, ARRAYS):
+            raise TypeError(f"attn_mask: {type(mask).__name__}; expected a jax.Array")
+    blank = [None if mask is None else np.zeros((), mask.dtype) for mask in pair or (given,)]
+    as_masks(tuple(blank) if pair else blank[0])
+    if pair:
+        return pair[0], pair[1]
+    return (given, None) if given.dtype != bool else (None, given)
+
+
+def _hashable(option: Any) -> Any:
+    return tuple(option) if isinstance(option, list) else option
+
+
+def _check(told: Options, arrays: Arrays) -> None:
+    """Refuse a call while it is traced, when there are shapes and no numbers yet."""
+    operands = dict(zip(("query", "key", "value"), arrays.operands, strict=True))
+    for name, array in operands.items():
+        if not isinstance(array, ARRAYS):
             raise TypeError(f"{name}: {type(array).__name__}; expected a jax.Array")
-    for name, array in zip(("query", "key", "value"), arrays, strict=False):
-        if array.dtype not in (np.float32, np.float64) or array.dtype != arrays[0].dtype:
+    for name, array in operands.items():
+        if array.dtype not in (np.float32, np.float64) or array.dtype != arrays.operands[0].dtype:
             plain = array.dtype in (np.float32, np.float64) or not np.can_cast(array.dtype, np.float32)
             narrow = "" if plain else to_convert(name, array.dtype, array)
             raise TypeError(f"{name}: dtype {array.dtype}; expected float32 or float64, the same for all three{narrow}")
-    blank = [None if a is None else np.broadcast_to(np.zeros((), a.dtype), a.shape) for a in arrays]
-    return describe(*as_operands(blank[0], blank[1], blank[2], blank[3]), 0.0, *options)[0]  # type: ignore[arg-type]
+    _shapes(told, arrays)
 
 
-def _called(function: Any, results: Any, *arrays: Any) -> Any:
+def _shapes(told: Options, arrays: Arrays) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the shapes of the result and the log-sum-exp; options that are traced count as zeros."""
+    masks = (None if mask is None else mask.shape for mask in (arrays.bias, arrays.keep))
+    _, options = told.call(arrays._replace(options=tuple(map(_known, arrays.options))))
+    return shapes_of_results(*(array.shape for array in arrays.operands), *masks, **options)
+
+
+def _known(array: Array) -> Any:
+    return np.zeros(array.shape, array.dtype) if isinstance(array, jax.core.Tracer) else np.asarray(array)
+
+
+# -- calls -------------------------------------------------------------------------------------------------------------
+
+
+def _called(function: Any, results: Any, *given: Any) -> Any:
     """Call with NumPy arrays, outside of JAX; a batch of vmap one by one."""
     return jax.pure_callback(
-        lambda *given: function(*(None if a is None else np.asarray(a) for a in given)),
-        results,
-        *arrays,
-        vmap_method="sequential",
+        lambda *arrays: function(*jax.tree.map(np.asarray, arrays)), results, *given, vmap_method="sequential"
     )
 
 
-def _forward(*args: Any) -> tuple[Array, tuple[Array, ...]]:
-    arrays, options = args[:4], args[4:]
-    problem = _problem(arrays, *options)
-    results: list[Any] = [
-        jax.ShapeDtypeStruct(shape, problem.dtype) for shape in (problem.out_shape, problem.lse_shape)
-    ]
-    named = dict(zip(OPTIONS, options, strict=True))
-    out, lse = _called(lambda *a: list(fastattn.attention(*a, **named, return_lse=True)), results, *arrays)
-    return out, (*arrays, out, lse)
+def _computed(told: Options, arrays: Arrays) -> tuple[Array, ...]:
+    """Return the result and the log-sum-exp."""
+
+    def forward(arrays: Arrays) -> list[Any]:
+        mask, options = told.call(arrays)
+        return list(fastattn.attention(*arrays.operands, mask, **options, return_lse=True))
+
+    dtype = arrays.operands[0].dtype
+    return tuple(_called(forward, [jax.ShapeDtypeStruct(shape, dtype) for shape in _shapes(told, arrays)], arrays))
 
 
-def _backward(*args: Any) -> tuple[Array | None, ...]:
-    *options, (*arrays, attn_mask, out, lse), grad_out = args
-    with_mask = attn_mask is not None and attn_mask.dtype != bool
-    sources = [*arrays, attn_mask] if with_mask else arrays
-
-    named = dict(zip(OPTIONS, options, strict=True))
-
-    def backward(*given: Any) -> list[Any]:
-        return list(fastattn.attention_backward(*given, **named, grad_mask=with_mask))
-
-    results: list[Any] = [jax.ShapeDtypeStruct(source.shape, source.dtype) for source in sources]
-    gradients = _called(backward, results, grad_out, *arrays, out, lse, attn_mask)
-    return (*gradients,) if with_mask else (*gradients, None)
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attention(wanted: int, told: Options, arrays: Arrays) -> tuple[Array, ...]:
+    """Return the result, or it and the log-sum-exp."""
+    return _computed(told, arrays)[:wanted]
 
 
-attention.defvjp(_forward, _backward)
+def _forward(wanted: int, told: Options, arrays: Arrays) -> tuple[tuple[Array, ...], tuple[Any, ...]]:
+    results = _computed(told, arrays)
+    return results[:wanted], (arrays, *results)
+
+
+def _backward(wanted: int, told: Options, saved: tuple[Any, ...], upstream: tuple[Array, ...]) -> tuple[Arrays]:
+    """Return the gradients of the arrays that have some."""
+    arrays, out, lse = saved
+    grad_out, grad_lse = (*upstream, None)[:2]
+    sources = arrays.operands if arrays.bias is None else (*arrays.operands, arrays.bias)
+
+    def backward(arrays: Arrays, out: Any, lse: Any, grad_out: Any, grad_lse: Any) -> list[Any]:
+        mask, options = told.call(arrays)
+        call = (grad_out, *arrays.operands, out, lse, mask)
+        return list(fastattn.attention_backward(*call, **options, grad_lse=grad_lse, grad_mask=len(sources) > 3))
+
+    results = [jax.ShapeDtypeStruct(source.shape, source.dtype) for source in sources]
+    gradients = _called(backward, results, arrays, out, lse, grad_out, grad_lse)
+    of_bias = gradients[3] if len(sources) > 3 else None
+    return (Arrays(tuple(gradients[:3]), of_bias, None, (None,) * len(arrays.options)),)
+
+
+_attention.defvjp(_forward, _backward)

@@ -8,10 +8,15 @@ that is boolean, or leaves causality to the kernel, would silently be wrong ther
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch.utils._pytree import tree_map_only
+
+from fastattn.call.scores import Scores
+
+__all__ = ["EVERYTHING", "Mask", "Visible", "as_eager", "compact", "read"]
 
 Tensor: TypeAlias = Any  # PyTorch's types are not known where it is not installed
 
@@ -22,14 +27,55 @@ LOOKS = frozenset(("__get__", "__getitem__", "__len__", "dim", "is_floating_poin
 KEEP = frozenset(("__getitem__", "to"))
 
 
+#: An interval of all keys.
+ANY = Scores()
+
+
+@dataclass(frozen=True, eq=False)
+class Visible:
+    """Which keys a query may look at: those of an interval that a mask does not hide.
+
+    Attributes
+    ----------
+    interval : Scores
+        What is said by positions: its reach and its offset.
+    lengths : torch.Tensor of int64, shape (B,), or None
+        How many keys each row of the batch has.
+    kept : torch.Tensor of bool, broadcasting to (B, Hq, Lq, Lk), or None
+    """
+
+    interval: Scores = ANY
+    lengths: Tensor | None = None
+    kept: Tensor | None = None
+
+    def matrix(self, queries: int, keys: int, device: Any) -> Tensor:
+        """Return a boolean for each query and key, which broadcasts to (B, Hq, Lq, Lk)."""
+        ends = keys if self.lengths is None else self.lengths[:, None, None, None]
+        query, key = (torch.arange(length, device=device) for length in (queries, keys))
+        visible = self.interval.sees(query[:, None], key, ends)
+        return visible if self.kept is None else visible & self.kept
+
+    def options(self) -> dict[str, Any]:
+        """Return what `fastattn.integrations.torch.attention_with_lse` is to be told, besides of the mask."""
+        left, right, offset = self.interval.left, self.interval.right, self.interval.offset
+        options: dict[str, Any] = {} if self.lengths is None else {"key_lengths": self.lengths}
+        if (left, right, offset) == (None, 0, 0):
+            return options | {"is_causal": True}
+        if (left, right) == (None, None):
+            return options
+        return options | {"window": (left, right)} | ({"query_offset": offset} if offset else {})
+
+
+EVERYTHING = Visible()
+
+
 class Mask(torch.Tensor):  # type: ignore[misc]  # PyTorch's types are not known here
     """A mask of the shape and dtype of eager's, whose numbers are made when something computes with them.
 
     What lies in its memory is one NaN: what reads that by a way that is not foreseen here does not go unnoticed.
     """
 
-    kept: Tensor | None  #: boolean, broadcasting to the mask, where a query may look at a key; None: everywhere
-    causal: bool  #: whether no query looks at the keys behind it, the last one standing at the last key
+    visible: Visible  #: what it says
     numbers: Tensor | None  #: eager's mask, once it has been made
 
     @classmethod
@@ -47,10 +93,10 @@ class Mask(torch.Tensor):  # type: ignore[misc]  # PyTorch's types are not known
         return function(*args, **kwargs)
 
 
-def compact(kept: Tensor | None, causal: bool, shape: tuple[int, ...], dtype: Any, device: Any) -> Mask:
+def compact(visible: Visible, shape: tuple[int, ...], dtype: Any, device: Any) -> Mask:
     """Return a mask of eager's shape and dtype."""
     mask: Mask = torch.full((), torch.nan, dtype=dtype, device=device).expand(shape).as_subclass(Mask)
-    mask.kept, mask.causal, mask.numbers = kept, causal, None
+    mask.visible, mask.numbers = visible, None
     return mask
 
 
@@ -61,24 +107,25 @@ def as_eager(mask: Mask) -> Tensor:
     """
     if mask.numbers is None:
         queries, keys = mask.shape[-2:]
-        visible = torch.ones((queries, keys), dtype=torch.bool, device=mask.device)
-        visible = visible.tril(keys - queries) if mask.causal else visible
-        visible = visible if mask.kept is None else visible & mask.kept
+        visible = mask.visible.matrix(queries, keys, mask.device)
         numbers = torch.zeros(mask.shape, dtype=mask.dtype, device=mask.device)
         mask.numbers = numbers.masked_fill(~visible, torch.finfo(mask.dtype).min)
     return mask.numbers
 
 
-def read(mask: Tensor | None, queries: int, keys: int) -> tuple[Tensor | None, bool]:
-    """Return a mask that attention takes, and whether the last query stands at the last key, causally."""
-    return _read(mask, queries, keys) if isinstance(mask, Mask) else (mask, False)
+def read(mask: Tensor, queries: int, keys: int) -> tuple[Tensor | None, Visible]:
+    """Return what a mask adds to scores, and which keys it leaves to queries."""
+    if isinstance(mask, Mask):
+        found: tuple[Tensor | None, Visible] = _read(mask, queries, keys)
+        return found
+    return (None, Visible(kept=mask)) if mask.dtype == torch.bool else (mask, EVERYTHING)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled layer of a model that is not compiled comes here: a whole one has eager's masks
-def _read(mask: Mask, queries: int, keys: int) -> tuple[Tensor | None, bool]:
+def _read(mask: Mask, queries: int, keys: int) -> tuple[Tensor | None, Visible]:
     if mask.numbers is not None or mask.shape[-2:] != (queries, keys):
-        return as_eager(mask), False
-    return mask.kept, mask.causal
+        return as_eager(mask), EVERYTHING
+    return None, mask.visible
 
 
 def _is_all_of(mask: Mask, found: Tensor) -> bool:

@@ -6,7 +6,8 @@ is an operator, too; and a rule for ``vmap``. Arguments have been checked before
 `fastattn.integrations.torch`.
 
 Whether causality is wanted is one of the words that `fastattn.call.options.check_causal` returns. A seed is a tensor,
-not an int, so that a compiled program can draw it.
+not an int, so that a compiled program can draw it. Last come arguments that may be left out: the boolean one of two
+masks, and those of `fastattn.integrations.keywords`.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ import numpy as np
 import torch
 
 import fastattn
-from fastattn.call.arrays import as_operands, is_hollow
 from fastattn.call.problem import Array
-from fastattn.call.shapes import describe
-from fastattn.cpu.host.pool import threads_of_call
+from fastattn.call.shapes import shapes_of_results
+from fastattn.cpu.host.threads import threads_of_call
+from fastattn.integrations import keywords
+from fastattn.integrations.tensors import array_of
 
 __all__ = [
     "additive_attention",
@@ -39,18 +41,23 @@ __all__ = [
 
 Tensor: TypeAlias = Any  # PyTorch's types are not known where it is not installed
 
+REQUIRED = 5  #: of `OPTIONS`, those after the mask: no call leaves them out
+
 CAUSAL: dict[str, bool | str] = {"no": False, "top-left": True, "bottom-right": "bottom-right"}
 
 OPTIONS = "Tensor? attn_mask, float dropout_p, str causal, float? scale, bool enable_gqa, Tensor? seed"
+FURTHER = f"Tensor? keep=None, {keywords.SCHEMA}"
 GRADIENTS = "Tensor? grad_out, Tensor? grad_lse"
 OPERANDS = "Tensor query, Tensor key, Tensor value"
 SCHEMAS = {
-    "attention": f"({OPERANDS}, {OPTIONS}) -> (Tensor out, Tensor lse)",
-    "attention_backward": f"({GRADIENTS}, {OPERANDS}, Tensor out, Tensor lse, {OPTIONS}, bool grad_mask)"
+    "attention": f"({OPERANDS}, {OPTIONS}, {FURTHER}) -> (Tensor out, Tensor lse)",
+    "attention_backward": f"({GRADIENTS}, {OPERANDS}, Tensor out, Tensor lse, {OPTIONS}, bool grad_mask, {FURTHER})"
     " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_attn_mask)",
-    "additive_attention": f"({OPERANDS}, Tensor weight, Tensor? attn_mask, str causal) -> (Tensor out, Tensor lse)",
+    "additive_attention": f"({OPERANDS}, Tensor weight, Tensor? attn_mask, str causal, {FURTHER})"
+    " -> (Tensor out, Tensor lse)",
     "additive_attention_backward": f"(Tensor grad_out, {OPERANDS}, Tensor weight, Tensor out, Tensor lse, "
-    "Tensor? attn_mask, str causal) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_weight)",
+    f"Tensor? attn_mask, str causal, {FURTHER})"
+    " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_weight)",
 }
 
 
@@ -67,17 +74,19 @@ def attention(
     scale: float | None,
     enable_gqa: bool,
     seed: Tensor | None,
+    keep: Tensor | None = None,
+    *further: Any,
 ) -> tuple[Tensor, Tensor]:
     """Compute attention and its log-sum-exp."""
-    arrays = _arrays(query=query, key=key, value=value, attn_mask=attn_mask)
-    options: dict[str, Any] = {"return_lse": True}
+    arrays = (*_arrays(query=query, key=key, value=value), _masks(attn_mask, keep))
+    options: dict[str, Any] = {"return_lse": True, **keywords.restored(further)}
     if seed is not None:
         options["rng"] = int(seed)
     in_one_piece = query.numel() > 0 and query.is_contiguous()  # which takes less time to find out
     if not in_one_piece and _length_first(query):
-        problem, _ = describe(*as_operands(*arrays), dropout_p, CAUSAL[causal], scale, enable_gqa)
-        *batch, heads, length, features = problem.out_shape
-        options["out"] = np.empty((*batch, length, heads, features), problem.dtype).swapaxes(-3, -2)
+        shapes = arrays[0].shape, arrays[1].shape, arrays[2].shape
+        *batch, heads, length, features = shapes_of_results(*shapes, None, None, enable_gqa)[0]
+        options["out"] = np.empty((*batch, length, heads, features), arrays[0].dtype).swapaxes(-3, -2)
     out, lse = _call(fastattn.attention, *arrays, dropout_p, CAUSAL[causal], scale, enable_gqa, **options)
     return torch.from_numpy(out), torch.from_numpy(lse)
 
@@ -97,30 +106,42 @@ def attention_backward(
     enable_gqa: bool,
     seed: Tensor | None,
     grad_mask: bool,
+    keep: Tensor | None = None,
+    *further: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute the gradients of query, key, value and, if asked for, attn_mask, else an empty tensor for it."""
     upstream = torch.zeros_like(out) if grad_out is None else grad_out
     gradients = _call(
         fastattn.attention_backward,
-        *_arrays(grad_out=upstream, query=query, key=key, value=value, out=out, lse=lse, attn_mask=attn_mask),
+        *_arrays(grad_out=upstream, query=query, key=key, value=value, out=out, lse=lse),
+        _masks(attn_mask, keep),
         dropout_p,
         CAUSAL[causal],
         scale,
         enable_gqa,
         rng=None if seed is None else int(seed),
-        grad_lse=None if grad_lse is None else _array("grad_lse", grad_lse),
+        grad_lse=None if grad_lse is None else array_of("grad_lse", grad_lse),
         grad_mask=grad_mask,
+        **keywords.restored(further),
     )
     grad_query, grad_key, grad_value, *rest = map(_tensor, gradients)
     return grad_query, grad_key, grad_value, rest[0] if grad_mask else query.new_empty(0)
 
 
 def additive_attention(
-    query: Tensor, key: Tensor, value: Tensor, weight: Tensor, attn_mask: Tensor | None, causal: str
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    attn_mask: Tensor | None,
+    causal: str,
+    keep: Tensor | None = None,
+    *further: Any,
 ) -> tuple[Tensor, Tensor]:
     """Compute additive attention and its log-sum-exp."""
-    arrays = _arrays(query=query, key=key, value=value, weight=weight, attn_mask=attn_mask)
-    out, lse = _call(fastattn.additive_attention, *arrays, CAUSAL[causal], return_lse=True)
+    arrays = (*_arrays(query=query, key=key, value=value, weight=weight), _masks(attn_mask, keep))
+    options = keywords.restored(further)
+    out, lse = _call(fastattn.additive_attention, *arrays, CAUSAL[causal], return_lse=True, **options)
     return torch.from_numpy(out), torch.from_numpy(lse)
 
 
@@ -134,38 +155,25 @@ def additive_attention_backward(
     lse: Tensor,
     attn_mask: Tensor | None,
     causal: str,
+    keep: Tensor | None = None,
+    *further: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute the gradients of query, key, value and weight."""
-    arrays = _arrays(
-        grad_out=grad_out, query=query, key=key, value=value, weight=weight, out=out, lse=lse, attn_mask=attn_mask
-    )
-    gradients = _call(fastattn.additive_attention_backward, *arrays, CAUSAL[causal])
+    arrays = _arrays(grad_out=grad_out, query=query, key=key, value=value, weight=weight, out=out, lse=lse)
+    masks, options = _masks(attn_mask, keep), keywords.restored(further)
+    gradients = _call(fastattn.additive_attention_backward, *arrays, masks, CAUSAL[causal], **options)
     grad_query, grad_key, grad_value, grad_weight = map(_tensor, gradients)
     return grad_query, grad_key, grad_value, grad_weight
 
 
-def _array(name: str, tensor: Tensor) -> Array:
-    """Return the memory of a tensor as an array: a copy only where PyTorch has put off a change of sign.
-
-    Raises
-    ------
-    TypeError
-        If it has no memory.
-    """
-    try:
-        if tensor.data_ptr():
-            plain: Array = tensor.numpy()
-            return plain
-    except RuntimeError:
-        pass  # not without force: it requires grad, has a sign that is put off, or stands for another tensor
-    if is_hollow(tensor):
-        raise TypeError(f"{name}: a tensor of shape {tuple(tensor.shape)} that has no memory; expected one that has")
-    array: Array = tensor.numpy(force=True)
-    return array
+def _arrays(**tensors: Tensor) -> list[Array]:
+    return [array_of(name, tensor) for name, tensor in tensors.items()]
 
 
-def _arrays(**tensors: Tensor | None) -> list[Any]:
-    return [None if tensor is None else _array(name, tensor) for name, tensor in tensors.items()]
+def _masks(attn_mask: Tensor | None, keep: Tensor | None) -> Any:
+    """Return a mask as fastattn takes it: a pair, where there are two."""
+    mask = None if attn_mask is None else array_of("attn_mask", attn_mask)
+    return mask if keep is None else (mask, array_of("attn_mask", keep))
 
 
 def _tensor(gradient: Array) -> Tensor:
@@ -225,7 +233,7 @@ def _attention_backward_fake(
     attn_mask: Tensor | None,
     *options: Any,
 ) -> tuple[Tensor, ...]:
-    grad_mask = options[-1] and attn_mask is not None
+    grad_mask = options[REQUIRED] and attn_mask is not None
     found = (query, key, value, attn_mask) if grad_mask else (query, key, value)
     gradients = tuple(tensor.new_empty(tensor.shape) for tensor in found if tensor is not None)
     return gradients if grad_mask else (*gradients, query.new_empty(0))
@@ -247,9 +255,7 @@ def _additive_attention_backward_fake(grad_out: Tensor, *tensors: Any) -> tuple[
 
 def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     """Keep for the backward pass what it needs."""
-    query, key, value, attn_mask, *ctx.options, seed = inputs
-    ctx.save_for_backward(query, key, value, *output, attn_mask, seed)
-    ctx.set_materialize_grads(False)
+    _save(ctx, inputs, output, operands=3)
 
 
 def differentiate(
@@ -257,20 +263,20 @@ def differentiate(
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of all arguments of ``fastattn::attention``, by its operator or another way."""
     if grad_out is None and grad_lse is None:
-        return (None,) * 9
-    *tensors, attn_mask, seed = ctx.saved_tensors
+        return _of_inputs(ctx)
+    tensors, (attn_mask, *options) = _saved(ctx, operands=3)
     grad_mask = ctx.needs_input_grad[3]
     compute = compute or torch.ops.fastattn.attention_backward.default
-    *gradients, of_mask = compute(grad_out, grad_lse, *tensors, attn_mask, *ctx.options, seed, grad_mask)
-    return *gradients, of_mask if grad_mask else None, None, None, None, None, None
+    *gradients, of_mask = compute(
+        grad_out, grad_lse, *tensors, attn_mask, *options[:REQUIRED], grad_mask, *options[REQUIRED:]
+    )
+    return _of_inputs(ctx, *gradients, of_mask if grad_mask else None)
 
 
 def save_additive(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     """Keep for the backward pass what it needs."""
-    *tensors, attn_mask, ctx.causal = inputs
-    ctx.save_for_backward(*tensors, *output, attn_mask)
+    _save(ctx, inputs, output, operands=4)
     ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
 
 
 def differentiate_additive(
@@ -278,9 +284,32 @@ def differentiate_additive(
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of all arguments of ``fastattn::additive_attention``, by its operator or another way."""
     if grad_out is None:
-        return (None,) * 6
+        return _of_inputs(ctx)
+    tensors, options = _saved(ctx, operands=4)
     compute = compute or torch.ops.fastattn.additive_attention_backward.default
-    return *compute(grad_out, *ctx.saved_tensors, ctx.causal), None, None
+    return _of_inputs(ctx, *compute(grad_out, *tensors, *options))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor], operands: int) -> None:
+    """Keep an operator's operands and results, and what else it was given, tensors as such."""
+    options = inputs[operands:]
+    tensors = (option if isinstance(option, torch.Tensor) else None for option in options)
+    ctx.save_for_backward(*inputs[:operands], *output, *tensors)
+    ctx.numbers = tuple(None if isinstance(option, torch.Tensor) else option for option in options)
+    ctx.inputs = len(inputs)
+    ctx.set_materialize_grads(False)
+
+
+def _saved(ctx: Any, operands: int) -> tuple[list[Tensor], list[Any]]:
+    """Return the operands and results that `_save` kept, and the other arguments."""
+    saved = ctx.saved_tensors
+    tensors, options = saved[: operands + 2], saved[operands + 2 :]
+    return tensors, [number if tensor is None else tensor for tensor, number in zip(options, ctx.numbers, strict=True)]
+
+
+def _of_inputs(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Return the gradients of an operator's first arguments, and None for all others."""
+    return (*gradients, *[None] * (ctx.inputs - len(gradients)))
 
 
 def save_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

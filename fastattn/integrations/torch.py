@@ -6,34 +6,37 @@ kernel, see `fastattn.integrations.eager`.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 try:
     import torch
 except ImportError as error:
     raise ImportError("fastattn.integrations.torch needs PyTorch: pip install torch, or fastattn[torch]") from error
 
-from fastattn.call.arrays import is_causal_bias
 from fastattn.call.options import check_causal, check_dropout, check_flag, check_scale
+from fastattn.call.score_options import FurtherOptions
 from fastattn.integrations import eager
+from fastattn.integrations.keywords import flattened
+from fastattn.integrations.tensors import check_mask, check_operands, is_bias
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["additive_attention", "attention_with_lse", "scaled_dot_product_attention"]
 
 Tensor = Any  # PyTorch's types are not known where it is not installed
-
-DTYPES = (torch.float32, torch.float64)
-MASK_DTYPES = (torch.bool, torch.float16, torch.float32, torch.float64)
 
 
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attn_mask: Tensor | None = None,
+    attn_mask: Tensor | tuple[Tensor | None, Tensor | None] | None = None,
     dropout_p: float = 0.0,
     is_causal: bool | str = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    **options: Unpack[FurtherOptions],
 ) -> Tensor:
     """Scaled dot-product attention on tensors: ``torch.nn.functional.scaled_dot_product_attention`` by fastattn.
 
@@ -49,7 +52,7 @@ def scaled_dot_product_attention(
     attn_mask : torch.Tensor, broadcasting to (..., Hq, Lq, Lk), optional
         Boolean, where True takes part, or float16, float32 or float64, added to the scores. It may be given together
         with `is_causal`. ``torch.nn.attention.bias.causal_upper_left(Lq, Lk)`` and ``causal_lower_right(Lq, Lk)`` mean
-        ``is_causal=True`` and ``is_causal="bottom-right"``.
+        ``is_causal=True`` and ``is_causal="bottom-right"``. Or one of each, as a tuple (bias, keep).
     dropout_p : float
         Probability that a weight is dropped. Which ones, ``torch.manual_seed`` determines.
     is_causal : bool or "bottom-right"
@@ -58,6 +61,9 @@ def scaled_dot_product_attention(
         Factor of query · key, 1/sqrt(D) unless given.
     enable_gqa : bool
         Grouped queries: Hq is a multiple of Hk, and query head h reads key head h // (Hq / Hk).
+    **options
+        What `fastattn.attention` takes by keyword: ``window=(left, right)``, ``query_offset``, an int or a tensor of
+        integers, ``key_lengths``, a tensor of integers, and ``softcap``.
 
     Returns
     -------
@@ -91,24 +97,25 @@ def scaled_dot_product_attention(
     >>> query.grad.shape
     torch.Size([2, 8, 16, 64])
     """
-    return attention_with_lse(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)[0]
+    return attention_with_lse(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, **options)[0]
 
 
 def attention_with_lse(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attn_mask: Tensor | None = None,
+    attn_mask: Tensor | tuple[Tensor | None, Tensor | None] | None = None,
     dropout_p: float = 0.0,
     is_causal: bool | str = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    **options: Unpack[FurtherOptions],
 ) -> tuple[Tensor, Tensor]:
     """`scaled_dot_product_attention`, and the log-sum-exp of the scores, which is differentiable as well.
 
     Parameters
     ----------
-    query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+    query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, **options
         As `scaled_dot_product_attention`.
 
     Returns
@@ -140,12 +147,13 @@ def attention_with_lse(
     """
     if torch.is_autocast_enabled("cpu"):
         query, key, value, attn_mask = map(_autocast, (query, key, value, attn_mask))
-    _check(query=query, key=key, value=value)
-    attn_mask, causal = _mask_and_causality(attn_mask, check_causal(is_causal), query, key)
+    check_operands(query=query, key=key, value=value)
+    mask, keep, causal = _masks_and_causality(attn_mask, check_causal(is_causal), query, key)
     dropout_p, scale, enable_gqa = check_dropout(dropout_p), check_scale(scale), check_flag("enable_gqa", enable_gqa)
     seed = _draw_seed() if dropout_p > 0 else None
+    further = (keep, *flattened(options)) if options or keep is not None else ()
     results: tuple[Tensor, Tensor] = eager.attention(
-        query, key, value, attn_mask, dropout_p, causal, scale, enable_gqa, seed
+        query, key, value, mask, dropout_p, causal, scale, enable_gqa, seed, *further
     )
     return results
 
@@ -155,8 +163,9 @@ def additive_attention(
     key: Tensor,
     value: Tensor,
     weight: Tensor,
-    attn_mask: Tensor | None = None,
+    attn_mask: Tensor | tuple[Tensor | None, Tensor | None] | None = None,
     is_causal: bool | str = False,
+    **options: Unpack[FurtherOptions],
 ) -> Tensor:
     """Additive attention [1]_ on tensors: `fastattn.additive_attention`, differentiable once.
 
@@ -168,10 +177,13 @@ def additive_attention(
     value : torch.Tensor, shape (..., Lk, Dv)
     weight : torch.Tensor, shape (D,)
     attn_mask : torch.Tensor, broadcasting to (..., Lq, Lk), optional
-        Boolean, where True takes part, or float16, float32 or float64, added to the scores. It has no gradient. A
-        ``torch.nn.attention.bias`` means causality, as in `scaled_dot_product_attention`.
+        Boolean, where True takes part, or float16, float32 or float64, added to the scores, or one of each, as a tuple
+        (bias, keep). It has no gradient. A ``torch.nn.attention.bias`` means causality, as in
+        `scaled_dot_product_attention`.
     is_causal : bool or "bottom-right"
         True: query i looks at the keys up to i. "bottom-right": up to i + Lk - Lq.
+    **options
+        As in `scaled_dot_product_attention`.
 
     Returns
     -------
@@ -204,42 +216,25 @@ def additive_attention(
     """
     if torch.is_autocast_enabled("cpu"):
         query, key, value, weight, attn_mask = map(_autocast, (query, key, value, weight, attn_mask))
-    _check(query=query, key=key, value=value, weight=weight)
-    attn_mask, causal = _mask_and_causality(attn_mask, check_causal(is_causal), query, key)
-    if attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
+    check_operands(query=query, key=key, value=value, weight=weight)
+    mask, keep, causal = _masks_and_causality(attn_mask, check_causal(is_causal), query, key)
+    if mask is not None and mask.requires_grad and torch.is_grad_enabled():
         raise NotImplementedError(
             "attn_mask: requires grad; expected one that does not: additive attention has no gradient of its mask"
         )
-    return eager.additive_attention(query, key, value, weight, attn_mask, causal)[0]
+    further = (keep, *flattened(options)) if options or keep is not None else ()
+    return eager.additive_attention(query, key, value, weight, mask, causal, *further)[0]
 
 
-# -- checks ------------------------------------------------------------------------------------------------------------
+# -- masks -------------------------------------------------------------------------------------------------------------
 
 
-def _check(**tensors: Tensor) -> None:
-    """Refuse what the kernels cannot read.
+def _masks_and_causality(
+    given: Any, causal: str, query: Tensor, key: Tensor
+) -> tuple[Tensor | None, Tensor | None, str]:
+    """Return the mask, checked, the boolean one if there are two, and the word for causality.
 
-    Raises
-    ------
-    TypeError
-        With the argument's name.
-    """
-    dtype = None
-    for name, tensor in tensors.items():
-        _check_memory(name, tensor)
-        if dtype is None:
-            dtype = tensor.dtype
-            if dtype not in DTYPES:
-                raise TypeError(
-                    f"{name}: dtype {dtype} is not supported; expected torch.float32 or torch.float64"
-                    f"{_to_convert(name, tensor)}"
-                )
-        elif tensor.dtype != dtype:
-            raise TypeError(f"{name}: dtype {tensor.dtype}; expected {dtype}, as query")
-
-
-def _mask_and_causality(mask: Tensor | None, causal: str, query: Tensor, key: Tensor) -> tuple[Tensor | None, str]:
-    """Return the mask, checked, and the word for causality; a bias of PyTorch's that means causality is no mask.
+    A bias of PyTorch's that means causality is no mask.
 
     Raises
     ------
@@ -248,17 +243,25 @@ def _mask_and_causality(mask: Tensor | None, causal: str, query: Tensor, key: Te
     ValueError
         If a bias is for other lengths than there are.
     """
-    if mask is None:
-        return None, causal
-    if _is_causal_bias(mask):
-        return None, _with_bias(causal, mask, query, key)
-    _check_memory("attn_mask", mask)
-    if mask.dtype not in MASK_DTYPES:
-        wanted = ", ".join(map(str, MASK_DTYPES))
-        raise TypeError(
-            f"attn_mask: dtype {mask.dtype} is not supported; expected one of {wanted}{_to_convert('attn_mask', mask)}"
-        )
-    return mask, causal
+    if given is None:
+        return None, None, causal
+    if isinstance(given, tuple) and len(given) == 2:
+        return (*_pair(*given), causal)
+    if is_bias(given):
+        return None, None, _with_bias(causal, given, query, key)
+    check_mask(given)
+    return given, None, causal
+
+
+def _pair(bias: Tensor | None, keep: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Return a floating and a boolean mask, the first alone if there are not both."""
+    for mask in (bias, keep):
+        if mask is not None:
+            check_mask(mask)
+    if (bias is not None and bias.dtype == torch.bool) or (keep is not None and keep.dtype != torch.bool):
+        kinds = ", ".join("None" if mask is None else str(mask.dtype) for mask in (bias, keep))
+        raise TypeError(f"attn_mask: a pair of dtypes {kinds}; expected (bias, keep), a floating and a boolean tensor")
+    return (keep, None) if bias is None else (bias, keep)
 
 
 def _with_bias(causal: str, bias: Tensor, query: Tensor, key: Tensor) -> str:
@@ -275,49 +278,16 @@ def _with_bias(causal: str, bias: Tensor, query: Tensor, key: Tensor) -> str:
     return "top-left" if lengths[0] <= lengths[1] else "bottom-right"
 
 
-def _to_convert(name: str, tensor: Tensor) -> str:
-    """Say how to get float32 of half precision."""
-    return f": {name}.float()" if tensor.dtype.is_floating_point else ""
+# -- autocast and dropout ----------------------------------------------------------------------------------------------
 
 
-def _check_memory(name: str, tensor: Tensor) -> None:
-    if type(tensor) not in eager.PLAIN:
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name}: {type(tensor).__name__}; expected a torch.Tensor")
-        _check_subclass(name, tensor)
-    if tensor.is_nested:
-        raise TypeError(
-            f"{name}: a nested tensor; expected one of a single shape, which torch.nested.to_padded_tensor makes, and "
-            "an attn_mask that hides the padding"
-        )
-    if not tensor.is_cpu:
-        raise TypeError(f"{name}: a tensor on device {tensor.device}; expected one on the CPU")
-    if tensor.layout is not torch.strided:
-        raise TypeError(f"{name}: a tensor of layout {tensor.layout}; expected torch.strided")
-
-
-def _check_subclass(name: str, tensor: Tensor) -> None:
-    """Refuse a tensor that does not say what it is: one that has no shape yet, or whose class tells nothing."""
-    if _is_causal_bias(tensor):
-        raise TypeError(f"{name}: a {type(tensor).__name__}, which has no numbers; expected it as attn_mask")
-    for attribute in ("is_nested", "is_cpu", "layout", "dtype", "shape", "requires_grad"):
-        try:
-            getattr(tensor, attribute)
-        except Exception as error:
-            raise TypeError(
-                f"{name}: a {type(tensor).__name__} whose {attribute} cannot be read; expected a torch.Tensor: {error}"
-            ) from error
-
-
-def _is_causal_bias(tensor: Any) -> bool:
-    return type(tensor) not in eager.PLAIN and is_causal_bias(tensor)
-
-
-def _autocast(tensor: Any) -> Any:
+def _autocast(given: Any) -> Any:
     """Make half precision float32, as autocast does for operations that need it."""
-    if isinstance(tensor, torch.Tensor) and tensor.dtype in (torch.bfloat16, torch.float16):
-        return tensor.float()
-    return tensor
+    if isinstance(given, tuple):
+        return tuple(map(_autocast, given))
+    if isinstance(given, torch.Tensor) and given.dtype in (torch.bfloat16, torch.float16):
+        return given.float()
+    return given
 
 
 def _draw_seed() -> Tensor:

@@ -1,8 +1,9 @@
 """``attn_implementation="fastattn"`` for the models of Hugging Face's transformers.
 
 A model asks twice: for a mask, once for all its layers, and then in each layer for attention. sdpa's mask says for
-every query which keys it may look at, Lq x Lk booleans for each row of the batch. Where a mask is no more than padding,
-`padding_mask` returns that alone, one boolean for each key, and leaves causality to the kernel.
+every query which keys it may look at, Lq x Lk booleans for each row of the batch. Where a mask is causality, a window
+and padding, and nothing else, `padding_mask` returns that: an interval for the kernel, with the lengths of a batch that
+is padded at its end, and one boolean for each key where padding lies elsewhere.
 
 Any model can be made with the name of any attention, also one whose layers compute attention themselves, from the mask.
 A class of models whose layers all do so is refused when a model is made, see `fastattn.integrations.model_code`; where
@@ -13,18 +14,13 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 try:
     import torch
     from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-    from transformers.masking_utils import (
-        bidirectional_mask_function,
-        causal_mask_function,
-        eager_mask,
-        prepare_padding_mask,
-        sdpa_mask,
-    )
+    from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
     from transformers.utils import output_capturing
     from transformers.utils.import_utils import is_tracing
 except ImportError as error:
@@ -33,13 +29,20 @@ except ImportError as error:
         "pip install torch 'transformers>=5.24', or fastattn[transformers]"
     ) from error
 
-from fastattn.integrations import masks
+from fastattn.call.scores import Scores
+from fastattn.integrations import intervals, masks
+from fastattn.integrations.masks import EVERYTHING, Visible
 from fastattn.integrations.model_code import refusal
 from fastattn.integrations.torch import attention_with_lse
 
 __all__ = ["attention", "padding_mask", "register"]
 
 Tensor: TypeAlias = Any  # PyTorch's types are not known where it is not installed
+
+#: What is meant without a mask, where a layer says that it is causal.
+CAUSAL = Visible(Scores(right=0))
+
+EVERY_ROW = slice(None)
 
 #: The names that are registered.
 NAMES: set[str] = set()
@@ -134,6 +137,7 @@ def attention(
     is_causal: bool | None = None,
     *,
     position_bias: Tensor | None = None,
+    softcap: float | None = None,
     s_aux: Tensor | None = None,
     sliding_window: int | None = None,
     output_attentions: bool | None = None,
@@ -158,6 +162,8 @@ def attention(
         Whether query i looks at the keys up to i, where there is no mask.
     position_bias : torch.Tensor, broadcasting to (B, Hq, Lq, Lk), optional
         Added to the scores; differentiable.
+    softcap : float, optional
+        Scores become softcap · tanh(score / softcap) before anything is added.
     s_aux : torch.Tensor, shape (Hq,), optional
         Attention sinks: scores that each query has without a key.
     sliding_window : int, optional
@@ -179,23 +185,26 @@ def attention(
     ValueError
         If the model passes what is not computed here.
     """
-    causal: bool | str = False
-    if attention_mask is None:
-        causal = query.shape[2] > 1 and bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
-    else:
-        attention_mask, to_the_end = masks.read(attention_mask, query.shape[2], key.shape[2])
-        causal = "bottom-right" if to_the_end else False
-    _refuse(module, others, query, key, attention_mask, sliding_window)
-    if position_bias is not None:
-        attention_mask = _biased(position_bias[..., : key.shape[2]], attention_mask)
-
-    if output_attentions or _captured():
-        out, weights = _with_weights(query, key, value, attention_mask, dropout, scaling, causal, s_aux)
-        return out.transpose(1, 2).contiguous(), weights
-    grouped = query.shape[1] != key.shape[1]
-    out, lse = attention_with_lse(query, key, value, attention_mask, dropout, causal, scaling, grouped)
+    bias, visible = None, EVERYTHING
     if attention_mask is not None:
-        out = _as_eager(out, lse, query, key, value, scaling)
+        bias, visible = masks.read(attention_mask, query.shape[2], key.shape[2])
+    elif query.shape[2] > 1 and (getattr(module, "is_causal", False) if is_causal is None else is_causal):
+        visible = CAUSAL
+    _refuse(module, others, query, key, bias, visible, sliding_window)
+    if position_bias is not None:
+        position_bias = position_bias[..., : key.shape[2]]
+        bias = position_bias if bias is None else position_bias + bias
+
+    scores = functools.partial(_scores, query, key, scaling, softcap, bias)
+    if output_attentions or _captured():
+        out, weights = _with_weights(scores(), value, visible, dropout, s_aux)
+        return out.transpose(1, 2).contiguous(), weights
+    mask = visible.kept if bias is None else (bias, visible.kept)
+    grouped = query.shape[1] != key.shape[1]
+    options = {"scale": scaling, "enable_gqa": grouped, "softcap": softcap, **visible.options()}
+    out, lse = attention_with_lse(query, key, value, mask, dropout, **options)
+    if attention_mask is not None:
+        out = _as_eager(out, lse, value, scores)
     if s_aux is not None:
         out = out * torch.sigmoid(lse - s_aux[:, None].to(lse.dtype))[..., None]
     return out.transpose(1, 2).contiguous(), None
@@ -215,10 +224,9 @@ def padding_mask(
     device: Any = "cpu",
     **others: Any,
 ) -> Tensor | None:
-    """Return the mask of a model's layers, as transformers' ``eager_mask`` does, but padding alone where that will do.
+    """Return the mask of a model's layers, as transformers' ``eager_mask`` does, but without its numbers.
 
-    It does where the mask is bidirectional, or causal with the last query at the last key, and nothing else is in it. A
-    window, or a chunk, is nothing else where it is longer than the keys are.
+    Those of Lq x Lk booleans are needed only where something else than causality, a window and padding is in the mask.
 
     Parameters
     ----------
@@ -247,20 +255,18 @@ allow_is_causal_skip, allow_is_bidirectional_skip, device, **others
     if is_tracing(attention_mask) or not isinstance(q_offset, int):
         return eager_mask(**given, **others)
     shape, dtype = (batch_size, 1, q_length, kv_length), others.get("dtype", torch.float32)
-    plain = local_size is None or max(q_length, kv_length) < local_size
-    causal = allow_is_causal_skip and (mask_function is causal_mask_function or local_size is not None)
-    both_ways = allow_is_bidirectional_skip and (mask_function is bidirectional_mask_function or local_size is not None)
-    at_the_end = q_offset + q_length == kv_offset + kv_length
-    if not plain or not (both_ways or (causal and at_the_end)):
-        visible = sdpa_mask(**given, allow_is_causal_skip=False, **others)
-        return None if visible is None else masks.compact(visible, False, shape, dtype, device)
-    causal = not both_ways and q_length > 1
-    kept = prepare_padding_mask(attention_mask, kv_length, kv_offset)
-    if kept is not None:
-        kept = kept[:, kv_offset : kv_offset + kv_length].bool()[:, None, None, :]
-    if kept is None or kept.all():
-        return masks.compact(None, True, shape, dtype, device) if causal else None
-    return masks.compact(kept, causal, shape, dtype, device)
+    reach = intervals.reach(mask_function, max(q_offset + q_length, kv_offset + kv_length))
+    if reach is None:
+        matrix = sdpa_mask(**given, allow_is_causal_skip=False, **others)
+        return None if matrix is None else masks.compact(Visible(kept=matrix), shape, dtype, device)
+    interval = Scores(left=reach[0], right=reach[1], offset=q_offset - kv_offset)
+    if interval.span(0, q_length - 1, kv_length) == (0, 0, kv_length, kv_length):
+        interval = Scores()
+    kept, lengths = intervals.padding(attention_mask, kv_length, kv_offset)
+    skip = allow_is_bidirectional_skip or (allow_is_causal_skip and q_length == 1)
+    if skip and not interval.bounded and kept is None and lengths is None:
+        return None
+    return masks.compact(Visible(interval, lengths, kept), shape, dtype, device)
 
 
 def _refuse(
@@ -268,7 +274,8 @@ def _refuse(
     others: dict[str, Any],
     query: Tensor,
     key: Tensor,
-    attention_mask: Tensor | None,
+    bias: Tensor | None,
+    visible: Visible,
     sliding_window: int | None,
 ) -> None:
     """Refuse what would change the result and is not computed.
@@ -283,7 +290,7 @@ def _refuse(
         raise TypeError(f"{layer}: a query of {query.dtype}; expected a model in float32 or float64: model.float()")
     packed = [others.pop(name, None) for name in ("cu_seq_lens_q", "cu_seq_lens_k")]
     numbered = others.pop("seq_idx", None)
-    whole = attention_mask is not None and attention_mask.shape[-2] == query.shape[2]
+    whole = any(mask is not None and mask.shape[-2] == query.shape[2] for mask in (bias, visible.kept))
     if not whole:
         several = any(ends is not None and ends.numel() > 2 for ends in packed)
         if several or (numbered is not None and bool((numbered != numbered.flatten()[0]).any())):
@@ -297,39 +304,47 @@ def _refuse(
                 f"{layer}: {name}: the model passes it to attention, and fastattn does not compute it; expected None, "
                 'or another attn_implementation, such as "eager"'
             )
-    if sliding_window is not None and not whole and key.shape[2] > sliding_window:
+    windowed = whole or visible.interval.left is not None
+    if sliding_window is not None and not windowed and key.shape[2] > sliding_window:
         raise ValueError(
             f"{layer}: sliding_window: {sliding_window} with {key.shape[2]} keys and no mask that says so; expected a "
             f"mask of {query.shape[2]} x {key.shape[2]}"
         )
 
 
-def _biased(bias: Tensor, mask: Tensor | None) -> Tensor:
-    """Return one floating mask for a bias and a mask."""
-    if mask is None:
-        return bias
-    return torch.where(mask, bias, -math.inf) if mask.dtype == torch.bool else bias + mask
+def _scores(
+    query: Tensor,
+    key: Tensor,
+    scaling: float | None,
+    softcap: float | None,
+    bias: Tensor | None,
+    rows: Tensor | slice = EVERY_ROW,
+) -> Tensor:
+    """Return the matrix of scores, or some of its rows, before anything is hidden."""
+    query, key = query[:, :, rows], key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    if bias is None:
+        return scores
+    return scores + (bias if bias.shape[-2] == 1 else bias[..., rows, :])
 
 
-def _as_eager(out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+def _as_eager(out: Tensor, lse: Tensor, value: Tensor, scores: Callable[..., Tensor]) -> Tensor:
     """Return what attention found, and for a query that may look at no key what eager's attention has there.
 
     Its masks add a lowest number, so all keys are the same to such a query, which gets the mean of the values. It is
     what padding computes, and what a model generates that was given its padding at the end.
     """
     blind = lse.detach() == -math.inf
-    if is_tracing(query):
+    if is_tracing(out):
         means = value.mean(-2, keepdim=True).repeat_interleave(out.shape[1] // value.shape[1], 1)
         return torch.where(blind[..., None], means, out)
     if not blind.any():
         return out
-    groups = out.shape[1] // value.shape[1]
     rows = blind.any(1).any(0)
-    value = value.repeat_interleave(groups, 1)
-    if query.requires_grad or key.requires_grad:
-        scores = query[:, :, rows] @ key.repeat_interleave(groups, 1).transpose(-1, -2)
-        scores = scores * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-        means = (scores + torch.finfo(scores.dtype).min).softmax(-1) @ value
+    value = value.repeat_interleave(out.shape[1] // value.shape[1], 1)
+    if out.requires_grad:
+        means = (scores(rows=rows) + torch.finfo(out.dtype).min).softmax(-1) @ value
     else:
         means = value.mean(-2, keepdim=True)
     found = out.clone()
@@ -345,29 +360,14 @@ def _captured() -> bool:
 
 
 def _with_weights(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    dropout: float,
-    scaling: float | None,
-    causal: bool | str,
-    sinks: Tensor | None,
+    scores: Tensor, value: Tensor, visible: Visible, dropout: float, sinks: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Compute attention in PyTorch, from a matrix of weights that can be looked at, and differentiated."""
-    queries, keys = query.shape[2], key.shape[2]
-    key, value = (tensor.repeat_interleave(query.shape[1] // tensor.shape[1], 1) for tensor in (key, value))
-    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    visible = torch.ones((queries, keys), dtype=torch.bool)
-    if causal:
-        visible = visible.tril(keys - queries if causal == "bottom-right" else 0)
-    if mask is not None and mask.dtype == torch.bool:
-        visible = visible & mask
-    elif mask is not None:
-        scores, visible = scores + mask, visible & (mask != -math.inf)
-    scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
+    batch, heads, queries, keys = scores.shape
+    seen = visible.matrix(queries, keys, scores.device) & (scores != -math.inf)
+    scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
     if sinks is not None:
-        scores = torch.cat((scores, sinks[:, None, None].expand(len(scores), -1, queries, 1).to(scores.dtype)), -1)
+        scores = torch.cat((scores, sinks[:, None, None].expand(batch, -1, queries, 1).to(scores.dtype)), -1)
     weights = scores.softmax(-1)[..., :keys]
     weights = torch.nn.functional.dropout(weights, dropout)
-    return weights @ value, weights
+    return weights @ value.repeat_interleave(heads // value.shape[1], 1), weights

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastattn.api.additive import additive_attention
-from fastattn.api.backward import additive_attention_backward
 from fastattn.call.arrays import as_upstream
 from fastattn.call.options import check_flag
-from fastattn.call.problem import Array, Shape
+from fastattn.call.problem import Array, Mask, Shape
+from fastattn.call.score_options import FurtherOptions
 from fastattn.call.seeds import Rng
+from fastattn.layers import one_head
 from fastattn.layers.backward import (
     Saved,
     as_arguments,
@@ -25,6 +25,10 @@ from fastattn.layers.backward import (
     weight_gradient,
 )
 from fastattn.layers.base import Layer, as_inputs, check_size, common_batch, linear
+from fastattn.layers.masks import mask_of_scores
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["BahdanauAttention"]
 
@@ -43,7 +47,8 @@ class _Attended(Saved):
         U k.
     projected_keys : array_like or None
         As it was given.
-    attn_mask : array_like or None
+    mask : ndarray, pair of them, or None
+    options : FurtherOptions
     out, lse : ndarray
     """
 
@@ -53,7 +58,8 @@ class _Attended(Saved):
     state: Array
     hidden: Array
     projected_keys: ArrayLike | None
-    attn_mask: ArrayLike | None
+    mask: Mask
+    options: FurtherOptions
     out: Array
     lse: Array
 
@@ -211,6 +217,7 @@ class BahdanauAttention(Layer):
         projected_keys: ArrayLike | None = None,
         return_weights: bool = False,
         return_saved: bool = False,
+        **options: Unpack[FurtherOptions],
     ) -> Any:
         """Attend.
 
@@ -224,9 +231,11 @@ class BahdanauAttention(Layer):
         value : array_like, shape (B, Lk, Dv), optional
             The key unless given.
         attn_mask : array_like, broadcasting to (B, Lq, Lk), optional
-            Boolean, where True takes part, or floating, added to the scores.
+            Boolean, where True takes part, or floating, added to the scores; or one of each, as a tuple (bias, keep).
         projected_keys : array_like, shape (B, Lk, hidden_dim), optional
             What `project_keys` returned for these keys, which are then not projected again.
+        window, query_offset, key_lengths, softcap : optional
+            As in `fastattn.attention`. Lengths of sources are `key_lengths`, shape (B,).
         return_weights : bool
             Return the weights as well.
         return_saved : bool
@@ -251,7 +260,7 @@ class BahdanauAttention(Layer):
         return_weights = check_flag("return_weights", return_weights)
         return_saved = check_flag("return_saved", return_saved)
         given = given_arguments(query, key, value)
-        attended = self._attend(given, attn_mask, projected_keys, return_weights)
+        attended = self._attend(given, attn_mask, projected_keys, options, return_weights)
         return attended.results(attended.out, return_weights, return_saved)
 
     @np.errstate(all="ignore")
@@ -262,6 +271,7 @@ class BahdanauAttention(Layer):
         attn_mask: ArrayLike | None = None,
         *,
         projected_keys: ArrayLike | None = None,
+        **options: Unpack[FurtherOptions],
     ) -> tuple[Any, dict[str, Array]]:
         """Return the gradients of a call's arguments, and of the parameters.
 
@@ -272,7 +282,7 @@ class BahdanauAttention(Layer):
         inputs : tuple of array_like, or Saved
             What the layer was called with: ``(query, key)`` or ``(query, key, value)``. Or what the call returned with
             ``return_saved=True``: then nothing of it is computed again, and it says the options as well.
-        attn_mask, projected_keys
+        attn_mask, projected_keys, **options
             As the call was given them.
 
         Returns
@@ -315,11 +325,13 @@ class BahdanauAttention(Layer):
         >>> bool(np.allclose(grad_keys + grad_values, grad_source, atol=1e-6))
         True
         """
-        saved: _Attended | None = recalled(self, inputs, attn_mask=attn_mask, projected_keys=projected_keys)
+        called: Any = {"attn_mask": attn_mask, "projected_keys": projected_keys}
+        saved: _Attended | None = recalled(self, inputs, **called, **options)
         if saved is None:
-            saved = self._attend(as_arguments(inputs, ("query", "key", "value"), 2), attn_mask, projected_keys, False)
+            given = as_arguments(inputs, ("query", "key", "value"), 2)
+            saved = self._attend(given, **called, options=options, return_weights=False)
         grad = as_upstream("grad_out", grad_out, saved.out.dtype, saved.out.shape)
-        grad_state, grad_hidden, grad_value, grad_weight = additive_attention_backward(
+        grad_state, grad_hidden, grad_value, grad_weight = one_head.attend_backward(
             grad,
             saved.state,
             saved.hidden,
@@ -327,7 +339,8 @@ class BahdanauAttention(Layer):
             self.weight.astype(grad.dtype, copy=False),
             saved.out,
             saved.lse,
-            saved.attn_mask,
+            saved.mask,
+            saved.options,
         )
         gradients = {
             "query_weight": weight_gradient(grad_state, saved.query),
@@ -352,6 +365,7 @@ class BahdanauAttention(Layer):
         given: tuple[Any, ...],
         attn_mask: ArrayLike | None,
         projected_keys: ArrayLike | None,
+        options: FurtherOptions,
         return_weights: bool,
     ) -> _Attended:
         """Project and attend."""
@@ -360,7 +374,8 @@ class BahdanauAttention(Layer):
         if projected_keys is not None:
             arrays["projected_keys"] = projected_keys
         q, k, v, *projected = as_inputs(self.dtype, **arrays)
-        common_batch([q, k, v], (self.query_dim, self.key_dim, v.shape[-1] if v.ndim else 0))
+        batch = common_batch([q, k, v], (self.query_dim, self.key_dim, v.shape[-1] if v.ndim else 0))
+        mask = mask_of_scores(attn_mask, (*batch, q.shape[-2], k.shape[-2]))
         if projected:
             hidden = projected[0]
             expected = (*k.shape[:-1], self.hidden_dim)
@@ -373,20 +388,19 @@ class BahdanauAttention(Layer):
             hidden = linear(k, self.key_weight)
         weight = self.weight.astype(q.dtype, copy=False)
         state = linear(q, self.query_weight, self.bias)
-        out, lse, *weights = additive_attention(
-            state, hidden, v, weight, attn_mask, return_lse=True, return_weights=return_weights
-        )
+        out, lse, weights = one_head.attend(state, hidden, v, weight, mask, options, return_weights)
         return _Attended(
             layer=self,
             inputs=given,
-            weights=weights[0] if weights else None,
+            weights=weights,
             query=q,
             key=k,
             value=v,
             state=state,
             hidden=hidden,
             projected_keys=projected_keys,
-            attn_mask=attn_mask,
+            mask=mask,
+            options=options,
             out=out,
             lse=lse,
         )

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastattn.call.arrays import as_upstream
 from fastattn.call.options import check_flag
-from fastattn.call.problem import FLOAT64, Array, Shape
+from fastattn.call.problem import FLOAT64, Array, Mask, Shape
+from fastattn.call.score_options import FurtherOptions, check_window
 from fastattn.call.seeds import Rng
 from fastattn.call.shapes import MAX_RANK
 from fastattn.call.upstream import summed_to
+from fastattn.layers.alignment import Alignment, Attended, find_interval
 from fastattn.layers.backward import (
     Saved,
     as_arguments,
@@ -24,16 +25,12 @@ from fastattn.layers.backward import (
     weight_gradient,
 )
 from fastattn.layers.base import Layer, as_inputs, check_choice, check_size, common_batch, linear
-from fastattn.layers.masks import as_lengths, combine, mask_of_scores
+from fastattn.layers.local import Local, as_positions, find_local, find_sight
+from fastattn.layers.masks import mask_of_scores
 from fastattn.layers.scores import Concat, Dot, General
-from fastattn.layers.windows import (
-    Windows,
-    as_positions,
-    attend_windows,
-    find_windows,
-    lost_queries,
-    windows_backward,
-)
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["LuongAttention"]
 
@@ -41,40 +38,6 @@ SCORES = ("dot", "general", "concat")
 ALIGNMENTS = ("global", "local-m", "local-p")
 #: Parameters start uniform within ± this: section 4.1 of the paper.
 INITIAL = 0.1
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class _Attended(Saved):
-    """What the attention was made of.
-
-    Attributes
-    ----------
-    query, key, value : ndarray
-        In one dtype.
-    mask : ndarray or None
-        With a global alignment that of `key_lengths` as well.
-    sources : ndarray of int64, shape (*batch, 1), or None
-        S; None with a global alignment, as is `windows`.
-    windows : Windows or None
-    scored, projected : ndarray
-        What stands for queries and keys in the score; with a local alignment `projected` is the keys.
-    out, lse : ndarray
-        With local-p, `lse` is that of the scores without the Gaussian.
-    lost : ndarray of bool, shape (*batch, Lq), or None
-        The queries that nobody knows where they look.
-    """
-
-    query: Array
-    key: Array
-    value: Array
-    mask: Array | None
-    sources: Array | None
-    windows: Windows | None
-    scored: Array
-    projected: Array
-    out: Array
-    lse: Array
-    lost: Array | None
 
 
 class LuongAttention(Layer):
@@ -194,10 +157,10 @@ class LuongAttention(Layer):
         value: ArrayLike | None = None,
         attn_mask: ArrayLike | None = None,
         *,
-        key_lengths: ArrayLike | None = None,
         positions: ArrayLike | None = None,
         return_weights: bool = False,
         return_saved: bool = False,
+        **options: Unpack[FurtherOptions],
     ) -> Any:
         """Attend.
 
@@ -210,11 +173,15 @@ class LuongAttention(Layer):
         value : array_like, shape (B, Lk, value_dim), optional
             The key unless given.
         attn_mask : array_like, broadcasting to (B, Lq, Lk), optional
-            Boolean, where True takes part, or floating, added to the scores.
+            Boolean, where True takes part, or floating, added to the scores; or one of each, as a tuple (bias, keep).
+        positions : array_like, shape (Lq,) or (B, Lq), optional
+            The positions p for local-m, the positions of the targets themselves unless given.
         key_lengths : array_like of int, shape (B,), optional
             S, the length of each source, Lk unless given. What stands behind it takes no part.
-        positions : array_like, shape (Lq,) or (B, Lq), optional
-            The positions p for local-m, 0 to Lq - 1 unless given.
+        query_offset : int or array_like of int, shape (B,), optional
+            The position of target 0, 0 unless given: in a decoder that goes step by step, the number of the step.
+        window, softcap : optional
+            As in `fastattn.attention`; a source has to be in this window as well as in that of the layer.
         return_weights : bool
             Return the weights as well.
         return_saved : bool
@@ -241,12 +208,13 @@ class LuongAttention(Layer):
         Notes
         -----
         With a local alignment, time and memory grow with the window, and not with Lk, except for what `return_weights`
-        asks for. Predicted positions are computed in float64. A query with NaN has a position of NaN, and gives NaN.
+        asks for, and where offsets of targets differ: concat then takes all sources up to the last one that is looked
+        at. Predicted positions are computed in float64. A query with NaN has a position of NaN, and gives NaN.
         """
         return_weights = check_flag("return_weights", return_weights)
         return_saved = check_flag("return_saved", return_saved)
         given = given_arguments(query, key, value)
-        attended = self._attend(given, attn_mask, key_lengths, positions, return_weights)
+        attended = self._attend(given, attn_mask, positions, options, return_weights)
         return attended.results(attended.out, return_weights, return_saved)
 
     @np.errstate(all="ignore")
@@ -256,8 +224,8 @@ class LuongAttention(Layer):
         inputs: tuple[ArrayLike | None, ...] | Saved,
         attn_mask: ArrayLike | None = None,
         *,
-        key_lengths: ArrayLike | None = None,
         positions: ArrayLike | None = None,
+        **options: Unpack[FurtherOptions],
     ) -> tuple[Any, dict[str, Array]]:
         """Return the gradients of a call's arguments, and of the parameters.
 
@@ -268,7 +236,7 @@ class LuongAttention(Layer):
         inputs : tuple of array_like, or Saved
             What the layer was called with: ``(query, key)`` or ``(query, key, value)``. Or what the call returned with
             ``return_saved=True``: then nothing of it is computed again, and it says the options as well.
-        attn_mask, key_lengths, positions
+        attn_mask, positions, **options
             As the call was given them.
 
         Returns
@@ -304,24 +272,18 @@ class LuongAttention(Layer):
         ((2, 3, 8), (2, 20, 6),
          {'score_weight': (8, 6), 'position_weight': (8, 8), 'position_vector': (8,), 'combine_weight': (8, 14)})
         """
-        saved: _Attended | None = recalled(
-            self, inputs, attn_mask=attn_mask, key_lengths=key_lengths, positions=positions
-        )
+        saved: Attended | None = recalled(self, inputs, attn_mask=attn_mask, positions=positions, **options)
         if saved is None:
             given = as_arguments(inputs, ("query", "key", "value"), 2)
-            saved = self._attend(given, attn_mask, key_lengths, positions, False)
+            saved = self._attend(given, attn_mask, positions, options, False)
         grad = as_upstream("grad_out", grad_out, saved.out.dtype, saved.out.shape)
-        score = self._score()
+        score, alignment = self._score(), saved.alignment
+        to_query, grad_key, grad_value, to_center = alignment.backward(score, grad, saved)
+        grad_query = score.project_query_backward(to_query, saved.query)
         gradients: dict[str, Array] = {}
-        if saved.windows is None:
-            to_query, to_key, grad_value = score.attend_backward(
-                grad, saved.scored, saved.projected, saved.value, saved.out, saved.lse, saved.mask
-            )
-            grad_query = score.project_query_backward(to_query, saved.query)
-            grad_key = score.project_key_backward(to_key, saved.key)
-            grad_key = grad_key if saved.has_value else grad_key + grad_value
-        else:
-            grad_query, grad_key, grad_value, gradients = self._local_backward(score, grad, saved)
+        if to_center is not None and isinstance(alignment, Local):
+            through = self._predict_backward(to_center, saved.query, alignment.sight.lengths, gradients)
+            grad_query = (grad_query + through).astype(grad.dtype, copy=False)
         found = (grad_query, grad_key, grad_value)[: len(saved.inputs)]
         return delivered(found, saved.inputs), self.as_gradients({**gradients, **score.gradients})
 
@@ -418,39 +380,20 @@ class LuongAttention(Layer):
         self,
         given: tuple[Any, ...],
         attn_mask: ArrayLike | None,
-        key_lengths: ArrayLike | None,
         positions: ArrayLike | None,
+        options: FurtherOptions,
         return_weights: bool,
-    ) -> _Attended:
+    ) -> Attended:
         """Attend, and keep what of."""
         query, key, value = (*given, None)[:3]
         arrays = as_inputs(self.dtype, query=query, key=key, value=key if value is None else value)
         batch = common_batch(arrays, (self.query_dim, self.key_dim, self.value_dim))
         q, k, v = arrays
-        queries, keys = q.shape[-2], k.shape[-2]
-        mask = mask_of_scores(attn_mask, (*batch, queries, keys))
-        lengths = None if key_lengths is None else as_lengths(key_lengths, batch, keys)
-        if positions is not None and self.align != "local-m":
-            raise ValueError(f"positions: given, but align is {self.align!r}; expected None unless it is 'local-m'")
-
-        score, sources, windows, lost = self._score(), None, None, None
-        scored, projected = score.project_query(q), k
-        if self.align == "global":
-            projected = score.project_key(k)
-            mask = combine(None if lengths is None else np.arange(keys) < lengths[..., None, None], mask)
-            out, lse, weights = score.attend(scored, projected, v, mask, return_weights)
-        else:
-            sources = np.broadcast_to(keys if lengths is None else lengths, batch)[..., None]
-            center = (
-                self._predict(q, sources) if self.align == "local-p" else as_positions(positions, (*batch, queries))
-            )
-            windows = find_windows(np.broadcast_to(center, (*batch, queries)), self.window, sources)
-            out, lse, weights = attend_windows(score, scored, k, v, windows, mask, self._deviation, return_weights)
-            lost = lost_queries(windows, sources, mask)
-            out[lost] = np.nan
-            if weights is not None:
-                weights[lost[..., None] & (np.arange(keys) < sources[..., None])] = np.nan
-        return _Attended(
+        mask = mask_of_scores(attn_mask, (*batch, q.shape[-2], k.shape[-2]))
+        score, alignment = self._score(), self._alignment(q, k.shape[-2], batch, mask, positions, options)
+        scored = score.project_query(q)
+        out, lse, weights, projected = alignment.attend(score, scored, k, v, mask, return_weights)
+        return Attended(
             layer=self,
             inputs=given,
             weights=weights,
@@ -458,21 +401,39 @@ class LuongAttention(Layer):
             key=k,
             value=v,
             mask=mask,
-            sources=sources,
-            windows=windows,
+            alignment=alignment,
             scored=scored,
             projected=projected,
             out=out,
             lse=lse,
-            lost=lost,
         )
 
-    # -- local alignment -----------------------------------------------------------------------------------------------
+    def _alignment(
+        self,
+        query: Array,
+        keys: int,
+        batch: Shape,
+        mask: Mask,
+        positions: ArrayLike | None,
+        options: FurtherOptions,
+    ) -> Alignment:
+        """Return which keys the queries look at."""
+        queries = query.shape[-2]
+        if positions is not None and self.align != "local-m":
+            raise ValueError(f"positions: given, but align is {self.align!r}; expected None unless it is 'local-m'")
+        if self.align == "global":
+            return find_interval(options, batch, queries, keys)
+        if self.align == "local-m" and positions is None:
+            given = check_window(options.get("window"))
+            left, right = (self.window if reach is None else min(reach, self.window) for reach in given)
+            return find_interval({**options, "window": (left, right)}, batch, queries, keys)
+        sight = find_sight(options, batch, queries, keys)
+        if positions is not None:
+            return find_local(as_positions(positions, (*batch, queries)), self.window, sight, mask, None)
+        center = np.broadcast_to(self._predict(query, sight.lengths), (*batch, queries))
+        return find_local(center, self.window, sight, mask, self.window / 2)
 
-    @property
-    def _deviation(self) -> float | None:
-        """σ of the Gaussian, where there is one."""
-        return self.window / 2 if self.align == "local-p" else None
+    # -- predicted positions -------------------------------------------------------------------------------------------
 
     def _predict(self, query: Array, sources: Array) -> Array:
         """Return the predicted positions S · sigmoid(v_p · tanh(W_p h)), shape (*batch, Lq), in float64."""
@@ -495,35 +456,3 @@ class LuongAttention(Layer):
         inside = times(drive[..., None], vector * (1 - hidden * hidden))
         gradients["position_weight"] = weight_gradient(inside, query)
         return linear(inside, weight.T)
-
-    def _local_backward(
-        self, score: Dot, grad: Array, saved: _Attended
-    ) -> tuple[Array, Array, Array, dict[str, Array]]:
-        """Return the gradients of query, key and value, and of the parameters of the predicted positions."""
-        assert saved.windows is not None
-        assert saved.sources is not None
-        grad_key = np.zeros(saved.key.shape, grad.dtype)
-        # a key that is the value as well has the sum
-        grad_value = np.zeros(saved.value.shape, grad.dtype) if saved.has_value else grad_key
-        to_query, to_center = windows_backward(
-            score,
-            grad,
-            saved.scored,
-            saved.key,
-            saved.value,
-            saved.out,
-            saved.lse,
-            saved.windows,
-            saved.mask,
-            self._deviation,
-            grad_key,
-            grad_value,
-        )
-        to_query[saved.lost] = np.nan
-        grad_query = score.project_query_backward(summed_to(to_query, saved.scored.shape), saved.query)
-        gradients: dict[str, Array] = {}
-        if to_center is not None:
-            to_center[saved.lost] = np.nan
-            through = self._predict_backward(to_center, saved.query, saved.sources, gradients)
-            grad_query = (grad_query + through).astype(grad.dtype, copy=False)
-        return grad_query, grad_key, grad_value, gradients

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from typing import overload
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fastattn.call.arrays import as_array, as_mask
+from fastattn.call.arrays import as_array, as_masks
 from fastattn.call.broadcasting import check_broadcasts
-from fastattn.call.problem import Array, Shape
+from fastattn.call.problem import Array, Mask, Shape
+from fastattn.call.shapes import masks_of
 
-__all__ = ["as_key_mask", "as_lengths", "combine", "mask_of_scores", "per_head"]
+__all__ = ["as_key_mask", "changed", "combine", "mask_of_scores", "per_head"]
 
 
-def mask_of_scores(attn_mask: ArrayLike | None, scores: Shape) -> Array | None:
-    """Return an array of a mask that broadcasts to the shape of the scores.
+def mask_of_scores(attn_mask: ArrayLike | None, scores: Shape) -> Mask:
+    """Return what `fastattn.attention` takes as a mask, of arrays that broadcast to the shape of the scores.
 
     Raises
     ------
@@ -24,8 +25,10 @@ def mask_of_scores(attn_mask: ArrayLike | None, scores: Shape) -> Array | None:
     """
     if attn_mask is None:
         return None
-    mask = as_mask(attn_mask)
-    check_broadcasts("attn_mask", mask.shape, scores)
+    mask = as_masks(attn_mask)
+    for one in masks_of(mask):
+        if one is not None:
+            check_broadcasts("attn_mask", one.shape, scores)
     return mask
 
 
@@ -48,38 +51,22 @@ def as_key_mask(key_mask: ArrayLike | None, keys: Shape) -> Array | None:
     return np.atleast_1d(mask)
 
 
-def as_lengths(given: ArrayLike, batch: Shape, keys: int) -> Array:
-    """Return the lengths of sources of up to so many keys as int64.
-
-    Raises
-    ------
-    TypeError
-        If they are no integers.
-    ValueError
-        If their shape does not broadcast to `batch`, or one is not in [0, keys].
-    """
-    lengths = as_array("key_lengths", given)
-    if lengths.dtype.kind not in "iu":
-        raise TypeError(f"key_lengths: dtype {lengths.dtype}; expected integers")
-    check_broadcasts("key_lengths", lengths.shape, batch)
-    if lengths.size and not (lengths.min() >= 0 and lengths.max() <= keys):
-        raise ValueError(f"key_lengths: {lengths.min()} to {lengths.max()}; expected 0 to {keys}, the length of key")
-    return lengths.astype(np.int64)
+def combine(visible: Array | None, mask: Mask) -> Mask:
+    """Return a mask that hides what a boolean one hides, and what any other does."""
+    bias, keep = masks_of(mask)
+    if visible is not None:
+        keep = visible if keep is None else keep & visible
+    if bias is None or keep is None:
+        return keep if bias is None else bias
+    return bias, keep
 
 
-@overload
-def combine(visible: Array, mask: Array | None) -> Array: ...
-@overload
-def combine(visible: Array | None, mask: Array | None) -> Array | None: ...
-def combine(visible: Array | None, mask: Array | None) -> Array | None:
-    """Return one mask of a boolean one and any other, which broadcast: what either hides is hidden."""
-    if visible is None or mask is None:
-        return mask if visible is None else visible
-    if mask.dtype.kind == "b":
-        both: Array = mask & visible
-    else:
-        both = np.where(visible, mask, mask.dtype.type(-np.inf))
-    return both
+def changed(mask: Mask, change: Callable[[Array], Array]) -> Mask:
+    """Return what a change makes of each array of a mask."""
+    if mask is None:
+        return None
+    bias, keep = (None if one is None else change(one) for one in masks_of(mask))
+    return combine(keep, bias)
 
 
 def per_head(key_mask: Array | None) -> Array | None:

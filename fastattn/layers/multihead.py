@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
@@ -13,7 +13,8 @@ from fastattn.api.attention import attention
 from fastattn.api.backward import attention_backward
 from fastattn.call.arrays import as_upstream
 from fastattn.call.options import check_flag
-from fastattn.call.problem import Array, Shape
+from fastattn.call.problem import Array, Mask, Shape
+from fastattn.call.score_options import FurtherOptions
 from fastattn.call.seeds import Rng
 from fastattn.layers.backward import (
     Saved,
@@ -28,6 +29,9 @@ from fastattn.layers.backward import (
 from fastattn.layers.base import Layer, as_inputs, check_size, common_batch, linear
 from fastattn.layers.masks import as_key_mask, combine, mask_of_scores, per_head
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 __all__ = ["MultiHeadAttention"]
 
 
@@ -41,16 +45,18 @@ class _Attended(Saved):
         query, key and value in one dtype.
     heads : tuple of ndarray
         Their projections, shape (..., heads, length, D).
-    mask : ndarray or None
+    mask : ndarray, pair of them, or None
     is_causal : bool or str
+    options : FurtherOptions
     context : ndarray, shape (..., Lq, H, D)
     lse : ndarray, shape (..., H, Lq)
     """
 
     arrays: list[Array]
     heads: tuple[Array, Array, Array]
-    mask: Array | None
+    mask: Mask
     is_causal: bool | str
+    options: FurtherOptions
     context: Array
     lse: Array
 
@@ -195,6 +201,7 @@ class MultiHeadAttention(Layer):
         is_causal: bool | str = False,
         return_weights: bool = False,
         return_saved: bool = False,
+        **options: Unpack[FurtherOptions],
     ) -> Any:
         """Attend.
 
@@ -207,15 +214,18 @@ class MultiHeadAttention(Layer):
         value : array_like, shape (..., Lk, vdim), optional
             The key unless given.
         attn_mask : array_like, broadcasting to (..., H, Lq, Lk), optional
-            Boolean, where True takes part, or floating, added to the scores. A mask for each element of a batch, but
-            not for each head, is ``mask[:, None]``.
+            Boolean, where True takes part, or floating, added to the scores; or one of each, as a tuple (bias, keep).
+            A mask for each element of a batch, but not for each head, is ``mask[:, None]``.
         key_mask : array_like of bool, broadcasting to (..., Lk), optional
-            True for a key that takes part, False for padding.
+            True for a key that takes part, False for padding. Where that is all behind the last key, `key_lengths` says
+            the same, and padding costs nothing.
         is_causal : bool or "bottom-right"
             As in `fastattn.attention`.
+        window, query_offset, key_lengths, softcap : optional
+            As in `fastattn.attention`.
         return_weights : bool
-            Return the weights of each head as well. Only then does a matrix of Lq x Lk exist, or where `attn_mask` and
-            `key_mask` are both given, and combined.
+            Return the weights of each head as well. Only then does a matrix of Lq x Lk exist, or where `key_mask` is
+            given with a boolean `attn_mask`, and combined.
         return_saved : bool
             Return what `backward` needs as well.
 
@@ -244,7 +254,7 @@ class MultiHeadAttention(Layer):
         return_weights = check_flag("return_weights", return_weights)
         return_saved = check_flag("return_saved", return_saved)
         given = given_arguments(query, key, value)
-        attended = self._attend(given, attn_mask, key_mask, is_causal, return_weights)
+        attended = self._attend(given, attn_mask, key_mask, is_causal, options, return_weights)
         merged = attended.context.reshape(*attended.context.shape[:-2], self.embed_dim)
         out = linear(merged, self.out_proj_weight, self.out_proj_bias)
         return attended.results(out, return_weights, return_saved)
@@ -258,6 +268,7 @@ class MultiHeadAttention(Layer):
         *,
         key_mask: ArrayLike | None = None,
         is_causal: bool | str = False,
+        **options: Unpack[FurtherOptions],
     ) -> tuple[Any, dict[str, Array]]:
         """Return the gradients of a call's arguments, and of the parameters.
 
@@ -268,7 +279,7 @@ class MultiHeadAttention(Layer):
         inputs : tuple of array_like, or Saved
             What the layer was called with: ``(query,)``, ``(query, key)`` or ``(query, key, value)``. Or what the call
             returned with ``return_saved=True``: then nothing of it is computed again, and it says the options as well.
-        attn_mask, key_mask, is_causal
+        attn_mask, key_mask, is_causal, **options
             As the call was given them.
 
         Returns
@@ -302,11 +313,11 @@ class MultiHeadAttention(Layer):
         >>> bool((again == grad_x).all())
         True
         """
-        saved: _Attended | None = recalled(self, inputs, attn_mask=attn_mask, key_mask=key_mask, is_causal=is_causal)
+        called: Any = {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal}
+        saved: _Attended | None = recalled(self, inputs, **called, **options)
         if saved is None:
-            saved = self._attend(
-                as_arguments(inputs, ("query", "key", "value"), 1), attn_mask, key_mask, is_causal, False
-            )
+            given = as_arguments(inputs, ("query", "key", "value"), 1)
+            saved = self._attend(given, **called, options=options, return_weights=False)
         context = saved.context.reshape(*saved.context.shape[:-2], self.embed_dim)
         grad = as_upstream("grad_out", grad_out, context.dtype, context.shape)
         gradients: dict[str, Array] = {}
@@ -314,14 +325,16 @@ class MultiHeadAttention(Layer):
         if self.bias:
             gradients["out_proj.bias"] = bias_gradient(grad)
         grad_context = linear(grad, self.out_proj_weight.T)
+        mask: Any = saved.mask
         grad_heads = attention_backward(
             grad_context.reshape(saved.context.shape).swapaxes(-2, -3),
             *saved.heads,
             saved.context.swapaxes(-2, -3),
             saved.lse,
-            saved.mask,
+            mask,
             is_causal=saved.is_causal,
             enable_gqa=self.num_kv_heads != self.num_heads,
+            **saved.options,
         )
         grad_inputs = self._project_backward(grad_heads, saved, gradients)
         return grad_inputs, self.as_gradients(gradients)
@@ -332,6 +345,7 @@ class MultiHeadAttention(Layer):
         attn_mask: ArrayLike | None,
         key_mask: ArrayLike | None,
         is_causal: bool | str,
+        options: FurtherOptions,
         return_weights: bool,
     ) -> _Attended:
         """Project and attend."""
@@ -345,7 +359,7 @@ class MultiHeadAttention(Layer):
         arrays = as_inputs(self.dtype, query=query, key=key, value=value)
         batch = common_batch(arrays, (self.embed_dim, self.kdim, self.vdim))
         queries, keys = arrays[0].shape[-2], arrays[1].shape[-2]
-        mask = combine(
+        mask: Any = combine(
             per_head(as_key_mask(key_mask, (*batch, keys))),
             mask_of_scores(attn_mask, (*batch, self.num_heads, queries, keys)),
         )
@@ -362,6 +376,7 @@ class MultiHeadAttention(Layer):
             return_lse=True,
             return_weights=return_weights,
             out=context.swapaxes(-2, -3),
+            **options,
         )
         return _Attended(
             layer=self,
@@ -370,6 +385,7 @@ class MultiHeadAttention(Layer):
             heads=(q, k, v),
             mask=mask,
             is_causal=is_causal,
+            options=options,
             context=context,
             lse=lse,
             weights=weights[0] if weights else None,

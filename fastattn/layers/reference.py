@@ -1,22 +1,32 @@
 """What the layers compute, in plain NumPy on whole matrices: read this first.
 
-As in `fastattn.reference`, everything is evaluated in a wider type, and returned in it: float64 for layers and
-arguments of float32, longdouble for float64. Shapes in the comments: B elements of a batch, H heads of D features.
+As in `fastattn.reference`, which has the softmax and what is done to scores before it, everything is evaluated in a
+wider type, and returned in it: float64 for layers and arguments of float32, longdouble for float64. Shapes in the
+comments: B elements of a batch, H heads of D features.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fastattn.call.problem import Array
+from fastattn.call.problem import Array, Operands, Problem
+from fastattn.call.score_options import FurtherOptions
+from fastattn.call.shapes import describe
+from fastattn.layers.bahdanau import BahdanauAttention
 from fastattn.layers.luong import LuongAttention
+from fastattn.layers.masks import as_key_mask, changed, combine, mask_of_scores, per_head
 from fastattn.layers.multihead import MultiHeadAttention
-from fastattn.reference.forward import weighted_sum
+from fastattn.layers.one_head import one_head
+from fastattn.reference.forward import evaluate, raw_scores, softmax, visibility, weighted_sum
 
-__all__ = ["luong_attention", "multi_head_attention"]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["bahdanau_attention", "luong_attention", "multi_head_attention"]
 
 
 @np.errstate(all="ignore")
@@ -28,15 +38,16 @@ def multi_head_attention(
     attn_mask: ArrayLike | None = None,
     *,
     key_mask: ArrayLike | None = None,
-    is_causal: bool = False,
+    is_causal: bool | str = False,
+    **options: Unpack[FurtherOptions],
 ) -> tuple[Array, Array]:
     """Evaluate multi-head attention.
 
     Parameters
     ----------
     layer : MultiHeadAttention
-    query, key, value, attn_mask, key_mask, is_causal
-        As the layer is called with; causal from the top left only.
+    query, key, value, attn_mask, key_mask, is_causal, **options
+        As the layer is called with.
 
     Returns
     -------
@@ -45,8 +56,7 @@ def multi_head_attention(
     """
     key = query if key is None else key
     value = key if value is None else value
-    q, k, v, *parameters = _widened(layer, query, key, value)
-    state = dict(zip(layer.state_dict(), parameters, strict=True))
+    (q, k, v), state, real = _widened(layer, query, key, value)
     embed, kv = layer.embed_dim, layer.num_kv_heads * layer.head_dim
     names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
     matrices = np.split(state["in_proj_weight"], 3) if "in_proj_weight" in state else [state[name] for name in names]
@@ -58,19 +68,45 @@ def multi_head_attention(
         heads.append(
             projected.reshape(*x.shape[:-1], len(matrix) // layer.head_dim, layer.head_dim).swapaxes(-2, -3)
         )  # (B, H, L, D)
-    group = layer.num_heads // layer.num_kv_heads
-    q, k, v = heads[0], *(np.repeat(array, group, axis=-3) for array in heads[1:])
-
-    scores = q @ k.swapaxes(-1, -2) / np.sqrt(q.dtype.type(layer.head_dim))
-    visible = np.ones(scores.shape, bool)
-    if key_mask is not None:
-        visible &= np.asarray(key_mask)[..., None, None, :]
-    if is_causal:
-        visible &= np.tri(*scores.shape[-2:], dtype=np.bool_)
-    weights, visible = _softmax(scores, visible, attn_mask)
-    context = weighted_sum(weights, v, visible).swapaxes(-2, -3)  # (B, L, H, D)
+    scores = (*np.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2]), layer.num_heads, q.shape[-2], k.shape[-2])
+    visible = per_head(as_key_mask(key_mask, (*scores[:-3], scores[-1])))
+    mask = combine(visible, mask_of_scores(attn_mask, scores))
+    grouped = layer.num_heads != layer.num_kv_heads
+    q, k, v = heads
+    problem, operands = describe(q, k, v, mask, is_causal=is_causal, enable_gqa=grouped, **options)
+    context, _, weights = evaluate(replace(problem, real=real), operands)
+    context = context.swapaxes(-2, -3)  # (B, L, H, D)
     out = context.reshape(*context.shape[:-2], embed) @ state["out_proj.weight"].T
     return out + state.get("out_proj.bias", 0), weights
+
+
+@np.errstate(all="ignore")
+def bahdanau_attention(
+    layer: BahdanauAttention,
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike | None = None,
+    attn_mask: ArrayLike | None = None,
+    **options: Unpack[FurtherOptions],
+) -> tuple[Array, Array]:
+    """Evaluate Bahdanau's attention.
+
+    Parameters
+    ----------
+    layer : BahdanauAttention
+    query, key, value, attn_mask, **options
+        As the layer is called with.
+
+    Returns
+    -------
+    context : ndarray, shape (..., Lq, Dv)
+    weights : ndarray, shape (..., Lq, Lk)
+    """
+    (q, k, v), state, real = _widened(layer, query, key, key if value is None else value)
+    q, k = q @ state["query_weight"].T + state["bias"], k @ state["key_weight"].T
+    problem, operands = _described(q, k, v, attn_mask, options, real)
+    context, _, weights = evaluate(problem, operands, weight=state["weight"])
+    return context[..., 0, :, :], weights[..., 0, :, :]
 
 
 @np.errstate(all="ignore")
@@ -81,15 +117,15 @@ def luong_attention(
     value: ArrayLike | None = None,
     attn_mask: ArrayLike | None = None,
     *,
-    key_lengths: ArrayLike | None = None,
     positions: ArrayLike | None = None,
+    **options: Unpack[FurtherOptions],
 ) -> tuple[Array, Array]:
     """Evaluate Luong's attention, with the local alignments as windows cut out of the whole matrix.
 
     Parameters
     ----------
     layer : LuongAttention
-    query, key, value, attn_mask, key_lengths, positions
+    query, key, value, attn_mask, positions, **options
         As the layer is called with.
 
     Returns
@@ -97,62 +133,52 @@ def luong_attention(
     context : ndarray, shape (..., Lq, value_dim)
     weights : ndarray, shape (..., Lq, Lk)
     """
-    q, k, v, *parameters = _widened(layer, query, key, key if value is None else value)
-    state = dict(zip(layer.state_dict(), parameters, strict=True))
-    length = np.asarray(k.shape[-2] if key_lengths is None else key_lengths)[..., None, None]  # S
+    (h, k, v), state, real = _widened(layer, query, key, key if value is None else value)
+    q = h
+    if layer.score == "general":
+        q = h @ state["score_weight"]
+    if layer.score == "concat":  # W [h; s]
+        of_query, of_key = np.split(state["score_weight"], [layer.query_dim], axis=1)
+        q, k = h @ of_query.T, k @ of_key.T
+    problem, operands = _described(q, k, v, attn_mask, options, real)
+    scores = problem.scores.value(raw_scores(problem, operands, state.get("score_vector")), operands.bias, real)
+    visible = visibility(problem, operands)
+
+    def of_rows(given: ArrayLike | None, otherwise: int) -> Array:
+        return np.broadcast_to(otherwise if given is None else given, problem.batch)[..., None, None, None, None]
+
+    length = of_rows(options.get("key_lengths"), k.shape[-2])  # S
     j = np.arange(k.shape[-2])
-
-    if layer.score == "dot":
-        scores = q @ k.swapaxes(-1, -2)
-    elif layer.score == "general":
-        scores = q @ state["score_weight"] @ k.swapaxes(-1, -2)
-    else:
-        q_and_k = np.concatenate(_pairs(q, k), axis=-1)  # (B, Lq, Lk, query_dim + key_dim)
-        scores = np.tanh(q_and_k @ state["score_weight"].T) @ state["score_vector"]
-    visible = np.broadcast_to(j < length, scores.shape)
-
-    p = np.arange(q.shape[-2])[:, None] if positions is None else np.asarray(positions)[..., None]
+    p: Array = np.arange(q.shape[-2])[:, None] + of_rows(options.get("query_offset"), 0)
     if layer.align == "local-p":
-        hidden = np.tanh(q @ state["position_weight"].T) @ state["position_vector"]
-        p = length / (1 + np.exp(-hidden[..., None]))
+        hidden = np.tanh(h @ state["position_weight"].T) @ state["position_vector"]
+        p = length / (1 + np.exp(-hidden[..., None, None, :, None]))
+    elif positions is not None:
+        p = np.asarray(positions)[..., None, None, :, None]
     if layer.align != "global":
         visible = visible & (np.abs(j - p) <= layer.window)
-    weights, visible = _softmax(scores, visible, attn_mask)
+    weights, _ = softmax(np.where(visible, scores, -np.inf))
     if layer.align == "local-p":
         sigma = layer.window / 2
         weights = np.where(visible, weights * np.exp(-((j - p) ** 2) / (2 * sigma**2)), 0)
-    return weighted_sum(weights, v, visible), weights
+    context = weighted_sum(weights, operands.value, visible)
+    return context.reshape(problem.out_shape)[..., 0, :, :], weights.reshape(problem.weights_shape)[..., 0, :, :]
 
 
-def _widened(layer: Any, *arrays: ArrayLike) -> Any:
-    """Return the arrays, then the parameters of the layer, in the wider type."""
-    parameters = layer.state_dict().values()
-    given = [np.asarray(array) for array in arrays]
-    narrow = np.result_type(layer.dtype, *given)
-    wide: Any = np.float64 if narrow == np.float32 else np.longdouble
-    return [array.astype(wide) for array in (*given, *parameters)]
+def _described(
+    q: Array, k: Array, v: Array, attn_mask: ArrayLike | None, options: FurtherOptions, real: np.dtype[Any]
+) -> tuple[Problem, Operands]:
+    """Describe attention of one head; what stands in no head, (B, L, D), becomes (B, 1, L, D)."""
+    scores = (*np.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2]), q.shape[-2], k.shape[-2])
+    mask = changed(mask_of_scores(attn_mask, scores), one_head)
+    problem, operands = describe(one_head(q), one_head(k), one_head(v), mask, scale=1.0, **options)
+    return replace(problem, real=real), operands
 
 
-def _pairs(q: Array, k: Array) -> tuple[Array, Array]:
-    """Return each query beside each key, shapes (..., Lq, Lk, features)."""
-    batch = np.broadcast_shapes(q.shape[:-2], k.shape[:-2])
-    rows, columns = q.shape[-2], k.shape[-2]
-    return (
-        np.broadcast_to(q[..., :, None, :], (*batch, rows, columns, q.shape[-1])),
-        np.broadcast_to(k[..., None, :, :], (*batch, rows, columns, k.shape[-1])),
-    )
-
-
-def _softmax(scores: Array, visible: Array, attn_mask: ArrayLike | None) -> tuple[Array, Array]:
-    """Return softmaxed scores under a mask, and what is visible in the end; a row with nothing visible is 0."""
-    if attn_mask is not None:
-        mask = np.asarray(attn_mask)
-        if mask.dtype.kind == "b":
-            visible = visible & mask
-        else:
-            visible, scores = visible & (mask != -np.inf), scores + mask
-    scores = np.where(visible, scores, -np.inf)
-    highest = scores.max(axis=-1, keepdims=True, initial=-np.inf)
-    empty = highest == -np.inf
-    weights = np.exp(scores - np.where(empty, 0, highest))
-    return np.where(empty, 0, weights / np.where(empty, 1, weights.sum(axis=-1, keepdims=True))), visible
+def _widened(layer: Any, *given: ArrayLike) -> tuple[list[Array], dict[str, Array], np.dtype[Any]]:
+    """Return arrays and the parameters of the layer in the wider type, and the type of the layer's own call."""
+    arrays = [np.asarray(array) for array in given]
+    real = np.result_type(layer.dtype, *arrays)
+    wide: Any = np.float64 if real == np.float32 else np.longdouble
+    state = {name: parameter.astype(wide) for name, parameter in layer.state_dict().items()}
+    return [array.astype(wide) for array in arrays], state, real

@@ -5,14 +5,11 @@ A score is split into what depends on the queries alone, what depends on the key
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
-from fastattn.api.additive import additive_attention
-from fastattn.api.attention import attention
-from fastattn.api.backward import additive_attention_backward, attention_backward
-from fastattn.call.problem import Array
+from fastattn.call.problem import Array, Mask
+from fastattn.call.score_options import FurtherOptions
+from fastattn.layers import one_head
 from fastattn.layers.backward import weight_gradient
 from fastattn.layers.base import linear
 
@@ -26,7 +23,11 @@ class Dot:
     ----------
     gradients : dict of str to ndarray
         Those of the parameters of the score: what calls of its backward methods have found, added up.
+    vector : ndarray, shape (hidden_dim,), or None
+        What the tanh of a sum of both is multiplied by, where that is the score.
     """
+
+    vector: Array | None = None
 
     def __init__(self) -> None:
         self.gradients: dict[str, Array] = {}
@@ -48,17 +49,37 @@ class Dot:
         return grad
 
     def attend(
-        self, query: Array, key: Array, value: Array, mask: Array | None, return_weights: bool = False
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        mask: Mask,
+        options: FurtherOptions,
+        return_weights: bool = False,
     ) -> tuple[Array, Array, Array | None]:
         """Return result, log-sum-exp and, if asked for, weights of what stands for queries and keys."""
-        results = attention(query, key, value, mask, scale=1.0, return_lse=True, return_weights=return_weights)
-        return results if return_weights else (*results, None)
+        return one_head.attend(query, key, value, self._vector(query), mask, options, return_weights)
 
     def attend_backward(
-        self, grad_out: Array, query: Array, key: Array, value: Array, out: Array, lse: Array, mask: Array | None
+        self,
+        grad_out: Array,
+        query: Array,
+        key: Array,
+        value: Array,
+        out: Array,
+        lse: Array,
+        mask: Mask,
+        options: FurtherOptions,
     ) -> tuple[Array, ...]:
         """Return the gradients of what stands for queries and keys, and of the values."""
-        return attention_backward(grad_out, query, key, value, out, lse, mask, scale=1.0)
+        vector = self._vector(query)
+        found = one_head.attend_backward(grad_out, query, key, value, vector, out, lse, mask, options)
+        if vector is not None:
+            self._add("score_vector", found[3])
+        return found[:3]
+
+    def _vector(self, query: Array) -> Array | None:
+        return None if self.vector is None else self.vector.astype(query.dtype, copy=False)
 
     def _add(self, name: str, gradient: Array) -> None:
         known = self.gradients.get(name)
@@ -109,21 +130,3 @@ class Concat(Dot):
         own = weight_gradient(grad, key)
         self._add("score_weight", np.concatenate([np.zeros(self.of_query.shape, own.dtype), own], axis=1))
         return linear(grad, self.of_key.T)
-
-    def attend(
-        self, query: Array, key: Array, value: Array, mask: Array | None, return_weights: bool = False
-    ) -> tuple[Array, Array, Array | None]:
-        """Return result, log-sum-exp and, if asked for, weights of what stands for queries and keys."""
-        vector = self.vector.astype(query.dtype, copy=False)
-        options: dict[str, Any] = {"return_lse": True, "return_weights": return_weights}
-        results = additive_attention(query, key, value, vector, mask, **options)
-        return results if return_weights else (*results, None)
-
-    def attend_backward(
-        self, grad_out: Array, query: Array, key: Array, value: Array, out: Array, lse: Array, mask: Array | None
-    ) -> tuple[Array, ...]:
-        """Return the gradients of what stands for queries and keys, and of the values."""
-        vector = self.vector.astype(query.dtype, copy=False)
-        *gradients, own = additive_attention_backward(grad_out, query, key, value, vector, out, lse, mask)
-        self._add("score_vector", own)
-        return tuple(gradients)

@@ -5,6 +5,7 @@ that the fast backends do, which are tested against them.
 """
 
 from fastattn.reference.backward import additive_attention_backward, attention_backward, differentiate
+from fastattn.reference.dropout import keep_mask, philox
 from fastattn.reference.forward import (
     AttentionSummary,
     additive_attention,
@@ -12,8 +13,6 @@ from fastattn.reference.forward import (
     attention_summary,
     attention_weights,
     evaluate,
-    keep_mask,
-    philox,
     summarise,
 )
 

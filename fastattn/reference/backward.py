@@ -34,7 +34,8 @@ from fastattn.call.upstream import (
     seed_of_forward,
     wants_mask,
 )
-from fastattn.reference.forward import SUM_ELEMENTS, kept_weights, raw_scores, visibility, weighted_sum, weights_from
+from fastattn.reference.dropout import kept_weights
+from fastattn.reference.forward import SUM_ELEMENTS, raw_scores, visibility, weighted_sum, weights_from
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -24,7 +24,7 @@ import fastattn
 from fastattn import additive_attention, additive_attention_backward
 from fastattn.call.shapes import describe_additive
 from fastattn.cpu.host import additive_backward as additive_gradients
-from fastattn.cpu.host import pool
+from fastattn.cpu.host import pool, session
 from fastattn.cpu.host.kernels import describe
 from fastattn.cpu.kernels import catalogue
 from fastattn.machine import libraries as kernels
@@ -158,8 +158,8 @@ def test_the_same_bits_in_any_layout_and_at_any_thread_count(call: Call, names: 
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let there be many rounds."""
     row = replace(isa.host(), blocking=replace(isa.host().blocking, additive_block=32))
-    for module in (isa, additive_gradients):
-        monkeypatch.setattr(module, "host", lambda: row)
+    monkeypatch.setattr(session.current, "_row", row)
+    monkeypatch.setattr(session.current, "plans", session.Plans())
     monkeypatch.setattr(additive_gradients, "TASK_FLOPS", 1e4)
 
 
@@ -169,7 +169,7 @@ def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_many_rounds(shape: tuple[int, ...], is_causal: Any) -> None:
     arrays = inputs(np.float32, *shape)
     problem, operands = describe_additive(*arrays, is_causal=is_causal)
-    plan, given = additive_gradients.plan_rounds(problem, operands, operands.query, isa.host(), 2)
+    plan, given = additive_gradients.plan_rounds(problem, operands, operands.query, 2)
     assert plan.tasks // shape[0] >= 5
     assert given["query_blocks"][0] * plan.tasks // shape[0] * 32 >= shape[1]
     options = {"weight": arrays[3], "is_causal": is_causal}
@@ -187,7 +187,7 @@ def test_tasks_are_short_whatever_the_lengths() -> None:
     for queries, keys, features in ((20000, 30000, 256), (100, 10**7, 64), (10**7, 1, 512), (3, 5, 20000)):
         query, key = (np.broadcast_to(np.float32(0), (2, n, features)) for n in (queries, keys))
         problem, operands = describe_additive(query, key, key, np.ones(features, np.float32))
-        plan, given = additive_gradients.plan_rounds(problem, operands, operands.query, isa.host(), 2)
+        plan, given = additive_gradients.plan_rounds(problem, operands, operands.query, 2)
         assert plan.flops / plan.tasks <= 4e9
         chunks = plan.tasks // 2
         for blocks, length in (("query_blocks", queries), ("key_blocks", keys)):
@@ -210,9 +210,7 @@ def test_memory_grows_with_the_lengths_alone() -> None:
     for length in (5000, 50000):
         query = np.broadcast_to(np.float32(0), (1, length, 64))
         problem, operands = describe_additive(query, query, query, np.ones(64, np.float32))
-        scratch.append(
-            additive_gradients.plan_rounds(problem, operands, operands.query, isa.host(), 2)[0].scratch_bytes
-        )
+        scratch.append(additive_gradients.plan_rounds(problem, operands, operands.query, 2)[0].memory_bytes)
     assert scratch[1] <= scratch[0]
 
 

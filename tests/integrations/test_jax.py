@@ -124,3 +124,119 @@ def test_arrays_of_any_ranks_broadcast(name: str) -> None:
         np.testing.assert_array_equal(attend(*given), fastattn.attention(*given))
     gradients = jax.grad(lambda *args: attention(*args).sum(), tuple(range(len(given))))(*given)
     assert [gradient.shape for gradient in gradients] == [*RANKS[name]]
+
+
+# -- windows, offsets, lengths, softcaps and pairs of masks ------------------------------------------------------------
+
+CALLS: dict[str, dict[str, Any]] = {
+    "window": {"window": (3, 1)},
+    "sliding window": {"window": [4, None], "query_offset": 2, "is_causal": True},
+    "offsets": {"query_offset": np.array([2, -3]), "is_causal": True},
+    "lengths": {"key_lengths": np.array([4, 9], np.int32)},
+    "lengths, bottom-right": {"key_lengths": np.array([8, 3]), "is_causal": "bottom-right"},
+    "softcap": {"softcap": 0.7},
+    "all": {"softcap": 0.5, "window": (2, 2), "query_offset": np.array([0, 4]), "key_lengths": np.array([9, 6])},
+}
+QUERIES, KEYS = 7, 9
+
+
+def by_hand(query: Any, key: Any, value: Any, mask: Any = None, **options: Any) -> tuple[Any, Any]:
+    """Return attention as JAX computes it and its log-sum-exp; a query that sees nothing gives 0."""
+    bias, keep = mask if isinstance(mask, tuple) else (mask, None)
+    key, value = (jax.numpy.repeat(array, query.shape[-3] // key.shape[-3], axis=-3) for array in (key, value))
+    scores = query @ key.swapaxes(-1, -2) / np.sqrt(query.shape[-1])
+    if "softcap" in options:
+        scores = options["softcap"] * jax.numpy.tanh(scores / options["softcap"])
+    scores = scores if bias is None else scores + bias
+    causal, lengths = options.get("is_causal", False), options.get("key_lengths", np.full(2, KEYS))
+    offset = lengths - QUERIES if causal == "bottom-right" else np.broadcast_to(options.get("query_offset", 0), 2)
+    position = np.arange(QUERIES)[:, None] + offset[:, None, None, None]
+    left, right = (KEYS * 2 if end is None else end for end in options.get("window", (None, None)))
+    seen = np.arange(KEYS) < lengths[:, None, None, None]
+    seen = seen & (np.arange(KEYS) >= position - left) & (np.arange(KEYS) <= position + (0 if causal else right))
+    seen = seen if keep is None else seen & keep
+    empty = ~seen.any(-1, keepdims=True)
+    scores = jax.numpy.where(seen | empty, scores, -np.inf)
+    out = jax.numpy.where(empty, 0, jax.nn.softmax(scores, axis=-1) @ value)
+    return out, jax.numpy.where(empty[..., 0], -np.inf, jax.nn.logsumexp(scores, axis=-1))
+
+
+def sums(results: tuple[Any, Any]) -> Any:
+    """Return a number that depends on all results, on a log-sum-exp of -inf not."""
+    out, lse = results
+    return jax.numpy.sin(out).sum() + jax.numpy.cos(jax.numpy.where(lse == -np.inf, 0.0, lse)).sum()
+
+
+@pytest.mark.parametrize("masks", ["none", "bias", "both"])
+@pytest.mark.parametrize("name", CALLS)
+def test_results_and_gradients_are_those_by_hand(name: str, masks: str) -> None:
+    tensors = arrays((2, 4, QUERIES, 8), (2, 2, KEYS, 8), (2, 2, KEYS, 5), dtype=np.float64)
+    (bias,), keep = (
+        arrays((1, 4, QUERIES, KEYS), dtype=np.float64),
+        np.random.default_rng(1).random((2, 1, 1, KEYS)) < 0.7,
+    )
+    with jax.enable_x64(True):
+
+        def ours(*given: Any) -> Any:
+            mask = {"none": None, "bias": given[3], "both": (given[3], keep)}[masks]
+            return attention(*given[:3], mask, enable_gqa=True, return_lse=True, **CALLS[name])
+
+        def theirs(*given: Any) -> Any:
+            mask = {"none": None, "bias": given[3], "both": (given[3], keep)}[masks]
+            return by_hand(*given[:3], mask, **CALLS[name])
+
+        given = (*tensors, bias)
+        found, wanted = jax.jit(ours)(*given), theirs(*given)
+        gradients = [jax.jit(jax.grad(lambda *g: sums(of(*g)), (0, 1, 2, 3)))(*given) for of in (ours, theirs)]  # noqa: B023
+        for mine, their in zip((*found, *gradients[0]), (*wanted, *gradients[1]), strict=True):
+            np.testing.assert_allclose(mine, their, rtol=0, atol=1e-11)
+
+
+def test_offsets_and_lengths_may_be_traced_and_mapped_over() -> None:
+    query, key, value = arrays((2, 4, QUERIES, 8), (2, 4, KEYS, 8), (2, 4, KEYS, 5))
+    offsets, lengths = np.array([2, -3]), np.array([9, 5])
+
+    def attend(query: Any, key: Any, value: Any, offset: Any, length: Any) -> Any:
+        return attention(query, key, value, window=(3, 0), query_offset=offset, key_lengths=length)
+
+    wanted = attend(query, key, value, offsets, lengths)
+    for way in (jax.jit(attend), jax.vmap(attend)):
+        np.testing.assert_array_equal(way(query, key, value, offsets, lengths), wanted)
+    grad = jax.grad(lambda *given: jax.numpy.sin(attend(*given)).sum(), (0, 1, 2))
+    for mine, their in zip(
+        jax.jit(grad)(query, key, value, offsets, lengths), grad(query, key, value, offsets, lengths), strict=True
+    ):
+        np.testing.assert_array_equal(mine, their)
+    same = attention(query, key, value, window=(3, 0), query_offset=np.int64(1))
+    np.testing.assert_array_equal(jax.jit(attend)(query, key, value, 1, np.full(2, KEYS)), same)
+
+
+def test_the_log_sum_exp_is_returned() -> None:
+    query, key, value = arrays((2, 5, 8), (2, 6, 8), (2, 6, 8))
+    out, lse = attention(query, key, value, return_lse=True)
+    np.testing.assert_array_equal(out, attention(query, key, value))
+    np.testing.assert_array_equal(lse, fastattn.attention(query, key, value, return_lse=True)[1])
+
+
+REFUSED: list[tuple[Any, str, dict[str, Any]]] = [
+    (TypeError, "windows", {"windows": (1, 1)}),
+    (TypeError, "window: 3 of type int; expected", {"window": 3}),
+    (ValueError, "softcap: 0.0", {"softcap": 0.0}),
+    (TypeError, "softcap: an array", {"softcap": np.ones(())}),
+    (TypeError, "query_offset: dtype float32; expected integers", {"query_offset": np.ones(2, np.float32)}),
+    (ValueError, "key_lengths: 3 to 10; expected 0 to 9", {"key_lengths": np.array([3, 10])}),
+    (ValueError, r"key_lengths: shape \(3,\)", {"key_lengths": np.array([3, 3, 3])}),
+    (ValueError, "query_offset: given together with", {"query_offset": 1, "is_causal": "bottom-right"}),
+    (TypeError, "attn_mask: a pair of dtypes bool, None", {"attn_mask": (np.ones(9, bool), None)}),
+    (TypeError, "attn_mask: str; expected a jax.Array", {"attn_mask": (np.ones(9), "keep")}),
+    (TypeError, "attn_mask: dtype int32 could mean two things", {"attn_mask": np.ones(9, np.int32)}),
+    (TypeError, "return_lse: 1", {"return_lse": 1}),
+]
+
+
+@pytest.mark.parametrize(("kind", "message", "options"), REFUSED, ids=[message[:30] for _, message, _ in REFUSED])
+def test_options_are_refused_while_tracing(kind: Any, message: str, options: dict[str, Any]) -> None:
+    tensors = arrays((2, 4, QUERIES, 8), (2, 4, KEYS, 8), (2, 4, KEYS, 5))
+    for attend in (attention, jax.jit(lambda *given, **rest: attention(*given, **rest, **options))):
+        with pytest.raises(kind, match=message):
+            attend(*tensors, **(options if attend is attention else {}))

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from layer_cases import ALIGNMENTS, SCORES, check, luong_case, strengthened, torch_masks
+from layer_torch import torch_bahdanau, torch_luong
 
 from fastattn import BahdanauAttention, LuongAttention, MultiHeadAttention
 
@@ -97,38 +98,6 @@ def test_grouped_heads_sum_the_gradients_of_repeated_ones() -> None:
     )
 
 
-def torch_softmax(torch: Any, scores: Any, visible: Any) -> Any:
-    """Return softmaxed scores; rows with nothing visible are 0."""
-    least = torch.where(visible, scores, -1e30)
-    parts = torch.exp(least - least.detach().amax(-1, keepdim=True)) * visible
-    total = parts.sum(-1, keepdim=True)
-    return parts / torch.where(total > 0, total, torch.ones_like(total))
-
-
-def torch_luong(
-    torch: Any, layer: LuongAttention, w: Any, q: Any, k: Any, v: Any, visible: Any, added: Any, t: Any, S: Any
-) -> Any:
-    """Evaluate section 3 of Luong's paper; the ends of a window are no function of p."""
-    if layer.score == "dot":
-        scores = q @ k.mT
-    elif layer.score == "general":
-        scores = q @ w["score_weight"] @ k.mT
-    else:
-        h = q[..., :, None, :].expand(*q.shape[:-1], k.shape[-2], -1)
-        s = k[..., None, :, :].expand(*q.shape[:-1], *k.shape[-2:])
-        scores = torch.tanh(torch.cat([h, s], dim=-1) @ w["score_weight"].T) @ w["score_vector"]
-    j = torch.arange(k.shape[-2], dtype=torch.float64)
-    p = t[..., None]
-    if layer.align == "local-p":
-        p = S * torch.sigmoid(torch.tanh(q @ w["position_weight"].T) @ w["position_vector"])[..., None]
-    if layer.align != "global":
-        visible = visible & ((j - p.detach()).abs() <= layer.window)
-    weights = torch_softmax(torch, scores + added, visible)
-    if layer.align == "local-p":
-        weights = weights * torch.exp(-((j - p) ** 2) / (2 * (layer.window / 2) ** 2))
-    return weights @ v
-
-
 @every_variant
 @pytest.mark.parametrize("mask", [None, "bool", "float"])
 @pytest.mark.parametrize("own_value", [False, True], ids=["value is key", "own value"])
@@ -177,9 +146,7 @@ def test_bahdanaus_formula_in_torch(own_value: bool, mask: str | None) -> None:
         added, call["attn_mask"] = torch.from_numpy(values), np.where(seen, values, -np.inf)
     tensors = [torch.tensor(array, requires_grad=True) for array in inputs]
     w = {name: torch.tensor(array, requires_grad=True) for name, array in layer.state_dict().items()}
-    q, k, v = (tensors + tensors[-1:])[:3]
-    inside = (q @ w["query_weight"].T + w["bias"])[:, :, None] + (k @ w["key_weight"].T)[:, None]
-    context = torch_softmax(torch, torch.tanh(inside) @ w["weight"] + added, visible) @ v
+    context = torch_bahdanau(torch, w, *tensors[:2], tensors[-1], visible, added)
     assert np.abs(context.detach().numpy() - layer(*inputs, **call)).max() <= 1e-12
     grad_out = rng.standard_normal(tuple(context.shape))
     context.backward(torch.from_numpy(grad_out))

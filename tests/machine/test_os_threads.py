@@ -38,7 +38,7 @@ PREAMBLE = """
 import os, sys
 import numpy as np
 import fastattn
-from fastattn.cpu.host import pool
+from fastattn.cpu.host import pool, session
 pool.WORTH_SHARING = pool.WORTH_WAKING = 0
 rng = np.random.default_rng(0)
 x = rng.standard_normal((3, 1, 4, 300, 32), dtype=np.float32)
@@ -84,8 +84,8 @@ slow = ctypes.CDLL(None).usleep if os.name == "posix" else lambda microseconds: 
 for _ in range(30):  # calls that wake workers, since they sleep meanwhile
     assert is_right()
     slow(1000)
-assert pool._pool.staff == 2
-threads = set(pool._pool.threads.values())
+assert session.current.pool.staff == 2
+threads = set(session.current.pool.threads.values())
 assert len(threads) == 2 and os_threads.get_native_id() not in threads
 assert cpus is None or os.sched_getaffinity(0) == cpus
 """
@@ -100,7 +100,7 @@ def test_fork(patched: str) -> None:
         + """
 ours, its = os.pipe()
 if not os.fork():
-    os.write(its, b"right" if is_right() and pool._pool.staff == 2 else b"wrong")
+    os.write(its, b"right" if is_right() and session.current.pool.staff == 2 else b"wrong")
     os._exit(0)
 os.close(its)
 assert os.read(ours, 5) == b"right"

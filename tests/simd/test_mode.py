@@ -179,7 +179,7 @@ def test_workers_that_were_born_in_another_mode(mode: str) -> None:
     slow = Library(build.emit({"task": (task, 3)}, host()), host(), {"task": 3})
     memory = np.zeros(SLOTS // 4 + TASKS, np.float32)
     memory[:3] = 1e-38, 1 / 3, 1.0
-    workers, took_part = pool._Pool(), False
+    workers, took_part = pool.Pool(), False
     end = time.monotonic() + 20
     while not took_part and time.monotonic() < end:
         with thread_in(mode) as is_still:
@@ -225,7 +225,7 @@ def test_a_mode_outlives_ctrl_c(mode: str, monkeypatch: pytest.MonkeyPatch) -> N
         while True:  # a call that is done at once has nothing to finish
             call()
 
-    monkeypatch.setattr(pool._Pool, "finish", interrupted)
+    monkeypatch.setattr(pool.Pool, "finish", interrupted)
     with fastattn.num_threads(2):
         for call in calls:
             with thread_in(mode) as is_still:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,13 +10,13 @@ import numpy as np
 from fastattn.call.problem import Array, Operands, Problem
 from fastattn.call.rounding import limit_of, slack
 from fastattn.call.upstream import Upstream
-from fastattn.cpu.host import pool
-from fastattn.cpu.host.forward import scratch_memory
-from fastattn.cpu.host.kernels import describe, load, steps_of
-from fastattn.cpu.host.plan import TASK_FLOPS, Plan, aligned, fields_of_softcap, make_plan, padded, share_of_keys
-from fastattn.cpu.kernels.records import ADDITIVE_BACKWARD, ADDITIVE_PLACES, CALL, PLAN, QUERY_NUMBERS
+from fastattn.cpu.host import session
+from fastattn.cpu.host.calls import Plan
+from fastattn.cpu.host.kernels import describe, steps_of
+from fastattn.cpu.host.plan import TASK_FLOPS, aligned, draft_forward, fields_of_softcap, padded, share_of_keys
+from fastattn.cpu.kernels.records import ADDITIVE_BACKWARD, ADDITIVE_PLACES, QUERY_NUMBERS
 from fastattn.machine.objects import address_of
-from fastattn.machine.table import Blocking, Isa, host
+from fastattn.machine.table import Blocking
 from fastattn.machine.tile import TileShape
 
 
@@ -49,27 +48,16 @@ def backward(
     if not worked:
         return grad_query, grad_key, grad_value, np.zeros(problem.head_dim, dtype)
 
-    row = host()
-    plan, given = plan_rounds(problem, operands, upstream.grad_out, row, threads)
-    rounds = plan.tasks // heads
+    plan, given = plan_rounds(problem, operands, upstream.grad_out, threads)
     parts = np.empty((plan.tasks, problem.head_dim), dtype)
-    out, lse, weight = map(np.ascontiguousarray, (upstream.out, upstream.lse, weight))
-    call = np.zeros(1, CALL)
-    arrays = {**operands._asdict(), "lse": lse, "weight": weight, "out": given}
-    _note(call, plan=plan.record, **arrays)
-    _note(given, grad_out=upstream.grad_out, out=out, grad_query=grad_query, grad_key=grad_key, grad_value=grad_value)
-    given["precise"], given["slack"] = limit_of(dtype, upstream.rounded), slack(upstream.rounded, problem.head_dim)
     sums = np.empty((heads * problem.queries, 2), dtype)
+    out, lse, weight = map(np.ascontiguousarray, (upstream.out, upstream.lse, weight))
+    _note(given, grad_out=upstream.grad_out, out=out, grad_query=grad_query, grad_key=grad_key, grad_value=grad_value)
     _note(given, grad_weight=parts, sums=sums)
-    kernel = load(describe("additive_backward", plan.tile, row, "additive", steps_of(problem, all_of=True)))
-    threads = pool.concurrency(plan.tasks, plan.flops, threads)
-    with scratch_memory(threads * plan.scratch_bytes) as address:
-        call["scratch"], call["scratch_bytes"] = address, plan.scratch_bytes
-        for number in range(rounds):
-            given["round"] = number
-            pool.run(kernel, address_of(call), plan.tasks, plan.flops, threads)
-    if threads > 1:
-        pool.rhythm.end(threads - 1)
+    given["precise"], given["slack"] = limit_of(dtype, upstream.rounded), slack(upstream.rounded, problem.head_dim)
+    for number in range(plan.tasks // heads):
+        given["round"] = number
+        session.current.run(plan, *operands, given, lse, weight, None, None)
     with np.errstate(all="ignore"):
         return grad_query, grad_key, grad_value, parts.sum(axis=0, dtype=np.float64).astype(dtype)
 
@@ -80,12 +68,13 @@ def _note(record: Array, **arrays: Array | None) -> None:
         record[name] = 0 if array is None else address_of(array)
 
 
-def plan_rounds(problem: Problem, operands: Operands, grad_out: Array, row: Isa, threads: int) -> tuple[Plan, Array]:
+def plan_rounds(problem: Problem, operands: Operands, grad_out: Array, threads: int) -> tuple[Plan, Array]:
     """Plan a round, of which all are alike, and write down the sizes of blocks and chunks.
 
     They depend on the shapes of one head alone.
     """
     features, value_dim, itemsize = problem.head_dim, problem.value_dim, problem.real.itemsize
+    row = session.current.row
     tile, blocking = row.tile(problem.real.type.__name__), row.blocking
     query_block = _block(blocking, blocking.additive_query_bytes, (features + value_dim) * itemsize)
     key_block = _block(blocking, blocking.additive_key_bytes, (features + value_dim) * itemsize)
@@ -102,23 +91,14 @@ def plan_rounds(problem: Problem, operands: Operands, grad_out: Array, row: Isa,
         1, min(query_block, blocking.additive_terms_bytes // max(1, tile.lanes * row_bytes))
     )
 
-    plan = make_plan(problem, operands, grad_out, row, threads)
-    record = plan.record.copy()
-    fields = record[: PLAN.itemsize].view(PLAN)[0]
+    kernel = describe("additive_backward", tile, row, "additive", steps_of(problem, all_of=True))
+    draft = draft_forward(kernel, problem, operands, grad_out, threads)
     heads = math.prod(problem.rows_shape)
-    fields["key_block"] = key_block
-    for name, number in fields_of_softcap(problem, 1.0).items():  # scores are in base e here
-        fields[name] = number
-    fields["blocks"], fields["group"], fields["groups"], fields["tasks"] = chunks, 1, chunks, heads * chunks
-    return replace(
-        plan,
-        tile=tile,
-        record=record,
-        address=address_of(record),
-        tasks=heads * chunks,
-        flops=heads * flops / chunks * share_of_keys(problem),
-        scratch_bytes=aligned(_scratch_bytes(tile, query_block, key_block, features, value_dim, together)),
-    ), given
+    draft.fields.update(key_block=key_block, blocks=chunks, group=1, groups=chunks, tasks=heads * chunks)
+    draft.fields.update(fields_of_softcap(problem, 1.0))  # scores are in base e here
+    draft.flops = heads * flops / chunks * share_of_keys(problem)
+    draft.scratch_bytes = aligned(_scratch_bytes(tile, query_block, key_block, features, value_dim, together))
+    return draft.finish(threads), given
 
 
 def _block(blocking: Blocking, most: int, row_bytes: int) -> int:

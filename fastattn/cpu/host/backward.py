@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -13,33 +12,23 @@ from fastattn.call.problem import Array, Operands, Problem, Shape
 from fastattn.call.rounding import limit_of, slack
 from fastattn.call.shapes import split_shape
 from fastattn.call.upstream import Upstream
-from fastattn.cpu.host import pool
-from fastattn.cpu.host.forward import remember, run_call
-from fastattn.cpu.host.kernels import describe, load, steps_of
-from fastattn.cpu.host.plan import TASK_FLOPS, TASKS_PER_THREAD, aligned, fields_of_scores, share_of_keys
+from fastattn.cpu.host import session
+from fastattn.cpu.host.calls import Plan
+from fastattn.cpu.host.kernels import describe, steps_of
+from fastattn.cpu.host.plan import (
+    TASK_FLOPS,
+    TASKS_PER_THREAD,
+    Draft,
+    aligned,
+    fields_of_scores,
+    share_of_keys,
+    sizes_of,
+)
 from fastattn.cpu.kernels.records import GRADIENT_ARRAYS, GRADIENT_AXIS, GRADIENT_CALL, GRADIENT_PARTS, GRADIENT_PLAN
-from fastattn.machine.kernel import Kernel
-from fastattn.machine.libraries import Library
-from fastattn.machine.table import Isa, host
 from fastattn.machine.tile import TileShape
 
 Arrays: TypeAlias = "dict[str, Array | None]"
-_plans: dict[Any, GradientPlan] = {}
-
-
-@dataclass(frozen=True, slots=True)
-class GradientPlan:
-    """What is to be run: `record` is the memory that the kernel reads, `fields` its part that is no table."""
-
-    kernel: Library
-    tile: TileShape
-    record: Array = field(repr=False)
-    fields: Any = field(repr=False)
-    query_blocks: int
-    groups: int
-    tasks: int
-    flops: float
-    scratch_bytes: int
+CALL_NAMES = (GRADIENT_CALL.names or ())[2:]  # behind the plan and the working memory
 
 
 def attention_backward(
@@ -94,11 +83,11 @@ def attention_backward(
     arrays["lse"] = lse = np.ascontiguousarray(upstream.lse)
     arrays["grad_lse"] = None if upstream.grad_lse is None else np.ascontiguousarray(upstream.grad_lse)
     arrays["deltas"] = np.empty((3, lse.size), dtype)
-    plan = _planned(_by_keys, problem, arrays, upstream.rounded, own, threads)
-    _run(plan, problem, arrays, seed, threads)
+    plan, tickets = _planned(_by_keys, problem, arrays, upstream.rounded, own, threads)
+    _run(plan, arrays, seed, tickets)
     if grad_mask is not None:
-        plan = _planned(_by_rectangles, problem, arrays, upstream.rounded, mask_axes, threads)
-        _run(plan, problem, arrays, seed, threads)
+        plan, tickets = _planned(_by_rectangles, problem, arrays, upstream.rounded, mask_axes, threads)
+        _run(plan, arrays, seed, tickets)
     return grad_query, grad_key, grad_value, grad_mask
 
 
@@ -109,140 +98,123 @@ def _own_axes(problem: Problem, *splits: Shape) -> list[int]:
     return sorted(found)
 
 
-def _run(plan: GradientPlan, problem: Problem, arrays: Arrays, seed: int, threads: int) -> None:
-    heads = math.prod(problem.rows_shape)
-    arrays["query_tickets"] = np.zeros(heads * plan.query_blocks, np.int64)
-    arrays["key_tickets"] = np.zeros(heads * plan.groups, np.int64)
-    threads = pool.concurrency(plan.tasks, plan.flops, threads)
-    run_call(GRADIENT_CALL, plan, threads, plan.kernel, seed, arrays)
+def _run(plan: Plan, arrays: Arrays, seed: int, counts: tuple[int, int]) -> None:
+    arrays["query_tickets"], arrays["key_tickets"] = (np.zeros(count, np.int64) for count in counts)
+    objects: dict[str, Any] = {**arrays, "seed": seed}
+    session.current.run(plan, *(objects.get(name) for name in CALL_NAMES))
 
 
 def _planned(
-    make: Callable[..., GradientPlan],
+    make: Callable[..., tuple[Plan, tuple[int, int]]],
     problem: Problem,
     arrays: Arrays,
     rounded: np.dtype[Any],
     own: list[int],
     threads: int,
-) -> Any:
-    """Return the plan of a call, which all calls share that agree in all but addresses."""
-    masks, grad_bias = (arrays["bias"], arrays["keep"]), arrays["grad_bias"]
+) -> tuple[Plan, tuple[int, int]]:
+    """Return the plan of a call, which all calls share that agree in all but addresses, and how many tickets it has."""
+    grad_bias = arrays["grad_bias"]
     key = (
         make,
         problem,
         rounded,
         tuple(own),
         tuple(None if array is None else array.strides for array in arrays.values()),
-        *(None if mask is None else mask.dtype for mask in masks),
+        *(None if mask is None else mask.dtype for mask in (arrays["bias"], arrays["keep"])),
         None if grad_bias is None else grad_bias.shape,
         threads,
         TASK_FLOPS,
     )
-    plan = _plans.get(key)
-    if plan is None:
-        plan = make(problem, arrays, rounded, own, host(), threads)
-        remember(_plans, key, plan)
-    return plan
+    return session.current.plans.of(key, lambda: make(problem, arrays, rounded, own, threads))
 
 
 def _by_keys(
-    problem: Problem, arrays: Arrays, rounded: np.dtype[Any], own: list[int], row: Isa, threads: int
-) -> GradientPlan:
+    problem: Problem, arrays: Arrays, rounded: np.dtype[Any], own: list[int], threads: int
+) -> tuple[Plan, tuple[int, int]]:
     """Plan the backward pass: its tasks own keys of one head, of which some leading axes make one each."""
-    kernel = describe("backward", row.tile(problem.real.type.__name__), row, steps=steps_of(problem))
-    plan = _plan(kernel, problem, arrays, rounded, own)
-    fields = plan.fields
-    outer, inner, blocks = int(fields["outer"]), int(fields["inner"]), int(fields["blocks"])
-    panels = _panels(plan.tile, problem.head_dim) + _panels(plan.tile, problem.value_dim)
-    state = 2 * panels * row.blocking.gradient_key_block * plan.tile.row_bytes
-    group = max(1, min(row.blocking.gradient_state_bytes // max(1, state), blocks))
-    while group > 1 and outer * inner * -(-blocks // group) < TASKS_PER_THREAD * threads:
+    draft = _draft("backward", problem, arrays, rounded, own)
+    fields, tile, blocking = draft.fields, draft.kernel.tile, draft.kernel.row.blocking
+    heads, blocks, query_blocks = fields["outer"] * fields["inner"], fields["blocks"], fields["query_blocks"]
+    panels = _panels(tile, problem.head_dim) + _panels(tile, problem.value_dim)
+    state = 2 * panels * blocking.gradient_key_block * tile.row_bytes
+    group = max(1, min(blocking.gradient_state_bytes // max(1, state), blocks))
+    while group > 1 and heads * -(-blocks // group) < TASKS_PER_THREAD * threads:
         group -= 1
-    block_flops = plan.flops / max(1, outer * inner * blocks * int(fields["query_blocks"]))
-    query_blocks = int(fields["query_blocks"])
+    block_flops = draft.flops / max(1, heads * blocks * query_blocks)
     part = max(1, min(query_blocks, int(TASK_FLOPS / max(1.0, group * block_flops))))
     groups, parts = -(-blocks // group), -(-query_blocks // part)
-    return _split(plan, problem, outer * inner, group=group, groups=groups, part=part, parts=parts)
+    _split(draft, heads, group=group, groups=groups, part=part, parts=parts)
+    return draft.finish(threads), (heads * query_blocks, heads * groups)
 
 
 def _by_rectangles(
-    problem: Problem, arrays: Arrays, rounded: np.dtype[Any], own: list[int], row: Isa, threads: int
-) -> GradientPlan:
-    """Plan the gradient of a mask: tasks own rectangles of it."""
-    kernel = describe("mask_gradient", row.tile(problem.real.type.__name__), row, steps=steps_of(problem))
-    plan = _plan(kernel, problem, arrays, rounded, own)
-    fields = plan.fields
-    groups = int(fields["blocks"]) if fields["bias_keys"] > 1 else 1
-    parts = int(fields["query_blocks"]) if fields["bias_queries"] > 1 else 1
-    heads = int(fields["outer"])  # a task goes through those that share the mask
-    return _split(replace(plan, flops=plan.flops / 2.5), problem, heads, group=1, groups=groups, part=1, parts=parts)
+    problem: Problem, arrays: Arrays, rounded: np.dtype[Any], own: list[int], threads: int
+) -> tuple[Plan, tuple[int, int]]:
+    """Plan the gradient of a mask: tasks own rectangles of it, and nobody takes turns."""
+    draft = _draft("mask_gradient", problem, arrays, rounded, own)
+    fields = draft.fields
+    groups = fields["blocks"] if fields["bias_keys"] > 1 else 1
+    parts = fields["query_blocks"] if fields["bias_queries"] > 1 else 1
+    draft.flops /= 2.5
+    # a task goes through the heads that share the mask
+    _split(draft, fields["outer"], group=1, groups=groups, part=1, parts=parts)
+    return draft.finish(threads), (0, 0)
 
 
 def _panels(tile: TileShape, features: int) -> int:
     return -(-features // tile.width)
 
 
-def _plan(kernel: Kernel, problem: Problem, arrays: Arrays, rounded: np.dtype[Any], own: list[int]) -> GradientPlan:
+def _draft(work: str, problem: Problem, arrays: Arrays, rounded: np.dtype[Any], own: list[int]) -> Draft:
     """Write down everything but how the work is split."""
-    row, tile, itemsize = kernel.row, kernel.tile, problem.real.itemsize
-    lead = problem.rows_shape
-    order = own + [axis for axis in range(len(lead)) if axis not in own]
-    query_block = -(-row.blocking.gradient_query_bytes // itemsize // tile.width) * tile.width
-    key_block = row.blocking.gradient_key_block
-    query_blocks, key_blocks = -(-problem.queries // query_block), -(-problem.keys // key_block)
-    heads = math.prod(lead)
-    outer = math.prod(lead[axis] for axis in own)
+    row = session.current.row
+    kernel = describe(work, row.tile(problem.real.type.__name__), row, steps=steps_of(problem))
+    blocking, tile, lead = row.blocking, kernel.tile, problem.rows_shape
+    query_block = -(-blocking.gradient_query_bytes // tile.itemsize // tile.width) * tile.width
+    heads, outer = math.prod(lead), math.prod(lead[axis] for axis in own)
     grad_bias = arrays["grad_bias"]
-    values: dict[str, Any] = {
-        "queries": problem.queries,
-        "keys": problem.keys,
-        "head_dim": problem.head_dim,
-        "value_dim": problem.value_dim,
+    fields: dict[str, Any] = {
+        **sizes_of(problem),
         **fields_of_scores(problem, arrays["bias"]),
         "bias_queries": grad_bias.shape[-2] if grad_bias is not None else 1,
         "bias_keys": grad_bias.shape[-1] if grad_bias is not None else 1,
         "score_scale": problem.scores.scale,
         "precise": limit_of(problem.real, rounded),
         "slack": slack(rounded, problem.head_dim),
-        "numbers": heads * problem.queries * itemsize,
-        "axes": len(lead),
-        "heads": problem.heads,
-        "blocks": key_blocks,
-        "key_block": key_block,
+        "numbers": heads * problem.queries * tile.itemsize,
+        "blocks": -(-problem.keys // blocking.gradient_key_block),
+        "key_block": blocking.gradient_key_block,
         "query_block": query_block,
-        "query_blocks": query_blocks,
+        "query_blocks": -(-problem.queries // query_block),
         "outer": outer,
         "inner": heads // outer,
     }
-    record = np.zeros(GRADIENT_PLAN.itemsize + len(lead) * GRADIENT_AXIS.itemsize, np.uint8)
-    fields = record[: GRADIENT_PLAN.itemsize].view(GRADIENT_PLAN)[0]
-    for name, value in values.items():
-        fields[name] = value
     for name, array in arrays.items():
-        for end, stride in zip(("_row", "_column"), array.strides[-2:] if array is not None else (), strict=False):
-            if name + end in (GRADIENT_PLAN.names or ()):
-                fields[name + end] = stride
-    axes = record[GRADIENT_PLAN.itemsize :].view(GRADIENT_AXIS)
-    for place, axis in zip(axes, order, strict=True):
-        place["size"], place["head"] = lead[axis], math.prod(lead[axis + 1 :])
-        for name in GRADIENT_ARRAYS:
-            array = arrays[name]
-            place[name] = array.strides[axis] if array is not None and array.shape[axis] > 1 else 0
+        if array is not None and array.ndim > 1:
+            fields[name + "_row"], fields[name + "_column"] = array.strides[-2:]
     # three of the products have the features of a key in them, two those of a value
     flops = 2.0 * heads * problem.queries * problem.keys * (3.0 * problem.head_dim + 2.0 * problem.value_dim)
-    flops *= share_of_keys(problem)
-    return GradientPlan(
-        load(kernel), tile, record, fields, query_blocks, groups=0, tasks=0, flops=flops, scratch_bytes=0
-    )
+    return Draft(problem, kernel, GRADIENT_PLAN, fields, _axes(lead, arrays, own), flops * share_of_keys(problem))
 
 
-def _split(
-    plan: GradientPlan, problem: Problem, heads: int, *, group: int, groups: int, part: int, parts: int
-) -> GradientPlan:
+def _axes(lead: Shape, arrays: Arrays, own: list[int]) -> list[tuple[int, ...]]:
+    """The table of leading axes: first those of which each has tasks of its own."""
+    order = own + [axis for axis in range(len(lead)) if axis not in own]
+    axes = []
+    for axis in order:
+        steps = {"size": lead[axis], "head": math.prod(lead[axis + 1 :])}
+        for name in GRADIENT_ARRAYS:
+            array = arrays[name]
+            steps[name] = array.strides[axis] if array is not None and array.shape[axis] > 1 else 0
+        axes.append(tuple(steps[name] for name in GRADIENT_AXIS.names or ()))
+    return axes
+
+
+def _split(draft: Draft, heads: int, *, group: int, groups: int, part: int, parts: int) -> None:
     """Split the work of so many heads into tasks, and lay out the working memory of one."""
-    tile, fields = plan.tile, plan.fields
+    problem, tile, fields = draft.problem, draft.kernel.tile, draft.fields
     row_bytes = tile.row_bytes
-    query_block, key_block = int(fields["query_block"]), int(fields["key_block"])
+    query_block, key_block = fields["query_block"], fields["key_block"]
     panel, query_panel, score_panel = group * key_block * row_bytes, query_block * row_bytes, key_block * row_bytes
     subs, numbers = query_block // tile.width, query_block * tile.itemsize
     keys, values = _panels(tile, problem.head_dim), _panels(tile, problem.value_dim)
@@ -273,4 +245,4 @@ def _split(
         at += aligned(sizes[name])
     fields["group"], fields["groups"], fields["part"], fields["parts"] = group, groups, part, parts
     fields["panel"], fields["query_panel"], fields["score_panel"] = panel, query_panel, score_panel
-    return replace(plan, groups=groups, tasks=heads * groups * parts, scratch_bytes=at)
+    fields["tasks"], draft.scratch_bytes = heads * groups * parts, at

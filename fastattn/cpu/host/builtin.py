@@ -52,6 +52,7 @@ def _interface() -> dict[str, int]:
 
     return {
         "none": id(None),
+        "int_type": id(int),
         "array_type": id(np.ndarray),
         "save_thread": address(python.PyEval_SaveThread),
         "restore_thread": address(python.PyEval_RestoreThread),
@@ -62,14 +63,14 @@ def _interface() -> dict[str, int]:
     }
 
 
-def bind(kernels: Library, name: str, flags: int = METH_FASTCALL, **numbers: int) -> Callable[..., Any]:
+def bind(kernel: Library, name: str, flags: int = METH_FASTCALL, **numbers: int) -> Callable[..., Any]:
     """A compiled function as a builtin that is bound to a record of `LINK` with these numbers."""
     link = np.zeros(1, LINK)
     for field, number in {**_interface(), **numbers}.items():
         link[field] = number
-    address = kernels.addresses[name]
+    address = kernel.addresses[name]
     if address not in _definitions:
-        _definitions[address] = _Definition(name.encode(), address, flags, None), kernels
+        _definitions[address] = _Definition(name.encode(), address, flags, None), kernel
     make = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.py_object, ctypes.c_void_p)
     function: Callable[..., Any] = make(("PyCFunction_NewEx", ctypes.pythonapi))(
         ctypes.addressof(_definitions[address][0]), link, None
@@ -85,20 +86,30 @@ def _described(*arrays: Array | None) -> Hashable:
 
 
 class Signatures:
-    """`of` arrays, as a key: equal for arrays that agree in dtypes, shapes and strides.
+    """What can be said of arrays at once.
 
-    It is b"" where one of the arguments is neither None nor an array, or is of a subclass, or has more than 32 axes.
+    `of` arrays is a key: equal for arrays that agree in dtypes, shapes and strides. It is b"" where one of the
+    arguments is neither None nor an array, or is of a subclass, or has more than 32 axes.
+
+    `overlap`: whether the first array may share memory with the others, of which the first may be the same once more.
     """
 
     def __init__(self) -> None:
         self.of: Callable[..., Hashable] = self._first
+        self.overlap: Callable[..., int] = _overlap
 
     def _first(self, *arrays: Array | None) -> Hashable:
         if objects_are_as_expected():
-            self.of = bind(load(Kernel("signature", host())), "signature")
+            kernel = load(Kernel("signature", host()))
+            self.of, self.overlap = bind(kernel, "signature"), bind(kernel, "overlaps")
         else:
             self.of = _described
         return self.of(*arrays)
+
+
+def _overlap(*arrays: Array | None) -> int:
+    """The same where it takes its time: a caller finds out when it has made sure of its plan."""
+    return 1
 
 
 signatures = Signatures()

@@ -1,23 +1,24 @@
 """From a Problem to what the kernels are told: the plan record, the blocking, the split into tasks."""
 
+from __future__ import annotations
+
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fastattn.call.problem import Operands, Problem
-from fastattn.cpu.kernels.records import (
-    ALIGNMENT,
-    AXIS,
-    BIAS_HALF,
-    BIAS_NONE,
-    BIAS_OTHER,
-    BIAS_SAME,
-    PLAN,
-)
-from fastattn.machine.objects import address_of
+from fastattn.cpu.host.calls import Plan, calls_of, packed
+from fastattn.cpu.host.kernels import load
+from fastattn.cpu.host.pool import concurrency, tasks_at_a_time
+from fastattn.cpu.kernels.records import ALIGNMENT, BIAS_HALF, BIAS_NONE, BIAS_OTHER, BIAS_SAME, PLAN, RECORD_BYTES
+from fastattn.machine.kernel import Kernel
 from fastattn.machine.table import Isa
 from fastattn.machine.tile import TileShape
+
+Array = NDArray[Any]
 
 TASKS_PER_THREAD = 4  # enough to even out, as long as there are blocks to split into
 LOG2_E = 1.4426950408889634
@@ -27,7 +28,7 @@ SOFTCAP_LIMITS = {"float32": 2.0**120, "float64": 2.0**1000}
 WORK_ROWS = 2  # rows of a tile needed besides the scores: maxima, and factors of the weights
 
 
-def choose_tile(row: Isa, dtype: np.dtype, queries: int) -> TileShape:
+def choose_tile(row: Isa, dtype: np.dtype[Any], queries: int) -> TileShape:
     """The table's tile; for at most one vector of queries a tall one, one vector wide, that wastes no lanes."""
     tile = row.tall_tile(dtype.type.__name__)  # for `dtype.name` NumPy imports a module each time
     return tile if queries <= tile.lanes else row.tile(tile.dtype)
@@ -44,7 +45,7 @@ def choose_key_block(row: Isa, problem: Problem) -> int:
     return key_block
 
 
-def room_for_rows(row: Isa, tile: TileShape, array: np.ndarray, elements: int) -> tuple[int, int]:
+def room_for_rows(row: Isa, tile: TileShape, array: Array, elements: int) -> tuple[int, int]:
     """Room for a block of keys or values, 0 where they are read in place; and where rows are, how far apart they are.
 
     `elements`: of a block in panels.
@@ -87,24 +88,36 @@ def aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What all calls of one description share.
-
-    `record` is the memory that the kernels read; `tasks` and `flops` size the schedule; `scratch_bytes` is the working
-    memory of one thread.
-    """
+@dataclass(slots=True)
+class Draft:
+    """A plan in the making: `fields` and `axes` are what the kernel will read, in the order of `layout`."""
 
     problem: Problem
-    tile: TileShape
-    record: np.ndarray = field(repr=False)
-    address: int
-    tasks: int
+    kernel: Kernel
+    layout: np.dtype[Any]
+    fields: dict[str, Any]
+    axes: list[tuple[int, ...]]
     flops: float
-    scratch_bytes: int
+    scratch_bytes: int = 0
+
+    def finish(self, threads: int) -> Plan:
+        """Write it down."""
+        tasks = self.fields["tasks"]
+        threads, turn = concurrency(tasks, self.flops, threads), tasks_at_a_time(tasks, self.flops)
+        self.fields.update(workers=threads - 1, turn=turn, scratch_bytes=self.scratch_bytes)
+        return Plan(
+            problem=self.problem,
+            calls=calls_of(load(self.kernel)),
+            record=packed(self.layout, self.fields, self.axes),
+            tasks=tasks,
+            turn=turn,
+            flops=self.flops,
+            threads=threads,
+            memory_bytes=RECORD_BYTES + threads * self.scratch_bytes,
+        )
 
 
-def bias_kind(bias: np.ndarray | None, real: np.dtype) -> int:
+def bias_kind(bias: Array | None, real: np.dtype[Any]) -> int:
     """Which of BIAS_* a floating mask is."""
     if bias is None:
         return BIAS_NONE
@@ -113,7 +126,7 @@ def bias_kind(bias: np.ndarray | None, real: np.dtype) -> int:
     return BIAS_SAME if bias.dtype == real else BIAS_OTHER
 
 
-def fields_of_scores(problem: Problem, bias: np.ndarray | None) -> dict[str, float]:
+def fields_of_scores(problem: Problem, bias: Array | None) -> dict[str, float]:
     """The fields of a plan that say what happens to scores."""
     scores = problem.scores
     base = 1.0 if scores.bias else LOG2_E  # finfo.min times log2(e) is no number: scores stay in base e under a bias
@@ -151,61 +164,76 @@ def share_of_keys(problem: Problem) -> float:
     return min(1.0, (scores.left + scores.right + 1) / max(1, problem.keys))
 
 
-def make_plan(
-    problem: Problem, operands: Operands, out: np.ndarray, row: Isa, threads: int, additive: bool = False
-) -> Plan:
-    """Plan the calls that agree with these operands in everything but addresses.
+def draft_forward(kernel: Kernel, problem: Problem, operands: Operands, out: Array, threads: int) -> Draft:
+    """Plan the calls that agree with these operands in everything but addresses, as tasks on groups of query blocks.
 
-    `out` has the axes of the operands: (*batch, Hk, G, Lq, Dv). `additive`: scores are those of additive attention.
+    `out` has the axes of the operands: (*batch, Hk, G, Lq, Dv).
     """
     query, key, value, bias, keep = operands[:5]
-    tile = choose_tile(row, problem.real, problem.queries)
-    lead = query.shape[:-2]
-    heads = math.prod(lead)
-    blocks = -(-problem.queries // tile.width)
-    feature_flops = row.blocking.additive_cost if additive else 2.0
+    row, tile, lead = kernel.row, kernel.tile, problem.rows_shape
+    heads, blocks = math.prod(lead), -(-problem.queries // tile.width)
+    feature_flops = row.blocking.additive_cost if kernel.score == "additive" else 2.0
     flops_per_block = tile.width * problem.keys * (feature_flops * problem.head_dim + 2.0 * problem.value_dim)
-    row_bytes = tile.width * problem.real.itemsize
     key_block = choose_key_block(row, problem)
-    if additive:
-        query_bytes = additive_query_bytes(tile, problem.head_dim)
-        key_bytes, key_step = additive_key_bytes(tile, problem.head_dim, key_block), 0
-    else:
-        query_bytes = problem.head_dim * row_bytes
-        key_bytes, key_step = room_for_rows(row, tile, key, key_block * problem.head_dim)
-    panels = -(-problem.value_dim // tile.rows)
-    value_bytes, value_step = room_for_rows(row, tile, value, key_block * panels * tile.rows)
-    state = query_bytes + (problem.value_dim + 2) * row_bytes
+    room = room_of_blocks(kernel, problem, key, value, key_block)
+    state = room["query_bytes"] + (problem.value_dim + 2) * tile.row_bytes
     group = group_size(row, blocks, state, flops_per_block, heads, threads)
     groups = -(-blocks // group)
-
-    record = np.zeros(PLAN.itemsize + len(lead) * AXIS.itemsize, np.uint8)
-    plan = record[: PLAN.itemsize].view(PLAN)[0]
+    fields: dict[str, Any] = {**sizes_of(problem), **fields_of_scores(problem, bias), **room}
     arrays = {"query": query, "key": key, "value": value, "bias": bias, "keep": keep, "out": out}
     for name, array in arrays.items():
         if array is not None:
-            plan[name + "_row"], plan[name + "_column"] = array.strides[-2:]
-    plan["queries"], plan["keys"] = problem.queries, problem.keys
-    plan["head_dim"], plan["value_dim"] = problem.head_dim, problem.value_dim
-    for name, number in fields_of_scores(problem, bias).items():
-        plan[name] = number
-    plan["axes"] = len(lead)
-    plan["heads"] = problem.heads
-    plan["key_block"] = key_block
-    features = (problem.head_dim + problem.value_dim) * problem.real.itemsize
-    everything = heads * (problem.queries + problem.keys) * features
-    if everything > row.blocking.cached_bytes:
-        plan["ahead"] = threads
-    plan["query_bytes"], plan["key_bytes"], plan["value_bytes"] = query_bytes, key_bytes, value_bytes
-    plan["key_step"], plan["value_step"] = key_step, value_step
-    plan["blocks"], plan["group"], plan["groups"] = blocks, group, groups
-    plan["tasks"] = tasks = heads * groups
-    axes = record[PLAN.itemsize :].view(AXIS)
-    for i, size in enumerate(lead):
-        strides = [0 if array is None else array.strides[i] for array in arrays.values()]
-        axes[i] = (size, *strides)
+            fields[name + "_row"], fields[name + "_column"] = array.strides[-2:]
+    everything = heads * (problem.queries + problem.keys) * (problem.head_dim + problem.value_dim) * tile.itemsize
+    fields.update(
+        key_block=key_block,
+        ahead=threads if everything > row.blocking.cached_bytes else 0,
+        blocks=blocks,
+        group=group,
+        groups=groups,
+        tasks=heads * groups,
+    )
+    strides = [(0,) * len(lead) if array is None else array.strides for array in arrays.values()]
+    axes = [(size, *(of_array[i] for of_array in strides)) for i, size in enumerate(lead)]
+    scores = (WORK_ROWS + key_block) * tile.row_bytes + tile.lanes * tile.lanes * 8
+    return Draft(
+        problem,
+        kernel,
+        PLAN,
+        fields,
+        axes,
+        flops=heads * blocks * flops_per_block * share_of_keys(problem),
+        scratch_bytes=aligned(group * state + room["key_bytes"] + room["value_bytes"] + scores),
+    )
 
-    scores = (WORK_ROWS + key_block) * row_bytes + tile.lanes * tile.lanes * 8
-    scratch_bytes = aligned(group * state + key_bytes + value_bytes + scores)
-    flops = heads * blocks * flops_per_block * share_of_keys(problem)
-    return Plan(problem, tile, record, address_of(record), tasks, flops, scratch_bytes)
+
+def sizes_of(problem: Problem) -> dict[str, int]:
+    """The fields of a plan that say how large a call is."""
+    return {
+        "queries": problem.queries,
+        "keys": problem.keys,
+        "head_dim": problem.head_dim,
+        "value_dim": problem.value_dim,
+        "axes": len(problem.rows_shape),
+        "heads": problem.heads,
+    }
+
+
+def room_of_blocks(kernel: Kernel, problem: Problem, key: Array, value: Array, key_block: int) -> dict[str, int]:
+    """The fields of a plan that say how blocks of queries, keys and values are laid out, and what room they take."""
+    tile, features = kernel.tile, problem.head_dim
+    if kernel.score == "additive":
+        query_bytes = additive_query_bytes(tile, features)
+        key_bytes, key_step = additive_key_bytes(tile, features, key_block), 0
+    else:
+        query_bytes = features * tile.row_bytes
+        key_bytes, key_step = room_for_rows(kernel.row, tile, key, key_block * features)
+    panels = -(-problem.value_dim // tile.rows)
+    value_bytes, value_step = room_for_rows(kernel.row, tile, value, key_block * panels * tile.rows)
+    return {
+        "query_bytes": query_bytes,
+        "key_bytes": key_bytes,
+        "value_bytes": value_bytes,
+        "key_step": key_step,
+        "value_step": value_step,
+    }

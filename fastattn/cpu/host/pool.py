@@ -10,14 +10,15 @@ import contextlib
 import ctypes
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
+from collections.abc import Callable
 from sys import is_finalizing
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fastattn.cpu.host import processors
+from fastattn.cpu.host.calls import Memory, Plan
 from fastattn.cpu.host.kernels import load
 from fastattn.cpu.host.processors import MOST
 from fastattn.cpu.kernels.records import (
@@ -47,95 +48,7 @@ WARM = 1_000_000  # nanoseconds after a call in which workers are taken to be aw
 LONGEST_PAUSE = 100_000_000  # nanoseconds between calls that come regularly
 TRY_AGAIN = 1_000_000_000  # nanoseconds after which a system that had no more threads is asked again
 
-
-def _checked(name: str, n: object) -> int:
-    if isinstance(n, bool) or not isinstance(n, (int, np.integer)):
-        raise TypeError(f"{name}: {n!r} of type {type(n).__name__}; expected an int")
-    if not 1 <= n <= MOST:
-        raise ValueError(f"{name}: {n}; expected 1 to {MOST}")
-    return int(n)
-
-
-def _from_environment() -> int:
-    given = os.environ.get("FASTATTN_NUM_THREADS", "")
-    if not given:
-        return BY_PROCESSORS
-    try:
-        number = int(given)
-    except ValueError:
-        raise ValueError(f"FASTATTN_NUM_THREADS: {given!r}; expected a whole number from 1 to {MOST}") from None
-    return _checked("FASTATTN_NUM_THREADS", number)
-
-
-BY_PROCESSORS = 0  # as many threads as the caller may use CPUs
-_threads: int | None = None  # None: the environment has yet to be asked
-_override: ContextVar[int | None] = ContextVar("fastattn.num_threads", default=None)
-_known = processors.known
-
-
-def get_num_threads() -> int:
-    """The number of threads that a call in this context uses.
-
-    Returns
-    -------
-    int
-        What `num_threads` or `set_num_threads` said, else ``FASTATTN_NUM_THREADS``, else the CPUs that the calling
-        thread may use now: those of its affinity, or fewer where a container has a quota.
-    """
-    if not _threads:
-        processors.look()
-    return threads_of_call()
-
-
-def threads_of_call() -> int:
-    """The same by what is known of the calling thread. A call that takes its time looks again, for those to come."""
-    global _threads
-    override = _override.get()
-    if override is not None:
-        return override
-    if _threads is None:
-        _threads = _from_environment()
-    return _threads or _known.count or processors.look()
-
-
-def set_num_threads(n: int) -> None:
-    """Set the number of threads that calls use from now on, the caller's own included.
-
-    Parameters
-    ----------
-    n : int
-        From 1 to 1024. Results do not depend on it, by a single bit.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If it is not a whole number, or out of range.
-    """
-    global _threads
-    _threads = _checked("n", n)
-
-
-@contextlib.contextmanager
-def num_threads(n: int) -> Iterator[None]:
-    """A context in which calls use `n` threads; other Python threads are not concerned.
-
-    Parameters
-    ----------
-    n : int
-        From 1 to 1024.
-
-    Examples
-    --------
-    >>> import fastattn
-    >>> with fastattn.num_threads(1):
-    ...     fastattn.get_num_threads()
-    1
-    """
-    token = _override.set(_checked("n", n))
-    try:
-        yield
-    finally:
-        _override.reset(token)
+Array = NDArray[Any]
 
 
 class Rhythm:
@@ -150,18 +63,18 @@ class Rhythm:
     due = 0  # when the next call is foreseen; 0: it is not
     early = 0  # how long before that workers are up, and after
     workers = 0  # how many
-    heeded = -1  # the `due` that a worker has set itself an alarm for
+    answered = -1  # the `due` that a worker has set itself an alarm for
 
     def begin(self) -> bool:
         """Note that a call begins; whether workers are awake, or the next call is near."""
         now = time.perf_counter_ns()
-        if now > _known.old:
+        if now > processors.known.old:
             processors.look()  # for the calls to come
         pause = now - self.ended
         regular = abs(pause - self.pause) < pause >> 4 and WARM < pause < LONGEST_PAUSE
         self.early = pause >> 5 if regular else 0
         self.pause = pause
-        return pause < WARM or (self.heeded == self.due and abs(now - self.due) < self.early)
+        return pause < WARM or (self.answered == self.due and abs(now - self.due) < self.early)
 
     def end(self, workers: int) -> bool:
         """Note that a call for so many workers has ended.
@@ -170,7 +83,7 @@ class Rhythm:
         """
         self.workers = workers
         self.ended = now = time.perf_counter_ns()
-        is_new = self.early > 0 and self.heeded != self.due
+        is_new = self.early > 0 and self.answered != self.due
         self.due = now + self.pause if self.early else 0
         return is_new
 
@@ -180,11 +93,11 @@ class Rhythm:
         seconds = (due - self.early - time.perf_counter_ns()) / 1e9
         if seconds <= 0:
             return 0.0
-        self.heeded = due
+        self.answered = due
         return seconds
 
 
-class _Pool:
+class Pool:
     """The workers of one process."""
 
     def __init__(self) -> None:
@@ -200,6 +113,7 @@ class _Pool:
         self.threads: dict[int, int | None] = {}  # by worker, the system's number of its thread, while that lives
         self.avoided: list[object] = []  # one per worker: the CPU that it keeps off, and those the caller could run on
         self.try_again = 0  # when the system may be asked for more threads
+        self.rhythm = Rhythm()
 
     def _write(self, offset: int, number: int) -> None:
         self.memory[(self.address - address_of(self.memory) + offset) // 8] = number
@@ -244,32 +158,62 @@ class _Pool:
             self.staff = max(self.staff, worker + 1)
             self._write(STAFF, self.staff)
 
-    def run(self, kernels: Library, call: int, tasks: int, flops: float, workers: int) -> bool:
-        """Run the tasks of a call with up to `workers` others; False if another call has the pool."""
+    def serve(self, plan: Plan, memory: Memory, objects: tuple[Any, ...]) -> None:
+        """Run a call for more than one thread, with others if that is worth it.
+
+        Much work is always shared, less only while workers are awake or will be wanted again soon.
+        """
+        others = plan.threads - 1
+        if self.rhythm.begin() or plan.flops >= WORTH_WAKING:
+            with memory.taken(plan.memory_bytes) as (at, held):
+                if not self.share(plan, at, held, objects):
+                    plan.calls.in_turns(held, plan, objects)
+        else:
+            plan.calls.quick(memory.of(plan.memory_bytes)[1], plan.record, *objects)
+        if self.rhythm.end(others):
+            for bed in self.beds[:others]:
+                _wake(bed)  # to look at the clock
+
+    def share(self, plan: Plan, at: int, held: Array, objects: tuple[Any, ...]) -> bool:
+        """Run a call's tasks with others; False if another call has the pool, or nothing can be shared any more."""
+        workers = plan.threads - 1
+        if self.staff < workers and not self.grow(workers):
+            return False
+        if plan.calls.shared is None:
+            call = plan.calls.note(held, plan.record, *objects)
+            return self.run(plan.calls.kernel, call, plan.tasks, plan.turn, workers)
+        try:
+            state = plan.calls.shared(self.memory, held, plan.record, *objects)
+            return state == DONE or self.finish(state, plan.turn) != TAKEN
+        except BaseException:
+            self.cancel(at)
+            raise
+
+    def run(self, kernel: Library, call: int, tasks: int, turn: int, workers: int) -> bool:
+        """The same for a call whose record is written."""
         if not self.grow(workers):
             return False
-        task, most = kernels.addresses["task"], tasks_at_a_time(tasks, flops)
         try:
-            state = self.native.start(self.address, task, call, tasks, workers, most)
-            return self.finish(state, most) != TAKEN
+            state = self.native.start(self.address, kernel.addresses["task"], call, tasks, workers, turn)
+            return self.finish(state, turn) != TAKEN
         except BaseException:
             self.cancel(call)
             raise
 
-    def finish(self, state: int, most: int) -> int:
+    def finish(self, state: int, turn: int) -> int:
         """Go on with a call that was opened in this state, until all is done; not if it is TAKEN."""
         if state > ASLEEP:
             self._wake(state - ASLEEP)
         while state not in (DONE, TAKEN):
             if state == WAITING:
                 os_threads.give_way()  # to the worker that we wait for, if it waits for this CPU
-            state = self.native.take_part(self.address, most)
+            state = self.native.take_part(self.address, turn)
         return state
 
     def _wake(self, count: int) -> None:
         """Wake those that are on the list."""
         processors.look_if_old()
-        place = _current_cpu(), _known.cpus
+        place = _current_cpu(), processors.known.cpus
         for worker in self.woken[:count].tolist():
             if self.avoided[worker] != place:
                 self.avoided[worker] = place
@@ -307,7 +251,7 @@ def _wake(bed: os_threads.Lock) -> None:
         bed.release()
 
 
-def _live(pool: _Pool, bed: os_threads.Lock) -> None:
+def _live(pool: Pool, bed: os_threads.Lock) -> None:
     """A worker's life. Its frame keeps shared memory and compiled code alive, also while the interpreter exits."""
     try:
         pool.unborn.remove(bed)
@@ -320,11 +264,11 @@ def _live(pool: _Pool, bed: os_threads.Lock) -> None:
         while True:
             work(pool.address, worker, spins)
             spins = SPINS
-            seconds = rhythm.seconds_of_sleep()
-            if seconds == 0 or worker >= rhythm.workers:
+            seconds = pool.rhythm.seconds_of_sleep()
+            if seconds == 0 or worker >= pool.rhythm.workers:
                 bed.acquire()
             elif not bed.acquire(timeout=seconds):
-                spins += 2 * rhythm.early // SPIN
+                spins += 2 * pool.rhythm.early // SPIN
     finally:
         pool.threads.pop(worker)  # the system may give its number to others
 
@@ -339,59 +283,6 @@ def _find_current_cpu() -> Callable[[], int]:
 
 
 _current_cpu = _find_current_cpu()
-_pool = _Pool()
-rhythm = Rhythm()
-
-
-def _forget() -> None:
-    global _pool, rhythm
-    _pool, rhythm = _Pool(), Rhythm()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
-
-
-def run(kernels: Library, call: int, tasks: int, flops: float, threads: int) -> None:
-    """Run a call's tasks, on up to `threads` threads, and return when all are done."""
-    workers = min(threads, tasks) - 1
-    if workers <= 0 or not _pool.run(kernels, call, tasks, flops, workers):
-        _run_alone(kernels, call, tasks, flops)
-
-
-def share(
-    kernels: Library,
-    shared: Callable[..., int],
-    objects: tuple[Any, ...],
-    call: int,
-    tasks: int,
-    flops: float,
-    workers: int,
-    most: int,
-) -> bool:
-    """The same for a call that `shared`, a builtin, opens: given `objects`, it writes the record at `call`.
-
-    False if nothing can be shared any more, and nothing has been done.
-    """
-    pool = _pool
-    if pool.staff < workers and not pool.grow(workers):
-        return False
-    try:
-        state = shared(pool.memory, *objects)
-        if state != DONE:
-            state = pool.finish(state, most)
-    except BaseException:
-        pool.cancel(call)
-        raise
-    if state == TAKEN:
-        _run_alone(kernels, call, tasks, flops)
-    return True
-
-
-def _run_alone(kernels: Library, call: int, tasks: int, flops: float) -> None:
-    step = tasks if flops <= TURN_FLOPS else tasks_at_a_time(tasks, flops)
-    for first in range(0, tasks, step):
-        kernels.alone(call, first, min(first + step, tasks))
 
 
 def tasks_at_a_time(tasks: int, flops: float) -> int:
@@ -399,12 +290,6 @@ def tasks_at_a_time(tasks: int, flops: float) -> int:
     return max(1, int(TURN_FLOPS * tasks / max(flops, 1.0)))
 
 
-def rouse(workers: int) -> None:
-    """Wake so many workers, to look at the clock."""
-    for bed in _pool.beds[:workers]:
-        _wake(bed)
-
-
 def concurrency(tasks: int, flops: float, threads: int) -> int:
-    """The number of threads that `run` may use: how many pieces of working memory it needs."""
+    """The number of threads that a call may use: how many pieces of working memory it needs."""
     return min(threads, tasks) if flops >= WORTH_SHARING else 1

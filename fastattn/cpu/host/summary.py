@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastattn.call.problem import Operands, Problem
-from fastattn.cpu.host import pool
-from fastattn.cpu.host.forward import run
-from fastattn.cpu.host.kernels import describe, load, steps_of
-from fastattn.cpu.host.plan import Plan, aligned, group_size, make_plan
-from fastattn.cpu.kernels.records import PLAN, SUMMARY
+from fastattn.cpu.host import session
+from fastattn.cpu.host.calls import Plan
+from fastattn.cpu.host.kernels import describe, steps_of
+from fastattn.cpu.host.plan import Draft, aligned, choose_tile, draft_forward, group_size
+from fastattn.cpu.kernels.records import SUMMARY
 from fastattn.machine.objects import address_of
-from fastattn.machine.table import host
 
 Array = NDArray[Any]
 
@@ -28,20 +26,19 @@ QUERY_ROWS = 2  # rows besides the queries of the one query block that a task on
 def summarise(problem: Problem, operands: Operands, threads: int, top_k: int) -> tuple[Array, ...]:
     """Return the fields of an `AttentionSummary`. The value operand is not read."""
     rows, dtype = problem.lse_shape, problem.real
-    plan = _by_queries(problem, operands, threads)
     m, l, lse, entropy = (np.empty(rows, dtype) for _ in range(4))
     top_weights, top_indices = np.empty((*rows, top_k), dtype), np.empty((*rows, top_k), np.int64)
     received = np.empty((*rows[:-1], problem.keys), dtype)
     record = _record(top_k, m=m, l=l, lse=lse, entropy=entropy, top_weights=top_weights, top_indices=top_indices)
-    _run("summary", plan, operands, threads, record)
-    _run("received", _by_keys(plan, operands, threads), operands, threads, _record(m=m, l=l, received=received))
+    _run(_draft("summary", problem, operands, threads).finish(threads), operands, record)
+    _run(_by_keys(problem, operands, threads), operands, _record(m=m, l=l, received=received))
     return top_weights, top_indices, entropy, lse, received
 
 
 def sums(problem: Problem, operands: Operands, threads: int) -> tuple[Array, Array]:
     """Return m and l of every query: its weights are 2^((score - m) · unit) / l."""
     m, l = (np.empty(problem.lse_shape, problem.real) for _ in range(2))
-    _run("summary", _by_queries(problem, operands, threads), operands, threads, _record(m=m, l=l))
+    _run(_draft("summary", problem, operands, threads).finish(threads), operands, _record(m=m, l=l))
     return m, l
 
 
@@ -64,7 +61,8 @@ def sums_from(problem: Problem, lse: Array) -> tuple[Array, Array]:
 def weigh(problem: Problem, operands: Operands, threads: int, m: Array, l: Array) -> Array:
     """Return the weights of all queries and keys, for given sums."""
     weights = np.empty(problem.weights_shape, problem.real)
-    _run("known_weights", _by_queries(problem, operands, threads), operands, threads, _record(m=m, l=l), weights)
+    plan = _draft("known_weights", problem, operands, threads).finish(threads)
+    _run(plan, operands, _record(m=m, l=l), weights)
     return weights
 
 
@@ -77,41 +75,34 @@ def _record(top_k: int = 0, **arrays: Array) -> Array:
     return record
 
 
-def _run(work: str, plan: Plan, operands: Operands, threads: int, record: Array, weights: Array | None = None) -> None:
-    kernel = load(describe(work, plan.tile, host(), steps=steps_of(plan.problem, all_of=True)))
-    threads = pool.concurrency(plan.tasks, plan.flops, threads)
-    run(plan, threads, kernel, 0, operands, out=record, weights=weights)
+def _run(plan: Plan, operands: Operands, record: Array, weights: Array | None = None) -> None:
+    query, key, _, *others = operands
+    session.current.run(plan, query, key, None, *others, record, None, None, weights, None)
 
 
-def _by_queries(problem: Problem, operands: Operands, threads: int) -> Plan:
+def _draft(work: str, problem: Problem, operands: Operands, threads: int) -> Draft:
     """Plan tasks that own queries: those of the forward pass, for half of its work."""
-    plan = make_plan(problem, operands, operands.query, host(), threads)  # nothing is written to `out`
-    group = int(plan.record[: PLAN.itemsize].view(PLAN)["group"][0])
-    more = group * MORE_STATE * plan.tile.width * plan.tile.itemsize
-    return replace(plan, flops=plan.flops / 2, scratch_bytes=aligned(plan.scratch_bytes + more))
+    row = session.current.row
+    kernel = describe(work, choose_tile(row, problem.real, problem.queries), row, steps=steps_of(problem, all_of=True))
+    draft = draft_forward(kernel, problem, operands, operands.query, threads)  # nothing is written to `out`
+    draft.flops /= 2
+    draft.scratch_bytes = aligned(draft.scratch_bytes + draft.fields["group"] * MORE_STATE * kernel.tile.row_bytes)
+    return draft
 
 
-def _by_keys(plan: Plan, operands: Operands, threads: int) -> Plan:
+def _by_keys(problem: Problem, operands: Operands, threads: int) -> Plan:
     """Plan tasks that own keys, as many blocks of them as stay in the level-2 cache while queries come by."""
-    problem, tile = plan.problem, plan.tile
-    record = plan.record.copy()
-    fields = record[: PLAN.itemsize].view(PLAN)[0]
-    key_block = int(fields["key_block"])
-    heads = math.prod(operands.query.shape[:-2])
-    row_bytes = tile.width * tile.itemsize
+    draft = _draft("received", problem, operands, threads)
+    tile, fields = draft.kernel.tile, draft.fields
+    key_block, row_bytes = fields["key_block"], tile.row_bytes
+    heads = math.prod(problem.rows_shape)
     state = key_block * row_bytes + (key_block + tile.rows) * problem.head_dim * tile.itemsize  # sums, packed keys
     flops_per_block = 2.0 * key_block * problem.queries * problem.head_dim
     blocks = -(-problem.keys // key_block)
-    group = group_size(host(), blocks, state, flops_per_block, heads, threads)
+    group = group_size(draft.kernel.row, blocks, state, flops_per_block, heads, threads)
     groups = -(-blocks // group)
-    fields["blocks"], fields["group"], fields["groups"] = blocks, group, groups
-    fields["tasks"] = tasks = heads * groups
+    fields.update(blocks=blocks, group=group, groups=groups, tasks=heads * groups)
     # a block of queries, and one of scores with the maxima and the buffer that go with it
     block = (problem.head_dim + QUERY_ROWS + 1 + key_block) * row_bytes + tile.lanes * tile.lanes * 8
-    return replace(
-        plan,
-        record=record,
-        address=address_of(record),
-        tasks=tasks,
-        scratch_bytes=aligned(group * state + block),
-    )
+    draft.scratch_bytes = aligned(group * state + block)
+    return draft.finish(threads)

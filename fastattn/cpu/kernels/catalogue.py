@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 from fastattn.cpu.kernels import additive_backward, backward, mask_gradient, schedule
-from fastattn.cpu.kernels.entry import in_default_mode, quick_function, shared, signature
+from fastattn.cpu.kernels.entry import in_default_mode, note, overlaps, quick_function, shared, signature
 from fastattn.cpu.kernels.forward import forward_group
 from fastattn.cpu.kernels.received import receive_group
 from fastattn.cpu.kernels.summary import summarise_group, weigh_known_group
@@ -34,16 +34,19 @@ def _alone(task):
     return alone
 
 
+def _tasks(task):
+    """A task function, and the ways to run it."""
+    return {"task": task, "alone": _alone(task), "note": note, "quick": quick_function(task), "shared": shared}
+
+
 def _attention(work, kernel, by_keys=False):
-    """A task function, and the ways to run it in the calling thread."""
-    task = task_function(kernel, work, by_keys)
-    return {"task": task, "alone": _alone(task), "quick": quick_function(task), "shared": shared}
+    """Work on tasks that are some blocks of one head."""
+    return _tasks(task_function(kernel, work, by_keys))
 
 
 def _gradients(module, kernel):
-    """The task function of a module."""
-    task = module.task_function(kernel)
-    return {"task": task, "alone": _alone(task)}
+    """A module's own tasks."""
+    return _tasks(module.task_function(kernel))
 
 
 def _peak(kernel):
@@ -71,5 +74,5 @@ FUNCTIONS: dict[str, Callable[[Kernel], dict[str, Any]]] = {
     "additive_backward": partial(_gradients, additive_backward),
     "peak": _peak,
     "schedule": lambda kernel: vars(schedule),
-    "signature": lambda kernel: {"signature": signature, "in_default_mode": in_default_mode},
+    "signature": lambda kernel: {"signature": signature, "overlaps": overlaps, "in_default_mode": in_default_mode},
 }

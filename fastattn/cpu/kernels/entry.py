@@ -5,8 +5,9 @@ the address of the arguments' own addresses, and their number; or METH_VARARGS |
 a dictionary. `fastattn.cpu.host.builtin` makes builtins of them.
 """
 
-from fastattn.cpu.kernels.records import ALIGNMENT, LINK, RECORD_BYTES, START
-from fastattn.cpu.kernels.tasks import call_view, plan_view
+import numpy as np
+
+from fastattn.cpu.kernels.records import ALIGNMENT, LINK, RECORD_BYTES, SCHEDULE, START
 from fastattn.machine.objects import (
     ARRAY_DIMENSIONS,
     ARRAY_DTYPE,
@@ -17,19 +18,24 @@ from fastattn.machine.objects import (
 )
 from fastattn.simd import call_compiled, jit, load_i64, record_view, stack_memory, store_i64
 
-MOST_ARRAYS = 5
+MOST_ARRAYS = 7
 MOST_AXES = 32  # of an array that has a signature
 WORD = 8
 MISSING = -1  # in a signature: None
+ITEMSIZE = 8  # of an element, at most
 
-link_view = record_view(LINK)
+link_view, schedule_view = record_view(LINK), record_view(np.dtype(SCHEDULE))
 signature_memory = stack_memory(MOST_ARRAYS * (2 + 2 * MOST_AXES) * WORD)
 
 
 @jit
-def address_of(array, none):
-    """The address of an array's first element, which stands behind the object's header; 0 for None."""
-    return load_i64(array + OBJECT_HEADER) if array != none else 0
+def number_of(link, thing):
+    """What a record has of an object: the address of an array's first element, an integer, or 0 for None."""
+    if thing == link.none:
+        return 0
+    if load_i64(thing + OBJECT_HEADER - WORD) == link.int_type:
+        return call_compiled(link.from_int, (thing,))
+    return load_i64(thing + OBJECT_HEADER)
 
 
 @jit
@@ -39,31 +45,24 @@ def aligned(address):
 
 
 @jit
-def fill(link, objects):
+def fill(link, objects, count):
     """Write a call's record, with its working memory behind it; returns where.
 
-    `objects`: the working memory, then the arrays in the record's order, None for those there are not, then the seed.
+    `objects`: the working memory, the plan's record, then what the call's record has, in its order.
     """
-    at, none = aligned(load_i64(load_i64(objects) + OBJECT_HEADER)), link.none
-    call = call_view(at)
-    call.plan = link.plan
-    call.scratch = at + RECORD_BYTES
-    call.scratch_bytes = link.scratch_bytes
-    call.query = address_of(load_i64(objects + 1 * WORD), none)
-    call.key = address_of(load_i64(objects + 2 * WORD), none)
-    call.value = address_of(load_i64(objects + 3 * WORD), none)
-    call.bias = address_of(load_i64(objects + 4 * WORD), none)
-    call.keep = address_of(load_i64(objects + 5 * WORD), none)
-    call.offsets = address_of(load_i64(objects + 6 * WORD), none)
-    call.lengths = address_of(load_i64(objects + 7 * WORD), none)
-    call.out = address_of(load_i64(objects + 8 * WORD), none)
-    call.lse = address_of(load_i64(objects + 9 * WORD), none)
-    call.weight = address_of(load_i64(objects + 10 * WORD), none)
-    call.weights = 0
-    call.seed = 0
-    if plan_view(link.plan).drop_below > 0:
-        call.seed = call_compiled(link.from_int, (load_i64(objects + 11 * WORD),))
+    at = aligned(load_i64(load_i64(objects) + OBJECT_HEADER))
+    store_i64(at, load_i64(load_i64(objects + WORD) + OBJECT_HEADER))
+    store_i64(at + WORD, at + RECORD_BYTES)
+    for offset in range(2 * WORD, count * WORD, WORD):
+        store_i64(at + offset, number_of(link, load_i64(objects + offset)))
     return at
+
+
+@jit
+def note(self, objects, count):
+    """Write a call's record, and return where it is."""
+    link = link_view(load_i64(self + OBJECT_HEADER))
+    return call_compiled(link.to_int, (fill(link, objects, count),))
 
 
 def quick_function(task):
@@ -72,9 +71,9 @@ def quick_function(task):
     @jit
     def quick(self, objects, count):
         link = link_view(load_i64(self + OBJECT_HEADER))
-        at = fill(link, objects)
+        at = fill(link, objects, count)
         thread = call_compiled(link.save_thread, ())
-        for number in range(plan_view(link.plan).tasks):
+        for number in range(schedule_view(load_i64(at)).tasks):
             task(at, 0, number)
         call_compiled(link.restore_thread, (thread,))
         return call_compiled(link.to_int, (0,))
@@ -87,10 +86,11 @@ def shared(self, objects, count):
     """Run a call's tasks, with others (see `schedule.start`). The first object is the pool's memory."""
     link = link_view(load_i64(self + OBJECT_HEADER))
     pool = aligned(load_i64(load_i64(objects) + OBJECT_HEADER))
-    at = fill(link, objects + WORD)
+    at = fill(link, objects + WORD, count - 1)
     thread = call_compiled(link.save_thread, ())
-    tasks = plan_view(link.plan).tasks
-    state = call_compiled(load_i64(pool + START), (pool, link.task, at, tasks, link.workers, link.most))
+    plan = schedule_view(load_i64(at))
+    arguments = (pool, link.task, at, plan.tasks, plan.workers, plan.turn)
+    state = call_compiled(load_i64(pool + START), arguments)
     call_compiled(link.restore_thread, (thread,))
     return call_compiled(link.to_int, (state,))
 
@@ -130,3 +130,51 @@ def signature(self, objects, count):
                 store_i64(at, load_i64(axes + offset))
                 at += WORD
     return call_compiled(link.to_bytes, (begin, at - begin))
+
+
+@jit
+def extent(array):
+    """The first address of an array's elements, and the end of them, or a little more; both alike if it has none."""
+    fields = array + OBJECT_HEADER
+    begin = load_i64(fields)
+    end = begin
+    shape, strides = load_i64(fields + ARRAY_DIMENSIONS), load_i64(fields + ARRAY_STRIDES)
+    for offset in range(0, (load_i64(fields + ARRAY_RANK) & 0xFFFFFFFF) * WORD, WORD):
+        steps = load_i64(shape + offset) - 1
+        if steps < 0:
+            return 0, 0
+        length = steps * load_i64(strides + offset)
+        begin += min(length, 0)
+        end += max(length, 0)
+    return begin, end + ITEMSIZE
+
+
+@jit
+def lie_alike(one, other):
+    """Whether two arrays have the same elements at the same places."""
+    one += OBJECT_HEADER
+    other += OBJECT_HEADER
+    rank = load_i64(one + ARRAY_RANK) & 0xFFFFFFFF
+    if load_i64(one) != load_i64(other) or rank != load_i64(other + ARRAY_RANK) & 0xFFFFFFFF:
+        return False
+    for axes in (ARRAY_DIMENSIONS, ARRAY_STRIDES):
+        for offset in range(0, rank * WORD, WORD):
+            if load_i64(load_i64(one + axes) + offset) != load_i64(load_i64(other + axes) + offset):
+                return False
+    return True
+
+
+@jit
+def overlaps(self, objects, count):
+    """Whether the first array may share memory with others, of which the first may be the same array once more."""
+    link = link_view(load_i64(self + OBJECT_HEADER))
+    out = load_i64(objects)
+    begin, end = extent(out)
+    found = 0
+    for place in range(objects + WORD, objects + count * WORD, WORD):
+        array = load_i64(place)
+        if array != link.none and not (place == objects + WORD and lie_alike(out, array)):
+            first, last = extent(array)
+            if first < end and begin < last:
+                found = 1
+    return call_compiled(link.to_int, (found,))

@@ -2,22 +2,21 @@
 
 task                  runs one task: the call, the slot of working memory, the number of the task
 alone                 runs the tasks from one number to another in the calling thread
-quick, shared         run a whole call, as builtins of Python (`fastattn.cpu.kernels.entry`)
+note, quick, shared   builtins of Python (`fastattn.cpu.kernels.entry`): write the record of a call; and run it
 """
 
-_GRADIENTS = {"task": 3, "alone": 3}
-_ATTENTION = {**_GRADIENTS, "quick": 3, "shared": 3}
+_TASKS = {"task": 3, "alone": 3, "note": 3, "quick": 3, "shared": 3}
 
 EXPORTS: dict[str, dict[str, int]] = {
-    "forward": _ATTENTION,
-    "weights": _ATTENTION,
-    "known_weights": _ATTENTION,
-    "summary": _ATTENTION,
-    "received": _ATTENTION,
-    "backward": _GRADIENTS,
-    "mask_gradient": _GRADIENTS,
-    "additive_backward": _GRADIENTS,
+    "forward": _TASKS,
+    "weights": _TASKS,
+    "known_weights": _TASKS,
+    "summary": _TASKS,
+    "received": _TASKS,
+    "backward": _TASKS,
+    "mask_gradient": _TASKS,
+    "additive_backward": _TASKS,
     "peak": {"run": 5},
     "schedule": {"start": 6, "take_part": 2, "cancel": 2, "work": 3},
-    "signature": {"signature": 3, "in_default_mode": 3},
+    "signature": {"signature": 3, "overlaps": 3, "in_default_mode": 3},
 }

@@ -129,7 +129,7 @@ def task_function(kernel):
         plan = plan_view(call.plan)
         mask_head, number = number % plan.outer, number // plan.outer
         query_task, key_task = number % plan.parts, number // plan.parts
-        scratch = call.scratch + slot * call.scratch_bytes
+        scratch = call.scratch + slot * plan.scratch_bytes
         differentiate_rectangle(kernel, call, plan, mask_head, query_task, key_task, scratch)
 
     return task

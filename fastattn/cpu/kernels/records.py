@@ -9,59 +9,66 @@ import numpy as np
 
 i8, f8 = np.int64, np.float64
 
-PLAN = np.dtype(
-    [
-        ("queries", i8),
-        ("keys", i8),
-        ("head_dim", i8),
-        ("value_dim", i8),
-        ("query_row", i8),  # strides of a head's matrices: from row to row, from column to column
-        ("query_column", i8),
-        ("key_row", i8),
-        ("key_column", i8),
-        ("value_row", i8),
-        ("value_column", i8),
-        ("bias_row", i8),
-        ("bias_column", i8),
-        ("keep_row", i8),
-        ("keep_column", i8),
-        ("out_row", i8),
-        ("out_column", i8),
-        ("bias_kind", i8),  # one of BIAS_*
-        ("bias_itemsize", i8),
-        ("keep", i8),  # 1: there is a boolean mask
-        ("left_bound", i8),  # 1: a query looks at no key farther before its position than `left`
-        ("left", i8),
-        ("right_bound", i8),  # 1: and at none farther behind it than `right`
-        ("right", i8),
-        ("first_position", i8),  # of query 0, where rows of the batch have none of their own
-        ("softcap", f8),  # in the base that scores are kept in
-        ("softcap_factor", f8),  # 2 log2(e) / softcap
-        ("scale", f8),  # of the scores, times log2(e) where they are kept in base 2
-        ("unit", f8),  # what turns a difference of scores into base 2: log2(e) under a float mask, else 1
-        ("drop_below", i8),  # an element is dropped if its 32 random bits are below this
-        ("keep_scale", f8),  # 1 / (1 - dropout_p), 0 if nothing is kept
-        ("axes", i8),  # rows of the table of leading axes
-        ("heads", i8),  # length of their last two, the query heads of one batch row
-        ("blocks", i8),  # query blocks per head
-        ("key_block", i8),  # keys taken through the softmax at a time
-        ("group", i8),  # query blocks taken through the keys together
-        ("groups", i8),  # tasks per head
-        ("tasks", i8),
-        ("ahead", i8),  # heads from a task to the one this thread is likely to do next; 0: nothing is asked for there
-        ("query_bytes", i8),  # of a block of queries, as the scores want them
-        ("key_bytes", i8),  # of a block of keys, the same; 0 where keys are read in place
-        ("value_bytes", i8),  # of a block of values; 0 where they are
-        ("key_step", i8),  # from row to row as the micro-kernel finds them, in place or copied
-        ("value_step", i8),
-    ]
-)
+# What every plan begins with: how its tasks are run.
+SCHEDULE = [
+    ("tasks", i8),
+    ("workers", i8),  # that may take part besides the caller
+    ("turn", i8),  # tasks that the caller does between two looks at Python's signals
+    ("scratch_bytes", i8),  # working memory of one thread
+]
+_PARTS = [
+    ("queries", i8),
+    ("keys", i8),
+    ("head_dim", i8),
+    ("value_dim", i8),
+    ("query_row", i8),  # strides of a head's matrices: from row to row, from column to column
+    ("query_column", i8),
+    ("key_row", i8),
+    ("key_column", i8),
+    ("value_row", i8),
+    ("value_column", i8),
+    ("bias_row", i8),
+    ("bias_column", i8),
+    ("keep_row", i8),
+    ("keep_column", i8),
+    ("out_row", i8),
+    ("out_column", i8),
+    ("bias_kind", i8),  # one of BIAS_*
+    ("bias_itemsize", i8),
+    ("keep", i8),  # 1: there is a boolean mask
+    ("left_bound", i8),  # 1: a query looks at no key farther before its position than `left`
+    ("left", i8),
+    ("right_bound", i8),  # 1: and at none farther behind it than `right`
+    ("right", i8),
+    ("first_position", i8),  # of query 0, where rows of the batch have none of their own
+    ("softcap", f8),  # in the base that scores are kept in
+    ("softcap_factor", f8),  # 2 log2(e) / softcap
+    ("scale", f8),  # of the scores, times log2(e) where they are kept in base 2
+    ("unit", f8),  # what turns a difference of scores into base 2: log2(e) under a float mask, else 1
+    ("drop_below", i8),  # an element is dropped if its 32 random bits are below this
+    ("keep_scale", f8),  # 1 / (1 - dropout_p), 0 if nothing is kept
+    ("axes", i8),  # rows of the table of leading axes
+    ("heads", i8),  # length of their last two, the query heads of one batch row
+    ("blocks", i8),  # query blocks per head
+    ("key_block", i8),  # keys taken through the softmax at a time
+    ("group", i8),  # query blocks taken through the keys together
+    ("groups", i8),  # tasks per head
+    ("ahead", i8),  # heads from a task to the one this thread is likely to do next; 0: nothing is asked for there
+    ("query_bytes", i8),  # of a block of queries, as the scores want them
+    ("key_bytes", i8),  # of a block of keys, the same; 0 where keys are read in place
+    ("value_bytes", i8),  # of a block of values; 0 where they are
+    ("key_step", i8),  # from row to row as the micro-kernel finds them, in place or copied
+    ("value_step", i8),
+]
+PLAN = np.dtype([*SCHEDULE, *_PARTS])
 
 AXIS = np.dtype([(name, i8) for name in ("size", "query", "key", "value", "bias", "keep", "out")])
 
+# Written by `fastattn.cpu.kernels.entry`, in this order; so is what calls of other plans have behind `scratch`.
 CALL = np.dtype(
     [
         ("plan", i8),
+        ("scratch", i8),  # working memory, one piece per participating thread
         ("query", i8),
         ("key", i8),
         ("value", i8),
@@ -71,11 +78,9 @@ CALL = np.dtype(
         ("lengths", i8),
         ("out", i8),
         ("lse", i8),  # 0: not wanted; otherwise contiguous, as are the weights
-        ("weights", i8),
         ("weight", i8),  # of the features, contiguous: additive attention only
+        ("weights", i8),
         ("seed", i8),
-        ("scratch", i8),  # working memory, one piece per participating thread
-        ("scratch_bytes", i8),  # of one piece
     ]
 )
 
@@ -90,12 +95,9 @@ LINK = np.dtype(
         ("from_int", i8),
         ("to_bytes", i8),
         ("call", i8),
+        ("int_type", i8),
         ("function", i8),  # of Python's, to be called
-        ("plan", i8),
-        ("scratch_bytes", i8),  # of one thread
         ("task", i8),
-        ("workers", i8),  # that may take part besides the caller
-        ("most", i8),  # tasks that the caller does between two looks at Python's signals
     ]
 )
 
@@ -139,6 +141,7 @@ GRADIENT_PARTS = (
 )
 GRADIENT_PLAN = np.dtype(
     [
+        *SCHEDULE,
         ("grad_out_row", i8),
         ("grad_out_column", i8),
         ("grad_query_row", i8),
@@ -161,13 +164,14 @@ GRADIENT_PLAN = np.dtype(
         ("query_panel", i8),  # of a block of queries
         ("score_panel", i8),  # of a block of keys
         *((name + "_at", i8) for name in GRADIENT_PARTS),  # where in working memory
-        *PLAN.descr,  # last: Numba takes a longer record for a kind of the shorter one that it begins with
+        *_PARTS,  # last: Numba takes a longer record for a kind of the shorter one that it begins with
     ]
 )
 GRADIENT_AXIS = np.dtype([("size", i8), ("head", i8), *((name, i8) for name in GRADIENT_ARRAYS)])
 GRADIENT_CALL = np.dtype(
     [
         ("plan", i8),
+        ("scratch", i8),
         *((name, i8) for name in GRADIENT_ARRAYS),
         ("lse", i8),  # contiguous, one number for each query of all heads; so is grad_lse, unless 0
         ("grad_lse", i8),
@@ -177,8 +181,6 @@ GRADIENT_CALL = np.dtype(
         ("query_tickets", i8),  # for each block of queries of each head: the groups of keys that have been there
         ("key_tickets", i8),  # for each group of keys of each head: the parts of the queries that have been there
         ("seed", i8),
-        ("scratch", i8),
-        ("scratch_bytes", i8),
     ]
 )
 
@@ -250,7 +252,8 @@ QUERY_NUMBERS = 4  # of a query: `numbers`
 
 BIAS_NONE, BIAS_SAME, BIAS_OTHER, BIAS_HALF, KEEP = range(5)  # what a mask is made of: of the dtype of the call, or not
 ALIGNMENT = 64
-RECORD_BYTES = -(-CALL.itemsize // ALIGNMENT) * ALIGNMENT  # in front of a call's working memory
+# In front of a call's working memory.
+RECORD_BYTES = -(-max(CALL.itemsize, GRADIENT_CALL.itemsize) // ALIGNMENT) * ALIGNMENT
 
 # The scheduler's shared memory, offsets in bytes: words that different threads write often have lines of their own.
 OFFER = 0  # tasks nobody has claimed, and above LIMIT_SHIFT the number of workers that may take part

@@ -63,6 +63,6 @@ def task_function(kernel, work, by_keys):
             part = plan.groups - 1 - part
         first = part * plan.group
         blocks = min(plan.group, plan.blocks - first)
-        work(kernel, call, plan, number % heads, first, blocks, call.scratch + slot * call.scratch_bytes)
+        work(kernel, call, plan, number % heads, first, blocks, call.scratch + slot * plan.scratch_bytes)
 
     return task

@@ -31,7 +31,7 @@ from fastattn.cuda.kernels.tiles import in_base_2
 
 REMEMBERED = 256  # plans
 ALIGNMENT = 16  # bytes: what a kernel may ask of where arrays begin
-THREADS, MOST_BLOCKS = 256, 65535  # of a kernel that copies
+THREADS, MAX_BLOCKS = 256, 65535  # of a kernel that copies
 _plans: dict[Any, Plan] = {}
 _tables: dict[Any, tuple[Any, Any, Any]] = {}
 
@@ -241,15 +241,15 @@ def evaluate(call: Call, seed: int, out: Given | None, want_weights: bool) -> tu
     """Queue the work of a call; the result, in `out` if given, the log-sum-exp, and the weights if wanted."""
     problem, place = call.problem, call.place
     inputs = call.givens.values()
-    few_queries = decoding.work_for(problem, call.storage, call.mask, aligned=True) is not None
-    in_rows = not few_queries and wants_rows(call.storage, call.mask, problem, capability_of(place.device))
+    splits_keys = decoding.work_for(problem, call.storage, call.mask, aligned=True) is not None
+    in_rows = not splits_keys and wants_rows(call.storage, call.mask, problem, capability_of(place.device))
     if in_rows:
         call = with_rows(call)
     result = out
     if result is None or any(overlap(result, array) for array in inputs) or (in_rows and not has_rows(result)):
         result = place.new("out", problem.out_shape, call.storage)
     lse = place.new("lse", problem.lse_shape, problem.dtype.name)
-    if few_queries:
+    if splits_keys:
         decoding.attend(call, result, lse, seed, functools.partial(_uploaded_tables, call, result))
     else:
         run(call, "forward", choose_forward, result, lse, seed)
@@ -412,7 +412,7 @@ def copy(source: Given, target: Given, place: Place) -> None:
     if elements == 0:
         return
     tables = _copy_tables(source.shape, (source.strides, source.span[0]), (target.strides, target.span[0]), place)
-    grid = min(-(-elements // THREADS), MOST_BLOCKS)
+    grid = min(-(-elements // THREADS), MAX_BLOCKS)
     block = (THREADS if grid > 1 else elements, 1)
     made = kernel(portable.copy, portable.Copy(source.storage))
     launch(made, grid, block, place.stream, (source.memory(), target.memory(), *tables))

@@ -71,7 +71,7 @@ class Plan(NamedTuple):
         For each argument the slices that share it, shape (its own slices, slices that share one).
     owners : dict of str to int
         How many slices of its own each argument has.
-    together : bool
+    same_members : bool
         Whether the same slices share key and value.
     against : str or None
         What speaks against tensor cores.
@@ -80,7 +80,7 @@ class Plan(NamedTuple):
     tables: tuple[Any, Any, Any]
     members: dict[str, Any]
     owners: dict[str, int]
-    together: bool
+    same_members: bool
     against: str | None
 
 
@@ -266,7 +266,7 @@ def queue_portable(
     spec, common = _common(call, plan, others, numbers, "query", seed)
     own = chunks("query")
     _queue(call, portable.grad_queries, spec, blocks("query", problem.queries, own), (*common, own, query))
-    if plan.together:
+    if plan.same_members:
         spec, common = _common(call, plan, others, numbers, "key", seed)
         own = max(chunks("key"), chunks("value"))
         _queue(call, portable.grad_keys, spec, blocks("key", problem.keys, own), (*common, own, key, value))
@@ -348,12 +348,12 @@ def plan_of(call: Call, others: dict[str, Given]) -> Plan:
             name: members_of(split_shape(array.shape, problem, ARGUMENTS[name]), problem)
             for name, array in givens.items()
         }
-        together = np.array_equal(members["key"], members["value"])
+        same_members = np.array_equal(members["key"], members["value"])
         addresses = tuple(arrays[name].extent[0] for name in ("query", "key", "value", "grad_out"))
         against = tensor_cores_backward.against(
             call.storage, call.mask, problem, tables, addresses, device().capability
         )
-        if against is None and not (together and members["query"].shape[1] == 1):
+        if against is None and not (same_members and members["query"].shape[1] == 1):
             against = "axes along which key or value alone is broadcast, or query"
         if against is None and members["key"].size == 0:
             against = "an empty batch"
@@ -361,7 +361,7 @@ def plan_of(call: Call, others: dict[str, Given]) -> Plan:
             uploaded(tables, place),
             {name: table(array, place.device) for name, array in members.items()},
             {name: array.shape[0] for name, array in members.items()},
-            together,
+            same_members,
             against,
         )
         if len(_plans) >= REMEMBERED:

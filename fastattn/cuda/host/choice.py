@@ -98,8 +98,8 @@ def choose_forward(facts: Facts) -> Choice:
     Few queries have been sent to the kernels that split the keys before.
     """
     storage, mask, problem = facts.storage, facts.mask, facts.problem
-    few = decoding.against(problem)
-    unsplit = "" if few is None else f"; keys are not split, as {few}"
+    why = decoding.against(problem)
+    unsplit = "" if why is None else f"; keys are not split, as {why}"
     against = tensor_cores.against(*facts)
     if against is None:
         shape = tensor_cores.shape_for(storage, mask, max(problem.head_dim, problem.value_dim))
@@ -150,9 +150,9 @@ def choose_shifts(storage: str, mask: str, problem: Problem, base_2: bool) -> Ch
 
 def said(capability: tuple[int, int]) -> str:
     """Which kernels calls get on a GPU, and why, in a few words."""
-    few = f"keys split over blocks where up to {decoding.MAX_ROWS} queries share them"
+    split = f"keys split over blocks where up to {decoding.MAX_ROWS} queries share them"
     if capability < tensor_cores.CAPABILITY:
         need = ".".join(map(str, tensor_cores.CAPABILITY))
-        return f"{few}, portable for all else, as tensor cores are used from compute capability {need} on"
+        return f"{split}, portable for all else, as tensor cores are used from compute capability {need} on"
     halves = f"tensor cores for float16 and bfloat16 of head sizes up to {tensor_cores.WIDEST}"
-    return f"{few}, {halves}, portable for all else"
+    return f"{split}, {halves}, portable for all else"

@@ -19,8 +19,8 @@ from fastattn.cuda.kernels.vectors import VECTOR_BYTES, vector_width
 __all__ = ["Work", "against", "attend", "is_aligned", "work_for"]
 
 REMEMBERED = 256  # tables
-#: For the simulator: how many queries are few, and the work of a block, which has at least a thread for each row.
-FEW, SMALL = 4, {"rows": 2, "keys": 8, "threads": 4, "lanes": 2, "passes": 2}
+#: For the simulator: up to how many queries keys are split, and the work of a block, with a thread at least for a row.
+SIMULATED_ROWS, SMALL = 4, {"rows": 2, "keys": 8, "threads": 4, "lanes": 2, "passes": 2}
 _tables: dict[Any, tuple[Any, Any, Any]] = {}
 
 
@@ -53,19 +53,19 @@ class Work(NamedTuple):
 def is_aligned(given: Given) -> bool:
     """Whether the rows of an array can be loaded 16 bytes at a time."""
     width = vector_width(given.storage)
-    together = given.strides[-1] == 1 and given.shape[-1] % width == 0 and given.address % VECTOR_BYTES == 0
-    return together and all(
+    contiguous = given.strides[-1] == 1 and given.shape[-1] % width == 0 and given.address % VECTOR_BYTES == 0
+    return contiguous and all(
         stride % width == 0 for stride, count in zip(given.strides[:-1], given.shape[:-1], strict=True) if count > 1
     )
 
 
 def against(problem: Problem) -> str | None:
     """Say why a call cannot have these kernels; None if it can."""
-    rows, most = problem.group * problem.queries, FEW if SIMULATED else MAX_ROWS
+    rows, limit = problem.group * problem.queries, SIMULATED_ROWS if SIMULATED else MAX_ROWS
     if not rows:
         return "there are no queries"
-    if rows > most:
-        return f"{rows} queries share them, more than {most}"
+    if rows > limit:
+        return f"{rows} queries share them, more than {limit}"
     if not problem.keys:
         return "there are none"
     if is_extreme(problem):

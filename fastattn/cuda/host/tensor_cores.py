@@ -13,7 +13,7 @@ from fastattn.cuda.kernels.plan import KEY, OUT, QUERY, VALUE
 
 WIDEST = 128
 CAPABILITY = (8, 0)
-MOST = 2**29 - 2**10  # queries and keys: in 32 bits are bytes of a number for each of both, and some tiles more
+LONGEST = 2**29 - 2**10  # queries and keys: in 32 bits are bytes of a number for each of both, and some tiles more
 IN_ROWS = (QUERY, KEY, VALUE, OUT)  # what is read and written 16 bytes at a time, or 4
 
 
@@ -84,7 +84,7 @@ def against(
     for name, size in (("head", problem.head_dim), ("value", problem.value_dim)):
         if not 0 < size <= WIDEST or size % CHUNK:
             return f"{name} size {size} is not a multiple of 8 up to 128"
-    if problem.queries + problem.keys > MOST:
+    if problem.queries + problem.keys > LONGEST:
         return f"lengths {problem.queries} and {problem.keys} are not below 2^29 together"
     if (table.steps[rows, 1] != 1).any():
         return "features are not next to each other in memory"

@@ -15,7 +15,7 @@ from fastattn.cuda.kernels.plan import GRAD_OUT, KEY, QUERY, VALUE
 
 # Bytes of a slice of a gradient, which are counted in 32 bits, and those of some rows more. So are the numbers of its
 # queries, which have fewer bytes.
-MOST = 2**31 - 2**20
+LARGEST = 2**31 - 2**20
 
 
 def spec_for(storage: str, mask: str, width: int, of_keys: bool) -> Gradients:
@@ -40,6 +40,6 @@ def against(
 ) -> str | None:
     """Say why a call cannot have these kernels; None if it can. The arguments are those of the forward kernel's."""
     size = max(problem.queries, problem.keys) * max(problem.head_dim, problem.value_dim) * HALF
-    if size > MOST:
+    if size > LARGEST:
         return f"a gradient of {size} bytes for a slice is not below 2 GiB"
     return tensor_cores.against(storage, mask, problem, table, addresses, capability, (QUERY, KEY, VALUE, GRAD_OUT))

@@ -13,7 +13,7 @@ blocks of threads that each compute the scores again.
 
 Scores are in base 2: the scale has a factor log2(e) in it. Under a floating mask they stay in base e, since finfo.min
 times log2(e) is no number, and where the scale is extreme (see `fastattn.cuda.host.plan`), which has all arithmetic
-in float64 as well; `unit` is log2(e) then, else 1.
+in float64 as well; `to_base_2` is log2(e) then, else 1.
 
 A key that a query may not look at has the weight -0.0, which adds nothing to a finite sum. Where a block of values
 holds NaN or infinities, weights that are -0.0 are left out, as 0 · NaN is NaN.
@@ -402,7 +402,7 @@ def weights(spec: Weights) -> Any:
     block_q, block_k, pitch = tiles.queries, tiles.keys, features + 1
     query_size, key_size = block_q * pitch, max(block_k * pitch, block_q * (block_k + 1))
     lowest, one, zero = real(-math.inf), real(1), real(0)
-    unit = real(1.0 if in_base_2(mask_kind, extreme) else LOG2_E)
+    to_base_2 = real(1.0 if in_base_2(mask_kind, extreme) else LOG2_E)
 
     def kernel(query, key, value, mask, out, numbers, offsets, steps, sizes, scale, keep_scale, seed_low, seed_high):
         query_tile = cuda.shared.array(query_size, real)
@@ -435,7 +435,7 @@ def weights(spec: Weights) -> Any:
             if shift == lowest:  # no key at all: -inf less -inf is NaN
                 shift = zero
             for j in range(columns):
-                weight = exp2(((scores[i, j] - shift) - rest) * unit)
+                weight = exp2(((scores[i, j] - shift) - rest) * to_base_2)
                 # of a sum of exp(score) no score takes more than all of it, whatever rounding says
                 weight = one if weight > one else weight
                 key_tile[(y + i * threads_y) * (block_k + 1) + x + j * threads_x] = weight

@@ -96,7 +96,7 @@ def _make_differentiate(spec: Backward, tiles: Tiles) -> Any:
     """A device function of a tile of queries and one of keys."""
     side, rows, depth = spec.tiling.side, spec.tiling.rows, spec.tiling.depth
     real, stage_across, weigh = spec.real, tiles.stage_across, tiles.weigh
-    zero, unit = real(0.0), real(1.0)
+    zero, unscaled = real(0.0), real(1.0)
 
     @device
     def products(
@@ -114,7 +114,7 @@ def _make_differentiate(spec: Backward, tiles: Tiles) -> Any:
                 left, factor, a, a_at, steps[one, 0], steps[one, 1], a_first, a_count, first, length, thread
             )
             stage_across(
-                right, unit, b, b_at, steps[other, 0], steps[other, 1], b_first, b_count, first, length, thread
+                right, unscaled, b, b_at, steps[other, 0], steps[other, 1], b_first, b_count, first, length, thread
             )
             cuda.syncthreads()
             for s in range(depth):
@@ -133,7 +133,7 @@ def _make_differentiate(spec: Backward, tiles: Tiles) -> Any:
         """P · Z and dS of slice `number`, -0.0 and 0 where hidden. How many elements of dO were not finite."""
         queries, keys = sizes[QUERIES], sizes[KEYS]
         odd = products(
-            grads, unit, left, right, steps, GRAD_OUT, grad_out, offsets[GRAD_OUT, number], first_query, queries,
+            grads, unscaled, left, right, steps, GRAD_OUT, grad_out, offsets[GRAD_OUT, number], first_query, queries,
             VALUE, value, offsets[VALUE, number], first_key, keys, sizes[VALUE_DIM],
         )  # fmt: skip
         products(

@@ -51,10 +51,10 @@ __all__ = [
 GLOBAL, SHARED = 1, 3  # address spaces
 
 
-def _call(text, returned, constraints, *arguments, effects=False, together=False):
+def _call(text, returned, constraints, *arguments, effects=False, convergent=False):
     """Emit PTX; `returned` is LLVM's type of the result, a list of such for several, or None.
 
-    `together`: all threads of a warp have to arrive, so that the compiler must not move it to where some do not.
+    `convergent`: all threads of a warp have to arrive, so that the compiler must not move it to where some do not.
     """
     several = isinstance(returned, list)
     if returned is None:
@@ -65,7 +65,7 @@ def _call(text, returned, constraints, *arguments, effects=False, together=False
     # what has effects on memory must stay between those before and after it
     constraints = ",".join(filter(None, [constraints, "~{memory}" if effects else ""]))
     code = ir.InlineAsm(function, text, constraints, side_effect=effects)
-    result = builder().call(code, arguments, attrs=("convergent",) if together else ())
+    result = builder().call(code, arguments, attrs=("convergent",) if convergent else ())
     if several:
         return [Value(builder().extract_value(result, i)) for i in range(len(returned))]
     return None if returned is None else Value(result)
@@ -90,7 +90,7 @@ def thread_index():
 def warp_index():
     """The index of this warp in its block, which the assembler sees to be the same in all of its lanes."""
     return _call(
-        "shfl.sync.idx.b32 $0, $1, 0, 31, -1;", I32, "=r,r", (thread_index() // 32).ir, effects=True, together=True
+        "shfl.sync.idx.b32 $0, $1, 0, 31, -1;", I32, "=r,r", (thread_index() // 32).ir, effects=True, convergent=True
     )
 
 
@@ -165,7 +165,7 @@ def hold_loads():
 
 def _load_matrices(address, suffix):
     text = f"ldmatrix.sync.aligned.m8n8.x4{suffix}.shared.b16 {{$0, $1, $2, $3}}, [$4];"
-    return _call(text, [I32] * 4, "=r,=r,=r,=r,r", address.ir, effects=True, together=True)
+    return _call(text, [I32] * 4, "=r,=r,=r,=r,r", address.ir, effects=True, convergent=True)
 
 
 def load_matrices(address):
@@ -291,19 +291,19 @@ def shuffle_xor(x, mask):
     text = "shfl.sync.bfly.b32 $0, $1, $2, 31, -1;"
     x = as_value(x)
     letter = "f" if x.is_float else "r"
-    return _call(text, x.type, f"={letter},{letter},n", x.ir, ir.Constant(I32, mask), effects=True, together=True)
+    return _call(text, x.type, f"={letter},{letter},n", x.ir, ir.Constant(I32, mask), effects=True, convergent=True)
 
 
 def shuffle(x, lane):
     """The integer x of another lane."""
     text = "shfl.sync.idx.b32 $0, $1, $2, 31, -1;"
-    return _call(text, I32, "=r,r,r", _integer(x), _integer(lane), effects=True, together=True)
+    return _call(text, I32, "=r,r,r", _integer(x), _integer(lane), effects=True, convergent=True)
 
 
 def warp_any(condition):
     """Whether the condition holds in any lane."""
     text = "{ .reg .pred p, q; setp.ne.b32 p, $1, 0; vote.sync.any.pred q, p, -1; selp.b32 $0, 1, 0, q; }"
-    found = _call(text, I32, "=r,r", builder().zext(as_value(condition).ir, I32), effects=True, together=True)
+    found = _call(text, I32, "=r,r", builder().zext(as_value(condition).ir, I32), effects=True, convergent=True)
     return found != 0
 
 
@@ -315,4 +315,4 @@ def mma(a, b, c, storage):
         "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
     )
     arguments = [*(_integer(v) for v in (*a, *b)), *(_float(v) for v in c)]
-    return _call(text, [F32] * 4, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", *arguments, together=True)
+    return _call(text, [F32] * 4, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", *arguments, convergent=True)

@@ -4,8 +4,10 @@ The schedule is FlashAttention-2's [1]_. A block of warps takes the queries of o
 them, and walks over the tiles of keys that any of them may look at:
 
     scores  = query · keyᵀ                fragments of float32, in registers
-    weights = 2^(scores · unit - m)       m the greatest so far; sum and output are rescaled where it rises
+    weights = 2^(scores · scale - m)      m the greatest so far; sum and output are rescaled where it rises
     output += weights · value             the weights are rounded to halves, and stay in their registers
+
+where `scale` has a factor log2(e) in it; under a floating mask scores stay in base e.
 
 Keys and values of the next tile are copied to shared memory meanwhile. There, a row of D halves is D / 8 chunks of 16
 bytes, and chunk c of row r stands at place c ^ (r % 8), so that 8 rows of one chunk, which is what ldmatrix reads at a

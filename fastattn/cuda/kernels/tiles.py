@@ -146,7 +146,7 @@ def softmax_functions(tiles: Tiles, real: Any, base_2: bool) -> tuple[Any, Any]:
         tiles.threads_x,
     )
     pitch = tiles.keys + 1
-    unit = real(1.0 if base_2 else LOG2_E)
+    to_base_2 = real(1.0 if base_2 else LOG2_E)
     lowest, zero, hidden = real(-math.inf), real(0), real(-0.0)
 
     @device
@@ -166,13 +166,13 @@ def softmax_functions(tiles: Tiles, real: Any, base_2: bool) -> tuple[Any, Any]:
             for other in range(threads_x):
                 top = max(top, maxima_tile[(y + i * threads_y) * threads_x + other])
             shift = top if top > lowest else zero  # no key so far: -inf less -inf is NaN
-            factor = exp2((m[i] - shift) * unit)
+            factor = exp2((m[i] - shift) * to_base_2)
             m[i] = top
             total[i] *= factor
             for c in range(values):
                 sums[i, c] *= factor
             for j in range(columns):
-                weight = exp2((scores[i, j] - shift) * unit)
+                weight = exp2((scores[i, j] - shift) * to_base_2)
                 total[i] += weight
                 weights_tile[(y + i * threads_y) * pitch + x + j * threads_x] = weight if seen[i, j] else hidden
 

@@ -12,9 +12,9 @@ import pytest
 import fastattn
 from fastattn.api import additive
 from fastattn.api import attention as api
-from fastattn.cpu.host import builtin, plan
-from fastattn.cpu.host import forward as cpu
+from fastattn.cpu.host import builtin, calls, session
 from fastattn.cpu.kernels import prefetch as ahead
+from fastattn.cpu.kernels.records import PLAN
 from fastattn.machine import building as build
 from fastattn.machine.libraries import Library
 from fastattn.machine.table import host
@@ -27,11 +27,8 @@ def inputs(*shape: int) -> Any:
 @pytest.fixture
 def plans(monkeypatch: pytest.MonkeyPatch) -> dict[Any, Any]:
     """Forget what is known about calls; return the plans that are made from now on."""
-    made: dict[Any, Any] = {}
-    monkeypatch.setattr(cpu, "_prepared", made)
-    monkeypatch.setattr("fastattn.api.attention._prepared", {})
-    monkeypatch.setattr("fastattn.api.additive._prepared", {})
-    return made
+    monkeypatch.setattr(session.current, "plans", session.Plans())
+    return session.current.plans.recent
 
 
 # -- builtins ----------------------------------------------------------------------------------------------------------
@@ -59,17 +56,18 @@ def test_where_objects_look_different_there_are_no_builtins(
 
     wanted = results()
     assert builtin.objects_are_as_expected()
-    assert all(prepared.quick for prepared in plans.values())
+    assert all(plan.calls.shared for plan in plans.values())
     plans.clear()
-    for module in (cpu, builtin):
+    calls.calls_of.cache_clear()
+    for module in (calls, builtin):
         monkeypatch.setattr(module, "objects_are_as_expected", lambda: False)
     signatures = builtin.Signatures()
     for module in (api, additive):
         monkeypatch.setattr(module, "signatures", signatures)
-        monkeypatch.setattr(module, "_prepared", {})
     for array, other in zip(results(), wanted, strict=True):
         np.testing.assert_array_equal(array, other)
-    assert not any(prepared.quick for prepared in plans.values())
+    assert not any(plan.calls.shared for plan in plans.values())
+    calls.calls_of.cache_clear()
     assert isinstance(signatures.of(query), tuple)
 
 
@@ -142,12 +140,11 @@ def test_asking_ahead_changes_nothing(
     with fastattn.num_threads(threads):
         wanted = fastattn.attention(query, key, value, is_causal=causal)
         row = replace(host(), blocking=replace(host().blocking, cached_bytes=0))  # as for a large call
-        monkeypatch.setattr(cpu, "host", lambda: row)
+        monkeypatch.setattr(session.current, "_row", row)
         plans.clear()
-        monkeypatch.setattr("fastattn.api.attention._prepared", {})
         np.testing.assert_array_equal(fastattn.attention(query, key, value, is_causal=causal), wanted)
-        record = next(iter(plans.values())).plan.record
-        assert record[: plan.PLAN.itemsize].view(plan.PLAN)["ahead"][0] == threads
+        record = next(iter(plans.values())).record
+        assert record[: PLAN.itemsize].view(PLAN)["ahead"][0] == threads
 
 
 def test_what_is_wanted_is_asked_for_in_equal_shares() -> None:

@@ -18,9 +18,7 @@ import pytest
 from numpy.typing import NDArray
 
 import fastattn
-from fastattn.api import attention as api
-from fastattn.cpu.host import forward as cpu
-from fastattn.cpu.host import pool, processors
+from fastattn.cpu.host import pool, processors, session
 from fastattn.cpu.host.kernels import load
 from fastattn.cpu.kernels.records import MORE
 from fastattn.machine.kernel import Kernel
@@ -39,8 +37,7 @@ def inputs(*shape: int, dtype: Any = np.float32, seed: int = 0) -> tuple[Array, 
 def _any_work_is_worth_waking(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WORTH_SHARING", "WORTH_WAKING"):
         monkeypatch.setattr(pool, name, 0)
-    monkeypatch.setattr(api, "_prepared", {})
-    monkeypatch.setattr(cpu, "_prepared", {})
+    monkeypatch.setattr(session.current, "plans", session.Plans())
 
 
 # -- how many ----------------------------------------------------------------------------------------------------------
@@ -49,7 +46,7 @@ def _any_work_is_worth_waking(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def _as_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FASTATTN_NUM_THREADS", raising=False)
-    monkeypatch.setattr(pool, "_threads", None)
+    monkeypatch.setattr("fastattn.cpu.host.threads._threads", None)
 
 
 @pytest.mark.usefixtures("_as_at_the_start")
@@ -252,8 +249,8 @@ class Counted:
         self.memory = np.zeros(512, np.int64)
         self.address = self.memory.ctypes.data
 
-    def run(self, workers: pool._Pool, others: int) -> bool:
-        return workers.run(self.counting, self.address, TASKS, 1e6, others)
+    def run(self, workers: pool.Pool, others: int) -> bool:
+        return workers.run(self.counting, self.address, TASKS, pool.tasks_at_a_time(TASKS, 1e6), others)
 
     def alone(self) -> None:
         for number in range(TASKS):
@@ -284,7 +281,7 @@ def test_every_task_runs_once(monkeypatch: pytest.MonkeyPatch, counting: Library
     monkeypatch.setattr(pool, "SPINS", spins)
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
-    workers = pool._Pool()
+    workers = pool.Pool()
     shared: list[int] = []
 
     def caller(others: int) -> None:
@@ -327,7 +324,7 @@ class Interrupting:
 @pytest.mark.parametrize("name", ["start", "take_part"])
 def test_the_pool_is_as_good_as_new_after_ctrl_c(monkeypatch: pytest.MonkeyPatch, counting: Library, name: str) -> None:
     monkeypatch.setattr(pool, "SPINS", 1)
-    workers = pool._Pool()
+    workers = pool.Pool()
     native = load(Kernel("schedule", host()))
     call = Counted(counting)
 
@@ -358,7 +355,7 @@ def test_the_pool_is_as_good_as_new_after_ctrl_c(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_call_that_ended_cancels_no_other(counting: Library) -> None:
-    workers = pool._Pool()
+    workers = pool.Pool()
     native = load(Kernel("schedule", host()))
     workers.grow(1)
     first, second = Counted(counting), Counted(counting)
@@ -408,8 +405,8 @@ def test_regular_calls_are_foreseen(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_workers_get_up_before_a_regular_call(monkeypatch: pytest.MonkeyPatch, counting: Library) -> None:
     monkeypatch.setattr(pool, "SPINS", 1)
     rhythm = pool.Rhythm()
-    monkeypatch.setattr(pool, "rhythm", rhythm)
-    workers, call = pool._Pool(), Counted(counting)
+    workers, call = pool.Pool(), Counted(counting)
+    workers.rhythm = rhythm
     woken: list[int] = []
     wake = workers._wake
 
@@ -438,7 +435,7 @@ def test_without_more_threads_the_caller_does_the_work(monkeypatch: pytest.Monke
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(pool.os_threads, "start_new_thread", start)
-    workers, call = pool._Pool(), Counted(counting)
+    workers, call = pool.Pool(), Counted(counting)
     assert call.run(workers, 3)
     assert call.check()[0] == TASKS
 
@@ -449,14 +446,14 @@ PREAMBLE = """
 import os, signal, sys, threading, time
 import numpy as np
 import fastattn
-from fastattn.cpu.host import pool
+from fastattn.cpu.host import pool, session
 pool.WORTH_SHARING = pool.WORTH_WAKING = 0
 fastattn.set_num_threads(3)
 rng = np.random.default_rng(0)
 query, key, value = rng.standard_normal((3, 1, 4, 300, 32), dtype=np.float32)
 wanted = fastattn.attention(query, key, value)
 assert abs(wanted - fastattn.attention(query, key, value, backend="reference")).max() < 1e-5
-assert len(pool._pool.beds) == 2
+assert len(session.current.pool.beds) == 2
 
 def is_right():
     return np.array_equal(fastattn.attention(query, key, value), wanted)
@@ -482,7 +479,7 @@ def in_child():
     pid = os.fork()
     if not pid:
         signal.alarm(30)
-        right = all(is_right() for _ in range(5)) and len(pool._pool.beds) == 2
+        right = all(is_right() for _ in range(5)) and len(session.current.pool.beds) == 2
         os._exit(0 if right else 7)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 """
@@ -660,6 +657,6 @@ def test_a_call_at_exit() -> None:
     printed = run("""
 import atexit
 atexit.register(lambda: print(is_right(), flush=True))
-pool._forget()  # new threads are wanted then, and may not be had
+session.forget()  # new threads are wanted then, and may not be had
 """)
     assert printed == "True\n"

@@ -14,6 +14,7 @@ import pytest
 
 import fastattn
 from fastattn.cpu.host import pool, processors
+from fastattn.cpu.host import threads as counting
 
 needs_affinity = pytest.mark.skipif(
     not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < 2,
@@ -24,7 +25,7 @@ needs_affinity = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def _as_at_the_start(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.delenv("FASTATTN_NUM_THREADS", raising=False)
-    monkeypatch.setattr(pool, "_threads", None)
+    monkeypatch.setattr("fastattn.cpu.host.threads._threads", None)
     processors._forget()
     yield
     processors._forget()
@@ -218,12 +219,12 @@ def test_a_call_looks_again_after_a_while(monkeypatch: pytest.MonkeyPatch) -> No
         fastattn.attention(*long)
         cpus = set(range(threads))
         fastattn.attention(*short)
-        before = pool.threads_of_call()
+        before = counting.threads_of_call()
         fastattn.attention(*long)
-        assert pool.threads_of_call() == before, "it has not been a while"
+        assert counting.threads_of_call() == before, "it has not been a while"
         processors.known.old = time.perf_counter_ns()
         fastattn.attention(*long)
-        assert pool.threads_of_call() == threads
+        assert counting.threads_of_call() == threads
         assert fastattn.get_num_threads() == threads
 
 
@@ -232,7 +233,7 @@ def test_who_asks_is_told_what_holds_now(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(processors, "quota", lambda: math.inf)
     for threads in (1, 6, 2):
         monkeypatch.setattr(os, "sched_getaffinity", lambda thread, n=threads: set(range(n)), raising=False)
-        assert fastattn.get_num_threads() == pool.threads_of_call() == threads
+        assert fastattn.get_num_threads() == counting.threads_of_call() == threads
 
 
 # -- threads that are bound to CPUs ------------------------------------------------------------------------------------
@@ -242,7 +243,7 @@ import os, threading, time
 from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import fastattn
-from fastattn.cpu.host import pool, processors
+from fastattn.cpu.host import pool, processors, session, threads
 pool.WORTH_SHARING = pool.WORTH_WAKING = 0
 x = np.random.default_rng(0).standard_normal((3, 1, 4, 200, 32), dtype=np.float32)
 everywhere = os.sched_getaffinity(0)
@@ -279,7 +280,7 @@ with ThreadPoolExecutor(1) as executor:
     assert executor.submit(bound).result() == 1
     assert fastattn.get_num_threads() == count
     fastattn.attention(*x)
-    assert pool._pool.staff == count - 1
+    assert session.current.pool.staff == count - 1
     assert executor.submit(fastattn.get_num_threads).result() == 1
 """)
 
@@ -303,7 +304,7 @@ pid = os.fork()
 if not pid:
     os.sched_setaffinity(0, here)
     fastattn.attention(*x)
-    os._exit(0 if pool._pool.staff == 0 and fastattn.get_num_threads() == 1 else 7)
+    os._exit(0 if session.current.pool.staff == 0 and fastattn.get_num_threads() == 1 else 7)
 assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 """)
 
@@ -320,12 +321,12 @@ with ThreadPoolExecutor(1) as executor:
     executor.submit(starts_workers).result()
 fastattn.set_num_threads(2)
 end = time.monotonic() + 20
-while os.sched_getaffinity(pool._pool.threads[0]) <= here and time.monotonic() < end:
+while os.sched_getaffinity(session.current.pool.threads[0]) <= here and time.monotonic() < end:
     time.sleep(0.01)  # until it sleeps, and the caller is on that CPU
     fastattn.attention(*x)
     if pool._current_cpu() not in here:
         os.sched_setaffinity(0, here)
         os.sched_setaffinity(0, everywhere)
-assert not os.sched_getaffinity(pool._pool.threads[0]) <= here
+assert not os.sched_getaffinity(session.current.pool.threads[0]) <= here
 assert os.sched_getaffinity(0) == everywhere
 """)

@@ -20,7 +20,7 @@ PREAMBLE = """
 import os, threading, time
 import numpy as np
 import fastattn
-from fastattn.cpu.host import pool
+from fastattn.cpu.host import pool, session
 pool.WORTH_SHARING = pool.WORTH_WAKING = 0
 x = np.random.default_rng(0).standard_normal((4, 1, 8, 300, 32), dtype=np.float32)
 usual = threading.stack_size()
@@ -58,20 +58,20 @@ none_may_start()
 fastattn.set_num_threads(1024)
 for _ in range(3):
     assert is_right()
-assert pool._pool.staff == 0
+assert session.current.pool.staff == 0
 """)
 
 
 def test_a_system_that_starts_some() -> None:
     run("""
 fastattn.set_num_threads(3)
-assert is_right() and pool._pool.staff == 2
+assert is_right() and session.current.pool.staff == 2
 none_may_start()
 fastattn.set_num_threads(100)
 for _ in range(20):
     assert is_right()
     time.sleep(0.001)  # workers sleep, and are woken: those that are not there are not
-assert pool._pool.staff == 2
+assert session.current.pool.staff == 2
 """)
 
 
@@ -80,14 +80,14 @@ def test_threads_that_may_start_later() -> None:
     run("""
 none_may_start()
 fastattn.set_num_threads(4)
-assert is_right() and pool._pool.staff == 0
+assert is_right() and session.current.pool.staff == 0
 threading.stack_size(usual)
 asked = pool.os_threads.start_new_thread
 pool.os_threads.start_new_thread = None
-assert is_right() and pool._pool.staff == 0
+assert is_right() and session.current.pool.staff == 0
 pool.os_threads.start_new_thread = asked
-pool._pool.try_again = time.perf_counter_ns()
-assert is_right() and pool._pool.staff == 3
+session.current.pool.try_again = time.perf_counter_ns()
+assert is_right() and session.current.pool.staff == 3
 """)
 
 
@@ -100,7 +100,7 @@ assert is_right()
 none_may_start()
 pid = os.fork()
 if not pid:
-    os._exit(0 if is_right() and pool._pool.staff == 0 else 7)
+    os._exit(0 if is_right() and session.current.pool.staff == 0 else 7)
 assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 assert is_right()
 """)
@@ -112,7 +112,7 @@ def test_as_many_threads_as_can_be() -> None:
 fastattn.set_num_threads(1024)
 big = np.random.default_rng(0).standard_normal((3, 32, 32, 40, 16), dtype=np.float32)
 got = fastattn.attention(*big)
-assert pool._pool.staff > 0
+assert session.current.pool.staff > 0
 with fastattn.num_threads(1):
     assert np.array_equal(got, fastattn.attention(*big))
 """)
@@ -190,7 +190,7 @@ def test_ctrl_c_while_threads_are_started(monkeypatch: pytest.MonkeyPatch, lives
     def interrupt() -> None:
         raise KeyboardInterrupt
 
-    workers = pool._Pool()
+    workers = pool.Pool()
     disturbed(monkeypatch, interrupt, when)
     with pytest.raises(KeyboardInterrupt):
         workers.grow(3)
@@ -203,7 +203,7 @@ def test_ctrl_c_while_threads_are_started(monkeypatch: pytest.MonkeyPatch, lives
 def test_a_signal_handler_calls_while_threads_are_started(
     monkeypatch: pytest.MonkeyPatch, lives: Lives, wanted: int
 ) -> None:
-    workers = pool._Pool()
+    workers = pool.Pool()
     disturbed(monkeypatch, lambda: bool(workers.grow(wanted)), 2)
     workers.grow(3)
     assert workers.staff == len(workers.beds) == max(3, wanted)
@@ -212,7 +212,7 @@ def test_a_signal_handler_calls_while_threads_are_started(
 
 def test_a_thread_that_is_gone_is_moved_nowhere(lives: Lives) -> None:
     """The system may have given its number to another one, or to another process."""
-    workers = pool._Pool()
+    workers = pool.Pool()
     workers.grow(2)
     assert lives.are(0, 1)
     assert sorted(workers.threads) == [0, 1]
@@ -232,7 +232,7 @@ def test_bench_refuses_what_no_call_may_have(capsys: pytest.CaptureFixture[str])
 
 
 def test_numbers_that_nobody_can_have(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool, "_threads", None)
+    monkeypatch.setattr("fastattn.cpu.host.threads._threads", None)
     for number in (pool.MOST + 1, 99999, 10**30):
         with pytest.raises(ValueError, match="expected 1 to 1024"):
             fastattn.set_num_threads(number)

@@ -42,7 +42,7 @@ def inputs(
 def sixteen_queries(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the simulator take 16 queries to a block, as a GPU does."""
     small = {"rows": 16, "keys": 8, "threads": 16, "lanes": 4, "passes": 1}
-    monkeypatch.setattr(decoding, "FEW", 16)
+    monkeypatch.setattr(decoding, "SIMULATED_ROWS", 16)
     monkeypatch.setattr(decoding, "SMALL", small)
 
 

@@ -1,0 +1,141 @@
+"""A call, run: its plan, the record that compiled code reads, and working memory.
+
+The record of a call is written by compiled code, in `fastattn.cpu.kernels.entry`, from the objects that Python has;
+where objects do not look as expected, here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastattn.call.problem import Problem
+from fastattn.cpu.host.builtin import bind
+from fastattn.cpu.kernels.records import ALIGNMENT, RECORD_BYTES
+from fastattn.machine import os_threads
+from fastattn.machine.libraries import Library
+from fastattn.machine.objects import address_of, objects_are_as_expected
+
+Array = NDArray[Any]
+
+
+class Calls:
+    """The ways to call a kernel that has tasks."""
+
+    def __init__(self, kernel: Library):
+        self.kernel = kernel
+        self.note: Callable[..., int] = _note
+        self.quick: Callable[..., int] = self._quick
+        self.shared: Callable[..., int] | None = None
+        if objects_are_as_expected():
+            self.note, self.quick = bind(kernel, "note"), bind(kernel, "quick")
+            self.shared = bind(kernel, "shared", task=kernel.addresses["task"])
+
+    def _quick(self, held: Array, record: Array, *objects: Any) -> int:
+        tasks = int(record[:8].view(np.int64)[0])
+        return self.kernel.alone(_note(held, record, *objects), 0, tasks)
+
+    def in_turns(self, held: Array, plan: Plan, objects: tuple[Any, ...]) -> None:
+        """Run a call in the calling thread, which sees signals now and then."""
+        at = self.note(held, plan.record, *objects)
+        for first in range(0, plan.tasks, plan.turn):
+            self.kernel.alone(at, first, min(first + plan.turn, plan.tasks))
+
+
+@cache
+def calls_of(kernel: Library) -> Calls:
+    """The ways to call a kernel."""
+    return Calls(kernel)
+
+
+def _note(held: Array, record: Array, *objects: Any) -> int:
+    """Write the record of a call at the beginning of its working memory; return where that is."""
+    at = _aligned(address_of(held))
+    numbers = [address_of(record), at + RECORD_BYTES, *map(_number, objects)]
+    place = at - address_of(held)
+    held[place : place + 8 * len(numbers)].view(np.uint64)[:] = numbers
+    return at
+
+
+def _number(thing: Any) -> int:
+    if thing is None:
+        return 0
+    return thing % 2**64 if isinstance(thing, int) else address_of(thing)
+
+
+def _aligned(address: int) -> int:
+    return address + -address % ALIGNMENT
+
+
+class Memory(os_threads.local):
+    """Working memory of the calling thread: an address, and the array that it is in; None while a call has it."""
+
+    held: tuple[int, Array] | None = None
+
+    def of(self, size: int) -> tuple[int, Array]:
+        """This thread's working memory of at least `size` bytes: its address, and what keeps it alive."""
+        held = self.held
+        if held is None or held[1].size < size + ALIGNMENT:
+            array = np.empty(size + ALIGNMENT, np.uint8)
+            held = self.held = (_aligned(address_of(array)), array)
+        return held
+
+    @contextlib.contextmanager
+    def taken(self, size: int) -> Iterator[tuple[int, Array]]:
+        """The same for a call that other calls may interrupt: a signal handler's, in this very thread."""
+        held = self.of(size)
+        self.held = None  # who interrupts needs memory of its own
+        yield held
+        self.held = held
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a call needs, but for the arrays.
+
+    Attributes
+    ----------
+    problem : Problem
+    calls : Calls
+        Of the kernel.
+    record : ndarray of uint8
+        What the kernel reads: the fields of a plan, and the table of leading axes.
+    tasks : int
+    turn : int
+        Tasks that are done between two looks at Python's signals.
+    flops : float
+    threads : int
+        That may work on it.
+    memory_bytes : int
+        Working memory of all threads.
+    """
+
+    problem: Problem
+    calls: Calls
+    record: Array = field(repr=False)
+    tasks: int
+    turn: int
+    flops: float
+    threads: int
+    memory_bytes: int
+
+
+def packed(layout: np.dtype[Any], fields: Mapping[str, float], axes: Iterable[tuple[int, ...]]) -> Array:
+    """Write the fields of a plan, 0 where none is given, and the table behind them, as compiled code reads them."""
+    names, form = _form(layout)
+    table = [number for axis in axes for number in axis]
+    content = form.pack(*[fields.get(name, 0) for name in names]) + struct.pack(f"{len(table)}q", *table)
+    return np.frombuffer(content, np.uint8)
+
+
+@cache
+def _form(layout: np.dtype[Any]) -> tuple[tuple[str, ...], struct.Struct]:
+    names = layout.names or ()
+    return names, struct.Struct("=" + "".join("d" if layout[name].kind == "f" else "q" for name in names))

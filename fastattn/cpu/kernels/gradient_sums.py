@@ -1,0 +1,104 @@
+"""What a block of queries adds to the gradients of keys and values, once its weights are known.
+
+dv[j][:] += Σ_i p[j][i] · do[i][:]          dk[j][:] += Σ_i ds[j][i] · q[i][:]
+"""
+
+from fastattn.cpu.kernels.panels import add_along
+from fastattn.cpu.kernels.scores import sees
+from fastattn.cpu.kernels.softmax import MINUS_INFINITY
+from fastattn.simd import jit, load_element, load_i64, store_element, store_i64
+
+WORD = 8
+
+
+@jit
+def whole_tiles(tile, count):
+    """`count`, rounded up to the rows of whole tiles."""
+    return (count + tile.rows - 1) // tile.rows * tile.rows
+
+
+@jit
+def note_span(plan, part, s, end, scratch):
+    """Write down which keys of a block tile width `s` of the queries looks at; those before have got to `end`.
+
+    Who looks at none stands where the keys begin, or behind them all, so that spans do not go back.
+    """
+    begin, stop = part.begin, part.end
+    if begin >= stop and end > 0:
+        begin = stop = plan.key_block
+    store_i64(scratch + plan.spans_at + 2 * s * WORD, begin)
+    store_i64(scratch + plan.spans_at + (2 * s + 1) * WORD, stop)
+
+
+@jit
+def begin_of(plan, s, scratch):
+    """The first key of a block that tile width `s` of the queries looks at; behind it stands the end."""
+    return load_i64(scratch + plan.spans_at + 2 * s * WORD)
+
+
+@jit
+def end_of(tile, plan, s, scratch):
+    """The end of these keys, whole tiles of them."""
+    return whole_tiles(tile, load_i64(scratch + plan.spans_at + (2 * s + 1) * WORD))
+
+
+@jit
+def add_to_keys(tile, plan, offset, subs, present, scratch):
+    """dv[j] += Σ_i p[j][i] · do[i], dk[j] += Σ_i ds[j][i] · q[i] for the keys of a block, from `offset` on in a panel.
+
+    Neither where the keys begin that queries look at, nor where they end, is less for later queries. So there are rows
+    of keys that the same tile widths of queries see, from `first` to `last`, and behind them others.
+    """
+    first = last = row = 0
+    while True:
+        while first < subs and end_of(tile, plan, first, scratch) <= row:
+            first += 1
+        if first == subs:
+            break
+        row = max(row, begin_of(plan, first, scratch))
+        last = max(last, first)
+        while last < subs and begin_of(plan, last, scratch) <= row:
+            last += 1
+        end = end_of(tile, plan, first, scratch)
+        if last < subs:
+            end = min(end, begin_of(plan, last, scratch))
+        add_rows(tile, plan, offset, row, end - row, first, min(present, last * tile.width), scratch)
+        row = end
+
+
+@jit
+def add_rows(tile, plan, offset, row, rows, first, present, scratch):
+    """The same for some rows, from `row` on, and the queries from tile width `first` on."""
+    at = row * tile.row_bytes
+    a, b, c = first * plan.score_panel + at, first * tile.width * tile.row_bytes, offset + at
+    values, keys = scratch + plan.value_sums_at + c, scratch + plan.key_sums_at + c
+    weights, weight_grads = scratch + plan.scores_at + a, scratch + plan.score_grads_at + a
+    grads, queries = scratch + plan.grads_at + b, scratch + plan.queries_at + b
+    terms = present - first * tile.width
+    panel, step, inner = plan.panel, plan.score_panel, plan.query_panel
+    add_along(tile, values, panel, plan.value_dim, rows, weights, step, grads, inner, terms)
+    add_along(tile, keys, panel, plan.head_dim, rows, weight_grads, step, queries, inner, terms)
+
+
+@jit
+def add_visible(kernel, call, plan, head, first_query, present, first_key, end, offset, scratch):
+    """dv[j] += p[j][i] · do[i] for those elements of do that are not finite, where query i may look at key j."""
+    tile = kernel.tile
+    grad_out = head.grad_out + first_query * plan.grad_out_row
+    lse = call.lse + (head.number * plan.queries + first_query) * tile.itemsize
+    for i in range(present):
+        if load_element(tile, lse + i * tile.itemsize) == MINUS_INFINITY:
+            continue
+        s = i // tile.width
+        weights = scratch + plan.scores_at + s * plan.score_panel + i % tile.width * tile.itemsize
+        for p in range(plan.value_dim):
+            odd = load_element(tile, grad_out + i * plan.grad_out_row + p * plan.grad_out_column)
+            if odd * 0.0 == 0.0:
+                continue
+            place = scratch + plan.value_sums_at + offset + p // tile.width * plan.panel
+            place += p % tile.width * tile.itemsize
+            for j in range(begin_of(plan, s, scratch), end):
+                if sees(kernel, plan, head, first_query + i, first_key + j):
+                    here = place + j * tile.row_bytes
+                    weight = load_element(tile, weights + j * tile.row_bytes) * plan.keep_scale
+                    store_element(tile, here, load_element(tile, here) + weight * odd)

@@ -1,0 +1,203 @@
+"""Which keys the queries of Luong's attention look at, and what is kept of it for the way back.
+
+An `Alignment` attends with a score, and differentiates that. Where what queries look at is an interval that moves with
+their positions, one call of `fastattn.attention` says all of it: `Interval`. Where each query has a window of its own,
+see `fastattn.layers.windows`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fastattn.call.problem import Array, Mask, Shape
+from fastattn.call.score_options import FurtherOptions, scores_from
+from fastattn.call.scores import Scores
+from fastattn.layers.backward import Saved
+from fastattn.layers.masks import changed
+from fastattn.layers.scores import Dot
+
+__all__ = ["Alignment", "Attended", "Interval", "find_interval", "scores_of_rows"]
+
+ALL = Scores()
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Attended(Saved):
+    """What Luong's attention was made of.
+
+    Attributes
+    ----------
+    query, key, value : ndarray
+        In one dtype.
+    mask : ndarray, pair of them, or None
+    alignment : Alignment
+    scored : ndarray
+        What stands for the queries in the score.
+    projected : ndarray or None
+        What stands for those keys that any query looks at, where it was kept.
+    out, lse : ndarray
+        With local-p, `lse` is that of the scores without the Gaussian.
+    """
+
+    query: Array
+    key: Array
+    value: Array
+    mask: Mask
+    alignment: Alignment
+    scored: Array
+    projected: Array | None
+    out: Array
+    lse: Array
+
+
+class Alignment(ABC):
+    """Which keys the queries of a call look at."""
+
+    @abstractmethod
+    def attend(
+        self, score: Dot, query: Array, key: Array, value: Array, mask: Mask, return_weights: bool
+    ) -> tuple[Array, Array, Array | None, Array | None]:
+        """Attend.
+
+        Parameters
+        ----------
+        score : Dot
+            Or another score.
+        query : ndarray, shape (..., Lq, D)
+            What stands for the queries in the score. Its axes on the left, and those of key, value and mask, broadcast
+            to the batch.
+        key, value : ndarray, shapes (..., Lk, D'), (..., Lk, Dv)
+        mask : ndarray, pair of them, or None
+            Broadcasting to (*batch, Lq, Lk).
+        return_weights : bool
+
+        Returns
+        -------
+        out : ndarray, shape (*batch, Lq, Dv)
+        lse : ndarray, shape (*batch, Lq)
+        weights : ndarray, shape (*batch, Lq, Lk), or None
+        projected : ndarray or None
+            What `Attended` has under this name.
+        """
+
+    @abstractmethod
+    def backward(self, score: Dot, grad_out: Array, saved: Attended) -> tuple[Array, Array, Array, Array | None]:
+        """Differentiate `attend`.
+
+        Returns
+        -------
+        grad_scored, grad_key, grad_value : ndarray
+            With the shapes of what they belong to. Where the value is the key, that of the key is the sum of both.
+        grad_center : ndarray, shape (*batch, Lq), or None
+            That of the positions that queries look at, where they are more than an end of a window.
+        """
+
+
+@dataclass(frozen=True)
+class Interval(Alignment):
+    """The alignment of queries that look at an interval of keys which moves with their positions, or at all of them.
+
+    Keys that no query of the call looks at are cut off: nothing of them is projected.
+
+    Attributes
+    ----------
+    begin, end : int
+        The keys that are left.
+    options : FurtherOptions
+        What a call with these keys is told of its scores.
+    scores : Scores
+        What one with all keys would be told.
+    offsets, lengths : ndarray of int64, shape (*batch, 1, 1), or None
+        And of each row of the batch.
+    """
+
+    begin: int
+    end: int
+    options: FurtherOptions
+    scores: Scores
+    offsets: Array | None
+    lengths: Array | None
+
+    def attend(
+        self, score: Dot, query: Array, key: Array, value: Array, mask: Mask, return_weights: bool
+    ) -> tuple[Array, Array, Array | None, Array | None]:
+        """Attend: see `Alignment.attend`."""
+        projected, near = score.project_key(self._rows(key)), changed(mask, self._columns)
+        out, lse, weights = score.attend(query, projected, self._rows(value), near, self.options, return_weights)
+        return out, lse, None if weights is None else self._all_weights(weights, key.shape[-2]), projected
+
+    def _all_weights(self, weights: Array, keys: int) -> Array:
+        """Return the weights of all keys, given those of the keys that are left."""
+        if not self.scores.bounded:
+            return weights
+        whole = np.zeros((*weights.shape[:-1], keys), weights.dtype)
+        whole[..., self.begin : self.end] = weights
+        # where a score is NaN, attention says so of all keys of the call
+        rows, columns = np.arange(weights.shape[-2])[:, None], np.arange(keys)
+        sees = self.scores.sees(rows, columns, keys if self.lengths is None else self.lengths, self.offsets)
+        whole[np.isnan(whole) & ~sees] = 0
+        return whole
+
+    def backward(self, score: Dot, grad_out: Array, saved: Attended) -> tuple[Array, Array, Array, Array | None]:
+        """Differentiate `attend`: see `Alignment.backward`."""
+        assert saved.projected is not None
+        value, near = self._rows(saved.value), changed(saved.mask, self._columns)
+        grad_scored, to_key, grad_value = score.attend_backward(
+            grad_out, saved.scored, saved.projected, value, saved.out, saved.lse, near, self.options
+        )
+        grad_key = score.project_key_backward(to_key, self._rows(saved.key))
+        if not saved.has_value:
+            grad_key = grad_key + grad_value
+        return grad_scored, self._whole(grad_key, saved.key), self._whole(grad_value, saved.value), None
+
+    def _rows(self, array: Array) -> Array:
+        return array[..., self.begin : self.end, :]
+
+    def _columns(self, mask: Array) -> Array:
+        return mask[..., self.begin : self.end] if mask.ndim and mask.shape[-1] > 1 else mask
+
+    def _whole(self, gradient: Array, array: Array) -> Array:
+        """Return the gradient of an array, given that of its rows that are left."""
+        if gradient.shape == array.shape:
+            return gradient
+        whole = np.zeros(array.shape, gradient.dtype)
+        self._rows(whole)[...] = gradient
+        return whole
+
+
+def scores_of_rows(
+    options: FurtherOptions, batch: Shape, queries: int, keys: int
+) -> tuple[Scores, Array | None, Array | None]:
+    """Return what options say of scores, checked, and the offset and the length of each row of the batch, if own."""
+    given: Any = options
+    return scores_from(given, batch, queries, keys, head_dim=1, bias=False, keep=False)
+
+
+def find_interval(options: FurtherOptions, batch: Shape, queries: int, keys: int) -> Interval:
+    """Find the keys that any query may look at, as far as positions and lengths say.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an option that `fastattn.attention` does not take.
+    """
+    if not options:  # nothing to check, and nothing to cut off
+        return Interval(0, keys, options, ALL, None, None)
+    scores, offsets, lengths = scores_of_rows(options, batch, queries, keys)
+    if offsets is None:
+        begin, _, _, end = scores.span(0, queries - 1, keys)
+    else:
+        # A row has the same bits in any batch: where its keys begin does not depend on other rows.
+        ends = [scores.span(0, queries - 1, keys, offset).end for offset in offsets.tolist()]
+        begin, end = 0, max(ends, default=0)
+    offsets, lengths = (None if rows is None else rows.reshape(*batch, 1, 1) for rows in (offsets, lengths))
+    moved: FurtherOptions = {**options}
+    if begin:
+        moved["query_offset"] = scores.offset - begin
+    if lengths is not None:
+        moved["key_lengths"] = np.clip(lengths[..., 0, 0] - begin, 0, end - begin)
+    return Interval(begin, end, moved, scores, offsets, lengths)
