@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import tolerances
 from numpy.typing import NDArray
-from strategies import LAYOUTS, laid_out, with_odd
+from strategies import LAYOUTS, each, laid_out, with_odd
 
 import fastattn
 from fastattn.reference import keep_mask
@@ -120,6 +120,98 @@ def test_a_key_takes_no_part_where_any_mask_says_no(
         results = attention(query, key, value, mask, is_causal=is_causal, return_weights=True, return_lse=True)
         assert not results[2][~(causal & allowed)].any()
         tolerances.check_all(results, tolerances.expected(query, key, value, both))
+
+
+@dtypes
+@lengths
+def test_a_softcap_comes_after_the_scale_and_before_a_mask(
+    attention: Attention, dtype: Any, length: tuple[int, int]
+) -> None:
+    query, key, value = inputs(length, dtype=dtype)
+    mask = normal(2, *length, seed=4)
+    scores = 1.5 * (query.astype(np.float64) @ key.astype(np.float64).swapaxes(-1, -2))
+    for bias in (None, mask):
+        capped = 2 * np.tanh(scores / 2) + (0 if bias is None else bias)
+        weights = np.exp(capped - capped.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        results = tolerances.check_call(attention, query, key, value, bias, scale=1.5, softcap=2)
+        close(results[0], weights @ value, dtype)
+        close(results[2], weights, dtype)
+        close(results[1], np.log(np.exp(capped).sum(-1)), dtype)
+
+
+@dtypes
+@pytest.mark.parametrize("mask", [None, "bool", "float"])
+@pytest.mark.parametrize("softcap", [5e-324, 1e-60, 1e-40, 1e-18, 1e-3, 0.3, np.float32(7), 50, 1e18, 1e40, 1.7e308])
+def test_a_softcap_is_any_finite_number_above_0(attention: Attention, dtype: Any, softcap: Any, mask: Any) -> None:
+    query, key, value = inputs((50, 70), dtype=dtype)
+    bias = normal(50, 70, seed=4)
+    given = None if mask is None else bias > 0 if mask == "bool" else bias
+    results = tolerances.check_call(attention, query, key, value, given, softcap=softcap)
+    if softcap < 1e-10:  # all scores are 0
+        wanted = attention(query, key, value, given, scale=0)
+    elif softcap > 1e10:  # no score is near it
+        wanted = attention(query, key, value, given)
+    else:
+        return
+    close(results[0], wanted, dtype)
+
+
+@dtypes
+@pytest.mark.parametrize("softcap", [1e-5, 2.0, 60.0])
+def test_no_score_exceeds_a_softcap(attention: Attention, dtype: Any, softcap: float) -> None:
+    query, key, value = inputs((60, 130), dtype=dtype)
+    raw = query.astype(np.float64) @ key.astype(np.float64).swapaxes(-1, -2)
+    query, key = query * dtype(3e17), key * dtype(3e17)
+    weights = np.exp(softcap * np.sign(raw) - softcap)  # +softcap and -softcap, none of them is near 0
+    close(attention(query, key, value, softcap=softcap), weights / weights.sum(-1, keepdims=True) @ value, dtype)
+    lse = attention(query, key, value, softcap=softcap, return_lse=True)[1]
+    assert (np.abs(lse) <= softcap + math.log(130) + 1e-5).all()
+
+
+def test_a_softcap_makes_an_infinite_score_finite_and_leaves_nan(attention: Attention) -> None:
+    query, key, value = (np.abs(array) for array in inputs((60, 90)))
+    query[:, 7], query[:, 8], query[:, 9, 3] = INF, -INF, NAN
+    results = tolerances.check_call(attention, query, key, value, softcap=3.0)
+    for row in (7, 8):
+        close(results[0][:, row], value.mean(-2))
+        close(results[1][:, row], math.log(90) + (3 if row == 7 else -3))
+    for result in results:
+        assert np.isnan(result[:, 9]).all()
+        assert np.isfinite(np.delete(result, 9, 1)).all()
+
+
+@dtypes
+@lengths
+def test_a_floating_and_a_boolean_mask_both_hold(attention: Attention, dtype: Any, length: tuple[int, int]) -> None:
+    query, key, value = inputs(length, dtype=dtype)
+    bias, keep = normal(2, *length, seed=4), normal(*length, seed=5) > 0
+    bias[normal(2, *length, seed=6) > 1] = -INF
+    both = np.where(keep, bias, -INF)
+    results = attention(query, key, value, (bias, keep), return_lse=True, return_weights=True)
+    tolerances.check_all(results, tolerances.expected(query, key, value, both))
+    np.testing.assert_array_equal(results[2] != 0, both > -INF)
+    for kind in (np.float16, np.float64):
+        tolerances.check_call(attention, query, key, value, (bias.astype(kind), keep))
+
+
+@pytest.mark.parametrize(
+    "shapes", [((), (60, 70)), ((60, 1), (70,)), ((3, 1, 70), (2, 1, 60, 1)), ((70,), ())], ids=str
+)
+def test_each_mask_of_a_pair_broadcasts(attention: Attention, shapes: tuple[tuple[int, ...], ...]) -> None:
+    query, key, value = inputs((60, 70), (2, 3))
+    bias, keep = (np.asarray(normal(*shape, 1, seed=i)[..., 0]) for i, shape in enumerate(shapes, 1))
+    keep = np.asarray(keep > -0.5)
+    full = [np.broadcast_to(mask, (2, 3, 60, 70)).copy() for mask in (bias, keep)]
+    np.testing.assert_array_equal(attention(query, key, value, (bias, keep)), attention(query, key, value, tuple(full)))
+
+
+def test_a_pair_may_have_one_mask_or_none(attention: Attention) -> None:
+    query, key, value = inputs((60, 70))
+    bias, keep = normal(60, 70), normal(60, 70) > 0
+    np.testing.assert_array_equal(attention(query, key, value, (bias, None)), attention(query, key, value, bias))
+    np.testing.assert_array_equal(attention(query, key, value, (None, keep)), attention(query, key, value, keep))
+    np.testing.assert_array_equal(attention(query, key, value, (None, None)), attention(query, key, value))
 
 
 @dtypes
@@ -262,6 +354,203 @@ def test_one_new_query_at_the_end_sees_all_keys(attention: Attention) -> None:
     np.testing.assert_array_equal(attention(query, key, value, is_causal="bottom-right"), attention(query, key, value))
 
 
+def seen(
+    length: tuple[int, int], left: int | None = None, right: int | None = None, offset: int = 0, keys: int | None = None
+) -> Array:
+    """Say which query may look at which key, with Python's integers."""
+
+    def sees(position: int, j: int) -> bool:
+        near = (left is None or position - left <= j) and (right is None or j <= position + right)
+        return near and (keys is None or j < keys)
+
+    return np.array([[sees(i + offset, j) for j in range(length[1])] for i in range(length[0])], bool).reshape(length)
+
+
+def check_seen(
+    attention: Attention, arrays: tuple[Array, Array, Array], visible: Array, **options: Any
+) -> tuple[Array, Array, Array]:
+    """Assert that a call is what it would be under a boolean mask; return its results."""
+    query, key, value = arrays
+    results: tuple[Array, Array, Array] = attention(*arrays, **options, return_lse=True, return_weights=True)
+    tolerances.check_all(results, tolerances.expected(query, key, value, visible))
+    np.testing.assert_array_equal(results[2] != 0, np.broadcast_to(visible, results[2].shape))
+    return results
+
+
+WINDOWS = ((0, 0), (3, 0), (0, 3), (5, 70), (64, 63), (None, 4), (4, None), (0, None), (1000, 1000))
+some_windows = pytest.mark.parametrize("window", WINDOWS, ids=str)
+
+
+@dtypes
+@some_windows
+@pytest.mark.parametrize("length", [*LENGTHS, (300, 100), (257, 300)], ids=str)
+def test_a_window_keeps_the_keys_around_the_position(
+    attention: Attention, dtype: Any, window: Any, length: tuple[int, int]
+) -> None:
+    check_seen(attention, inputs(length, dtype=dtype), seen(length, *window), window=window)
+
+
+@some_windows
+@pytest.mark.parametrize("is_causal", [True, "bottom-right"])
+@pytest.mark.parametrize("length", [(5, 3), (65, 130), (300, 100)], ids=str)
+def test_causal_and_a_window_both_hold(
+    attention: Attention, window: Any, is_causal: Any, length: tuple[int, int]
+) -> None:
+    offset = 0 if is_causal is True else length[1] - length[0]
+    visible = seen(length, window[0], 0, offset)
+    check_seen(attention, inputs(length), visible, window=window, is_causal=is_causal)
+
+
+def test_a_sliding_window_of_w_keys_has_w_keys(attention: Attention) -> None:
+    query, key, value = inputs((200, 200))
+    weights = attention(query, key, value, window=(49, 0), return_weights=True)[1]
+    np.testing.assert_array_equal((weights != 0).sum(-1)[0], np.minimum(np.arange(200) + 1, 50))
+
+
+def test_a_window_without_ends_is_none(attention: Attention) -> None:
+    query, key, value = inputs((60, 90))
+    np.testing.assert_array_equal(attention(query, key, value, window=(None, None)), attention(query, key, value))
+    wanted = attention(query, key, value, is_causal=True)
+    for window in ((None, None), (None, 0), [None, 50], (10**30, 10**30)):
+        np.testing.assert_array_equal(attention(query, key, value, window=window, is_causal=True), wanted)
+
+
+@pytest.mark.parametrize("window", [[3, 5], (np.int8(3), np.uint64(5)), (np.int64(3), 5)], ids=str)
+def test_windows_may_be_lists_and_numpys_integers(attention: Attention, window: Any) -> None:
+    query, key, value = inputs((60, 90))
+    np.testing.assert_array_equal(
+        attention(query, key, value, window=window), attention(query, key, value, window=(3, 5))
+    )
+
+
+@dtypes
+@pytest.mark.parametrize("offset", [-200, -64, -7, -1, 1, 8, 65, 129, 200])
+@pytest.mark.parametrize("options", [{"is_causal": True}, {"window": (5, 20)}, {"window": (70, None)}], ids=str)
+def test_query_i_stands_at_i_plus_the_offset(
+    attention: Attention, dtype: Any, offset: int, options: dict[str, Any]
+) -> None:
+    left, right = options.get("window", (None, 0))
+    visible = seen((65, 130), left, right, offset)
+    check_seen(attention, inputs((65, 130), dtype=dtype), visible, query_offset=offset, **options)
+
+
+def test_an_offset_without_causality_and_window_changes_nothing(attention: Attention) -> None:
+    query, key, value = inputs((60, 90))
+    for offset in (-100, 7, 10**30, np.array(3)):
+        np.testing.assert_array_equal(attention(query, key, value, query_offset=offset), attention(query, key, value))
+
+
+@pytest.mark.parametrize("length", [(1, 1), (1, 200), (65, 130), (300, 100)], ids=str)
+def test_bottom_right_is_an_offset_of_keys_less_queries(attention: Attention, length: tuple[int, int]) -> None:
+    arrays = inputs(length)
+    for window in (None, (20, 3)):
+        moved = attention(*arrays, is_causal=True, query_offset=length[1] - length[0], window=window)
+        np.testing.assert_array_equal(attention(*arrays, is_causal="bottom-right", window=window), moved)
+
+
+FAR = 10**30
+#: Offsets and windows as far as integers go, and the (left, right, offset) that says the same near by.
+FAR_AWAY = [
+    (FAR, (None, 0), (None, None, 0)),
+    (2**63, (None, 0), (None, None, 0)),
+    (np.int64(2**63 - 1), (None, 0), (None, None, 0)),
+    (np.uint64(2**64 - 1), (None, 0), (None, None, 0)),
+    (-FAR, (None, 0), None),
+    (np.int64(-(2**63)), (None, 0), None),
+    (FAR, (5, None), None),
+    (FAR, (FAR, 0), (0, None, 0)),
+    (FAR, (FAR + 3, 5), (3, None, 0)),
+    (FAR, (10 * FAR, 10 * FAR), (None, None, 0)),
+    (-FAR, (7, FAR), (None, 0, 0)),
+    (-FAR, (7, FAR - 3), (None, 0, -3)),
+    (3, (FAR, FAR), (None, None, 0)),
+]
+
+
+@pytest.mark.parametrize(("offset", "window", "near"), FAR_AWAY, ids=str)
+def test_offsets_and_windows_reach_as_far_as_integers_go(
+    attention: Attention, offset: Any, window: Any, near: Any
+) -> None:
+    length = (65, 130)
+    visible = np.zeros(length, bool) if near is None else seen(length, *near)
+    check_seen(attention, inputs(length), visible, query_offset=offset, window=window)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 1), (1, 3), (2, 3)], ids=str)
+@pytest.mark.parametrize("kind", [np.int64, np.int8, ">i4", list])
+def test_each_row_of_a_batch_may_have_an_offset(attention: Attention, shape: tuple[int, ...], kind: Any) -> None:
+    query, key, value = inputs((40, 70), (2, 3, 2))
+    offsets = np.random.default_rng(0).integers(-45, 75, shape)
+    given = offsets.tolist() if kind is list else offsets.astype(kind)
+    options: dict[str, Any] = {"is_causal": True, "window": (30, 0)}
+    whole = attention(query, key, value, query_offset=given, **options)
+    for index, offset in np.ndenumerate(np.broadcast_to(offsets, (2, 3))):
+        alone = attention(query[index], key[index], value[index], query_offset=int(offset), **options)
+        np.testing.assert_array_equal(whole[index], alone)
+
+
+def test_offsets_of_rows_reach_far_as_well(attention: Attention) -> None:
+    query, key, value = inputs((40, 70), (4, 1))
+    offsets = np.array([-(2**63), -3, 3, 2**63 - 1])
+    weights = attention(query, key, value, is_causal=True, query_offset=offsets, return_weights=True)[1]
+    for row, offset in enumerate(offsets.tolist()):
+        np.testing.assert_array_equal(weights[row, 0] != 0, seen((40, 70), None, 0, offset))
+
+
+LENGTHS_OF_ROWS = [[0, 70, 1], [64, 65, 63], [70, 70, 70], [0, 0, 0], [33, 0, 69]]
+
+
+@dtypes
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"window": (9, 3)}, {"window": (None, 9)}], ids=str)
+@pytest.mark.parametrize("key_lengths", LENGTHS_OF_ROWS, ids=str)
+def test_keys_behind_the_length_of_a_row_take_no_part(
+    attention: Attention, dtype: Any, options: dict[str, Any], key_lengths: list[int]
+) -> None:
+    left, right = options.get("window", (None, 0 if options else None))
+    visible = np.stack([seen((60, 70), left, right, 0, keys) for keys in key_lengths])[:, None]
+    check_seen(attention, inputs((60, 70), (3, 2), dtype=dtype), visible, key_lengths=key_lengths, **options)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 1), (1, 3), (2, 3)], ids=str)
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, ">u4", list])
+def test_lengths_broadcast_to_the_batch(attention: Attention, shape: tuple[int, ...], kind: Any) -> None:
+    query, key, value = inputs((20, 70), (2, 3, 2))
+    numbers = np.random.default_rng(1).integers(0, 71, shape)
+    given = numbers.tolist() if kind is list else numbers.astype(kind)
+    visible = np.stack([seen((20, 70), keys=int(n)) for n in np.broadcast_to(numbers, (2, 3)).flat])
+    check_seen(attention, (query, key, value), visible.reshape(2, 3, 1, 20, 70), key_lengths=given)
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+@pytest.mark.parametrize("keys", [0, 1, 33, 70])
+def test_without_a_batch_there_is_one_length(attention: Attention, rank: int, keys: int) -> None:
+    arrays = inputs((20, 70), (2,) * (rank - 2))
+    for given in (keys, np.int32(keys), np.array(keys)):
+        check_seen(attention, arrays, seen((20, 70), keys=keys), key_lengths=given)
+
+
+@dtypes
+@pytest.mark.parametrize("window", [None, (9, 5), (None, 3)], ids=str)
+@pytest.mark.parametrize("queries", [1, 40])
+def test_bottom_right_ends_at_the_last_key_of_each_row(
+    attention: Attention, dtype: Any, queries: int, window: Any
+) -> None:
+    arrays, key_lengths = inputs((queries, 70), (5, 2), dtype=dtype), [0, 1, 35, 64, 70]
+    left = None if window is None else window[0]
+    visible = np.stack([seen((queries, 70), left, 0, keys - queries, keys) for keys in key_lengths])[:, None]
+    check_seen(attention, arrays, visible, is_causal="bottom-right", key_lengths=key_lengths, window=window)
+
+
+def test_groups_of_heads_share_positions_and_lengths(attention: Attention) -> None:
+    query, key, value = normal(2, 6, 40, 16), normal(2, 2, 70, 16, seed=2), normal(2, 2, 70, 16, seed=3)
+    options: dict[str, Any] = {"key_lengths": [33, 70], "query_offset": [3, -5], "window": (20, 1), "softcap": 4.0}
+    whole = tolerances.check_call(attention, query, key, value, enable_gqa=True, **options)
+    for h in range(6):
+        some = slice(h, h + 1), slice(h // 3, h // 3 + 1)
+        alone = attention(query[:, some[0]], key[:, some[1]], value[:, some[1]], **options)
+        np.testing.assert_array_equal(whole[0][:, some[0]], alone)
+
+
 # -- a query that may look at no key -----------------------------------------------------------------------------------
 
 
@@ -290,6 +579,55 @@ def test_an_empty_row_of_a_causal_mask_is_zero(attention: Attention) -> None:
     query, key, value = inputs((150, 70))
     results = tolerances.check_call(attention, query, key, value, is_causal="bottom-right")
     assert_empty(results, slice(80))
+
+
+#: Options that leave the first three queries no key, and the others some.
+NO_KEY = [
+    {"is_causal": True, "query_offset": -3},
+    {"window": (None, 4), "query_offset": -7},
+    {"window": (5, 3), "query_offset": [-6]},
+    {"is_causal": "bottom-right", "key_lengths": 57},
+]
+
+
+@dtypes
+@pytest.mark.parametrize("options", NO_KEY, ids=str)
+def test_an_empty_interval_is_zero(backend: str, attention: Attention, dtype: Any, options: dict[str, Any]) -> None:
+    query, key, value = inputs((60, 70), (1, 2), dtype=dtype)
+    for further in ({}, {"softcap": 3.0}):
+        results = tolerances.check_call(attention, query, key, value, **options, **further)
+        assert_empty(results, slice(3))
+        assert np.isfinite(results[1][..., 3:]).all()
+        grad_out, grad_lse = normal(1, 2, 60, 16, dtype=dtype, seed=5), normal(1, 2, 60, dtype=dtype, seed=6)
+        grad_out[..., :3, :] = NAN  # what arrives at a query that has looked at nothing goes nowhere
+        given = {"grad_lse": grad_lse, "backend": backend, **options, **further}
+        found = fastattn.attention_backward(grad_out, query, key, value, *results[:2], **given)
+        assert not found[0][..., :3, :].any()
+        assert all(np.isfinite(gradient).all() for gradient in found)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"key_lengths": 0},
+        {"key_lengths": [0, 0], "softcap": 2.0},
+        {"window": (5, 5), "query_offset": 76},
+        {"window": (None, 5), "query_offset": -66},
+        {"window": (5, None), "query_offset": [75, 10**9]},
+        {"is_causal": True, "query_offset": -60},
+        {"is_causal": "bottom-right", "key_lengths": [0, 0]},
+    ],
+    ids=str,
+)
+def test_where_nobody_may_look_at_a_key_everything_is_zero(
+    backend: str, attention: Attention, options: dict[str, Any]
+) -> None:
+    query, key, value = (with_odd(np.random.default_rng(0), array, (NAN, INF)) for array in inputs((60, 70), (2, 3)))
+    results = attention(query, key, value, **options, return_lse=True, return_weights=True)
+    assert_empty(results)
+    grad_out = normal(2, 3, 60, 16)
+    for gradient in fastattn.attention_backward(grad_out, query, key, value, *results[:2], **options, backend=backend):
+        assert not gradient.any()
 
 
 @pytest.mark.parametrize(
@@ -386,6 +724,66 @@ def test_what_is_masked_never_leaks(
         for name, result, wanted in zip(("out", "lse", "weights"), results, clean, strict=True):
             np.testing.assert_array_equal(result[:, blind], wanted[:, blind], err_msg=f"{name}, key {j}")
         tolerances.check_all(results, tolerances.expected(query, bad_key, bad_value, mask, **options))
+
+
+#: Options that keep some queries from some keys, and what they see of 100 keys at 80 queries in two rows.
+INTERVALS: list[tuple[dict[str, Any], list[tuple[Any, ...]]]] = [
+    ({"window": (10, 4)}, [(10, 4)] * 2),
+    ({"window": (3, None), "query_offset": [-7, 30]}, [(3, None, -7), (3, None, 30)]),
+    ({"key_lengths": [40, 91]}, [(None, None, 0, 40), (None, None, 0, 91)]),
+    ({"key_lengths": [40, 91], "is_causal": "bottom-right"}, [(None, 0, -40, 40), (None, 0, 11, 91)]),
+    ({"key_lengths": [99, 64], "window": (20, 0), "query_offset": 5}, [(20, 0, 5, 99), (20, 0, 5, 64)]),
+]
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+@pytest.mark.parametrize(("options", "intervals"), INTERVALS, ids=str)
+@pytest.mark.parametrize("where", ["key", "value"])
+def test_what_lies_outside_of_an_interval_never_leaks(
+    attention: Attention, bad: float, options: dict[str, Any], intervals: Any, where: str, softcap: float | None
+) -> None:
+    query, key, value = inputs((80, 100), (2, 1))
+    visible = np.stack([seen((80, 100), *interval) for interval in intervals])[:, None]
+    options = {**options, "softcap": softcap}
+    clean = attention(query, key, value, **options, return_lse=True, return_weights=True)
+    for j in (0, 1, 50, 64, 98, 99):
+        bad_key, bad_value = key.copy(), value.copy()
+        (bad_key if where == "key" else bad_value)[..., j, ::3] = bad
+        results = attention(query, bad_key, bad_value, **options, return_lse=True, return_weights=True)
+        blind = ~visible[..., j]
+        for name, result, wanted in zip(("out", "lse", "weights"), results, clean, strict=True):
+            np.testing.assert_array_equal(result[blind], wanted[blind], err_msg=f"{name}, key {j}")
+        tolerances.check_all(results, tolerances.expected(query, bad_key, bad_value, visible, softcap=softcap))
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("bad", [NAN, INF])
+@pytest.mark.parametrize(("options", "intervals"), INTERVALS, ids=str)
+@pytest.mark.parametrize("where", ["key", "value"])
+def test_what_lies_outside_of_all_intervals_never_leaks_into_gradients(
+    backend: str, bad: float, options: dict[str, Any], intervals: Any, where: str, softcap: float | None
+) -> None:
+    query, key, value = inputs((80, 100), (2, 2))
+    grad_out, mask = normal(2, 2, 80, 16, seed=5), normal(80, 100, seed=6)
+    visible = np.stack([seen((80, 100), *interval) for interval in intervals])
+    visible[:, :, 30:34] = False  # a mask hides some more
+    options = {**options, "softcap": softcap, "attn_mask": (mask, np.isin(np.arange(100), range(30, 34), invert=True))}
+
+    def gradients(key: Array, value: Array) -> Any:
+        out, lse = fastattn.attention(query, key, value, **options, return_lse=True, backend=backend)
+        return fastattn.attention_backward(
+            grad_out, query, key, value, out, lse, **options, grad_mask=True, backend=backend
+        )
+
+    clean = gradients(key, value)
+    for row, hidden in enumerate(~visible.any(axis=1)):
+        assert hidden.any()
+        for gradient in clean[1:3]:
+            assert not gradient[row, :, hidden].any()
+        (key if where == "key" else value)[row, :, hidden] = bad
+    for found, wanted in zip(gradients(key, value), clean, strict=True):
+        assert found.tobytes() == wanted.tobytes()
 
 
 def test_minus_infinity_in_a_mask_is_the_same_as_false(attention: Attention) -> None:
@@ -822,6 +1220,19 @@ def test_inputs_are_never_written_to(attention: Attention, layout: str) -> None:
     assert [array.tobytes() for array in arrays] == before
 
 
+def test_masks_offsets_and_lengths_are_never_written_to(attention: Attention) -> None:
+    query, key, value = inputs((33, 70), (2, 1))
+    given = [normal(33, 70), normal(33, 70) > 0, np.array([3, 70]), np.array([1, 50]), np.array([-3, 2**63 - 1])]
+    for array in given:
+        array.flags.writeable = False
+    before = [array.tobytes() for array in given]
+    bias, keep, *numbers = given
+    for offsets in numbers[1:]:
+        options: Any = {"key_lengths": numbers[0], "query_offset": offsets, "window": (30, 2), "softcap": 2.0}
+        attention(query, key, value, (bias, keep), **options, return_lse=True, return_weights=True)
+    assert [array.tobytes() for array in given] == before
+
+
 @dtypes
 @pytest.mark.parametrize("length", [(1, 1), (9, 9), (65, 65), (200, 200), (400, 400)], ids=str)
 @pytest.mark.parametrize("which", [0, 1, 2])
@@ -904,6 +1315,10 @@ def test_no_call_warns(attention: Attention) -> None:
             for mask in (None, np.full(60, -INF), np.full(60, -1e300), with_odd(rng, np.zeros((60, 60)), odd, 0.1)):
                 for dropout_p in (0, 0.5, 1):
                     attention(*arrays, mask, dropout_p, return_lse=True, return_weights=True)
+            for softcap in (1e-60, 2.0, 1e60):
+                for window in (None, (3, 5), (10**30, 0)):
+                    options: Any = {"softcap": softcap, "window": window, "query_offset": np.int64(2**63 - 1)}
+                    attention(*arrays, **options, key_lengths=33, return_lse=True, return_weights=True)
         # a signalling NaN, which NumPy itself warns of when it is cast
         signalling = np.full((60, 5), 0x7FA00000, np.uint32).view(np.float32)
         attention(signalling, np.zeros((60, 5)), np.zeros((60, 5)), np.zeros(60, np.float32))
@@ -924,6 +1339,8 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {},
     {"is_causal": True},
     {"is_causal": "bottom-right", "scale": -0.3},
+    {"window": (70, 5), "query_offset": 9},
+    {"window": (50, None), "is_causal": True, "softcap": 3.0},
     {"dropout_p": 0.3, "rng": 3},
 )
 SHAPES = (((2, 6), (2, 2), (1, 130)), ((3, 4), (3, 4), (65, 300)), ((1, 2), (1, 1), (600, 700)))
@@ -979,6 +1396,72 @@ def test_the_same_bits_in_any_batch(cpu_attention: Attention, dtype: Any, option
         for b in range(len(query)):
             row = None if masks is None else masks[b]
             assert_same([result[b] for result in together], cpu_attention(query[b], key[b], value[b], row, **options))
+
+
+#: Lengths of sequences, and those that their arrays are padded to.
+PADDED = (
+    ((1, 0), (1, 40)),
+    ((1, 130), (1, 400)),
+    ((65, 64), (65, 65)),
+    ((65, 131), (65, 500)),
+    ((150, 300), (150, 333)),
+)
+
+
+@dtypes
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("lengths", PADDED, ids=str)
+def test_a_padded_sequence_has_the_bits_of_the_same_sequence_alone(
+    cpu_attention: Attention, dtype: Any, options: dict[str, Any], lengths: Any
+) -> None:
+    (queries, keys), (_, capacity) = lengths
+    arrays = grouped(((1, 4), (1, 2), (queries, capacity)), dtype)
+    mask = normal(1, queries, capacity, seed=4)
+    others = [np.concatenate([array, array[:, ::-1], array]) for array in arrays]  # in a batch, beside others
+    short = [arrays[0], *(array[..., :keys, :] for array in arrays[1:])]
+    for array in others[1:]:
+        array[0, :, keys:] = NAN
+    options = {**options, "enable_gqa": True, "return_lse": True, "return_weights": True}
+    for masks in (None, mask, mask > 0, (mask, mask > -1)):
+        cut = each(lambda given: given[..., :keys], masks)
+        alone = cpu_attention(*short, cut, **options)
+        for threads in (1, 3):
+            with fastattn.num_threads(threads):
+                padded = cpu_attention(*others, masks, **options, key_lengths=[keys, capacity, capacity // 2])
+            assert_same([padded[0][:1], padded[1][:1], padded[2][:1, ..., :keys]], alone)
+            assert not padded[2][0, ..., keys:].any()
+
+
+@dtypes
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("lengths", PADDED, ids=str)
+def test_a_padded_sequence_has_the_gradients_of_the_same_sequence_alone(
+    cpu_attention: Attention, dtype: Any, options: dict[str, Any], lengths: Any
+) -> None:
+    (queries, keys), (_, capacity) = lengths
+    arrays = grouped(((1, 4), (1, 2), (queries, capacity)), dtype)
+    mask = normal(1, queries, capacity, seed=4)
+    others = [np.concatenate([array, array[:, ::-1], array]) for array in arrays]
+    short = [arrays[0], *(array[..., :keys, :] for array in arrays[1:])]
+    for array in others[1:]:
+        array[0, :, keys:] = NAN
+    options = {**options, "enable_gqa": True}
+
+    def gradients(args: Any, masks: Any, **lengths: Any) -> Any:
+        out, lse = cpu_attention(*args, masks, **options, **lengths, return_lse=True)
+        grad_out = np.broadcast_to(normal(*out.shape[1:], dtype=dtype, seed=5), out.shape)
+        grad_lse = np.broadcast_to(normal(*lse.shape[1:], dtype=dtype, seed=6), lse.shape)
+        return fastattn.attention_backward(
+            grad_out, *args, out, lse, masks, **options, **lengths, grad_lse=grad_lse, backend="cpu"
+        )
+
+    for masks in (None, (mask, mask > -1)):
+        alone = gradients(short, each(lambda given: given[..., :keys], masks))
+        for threads in (1, 3):
+            with fastattn.num_threads(threads):
+                padded = gradients(others, masks, key_lengths=[keys, capacity, capacity // 2])
+            assert_same([padded[0][:1], *(gradient[:1, :, :keys] for gradient in padded[1:])], alone)
+            assert not any(gradient[0, :, keys:].any() for gradient in padded[1:])
 
 
 @dtypes

@@ -13,7 +13,7 @@ from fastattn.call.upstream import Upstream
 from fastattn.cpu.host import session
 from fastattn.cpu.host.calls import Plan
 from fastattn.cpu.host.kernels import describe, steps_of
-from fastattn.cpu.host.plan import LOG2_E, TASK_FLOPS, aligned, draft_forward, padded, share_of_keys
+from fastattn.cpu.host.plan import TASK_FLOPS, aligned, draft_forward, fields_of_softcap, padded, share_of_keys
 from fastattn.cpu.kernels.records import ADDITIVE_BACKWARD, ADDITIVE_PLACES, QUERY_NUMBERS
 from fastattn.machine.objects import address_of
 from fastattn.machine.table import Blocking
@@ -95,8 +95,7 @@ def plan_rounds(problem: Problem, operands: Operands, grad_out: Array, threads: 
     draft = draft_forward(kernel, problem, operands, grad_out, threads)
     heads = math.prod(problem.rows_shape)
     draft.fields.update(key_block=key_block, blocks=chunks, group=1, groups=chunks, tasks=heads * chunks)
-    if problem.scores.softcap is not None:  # scores are in base e here
-        draft.fields.update(softcap=problem.scores.softcap, softcap_factor=2.0 * LOG2_E / problem.scores.softcap)
+    draft.fields.update(fields_of_softcap(problem, 1.0))  # scores are in base e here
     draft.flops = heads * flops / chunks * share_of_keys(problem)
     draft.scratch_bytes = aligned(_scratch_bytes(tile, query_block, key_block, features, value_dim, together))
     return draft.finish(threads), given

@@ -23,6 +23,8 @@ Array = NDArray[Any]
 TASKS_PER_THREAD = 4  # enough to even out, as long as there are blocks to split into
 LOG2_E = 1.4426950408889634
 TASK_FLOPS = 4e9  # at most, where a group can be made smaller: no thread is away from Python for long
+#: A dtype divides by softcaps up to this, and by those from its inverse on. No score of any use is near either.
+SOFTCAP_LIMITS = {"float32": 2.0**120, "float64": 2.0**1000}
 WORK_ROWS = 2  # rows of a tile needed besides the scores: maxima, and factors of the weights
 
 
@@ -128,12 +130,10 @@ def fields_of_scores(problem: Problem, bias: Array | None) -> dict[str, float]:
     """The fields of a plan that say what happens to scores."""
     scores = problem.scores
     base = 1.0 if scores.bias else LOG2_E  # finfo.min times log2(e) is no number: scores stay in base e under a bias
-    softcap = 0.0 if scores.softcap is None else scores.softcap * base
     return {
+        **fields_of_softcap(problem, base),
         "scale": scores.scale * base,
         "unit": LOG2_E / base,
-        "softcap": softcap,
-        "softcap_factor": 2.0 * LOG2_E / softcap if softcap else 0.0,
         "bias_kind": bias_kind(bias, problem.real),
         "bias_itemsize": bias.itemsize if bias is not None else 0,
         "keep": scores.keep,
@@ -145,6 +145,15 @@ def fields_of_scores(problem: Problem, bias: Array | None) -> dict[str, float]:
         "drop_below": problem.drop_threshold,
         "keep_scale": problem.keep_scale,
     }
+
+
+def fields_of_softcap(problem: Problem, base: float) -> dict[str, float]:
+    """Those of them that say of a softcap, for scores times `base`."""
+    if problem.scores.softcap is None:
+        return {"softcap": 0.0, "softcap_factor": 0.0}
+    limit = SOFTCAP_LIMITS[problem.real.type.__name__]
+    softcap = min(max(problem.scores.softcap * base, 1 / limit), limit)
+    return {"softcap": softcap, "softcap_factor": 2.0 * LOG2_E / softcap}
 
 
 def share_of_keys(problem: Problem) -> float:

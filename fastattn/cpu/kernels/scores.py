@@ -56,7 +56,7 @@ def step_of(tile):
 def keys_of_block(kernel, plan, head, first_query, first_key):
     """Which keys of a block the queries of a block look at."""
     tile = kernel.tile
-    begin, end = 0, min(plan.key_block, head.keys - first_key)
+    begin, end = 0, max(0, min(plan.key_block, head.keys - first_key))
     full, full_end = 0, end
     if plan.left_bound or plan.right_bound:
         at = head.offset + first_query - first_key
