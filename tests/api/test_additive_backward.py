@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import tracemalloc
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -24,7 +22,7 @@ import fastattn
 from fastattn import additive_attention, additive_attention_backward
 from fastattn.call.shapes import describe_additive
 from fastattn.cpu.host import additive_backward as additive_gradients
-from fastattn.cpu.host import pool, session
+from fastattn.cpu.host import calls, pool, session
 from fastattn.cpu.host.kernels import describe
 from fastattn.cpu.kernels import catalogue
 from fastattn.machine import libraries as kernels
@@ -222,14 +220,18 @@ def test_working_memory_is_as_large_as_planned(
 ) -> None:
     guards: list[Array] = []
 
-    @contextlib.contextmanager
-    def guarded(size: int) -> Iterator[int]:
-        memory = np.full(size + 8192, 0xA5, np.uint8)
-        start = -memory.ctypes.data % 64 + 4096
-        guards.extend((memory[:start], memory[start + size :]))
-        yield memory.ctypes.data + start
+    class Guarded(calls.Memory):
+        """Memory with something behind it that nobody may write to."""
 
-    monkeypatch.setattr(additive_gradients, "scratch_memory", guarded)
+        def of(self, size: int) -> tuple[int, Array]:
+            if self.held is None:
+                memory = np.full(size + 8192, 0xA5, np.uint8)
+                start = -memory.ctypes.data % 64 + 4096
+                guards.extend((memory[:start], memory[start + size :]))
+                self.held = memory.ctypes.data + start, memory[start:]
+            return self.held
+
+    monkeypatch.setattr(session.current, "memory", Guarded())
     rng = np.random.default_rng(0)
     shapes = ((queries, sizes[0]), (150, sizes[0]), (150, sizes[1]), (sizes[0],))
     mask = rng.random((queries, 150)) < 0.5

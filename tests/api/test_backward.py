@@ -17,6 +17,7 @@ from strategies import LAYOUTS, Call, bias_in, bits_of, calls, each, laid_out, n
 import fastattn
 from fastattn import reference
 from fastattn.cpu.host import backward as cpu
+from fastattn.cpu.host import session
 from fastattn.cpu.host.kernels import PLAIN, STEPS
 from fastattn.machine import libraries as kernels
 from fastattn.machine import table as isa
@@ -327,8 +328,8 @@ def test_the_same_bits_however_the_work_is_split(
         (8, 1, 1),
     ):
         row = replace(isa.host(), blocking=replace(isa.host().blocking, gradient_state_bytes=state))
-        monkeypatch.setattr(cpu, "host", lambda row=row: row)
-        monkeypatch.setattr(cpu, "_plans", {})
+        monkeypatch.setattr(session.current, "_row", row)
+        monkeypatch.setattr(session.current, "plans", session.Plans())
         monkeypatch.setattr(cpu, "TASK_FLOPS", flops)
         with fastattn.num_threads(threads):
             found.append(gradients(*arguments, enable_gqa=True, grad_mask=True, **options))
