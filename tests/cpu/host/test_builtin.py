@@ -28,7 +28,7 @@ def inputs(*shape: int) -> Any:
 def plans(monkeypatch: pytest.MonkeyPatch) -> dict[Any, Any]:
     """Forget what is known about calls; return the plans that are made from now on."""
     monkeypatch.setattr(session.current, "plans", session.Plans())
-    return session.current.plans.recent
+    return session.current.plans
 
 
 # -- builtins ----------------------------------------------------------------------------------------------------------
