@@ -55,14 +55,16 @@ class Session:
 
     def run(self, plan: Plan, objects: tuple[Any, ...]) -> None:
         """Run a call: `objects` are what its record has, in that order, arrays, integers and None."""
-        if plan.is_small:
-            plan.calls.quick(self.memory.of(plan.memory_bytes)[1], plan.record, *objects)
-        elif plan.threads > 1:
+        if plan.threads > 1:
             self.pool.serve(plan, self.memory, objects)
-        elif plan.tasks:
+        elif plan.turn < plan.tasks:
             processors.look_if_old()
             with self.memory.taken(plan.memory_bytes) as (_, held):
                 plan.calls.in_turns(held, plan, objects)
+        elif plan.tasks:
+            if not plan.is_small:
+                processors.look_if_old()
+            plan.calls.quick(self.memory.of(plan.memory_bytes)[1], plan.record, *objects)
 
 
 current = Session()
