@@ -45,7 +45,7 @@ def bounds(problem: Any, operands: Any, upstream: Any, weight: Array) -> list[Ar
     1 - t² has a few roundings of 1. Sums round as well: by the root of the number of terms, as roundings cancel. What
     a softcap makes of the errors of scores, and of dS, is said in `tolerances`.
     """
-    info = np.finfo(problem.dtype)
+    info = np.finfo(problem.real)
     eps, tiny = float(info.eps), float(info.tiny)
     rows, out, lse, value = (
         np.abs(np.where(np.isfinite(a), a, 0), dtype=np.float64) for a in (*upstream[:3], operands.value)
@@ -58,8 +58,8 @@ def bounds(problem: Any, operands: Any, upstream: Any, weight: Array) -> list[Ar
     terms = tolerances.error_of_score(problem, of_raw, float(large.sum()))
     terms += 2 * tolerances.ROUNDINGS + np.sqrt(problem.value_dim + problem.queries + problem.keys)
     errors = eps * (terms + lse[..., None])
-    if problem.mask_kind == "float":
-        mask = np.abs(np.where(np.isfinite(operands.mask), operands.mask, 0), dtype=np.float64)
+    if problem.scores.bias:
+        mask = np.abs(np.where(np.isfinite(operands.bias), operands.bias, 0), dtype=np.float64)
         errors = errors + eps * np.where(weights > eps**2, mask, 0).max(axis=-1, keepdims=True, initial=0)
     errors = errors * weights + tiny
     magnitudes = rows @ value.swapaxes(-1, -2) + (rows * out).sum(-1)[..., None]

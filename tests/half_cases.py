@@ -82,7 +82,7 @@ def run(
     ]
     shown = np.zeros(1, np.uint8)
     if mask is not None:
-        views.append((MASK, operands.mask, 0))
+        views.append((MASK, operands.bias if operands.keep is None else operands.keep, 0))
         shown = mask.base if isinstance(mask, Halves) else np.ascontiguousarray(mask)
         shown = shown.view(np.uint8 if shown.dtype == bool else np.float16 if shape.mask == "float16" else shown.dtype)
     tables = make_table(problem, views)
@@ -94,7 +94,7 @@ def run(
         result,
         lse,
         *(cuda.to_device(table) for table in tables),
-        np.float32(problem.scale * unit),
+        np.float32(problem.scores.scale * unit),
         np.float32(1),
         np.uint32(0),
         np.uint32(0),

@@ -87,16 +87,16 @@ def prepare(
     ]
     shown = np.zeros(1, np.uint8)
     if mask is not None:
-        table_views.append((MASK, views.mask, 0))
+        table_views.append((MASK, views.bias if views.keep is None else views.keep, 0))
         shown = mask.base if isinstance(mask, Halves) else np.ascontiguousarray(mask)
         shown = shown.view(np.uint8 if shown.dtype == bool else shown.dtype).reshape(-1)
     tables = make_table(problem, table_views)
-    unit = np.float32(problem.scale * (1.0 if shape.floating else LOG2_E))
+    unit = np.float32(problem.scores.scale * (1.0 if shape.floating else LOG2_E))
     numbers_of_queries = np.full((deltas.size, NUMBERS), np.nan, np.float32)
     numbers_of_queries[:, DELTA] = deltas.reshape(-1)
     taken = cuda.to_device(numbers_of_queries.reshape(-1))
     arrays = [query, key, shown.reshape(-1), lse.reshape(-1), taken, *tables]
-    arguments = [*arrays, unit, np.float32(slack(problem.dtype, problem.head_dim))]
+    arguments = [*arrays, unit, np.float32(slack(problem.real, problem.head_dim))]
     spec = tensor_cores.Gradients(shape, of_keys=False)
     run_kernel(tensor_cores.find_shifts, spec, grid_of(shape, problem), [on_device(one) for one in arguments])
     work = []
@@ -106,7 +106,7 @@ def prepare(
         members = members_of(split_shape(like[0].numbers.shape, problem, of_keys), problem)
         results = [Halves(np.full(array.numbers.shape, np.nan), shape.storage) for array in like]
         arguments = [*own, shown.reshape(-1), taken, *tables, members]
-        arguments += [unit, np.float32(problem.scale), results[0], results[-1]]
+        arguments += [unit, np.float32(problem.scores.scale), results[0], results[-1]]
         length = problem.keys if of_keys else problem.queries
         grid = -(-length // shape.queries) * members.shape[0]
         work.append(Work(tensor_cores.Gradients(shape, of_keys, apart), grid, arguments, results))
@@ -175,8 +175,8 @@ def check(
         weights = reference.evaluate(replace(problem, dropout_p=0.0), views)[2].reshape(scores.shape)
         weights, g = eps / 2 * weights + SUBNORMAL, np.where(np.isfinite(g), g, 0)
         roundings = [
-            abs(problem.scale) * (scores @ k),
-            abs(problem.scale) * (scores.swapaxes(-1, -2) @ q),
+            abs(problem.scores.scale) * (scores @ k),
+            abs(problem.scores.scale) * (scores.swapaxes(-1, -2) @ q),
             weights.swapaxes(-1, -2) @ g,
         ]
         for name, gradient, wide, bound, rounding, argument in zip(

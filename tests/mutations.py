@@ -566,8 +566,8 @@ MUTATIONS = (
     Mutation(
         "CUDA: no scale is too small for float32",
         "cuda/host/plan.py",
-        "return problem.scale != 0 and not low <= abs(problem.scale) <= high",
-        "return problem.scale != 0 and not abs(problem.scale) <= high",
+        "return problem.scores.scale != 0 and not low <= abs(problem.scores.scale) <= high",
+        "return problem.scores.scale != 0 and not abs(problem.scores.scale) <= high",
         ("cuda/test_options.py", "test_any_finite_scale and float32"),
     ),
     Mutation(

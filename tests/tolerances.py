@@ -96,18 +96,18 @@ def expected(
     if problem.dropout_p > 0:
         undropped = reference.evaluate(replace(problem, dropout_p=0.0), operands)[2]
     with np.errstate(all="ignore"):
-        eps = float(np.finfo(problem.dtype).eps)
+        eps = float(np.finfo(problem.real).eps)
         if weight is None:
-            largest_score = terms = score_size(operands.query, operands.key, problem.scale)
+            largest_score = terms = score_size(operands.query, operands.key, problem.scores.scale)
         else:
             largest_score = float(np.abs(weight[np.isfinite(weight)], dtype=np.float64).sum())
             terms = ADDITIVE_ROUNDINGS * largest_score
         size: Any = ROUNDINGS + error_of_score(problem, terms, largest_score)
-        if operands.mask is not None and problem.mask_kind == "float":
+        if operands.bias is not None:
             # not finite: the row is not finite either, or the key has no part in it
-            counts = (undropped > eps**2) & np.isfinite(operands.mask).reshape(undropped.shape)
-            masks = np.where(counts, np.abs(operands.mask, dtype=np.float64).reshape(counts.shape), 0)
-            size = size + np.minimum(masks, np.finfo(problem.dtype).max).max(axis=-1, initial=0)
+            counts = (undropped > eps**2) & np.isfinite(operands.bias).reshape(undropped.shape)
+            masks = np.where(counts, np.abs(operands.bias, dtype=np.float64).reshape(counts.shape), 0)
+            size = size + np.minimum(masks, np.finfo(problem.real).max).max(axis=-1, initial=0)
         size = np.broadcast_to(size, problem.lse_shape)
         out_bound = eps * size * max(1.0, problem.keep_scale) * max(1.0, largest(operands.value))
         worst = terms * max(1.0, problem.head_dim / 2)
@@ -139,7 +139,7 @@ def error_of_score(problem: Problem, terms: float, largest_score: float) -> floa
     softcap = problem.scores.softcap
     if softcap is None:
         return terms
-    return min(terms, 2 * softcap / float(np.finfo(problem.dtype).eps)) + CAP_ROUNDINGS * min(softcap, largest_score)
+    return min(terms, 2 * softcap / float(np.finfo(problem.real).eps)) + CAP_ROUNDINGS * min(softcap, largest_score)
 
 
 def slope_of_score(problem: Problem, raw: Array, terms: float) -> tuple[Any, Any]:
@@ -147,10 +147,10 @@ def slope_of_score(problem: Problem, raw: Array, terms: float) -> tuple[Any, Any
     softcap = problem.scores.softcap
     if softcap is None:
         return 1.0, 0.0
-    eps = float(np.finfo(problem.dtype).eps)
+    eps = float(np.finfo(problem.real).eps)
     slope = problem.scores.slope(np.where(np.isnan(raw), 0, raw))  # NaN is hidden, or all of the row is
     blur = slope * (np.expm1(min(2 * eps * terms / softcap, 700.0)) + eps * CAP_ROUNDINGS)
-    return slope, np.minimum(1.0, blur + LEAST_SLOPE[problem.dtype])
+    return slope, np.minimum(1.0, blur + LEAST_SLOPE[problem.real])
 
 
 def largest(values: Array) -> float:
@@ -198,7 +198,7 @@ def check_call(attention: Any, *args: Any, rng: Any = None, **options: Any) -> t
 
 def _check(name: str, got: Array, exact: Array, bound: Array, problem: Problem) -> None:
     assert isinstance(got, np.ndarray), name
-    assert got.dtype == problem.dtype, f"{name}: dtype {got.dtype}, expected {problem.dtype}"
+    assert got.dtype == problem.real, f"{name}: dtype {got.dtype}, expected {problem.real}"
     assert got.shape == exact.shape, f"{name}: shape {got.shape}, expected {exact.shape}"
     with np.errstate(all="ignore"):
         finite, infinite = np.isfinite(exact), np.isinf(exact)
@@ -233,13 +233,13 @@ def check_summary(summary: Any, exact: Any, wanted: Expected) -> None:
       receives is a sum of Lq of them.
     """
     problem = wanted.problem
-    eps = float(np.finfo(problem.dtype).eps)
+    eps = float(np.finfo(problem.real).eps)
     with np.errstate(all="ignore"):
         error = wanted.weights_bound.astype(np.float64)
         most = np.log2(max(2, problem.keys))
         entropy_bound = error[..., 0] * (1 + 2 * most) + eps * ROUNDINGS * (8 + 2 * most)
         weights = np.where(np.isfinite(wanted.weights), wanted.weights, 0).astype(np.float64)
-        moved = np.minimum(1.0, weights * np.expm1(np.minimum(2 * error, 700.0)) + np.finfo(problem.dtype).tiny)
+        moved = np.minimum(1.0, weights * np.expm1(np.minimum(2 * error, 700.0)) + np.finfo(problem.real).tiny)
         received_bound = moved.sum(axis=-2) + eps * (ROUNDINGS + problem.queries) * weights.sum(axis=-2)
     check_lse(summary.lse, wanted)
     _check("entropy", summary.entropy, exact.entropy, entropy_bound, problem)
@@ -320,7 +320,7 @@ def expected_gradients(
         out.reshape(*rows, problem.queries, problem.value_dim),
         lse.reshape(*rows, problem.queries),
         None if grad_lse is None else grad_lse.reshape(*rows, problem.queries),
-        problem.dtype,
+        problem.real,
     )
     exact = reference.differentiate(problem, operands, upstream, seed)
     with np.errstate(all="ignore"):
@@ -332,12 +332,12 @@ def expected_gradients(
         if upstream.grad_lse is not None:
             sums = sums + np.abs(upstream.grad_lse)[..., None]
         magnitudes = whole * (max(1.0, problem.keep_scale) * (g @ v) + sums)
-        eps = float(np.finfo(problem.dtype).eps)
-        largest_score = score_size(operands.query, operands.key, problem.scale)
+        eps = float(np.finfo(problem.real).eps)
+        largest_score = score_size(operands.query, operands.key, problem.scores.scale)
         of_raw = largest_score * max(1.0, problem.head_dim / 2)
         slope, blur = slope_of_score(problem, reference.forward.raw_scores(problem, operands), of_raw)
         terms = error_of_score(problem, of_raw, largest_score)
-        largest_mask = 0.0 if operands.mask is None or problem.mask_kind == "bool" else largest(operands.mask)
+        largest_mask = 0.0 if operands.bias is None else largest(operands.bias)
         # of one weight, whatever is multiplied by it
         row = np.where(np.isfinite(upstream.lse), np.abs(upstream.lse), 0)[..., None]
         row = 2 * ROUNDINGS + terms + row + np.minimum(largest_mask, row + terms)
@@ -347,12 +347,12 @@ def expected_gradients(
         raw = scores * slope + magnitudes * blur
         q, k = np.abs(operands.query), np.abs(operands.key)
         bounds = [
-            abs(problem.scale) * (raw @ k),
-            abs(problem.scale) * (raw.swapaxes(-1, -2) @ q),
+            abs(problem.scores.scale) * (raw @ k),
+            abs(problem.scores.scale) * (raw.swapaxes(-1, -2) @ q),
             kept.swapaxes(-1, -2) @ g,
             scores,
         ]
-        bounds = [bound + float(np.finfo(problem.dtype).tiny) * (1 + bound) for bound in bounds]
+        bounds = [bound + float(np.finfo(problem.real).tiny) * (1 + bound) for bound in bounds]
     return problem, [exact.query, exact.key, exact.value, exact.scores], bounds
 
 
@@ -366,7 +366,7 @@ def check_gradients(
         shared = name in ("grad_key", "grad_value")
         shape, dtype = np.shape(argument), np.asarray(argument).dtype
         assert gradient.shape == shape, name
-        assert gradient.dtype == (dtype.newbyteorder("=") if dtype.kind == "f" else problem.dtype), name
+        assert gradient.dtype == (dtype.newbyteorder("=") if dtype.kind == "f" else problem.real), name
         with np.errstate(all="ignore"):
             want, limit = folded(wide, shape, problem, shared), folded(bound, shape, problem, shared)
             kind = np.finfo(gradient.dtype)

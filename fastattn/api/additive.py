@@ -159,8 +159,10 @@ def _on_cpu(
     given = (query, key, value, weight, *masks_in(attn_mask))
     if asked is not None and are_same(made, given) and (out is None or target is out):
         session.current.plans.keep(asked, plan)
-    result = cpu.attention(plan, operands, None, target, return_lse, weight_)
-    if return_weights:
+    matrix = None
+    if return_weights:  # first: out may be the query
         matrix = cpu.weights(problem, operands, target, None, threads, weight_, "additive")
+    result = cpu.attention(plan, operands, None, target, return_lse, weight_)
+    if matrix is not None:
         result = (*(result if return_lse else (result,)), matrix)
     return delivered(result, target, out)

@@ -204,9 +204,10 @@ def _on_cpu(
     made, given = (*arrays[:3], *masks_in(arrays[3])), (query, key, value, *masks_in(attn_mask))
     if asked is not None and are_same(made, given) and (out is None or target is out):
         session.current.plans.keep(asked, plan)
+    matrix = cpu.weights(problem, operands, target, seed, threads) if return_weights else None  # out may be the query
     result = cpu.attention(plan, operands, seed, target, return_lse)
-    if return_weights:
-        result = (*(result if return_lse else (result,)), cpu.weights(problem, operands, target, seed, threads))
+    if matrix is not None:
+        result = (*(result if return_lse else (result,)), matrix)
     return delivered(result, target, out)
 
 

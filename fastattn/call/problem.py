@@ -60,22 +60,6 @@ class Problem:
     scores: Scores
 
     @property
-    def dtype(self) -> np.dtype[Any]:
-        return self.real
-
-    @property
-    def scale(self) -> float:
-        return self.scores.scale
-
-    @property
-    def causal_offset(self) -> int | None:
-        return None if self.scores.right is None else self.scores.offset + self.scores.right
-
-    @property
-    def mask_kind(self) -> str:
-        return "float" if self.scores.bias else "bool" if self.scores.keep else "none"
-
-    @property
     def group(self) -> int:
         """Query heads per key head, G."""
         return self.heads // self.kv_heads if self.kv_heads else 1
@@ -131,16 +115,3 @@ class Operands(NamedTuple):
     keep: Array | None = None
     offsets: Array | None = None
     lengths: Array | None = None
-
-    @property
-    def plain(self) -> tuple[Array, Array, Array, Array | None]:
-        """Transitional."""
-        if self.offsets is not None or self.lengths is not None:
-            raise NotImplementedError
-        if self.bias is not None and self.keep is not None:
-            return self.query, self.key, self.value, np.where(self.keep, self.bias, self.bias.dtype.type(-np.inf))
-        return self.query, self.key, self.value, self.mask
-
-    @property
-    def mask(self) -> Array | None:
-        return self.keep if self.bias is None else self.bias

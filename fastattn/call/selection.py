@@ -182,7 +182,7 @@ def check_lse(given: ArrayLike, problem: Problem) -> Array:
     if lse.shape != problem.lse_shape:
         raise ValueError(f"lse: shape {lse.shape}; expected {problem.lse_shape}, one for each query")
     with np.errstate(all="ignore"):
-        return lse.astype(problem.dtype)
+        return lse.astype(problem.real)
 
 
 def take(array: Array, axis: int, chosen: Selection) -> Array:

@@ -15,7 +15,7 @@ import numpy as np
 from fastattn.call.broadcasting import check_broadcasts
 from fastattn.call.options import check_dropout, check_flag
 from fastattn.call.problem import FLOAT32, Array, Mask, Operands, Problem, Shape
-from fastattn.call.score_options import FurtherOptions, ScoreOptions, scores_from
+from fastattn.call.score_options import FurtherOptions, ScoreOptions, check_names, scores_from
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -68,6 +68,7 @@ def describe(
     (2, 2, 4, 7, 64)
     """
     dropout_p, enable_gqa = check_dropout(dropout_p), check_flag("enable_gqa", enable_gqa)
+    check_names(options)
     scores: ScoreOptions = {"is_causal": is_causal, "scale": scale, **options}
     return _describe(query, key, value, attn_mask, dropout_p, enable_gqa, scores)
 
@@ -101,6 +102,7 @@ def describe_additive(
     ValueError, TypeError
         As `describe`, and where `weight` has another shape than (D,).
     """
+    check_names(options)
     scores: ScoreOptions = {"is_causal": is_causal, "scale": 1.0, **options}
     described = _describe(query, key, value, attn_mask, 0.0, None, scores)
     if weight.shape != query.shape[-1:]:

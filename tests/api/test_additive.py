@@ -356,7 +356,7 @@ def test_memory_does_not_grow_with_the_lengths() -> None:
     for length in (5000, 50000):
         query = np.broadcast_to(np.float32(0), (1, length, 64))
         _, operands = described = describe_additive(query, query, query, np.ones(64, np.float32))
-        out = np.empty((1, 1, 1, length, 64), np.float32)
+        out = np.empty((1, length, 64), np.float32)
         sizes.append(forward.plan_forward(*described, out, 2, "additive").memory_bytes)
         assert operands.query.shape == (1, 1, length, 64)
     assert sizes[1] <= sizes[0]

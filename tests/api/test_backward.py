@@ -404,7 +404,8 @@ def test_the_same_bits_however_the_work_is_split(
         (8, 1, 1),
     ):
         row = replace(isa.host(), blocking=replace(isa.host().blocking, gradient_state_bytes=state))
-        monkeypatch.setattr(session, "current", session.Session(row))
+        monkeypatch.setattr(session.current, "_row", row)
+        monkeypatch.setattr(session.current, "plans", session.Plans())
         monkeypatch.setattr(cpu, "TASK_FLOPS", flops)
         with fastattn.num_threads(threads):
             found.append(gradients(*arguments, enable_gqa=True, grad_mask=True, **options))

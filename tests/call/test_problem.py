@@ -136,24 +136,25 @@ def test_masks_broadcast(shape: tuple[int, ...]) -> None:
     mask = np.random.default_rng(0).random(shape)
     problem, operands = describe(np.zeros((2, 4, 5, 3)), np.zeros((2, 2, 7, 3)), np.zeros((2, 2, 7, 3)), mask,
                                  enable_gqa=True)  # fmt: skip
-    assert operands.mask is not None
-    assert problem.mask_kind == "float"
-    assert np.shares_memory(operands.mask, mask)
-    np.testing.assert_array_equal(operands.mask.reshape(2, 4, 5, 7), np.broadcast_to(mask, (2, 4, 5, 7)))
+    assert operands.bias is not None
+    assert problem.scores.bias
+    assert np.shares_memory(operands.bias, mask)
+    np.testing.assert_array_equal(operands.bias.reshape(2, 4, 5, 7), np.broadcast_to(mask, (2, 4, 5, 7)))
 
 
 @pytest.mark.parametrize(
     ("is_causal", "offset"), [(False, None), (True, 0), ("bottom-right", 2), (np.True_, 0), (np.False_, None)]
 )
 def test_causal_offset(is_causal: Any, offset: int | None) -> None:
-    assert problem_of((5, 3), (7, 3), is_causal=is_causal).causal_offset == offset
+    scores = problem_of((5, 3), (7, 3), is_causal=is_causal).scores
+    assert (scores.right, scores.offset) == ((None, 0) if offset is None else (0, offset))
 
 
 def test_equal_arguments_that_mean_different_things_are_told_apart() -> None:
-    assert problem_of((5, 3), (7, 3), is_causal=True).causal_offset == 0
+    assert problem_of((5, 3), (7, 3), is_causal=True).scores.offset == 0
     with refused("is_causal: 1 of type int", TypeError):
         problem_of((5, 3), (7, 3), is_causal=1)
-    assert problem_of((5, 3), (7, 3), scale=1.0).scale == 1.0
+    assert problem_of((5, 3), (7, 3), scale=1.0).scores.scale == 1.0
     with refused("scale: True of type bool", TypeError):
         problem_of((5, 3), (7, 3), scale=True)
 

@@ -50,11 +50,11 @@ def one_by_one(call: Call) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         q, k, v = operands.query[index], operands.key[index[:-1]], operands.value[index[:-1]]
         looked_at, scores = [], []
         for j in range(problem.keys):
-            score = problem.scale * math.fsum(float(a) * float(b) for a, b in zip(q, k[j], strict=True))
+            score = problem.scores.scale * math.fsum(float(a) * float(b) for a, b in zip(q, k[j], strict=True))
             if softcap is not None:
                 score = softcap * math.tanh(score / softcap)
             if operands.bias is not None:
-                bias, limit = operands.bias[(*index, j)], float(np.finfo(problem.dtype).max)
+                bias, limit = operands.bias[(*index, j)], float(np.finfo(problem.real).max)
                 score += float(bias) if math.isinf(bias) else min(max(float(bias), -limit), limit)
             if operands.keep is not None and not operands.keep[(*index, j)]:
                 score = -math.inf
@@ -74,9 +74,9 @@ def one_by_one(call: Call) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         for c in range(problem.value_dim):
             out[(*index, c)] = math.fsum(weights[(*index, j)] * float(v[j, c]) for j in looked_at)
     return (
-        out.reshape(problem.out_shape).astype(problem.dtype),
-        lse.reshape(problem.lse_shape).astype(problem.dtype),
-        weights.reshape(problem.weights_shape).astype(problem.dtype),
+        out.reshape(problem.out_shape).astype(problem.real),
+        lse.reshape(problem.lse_shape).astype(problem.real),
+        weights.reshape(problem.weights_shape).astype(problem.real),
     )
 
 
@@ -113,7 +113,7 @@ def imports(file: str) -> set[str | None]:
 
 def test_it_imports_nothing_but_numpy_and_the_checks_of_arguments() -> None:
     plain = {"__future__", "typing", "typing_extensions", "numpy", "numpy.typing"}
-    parts = {"fastattn.reference.forward", "fastattn.reference.backward"}
+    parts = {f"fastattn.reference.{name}" for name in ("forward", "backward", "dropout")}
     for module in parts:
         own = imports(sys.modules[module].__file__ or "") - plain - parts
         assert all(name and name.startswith("fastattn.call.") for name in own), module

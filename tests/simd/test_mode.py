@@ -183,7 +183,7 @@ def test_workers_that_were_born_in_another_mode(mode: str) -> None:
     end = time.monotonic() + 20
     while not took_part and time.monotonic() < end:
         with thread_in(mode) as is_still:
-            assert workers.run(slow, memory.ctypes.data, TASKS, 1e6, 2)
+            assert workers.run(slow, memory.ctypes.data, TASKS, TASKS, 2)
             assert is_still()
         products, slots = memory[PRODUCTS // 4 :][:TASKS], memory[SLOTS // 4 :]
         assert (products == np.float32(1e-38) * np.float32(1 / 3)).all()

@@ -190,8 +190,9 @@ def _draft(work: str, problem: Problem, arrays: Arrays, rounded: np.dtype[Any], 
         "inner": heads // outer,
     }
     for name, array in arrays.items():
-        if array is not None and array.ndim > 1:
-            fields[name + "_row"], fields[name + "_column"] = array.strides[-2:]
+        for end, stride in zip(("_row", "_column"), array.strides[-2:] if array is not None else (), strict=False):
+            if name + end in (GRADIENT_PLAN.names or ()):
+                fields[name + end] = stride
     # three of the products have the features of a key in them, two those of a value
     flops = 2.0 * heads * problem.queries * problem.keys * (3.0 * problem.head_dim + 2.0 * problem.value_dim)
     return Draft(problem, kernel, GRADIENT_PLAN, fields, _axes(lead, arrays, own), flops * share_of_keys(problem))

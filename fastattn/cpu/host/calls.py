@@ -129,13 +129,18 @@ class Plan:
 
 def packed(layout: np.dtype[Any], fields: Mapping[str, float], axes: Iterable[tuple[int, ...]]) -> Array:
     """Write the fields of a plan, 0 where none is given, and the table behind them, as compiled code reads them."""
-    names, form = _form(layout)
+    zeros, form = _form(layout)
     table = [number for axis in axes for number in axis]
-    content = form.pack(*[fields.get(name, 0) for name in names]) + struct.pack(f"{len(table)}q", *table)
+    numbers = {**zeros, **fields}
+    assert len(numbers) == len(zeros), f"not in the record: {numbers.keys() - zeros.keys()}"
+    content = form.pack(*numbers.values()) + struct.pack(f"{len(table)}q", *table)
     return np.frombuffer(content, np.uint8)
 
 
 @cache
-def _form(layout: np.dtype[Any]) -> tuple[tuple[str, ...], struct.Struct]:
+def _form(layout: np.dtype[Any]) -> tuple[dict[str, int], struct.Struct]:
+    """The fields of a record in their order, and how they are written."""
     names = layout.names or ()
-    return names, struct.Struct("=" + "".join("d" if layout[name].kind == "f" else "q" for name in names))
+    return dict.fromkeys(names, 0), struct.Struct(
+        "=" + "".join("d" if layout[name].kind == "f" else "q" for name in names)
+    )

@@ -230,7 +230,7 @@ def check_device_out(out: Any, problem: Problem, storage: str, query: Given) -> 
         raise ValueError("out: the array is read-only; expected a writeable one")
     if target.device != query.device:
         raise ValueError(f"out: on device {target.device}; expected device {query.device}, as query is")
-    check_shape_of_out(target.carrier(problem.dtype), problem)
+    check_shape_of_out(target.carrier(problem.real), problem)
     return target
 
 
@@ -248,7 +248,7 @@ def evaluate(call: Call, seed: int, out: Given | None, want_weights: bool) -> tu
     result = out
     if result is None or any(overlap(result, array) for array in inputs) or (in_rows and not has_rows(result)):
         result = place.new("out", problem.out_shape, call.storage)
-    lse = place.new("lse", problem.lse_shape, problem.dtype.name)
+    lse = place.new("lse", problem.lse_shape, problem.real.name)
     if splits_keys:
         decoding.attend(call, result, lse, seed, functools.partial(_uploaded_tables, call, result))
     else:
@@ -324,7 +324,7 @@ def mask_of(call: Call) -> Any:
 def scale_of(call: Call, base_2: bool = False) -> Any:
     """The scale in the type of the arithmetic, with a factor log2(e) where scores are in base 2."""
     problem = call.problem
-    scale = problem.scale if problem.dtype == np.float64 else scale_in_float64(problem)
+    scale = problem.scores.scale if problem.real == np.float64 else scale_in_float64(problem)
     return call.real(scale * (LOG2_E if base_2 else 1.0))
 
 
@@ -357,8 +357,9 @@ def tables_of(call: Call, out: Given) -> Table:
         (OUT, split_heads(problem, out), out.span[0]),
         (LSE, np.empty(problem.lse_shape, np.float32).reshape(*problem.rows_shape, problem.queries, 1), 0),
     ]
-    if operands.mask is not None:
-        views.append((MASK, operands.mask, givens["attn_mask"].span[0]))
+    for mask in (operands.bias, operands.keep):
+        if mask is not None:
+            views.append((MASK, mask, givens["attn_mask"].span[0]))
     return make_table(problem, views)
 
 

@@ -129,7 +129,7 @@ def attention_backward(
     problem, operands = describe(*carriers, *options)
     others = {name: read(name, array) for name, array in arrived.items() if array is not None}
     for name, array in others.items():
-        wanted = storage if name in ("grad_out", "out") else problem.dtype.name
+        wanted = storage if name in ("grad_out", "out") else problem.real.name
         if array.storage != wanted:
             raise TypeError(f"{name}: dtype {array.storage}; expected {wanted}, with a query of dtype {storage}")
     _described(problem, others)  # for shapes that do not fit
@@ -154,7 +154,7 @@ def _of_host_arrays(
         if array is not None:
             of_result = name in ("grad_out", "out")
             shape, of = (problem.out_shape, "the result") if of_result else (problem.lse_shape, "the log-sum-exp")
-            upstream[name] = as_upstream(name, array, dtype if of_result else problem.dtype, shape, of, half=True)
+            upstream[name] = as_upstream(name, array, dtype if of_result else problem.real, shape, of, half=True)
     with_mask = wants_mask(grad_mask, mask)
     seed = seed_of_forward(rng, problem)
     dtypes = {array.dtype.name: array.dtype for array in arrays.values() if array is not None}
@@ -165,7 +165,7 @@ def _of_host_arrays(
         found = differentiate(call, others, seed, with_mask)
         gradients = [place.deliver(gradient) for gradient in found]
     return tuple(
-        _own_dtype(gradient, argument, problem.dtype)
+        _own_dtype(gradient, argument, problem.real)
         for gradient, argument in zip(gradients, given.values(), strict=False)
     )
 
@@ -179,9 +179,9 @@ def _own_dtype(gradient: NDArray[Any], argument: Any, dtype: np.dtype[Any]) -> N
 
 def _described(problem: Problem, others: dict[str, Given]) -> Upstream:
     """Views without memory of what arrives, with the axes of the operands, their shapes checked."""
-    grad_out, out, lse = (others[name].carrier(problem.dtype) for name in ("grad_out", "out", "lse"))
+    grad_out, out, lse = (others[name].carrier(problem.real) for name in ("grad_out", "out", "lse"))
     grad_lse = others.get("grad_lse")
-    return describe_upstream(problem, grad_out, out, lse, grad_lse and grad_lse.carrier(problem.dtype))
+    return describe_upstream(problem, grad_out, out, lse, grad_lse and grad_lse.carrier(problem.real))
 
 
 # -- the work ----------------------------------------------------------------------------------------------------------
@@ -200,7 +200,7 @@ def differentiate(call: Call, others: dict[str, Given], seed: int, with_mask: bo
     if plan.against is not None or with_mask:
         # the portable kernels sum the products of a score in an order of their own, and have their own numbers
         numbers = queue_deltas(call, plan, others)
-        bound = slack(problem.dtype, problem.head_dim)
+        bound = slack(problem.real, problem.head_dim)
         queue_shifts(call, others["lse"], numbers, plan.tables, base_2=False, slack=bound)
     if plan.against is not None:
         queue_portable(call, plan, others, numbers, results, seed)
@@ -224,7 +224,7 @@ def queue_deltas(call: Call, plan: Plan, others: dict[str, Given]) -> Given:
     tiling, with_lse, numbers = tiling_for(call.storage, call.problem), "grad_lse" in others, new_numbers(call)
     # whether there is a mask, or dropout, does not matter here: one kernel serves all
     spec = portable.Backward(call.storage, "none", False, tiling, extreme=is_extreme(call.problem))
-    grad_lse = others["grad_lse"].memory() if with_lse else nothing(call.problem.dtype.type)
+    grad_lse = others["grad_lse"].memory() if with_lse else nothing(call.problem.real.type)
     arrived = (others["grad_out"].memory(), others["out"].memory(), grad_lse, with_lse)
     arguments = (*arrived, *plan.tables, numbers.memory())
     _queue(call, portable.find_deltas, spec, -(-numbers.shape[0] // (NUMBERS * tiling.side)), arguments)
@@ -315,7 +315,7 @@ def queue_tensor_core_shifts(call: Call, plan: Plan, lse: Given, numbers: Given)
     spec = tensor_cores_backward.spec_for(call.storage, call.mask, width, of_keys=False)
     shape = spec.shape
     arrays = (givens["query"].memory(), givens["key"].memory(), mask_of(call), lse.memory(), numbers.memory())
-    options = (scale_of(call, not shape.floating), call.real(slack(problem.dtype, problem.head_dim)))
+    options = (scale_of(call, not shape.floating), call.real(slack(problem.real, problem.head_dim)))
     made = kernel(on_tensor_cores.find_shifts, spec, **tensor_cores_backward.options(spec))
     blocks = grid_of(shape, problem)
     if blocks:
@@ -339,8 +339,9 @@ def plan_of(call: Call, others: dict[str, Given]) -> Plan:
             (OUT, upstream.out, others["out"]),
             (LSE, upstream.lse[..., None], others["lse"]),
         ]
-        if call.operands.mask is not None:
-            views.append((MASK, call.operands.mask, givens["attn_mask"]))
+        for mask in (call.operands.bias, call.operands.keep):
+            if mask is not None:
+                views.append((MASK, mask, givens["attn_mask"]))
         if upstream.grad_lse is not None:
             views.append((GRAD_LSE, upstream.grad_lse[..., None], others["grad_lse"]))
         tables = make_table(problem, [(row, view, array.span[0]) for row, view, array in views])

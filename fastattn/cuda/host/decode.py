@@ -69,7 +69,7 @@ def against(problem: Problem) -> str | None:
     if not problem.keys:
         return "there are none"
     if is_extreme(problem):
-        return f"scale {problem.scale:g} is extreme"
+        return f"scale {problem.scores.scale:g} is extreme"
     for name, size in (("head", problem.head_dim), ("value", problem.value_dim)):
         if size > MAX_FEATURES:
             return f"{name} size {size} is above {MAX_FEATURES}"
@@ -148,7 +148,7 @@ def attend(call: Any, out: Given, lse: Given, seed: int, make_tables: Callable[[
         sums.memory(),
         *tables,
         problem.group,
-        real(problem.scale),
+        real(problem.scores.scale),
         real(problem.keep_scale),
         np.uint32(seed & 0xFFFFFFFF),
         np.uint32(seed >> 32),

@@ -48,7 +48,7 @@ def sizes_of(problem: Problem) -> NDArray[np.int64]:
             problem.value_dim,
             problem.heads,
             slices_of(problem),
-            problem.keys if problem.causal_offset is None else problem.causal_offset,
+            problem.keys if problem.scores.right is None else problem.scores.offset,
             problem.drop_threshold,
         ],
         np.int64,
@@ -57,8 +57,8 @@ def sizes_of(problem: Problem) -> NDArray[np.int64]:
 
 def is_extreme(problem: Problem) -> bool:
     """Say whether the scale is extreme."""
-    low, high = SCALES[problem.dtype.name]
-    return problem.scale != 0 and not low <= abs(problem.scale) <= high
+    low, high = SCALES[problem.real.name]
+    return problem.scores.scale != 0 and not low <= abs(problem.scores.scale) <= high
 
 
 def slices_of(problem: Problem) -> int:

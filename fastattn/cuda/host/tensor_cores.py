@@ -79,8 +79,8 @@ def against(
         return "dropout"
     if mask == "float64":
         return "a mask of float64"
-    if is_extreme(problem) or (mask in ("none", "bool") and not low < problem.scale < high):
-        return f"scale {problem.scale:g} is not between {low:g} and {high:g}"
+    if is_extreme(problem) or (mask in ("none", "bool") and not low < problem.scores.scale < high):
+        return f"scale {problem.scores.scale:g} is not between {low:g} and {high:g}"
     for name, size in (("head", problem.head_dim), ("value", problem.value_dim)):
         if not 0 < size <= WIDEST or size % CHUNK:
             return f"{name} size {size} is not a multiple of 8 up to 128"
