@@ -297,14 +297,16 @@ def test_working_memory_is_as_large_as_planned(
     guards: list[Array] = []
 
     class Guarded(calls.Memory):
-        """Memory with something behind it that nobody may write to."""
+        """Memory with something around it that nobody may write to; the last is that of the backward pass."""
+
+        size = 0
 
         def of(self, size: int) -> tuple[int, Array]:
-            if self.held is None:
+            if self.held is None or self.size != size:
                 memory = np.full(size + 8192, 0xA5, np.uint8)
                 start = -memory.ctypes.data % 64 + 4096
-                guards.extend((memory[:start], memory[start + size :]))
-                self.held = memory.ctypes.data + start, memory[start:]
+                guards[:] = memory[:start], memory[start + size :]
+                self.size, self.held = size, (memory.ctypes.data + start, memory[start:])
             return self.held
 
     rng = np.random.default_rng(0)
