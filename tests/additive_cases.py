@@ -40,6 +40,12 @@ def inputs(dtype: Any, batch: int, queries: int, keys: int, features: int, size:
     return [*arrays, numbers(rng, (features,), dtype)]
 
 
+def rows_of_a_batch(dtype: Any, batch: int, queries: int, keys: int, features: int, size: float = 1.0) -> list[Any]:
+    """Return query, key and value with an axis behind that of the batch, for lengths of its rows; and weight."""
+    *arrays, weight = inputs(dtype, batch, queries, keys, features, size)
+    return [*(array[:, None] for array in arrays), weight]
+
+
 SIZES = {
     "usual": (1, 1, 1),
     "wide": (30, 30, 3),

@@ -29,7 +29,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a square of scores that are not finite is added to its mask without a second look",
-        "cpu/kernels/scores.py",
+        "cpu/kernels/masks.py",
         "    if not all_finite(biased):",
         "    if all_finite(biased):",
         ("test_semantics.py", "test_what_is_masked_never_leaks and cpu and float and both"),
@@ -58,8 +58,8 @@ MUTATIONS = (
     Mutation(
         "of additive attention, the sum of the lanes leaves their maxima out",
         "cpu/kernels/additive_sums.py",
-        "shares = exp2(tile, (tile_load(tile.vector, state, 0) - m) * LOG2_E)",
-        "shares = exp2(tile, (tile_load(tile.vector, state, 0) - m) * 0.0)",
+        "shares = exp2(kernel, (tile_load(tile.vector, state, 0) - m) * LOG2_E)",
+        "shares = exp2(kernel, (tile_load(tile.vector, state, 0) - m) * 0.0)",
         ("call/test_rounding.py", "test_additive_gradients_keep_their_promise and cpu"),
     ),
     Mutation(
@@ -71,9 +71,9 @@ MUTATIONS = (
     ),
     Mutation(
         "the causal limit cuts a key off the last block",
-        "cpu/kernels/forward.py",
-        "end = min(end, plan.first_position + last + 1)",
-        "end = min(end, plan.first_position + last)",
+        "cpu/kernels/scores.py",
+        "end = min(end, head.offset + last + plan.right + 1)",
+        "end = min(end, head.offset + last + plan.right)",
         ("test_semantics.py", "test_causal_keeps_keys_up_to_the_query and cpu"),
     ),
     Mutation(
@@ -117,14 +117,14 @@ MUTATIONS = (
     ),
     Mutation(
         "the tail of the features of the values is left out",
-        "cpu/kernels/forward.py",
+        "cpu/kernels/blocks.py",
         "for _ in range(whole, features):",
         "for _ in range(whole, features - 1):",
         ("machine/test_table.py", "test_sixteen_lanes_on_any_machine"),
     ),
     Mutation(
         "sums with a mask overflow",
-        "cpu/kernels/scores.py",
+        "cpu/kernels/masks.py",
         "where_greater(INFINITY, largest, saturate(tile, biased), biased)",
         "biased",
         ("test_semantics.py", "test_the_lowest_number_and_a_large_negative_score and cpu"),
@@ -132,8 +132,8 @@ MUTATIONS = (
     Mutation(
         "NaN in a masked value leaks",
         "cpu/kernels/forward.py",
-        "if not finite and safe < count:",
-        "if not finite and safe < 0:",
+        "if not finite and (part.begin < part.full or part.full_end < part.end):",
+        "if not finite and part.end < part.begin:",
         ("test_semantics.py", "test_what_is_masked_never_leaks and cpu"),
     ),
     Mutation(
@@ -167,8 +167,8 @@ MUTATIONS = (
     Mutation(
         "the rows of a mask are taken for its columns",
         "cpu/kernels/scores.py",
-        "at = mask + v * lanes * row + j * column",
-        "at = mask + v * lanes * column + j * column",
+        "at = head.bias + query * row + key * column",
+        "at = head.bias + query * column + key * column",
         ("test_semantics.py", "test_a_floating_mask_is_added_after_the_scale and cpu"),
     ),
     Mutation(
@@ -195,8 +195,8 @@ MUTATIONS = (
     Mutation(
         "a block of queries is finished with its first keys",
         "cpu/kernels/forward.py",
-        "is_last = first_key + plan.key_block >= own_end and (first_key == 0 or first_key < own_end)",
-        "is_last = first_key == 0",
+        "is_last = first_key + plan.key_block >= own_end and (first_key == group.begin or first_key < own_end)",
+        "is_last = first_key == group.begin",
         ("cpu/host/test_builtin.py", "test_keys_and_values_may_lie_anyhow"),
     ),
     Mutation(
@@ -265,8 +265,8 @@ MUTATIONS = (
     Mutation(
         "weights are chosen with the sums of other queries",
         "cpu/kernels/summary.py",
-        "total = load_rows(tile, out.l, head * plan.queries + first_query, present, factors)",
-        "total = load_rows(tile, out.l, head * plan.queries, present, factors)",
+        "total = load_rows(tile, out.l, row, present, factors)",
+        "total = load_rows(tile, out.l, row - first_query, present, factors)",
         ("api/test_weights.py", "test_the_greatest_weights_are_those_of_attention_weights"),
     ),
     Mutation(
@@ -327,7 +327,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the gradient of the log-sum-exp has the other sign",
-        "cpu/kernels/backward.py",
+        "cpu/kernels/gradient_rows.py",
         "delta -= load_element(tile, grad_lse + offset)",
         "delta += load_element(tile, grad_lse + offset)",
         ("api/test_backward.py", "test_finite_differences and cpu"),
@@ -348,9 +348,9 @@ MUTATIONS = (
     ),
     Mutation(
         "the first rows that a tile width of queries adds to are left out",
-        "cpu/kernels/backward.py",
-        "        done = count\n",
-        "        done = count + tile.rows\n",
+        "cpu/kernels/gradient_sums.py",
+        "        row = end\n",
+        "        row = end + tile.rows\n",
         ("api/test_backward.py", "test_many_blocks"),
     ),
     Mutation(
@@ -368,10 +368,161 @@ MUTATIONS = (
         ("api/test_backward.py", "test_the_sums_of_broadcast_arguments"),
     ),
     Mutation(
+        "the left edge of a window is off by one",
+        "cpu/kernels/scores.py",
+        "where_greater(behind + 0.5, distance,",
+        "where_greater(behind - 0.5, distance,",
+        ("test_semantics.py", "test_a_window_keeps_the_keys_around_the_position and cpu"),
+    ),
+    Mutation(
+        "the first block of a window lacks its first key",
+        "cpu/kernels/scores.py",
+        "begin = max(0, at - plan.left)\n",
+        "begin = max(0, at - plan.left + 1)\n",
+        ("test_semantics.py", "test_query_i_stands_at_i_plus_the_offset and cpu"),
+    ),
+    Mutation(
+        "a window begins within a panel of keys",
+        "cpu/kernels/scores.py",
+        "        begin -= begin % step\n",
+        "        begin -= begin % 1\n",
+        ("test_semantics.py", "test_a_window_keeps_the_keys_around_the_position and cpu"),
+    ),
+    Mutation(
+        "groups of keys that no query of a block looks at are waited for",
+        "cpu/kernels/backward.py",
+        "return work.group - first // (plan.group * plan.key_block)",
+        "return work.group",
+        ("api/test_backward.py", "test_the_same_bits_however_the_work_is_split and window"),
+    ),
+    Mutation(
+        "what belongs to queries is found by the first group of keys alone",
+        "cpu/kernels/backward.py",
+        "is_first = own_turn == 0",
+        "is_first = work.group == 0",
+        ("api/test_backward.py", "test_the_same_bits_however_the_work_is_split and window"),
+    ),
+    Mutation(
+        "keys that queries see to the left of are nobody's",
+        "cpu/kernels/received.py",
+        "stop = min(stop, end + plan.left - head.offset)",
+        "stop = min(stop, end - head.offset)",
+        ("api/test_weights.py", "test_summary_of_many_blocks_of_intervals"),
+    ),
+    Mutation(
+        "later queries see as much of a block as those before",
+        "cpu/kernels/gradient_sums.py",
+        "row = max(row, begin_of(plan, first, scratch))",
+        "row = max(row, begin_of(plan, 0, scratch))",
+        ("api/test_backward.py", "test_many_blocks_of_intervals"),
+    ),
+    Mutation(
+        "the slope of a softcap is left out",
+        "cpu/kernels/scores.py",
+        "tile_store(tile_load(tile.single, grads, 0) * slope, grads, 0)",
+        "tile_store(tile_load(tile.single, grads, 0), grads, 0)",
+        ("api/test_backward.py", "test_pytorch_differentiates_by_softcaps_windows_and_pairs_of_masks and cpu"),
+    ),
+    Mutation(
+        "the gradient of a mask has the slope of the softcap",
+        "cpu/kernels/backward.py",
+        'if kernel.work == "mask_gradient":',
+        'if kernel.work == "nothing":',
+        ("api/test_backward.py", "test_pytorch_differentiates_by_softcaps_windows_and_pairs_of_masks and cpu"),
+    ),
+    Mutation(
+        "additive: the slope of a softcap is left out",
+        "cpu/kernels/additive_terms.py",
+        "slope = slope * descent",
+        "slope = slope * 1.0",
+        ("api/test_additive_backward.py", "test_autograd_agrees_on_windows_lengths_and_softcaps"),
+    ),
+    Mutation(
+        "a softcap holds what a mask has been added to as well",
+        "cpu/kernels/scores.py",
+        "square_of(tile, kind, itemsize, at, row, column, rows, columns, buffer))\n",
+        "square_of(tile, kind, itemsize, at, row, column, rows, columns, buffer))\n"
+        "            square, _ = capped(tile, plan, square)\n",
+        ("test_semantics.py", "test_a_softcap_comes_after_the_scale_and_before_a_mask and cpu"),
+    ),
+    Mutation(
+        "reference: a softcap comes after the mask",
+        "call/scores.py",
+        "        if self.softcap is not None:\n"
+        "            raw = self.softcap * np.tanh(raw / self.softcap)\n"
+        "        return raw if bias is None else raw + saturated(bias, real)",
+        "        raw = raw if bias is None else raw + saturated(bias, real)\n"
+        "        return raw if self.softcap is None else self.softcap * np.tanh(raw / self.softcap)",
+        ("test_semantics.py", "test_a_softcap_comes_after_the_scale_and_before_a_mask and reference"),
+    ),
+    Mutation(
+        "all rows of a batch have the length of the first",
+        "cpu/kernels/tasks.py",
+        "keys = load_i64(call.lengths + place)",
+        "keys = load_i64(call.lengths)",
+        ("test_semantics.py", "test_keys_behind_the_length_of_a_row_take_no_part and cpu"),
+    ),
+    Mutation(
+        "offsets of rows are those of their heads",
+        "cpu/kernels/tasks.py",
+        "number // plan.heads * WORD",
+        "number % plan.heads * WORD",
+        ("test_semantics.py", "test_each_row_of_a_batch_may_have_an_offset and cpu"),
+    ),
+    Mutation(
+        "the backward pass does not know of offsets of rows",
+        "cpu/kernels/backward.py",
+        "    offset, keys = row_of(call, plan, number)\n",
+        "    offset, keys = plan.first_position, row_of(call, plan, number)[1]\n",
+        ("api/test_backward.py", "test_many_blocks_of_intervals"),
+    ),
+    Mutation(
+        "of a pair of masks only the floating one hides",
+        "cpu/kernels/scores.py",
+        "        if plan.keep:\n            row, column",
+        "        if plan.keep and kind == BIAS_NONE:\n            row, column",
+        ("test_semantics.py", "test_a_floating_and_a_boolean_mask_both_hold and cpu"),
+    ),
+    Mutation(
+        "of a pair of masks the boolean one is not asked for whom a value is",
+        "cpu/kernels/scores.py",
+        "    if plan.keep and load_u8(head.keep + query",
+        "    if plan.keep and plan.bias_kind == BIAS_NONE and load_u8(head.keep + query",
+        ("test_semantics.py", "test_what_lies_outside_of_all_intervals_never_leaks_into_gradients and cpu"),
+    ),
+    Mutation(
+        "blocks behind the length of a row have fewer keys than none",
+        "cpu/kernels/scores.py",
+        "max(0, min(plan.key_block, head.keys - first_key))",
+        "min(plan.key_block, head.keys - first_key)",
+        ("api/test_additive_backward.py", "test_a_padded_sequence_has_the_gradients_of_the_same_sequence_alone"),
+    ),
+    Mutation(
+        "additive: what is cut into chunks is as long as the arrays",
+        "cpu/kernels/additive_backward.py",
+        "if given.cuts == 0:",
+        "if given.cuts != 1:",
+        ("api/test_additive_backward.py", "test_a_padded_sequence_has_the_gradients_of_the_same_sequence_alone"),
+    ),
+    Mutation(
+        "bottom-right ends at the last key of the arrays",
+        "call/score_options.py",
+        "(0, lengths - queries)",
+        "(0, keys - queries + 0 * lengths)",
+        ("test_semantics.py", "test_bottom_right_ends_at_the_last_key_of_each_row"),
+    ),
+    Mutation(
+        "reference: where nothing bounds a query it sees no farther than positions go",
+        "call/scores.py",
+        "UNBOUNDED = 1 << 61",
+        "UNBOUNDED = 1 << 60",
+        ("test_semantics.py", "test_offsets_and_windows_reach_as_far_as_integers_go and reference"),
+    ),
+    Mutation(
         "additive: chunks of keys meet those of queries twice, and others never",
         "cpu/kernels/additive_backward.py",
-        "(given.round + plan.groups - chunk) % plan.groups",
-        "(given.round + plan.groups - chunk // 2) % plan.groups",
+        "(given.round + chunks - chunk) % chunks",
+        "(given.round + chunks - chunk // 2) % chunks",
         ("api/test_additive_backward.py", "test_many_rounds"),
     ),
     Mutation(

@@ -11,7 +11,7 @@ import numpy as np
 import processes
 import pytest
 import tolerances
-from additive_cases import ANY_DTYPE, additive_calls, check_calls, inputs
+from additive_cases import ANY_DTYPE, additive_calls, check_calls, inputs, rows_of_a_batch
 from hypothesis import given
 from hypothesis import strategies as st
 from rows import on_other_rows
@@ -81,6 +81,56 @@ def test_a_score_by_hand() -> None:
         np.testing.assert_allclose(given[0], weights, rtol=1e-14)
         np.testing.assert_allclose(out[0, 0], weights @ [1, 3], rtol=1e-14)
         np.testing.assert_allclose(lse[0], np.log(np.exp(scores).sum()), rtol=1e-14)
+
+
+@ANY_DTYPE
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("queries", [1, 3, 70])
+@pytest.mark.parametrize("softcap", [None, 0.5, 4.0])
+def test_windows_lengths_softcaps_and_pairs_of_masks_by_the_formula(
+    backend: str, dtype: Any, queries: int, softcap: float | None
+) -> None:
+    query, key, value, weight = rows_of_a_batch(dtype, 2, queries, 150, 24)
+    bias, keep = numbers(np.random.default_rng(0), (queries, 150), dtype), np.arange(150) % 5 != 3
+    positions, keys, lengths = np.arange(queries)[:, None] + 60, np.arange(150), [131, 140]
+    visible = (
+        (keys >= positions - 40) & (keys <= positions + 6) & (keys < np.array(lengths)[:, None, None, None]) & keep
+    )
+    scores = (weight * np.tanh(query[..., :, None, :] + key[..., None, :, :]).astype(np.float64)).sum(-1)
+    scores = (scores if softcap is None else softcap * np.tanh(scores / softcap)) + bias
+    weights = np.where(visible, np.exp(scores), 0)
+    wanted = weights / weights.sum(-1, keepdims=True)
+    out, lse, found = additive_attention(
+        query,
+        key,
+        value,
+        weight,
+        (bias, keep),
+        window=(40, 6),
+        query_offset=60,
+        key_lengths=lengths,
+        softcap=softcap,
+        return_lse=True,
+        return_weights=True,
+        backend=backend,
+    )
+    limit = 1e-5 if dtype == np.float32 else 1e-13
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=limit)
+    np.testing.assert_allclose(out, wanted @ value.astype(np.float64), rtol=0, atol=5 * limit)
+    np.testing.assert_allclose(lse, np.log(weights.sum(-1)), rtol=limit, atol=limit)
+    np.testing.assert_array_equal(found != 0, visible)
+
+
+@ANY_DTYPE
+@pytest.mark.parametrize("features", [0, 5])
+@pytest.mark.parametrize("softcap", [5e-324, 1e-40, 1e-18, 1e18, 1e40, 1.7e308])
+def test_a_softcap_is_any_finite_number_above_0(dtype: Any, features: int, softcap: float) -> None:
+    query, key, value, weight = inputs(dtype, 2, 40, 70, features)
+    out, lse, _ = tolerances.check_call(attend, query, key, value, weight=weight, softcap=softcap)
+    other = weight * 0 if softcap < 1 else weight
+    wanted = additive_attention(query, key, value, other, return_lse=True)
+    for found, want in zip((out, lse), wanted, strict=True):
+        np.testing.assert_allclose(found, want, rtol=0, atol=5e-6 if dtype == np.float32 else 1e-14)
 
 
 # -- how exact ---------------------------------------------------------------------------------------------------------
@@ -250,6 +300,38 @@ def test_nothing_masked_leaks(dtype: Any, queries: int, odd: float) -> None:
             assert got.tobytes() == wanted.tobytes()
 
 
+@pytest.mark.parametrize("odd", [np.nan, np.inf, 1e30, 25.0])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@ANY_QUERIES
+@ANY_DTYPE
+def test_nothing_outside_of_an_interval_leaks(dtype: Any, queries: int, odd: float, softcap: float | None) -> None:
+    query, key, value, weight = rows_of_a_batch(dtype, 2, queries, 170, 24)
+    hidden = np.stack([(np.arange(170) >= 101) | (np.arange(170) < 20), np.arange(170) < 20])[:, None]
+    options: dict[str, Any] = {"window": (10, None), "query_offset": 30, "key_lengths": [101, 170], "softcap": softcap}
+    clean = additive_attention(query, key, value, weight, **options, return_lse=True)
+    key[hidden], value[hidden] = odd, odd
+    dirty = additive_attention(query, key, value, weight, **options, return_lse=True)
+    for got, wanted in zip(dirty, clean, strict=True):
+        assert got.tobytes() == wanted.tobytes()
+
+
+@ANY_DTYPE
+@pytest.mark.parametrize("options", [{}, {"window": (40, 3), "softcap": 2.0}, {"is_causal": "bottom-right"}], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 0, 40), (1, 130, 400), (65, 131, 500), (150, 300, 333)], ids=str)
+def test_a_padded_sequence_has_the_bits_of_the_same_sequence_alone(
+    dtype: Any, options: dict[str, Any], sizes: tuple[int, int, int]
+) -> None:
+    queries, keys, capacity = sizes
+    query, key, value, weight = rows_of_a_batch(dtype, 3, queries, capacity, 24, 9.0)
+    options = {**options, "return_lse": True, "return_weights": True}
+    alone = additive_attention(query[1], key[1, :, :keys], value[1, :, :keys], weight, **options)
+    key[1, :, keys:], value[1, :, keys:] = np.nan, np.inf
+    lengths = [capacity, keys, capacity // 2]
+    out, lse, weights = additive_attention(query, key, value, weight, **options, key_lengths=lengths)
+    assert [a.tobytes() for a in (out[1], lse[1], weights[1, ..., :keys])] == [a.tobytes() for a in alone]
+    assert not weights[1, ..., keys:].any()
+
+
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @ANY_QUERIES
 def test_queries_that_may_look_at_no_key(backend: str, queries: int) -> None:
@@ -317,6 +399,10 @@ def test_sixteen_lanes_on_any_machine(sixteen_lanes: isa.Isa) -> None:
         ({"attn_mask": np.ones((7, 5), bool)}, "attn_mask: shape (7, 5); expected one that broadcasts to (5, 7)"),
         ({"attn_mask": np.ones((5, 7), int)}, "attn_mask: dtype int64 could mean two things"),
         ({"is_causal": 1}, "is_causal: 1 of type int; expected"),
+        ({"window": (1, -1)}, "window: (1, -1) of type tuple; expected (left, right)"),
+        ({"softcap": 0}, "softcap: 0 of type int; expected a finite real number above 0"),
+        ({"key_lengths": 8}, "key_lengths: 8 to 8; expected 0 to 7, the length of key"),
+        ({"query_offset": 0.5}, "query_offset: dtype float64; expected integers"),
         ({"return_lse": 1}, "return_lse: 1 of type int; expected True or False"),
         ({"return_weights": "yes"}, "return_weights: 'yes' of type str"),
         ({"out": np.ones((5, 3), np.float32)}, "out: dtype float32; expected float64"),

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import processes
 import pytest
-from additive_cases import ANY_DTYPE, additive_calls, inputs
+from additive_cases import ANY_DTYPE, additive_calls, inputs, rows_of_a_batch
 from additive_gradients import NAMES, backward, check, check_calls, upstream_of
 from hypothesis import given
 from hypothesis import strategies as st
@@ -39,12 +39,14 @@ def _share_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(pool, name, 1)
 
 
-def autograd(arrays: Any, grad_out: Array, mask: Array | None = None) -> list[Array]:
+def autograd(arrays: Any, grad_out: Array, mask: Array | None = None, softcap: float | None = None) -> list[Array]:
     """Return PyTorch's gradients of the broadcasting form, in float64."""
     torch = pytest.importorskip("torch")
     given = [torch.tensor(np.asarray(a, np.float64), requires_grad=True) for a in arrays]
     query, key, value, weight = given
     scores = (weight * torch.tanh(query[..., :, None, :] + key[..., None, :, :])).sum(-1)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
         scores = scores + torch.from_numpy(np.where(mask, 0, -np.inf) if mask.dtype == bool else mask)
     (scores.softmax(-1) @ value).backward(torch.from_numpy(grad_out.astype(np.float64)))
@@ -75,6 +77,30 @@ def test_errors_against_autograd(dtype: Any, shape: tuple[int, ...], size: float
         wanted = autograd(arrays, upstream[0], mask)
         check_limits(backward(arrays, mask, upstream=upstream), wanted)
     check_limits(backward(arrays, mask, upstream=upstream, backend="reference"), wanted)
+
+
+@ANY_DTYPE
+@pytest.mark.parametrize("softcap", [None, 0.5, 3.0])
+@pytest.mark.parametrize("shape", [(2, 130, 140, 24), (3, 1, 150, 96), (2, 33, 300, 130)], ids=str)
+def test_autograd_agrees_on_windows_lengths_and_softcaps(
+    dtype: Any, shape: tuple[int, ...], softcap: float | None
+) -> None:
+    arrays = rows_of_a_batch(dtype, *shape)
+    positions, keys = np.arange(shape[1])[:, None] - 3, np.arange(shape[2])
+    lengths = np.random.default_rng(0).integers(60, shape[2] + 1, shape[0])
+    visible = (keys >= positions - 50) & (keys <= positions + 9) & (keys < lengths[:, None, None, None])
+    visible &= (seen := np.arange(shape[2]) % 7 != 5)
+    some = visible.any(-1)  # PyTorch's gradient of a row without keys is NaN
+    bias = numbers(np.random.default_rng(1), shape[1:3], dtype)
+    options: dict[str, Any] = {"window": (50, 9), "query_offset": -3, "key_lengths": lengths, "softcap": softcap}
+    grad_out, *results = upstream_of(*arrays, (bias, seen), **options)
+    grad_out = np.where(some[..., None], grad_out, 0).astype(dtype)
+    mask = np.where(visible | ~some[..., None], bias, -np.inf).astype(np.float64)
+    wanted = autograd(arrays, grad_out, mask, softcap)
+    for backend in ("cpu", "reference"):
+        found = backward(arrays, (bias, seen), **options, upstream=[grad_out, *results], backend=backend)
+        check_limits(found, wanted)
+        assert not found[0][~some].any()
 
 
 def test_gradients_by_hand() -> None:
@@ -181,6 +207,56 @@ def test_many_rounds(shape: tuple[int, ...], is_causal: Any) -> None:
         assert bits[0] == bits[1] == bits[2]
 
 
+@pytest.mark.usefixtures("_small_chunks")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window": (40, 3), "query_offset": 30},
+        {"window": (3, None), "softcap": 2.0},
+        {"key_lengths": [9, 170]},
+        {"key_lengths": [0, 130], "is_causal": "bottom-right", "softcap": 1.0},
+        {"window": (60, 0), "query_offset": [-40, 20], "key_lengths": [100, 0]},
+    ],
+    ids=str,
+)
+def test_many_rounds_of_intervals(options: dict[str, Any]) -> None:
+    arrays = rows_of_a_batch(np.float32, 2, 150, 170, 8)
+    mask = numbers(np.random.default_rng(0), (150, 170), np.float32), np.random.default_rng(1).random((1, 170)) < 0.7
+    for masks in (None, mask):
+        check(Call(*arrays[:3], masks, {"weight": arrays[3], "is_causal": False} | options))
+        bits = []
+        for threads in (1, 2, 3):
+            with fastattn.num_threads(threads):
+                bits.append([g.tobytes() for g in backward(arrays, masks, **options)])
+        assert bits[0] == bits[1] == bits[2]
+
+
+@pytest.mark.usefixtures("_small_chunks")
+@ANY_DTYPE
+@pytest.mark.parametrize("options", [{}, {"window": (40, 3), "softcap": 2.0}, {"is_causal": "bottom-right"}], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 0, 40), (1, 130, 400), (65, 131, 500), (150, 64, 333), (300, 20, 900)], ids=str)
+def test_a_padded_sequence_has_the_gradients_of_the_same_sequence_alone(
+    dtype: Any, options: dict[str, Any], sizes: tuple[int, int, int]
+) -> None:
+    """Though what is cut into chunks depends on the number of keys."""
+    queries, keys, capacity = sizes
+    query, key, value, weight = rows_of_a_batch(dtype, 3, queries, capacity, 8)
+    key[1, :, keys:], value[1, :, keys:] = np.nan, np.inf
+    padded = {"key_lengths": [capacity, keys, capacity // 2], **options}
+    alone = query[1:2], key[1:2, :, :keys], value[1:2, :, :keys]
+    upstream, wanted = upstream_of(query, key, value, weight, **padded), upstream_of(*alone, weight, **options)
+    wanted[0] = upstream[0][1:2]
+    assert [part[1:2].tobytes() for part in upstream] == [part.tobytes() for part in wanted]
+    found = backward((query, key, value, weight), **padded, upstream=upstream)
+    assert not found[1][1, :, keys:].any()
+    assert not found[2][1, :, keys:].any()
+    exact = backward((*alone, weight), **options, upstream=wanted)
+    for got, want in zip(found[:3], exact[:3], strict=True):
+        assert got[1:2, :, : want.shape[-2]].tobytes() == want.tobytes()
+    found = backward((query[1:2], key[1:2], value[1:2], weight), **options, key_lengths=keys, upstream=wanted)
+    assert found[3].tobytes() == exact[3].tobytes()
+
+
 def test_tasks_are_short_whatever_the_lengths() -> None:
     for queries, keys, features in ((20000, 30000, 256), (100, 10**7, 64), (10**7, 1, 512), (3, 5, 20000)):
         query, key = (np.broadcast_to(np.float32(0), (2, n, features)) for n in (queries, keys))
@@ -233,11 +309,13 @@ def test_working_memory_is_as_large_as_planned(
                 self.size, self.held = size, (memory.ctypes.data + start, memory[start:])
             return self.held
 
-    monkeypatch.setattr(session.current, "memory", Guarded())
     rng = np.random.default_rng(0)
     shapes = ((queries, sizes[0]), (150, sizes[0]), (150, sizes[1]), (sizes[0],))
     mask = rng.random((queries, 150)) < 0.5
-    backward([numbers(rng, shape, dtype) for shape in shapes], mask)
+    arrays = [numbers(rng, shape, dtype) for shape in shapes]
+    upstream = upstream_of(*arrays, mask)
+    monkeypatch.setattr(session.current, "memory", Guarded())
+    backward(arrays, mask, upstream=upstream)
     assert len(guards) == 2
     assert all((guard == 0xA5).all() for guard in guards)
 
@@ -385,6 +463,10 @@ def test_sixteen_lanes_on_any_machine(sixteen_lanes: isa.Isa) -> None:
         ({"key": np.ones((7, 4))}, "key: shape (7, 4); expected 3 features on the last axis"),
         ({"attn_mask": np.ones((7, 5), bool)}, "attn_mask: shape (7, 5); expected one that broadcasts to (5, 7)"),
         ({"is_causal": 1}, "is_causal: 1 of type int; expected"),
+        ({"window": (1, -1)}, "window: (1, -1) of type tuple; expected (left, right)"),
+        ({"softcap": 0}, "softcap: 0 of type int; expected a finite real number above 0"),
+        ({"key_lengths": 8}, "key_lengths: 8 to 8; expected 0 to 7, the length of key"),
+        ({"query_offset": 0.5}, "query_offset: dtype float64; expected integers"),
         ({"grad_out": np.ones((5, 4))}, "grad_out: shape (5, 4); expected (5, 2), the shape of the result"),
         ({"grad_out": "abc"}, "grad_out: dtype <U3 is not supported"),
         ({"out": np.ones((7, 2))}, "out: shape (7, 2); expected (5, 2), the shape of the result"),

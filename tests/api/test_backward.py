@@ -109,6 +109,40 @@ def test_many_blocks(dtype: Any, kind: str | None, is_causal: Any, lengths: tupl
     tolerances.check_gradients(found, (query, key, value, mask), *wanted)
 
 
+#: Of two rows of a batch: windows, offsets, lengths, softcaps.
+INTERVALS: list[dict[str, Any]] = [
+    {"window": (70, 5), "query_offset": 9},
+    {"window": (3, None), "is_causal": False, "softcap": 2.0},
+    {"window": (200, 0), "is_causal": "bottom-right", "key_lengths": [130, 40]},
+    {"query_offset": [-100, 60], "is_causal": True, "softcap": 5.0},
+    {"window": (40, 30), "query_offset": [200, -20], "key_lengths": [257, 0]},
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", [None, "bool", "float, -inf", "pair"])
+@pytest.mark.parametrize("options", INTERVALS, ids=str)
+@pytest.mark.parametrize("lengths", [(1, 700), (130, 257), (385, 390)], ids=str)
+def test_many_blocks_of_intervals(
+    dtype: Any, kind: str | None, options: dict[str, Any], lengths: tuple[int, int]
+) -> None:
+    rng = np.random.default_rng(lengths)
+    query, key, value = (
+        numbers(rng, (2, heads, n, 33), dtype) for heads, n in zip((2, 1, 1), (*lengths, lengths[1]), strict=True)
+    )
+    mask: Any = None
+    if kind is not None:
+        mask = random_mask(rng, (2, *lengths), "float" if kind == "pair" else kind, np.float32)
+        mask = (mask, random_mask(rng, lengths, "bool", np.float32)) if kind == "pair" else mask
+    grad_out, grad_lse = numbers(rng, (2, 2, lengths[0], 33), dtype), numbers(rng, (2, 2, lengths[0]), dtype)
+    options = {"enable_gqa": True, **options}
+    found = gradients(
+        grad_out, query, key, value, mask, grad_lse=grad_lse, grad_mask=bias_in(mask) is not None, **options
+    )
+    wanted = tolerances.expected_gradients(grad_out, query, key, value, mask, grad_lse=grad_lse, **options)
+    tolerances.check_gradients(found, (query, key, value, mask), *wanted)
+
+
 # -- other oracles -----------------------------------------------------------------------------------------------------
 
 
@@ -139,6 +173,46 @@ def test_pytorch_differentiates_by_a_mask_and_through_groups(dtype: Any) -> None
     )
     exact = torch.autograd.grad(out, (query, key, value, mask), grad_out.detach())
     tolerances.check_promise(found, [gradient.numpy() for gradient in exact], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("softcap", [None, 0.3, 4.0])
+@pytest.mark.parametrize("window", [(None, None), (20, 5), (None, 0)], ids=str)
+def test_pytorch_differentiates_by_softcaps_windows_and_pairs_of_masks(
+    dtype: Any, backend: str, softcap: float | None, window: Any
+) -> None:
+    """Composed by hand: PyTorch's function has none of these."""
+    torch = pytest.importorskip("torch")
+    shapes = [(2, 3, 70, 16), (2, 3, 70, 24), (2, 3, 90, 24), (2, 3, 90, 16), (3, 70, 90), (2, 3, 70)]
+    grad_out, query, key, value, bias, grad_lse = inputs(*shapes, dtype=dtype)
+    keep, offsets, lengths = np.arange(90) % 9 != 4, np.array([-10, 15]), np.array([90, 61])
+    positions = np.arange(70)[:, None] + offsets[:, None, None, None]
+    left, right = (1000 if reach is None else reach for reach in window)
+    visible = (np.arange(90) >= positions - left) & (np.arange(90) <= positions + right) & keep
+    visible &= np.arange(90) < lengths[:, None, None, None]
+    empty = np.broadcast_to(~visible.any(-1), grad_lse.shape)
+    assert empty.any() == (window != (None, None))
+
+    leaves = [torch.from_numpy(array.astype(np.float64)).requires_grad_() for array in (query, key, value, bias)]
+    scores = leaves[0] @ leaves[1].mT * 0.5
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    scores = (scores + leaves[3]).masked_fill(torch.from_numpy(~visible), -1e300)
+    there = torch.from_numpy(~empty)  # a row of nothing but -inf would have gradients of NaN in PyTorch
+    out = (scores.softmax(-1) @ leaves[2])[there]
+    loss = (out * torch.from_numpy(grad_out)[there]).sum()
+    loss = loss + (scores.logsumexp(-1)[there] * torch.from_numpy(grad_lse)[there]).sum()
+    exact = [gradient.numpy() for gradient in torch.autograd.grad(loss, leaves)]
+    options: dict[str, Any] = {
+        "scale": 0.5,
+        "softcap": softcap,
+        "window": window,
+        "query_offset": offsets,
+        "key_lengths": lengths,
+        "backend": backend,
+    }
+    found = gradients(grad_out, query, key, value, (bias, keep), grad_lse=grad_lse, grad_mask=True, **options)
+    tolerances.check_promise(found, exact, dtype)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -307,6 +381,8 @@ OPTIONS: list[dict[str, Any]] = [
     {},
     {"is_causal": True},
     {"is_causal": "bottom-right", "dropout_p": 0.2, "rng": 3},
+    {"window": (100, 40), "query_offset": 350},
+    {"window": (90, 0), "query_offset": [0, 400], "key_lengths": [500, 650], "softcap": 3.0},
 ]
 
 
@@ -398,6 +474,17 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"grad_mask": 1}, TypeError, "grad_mask: 1 of type int; expected True or False"),
     ({"dropout_p": 0.5}, ValueError, "rng: None with dropout_p=0.5; expected what the forward pass was given"),
     ({"key": np.ones((7, 5))}, ValueError, "key: shape"),
+    ({"window": (1, -1)}, ValueError, r"window: \(1, -1\) of type tuple; expected \(left, right\)"),
+    ({"softcap": -1.0}, ValueError, "softcap: -1.0 of type float; expected a finite real number above 0"),
+    ({"key_lengths": 8}, ValueError, "key_lengths: 8 to 8; expected 0 to 7, the length of key"),
+    ({"query_offset": "no"}, TypeError, "query_offset: dtype <U2; expected integers"),
+    ({"query_offset": 1, "is_causal": "bottom-right"}, ValueError, "query_offset: given together with is_causal"),
+    (
+        {"attn_mask": (MASK == 0, MASK)},
+        TypeError,
+        r"attn_mask: a pair of dtypes bool, float64; expected \(bias, keep\)",
+    ),
+    ({"grad_mask": True, "attn_mask": (None, MASK == 0)}, TypeError, "grad_mask: True for an attn_mask of dtype bool"),
     ({"backend": "gpu"}, ValueError, "backend: 'gpu'"),
 ]
 

@@ -109,6 +109,63 @@ def test_summary_of_many_blocks(dtype: Any, kind: str | None, is_causal: Any, le
     check_summary((query, key, mask), {"is_causal": is_causal, "enable_gqa": True})
 
 
+#: Of two rows of a batch: windows, offsets, lengths, softcaps.
+INTERVALS: list[dict[str, Any]] = [
+    {"window": (70, 5), "query_offset": 9},
+    {"window": (3, None), "softcap": 2.0},
+    {"window": (200, 0), "is_causal": "bottom-right", "key_lengths": [130, 40]},
+    {"query_offset": [-100, 60], "is_causal": True, "softcap": 5.0},
+    {"window": (40, 30), "query_offset": [200, -20], "key_lengths": [257, 0]},
+]
+intervals = pytest.mark.parametrize("options", INTERVALS, ids=str)
+
+
+@intervals
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("kind", [None, "bool", "pair"])
+@pytest.mark.parametrize("length", [(3, 777), (150, 530), (300, 257)], ids=str)
+def test_summary_of_many_blocks_of_intervals(dtype: Any, kind: str | None, options: Any, length: Any) -> None:
+    rng = np.random.default_rng(length)
+    query, key = (numbers(rng, (2, heads, n, 33), dtype) for heads, n in zip((2, 1), length, strict=True))
+    keep = None if kind is None else random_mask(rng, (2, *length), "bool", np.float32)
+    mask = (numbers(rng, length, dtype), keep) if kind == "pair" else keep
+    summary = check_summary((query, key, mask), {"enable_gqa": True, **options})
+    visible = fastattn.attention_weights(query, key, None, enable_gqa=True, **options) != 0
+    assert not summary.received[~visible.any(axis=-2)].any()
+    assert not summary.entropy[~visible.any(axis=-1)].any()
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("odd", [np.nan, np.inf])
+def test_what_lies_outside_of_all_intervals_never_shows(backend: str, odd: float, softcap: float | None) -> None:
+    query, key = np.random.default_rng(0).standard_normal((2, 2, 1, 150, 8)).astype(np.float32)
+    options: dict[str, Any] = {"window": (20, None), "query_offset": 40, "key_lengths": [97, 149], "softcap": softcap}
+    rows, columns = [0, 70, 149, 3], slice(10, 120)
+
+    def everything() -> list[bytes]:
+        summary = fastattn.attention_summary(query, key, **options, backend=backend)
+        some = {"rows": rows, "columns": columns, "backend": backend, **options}
+        weights = [fastattn.attention_weights(query, key, **some, lse=lse) for lse in (None, summary.lse)]
+        return [*bits(summary), *bits(weights)]
+
+    wanted = everything()
+    key[0, :, 97:], key[1, :, 149:], key[..., :20, :] = odd, odd, odd
+    assert everything() == wanted
+
+
+def test_a_padded_sequence_has_the_summary_of_the_same_sequence_alone() -> None:
+    query, key = np.random.default_rng(0).standard_normal((2, 3, 2, 400, 24)).astype(np.float32)
+    for options in ({}, {"window": (60, 3), "softcap": 2.0}, {"is_causal": "bottom-right"}):
+        for keys in (0, 1, 130, 320):
+            alone = fastattn.attention_summary(query[1], key[1, :, :keys], **options)
+            lengths = [400, keys, 77]
+            padded = fastattn.attention_summary(query, key, **options, key_lengths=lengths)
+            assert not padded.received[1, :, keys:].any()
+            mine = [array[1] for array in padded]
+            mine[-1] = mine[-1][:, :keys]
+            assert bits(mine) == bits(alone)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("height", [-60, 60, 300])
 def test_summary_of_scores_that_keep_rising(dtype: Any, height: float) -> None:
@@ -363,6 +420,26 @@ def test_chosen_weights_have_the_bits_of_all_weights(choice: Any) -> None:
     assert whole.tobytes() == weights.tobytes()
 
 
+@intervals
+@pytest.mark.parametrize("mask", [None, "bool", "pair"])
+def test_what_is_chosen_keeps_its_interval(backend: str, mask: str | None, options: dict[str, Any]) -> None:
+    rng = np.random.default_rng(0)
+    query, key = (numbers(rng, (2, 1, n, 8), np.float32) for n in (150, 257))
+    keep = None if mask is None else rng.random((150, 257)) < 0.7
+    masks = (numbers(rng, (257,), np.float32), keep) if mask == "pair" else keep
+    options = {**options, "backend": backend}
+    whole = fastattn.attention_weights(query, key, masks, **options)
+    lse = fastattn.attention_summary(query, key, masks, **options).lse
+    for rows in (slice(60, 130), [149, 3, 77], slice(140, 2, -20), -1):
+        for columns in (slice(30, 160), [256, 0, 40], -1, slice(None, None, 9)):
+            chosen: Any = {"rows": rows, "columns": columns}
+            tile = fastattn.attention_weights(query, key, masks, **options, **chosen)
+            np.testing.assert_array_equal(tile, cut(whole, rows, columns))
+            given = fastattn.attention_weights(query, key, masks, **options, **chosen, lse=lse)
+            np.testing.assert_allclose(given, tile, rtol=1e-5, atol=1e-7)
+            np.testing.assert_array_equal(given != 0, tile != 0)
+
+
 def test_rows_are_taken_some_at_a_time_where_their_masks_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
     query, key = np.random.default_rng(0).standard_normal((2, 2, 300, 8)).astype(np.float32)
     mask = np.random.default_rng(1).random((300, 300)) < 0.7
@@ -449,6 +526,10 @@ def test_time_with_lse_is_that_of_the_tile() -> None:
         ({"backend": "gpu"}, ValueError, "backend: 'gpu'"),
         ({"scale": np.nan}, ValueError, "scale: "),
         ({"is_causal": "left"}, ValueError, "is_causal: "),
+        ({"window": (1, True)}, TypeError, "window: \\(1, True\\) of type tuple; expected \\(left, right\\)"),
+        ({"softcap": np.inf}, ValueError, "softcap: inf of type float; expected a finite real number above 0"),
+        ({"key_lengths": [5]}, ValueError, "key_lengths: shape \\(1,\\); expected one that broadcasts to \\(\\)"),
+        ({"query_offset": 1.0}, TypeError, "query_offset: dtype float64; expected integers"),
     ],
 )
 @pytest.mark.parametrize("name", ["cpu", "reference"])
@@ -468,6 +549,9 @@ def test_bad_arguments_of_attention_weights(name: str, options: Any, error: Any,
         ({"enable_gqa": 1}, TypeError, "enable_gqa: "),
         ({"attn_mask": np.zeros((20, 31), bool)}, ValueError, "attn_mask: shape \\(20, 31\\)"),
         ({"backend": 1}, TypeError, "backend: 1"),
+        ({"window": 5}, TypeError, "window: 5 of type int; expected \\(left, right\\)"),
+        ({"softcap": 0.0}, ValueError, "softcap: 0.0 of type float; expected a finite real number above 0"),
+        ({"key_lengths": -1}, ValueError, "key_lengths: -1 to -1; expected 0 to 30, the length of key"),
     ],
 )
 @pytest.mark.parametrize("name", ["cpu", "reference"])

@@ -351,8 +351,8 @@ def test_scales(number: Any) -> None:
 
 def test_the_default_scale() -> None:
     assert check_scale(None) is None
-    assert problem_of((5, 16), (7, 16)).scale == 0.25
-    assert problem_of((5, 0), (7, 0), (7, 3)).scale == 1.0
+    assert problem_of((5, 16), (7, 16)).scores.scale == 0.25
+    assert problem_of((5, 0), (7, 0), (7, 3)).scores.scale == 1.0
 
 
 @pytest.mark.parametrize(

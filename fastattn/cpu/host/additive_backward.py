@@ -42,18 +42,21 @@ def backward(
     lead, dtype = problem.rows_shape, problem.real
     heads = math.prod(lead)
     worked = heads and problem.queries and problem.keys
-    make = np.empty if worked else np.zeros
+    # the gradients of what lies behind the length of a row, nobody writes
+    make = np.empty if worked and operands.lengths is None else np.zeros
     grad_query, grad_key = (make((*lead, n, problem.head_dim), dtype) for n in (problem.queries, problem.keys))
     grad_value = make((*lead, problem.keys, problem.value_dim), dtype)
     if not worked:
         return grad_query, grad_key, grad_value, np.zeros(problem.head_dim, dtype)
 
     plan, given = plan_rounds(problem, operands, upstream.grad_out, threads)
-    parts = np.empty((plan.tasks, problem.head_dim), dtype)
+    parts = make((plan.tasks, problem.head_dim), dtype)
     sums = np.empty((heads * problem.queries, 2), dtype)
     out, lse, weight = map(np.ascontiguousarray, (upstream.out, upstream.lse, weight))
     _note(given, grad_out=upstream.grad_out, out=out, grad_query=grad_query, grad_key=grad_key, grad_value=grad_value)
-    _note(given, grad_weight=parts, sums=sums)
+    lengths = () if operands.lengths is None else operands.lengths.tolist()
+    cuts = np.array([_cut(problem, length, session.current.row.blocking) for length in lengths], np.int64)
+    _note(given, grad_weight=parts, sums=sums, cuts=cuts if lengths else None)
     given["precise"], given["slack"] = limit_of(dtype, upstream.rounded), slack(upstream.rounded, problem.head_dim)
     for number in range(plan.tasks // heads):
         given["round"] = number
@@ -76,17 +79,11 @@ def plan_rounds(problem: Problem, operands: Operands, grad_out: Array, threads: 
     features, value_dim, itemsize = problem.head_dim, problem.value_dim, problem.real.itemsize
     row = session.current.row
     tile, blocking = row.tile(problem.real.type.__name__), row.blocking
-    query_block = _block(blocking, blocking.additive_query_bytes, (features + value_dim) * itemsize)
-    key_block = _block(blocking, blocking.additive_key_bytes, (features + value_dim) * itemsize)
-    query_blocks, key_blocks = -(-problem.queries // query_block), -(-problem.keys // key_block)
-    flops = problem.queries * problem.keys * (blocking.additive_gradient_cost * features + 4.0 * value_dim)
-    # as many chunks as can be at work at a time; more where tasks would be too long
-    wide = -(-problem.keys // query_block)
-    chunks = min(max(query_blocks, key_blocks), max(min(query_blocks, wide), math.ceil(flops / TASK_FLOPS)))
+    query_block, key_block = _blocks(problem, blocking)
+    chunks, query_blocks, key_blocks = _cut(problem, problem.keys, blocking)
     row_bytes = padded(tile, features) * itemsize
     given: Any = np.zeros(1, ADDITIVE_BACKWARD)
-    given["query_block"], given["query_blocks"] = query_block, -(-query_blocks // chunks)
-    given["key_blocks"] = -(-key_blocks // chunks)
+    given["query_block"], given["query_blocks"], given["key_blocks"] = query_block, query_blocks, key_blocks
     given["together"] = together = max(
         1, min(query_block, blocking.additive_terms_bytes // max(1, tile.lanes * row_bytes))
     )
@@ -96,9 +93,36 @@ def plan_rounds(problem: Problem, operands: Operands, grad_out: Array, threads: 
     heads = math.prod(problem.rows_shape)
     draft.fields.update(key_block=key_block, blocks=chunks, group=1, groups=chunks, tasks=heads * chunks)
     draft.fields.update(fields_of_softcap(problem, 1.0))  # scores are in base e here
-    draft.flops = heads * flops / chunks * share_of_keys(problem)
+    draft.flops = heads * _flops(problem, problem.keys, blocking) / chunks * share_of_keys(problem)
     draft.scratch_bytes = aligned(_scratch_bytes(tile, query_block, key_block, features, value_dim, together))
     return draft.finish(threads), given
+
+
+def _blocks(problem: Problem, blocking: Blocking) -> tuple[int, int]:
+    """How many queries, and how many keys, are a block."""
+    row_bytes = (problem.head_dim + problem.value_dim) * problem.real.itemsize
+    most = blocking.additive_query_bytes, blocking.additive_key_bytes
+    return _block(blocking, most[0], row_bytes), _block(blocking, most[1], row_bytes)
+
+
+def _flops(problem: Problem, keys: int, blocking: Blocking) -> float:
+    """Operations on one head with so many keys."""
+    per_score = blocking.additive_gradient_cost * problem.head_dim + 4.0 * problem.value_dim
+    return problem.queries * keys * per_score
+
+
+def _cut(problem: Problem, keys: int, blocking: Blocking) -> tuple[int, int, int]:
+    """How many chunks a head with so many keys is cut into; how many blocks of queries, and of keys, are a chunk.
+
+    They are as many as can be at work at a time, and more where tasks would be too long.
+    """
+    if not keys:
+        return 0, 0, 0
+    query_block, key_block = _blocks(problem, blocking)
+    query_blocks, key_blocks, wide = -(-problem.queries // query_block), -(-keys // key_block), -(-keys // query_block)
+    short = math.ceil(_flops(problem, keys, blocking) / TASK_FLOPS)
+    chunks = min(max(query_blocks, key_blocks), max(min(query_blocks, wide), short))
+    return chunks, -(-query_blocks // chunks), -(-key_blocks // chunks)
 
 
 def _block(blocking: Blocking, most: int, row_bytes: int) -> int:

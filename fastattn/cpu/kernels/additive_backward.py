@@ -14,9 +14,9 @@ A task takes the blocks of queries of a chunk through the blocks of keys of anot
         grad_value[j] += Σ_i P[i][j] · dO[i]                                              add_to_values
 
 All sums have one owner and one order. A head's queries and its keys are cut into n chunks each, by their numbers
-alone, and the pass has n rounds: in round r, task c takes the queries of chunk c and the keys of chunk (r - c) mod n.
-So no two tasks of a round write to the same rows, and each row is written to in the order of the rounds; in the first,
-all are.
+alone (of keys, that of the head's own row of the batch), and the pass has n rounds: in round r, task c takes the
+queries of chunk c and the keys of chunk (r - c) mod n. So no two tasks of a round write to the same rows, and each row
+is written to in the order of the rounds; in the first, all are.
 """
 
 from fastattn.cpu.kernels import tasks
@@ -37,6 +37,7 @@ from fastattn.simd import (
     fma,
     jit,
     load_element,
+    load_i64,
     record_view,
     store_element,
     sum_rows,
@@ -48,6 +49,7 @@ from fastattn.simd import (
 )
 
 backward_view = record_view(ADDITIVE_BACKWARD)
+WORD = 8
 PLACES_BYTES = -(-ADDITIVE_PLACES.itemsize // 64) * 64
 
 
@@ -411,17 +413,29 @@ def meet(kernel, call, plan, given, head, number, places, first, queries, first_
 
 
 @jit
+def cut_of(plan, given, number):
+    """How many chunks a head is cut into; how many blocks of queries, and of keys, are a chunk."""
+    if given.cuts == 0:
+        return plan.groups, given.query_blocks, given.key_blocks
+    at = given.cuts + number // plan.heads * 3 * WORD
+    return load_i64(at), load_i64(at + WORD), load_i64(at + 2 * WORD)
+
+
+@jit
 def differentiate_chunk(kernel, call, plan, number, chunk, _, scratch):
     """One task: the queries of a chunk and the keys that are theirs in this round, of one head."""
     tile = kernel.tile
     given = backward_view(call.out)
+    chunks, query_blocks, key_blocks = cut_of(plan, given, number)
+    if chunk >= chunks or given.round >= chunks:
+        return
     places = lay_out(tile, plan, given, scratch)
     row_bytes, features_bytes = padded(tile, plan.head_dim) * tile.itemsize, plan.head_dim * tile.itemsize
     head = locate(call, plan, number)
-    query_start = chunk * given.query_blocks * given.query_block
-    query_end = min(plan.queries, query_start + given.query_blocks * given.query_block)
-    key_start = (given.round + plan.groups - chunk) % plan.groups * given.key_blocks * plan.key_block
-    key_end = min(plan.keys, key_start + given.key_blocks * plan.key_block)
+    query_start = chunk * query_blocks * given.query_block
+    query_end = min(plan.queries, query_start + query_blocks * given.query_block)
+    key_start = (given.round + chunks - chunk) % chunks * key_blocks * plan.key_block
+    key_end = min(head.keys, key_start + key_blocks * plan.key_block)
     first_round = given.round == 0
 
     load_weight(tile, plan, places, call.weight)

@@ -219,6 +219,10 @@ ADDITIVE_BACKWARD = np.dtype(
         ("grad_value", i8),
         ("grad_weight", i8),  # a row for each task of a round, which takes its part of the sum
         ("sums", i8),  # m and log2(l) of each query whose lse has lost digits, for all rounds
+        (
+            "cuts",
+            i8,
+        ),  # of each row of the batch: chunks, and blocks of queries and of keys in one; 0: the plan's
         ("precise", f8),  # as in GRADIENT_PLAN
         ("slack", f8),
     ]
