@@ -1,4 +1,4 @@
-"""A few calls that reach every part of the kernels, for checks of one ISA: tails, masks, causal, dropout, layouts."""
+"""A few calls that reach every part of the kernels, for checks of one ISA: tails, masks, dropout, layouts."""
 
 from __future__ import annotations
 
@@ -44,12 +44,30 @@ def cases(dtype: Any) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
     ]
 
 
-def check(dtypes: tuple[Any, ...] = (np.float32, np.float64), threads: int = 2) -> int:
+def intervals(dtype: Any) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Return the same of calls whose queries have intervals of keys, and of a pair of masks."""
+    rng = np.random.default_rng(1)
+    long, short = (
+        tuple(rng.standard_normal((2, 1, length, 40)).astype(dtype) for length in lengths)
+        for lengths in ((150, 300, 300), (3, 140, 140))
+    )
+    pair = rng.standard_normal((150, 300)).astype(np.float32), rng.random((150, 300)) < 0.6
+    leaky = long[0], long[1], np.where(np.arange(300)[:, None] < 131, long[2], dtype(np.nan))
+    return [
+        (long, {"window": (50, 7), "query_offset": 20}),
+        (long, {"window": (3, None), "attn_mask": pair}),
+        (long, {"key_lengths": [131, 300], "is_causal": "bottom-right"}),
+        (leaky, {"key_lengths": [131, 77], "window": (90, 0), "query_offset": [5, -30]}),
+        (short, {"window": (30, 2), "query_offset": 100, "key_lengths": [99, 140]}),
+    ]
+
+
+def check(dtypes: tuple[Any, ...] = (np.float32, np.float64), threads: int = 2, of: Any = cases) -> int:
     """Assert that all calls are right; return how many there were."""
     count = 0
     with fastattn.num_threads(threads):
         for dtype in dtypes:
-            for arrays, options in cases(dtype):
+            for arrays, options in of(dtype):
                 wanted = tolerances.expected(*arrays, **options)
                 out, lse = fastattn.attention(*arrays, **options, return_lse=True)
                 tolerances.check_out(out, wanted)

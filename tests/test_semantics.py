@@ -280,6 +280,20 @@ def test_what_dropout_keeps_depends_on_seed_batch_head_query_and_key_alone(atten
     np.testing.assert_array_equal(grouped != 0, large)
 
 
+def test_what_dropout_keeps_is_not_moved_by_positions_and_lengths(attention: Attention) -> None:
+    query, key, value = inputs((70, 200), (2, 4))
+    dropped: dict[str, Any] = {"dropout_p": 0.5, "rng": 5, "return_weights": True}
+    kept = attention(query, key, value, **dropped)[1] != 0
+    for options in (
+        {"window": (20, 3), "query_offset": 31},
+        {"is_causal": True, "query_offset": [100, -20]},
+        {"key_lengths": [150, 33], "window": (None, 60)},
+    ):
+        seen = attention(query, key, value, **options, return_weights=True)[1] != 0
+        some = attention(query, key, value, **options, **dropped)[1] != 0
+        np.testing.assert_array_equal(some, kept & seen)
+
+
 def test_dropout_with_an_equal_seed_is_equal(attention: Attention) -> None:
     query, key, value = inputs((33, 44))
     first = attention(query, key, value, dropout_p=0.5, rng=2**64 - 1)
@@ -424,7 +438,7 @@ def test_windows_may_be_lists_and_numpys_integers(attention: Attention, window: 
 
 
 @dtypes
-@pytest.mark.parametrize("offset", [-200, -64, -7, -1, 1, 8, 65, 129, 200])
+@pytest.mark.parametrize("offset", [-200, -64, -7, -1, 1, 8, 20, 65, 129, 200])
 @pytest.mark.parametrize("options", [{"is_causal": True}, {"window": (5, 20)}, {"window": (70, None)}], ids=str)
 def test_query_i_stands_at_i_plus_the_offset(
     attention: Attention, dtype: Any, offset: int, options: dict[str, Any]
@@ -1197,6 +1211,27 @@ def test_a_scale_need_not_be_a_number_of_float32(
         out = np.empty_like(results[0])
         assert attention(query, key, value, given, **options, out=out) is out
         assert out.tobytes() == results[0].tobytes()
+
+
+@dtypes
+@pytest.mark.parametrize(("scale", "softcap"), [(1e39, 2.0), (0.25, 1e-30), (1e-40, 1e30), (0.25, None)])
+def test_such_a_scale_or_softcap_comes_with_windows_lengths_and_pairs_of_masks(
+    backend: str, attention: Attention, dtype: Any, scale: float, softcap: float | None
+) -> None:
+    size = {1e39: 1e-20, 1e-40: 1e20}.get(scale, 1.0)
+    query, key, value = ((size * array).astype(dtype) for array in inputs((50, 70), (2, 1)))
+    pair = normal(50, 70, seed=4), normal(50, 70, seed=5) > -1
+    options: Any = {"window": (30, 4), "query_offset": [-5, 30], "key_lengths": [70, 41]}
+    options |= {"scale": scale, "softcap": softcap}
+    out, lse, weights = tolerances.check_call(attention, query, key, value, pair, **options)
+    visible = np.stack([seen((50, 70), 30, 4, -5, 70), seen((50, 70), 30, 4, 30, 41)])[:, None] & pair[1]
+    np.testing.assert_array_equal(weights != 0, visible)
+    grad_out = normal(2, 1, 50, 16, dtype=dtype, seed=6)
+    found = fastattn.attention_backward(
+        grad_out, query, key, value, out, lse, pair, **options, grad_mask=True, backend=backend
+    )
+    wanted = tolerances.expected_gradients(grad_out, query, key, value, pair, **options)
+    tolerances.check_gradients(found, (query, key, value, pair), *wanted)
 
 
 @dtypes

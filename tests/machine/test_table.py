@@ -185,6 +185,7 @@ def test_sixteen_lanes_on_any_machine(monkeypatch: pytest.MonkeyPatch, sixteen_l
     for name in ("WORTH_SHARING", "WORTH_WAKING"):
         monkeypatch.setattr(pool, name, 0)
     assert broad.check((np.float32,)) == 16
+    assert broad.check((np.float32,), of=broad.intervals) == 5
     assert any(kernel.row is sixteen_lanes for kernel in kernels._loaded)
 
 
@@ -195,6 +196,7 @@ def test_every_row_that_runs_here_is_right(row: isa.Isa) -> None:
 import numpy as np, broad
 from fastattn.cpu.host import pool
 pool.WORTH_SHARING = pool.WORTH_WAKING = 0
+assert broad.check(({dtypes}), of=broad.intervals) >= 5
 print(broad.check(({dtypes})))
 """
     assert int(processes.run(code, FASTATTN_ISA=row.name)) == 16 * dtypes.count("np.")
