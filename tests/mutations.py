@@ -458,15 +458,15 @@ MUTATIONS = (
     Mutation(
         "all rows of a batch have the length of the first",
         "cpu/kernels/tasks.py",
-        "keys = load_i64(call.lengths + place)",
+        "keys = load_i64(call.lengths + number // plan.heads * WORD)",
         "keys = load_i64(call.lengths)",
         ("test_semantics.py", "test_keys_behind_the_length_of_a_row_take_no_part and cpu"),
     ),
     Mutation(
         "offsets of rows are those of their heads",
         "cpu/kernels/tasks.py",
-        "number // plan.heads * WORD",
-        "number % plan.heads * WORD",
+        "call.offsets + number // plan.heads * WORD",
+        "call.offsets + number % plan.heads * WORD",
         ("test_semantics.py", "test_each_row_of_a_batch_may_have_an_offset and cpu"),
     ),
     Mutation(
