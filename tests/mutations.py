@@ -439,9 +439,9 @@ MUTATIONS = (
     ),
     Mutation(
         "CUDA: the causal limit is off by one",
-        "cuda/kernels/tiles.py",
-        "key <= query + sizes[CAUSAL_OFFSET]",
-        "key < query + sizes[CAUSAL_OFFSET]",
+        "cuda/kernels/scores.py",
+        "key <= query + head.last",
+        "key < query + head.last",
         ("cuda/kernels/test_portable.py", "test_causal_both_ways"),
     ),
     Mutation(
@@ -453,9 +453,9 @@ MUTATIONS = (
     ),
     Mutation(
         "CUDA: the causal limit cuts off a key",
-        "cuda/kernels/portable.py",
-        "first_query + present + sizes[CAUSAL_OFFSET])",
-        "first_query + present + sizes[CAUSAL_OFFSET] - 1)",
+        "cuda/kernels/scores.py",
+        "min(head.keys, last + head.last + 1)",
+        "min(head.keys, last + head.last)",
         ("cuda/kernels/test_portable.py", "test_causal_both_ways"),
     ),
     Mutation(

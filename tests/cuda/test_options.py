@@ -11,6 +11,7 @@ import pytest
 import tolerances
 
 import fastattn
+from fastattn.call.problem import Problem
 from fastattn.call.shapes import describe
 from fastattn.cuda.host import decode as decoding
 from fastattn.cuda.host import tensor_cores
@@ -132,6 +133,11 @@ def test_half_precision() -> None:
         np.testing.assert_allclose(out, wanted, rtol=1e-3, atol=1e-3)
 
 
+def with_scale(problem: Problem, scale: float, dtype: Any = np.float32) -> Problem:
+    """Return a problem with another scale, in another dtype."""
+    return replace(problem, real=np.dtype(dtype), scores=replace(problem.scores, scale=scale))
+
+
 def test_which_scales_are_extreme() -> None:
     array = np.zeros((2, 2), np.float32)
     problem = describe(array, array, array)[0]
@@ -140,10 +146,10 @@ def test_which_scales_are_extreme() -> None:
         (np.float64, (1.1e300, -1.7e308), (0.0, 1.0, 1e-320, -1e300)),
     ):
         for scale in extreme:
-            assert is_extreme(replace(problem, dtype=np.dtype(dtype), scale=scale))
+            assert is_extreme(with_scale(problem, scale, dtype))
         for scale in usual:
-            assert not is_extreme(replace(problem, dtype=np.dtype(dtype), scale=scale))
-    problem = replace(problem, scale=1e39)
+            assert not is_extreme(with_scale(problem, scale, dtype))
+    problem = with_scale(problem, 1e39)
     assert "extreme" in (decoding.against(problem) or "")
     table = Table(np.zeros((8, 1), np.int64), np.ones((8, 2), np.int64), np.zeros(8, np.int64))
     assert "scale" in (tensor_cores.against("float16", "float32", problem, table, (0,), (8, 0)) or "")
