@@ -78,15 +78,17 @@ def head_of(slice_, offsets, steps, sizes):
 @device
 def keys_of_queries(head, first, last, block):
     """The first key and the end of those that any query from `first` to `last` looks at, from a whole block on."""
-    begin = max(0, first + head.first)
-    return begin - begin % block, min(head.keys, last + head.last + 1)
+    begin, end = max(0, first + head.first), min(head.keys, last + head.last + 1)
+    return begin - begin % block if begin < end else end, end
 
 
 @device
 def queries_of_keys(head, first, last, block):
     """The first query and the end of those that look at any key from `first` to `last`, from a whole block on."""
     begin, end = max(0, first - head.last), min(head.queries, min(last, head.keys - 1) - head.first + 1)
-    return begin - begin % block, end if first < head.keys else 0
+    if first >= head.keys:
+        end = begin
+    return begin - begin % block if begin < end else end, end
 
 
 @device

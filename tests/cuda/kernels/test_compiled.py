@@ -37,7 +37,7 @@ if SLOW:
 
 #: Of kinds with a boolean mask beside their own and a softcap.
 PAIRS = ("float32, two masks and a softcap",)
-KERNELS |= {name: ("float32", "float32", False, 64, 64) for name in PAIRS}
+KERNELS |= dict.fromkeys(PAIRS, ("float32", "float32", False, 64, 64))
 
 #: Of a storage with an extreme scale, all portable kernels: arithmetic is in a wider type than the storage's.
 EXTREME = ("bfloat16", "float64")  # storage and mask
