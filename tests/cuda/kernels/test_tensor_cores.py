@@ -216,8 +216,8 @@ def test_what_is_refused() -> None:
     assert "7.5" in against(capability=(7, 5))
     assert "dropout" in against(problem=replace(problem, dropout_p=0.1))
     assert "float64" in against(mask="float64")
-    assert "scale" in against(problem=replace(problem, scale=-1.0))
-    assert against(mask="float32", problem=replace(problem, scale=-1.0)) is None
+    assert "scale" in against(problem=replace(problem, scores=replace(problem.scores, scale=-1.0)))
+    assert against(mask="float32", problem=replace(problem, scores=replace(problem.scores, scale=-1.0))) is None
     assert "head size 60" in against(problem=replace(problem, head_dim=60))
     assert "value size 136" in against(problem=replace(problem, value_dim=136))
     assert "16 bytes" in against(addresses=(8,))
