@@ -55,6 +55,10 @@ def mask_of(mask: str) -> Any:
     return array(MASKS["bool" if mask == "none" else mask])
 
 
+#: Of a boolean mask beside a floating one, which the portable kernels are given before the softcap.
+KEEP = array(MASKS["bool"])
+
+
 def attention(spec: Any, real: Any, last: Any) -> tuple[Any, ...]:
     """Of kernels that write a matrix for each slice: the last array is of numbers of type `last`."""
     element = array(STORAGE[spec.storage])
@@ -62,22 +66,28 @@ def attention(spec: Any, real: Any, last: Any) -> tuple[Any, ...]:
     return (element, element, element, mask_of(spec.mask), element, array(last), *TABLES, scale, scale, *SEED)
 
 
+def of_tensor_core_forward(spec: Any) -> tuple[Any, ...]:
+    """Of the forward pass on tensor cores."""
+    return attention(spec, real_of(spec.storage), real_of(spec.storage))
+
+
 def of_forward(spec: Any) -> tuple[Any, ...]:
-    """Of the forward pass, portable and on tensor cores, where the scale is never extreme."""
-    return attention(spec, real_of(spec.storage, getattr(spec, "extreme", False)), real_of(spec.storage))
+    """Of the portable forward pass."""
+    real = real_of(spec.storage, spec.extreme)
+    return (*attention(spec, real, real_of(spec.storage)), KEEP, array(real).dtype)
 
 
 def of_weights(spec: Any) -> tuple[Any, ...]:
     """Of the matrix of weights."""
     real = real_of(spec.storage, spec.extreme)
-    return attention(spec, real, real)
+    return (*attention(spec, real, real), KEEP, array(real).dtype)
 
 
 def of_shifts(spec: Any) -> tuple[Any, ...]:
     """Of what weights are computed from."""
     element, real = array(STORAGE[spec.storage]), array(real_of(spec.storage, spec.extreme))
     lse = array(real_of(spec.storage))
-    return (element, element, mask_of(spec.mask), lse, real, *TABLES, real.dtype, real.dtype)
+    return (element, element, mask_of(spec.mask), lse, real, *TABLES, real.dtype, real.dtype, KEEP, real.dtype)
 
 
 def of_copy(spec: Any) -> tuple[Any, ...]:
@@ -108,7 +118,7 @@ def of_gradients(spec: Any) -> tuple[Any, ...]:
     """What the portable kernels of gradients have in common."""
     element, real, members = array(STORAGE[spec.storage]), array(spec.real), array(np.int64, 2)
     arrays = (element, element, element, mask_of(spec.mask), element, real, *TABLES, members)
-    return (*arrays, real.dtype, *SEED, real.dtype)
+    return (*arrays, real.dtype, *SEED, real.dtype, KEEP, real.dtype)
 
 
 def of_query_gradients(spec: Any) -> tuple[Any, ...]:
@@ -151,7 +161,7 @@ ARGUMENTS = {
     portable_backward.grad_mask: of_mask_gradient,
     decode.split_keys: of_split,
     decode.merge_splits: of_merge,
-    tensor_cores.forward: of_forward,
+    tensor_cores.forward: of_tensor_core_forward,
     tensor_cores_backward.gradients: of_tensor_core_gradients,
     tensor_cores_backward.find_shifts: of_tensor_core_shifts,
 }

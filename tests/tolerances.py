@@ -111,7 +111,8 @@ def expected(
         size = np.broadcast_to(size, problem.lse_shape)
         out_bound = eps * size * max(1.0, problem.keep_scale) * max(1.0, largest(operands.value))
         worst = terms * max(1.0, problem.head_dim / 2)
-        size = size + error_of_score(problem, worst, largest_score) - error_of_score(problem, terms, largest_score)
+        if np.isfinite(terms):
+            size = size + error_of_score(problem, worst, largest_score) - error_of_score(problem, terms, largest_score)
         weight_bound = eps * size * max(1.0, problem.keep_scale)
         most = max(1.0, problem.keep_scale) * (1 + ROUNDINGS * eps)
         most_out = most * (1 + problem.keys * eps) * largest(operands.value)

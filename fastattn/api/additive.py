@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastattn import reference
-from fastattn.api.asked import are_same, key_of, masks_in
+from fastattn.api.asked import are_same, ends_of, key_of_others, masks_in
 from fastattn.api.backends import BACKENDS
 from fastattn.call.arrays import as_additive_operands
 from fastattn.call.options import check_backend, check_flag
@@ -20,6 +20,8 @@ from fastattn.cpu.host import forward as cpu
 from fastattn.cpu.host import session
 from fastattn.cpu.host.builtin import in_default_mode, signatures
 from fastattn.cpu.host.threads import get_num_threads, threads_of_call
+
+ADDITIVE = None  # in front of a signature: that of attention has an int there
 
 
 def additive_attention(
@@ -105,18 +107,21 @@ def additive_attention(
     >>> fastattn.additive_attention(query, key, value, weight).shape
     (8, 16, 64)
     """
-    asked = None
+    asked: Any = b""
     if key_lengths is None and return_weights is False and (backend is None or backend == "cpu"):
-        mask, keep = masks_in(attn_mask)
-        agreed = signatures.of(query, key, value, weight, mask, keep, out)
-        options = ("additive", is_causal, softcap, return_lse)
-        asked = key_of(agreed, threads_of_call(), window, query_offset, *options)
+        mask, keep = masks_in(attn_mask) if isinstance(attn_mask, tuple) else (attn_mask, None)
+        left, right = (None, None) if window is None else ends_of(window)
+        arrays: Any = query, key, value, weight, mask, keep, out
+        options = is_causal, left, right, query_offset, softcap, return_lse
+        asked = signatures.of(ADDITIVE, threads_of_call(), *options, *arrays)
+        if not asked:
+            asked = key_of_others(ADDITIVE, threads_of_call(), *options, *arrays)
         plan = session.current.plans.get(asked)
         if plan is not None and (out is None or not signatures.overlap(out, query, key, value, weight, mask, keep)):
-            if not plan.problem.scores.bias and keep is None:
+            if mask is not None and keep is None and not plan.has_bias:
                 mask, keep = None, mask
-            vector: Any = weight
-            return cpu.attention(plan, (query, key, value, mask, keep, None, None), None, out, return_lse, vector)
+            given: Any = query, key, value, mask, keep, None, None, out, return_lse, None, weight
+            return cpu.attention(plan, *given)
 
     further: FurtherOptions = {
         "window": window,
@@ -134,7 +139,7 @@ def additive_attention(
 
 @in_default_mode
 def _on_cpu(
-    asked: Hashable | None,
+    asked: Hashable,
     query: Any,
     key: Any,
     value: Any,
@@ -157,12 +162,12 @@ def _on_cpu(
     plan = cpu.plan_forward(problem, operands, target, threads, "additive")
     made = (query_, key_, value_, weight_, *masks_in(mask_))
     given = (query, key, value, weight, *masks_in(attn_mask))
-    if asked is not None and are_same(made, given) and (out is None or target is out):
+    if asked and are_same(made, given) and (out is None or target is out):
         session.current.plans.keep(asked, plan)
     matrix = None
     if return_weights:  # first: out may be the query
         matrix = cpu.weights(problem, operands, target, None, threads, weight_, "additive")
-    result = cpu.attention(plan, operands, None, target, return_lse, weight_)
+    result = cpu.attention(plan, *operands, target, return_lse, None, weight_)
     if matrix is not None:
         result = (*(result if return_lse else (result,)), matrix)
     return delivered(result, target, out)

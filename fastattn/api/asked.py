@@ -5,22 +5,31 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable
 from typing import Any
 
-__all__ = ["are_same", "key_of", "masks_in"]
+import numpy as np
+
+from fastattn.cpu.host.builtin import signatures
+
+__all__ = ["are_same", "ends_of", "key_of_others", "masks_in"]
+
+#: Stands for "bottom-right" in a key: no user can give this very object's like, an array that is no argument.
+BOTTOM_RIGHT = np.zeros((0, 3, 0, 5))
 
 
-def key_of(signature: Hashable, threads: int, window: Any, offset: Any, *options: Any) -> Hashable | None:
-    """Return a key for calls with arrays of a signature, and options, just as they were given; None if there is none.
+def key_of_others(*arguments: Any) -> Hashable:
+    """Return a signature of arguments of which some are scalars of NumPy's, or words; b"" if they have none."""
+    return signatures.of(*map(_plain, arguments))
 
-    Their types are a part of it: True is 1 to a dictionary, and not to us.
-    """
-    if not signature or not (offset is None or type(offset) is int):
-        return None
-    kinds = tuple(map(type, options))
-    if window is None:
-        return signature, threads, offset, options, kinds
-    if type(window) is not tuple:
-        return None
-    return signature, threads, offset, options, kinds, window, tuple(map(type, window))
+
+def _plain(argument: Any) -> Any:
+    """What an option means, if that is something that a signature can be made of."""
+    if isinstance(argument, (np.bool_, np.floating, np.integer)):
+        return argument.item()
+    return BOTTOM_RIGHT if type(argument) is str and argument == "bottom-right" else argument
+
+
+def ends_of(window: Any) -> tuple[Any, Any]:
+    """Return the elements of a window; of what is no pair, something that has no signature."""
+    return window if type(window) is tuple and len(window) == 2 else (window, window)
 
 
 def masks_in(attn_mask: Any) -> tuple[Any, Any]:

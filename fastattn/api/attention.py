@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastattn import reference
-from fastattn.api.asked import are_same, key_of, masks_in
+from fastattn.api.asked import are_same, ends_of, key_of_others, masks_in
 from fastattn.api.backends import backend_of_attention
 from fastattn.call.arrays import as_operands
 from fastattn.call.options import check_flag
@@ -134,19 +134,27 @@ def attention(
     >>> np.allclose(weights.sum(-1), 1)
     True
     """
-    asked = None
+    asked: Any = b""
     if key_lengths is None and return_weights is False and (backend is None or backend == "cpu"):
-        mask, keep = masks_in(attn_mask)
-        agreed = signatures.of(query, key, value, mask, keep, out)
-        options = (dropout_p, is_causal, scale, enable_gqa, softcap, return_lse)
-        asked = key_of(agreed, threads_of_call(), window, query_offset, *options)
+        mask, keep = masks_in(attn_mask) if isinstance(attn_mask, tuple) else (attn_mask, None)
+        left, right = (None, None) if window is None else ends_of(window)
+        threads = threads_of_call()
+        # fmt: off
+        asked = signatures.of(
+            threads, dropout_p, is_causal, scale, enable_gqa, left, right, query_offset, softcap, return_lse,
+            query, key, value, mask, keep, out,
+        ) or key_of_others(
+            threads, dropout_p, is_causal, scale, enable_gqa, left, right, query_offset, softcap, return_lse,
+            query, key, value, mask, keep, out,
+        )
+        # fmt: on
         plan = session.current.plans.get(asked)
         if plan is not None and (out is None or not signatures.overlap(out, query, key, value, mask, keep)):
-            if not plan.problem.scores.bias and keep is None:
+            if mask is not None and keep is None and not plan.has_bias:
                 mask, keep = None, mask
-            drops = plan.problem.dropout_p > 0
-            seed = seed_from(rng, drops) if drops or rng is not None else None
-            return cpu.attention(plan, (query, key, value, mask, keep, None, None), seed, out, return_lse)
+            seed = seed_from(rng, plan.drops) if plan.drops or rng is not None else None
+            # what has a signature is an array
+            return cpu.attention(plan, query, key, value, mask, keep, None, None, out, return_lse, seed)  # type: ignore[arg-type]
 
     further: FurtherOptions = {
         "window": window,
@@ -168,7 +176,7 @@ def attention(
 
 @in_default_mode
 def _on_cpu(
-    asked: Hashable | None,
+    asked: Hashable,
     query: Any,
     key: Any,
     value: Any,
@@ -202,10 +210,10 @@ def _on_cpu(
     threads = get_num_threads()
     plan = cpu.plan_forward(problem, operands, target, threads)
     made, given = (*arrays[:3], *masks_in(arrays[3])), (query, key, value, *masks_in(attn_mask))
-    if asked is not None and are_same(made, given) and (out is None or target is out):
+    if asked and are_same(made, given) and (out is None or target is out):
         session.current.plans.keep(asked, plan)
     matrix = cpu.weights(problem, operands, target, seed, threads) if return_weights else None  # out may be the query
-    result = cpu.attention(plan, operands, seed, target, return_lse)
+    result = cpu.attention(plan, *operands, target, return_lse, seed)
     if matrix is not None:
         result = (*(result if return_lse else (result,)), matrix)
     return delivered(result, target, out)

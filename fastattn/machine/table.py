@@ -64,6 +64,9 @@ class Blocking:
     additive_gradient_cost: float = 20.0
 
 
+_shape = cache(TileShape)
+
+
 @dataclass(frozen=True)
 class Isa:
     """One row of the table.
@@ -110,13 +113,16 @@ class Isa:
     code_offset: int = 48
     blocking: Blocking = field(default=Blocking(), compare=False, repr=False)
 
+    def __hash__(self) -> int:
+        return hash(self.name)  # each call that is planned asks for it
+
     def tile(self, dtype: str) -> TileShape:
         """The register tile for a dtype."""
-        return TileShape(dtype, self.vector_bytes // ITEMSIZE[dtype], self.rows, self.vectors)
+        return _shape(dtype, self.vector_bytes // ITEMSIZE[dtype], self.rows, self.vectors)
 
     def tall_tile(self, dtype: str) -> TileShape:
         """The tile that is one vector wide, for calls with few queries."""
-        return TileShape(dtype, self.vector_bytes // ITEMSIZE[dtype], self.tall_rows, 1)
+        return _shape(dtype, self.vector_bytes // ITEMSIZE[dtype], self.tall_rows, 1)
 
 
 _GENERIC = Isa("generic", cpu="", needs=(), vector_bytes=16, rows=4, vectors=2)

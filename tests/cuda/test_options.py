@@ -1,4 +1,4 @@
-"""Values of options that float64 holds, and float32 does not, or hardly."""
+"""What may be said of scores: windows, offsets, lengths, softcaps, pairs of masks; scales and softcaps of any size."""
 
 from __future__ import annotations
 
@@ -9,18 +9,259 @@ from typing import Any
 import numpy as np
 import pytest
 import tolerances
+from hypothesis import given, settings
+from strategies import Call, bias_in, calls, numbers
 
 import fastattn
+from fastattn.call.problem import Problem
 from fastattn.call.shapes import describe
 from fastattn.cuda.host import decode as decoding
 from fastattn.cuda.host import tensor_cores
-from fastattn.cuda.host.plan import Table, is_extreme
+from fastattn.cuda.host.plan import Table, bounds_of, is_extreme
+from fastattn.cuda.kernels import scores as kernels
 
 pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
+from numba import cuda
 
 Array = np.ndarray[Any, Any]
 attention = partial(fastattn.attention, backend="cuda")
 attention_backward = partial(fastattn.attention_backward, backend="cuda")
+
+FEW = max(10, settings().max_examples // 8)
+
+#: One of each option, and some together, for 7 queries, 9 keys and two rows of a batch: blocks of 4 and what is over.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "window": {"window": (2, 1)},
+    "window to the left": {"window": (3, None)},
+    "window to the right": {"window": (None, 2)},
+    "window of one key": {"window": (0, 0), "query_offset": 1},
+    "window of no key": {"window": (1, 1), "query_offset": -7},
+    "causal window": {"window": (2, None), "is_causal": True},
+    "offset": {"query_offset": 3, "is_causal": True},
+    "offset before all keys": {"query_offset": -5, "is_causal": True},
+    "far offset": {"query_offset": 2**70, "is_causal": True},
+    "offsets": {"query_offset": [2, -3], "is_causal": True},
+    "offsets and a window": {"query_offset": [2**62, 4], "window": (5, 1)},
+    "offsets that mean nothing": {"query_offset": [1, 2]},
+    "lengths": {"key_lengths": [4, 9]},
+    "lengths of none": {"key_lengths": [0, 5]},
+    "causal lengths": {"key_lengths": [5, 9], "is_causal": "bottom-right"},
+    "softcap": {"softcap": 0.75},
+    "wide softcap": {"softcap": 50},
+    "pair": {"attn_mask": "pair"},
+    "pair without bias": {"attn_mask": "keep"},
+    "pair without keep": {"attn_mask": "bias"},
+    "pair and all else": {
+        "attn_mask": "pair",
+        "softcap": 1.5,
+        "window": (4, 2),
+        "query_offset": [1, 3],
+        "key_lengths": [8, 6],
+    },
+}
+
+
+def pair_of(kind: str | None) -> Any:
+    """Return (bias, keep), either None unless the kind says so."""
+    if kind is None:
+        return None
+    rng = np.random.default_rng(5)
+    bias, keep = rng.standard_normal((7, 9)).astype(np.float32), rng.random((2, 1, 9)) < 0.8
+    bias[rng.random((7, 9)) < 0.1] = -np.inf
+    return bias if kind != "keep" else None, keep if kind != "bias" else None
+
+
+def heads(dtype: Any, queries: int = 7) -> list[Array]:
+    """Return dO, query, key and value: two rows of a batch, of two heads that share one of keys."""
+    rng = np.random.default_rng(2)
+    shapes = [(2, 2, queries, 6), (2, 2, queries, 5), (2, 1, 9, 5), (2, 1, 9, 6)]
+    return [rng.standard_normal(shape).astype(dtype) for shape in shapes]
+
+
+def check_both(grad_out: Array, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> None:
+    """Check a call, and its gradients, that of a floating mask included."""
+    out, lse, _ = tolerances.check_call(attention, query, key, value, mask, **options)
+    grad_mask = bias_in(mask) is not None
+    found = attention_backward(grad_out, query, key, value, out, lse, mask, **options, grad_mask=grad_mask)
+    assert len(found) == 3 + grad_mask
+    given = (query, key, value, mask)
+    tolerances.check_gradients(found, given, *tolerances.expected_gradients(grad_out, *given, **options))
+
+
+# -- what is said of scores --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_each_option_both_ways(dtype: Any, name: str) -> None:
+    options = dict(OPTIONS[name])
+    grad_out, *arrays = heads(dtype)
+    check_both(grad_out, *arrays, pair_of(options.pop("attn_mask", None)), enable_gqa=True, **options)
+
+
+@pytest.mark.parametrize("name", ["window", "offsets", "lengths", "softcap", "pair", "pair and all else"])
+def test_few_queries_and_dropout(name: str) -> None:
+    options = dict(OPTIONS[name])
+    grad_out, *arrays = heads(np.float32, queries=1)
+    mask = pair_of(options.pop("attn_mask", None))
+    mask = mask and (mask[0][:1], mask[1])
+    check_both(grad_out, *arrays, mask, enable_gqa=True, dropout_p=0.3, rng=7, **options)
+
+
+@settings(max_examples=2 * FEW)
+@given(call=calls(small=True, further=True))
+def test_any_call(call: Call) -> None:
+    before = call.bits
+    tolerances.check_call(attention, *call.args, **call.options)
+    assert call.bits == before
+
+
+@settings(max_examples=FEW)
+@given(call=calls(small=True, further=True, dropout=True))
+def test_any_gradients(call: Call) -> None:
+    wanted = tolerances.expected(*call.args, **call.options)
+    rng = np.random.default_rng(3)
+    grad_out = numbers(rng, wanted.problem.out_shape, call.query.dtype)
+    check_both(grad_out, *call.args, **call.options)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("options", [{"key_lengths": [5, 5]}, {"window": (None, 1), "query_offset": -3}])
+def test_what_is_outside_of_the_interval_never_leaks(bad: float, options: dict[str, Any]) -> None:
+    """The keys from 5 on are behind the lengths, and behind the window of the last query."""
+    grad_out, query, key, value = heads(np.float32)
+    clean = call_and_gradients(grad_out, query, key, value, **options)
+    key, value = key.copy(), value.copy()
+    key[..., 5:, :], value[..., 5:, :] = bad, bad
+    spoilt = call_and_gradients(grad_out, query, key, value, **options)
+    assert [array.tobytes() for array in spoilt] == [array.tobytes() for array in clean]
+
+
+def call_and_gradients(grad_out: Array, query: Any, key: Any, value: Any, mask: Any = None, **options: Any) -> Any:
+    """Return all that comes of a call and of its backward pass."""
+    out, lse, weights = attention(
+        query, key, value, mask, enable_gqa=True, return_lse=True, return_weights=True, **options
+    )
+    return out, lse, weights, *attention_backward(
+        grad_out, query, key, value, out, lse, mask, enable_gqa=True, **options
+    )  # fmt: skip
+
+
+def test_a_padded_sequence_has_the_bits_of_the_same_alone() -> None:
+    grad_out, query, key, value = heads(np.float32)
+    lengths, options = [6, 3], {"is_causal": "bottom-right", "softcap": 2.0}
+    together = call_and_gradients(grad_out, query, key, value, key_lengths=lengths, **options)
+    for row, length in enumerate(lengths):
+        arrays = (grad_out[row], query[row], key[row, :, :length], value[row, :, :length])
+        out, lse, _, *gradients = call_and_gradients(*arrays, key_lengths=length, **options)
+        assert out.tobytes() == together[0][row].tobytes()
+        assert lse.tobytes() == together[1][row].tobytes()
+        for alone, padded in zip(gradients, together[3:], strict=True):
+            assert alone.tobytes() == padded[row, :, : alone.shape[-2]].tobytes()
+            assert not padded[row, :, alone.shape[-2] :].any()
+
+
+def test_lengths_belong_to_a_call_and_not_to_its_plan() -> None:
+    _, query, key, value = heads(np.float32)
+    for lengths in ([4, 9], [9, 1], [0, 0]):
+        given = (query, key, value, None)
+        tolerances.check_call(attention, *given, enable_gqa=True, key_lengths=lengths, query_offset=lengths[::-1])
+
+
+@pytest.mark.parametrize("name", ["offsets", "causal lengths", "pair", "pair without bias", "pair and all else"])
+def test_arrays_in_device_memory(name: str) -> None:
+    options = dict(OPTIONS[name])
+    mask, arrays = pair_of(options.pop("attn_mask", None)), heads(np.float32)
+    wanted = call_and_gradients(*arrays, mask, **options)
+    if mask is not None:
+        mask = tuple(each if each is None else cuda.to_device(each) for each in mask)
+    for which in ("query_offset", "key_lengths"):
+        if which in options:
+            options[which] = cuda.to_device(np.array(options[which]))
+    found = call_and_gradients(*map(cuda.to_device, arrays), mask, **options)
+    assert [array.copy_to_host().tobytes() for array in found] == [array.tobytes() for array in wanted]
+
+
+def test_what_is_refused_in_device_memory() -> None:
+    _, *arrays = map(cuda.to_device, heads(np.float32))
+    bias, keep = pair_of("pair")
+    bias_there, keep_there = cuda.to_device(bias), cuda.to_device(keep)
+    for pair in ((keep_there, bias_there), (None, bias_there), (keep_there, None)):
+        with pytest.raises(TypeError, match=r"attn_mask: a pair of dtypes .*; expected \(bias, keep\)"):
+            attention(*arrays, pair, enable_gqa=True)
+    with pytest.raises(TypeError, match=r"attn_mask\[1\]: numpy.ndarray in host memory"):
+        attention(*arrays, (bias_there, keep), enable_gqa=True)
+    with pytest.raises(ValueError, match=r"key_lengths: 1 to 10; expected 0 to 9"):
+        attention(*arrays, enable_gqa=True, key_lengths=cuda.to_device(np.array([1, 10])))
+    with pytest.raises(TypeError, match=r"query_offset: dtype float64; expected integers"):
+        attention(*arrays, enable_gqa=True, query_offset=cuda.to_device(np.array([1.0, 2.0])))
+
+
+@pytest.mark.parametrize("softcap", [5e-324, 1e-300, 1e-30, 1e30, 1e300, 1.7e308])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_any_finite_softcap(dtype: Any, softcap: float) -> None:
+    grad_out, *arrays = heads(dtype)
+    check_both(grad_out, *arrays, None, enable_gqa=True, softcap=softcap)
+
+
+def test_which_calls_are_for_the_portable_kernels_alone() -> None:
+    array, few = np.zeros((2, 1, 16, 8), np.float32), np.zeros((2, 1, 1, 8), np.float32)
+    table = Table(np.zeros((9, 2), np.int64), np.ones((9, 2), np.int64), np.zeros(0, np.int64))
+    table.steps[:, 0] = 8
+
+    def reasons(mask: Any = None, **options: Any) -> tuple[str | None, str | None]:
+        problem, _ = describe(array, array, array, mask, **options)
+        kind = "none" if mask is None else "float32"
+        on_tensor_cores = tensor_cores.against("float16", kind, problem, table, (0,) * 4, (8, 0))
+        return on_tensor_cores, decoding.against(describe(few, array, array, **options)[0])
+
+    for options in ({}, {"is_causal": True, "query_offset": 3}, {"window": (None, 2)}, {"query_offset": 5}):
+        assert reasons(**options) == (None, None)
+    for options, reason in (
+        ({"window": (2, None)}, "a window to the left"),
+        ({"query_offset": [1, 2], "is_causal": True}, "offsets of rows of the batch"),
+        ({"key_lengths": [1, 2]}, "lengths of rows of the batch"),
+        ({"softcap": 30.0}, "a softcap"),
+    ):
+        assert reasons(**options) == (reason, f"there is {reason}")
+    pair = np.zeros((16, 16), np.float32), np.ones((16, 16), bool)
+    assert reasons(pair)[0] == "a pair of masks"
+
+
+@pytest.mark.parametrize("left", [None, 0, 2])
+@pytest.mark.parametrize("right", [None, 0, 3])
+@pytest.mark.parametrize("length", [0, 5, 11])
+def test_blocks_outside_of_the_interval_are_skipped(left: int | None, right: int | None, length: int) -> None:
+    """No block before the first key that is looked at, nor behind the last, and all between; the same of queries."""
+    queries, keys, block = 10, 11, 4
+    for offset in (-12, -2, 0, 3, 12):
+        array = np.zeros((1, 1, queries, 1), np.float32), np.zeros((1, 1, keys, 1), np.float32)
+        options: Any = {"window": (left, right), "query_offset": [offset], "key_lengths": [length]}
+        problem, operands = describe(*array, array[1], **options)
+        ((first, last, own),) = bounds_of(problem, operands.offsets, operands.lengths).tolist()
+        head = kernels.Head(queries, own, first, last, *[0] * 6)
+        i, j = np.ogrid[:queries, :keys]
+        seen = problem.scores.sees(i, j, length, offset)
+        assert [[kernels.sees(head, a, b) for b in range(keys)] for a in range(queries)] == seen.tolist()
+        for start in range(0, queries, block):
+            looked_at = np.flatnonzero(seen[start : start + block].any(0))
+            begin, end = kernels.keys_of_queries(head, start, min(queries, start + block) - 1, block)
+            check_range(begin, end, looked_at, block)
+        for start in range(0, keys, block):
+            looking = np.flatnonzero(seen[:, start : start + block].any(1))
+            begin, end = kernels.queries_of_keys(head, start, min(keys, start + block) - 1, block)
+            check_range(begin, end, looking, block)
+
+
+def check_range(begin: int, end: int, wanted: Array, block: int) -> None:
+    """Assert that these numbers, and no blocks without any, are in a range of whole blocks."""
+    if wanted.size:
+        assert (begin, end) == (wanted[0] // block * block, wanted[-1] + 1)
+    else:
+        assert begin >= end
+
+
+# -- values that float64 holds, and float32 does not, or hardly --------------------------------------------------------
 
 #: Scales, and the sizes of queries and keys that make usual scores of them.
 FACTORS = {
@@ -132,6 +373,11 @@ def test_half_precision() -> None:
         np.testing.assert_allclose(out, wanted, rtol=1e-3, atol=1e-3)
 
 
+def with_scale(problem: Problem, scale: float, dtype: Any = np.float32) -> Problem:
+    """Return a problem with another scale, in another dtype."""
+    return replace(problem, real=np.dtype(dtype), scores=replace(problem.scores, scale=scale))
+
+
 def test_which_scales_are_extreme() -> None:
     array = np.zeros((2, 2), np.float32)
     problem = describe(array, array, array)[0]
@@ -140,10 +386,10 @@ def test_which_scales_are_extreme() -> None:
         (np.float64, (1.1e300, -1.7e308), (0.0, 1.0, 1e-320, -1e300)),
     ):
         for scale in extreme:
-            assert is_extreme(replace(problem, dtype=np.dtype(dtype), scale=scale))
+            assert is_extreme(with_scale(problem, scale, dtype))
         for scale in usual:
-            assert not is_extreme(replace(problem, dtype=np.dtype(dtype), scale=scale))
-    problem = replace(problem, scale=1e39)
+            assert not is_extreme(with_scale(problem, scale, dtype))
+    problem = with_scale(problem, 1e39)
     assert "extreme" in (decoding.against(problem) or "")
     table = Table(np.zeros((8, 1), np.int64), np.ones((8, 2), np.int64), np.zeros(8, np.int64))
     assert "scale" in (tensor_cores.against("float16", "float32", problem, table, (0,), (8, 0)) or "")

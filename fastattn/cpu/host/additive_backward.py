@@ -60,7 +60,7 @@ def backward(
     given["precise"], given["slack"] = limit_of(dtype, upstream.rounded), slack(upstream.rounded, problem.head_dim)
     for number in range(plan.tasks // heads):
         given["round"] = number
-        session.current.run(plan, *operands, given, lse, weight, None, None)
+        session.current.run(plan, (*operands, given, lse, weight, None, None))
     with np.errstate(all="ignore"):
         return grad_query, grad_key, grad_value, parts.sum(axis=0, dtype=np.float64).astype(dtype)
 

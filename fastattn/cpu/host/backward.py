@@ -101,7 +101,7 @@ def _own_axes(problem: Problem, *splits: Shape) -> list[int]:
 def _run(plan: Plan, arrays: Arrays, seed: int, counts: tuple[int, int]) -> None:
     arrays["query_tickets"], arrays["key_tickets"] = (np.zeros(count, np.int64) for count in counts)
     objects: dict[str, Any] = {**arrays, "seed": seed}
-    session.current.run(plan, *(objects.get(name) for name in CALL_NAMES))
+    session.current.run(plan, tuple(objects.get(name) for name in CALL_NAMES))
 
 
 def _planned(

@@ -52,7 +52,11 @@ def _interface() -> dict[str, int]:
 
     return {
         "none": id(None),
+        "true": id(True),
+        "false": id(False),
         "int_type": id(int),
+        "float_type": id(float),
+        "to_word": address(python.PyLong_AsLongLongAndOverflow),
         "array_type": id(np.ndarray),
         "save_thread": address(python.PyEval_SaveThread),
         "restore_thread": address(python.PyEval_RestoreThread),
@@ -78,18 +82,24 @@ def bind(kernel: Library, name: str, flags: int = METH_FASTCALL, **numbers: int)
     return function
 
 
-def _described(*arrays: Array | None) -> Hashable:
+def _described(*things: Any) -> Hashable:
     """The same as a signature, with what Python offers."""
-    if not all(array is None or type(array) is np.ndarray for array in arrays):
-        return b""
-    return tuple(None if array is None else (array.shape, array.strides, array.dtype) for array in arrays)
+    found: list[Hashable] = []
+    for thing in things:
+        if type(thing) is np.ndarray:
+            found.append((thing.shape, thing.strides, thing.dtype))
+        elif thing is None or type(thing) in (bool, float, int):
+            found.append((type(thing), thing))
+        else:
+            return b""
+    return tuple(found)
 
 
 class Signatures:
-    """What can be said of arrays at once.
+    """What can be said of arguments at once.
 
-    `of` arrays is a key: equal for arrays that agree in dtypes, shapes and strides. It is b"" where one of the
-    arguments is neither None nor an array, or is of a subclass, or has more than 32 axes.
+    `of` arrays and options is a key: equal where arrays agree in dtypes, shapes and strides, and options are the same,
+    None, bools, floats or ints. It is b"" where an argument is something else, or has more than 32 axes.
 
     `overlap`: whether the first array may share memory with the others, of which the first may be the same once more.
     """
@@ -98,13 +108,13 @@ class Signatures:
         self.of: Callable[..., Hashable] = self._first
         self.overlap: Callable[..., int] = _overlap
 
-    def _first(self, *arrays: Array | None) -> Hashable:
+    def _first(self, *arguments: Any) -> Hashable:
         if objects_are_as_expected():
             kernel = load(Kernel("signature", host()))
             self.of, self.overlap = bind(kernel, "signature"), bind(kernel, "overlaps")
         else:
             self.of = _described
-        return self.of(*arrays)
+        return self.of(*arguments)
 
 
 def _overlap(*arrays: Array | None) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastattn.call.problem import Problem
+from fastattn.call.problem import Shape
 from fastattn.cpu.host.builtin import bind
 from fastattn.cpu.kernels.records import ALIGNMENT, RECORD_BYTES
 from fastattn.machine import os_threads
@@ -82,7 +82,7 @@ class Memory(os_threads.local):
     def of(self, size: int) -> tuple[int, Array]:
         """This thread's working memory of at least `size` bytes: its address, and what keeps it alive."""
         held = self.held
-        if held is None or held[1].size < size + ALIGNMENT:
+        if held is None or len(held[1]) < size + ALIGNMENT:
             array = np.empty(size + ALIGNMENT, np.uint8)
             held = self.held = (_aligned(address_of(array)), array)
         return held
@@ -102,7 +102,11 @@ class Plan:
 
     Attributes
     ----------
-    problem : Problem
+    out_shape : tuple of int
+    storage, real : numpy.dtype
+        Those of the problem, as is the shape of the result.
+    has_bias, drops : bool
+        Whether there are a floating mask, and dropout.
     calls : Calls
         Of the kernel.
     record : ndarray of uint8
@@ -115,9 +119,15 @@ class Plan:
         That may work on it.
     memory_bytes : int
         Working memory of all threads.
+    is_small : bool
+        Whether it is not worth to be shared, or to be looked after.
     """
 
-    problem: Problem
+    out_shape: Shape
+    storage: np.dtype[Any]
+    real: np.dtype[Any]
+    has_bias: bool
+    drops: bool
     calls: Calls
     record: Array = field(repr=False)
     tasks: int
@@ -125,6 +135,7 @@ class Plan:
     flops: float
     threads: int
     memory_bytes: int
+    is_small: bool
 
 
 def packed(layout: np.dtype[Any], fields: Mapping[str, float], axes: Iterable[tuple[int, ...]]) -> Array:

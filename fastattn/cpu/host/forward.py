@@ -34,17 +34,35 @@ def _plan(work: str, problem: Problem, operands: Operands, out: Array, threads: 
 
 
 def attention(
-    plan: Plan, operands: Any, seed: int | None, out: Array | None, return_lse: bool, weight: Array | None = None
+    plan: Plan,
+    query: Array,
+    key: Array,
+    value: Array,
+    bias: Array | None,
+    keep: Array | None,
+    offsets: Array | None,
+    lengths: Array | None,
+    out: Array | None,
+    return_lse: bool,
+    seed: int | None = None,
+    weight: Array | None = None,
 ) -> Any:
     """Run a planned call; the results asked for, as `fastattn.attention` returns them.
 
-    `operands` may be any arrays with the addresses of those; `weight` is that of additive attention, contiguous.
+    The arrays may be any with the addresses of the operands; `weight` is that of additive attention, contiguous.
     """
-    problem = plan.problem
-    result = np.empty(problem.out_shape, problem.storage) if out is None else out
-    lse = np.empty(problem.lse_shape, problem.real) if return_lse else None
-    session.current.run(plan, *operands, result, lse, weight, None, seed)
-    return result if lse is None else (result, lse)
+    if out is None:
+        out = np.empty(plan.out_shape, plan.storage)
+    lse = np.empty(plan.out_shape[:-1], plan.real) if return_lse else None
+    here = session.current
+    if plan.is_small:  # as `Session.run` does, without a microsecond's tenth for that
+        held = here.memory.of(plan.memory_bytes)[1]
+        plan.calls.quick(
+            held, plan.record, query, key, value, bias, keep, offsets, lengths, out, lse, weight, None, seed
+        )
+    else:
+        here.run(plan, (query, key, value, bias, keep, offsets, lengths, out, lse, weight, None, seed))
+    return out if lse is None else (out, lse)
 
 
 def weights(
@@ -59,5 +77,6 @@ def weights(
     """Return the matrix of weights, which few calls want."""
     matrix = np.empty(problem.weights_shape, problem.storage)
     plan = _plan("weights", problem, operands, out, threads, score)
-    session.current.run(plan, *operands._replace(value=None), None, None, weight, matrix, seed)  # type: ignore[arg-type]
+    query, key, _, *others = operands
+    session.current.run(plan, (query, key, None, *others, None, None, weight, matrix, seed))
     return matrix

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastattn.call.problem import Operands, Problem
+from fastattn.cpu.host import pool
 from fastattn.cpu.host.calls import Plan, calls_of, packed
 from fastattn.cpu.host.kernels import load
 from fastattn.cpu.host.pool import concurrency, tasks_at_a_time
@@ -106,7 +107,11 @@ class Draft:
         threads, turn = concurrency(tasks, self.flops, threads), tasks_at_a_time(tasks, self.flops)
         self.fields.update(workers=threads - 1, turn=turn, scratch_bytes=self.scratch_bytes)
         return Plan(
-            problem=self.problem,
+            out_shape=self.problem.out_shape,
+            storage=self.problem.storage,
+            real=self.problem.real,
+            has_bias=self.problem.scores.bias,
+            drops=self.problem.dropout_p > 0,
             calls=calls_of(load(self.kernel)),
             record=packed(self.layout, self.fields, self.axes),
             tasks=tasks,
@@ -114,6 +119,7 @@ class Draft:
             flops=self.flops,
             threads=threads,
             memory_bytes=RECORD_BYTES + threads * self.scratch_bytes,
+            is_small=tasks > 0 and threads == 1 and self.flops < pool.WORTH_SHARING,
         )
 
 

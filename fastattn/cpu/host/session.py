@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
-from fastattn.cpu.host import pool, processors
+from fastattn.cpu.host import processors
 from fastattn.cpu.host.calls import Memory, Plan
 from fastattn.cpu.host.pool import Pool
 from fastattn.machine.table import Isa, host
@@ -16,37 +16,26 @@ T = TypeVar("T")
 REMEMBERED = 1024  # plans that are found again at once, and as many that have not been asked for since
 
 
-class Plans:
-    """Plans of calls, by what they depend on. Those that have not been used for long are forgotten."""
+class Plans(dict[Hashable, Any]):
+    """Plans of calls, by what they depend on. Those that have not been asked for in a long while are forgotten."""
 
     def __init__(self) -> None:
-        self.recent: dict[Hashable, Any] = {}
+        super().__init__()
         self.older: dict[Hashable, Any] = {}
 
-    def get(self, key: Hashable) -> Any:
-        """The plan of that key; None if there is none, or if it is no key."""
-        try:
-            found = self.recent.get(key)
-        except TypeError:
-            return None
-        if found is None and key in self.older:
-            found = self.older[key]
-            self.keep(key, found)
-        return found
-
     def keep(self, key: Hashable, plan: Any) -> None:
-        """Remember a plan."""
-        if len(self.recent) >= REMEMBERED:
-            self.older, self.recent = self.recent, {}
-        self.recent[key] = plan
+        """Remember a plan; with too many of them, the others are about to be forgotten."""
+        if len(self) >= REMEMBERED:
+            self.older = dict(self)
+            self.clear()
+        self[key] = plan
 
     def of(self, key: Hashable, make: Callable[[], T]) -> T:
         """The plan of that key, which is made if it is not there."""
-        found = self.get(key)
-        if found is None:
-            found = make()
-            self.keep(key, found)
-        plan: T = found
+        plan: T | None = self.get(key)
+        if plan is None:
+            plan = self.older.get(key) or make()
+            self.keep(key, plan)
         return plan
 
 
@@ -64,16 +53,16 @@ class Session:
         """The row of the table of machines that calls are planned for."""
         return self._row or host()
 
-    def run(self, plan: Plan, *objects: Any) -> None:
+    def run(self, plan: Plan, objects: tuple[Any, ...]) -> None:
         """Run a call: `objects` are what its record has, in that order, arrays, integers and None."""
         if plan.threads > 1:
             self.pool.serve(plan, self.memory, objects)
-        elif plan.flops >= pool.TURN_FLOPS:
+        elif plan.turn < plan.tasks:
             processors.look_if_old()
             with self.memory.taken(plan.memory_bytes) as (_, held):
                 plan.calls.in_turns(held, plan, objects)
         elif plan.tasks:
-            if plan.flops >= pool.WORTH_SHARING:
+            if not plan.is_small:
                 processors.look_if_old()
             plan.calls.quick(self.memory.of(plan.memory_bytes)[1], plan.record, *objects)
 

@@ -18,14 +18,15 @@ from fastattn.machine.objects import (
 )
 from fastattn.simd import call_compiled, jit, load_i64, record_view, stack_memory, store_i64
 
-MOST_ARRAYS = 7
+MOST_ARRAYS, MOST_OBJECTS = 7, 24  # of which a signature is made
 MOST_AXES = 32  # of an array that has a signature
 WORD = 8
-MISSING = -1  # in a signature: None
+NONE, TRUE, FALSE, FLOAT, INT = -1, -2, -3, -4, -5  # in a signature, in the place of an array's rank
 ITEMSIZE = 8  # of an element, at most
 
 link_view, schedule_view = record_view(LINK), record_view(np.dtype(SCHEDULE))
-signature_memory = stack_memory(MOST_ARRAYS * (2 + 2 * MOST_AXES) * WORD)
+signature_memory = stack_memory((MOST_ARRAYS * (2 + 2 * MOST_AXES) + 2 * MOST_OBJECTS) * WORD)
+overflow_memory = stack_memory(WORD)
 
 
 @jit
@@ -103,32 +104,62 @@ def in_default_mode(self, arguments, keywords):
 
 
 @jit
-def signature(self, objects, count):
-    """Ranks, dtypes, shapes and strides of arrays, as bytes; none at all where an object is neither array nor None.
+def describe_array(at, array):
+    """Write down an array's rank, dtype, shape and strides; returns where this ends, 0 if it has very many axes."""
+    array += OBJECT_HEADER
+    rank = load_i64(array + ARRAY_RANK) & 0xFFFFFFFF
+    if rank > MOST_AXES:
+        return 0
+    store_i64(at, rank)
+    store_i64(at + WORD, load_i64(load_i64(array + ARRAY_DTYPE) + OBJECT_HEADER + DTYPE_NUMBER))
+    at += 2 * WORD
+    for axes in (load_i64(array + ARRAY_DIMENSIONS), load_i64(array + ARRAY_STRIDES)):
+        for offset in range(0, rank * WORD, WORD):
+            store_i64(at, load_i64(axes + offset))
+            at += WORD
+    return at
 
-    Nor where an array has very many axes: the bytes are put together on the stack.
-    """
+
+@jit
+def describe_option(at, link, thing):
+    """Write down None, True, False, a float or an int; returns where this ends, 0 if it is something else."""
+    kind = load_i64(thing + OBJECT_HEADER - WORD)
+    number = 0
+    if thing == link.none:
+        store_i64(at, NONE)
+    elif thing == link.true:
+        store_i64(at, TRUE)
+    elif thing == link.false:
+        store_i64(at, FALSE)
+    elif kind == link.float_type:
+        store_i64(at, FLOAT)
+        number = load_i64(thing + OBJECT_HEADER)
+    elif kind == link.int_type:
+        overflow = overflow_memory()
+        store_i64(overflow, 0)
+        store_i64(at, INT)
+        number = call_compiled(link.to_word, (thing, overflow))
+        if load_i64(overflow) & 0xFFFFFFFF:
+            return 0
+    else:
+        return 0
+    store_i64(at + WORD, number)
+    return at + 2 * WORD
+
+
+@jit
+def signature(self, objects, count):
+    """Arrays and options, as bytes: what arrays are like, and what options are; none at all where one is neither."""
     link = link_view(load_i64(self + OBJECT_HEADER))
     begin = at = signature_memory()
     for place in range(objects, objects + count * WORD, WORD):
-        array = load_i64(place)
-        if array == link.none:
-            store_i64(at, MISSING)
-            at += WORD
-            continue
-        if load_i64(array + OBJECT_HEADER - WORD) != link.array_type:
+        thing = load_i64(place)
+        if load_i64(thing + OBJECT_HEADER - WORD) == link.array_type:
+            at = describe_array(at, thing)
+        else:
+            at = describe_option(at, link, thing)
+        if at == 0:
             return call_compiled(link.to_bytes, (begin, 0))
-        array += OBJECT_HEADER
-        rank = load_i64(array + ARRAY_RANK) & 0xFFFFFFFF
-        if rank > MOST_AXES:
-            return call_compiled(link.to_bytes, (begin, 0))
-        store_i64(at, rank)
-        store_i64(at + WORD, load_i64(load_i64(array + ARRAY_DTYPE) + OBJECT_HEADER + DTYPE_NUMBER))
-        at += 2 * WORD
-        for axes in (load_i64(array + ARRAY_DIMENSIONS), load_i64(array + ARRAY_STRIDES)):
-            for offset in range(0, rank * WORD, WORD):
-                store_i64(at, load_i64(axes + offset))
-                at += WORD
     return call_compiled(link.to_bytes, (begin, at - begin))
 
 

@@ -95,7 +95,11 @@ LINK = np.dtype(
         ("from_int", i8),
         ("to_bytes", i8),
         ("call", i8),
+        ("true", i8),  # and what else a signature tells apart
+        ("false", i8),
         ("int_type", i8),
+        ("float_type", i8),
+        ("to_word", i8),
         ("function", i8),  # of Python's, to be called
         ("task", i8),
     ]

@@ -38,11 +38,11 @@ def locate(call, plan, number):
 @jit
 def row_of(call, plan, number):
     """The position of query 0 and the number of keys of a head, which are those of its row of the batch."""
-    offset, keys, place = plan.first_position, plan.keys, number // plan.heads * WORD
+    offset, keys = plan.first_position, plan.keys
     if call.offsets != 0:
-        offset = load_i64(call.offsets + place)
+        offset = load_i64(call.offsets + number // plan.heads * WORD)
     if call.lengths != 0:
-        keys = load_i64(call.lengths + place)
+        keys = load_i64(call.lengths + number // plan.heads * WORD)
     return offset, keys
 
 

@@ -256,6 +256,17 @@ def _read_dlpack(name: str, given: Any) -> Given:
     return Given((given, capsule), address, shape, strides, storage, int(tensor.device_id), LEGACY, False)
 
 
+def on_host(given: Any) -> Any:
+    """What was given, as NumPy arrays may be made of it: an array in device memory, a small one, is copied."""
+    if not is_on_device(given):
+        return given
+    if library_of(given) == "torch":
+        return given.detach().cpu().numpy()
+    if not hasattr(given, "copy_to_host"):
+        given = cuda.as_cuda_array(given)
+    return given.copy_to_host()
+
+
 def _check_storage(name: str, storage: str, said: str) -> None:
     expected = (*OPERANDS, "bool") if name == "attn_mask" else OPERANDS
     if storage not in expected:

@@ -11,23 +11,33 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastattn.call.arrays import as_operands
 from fastattn.call.options import check_flag
 from fastattn.call.out import check_out, check_shape_of_out
 from fastattn.call.problem import Operands, Problem
 from fastattn.call.seeds import seed_from
-from fastattn.call.shapes import describe
 from fastattn.call.widening import scale_in_float64
 from fastattn.cuda.available import capability_of
 from fastattn.cuda.host import decode as decoding
+from fastattn.cuda.host.arguments import (
+    KEEP,
+    Options,
+    carriers_of,
+    checked,
+    common_storage,
+    described,
+    named,
+    options_of,
+    read_arrays,
+)
 from fastattn.cuda.host.arrays import Given, HostPlace, Place, check_together, nothing, place_of, read, settle
 from fastattn.cuda.host.choice import Choice, Facts, choose_forward, choose_shifts, choose_weights, wants_rows
 from fastattn.cuda.host.compile import kernel, launch, table
-from fastattn.cuda.host.plan import Table, copy_table, is_extreme, make_table, slices_of
-from fastattn.cuda.kernels import portable
+from fastattn.cuda.host.plan import Table, copy_table, is_extreme, make_table, sizes_of, slices_of
+from fastattn.cuda.kernels import portable, tensor_cores
 from fastattn.cuda.kernels.elements import LOG2_E, MASKS, real_of
+from fastattn.cuda.kernels.plan import KEEP as KEEP_ROW
 from fastattn.cuda.kernels.plan import KEY, LSE, MASK, NUMBERS, OUT, QUERY, VALUE
-from fastattn.cuda.kernels.tiles import in_base_2
+from fastattn.cuda.kernels.scores import in_base_2
 
 REMEMBERED = 256  # plans
 ALIGNMENT = 16  # bytes: what a kernel may ask of where arrays begin
@@ -98,16 +108,14 @@ def attention(
     **further: Any,
 ) -> Any:
     """Compute what `fastattn.attention` is asked for, on the device; the arguments are the user's."""
-    refuse(attn_mask, further)
-    options = (dropout_p, is_causal, scale, enable_gqa)
-    given = {"query": query, "key": key, "value": value, "attn_mask": attn_mask}
+    options = options_of(dropout_p, is_causal, scale, enable_gqa, further)
+    given = named(query, key, value, attn_mask)
     if not check_together({**given, "out": out}):
         return _of_host_arrays(given, options, return_lse, return_weights, rng, out)
 
-    givens = {name: read(name, array) for name, array in given.items() if array is not None}
+    givens = read_arrays(given)
     storage = common_storage(givens)
-    carriers = carriers_of(givens, storage)
-    problem, operands = describe(*carriers, *options)
+    problem, operands = described(carriers_of(givens, storage), options)
     return_lse, return_weights = check_flag("return_lse", return_lse), check_flag("return_weights", return_weights)
     seed = seed_from(rng, problem.dropout_p > 0)
     target = None if out is None else check_device_out(out, problem, storage, givens["query"])
@@ -120,18 +128,9 @@ def attention(
         return _asked_for(first, lse, weights, place, return_lse)
 
 
-def refuse(attn_mask: Any, further: dict[str, Any]) -> None:
-    """Refuse what no kernel here does."""
-    for name, option in further.items():
-        if option is not None:
-            raise NotImplementedError(f"{name}: not on backend 'cuda'")
-    if isinstance(attn_mask, tuple):
-        raise NotImplementedError("attn_mask: a pair, not on backend 'cuda'")
-
-
 def _of_host_arrays(
     given: dict[str, Any],
-    options: tuple[Any, ...],
+    options: Options,
     return_lse: bool,
     return_weights: bool,
     rng: Any,
@@ -164,53 +163,12 @@ def _asked_for(first: Any, lse: Given, weights: Given | None, place: Place, retu
 # -- the arguments -----------------------------------------------------------------------------------------------------
 
 
-def checked(given: dict[str, Any], options: tuple[Any, ...]) -> tuple[dict[str, Any], Problem]:
-    """Make NumPy arrays of the arguments, and describe the call before anything is moved."""
-    made = as_operands(given["query"], given["key"], given["value"], given["attn_mask"], half=True)
-    arrays: dict[str, Any] = dict(zip(given, made, strict=True))
-    real = real_of(arrays["query"].dtype.name)
-    shapes: list[Any] = [
-        None
-        if array is None
-        else np.broadcast_to(np.empty((), np.bool_ if array.dtype == np.bool_ else real), array.shape)
-        for array in arrays.values()
-    ]
-    query, key, value, mask = shapes
-    return arrays, describe(query, key, value, mask, *options)[0]
-
-
-def moved(arrays: dict[str, Any], options: tuple[Any, ...], place: HostPlace) -> Call:
+def moved(arrays: dict[str, Any], options: Options, place: HostPlace) -> Call:
     """Move NumPy arrays to the device."""
     storage = arrays["query"].dtype.name
     givens = {name: place.move(name, array) for name, array in arrays.items() if array is not None}
-    problem, operands = describe(*carriers_of(givens, storage), *options)
+    problem, operands = described(carriers_of(givens, storage), options)
     return Call(problem, place, storage, operands, givens)
-
-
-def common_storage(givens: dict[str, Given]) -> str:
-    """What query, key and value are stored in.
-
-    Raises
-    ------
-    TypeError
-        If they differ: what is in device memory is not converted.
-    """
-    storage = givens["query"].storage
-    for name in ("key", "value"):
-        if givens[name].storage != storage:
-            raise TypeError(
-                f"{name}: dtype {givens[name].storage}; expected {storage}, as query has: arrays in device memory are "
-                "not converted"
-            )
-    return storage
-
-
-def carriers_of(givens: dict[str, Given], storage: str) -> tuple[Any, Any, Any, Any]:
-    """Views without memory of query, key, value and mask, for `fastattn.call.shapes.describe`."""
-    real = real_of(storage)
-    query, key, value = (givens[name].carrier(real) for name in ("query", "key", "value"))
-    mask = givens.get("attn_mask")
-    return query, key, value, mask and mask.carrier(np.bool_ if mask.storage == "bool" else real)
 
 
 def check_device_out(out: Any, problem: Problem, storage: str, query: Given) -> Given:
@@ -286,6 +244,8 @@ def run(call: Call, kind: str, choose: Callable[[Facts], Choice], out: Given, ls
         np.uint32(seed & 0xFFFFFFFF),
         np.uint32(seed >> 32),
     )
+    if plan.choice.factory is not tensor_cores.forward:
+        arguments = (*arguments, keep_of(call), softcap_of(call, call.base_2))
     launch(plan.kernel, plan.choice.grid, plan.choice.block, place.stream, arguments)
 
 
@@ -312,7 +272,8 @@ def queue_shifts(call: Call, lse: Given, numbers: Given, tables: Any, base_2: bo
     givens, choice = call.givens, choose_shifts(call.storage, call.mask, call.problem, base_2)
     arrays = (givens["query"].memory(), givens["key"].memory(), mask_of(call), lse.memory(), numbers.memory())
     if choice.grid:
-        arguments = (*arrays, *tables, scale_of(call, base_2), call.real(slack))
+        options = (scale_of(call, base_2), call.real(slack), keep_of(call), softcap_of(call, base_2))
+        arguments = (*arrays, *tables, *options)
         launch(kernel(choice.factory, choice.spec), choice.grid, choice.block, call.place.stream, arguments)
 
 
@@ -326,6 +287,16 @@ def scale_of(call: Call, base_2: bool = False) -> Any:
     problem = call.problem
     scale = problem.scores.scale if problem.real == np.float64 else scale_in_float64(problem)
     return call.real(scale * (LOG2_E if base_2 else 1.0))
+
+
+def keep_of(call: Call) -> Any:
+    """The memory of the boolean mask beside a floating one, or what stands for it where there is none."""
+    return call.givens[KEEP].memory() if KEEP in call.givens else nothing(MASKS["bool"])
+
+
+def softcap_of(call: Call, base_2: bool = False) -> Any:
+    """The softcap in the type of the arithmetic, with a factor log2(e) where scores are in base 2; 0 if none."""
+    return call.real((call.problem.scores.softcap or 0.0) * (LOG2_E if base_2 else 1.0))
 
 
 def plan_of(call: Call, kind: str, choose: Callable[[Facts], Choice], out: Given) -> Plan:
@@ -344,7 +315,7 @@ def plan_of(call: Call, kind: str, choose: Callable[[Facts], Choice], out: Given
         if len(_plans) >= REMEMBERED:
             _plans.clear()
         _plans[identity] = plan
-    return plan
+    return plan._replace(tables=with_bounds(call, plan.tables))
 
 
 def tables_of(call: Call, out: Given) -> Table:
@@ -357,10 +328,17 @@ def tables_of(call: Call, out: Given) -> Table:
         (OUT, split_heads(problem, out), out.span[0]),
         (LSE, np.empty(problem.lse_shape, np.float32).reshape(*problem.rows_shape, problem.queries, 1), 0),
     ]
-    for mask in (operands.bias, operands.keep):
-        if mask is not None:
-            views.append((MASK, mask, givens["attn_mask"].span[0]))
+    views += [(row, mask, givens[name].span[0]) for row, mask, name in masks_in(operands)]
     return make_table(problem, views)
+
+
+def masks_in(operands: Operands) -> list[tuple[int, NDArray[Any], str]]:
+    """Rows of the tables, views and names of the masks that there are."""
+    first = operands.keep if operands.bias is None else operands.bias
+    masks = [] if first is None else [(MASK, first, "attn_mask")]
+    if operands.bias is not None and operands.keep is not None:
+        masks.append((KEEP_ROW, operands.keep, KEEP))
+    return masks
 
 
 def split_heads(problem: Problem, out: Given) -> NDArray[Any]:
@@ -378,17 +356,30 @@ def uploaded(tables: Table, place: Place) -> tuple[Any, Any, Any]:
     return offsets, steps, sizes
 
 
+def with_bounds(call: Call, tables: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+    """The tables of a plan with what is the call's own: offsets and lengths of the rows of its batch."""
+    operands = call.operands
+    if operands.offsets is None and operands.lengths is None:
+        return tables
+    offsets, steps, _ = tables
+    sizes = sizes_of(call.problem, operands.offsets, operands.lengths)
+    return offsets, steps, table(sizes, call.place.device)
+
+
 def with_rows(call: Call) -> Call:
     """The call with copies of those operands whose rows do not lie as tensor cores need them."""
     rows = {
-        name: given if name == "attn_mask" or has_rows(given) else copied(name, given, call.place)
+        name: given if name in ("attn_mask", KEEP) or has_rows(given) else copied(name, given, call.place)
         for name, given in call.givens.items()
     }
     if all(given is call.givens[name] for name, given in rows.items()):
         return call
-    query, key, value, _ = carriers_of(rows, call.storage)
-    views = describe(query, key, value, enable_gqa=call.problem.heads != call.problem.kv_heads)[1]
-    return call._replace(givens=rows, operands=views._replace(bias=call.operands.bias, keep=call.operands.keep))
+    carriers = {name: rows[name] for name in ("query", "key", "value")}
+    views = described(carriers_of(carriers, call.storage), {"enable_gqa": call.problem.heads != call.problem.kv_heads})[
+        1
+    ]
+    operands = call.operands._replace(query=views.query, key=views.key, value=views.value)
+    return call._replace(givens=rows, operands=operands)
 
 
 def has_rows(given: Given) -> bool:

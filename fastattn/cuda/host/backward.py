@@ -10,27 +10,38 @@ from numpy.typing import NDArray
 from fastattn.call.arrays import as_upstream
 from fastattn.call.problem import Problem, Shape
 from fastattn.call.rounding import slack
-from fastattn.call.shapes import describe, split_shape
+from fastattn.call.shapes import split_shape
 from fastattn.call.upstream import Upstream, describe_upstream, seed_of_forward, wants_mask
 from fastattn.cuda.available import SIMULATED, device
 from fastattn.cuda.host import tensor_cores_backward
+from fastattn.cuda.host.arguments import (
+    KEEP,
+    Options,
+    carriers_of,
+    checked,
+    common_storage,
+    described,
+    named,
+    options_of,
+    read_arrays,
+)
 from fastattn.cuda.host.arrays import Given, HostPlace, check_together, nothing, place_of, read, settle
 from fastattn.cuda.host.attention import (
     ALIGNMENT,
     REMEMBERED,
     Call,
-    carriers_of,
-    checked,
-    common_storage,
     copied,
     has_rows,
+    keep_of,
     mask_of,
+    masks_in,
     moved,
     new_numbers,
     queue_shifts,
-    refuse,
     scale_of,
+    softcap_of,
     uploaded,
+    with_bounds,
     with_rows,
 )
 from fastattn.cuda.host.choice import wants_rows
@@ -46,7 +57,6 @@ from fastattn.cuda.kernels.plan import (
     GRAD_OUT,
     KEY,
     LSE,
-    MASK,
     NUMBERS,
     OUT,
     QUERY,
@@ -116,24 +126,22 @@ def attention_backward(
     **further: Any,
 ) -> tuple[Any, ...]:
     """Compute what `fastattn.attention_backward` is asked for, on the device; the arguments are the user's."""
-    refuse(attn_mask, further)
-    options = (dropout_p, is_causal, scale, enable_gqa)
-    given = {"query": query, "key": key, "value": value, "attn_mask": attn_mask}
+    options = options_of(dropout_p, is_causal, scale, enable_gqa, further)
+    given = named(query, key, value, attn_mask)
     arrived = {"grad_out": grad_out, "out": out, "lse": lse, "grad_lse": grad_lse}
     if not check_together({**given, **arrived}):
         return _of_host_arrays(given, arrived, options, rng, grad_mask)
 
-    givens = {name: read(name, array) for name, array in given.items() if array is not None}
+    givens = read_arrays(given)
     storage = common_storage(givens)
-    carriers = carriers_of(givens, storage)
-    problem, operands = describe(*carriers, *options)
+    problem, operands = described(carriers_of(givens, storage), options)
     others = {name: read(name, array) for name, array in arrived.items() if array is not None}
     for name, array in others.items():
         wanted = storage if name in ("grad_out", "out") else problem.real.name
         if array.storage != wanted:
             raise TypeError(f"{name}: dtype {array.storage}; expected {wanted}, with a query of dtype {storage}")
     _described(problem, others)  # for shapes that do not fit
-    with_mask = wants_mask(grad_mask, carriers[3])
+    with_mask = wants_mask(grad_mask, (operands.bias, operands.keep))
     seed = seed_of_forward(rng, problem)
     place = place_of({**givens, **others})
     with place.active():
@@ -144,7 +152,7 @@ def attention_backward(
 
 
 def _of_host_arrays(
-    given: dict[str, Any], arrived: dict[str, Any], options: tuple[Any, ...], rng: Any, grad_mask: bool
+    given: dict[str, Any], arrived: dict[str, Any], options: Options, rng: Any, grad_mask: bool
 ) -> tuple[Any, ...]:
     """Compute the gradients of NumPy arrays: they are moved to the device, and the gradients back."""
     arrays, problem = checked(given, options)
@@ -241,12 +249,22 @@ def _common(
 ) -> tuple[portable.Backward, tuple[Any, ...]]:
     """The specification of the portable kernels, and the arguments that they have in common."""
     problem, givens = call.problem, call.givens
-    tiling, extreme = tiling_for(call.storage, problem), is_extreme(problem)
-    spec = portable.Backward(call.storage, call.mask, problem.dropout_p > 0, tiling, extreme=extreme)
+    tiling = tiling_for(call.storage, problem)
+    scores = problem.scores
+    spec = portable.Backward(
+        call.storage,
+        call.mask,
+        problem.dropout_p > 0,
+        tiling,
+        extreme=is_extreme(problem),
+        keep=scores.bias and scores.keep,
+        softcap=scores.softcap is not None,
+    )
     arrays = (*(givens[operand].memory() for operand in ("query", "key", "value")), mask_of(call))
     arrived = (others["grad_out"].memory(), numbers.memory())
     options = (scale_of(call), np.uint32(seed & 0xFFFFFFFF), np.uint32(seed >> 32), call.real(problem.keep_scale))
-    return spec, (*arrays, *arrived, *plan.tables, plan.members[name], *options)
+    further = (keep_of(call), softcap_of(call))
+    return spec, (*arrays, *arrived, *plan.tables, plan.members[name], *options, *further)
 
 
 def queue_portable(
@@ -339,15 +357,14 @@ def plan_of(call: Call, others: dict[str, Given]) -> Plan:
             (OUT, upstream.out, others["out"]),
             (LSE, upstream.lse[..., None], others["lse"]),
         ]
-        for mask in (call.operands.bias, call.operands.keep):
-            if mask is not None:
-                views.append((MASK, mask, givens["attn_mask"]))
+        views += [(row, mask, givens[name]) for row, mask, name in masks_in(call.operands)]
         if upstream.grad_lse is not None:
             views.append((GRAD_LSE, upstream.grad_lse[..., None], others["grad_lse"]))
         tables = make_table(problem, [(row, view, array.span[0]) for row, view, array in views])
         members = {
             name: members_of(split_shape(array.shape, problem, ARGUMENTS[name]), problem)
             for name, array in givens.items()
+            if name != KEEP
         }
         same_members = np.array_equal(members["key"], members["value"])
         addresses = tuple(arrays[name].extent[0] for name in ("query", "key", "value", "grad_out"))
@@ -368,7 +385,7 @@ def plan_of(call: Call, others: dict[str, Given]) -> Plan:
         if len(_plans) >= REMEMBERED:
             _plans.clear()
         _plans[identity] = plan
-    return plan
+    return plan._replace(tables=with_bounds(call, plan.tables))
 
 
 def members_of(split: Shape, problem: Problem) -> NDArray[np.int64]:

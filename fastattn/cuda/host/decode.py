@@ -11,7 +11,7 @@ from fastattn.call.problem import Problem
 from fastattn.cuda.available import SIMULATED
 from fastattn.cuda.host.arrays import Given, nothing
 from fastattn.cuda.host.compile import kernel, launch
-from fastattn.cuda.host.plan import is_extreme, slices_of
+from fastattn.cuda.host.plan import for_portable_kernels, is_extreme, slices_of
 from fastattn.cuda.kernels import decode
 from fastattn.cuda.kernels.elements import MASKS, real_of
 from fastattn.cuda.kernels.vectors import VECTOR_BYTES, vector_width
@@ -68,6 +68,8 @@ def against(problem: Problem) -> str | None:
         return f"{rows} queries share them, more than {limit}"
     if not problem.keys:
         return "there are none"
+    if (beyond := for_portable_kernels(problem)) is not None:
+        return f"there is {beyond}"
     if is_extreme(problem):
         return f"scale {problem.scores.scale:g} is extreme"
     for name, size in (("head", problem.head_dim), ("value", problem.value_dim)):

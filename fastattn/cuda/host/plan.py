@@ -8,12 +8,26 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastattn.call.problem import Problem
-from fastattn.cuda.kernels.plan import DROP_BELOW, OPERANDS, OUT, QUERIES, QUERY, SLICES, VALUE_DIM
+from fastattn.call.problem import Array, Problem
+from fastattn.cuda.kernels.plan import (
+    BOUND_FIRST,
+    BOUND_KEYS,
+    BOUND_LAST,
+    BOUNDS,
+    DROP_BELOW,
+    OPERANDS,
+    OUT,
+    QUERIES,
+    QUERY,
+    SLICES,
+    VALUE_DIM,
+)
 
 #: Scales, by dtype, between which a score comes of a scaled query, in base 2 as well. Others but 0 are *extreme*: then
 #: all arithmetic is in float64, whatever the storage, and nothing in base 2.
 SCALES = {"float32": (1e-30, 1e30), "float64": (0.0, 1e300)}
+#: The same of softcaps, which scores are divided by.
+SOFTCAPS = {"float32": (1e-18, 1e18), "float64": (1e-300, 1e300)}
 
 
 class Table(NamedTuple):
@@ -25,7 +39,7 @@ class Table(NamedTuple):
         The first element of each slice, counted from the array's lowest address.
     steps : shape (OPERANDS, 2)
         From row to row and from column to column, in elements.
-    sizes : shape (8,)
+    sizes : shape (SIZES + BOUNDS · rows of the batch,)
         See `sizes_of`.
     """
 
@@ -34,31 +48,56 @@ class Table(NamedTuple):
     sizes: NDArray[np.int64]
 
 
-def sizes_of(problem: Problem) -> NDArray[np.int64]:
-    """The sizes of a problem, in the order of the constants above.
+def sizes_of(problem: Problem, offsets: Array | None = None, lengths: Array | None = None) -> NDArray[np.int64]:
+    """The sizes of a problem, and what the rows of its batch look at, in the order of `fastattn.cuda.kernels.plan`.
 
     CAUSAL_OFFSET is that of the problem; without a causal mask it is Lk, so that no key is beyond it. DROP_BELOW is 0
     without dropout.
+
+    Parameters
+    ----------
+    problem : Problem
+    offsets, lengths : ndarray of int64, or None
+        The operands of these names. Where the problem has such, and they are not given yet, the bounds are not to be
+        looked at.
     """
-    return np.array(
-        [
-            problem.queries,
-            problem.keys,
-            problem.head_dim,
-            problem.value_dim,
-            problem.heads,
-            slices_of(problem),
-            problem.keys if problem.scores.right is None else problem.scores.offset,
-            problem.drop_threshold,
-        ],
-        np.int64,
-    )
+    queries, keys, scores = problem.queries, problem.keys, problem.scores
+    causal_offset = keys if scores.right is None else min(max(scores.offset + scores.right, -queries), keys)
+    sizes = (queries, keys, problem.head_dim, problem.value_dim, problem.heads, slices_of(problem), causal_offset)
+    bounds = bounds_of(problem, offsets, lengths)
+    return np.concatenate([np.array([*sizes, problem.drop_threshold], np.int64), bounds.ravel()])
+
+
+def bounds_of(problem: Problem, offsets: Array | None, lengths: Array | None) -> NDArray[np.int64]:
+    """BOUND_FIRST, BOUND_LAST and BOUND_KEYS of each row of the batch: no more than numbers of queries and keys."""
+    scores, queries, keys = problem.scores, problem.queries, problem.keys
+    bounds = np.empty((int(np.prod(problem.batch, dtype=np.int64)), BOUNDS), np.int64)
+    at = scores.offset if offsets is None else offsets
+    bounds[:, BOUND_FIRST] = -queries if scores.left is None else np.clip(at - scores.left, -queries, keys)
+    bounds[:, BOUND_LAST] = keys if scores.right is None else np.clip(at + scores.right, -queries, keys)
+    bounds[:, BOUND_KEYS] = keys if lengths is None else lengths
+    return bounds
 
 
 def is_extreme(problem: Problem) -> bool:
-    """Say whether the scale is extreme."""
-    low, high = SCALES[problem.real.name]
+    """Say whether the scale, or the softcap, is extreme."""
+    (low, high), (least, most) = SCALES[problem.real.name], SOFTCAPS[problem.real.name]
+    softcap = problem.scores.softcap
+    if softcap is not None and not least <= softcap <= most:
+        return True
     return problem.scores.scale != 0 and not low <= abs(problem.scores.scale) <= high
+
+
+def for_portable_kernels(problem: Problem) -> str | None:
+    """Say what there is to the scores of a call that only the portable kernels know of; None if nothing."""
+    scores = problem.scores
+    if scores.left is not None:
+        return "a window to the left"
+    if scores.offsets or scores.lengths:
+        return f"{'offsets' if scores.offsets else 'lengths'} of rows of the batch"
+    if scores.softcap is not None:
+        return "a softcap"
+    return "a pair of masks" if scores.bias and scores.keep else None
 
 
 def slices_of(problem: Problem) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastattn.call.problem import Problem
 from fastattn.cuda.available import SIMULATED
-from fastattn.cuda.host.plan import SCALES, Table, is_extreme, slices_of
+from fastattn.cuda.host.plan import SCALES, Table, for_portable_kernels, is_extreme, slices_of
 from fastattn.cuda.kernels.fragments import CHUNK, HALF, TileShape
 from fastattn.cuda.kernels.plan import KEY, OUT, QUERY, VALUE
 
@@ -77,6 +77,8 @@ def against(
         return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
     if problem.dropout_p > 0:
         return "dropout"
+    if (beyond := for_portable_kernels(problem)) is not None:
+        return beyond
     if mask == "float64":
         return "a mask of float64"
     if is_extreme(problem) or (mask in ("none", "bool") and not low < problem.scores.scale < high):

@@ -12,9 +12,9 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from fastattn.cuda.kernels.elements import device, keeps, loader, mask_loader, real_of
-from fastattn.cuda.kernels.plan import DELTA, NUMBERS, REST, SHIFT
-from fastattn.cuda.kernels.tiles import is_floating
+from fastattn.cuda.kernels.elements import device, keeps, loader, real_of
+from fastattn.cuda.kernels.plan import DELTA, DROP_BELOW, HEADS, NUMBERS, REST, SHIFT
+from fastattn.cuda.kernels.scores import score_functions
 
 __all__ = ["Tiles", "Tiling", "make_tiles"]
 
@@ -67,12 +67,16 @@ class Tiles(NamedTuple):
     weigh: Any
 
 
-def make_tiles(tiling: Tiling, storage: str, mask: str, dropout: bool, extreme: bool) -> Tiles:
-    """Make the device functions for a type of elements, and one of the mask's, "none" if there is none."""
-    real, narrow = real_of(storage, extreme), real_of(storage)
-    stage_across, stage = _make_stages(tiling, storage, real)
+def make_tiles(spec: Any, with_slope: bool = True) -> Tiles:
+    """Make the device functions for a kernel of `fastattn.cuda.kernels.portable_backward.Backward`.
+
+    `with_slope`: gradients of scores become those of scale · (query · key); without, they are those of the mask.
+    """
+    tiling, real = spec.tiling, spec.real
+    stage_across, stage = _make_stages(tiling, spec.storage, real)
     clear, multiply, multiply_visible = _make_sums(tiling, real)
-    load_rows, weigh = _make_weights(tiling, mask, dropout, real, narrow)
+    functions = score_functions(spec.mask, spec.keep, spec.softcap, real, real_of(spec.storage))
+    load_rows, weigh = _make_weights(tiling, spec.dropout, real, functions, with_slope and spec.softcap)
     return Tiles(clear, multiply, multiply_visible, stage_across, stage, load_rows, weigh)
 
 
@@ -142,11 +146,11 @@ def _make_stages(tiling: Tiling, storage: str, real: Any) -> tuple[Any, Any]:
     return stage_across, stage
 
 
-def _make_weights(tiling: Tiling, mask_storage: str, dropout: bool, real: Any, narrow: Any) -> tuple[Any, Any]:
+def _make_weights(
+    tiling: Tiling, dropout: bool, real: Any, functions: tuple[Any, Any], with_slope: bool
+) -> tuple[Any, Any]:
     side, rows, tile, threads = tiling.side, tiling.rows, tiling.tile, tiling.threads
-    masked, mask_is_bool = mask_storage != "none", mask_storage == "bool"
-    load_mask = mask_loader(mask_storage if is_floating(mask_storage) else "float32", real, narrow)
-    zero, hidden, lowest = real(0.0), real(-0.0), real(-math.inf)
+    (value, slope), zero, hidden, lowest = functions, real(0.0), real(-0.0), real(-math.inf)
 
     @device
     def load_rows(numbers_here, numbers, at, first_query, queries, thread):
@@ -160,8 +164,8 @@ def _make_weights(tiling: Tiling, mask_storage: str, dropout: bool, real: Any, n
 
     @device
     def weigh(
-        scores, grads, numbers_here, mask, mask_at, mask_row, mask_column, number, first_query, first_key, keys, reach,
-        heads, seed_low, seed_high, drop_below, keep_scale, tx, ty,
+        scores, grads, numbers_here, mask, keep, sizes, head, softcap, number, first_query, first_key, seed_low,
+        seed_high, keep_scale, tx, ty,
     ):  # fmt: skip
         """Turn scores into weights after dropout, and dO · value into dS; -0.0 and 0 where hidden."""
         for r in range(rows):
@@ -170,15 +174,9 @@ def _make_weights(tiling: Tiling, mask_storage: str, dropout: bool, real: Any, n
             delta = numbers_here[DELTA, ty + r * side]
             for c in range(rows):
                 j = first_key + tx + c * side
-                visible = shift != lowest and j < keys and j <= i + reach
-                score = scores[r, c]
-                if masked and visible:
-                    if mask_is_bool:
-                        visible = mask[mask_at + i * mask_row + j * mask_column] != 0
-                    else:
-                        bias = load_mask(mask[mask_at + i * mask_row + j * mask_column])
-                        visible = bias != lowest
-                        score += bias
+                raw = scores[r, c]
+                score, visible = value(raw, softcap, mask, keep, head, i, j)
+                visible = visible and shift != lowest
                 weight, grad = hidden, zero
                 if visible:
                     exponent = (score - shift) - rest
@@ -188,10 +186,12 @@ def _make_weights(tiling: Tiling, mask_storage: str, dropout: bool, real: Any, n
                     weight, grad = share, grads[r, c]
                     if dropout:
                         factor = zero
-                        if keeps(number, heads, i, j, seed_low, seed_high, drop_below):
+                        if keeps(number, sizes[HEADS], i, j, seed_low, seed_high, sizes[DROP_BELOW]):
                             factor = keep_scale
                         weight, grad = share * factor, grad * factor
                     grad = share * (grad - delta)
+                    if with_slope:
+                        grad *= slope(raw, softcap)
                 scores[r, c] = weight
                 grads[r, c] = grad
 

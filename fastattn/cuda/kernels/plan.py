@@ -14,7 +14,8 @@ from __future__ import annotations
 #: Rows of the tables. Kernels of the backward pass use further ones.
 QUERY, KEY, VALUE, MASK, OUT = range(5)
 GRAD_OUT, LSE, GRAD_LSE = range(5, 8)
-OPERANDS = 8
+KEEP = 8  # the boolean mask beside a floating one
+OPERANDS = 9
 
 #: Three numbers of each query, one query after the other: its weights are exp(score - SHIFT - REST), and DELTA is for
 #: the backward pass. SHIFT is the log-sum-exp, and REST 0. But where rounding has taken from the log-sum-exp what
@@ -24,3 +25,9 @@ NUMBERS = 3
 
 #: Places in the vector of sizes.
 QUERIES, KEYS, HEAD_DIM, VALUE_DIM, HEADS, SLICES, CAUSAL_OFFSET, DROP_BELOW = range(8)
+SIZES = 8
+
+#: Behind the sizes, three numbers for each row of the batch: query i looks at the keys from i + BOUND_FIRST to
+#: i + BOUND_LAST, both included, of the first BOUND_KEYS. Kernels that know CAUSAL_OFFSET alone do not look at these.
+BOUND_FIRST, BOUND_LAST, BOUND_KEYS = range(3)
+BOUNDS = 3

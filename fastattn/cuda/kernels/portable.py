@@ -1,9 +1,9 @@
 """The forward pass on any GPU, and the matrix of weights: FlashAttention's loop order on tiles in shared memory.
 
     for each block of queries:                       a block of threads each; threads stand in a grid of Y x X
-        for each block of keys:                      up to the last one that the causal mask lets any of them see
+        for each block of keys:                      those that positions and lengths let any of them see
             s[i][j] = query[i] · key[j]              in registers: i = y, y + Y, ...; j = x, x + X, ...
-            s       = scale · s + mask, or -inf where the query may not look
+            s       = scale · s, capped, + mask, or -inf where the query may not look
             w[i][j] = 2^(s[i][j] - m[i])             m follows the maximum (online softmax); w goes to shared memory
             out[i] += Σ_j w[i][j] · value[j]         in registers: columns x, x + X, ...
 
@@ -12,13 +12,14 @@ and threads speak to each other through shared memory alone. Values wider than a
 blocks of threads that each compute the scores again.
 
 Scores are in base 2: the scale has a factor log2(e) in it. Under a floating mask they stay in base e, since finfo.min
-times log2(e) is no number, and where the scale is extreme (see `fastattn.cuda.host.plan`), which has all arithmetic
-in float64 as well; `to_base_2` is log2(e) then, else 1.
+times log2(e) is no number, and where scale or softcap is extreme (see `fastattn.cuda.host.plan`), which has all
+arithmetic in float64 as well; `to_base_2` is log2(e) then, else 1.
 
 A key that a query may not look at has the weight -0.0, which adds nothing to a finite sum. Where a block of values
 holds NaN or infinities, weights that are -0.0 are left out, as 0 · NaN is NaN.
 
-What works on tiles is in `fastattn.cuda.kernels.tiles`; `syncthreads` stands here alone.
+What happens to a score is in `fastattn.cuda.kernels.scores`, what works on tiles in `fastattn.cuda.kernels.tiles`;
+`syncthreads` stands here alone.
 """
 
 from __future__ import annotations
@@ -42,12 +43,10 @@ from fastattn.cuda.kernels.elements import (
     storer,
 )
 from fastattn.cuda.kernels.plan import (
-    CAUSAL_OFFSET,
     HEAD_DIM,
     KEY,
     KEYS,
     LSE,
-    MASK,
     NUMBERS,
     OUT,
     QUERIES,
@@ -58,22 +57,33 @@ from fastattn.cuda.kernels.plan import (
     VALUE,
     VALUE_DIM,
 )
+from fastattn.cuda.kernels.scores import head_of, in_base_2, keys_of_queries, restriction, score_functions
 from fastattn.cuda.kernels.tiles import (
     Tiles,
     addition,
     dropping,
-    in_base_2,
     multiplication,
-    restriction,
     softmax_functions,
     tile_loader,
 )
 
 
 class Forward(NamedTuple):
-    """What a forward kernel is compiled for; `mask` is "none" or the type that the mask is stored in.
+    """What a forward kernel is compiled for.
 
-    `extreme` is what `fastattn.cuda.host.plan` says of the scale.
+    Attributes
+    ----------
+    storage : {"float16", "bfloat16", "float32", "float64"}
+        What operands and result are stored in.
+    mask : str
+        The same of the mask, or "bool", or "none".
+    dropout : bool
+    tiles : Tiles
+    extreme : bool
+        What `fastattn.cuda.host.plan` says of scale and softcap.
+    keep : bool
+        Whether there is a boolean mask beside a floating one.
+    softcap : bool
     """
 
     storage: str
@@ -81,6 +91,8 @@ class Forward(NamedTuple):
     dropout: bool
     tiles: Tiles
     extreme: bool = False
+    keep: bool = False
+    softcap: bool = False
 
 
 class Weights(NamedTuple):
@@ -91,6 +103,8 @@ class Weights(NamedTuple):
     dropout: bool
     tiles: Tiles
     extreme: bool = False
+    keep: bool = False
+    softcap: bool = False
 
 
 class Shifts(NamedTuple):
@@ -101,6 +115,8 @@ class Shifts(NamedTuple):
     tiles: Tiles
     base_2: bool
     extreme: bool = False
+    keep: bool = False
+    softcap: bool = False
 
 
 class Copy(NamedTuple):
@@ -118,15 +134,12 @@ class Block(NamedTuple):
         The slice, the first of its queries, and the first column of the result.
     queries
         How many queries there are.
-    end
-        After the last key that one of these queries may look at.
     """
 
     slice: int
     query: int
     value: int
     queries: int
-    end: int
 
 
 def forward(spec: Forward) -> Any:
@@ -135,10 +148,9 @@ def forward(spec: Forward) -> Any:
     A block of threads for each block of queries of each slice, and of columns of the result, all along x. The last
     queries come first: under a causal mask they have the most to do.
     """
-    storage, mask_kind, dropout, tiles, extreme = spec
-    real = real_of(storage, extreme)
+    dropout, tiles, real = spec.dropout, spec.tiles, real_of(spec.storage, spec.extreme)
     find_scores, drop = _make_find_scores(spec), dropping(tiles, real)
-    publish, absorb = softmax_functions(tiles, real, in_base_2(mask_kind, extreme))
+    publish, absorb = softmax_functions(tiles, real, in_base_2(spec.mask, spec.extreme))
     part_of, add_values, finish = _make_part_of(tiles), _make_add_values(spec), _make_finish(spec)
     threads_x, rows, columns, values = tiles.threads_x, tiles.rows, tiles.columns, tiles.values
     block_q, block_k, features = tiles.queries, tiles.keys, tiles.features
@@ -147,7 +159,9 @@ def forward(spec: Forward) -> Any:
     value_size = max(tiles.value_rows * tiles.value_columns, block_q * threads_x)
     lowest, zero = real(-math.inf), real(0)
 
-    def kernel(query, key, value, mask, out, lse, offsets, steps, sizes, scale, keep_scale, seed_low, seed_high):
+    def kernel(
+        query, key, value, mask, out, lse, offsets, steps, sizes, scale, keep_scale, seed_low, seed_high, keep, softcap
+    ):
         query_tile = cuda.shared.array(query_size, real)
         key_tile = cuda.shared.array(key_size, real)  # after the scores: the weights
         value_tile = cuda.shared.array(value_size, real)  # before the values: what a row's threads tell each other
@@ -158,6 +172,8 @@ def forward(spec: Forward) -> Any:
         total = cuda.local.array(rows, real)  # of the weights of this thread's own keys
         x, y = cuda.threadIdx.x, cuda.threadIdx.y
         here, head_dim, value_dim = part_of(cuda.blockIdx.x, sizes), sizes[HEAD_DIM], sizes[VALUE_DIM]
+        head = head_of(here.slice, offsets, steps, sizes)
+        begin, end = keys_of_queries(head, here.query, here.query + here.queries - 1, block_k)
         value_base = offsets[VALUE, here.slice] + here.value * steps[VALUE, 1]
 
         for i in range(rows):
@@ -166,11 +182,11 @@ def forward(spec: Forward) -> Any:
             for c in range(values):
                 sums[i, c] = zero
 
-        for first_key in range(0, here.end, block_k):
-            count = min(block_k, here.end - first_key)
+        for first_key in range(begin, end, block_k):
+            count = min(block_k, end - first_key)
             find_scores(
-                scores, seen, query_tile, key_tile, query, key, mask, offsets, steps, sizes, scale, here.slice,
-                here.query, first_key, here.queries, count, first_key == 0 or head_dim > features, y, x,
+                scores, seen, query_tile, key_tile, query, key, mask, keep, offsets, steps, sizes, head, scale, softcap,
+                here.slice, here.query, first_key, here.queries, count, first_key == begin or head_dim > features, y, x,
             )  # fmt: skip
             cuda.syncthreads()
             publish(scores, value_tile, y, x)
@@ -200,9 +216,7 @@ def _make_part_of(tiles: Tiles) -> Any:
         first_value = block % parts * block_v
         block = block // parts
         first_query = (blocks - 1 - block % blocks) * block_q
-        present = min(block_q, queries - first_query)
-        end = min(sizes[KEYS], first_query + present + sizes[CAUSAL_OFFSET])
-        return Block(block // blocks, first_query, first_value, present, end)
+        return Block(block // blocks, first_query, first_value, min(block_q, queries - first_query))
 
     return part_of
 
@@ -211,15 +225,16 @@ def _make_find_scores(spec: Forward | Weights | Shifts) -> Any:
     """A device function of a block of queries and one of keys."""
     tiles, storage, real = spec.tiles, spec.storage, real_of(spec.storage, spec.extreme)
     load_tile, multiply = tile_loader(loader(storage, real), real), multiplication(tiles)
-    restrict = restriction(tiles, spec.mask, real, real_of(storage))
+    value, _ = score_functions(spec.mask, spec.keep, spec.softcap, real, real_of(storage))
+    restrict = restriction(tiles, value)
     threads, block_q, block_k, features = tiles.threads, tiles.queries, tiles.keys, tiles.features
     rows, columns, threads_x, pitch = tiles.rows, tiles.columns, tiles.threads_x, tiles.features + 1
     one, zero = real(1), real(0)
 
     @device
     def find_scores(
-        scores, seen, query_tile, key_tile, query, key, mask, offsets, steps, sizes, scale, slice_, first_query,
-        first_key, present, count, fresh, y, x,
+        scores, seen, query_tile, key_tile, query, key, mask, keep, offsets, steps, sizes, head, scale, softcap,
+        slice_, first_query, first_key, present, count, fresh, y, x,
     ):  # fmt: skip
         """The scores, and whether the query may look at the key, of so many queries and keys.
 
@@ -243,7 +258,7 @@ def _make_find_scores(spec: Forward | Weights | Shifts) -> Any:
             load_tile(key_tile, block_k, features, pitch, one, key, at, steps, KEY, count, left, thread, threads)
             cuda.syncthreads()
             multiply(scores, query_tile, key_tile, y, x)
-        restrict(scores, seen, mask, offsets[MASK, slice_], steps, sizes, first_query, first_key, y, x)
+        restrict(scores, seen, softcap, mask, keep, head, first_query, first_key, y, x)
 
     return find_scores
 
@@ -279,11 +294,11 @@ def _make_add_values(spec: Forward) -> Any:
 
 def _make_finish(spec: Forward) -> Any:
     """A device function of what is summed."""
-    storage, mask_kind, _, tiles, extreme = spec
+    storage, tiles, extreme = spec.storage, spec.tiles, spec.extreme
     real, store = real_of(storage, extreme), storer(storage)
     threads_y, threads_x, rows, values = tiles.threads_y, tiles.threads_x, tiles.rows, tiles.values
     lowest, zero, ln_2 = real(-math.inf), real(0), real(LN_2)
-    to_natural = real(LN_2 if in_base_2(mask_kind, extreme) else 1.0)
+    to_natural = real(LN_2 if in_base_2(spec.mask, extreme) else 1.0)
     hold = holder(real, real_of(storage) if extreme else np.float64)
 
     @device
@@ -320,7 +335,7 @@ def find_shifts(spec: Shifts) -> Any:
     its rounding matters, the block goes over the keys once more: see `fastattn.call.rounding`, which has `slack` as
     well.
     """
-    storage, _, tiles, base_2, extreme = spec
+    storage, tiles, base_2, extreme = spec.storage, spec.tiles, spec.base_2, spec.extreme
     real, find_scores = real_of(storage, extreme), _make_find_scores(spec)
     publish, absorb = softmax_functions(tiles._replace(values=0), real, base_2)
     threads_y, threads_x, rows, columns, _, features, _ = tiles
@@ -331,7 +346,7 @@ def find_shifts(spec: Shifts) -> Any:
     to_scores, from_base_2 = real(LOG2_E if base_2 else 1.0), real(1.0 if base_2 else LN_2)
     coarse = real(PRECISE[np.dtype(real_of(storage)).name])
 
-    def kernel(query, key, mask, lse, numbers, offsets, steps, sizes, scale, slack):
+    def kernel(query, key, mask, lse, numbers, offsets, steps, sizes, scale, slack, keep, softcap):
         query_tile = cuda.shared.array(query_size, real)
         key_tile = cuda.shared.array(key_size, real)  # after the scores: exp(score - m), which nobody reads
         shared_tile = cuda.shared.array(shared_size, real)  # what a row's threads tell each other
@@ -359,12 +374,12 @@ def find_shifts(spec: Shifts) -> Any:
         if cuda.syncthreads_or(np.int32(1 if lost else 0)) == 0:
             return
 
-        # after the last key that one of these queries may look at
-        end = min(sizes[KEYS], min(queries, first_query + block_q) + sizes[CAUSAL_OFFSET])
-        for first_key in range(0, end, block_k):
+        head = head_of(slice_, offsets, steps, sizes)
+        begin, end = keys_of_queries(head, first_query, min(queries, first_query + block_q) - 1, block_k)
+        for first_key in range(begin, end, block_k):
             find_scores(
-                scores, seen, query_tile, key_tile, query, key, mask, offsets, steps, sizes, scale, slice_, first_query,
-                first_key, queries - first_query, sizes[KEYS] - first_key, True, y, x,
+                scores, seen, query_tile, key_tile, query, key, mask, keep, offsets, steps, sizes, head, scale, softcap,
+                slice_, first_query, first_key, queries - first_query, head.keys - first_key, True, y, x,
             )  # fmt: skip
             cuda.syncthreads()
             publish(scores, shared_tile, y, x)
@@ -395,16 +410,18 @@ def weights(spec: Weights) -> Any:
     `out` is the matrix of weights, and in the place of the log-sum-exp there are the numbers of `find_shifts`; `value`
     is not read.
     """
-    storage, mask_kind, dropout, tiles, extreme = spec
-    real = real_of(storage, extreme)
+    storage, dropout, tiles, real = spec.storage, spec.dropout, spec.tiles, real_of(spec.storage, spec.extreme)
     store, find_scores, drop = storer(storage), _make_find_scores(spec), dropping(tiles, real)
     threads_y, threads_x, rows, columns, _, features, _ = tiles
     block_q, block_k, pitch = tiles.queries, tiles.keys, features + 1
     query_size, key_size = block_q * pitch, max(block_k * pitch, block_q * (block_k + 1))
     lowest, one, zero = real(-math.inf), real(1), real(0)
-    to_base_2 = real(1.0 if in_base_2(mask_kind, extreme) else LOG2_E)
+    to_base_2 = real(1.0 if in_base_2(spec.mask, spec.extreme) else LOG2_E)
 
-    def kernel(query, key, value, mask, out, numbers, offsets, steps, sizes, scale, keep_scale, seed_low, seed_high):
+    def kernel(
+        query, key, value, mask, out, numbers, offsets, steps, sizes, scale, keep_scale, seed_low, seed_high, keep,
+        softcap,
+    ):  # fmt: skip
         query_tile = cuda.shared.array(query_size, real)
         key_tile = cuda.shared.array(key_size, real)  # after the scores: the weights
         scores = cuda.local.array((rows, columns), real)
@@ -421,9 +438,10 @@ def weights(spec: Weights) -> Any:
         first_query = block % query_blocks * block_q
         slice_ = block // query_blocks
 
+        head = head_of(slice_, offsets, steps, sizes)
         find_scores(
-            scores, seen, query_tile, key_tile, query, key, mask, offsets, steps, sizes, scale, slice_, first_query,
-            first_key, queries - first_query, keys - first_key, True, y, x,
+            scores, seen, query_tile, key_tile, query, key, mask, keep, offsets, steps, sizes, head, scale, softcap,
+            slice_, first_query, first_key, queries - first_query, keys - first_key, True, y, x,
         )  # fmt: skip
         cuda.syncthreads()
         for i in range(rows):

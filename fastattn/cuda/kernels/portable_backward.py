@@ -7,6 +7,9 @@ result (Dao et al. 2022, arXiv 2205.14135, appendix B; `fastattn.reference.backw
     dS[i][j]  = P · (Z · (dO[i] · value[j]) - delta[i])
     dvalue[j] = Σ_i P · Z · dO[i]      dkey[j] = scale Σ_i dS · query[i]      dquery[i] = scale Σ_j dS · key[j]
 
+In the last two dS is multiplied by the slope of the softcap, if there is one; the gradient of a mask, which is added
+behind the softcap, does without.
+
 For lse there are two numbers, which `fastattn.cuda.kernels.portable.find_shifts` writes: nothing is lost to its
 rounding.
 
@@ -37,16 +40,12 @@ from numba import cuda
 from fastattn.cuda.kernels.backward_tiles import Tiles, Tiling, make_tiles
 from fastattn.cuda.kernels.elements import device, loader, real_of, storer
 from fastattn.cuda.kernels.plan import (
-    CAUSAL_OFFSET,
     DELTA,
-    DROP_BELOW,
     GRAD_LSE,
     GRAD_OUT,
     HEAD_DIM,
-    HEADS,
     KEY,
     KEYS,
-    MASK,
     NUMBERS,
     OUT,
     QUERIES,
@@ -55,6 +54,7 @@ from fastattn.cuda.kernels.plan import (
     VALUE,
     VALUE_DIM,
 )
+from fastattn.cuda.kernels.scores import head_of, keys_of_queries, queries_of_keys
 
 __all__ = ["Backward", "find_deltas", "grad_keys", "grad_mask", "grad_queries"]
 
@@ -75,7 +75,10 @@ class Backward(NamedTuple):
     key, value : bool
         What `grad_keys` computes: both at once where the same slices share key and value.
     extreme : bool
-        What `fastattn.cuda.host.plan` says of the scale: the arithmetic is in float64.
+        What `fastattn.cuda.host.plan` says of scale and softcap: the arithmetic is in float64.
+    keep : bool
+        Whether there is a boolean mask beside a floating one.
+    softcap : bool
     """
 
     storage: str
@@ -85,6 +88,8 @@ class Backward(NamedTuple):
     key: bool = True
     value: bool = True
     extreme: bool = False
+    keep: bool = False
+    softcap: bool = False
 
     @property
     def real(self) -> Any:
@@ -127,8 +132,8 @@ def _make_differentiate(spec: Backward, tiles: Tiles) -> Any:
 
     @device
     def differentiate(
-        weights, grads, left, right, numbers_here, query, key, value, mask, grad_out, offsets, steps, sizes, number,
-        first_query, first_key, scale, seed_low, seed_high, keep_scale,
+        weights, grads, left, right, numbers_here, query, key, value, mask, keep, grad_out, offsets, steps, sizes, head,
+        number, first_query, first_key, scale, softcap, seed_low, seed_high, keep_scale,
     ):  # fmt: skip
         """P · Z and dS of slice `number`, -0.0 and 0 where hidden. How many elements of dO were not finite."""
         queries, keys = sizes[QUERIES], sizes[KEYS]
@@ -141,9 +146,8 @@ def _make_differentiate(spec: Backward, tiles: Tiles) -> Any:
             KEY, key, offsets[KEY, number], first_key, keys, sizes[HEAD_DIM],
         )  # fmt: skip
         weigh(
-            weights, grads, numbers_here, mask, offsets[MASK, number], steps[MASK, 0], steps[MASK, 1], number,
-            first_query, first_key, keys, sizes[CAUSAL_OFFSET], sizes[HEADS], seed_low, seed_high, sizes[DROP_BELOW],
-            keep_scale, cuda.threadIdx.x, cuda.threadIdx.y,
+            weights, grads, numbers_here, mask, keep, sizes, head, softcap, number, first_query, first_key, seed_low,
+            seed_high, keep_scale, cuda.threadIdx.x, cuda.threadIdx.y,
         )  # fmt: skip
         return odd
 
@@ -186,17 +190,17 @@ def grad_keys(spec: Backward) -> Any:
     Blocks stand along x: first the parts of `features` columns, `chunks` of them, then the tiles of keys, then the rows
     of `members`, which say what slices share an argument.
     """
-    storage, mask_storage, dropout, tiling, with_key, with_value, extreme = spec
+    tiling, with_key, with_value = spec.tiling, spec.key, spec.value
     side, rows, columns, depth, tile = tiling.side, tiling.rows, tiling.columns, tiling.depth, tiling.tile
     features, wide, width = tiling.features, max(tile, tiling.features) + PADDING, tile + PADDING
-    real, store = spec.real, storer(storage)
-    tiles = make_tiles(tiling, storage, mask_storage, dropout, extreme)
+    real, store = spec.real, storer(spec.storage)
+    tiles = make_tiles(spec)
     clear, load_rows, differentiate = tiles.clear, tiles.load_rows, _make_differentiate(spec, tiles)
     add_products = _make_add_products(spec, tiles)
 
     def kernel(
         query, key, value, mask, grad_out, numbers, offsets, steps, sizes, members, scale, seed_low, seed_high,
-        keep_scale, chunks, grad_key, grad_value,
+        keep_scale, keep, softcap, chunks, grad_key, grad_value,
     ):  # fmt: skip
         left = cuda.shared.array((depth, wide), real)
         right = cuda.shared.array((depth, wide), real)
@@ -221,13 +225,15 @@ def grad_keys(spec: Backward) -> Any:
             number = members[owner, member]
             query_at, grad_at = offsets[QUERY, number], offsets[GRAD_OUT, number]
             numbers_at = NUMBERS * number * queries
-            # the tile of the first query that may look at the first key
-            for first_query in range(max(0, first_key - sizes[CAUSAL_OFFSET]) // tile * tile, queries, tile):
+            head = head_of(number, offsets, steps, sizes)
+            begin, end = queries_of_keys(head, first_key, min(keys, first_key + tile) - 1, tile)
+            for first_query in range(begin, end, tile):
                 load_rows(numbers_here, numbers, numbers_at, first_query, queries, thread)
                 cuda.syncthreads()
                 odd = differentiate(
-                    weights_here, grads_here, left, right, numbers_here, query, key, value, mask, grad_out, offsets,
-                    steps, sizes, number, first_query, first_key, scale, seed_low, seed_high, keep_scale,
+                    weights_here, grads_here, left, right, numbers_here, query, key, value, mask, keep, grad_out,
+                    offsets, steps, sizes, head, number, first_query, first_key, scale, softcap, seed_low, seed_high,
+                    keep_scale,
                 )  # fmt: skip
                 for r in range(rows):
                     for c in range(rows):
@@ -292,17 +298,17 @@ def _make_add_products(spec: Backward, tiles: Tiles) -> Any:
 
 def grad_queries(spec: Backward) -> Any:
     """The kernel of the gradient of queries, with blocks like those of `grad_keys`."""
-    storage, mask_storage, dropout, tiling, _, _, extreme = spec
+    tiling = spec.tiling
     side, rows, columns, depth, tile = tiling.side, tiling.rows, tiling.columns, tiling.depth, tiling.tile
     features, wide, width = tiling.features, max(tile, tiling.features) + PADDING, tile + PADDING
-    real, store = spec.real, storer(storage)
-    tiles = make_tiles(tiling, storage, mask_storage, dropout, extreme)
+    real, store = spec.real, storer(spec.storage)
+    tiles = make_tiles(spec)
     clear, multiply, stage, load_rows = tiles.clear, tiles.multiply, tiles.stage, tiles.load_rows
     differentiate = _make_differentiate(spec, tiles)
 
     def kernel(
         query, key, value, mask, grad_out, numbers, offsets, steps, sizes, members, scale, seed_low, seed_high,
-        keep_scale, chunks, grad_query,
+        keep_scale, keep, softcap, chunks, grad_query,
     ):  # fmt: skip
         left = cuda.shared.array((depth, width), real)
         right = cuda.shared.array((depth, wide), real)
@@ -319,17 +325,19 @@ def grad_queries(spec: Backward) -> Any:
         column = cuda.blockIdx.x % chunks * features
         first_query = cuda.blockIdx.x // chunks % query_tiles * tile
         owner = cuda.blockIdx.x // chunks // query_tiles
-        end = min(keys, first_query + tile + sizes[CAUSAL_OFFSET])  # behind what the last query may look at
         clear(sums)
         for member in range(members.shape[1]):
             number = members[owner, member]
             key_at, numbers_at = offsets[KEY, number], NUMBERS * number * queries
             load_rows(numbers_here, numbers, numbers_at, first_query, queries, thread)
             cuda.syncthreads()
-            for first_key in range(0, end, tile):
+            head = head_of(number, offsets, steps, sizes)
+            begin, end = keys_of_queries(head, first_query, min(queries, first_query + tile) - 1, tile)
+            for first_key in range(begin, end, tile):
                 differentiate(
-                    weights_here, grads_here, left, right, numbers_here, query, key, value, mask, grad_out, offsets,
-                    steps, sizes, number, first_query, first_key, scale, seed_low, seed_high, keep_scale,
+                    weights_here, grads_here, left, right, numbers_here, query, key, value, mask, keep, grad_out,
+                    offsets, steps, sizes, head, number, first_query, first_key, scale, softcap, seed_low, seed_high,
+                    keep_scale,
                 )  # fmt: skip
                 for r in range(rows):
                     for c in range(rows):
@@ -358,15 +366,15 @@ def grad_mask(spec: Backward) -> Any:
     A block has a tile of it, and goes through the slices of a row of `members`, and along an axis of length 1 through
     all tiles of the scores.
     """
-    storage, mask_storage, dropout, tiling, _, _, extreme = spec
+    tiling = spec.tiling
     side, rows, depth, tile, width = tiling.side, tiling.rows, tiling.depth, tiling.tile, tiling.tile + PADDING
-    real, store = spec.real, storer(mask_storage)
-    tiles = make_tiles(tiling, storage, mask_storage, dropout, extreme)
+    real, store = spec.real, storer(spec.mask)
+    tiles = make_tiles(spec, with_slope=False)
     load_rows, differentiate, zero = tiles.load_rows, _make_differentiate(spec, tiles), real(0.0)
 
     def kernel(
         query, key, value, mask, grad_out, numbers, offsets, steps, sizes, members, scale, seed_low, seed_high,
-        keep_scale, mask_queries, mask_keys, result,
+        keep_scale, keep, softcap, mask_queries, mask_keys, result,
     ):  # fmt: skip
         left = cuda.shared.array((depth, width), real)
         right = cuda.shared.array((depth, width), real)
@@ -395,14 +403,16 @@ def grad_mask(spec: Backward) -> Any:
                 sums[r, c] = zero
         for member in range(members.shape[1]):
             number = members[owner, member]
-            numbers_at = NUMBERS * number * queries
+            head, numbers_at = head_of(number, offsets, steps, sizes), NUMBERS * number * queries
             for first_query in range(own_query, query_end, tile):
                 load_rows(numbers_here, numbers, numbers_at, first_query, queries, thread)
                 cuda.syncthreads()
-                for first_key in range(own_key, min(key_end, first_query + tile + sizes[CAUSAL_OFFSET]), tile):
+                begin, end = keys_of_queries(head, first_query, min(queries, first_query + tile) - 1, tile)
+                for first_key in range(max(begin, own_key), min(end, key_end), tile):
                     differentiate(
-                        weights_here, grads_here, left, right, numbers_here, query, key, value, mask, grad_out, offsets,
-                        steps, sizes, number, first_query, first_key, scale, seed_low, seed_high, keep_scale,
+                        weights_here, grads_here, left, right, numbers_here, query, key, value, mask, keep, grad_out,
+                        offsets, steps, sizes, head, number, first_query, first_key, scale, softcap, seed_low,
+                        seed_high, keep_scale,
                     )  # fmt: skip
                     for r in range(rows):
                         for c in range(rows):

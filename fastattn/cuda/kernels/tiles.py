@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastattn.cuda.kernels.elements import LOG2_E, device, exp2, mask_loader, minus_zero_test, philox
-from fastattn.cuda.kernels.plan import CAUSAL_OFFSET, DROP_BELOW, HEADS, KEYS, MASK, QUERIES
+from fastattn.cuda.kernels.elements import LOG2_E, device, exp2, minus_zero_test, philox
+from fastattn.cuda.kernels.plan import DROP_BELOW, HEADS
 
 
 class Tiles(NamedTuple):
@@ -52,16 +52,6 @@ class Tiles(NamedTuple):
     def value_columns(self) -> int:
         """Columns of the result that a block computes."""
         return self.threads_x * self.values
-
-
-def is_floating(mask_kind: str) -> bool:
-    """Whether a mask of this kind is added to the scores."""
-    return mask_kind not in ("none", "bool")
-
-
-def in_base_2(mask_kind: str, extreme: bool) -> bool:
-    """Whether scores are in base 2: where no mask is added to them, and the scale is not extreme."""
-    return not is_floating(mask_kind) and not extreme
 
 
 def tile_loader(load: Any, real: Any) -> Any:
@@ -106,34 +96,6 @@ def multiplication(tiles: Tiles) -> Any:
                     scores[i, j] += q * key_tile[(x + j * threads_x) * pitch + f]
 
     return multiply
-
-
-def restriction(tiles: Tiles, mask_kind: str, real: Any, narrow: Any) -> Any:
-    """The device function that applies masks to scores; what is added is held in the range of `narrow`."""
-    rows, columns, threads_y, threads_x = tiles.rows, tiles.columns, tiles.threads_y, tiles.threads_x
-    has_bool, has_float = mask_kind == "bool", is_floating(mask_kind)
-    load_mask = mask_loader(mask_kind if has_float else "float32", real, narrow)
-    lowest = real(-math.inf)
-
-    @device
-    def restrict(scores, seen, mask, base, steps, sizes, first_query, first_key, y, x):
-        """scores[i][j] += mask[i][j]; where a query may not look -inf, and not `seen`."""
-        for i in range(rows):
-            query = first_query + y + i * threads_y
-            for j in range(columns):
-                key = first_key + x + j * threads_x
-                may = query < sizes[QUERIES] and key < sizes[KEYS] and key <= query + sizes[CAUSAL_OFFSET]
-                if has_bool and may:
-                    may = mask[base + query * steps[MASK, 0] + key * steps[MASK, 1]] != 0
-                if has_float and may:
-                    added = load_mask(mask[base + query * steps[MASK, 0] + key * steps[MASK, 1]])
-                    may = added != lowest
-                    scores[i, j] += added
-                if not may:
-                    scores[i, j] = lowest
-                seen[i, j] = may
-
-    return restrict
 
 
 def softmax_functions(tiles: Tiles, real: Any, base_2: bool) -> tuple[Any, Any]:

@@ -28,7 +28,7 @@ def inputs(*shape: int) -> Any:
 def plans(monkeypatch: pytest.MonkeyPatch) -> dict[Any, Any]:
     """Forget what is known about calls; return the plans that are made from now on."""
     monkeypatch.setattr(session.current, "plans", session.Plans())
-    return session.current.plans.recent
+    return session.current.plans
 
 
 # -- builtins ----------------------------------------------------------------------------------------------------------
@@ -111,11 +111,83 @@ def test_an_array_of_very_many_axes_has_no_signature() -> None:
     assert builtin.signatures.of(array[0], array[0]) != b""
 
 
-def test_what_is_no_array_has_no_signature() -> None:
+def test_signatures_tell_options_apart() -> None:
     array = np.zeros((2, 3), np.float32)
-    for other in (array.view(Subclass), np.ma.masked_array(array), [[1.0]], 3, np.float32(3), "text", object(), type):
+    options = [None, False, True, 0, 1, -1, 2, 2**63 - 1, -(2**63), 0.0, -0.0, 1.0, -1.0, 0.5, np.inf, array]
+    of = builtin.signatures.of
+    assert len({(of(array, option), of(option, array)) for option in options}) == len(options)
+    assert len({builtin._described(option) for option in (None, False, 0, 0.0, True, 1, 1.0, array)}) == 8
+
+
+def test_what_is_neither_has_no_signature() -> None:
+    array = np.zeros((2, 3), np.float32)
+    others = (
+        array.view(Subclass),
+        np.ma.masked_array(array),
+        [[1.0]],
+        (1, 2),
+        np.float64(3),
+        np.True_,
+        "text",
+        object(),
+    )
+    for other in (*others, type, 1j):
         assert builtin.signatures.of(array, other) == b""
         assert builtin._described(array, other) == b""
+    for other in (2**63, -(2**63) - 1, 10**30):
+        assert builtin.signatures.of(array, other) == b""
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        {"scale": 1},
+        {"scale": np.float64(0.5)},
+        {"scale": np.float32(0.5), "softcap": np.float32(2)},
+        {"is_causal": np.True_},
+        {"is_causal": "bottom-right"},
+        {"backend": "cpu"},
+        {"return_lse": True},
+        {"window": (2, None)},
+        {"window": (np.int64(2), 0), "query_offset": np.int32(1)},
+        {"dropout_p": 0},
+        {"enable_gqa": np.False_},
+    ],
+    ids=str,
+)
+def test_a_call_like_an_earlier_one_is_not_described_again(
+    same: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query, key, value = inputs(1, 2, 9, 8)
+    out = np.empty_like(query)
+    wanted = fastattn.attention(query, key, value, **same)
+    fastattn.attention(query, key, value, **same, out=out)
+    monkeypatch.setattr("fastattn.api.attention.describe", None)
+    np.testing.assert_array_equal(fastattn.attention(query, key, value, **same)[0], wanted[0])
+    np.testing.assert_array_equal(fastattn.attention(query, key, value, **same, out=out)[0], wanted[0])
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ({"is_causal": True}, {"is_causal": 1}),
+        ({"is_causal": False}, {"is_causal": 0.0}),
+        ({"scale": 1.0}, {"scale": True}),
+        ({"enable_gqa": True}, {"enable_gqa": 1}),
+        ({"window": (1, 0)}, {"window": (True, False)}),
+        ({"query_offset": 1}, {"query_offset": True}),
+        ({"query_offset": 1}, {"query_offset": 1.0}),
+        ({"return_lse": True}, {"return_lse": 1}),
+        ({"is_causal": "bottom-right"}, {"is_causal": None}),
+    ],
+    ids=str,
+)
+def test_a_call_that_is_only_equal_to_an_earlier_one_is_refused(right: dict[str, Any], wrong: dict[str, Any]) -> None:
+    query, key, value = inputs(1, 2, 9, 8)
+    fastattn.attention(query, key, value, **right)
+    fastattn.attention(query, key, value, **right)
+    with pytest.raises(TypeError, match=next(iter(wrong))):
+        fastattn.attention(query, key, value, **wrong)
 
 
 def test_builtins_take_seeds_of_64_bits(plans: dict[Any, Any]) -> None:

@@ -35,6 +35,10 @@ KERNELS = {
 if SLOW:
     KERNELS["float32 and a float64 mask"] = ("float32", "float64", True, 128, 128)
 
+#: Of kinds with a boolean mask beside their own and a softcap.
+PAIRS = ("float32, two masks and a softcap",)
+KERNELS |= dict.fromkeys(PAIRS, ("float32", "float32", False, 64, 64))
+
 #: Of a storage with an extreme scale, all portable kernels: arithmetic is in a wider type than the storage's.
 EXTREME = ("bfloat16", "float64")  # storage and mask
 
@@ -44,20 +48,23 @@ from cuda_ptx import ptx
 from fastattn.cuda.host import backward, choice, plan
 from fastattn.cuda.kernels import portable_backward as gradients
 from fastattn.call.problem import Problem
+from fastattn.call.scores import Scores
 import numpy as np
 
 made = {}
 for name, (storage, mask, dropout, head_dim, value_dim) in json.loads(KERNELS).items():
     dtype = np.dtype(np.float64 if storage == "float64" else np.float32)
-    kind = mask if mask in ("none", "bool") else "float"
-    problem = Problem(dtype, (), 1, 1, 9, 9, head_dim, value_dim, (1, 9, value_dim), 1.0, 0, 0.5 * dropout, kind)
+    bias, pair = mask not in ("none", "bool"), name in PAIRS
+    scores = Scores(softcap=30.0 if pair else None, bias=bias, keep=mask == "bool" or pair, right=0)
+    problem = Problem(dtype, dtype, (), 1, 1, 9, 9, head_dim, value_dim, (1, 9, value_dim), 0.5 * dropout, scores)
     facts = choice.Facts(storage, mask, problem, plan.make_table(problem, []), (0,) * 4, (7, 5))
     for choose in (choice.choose_forward, *[choice.choose_weights] * (name == "float32" and CAPABILITY == (8, 0))):
         chosen = choose(facts)
         made[f"{chosen.factory.__name__} of {name}"] = ptx(chosen.factory, chosen.spec, CAPABILITY)
 if CAPABILITY == (8, 0):
     (storage, mask), real = EXTREME, np.dtype(np.float32)
-    problem = Problem(real, (), 1, 1, 9, 9, 128, 128, (1, 9, 128), 1e39, 0, 0.5, "float")
+    scores = Scores(scale=1e39, bias=True, right=0)
+    problem = Problem(real, real, (), 1, 1, 9, 9, 128, 128, (1, 9, 128), 0.5, scores)
     facts = choice.Facts(storage, mask, problem, plan.make_table(problem, []), (0,) * 4, CAPABILITY)
     work = [choice.choose_forward(facts), choice.choose_weights(facts)]
     work.append(choice.choose_shifts(storage, mask, problem, False))
@@ -84,7 +91,8 @@ def ptxas() -> str | None:
 def compiled(capability: tuple[int, int]) -> dict[str, str]:
     """Return the PTX of kernels for a compute capability, by their names: for a later one than the least a sample."""
     kernels = {name: kernel for name, kernel in KERNELS.items() if capability == LEAST or name in SAMPLE or SLOW}
-    code = f"KERNELS, EXTREME, CAPABILITY = {json.dumps(kernels)!r}, {EXTREME!r}, {capability!r}\n{COMPILE}"
+    given = f"{json.dumps(kernels)!r}, {PAIRS!r}, {EXTREME!r}, {capability!r}"
+    code = f"KERNELS, PAIRS, EXTREME, CAPABILITY = {given}\n{COMPILE}"
     made: dict[str, str] = json.loads(processes.run(code, timeout=300, NUMBA_ENABLE_CUDASIM="0"))
     return made
 
@@ -110,7 +118,8 @@ def test_float32_kernels_compute_in_float32() -> None:
     if ptxas() is None:
         pytest.skip("the compiler's package is not installed: pip install nvidia-cuda-nvcc")
     text = compiled(LEAST)
-    for name in ("forward of float32", "weights of float32", "forward of float16 and a boolean mask"):
+    names = ["forward of float32", "weights of float32", "forward of float16 and a boolean mask"]
+    for name in (*names, *(f"forward of {pair}" for pair in PAIRS)):
         assert "fma.rn.f32" in text[name]
         # a number of Python's that is left in the arithmetic makes all of it float64
         assert ".f64" not in text[name], name

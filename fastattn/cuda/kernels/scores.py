@@ -1,0 +1,152 @@
+"""What happens to a score between the first product and the softmax, and which keys a query looks at.
+
+For a call's kind of scores (`fastattn.call.scores.Scores`) this file has all that the portable kernels know of it: the
+interval of keys (`keys_of_queries`, `queries_of_keys`), what becomes of one score (`value`), the slope of that for the
+backward pass (`slope`), and whether one query looks at one key (`sees`). Positions are numbers of keys.
+
+Nothing here asks `cuda` for anything: the simulator lends that to the module of the kernel alone.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from fastattn.cuda.kernels.elements import device, mask_loader
+from fastattn.cuda.kernels.plan import BOUND_FIRST, BOUND_KEYS, BOUND_LAST, BOUNDS, HEADS, KEEP, MASK, QUERIES, SIZES
+from fastattn.cuda.kernels.tiles import Tiles
+
+
+class Head(NamedTuple):
+    """What one query head of one row of the batch looks at.
+
+    Attributes
+    ----------
+    queries, keys
+        How many there are; keys of this row.
+    first, last
+        Query i looks at the keys from i + first to i + last, both included.
+    mask, mask_row, mask_column
+        Where the mask begins, and its steps from query to query and from key to key.
+    keep, keep_row, keep_column
+        The same of the boolean mask beside a floating one.
+    """
+
+    queries: int
+    keys: int
+    first: int
+    last: int
+    mask: int
+    mask_row: int
+    mask_column: int
+    keep: int
+    keep_row: int
+    keep_column: int
+
+
+def is_floating(mask_kind: str) -> bool:
+    """Whether a mask of this kind is added to the scores."""
+    return mask_kind not in ("none", "bool")
+
+
+def in_base_2(mask_kind: str, extreme: bool) -> bool:
+    """Whether scores are in base 2: where no mask is added to them, and neither scale nor softcap is extreme."""
+    return not is_floating(mask_kind) and not extreme
+
+
+# -- which keys --------------------------------------------------------------------------------------------------------
+
+
+@device
+def head_of(slice_, offsets, steps, sizes):
+    """What a slice looks at, as the tables say it."""
+    at = SIZES + slice_ // sizes[HEADS] * BOUNDS
+    return Head(
+        sizes[QUERIES],
+        sizes[at + BOUND_KEYS],
+        sizes[at + BOUND_FIRST],
+        sizes[at + BOUND_LAST],
+        offsets[MASK, slice_],
+        steps[MASK, 0],
+        steps[MASK, 1],
+        offsets[KEEP, slice_],
+        steps[KEEP, 0],
+        steps[KEEP, 1],
+    )
+
+
+@device
+def keys_of_queries(head, first, last, block):
+    """The first key and the end of those that any query from `first` to `last` looks at, from a whole block on."""
+    begin, end = max(0, first + head.first), min(head.keys, last + head.last + 1)
+    return begin - begin % block if begin < end else end, end
+
+
+@device
+def queries_of_keys(head, first, last, block):
+    """The first query and the end of those that look at any key from `first` to `last`, from a whole block on."""
+    begin, end = max(0, first - head.last), min(head.queries, min(last, head.keys - 1) - head.first + 1)
+    if first >= head.keys:
+        end = begin
+    return begin - begin % block if begin < end else end, end
+
+
+@device
+def sees(head, query, key):
+    """Whether a query may look at a key, but for masks; one behind the last query looks at nothing."""
+    near = query < head.queries and key < head.keys
+    return near and key >= query + head.first and key <= query + head.last
+
+
+# -- scores ------------------------------------------------------------------------------------------------------------
+
+
+def score_functions(mask_kind: str, with_keep: bool, with_softcap: bool, real: Any, narrow: Any) -> tuple[Any, Any]:
+    """The device functions `value` and `slope` of a score; what is added is held in the range of `narrow`."""
+    has_bool, has_bias = mask_kind == "bool", is_floating(mask_kind)
+    load_bias = mask_loader(mask_kind if has_bias else "float32", real, narrow)
+    lowest, one, twice, four = real(-math.inf), real(1), real(-2), real(4)
+
+    @device
+    def value(score, softcap, mask, keep, head, query, key):
+        """What becomes of scale · (query · key), and whether the query may look at the key; -inf where it may not."""
+        seen = sees(head, query, key)
+        if with_softcap:
+            score = softcap * real(math.tanh(score / softcap))
+        if has_bool and seen:
+            seen = mask[head.mask + query * head.mask_row + key * head.mask_column] != 0
+        if with_keep and seen:
+            seen = keep[head.keep + query * head.keep_row + key * head.keep_column] != 0
+        if has_bias and seen:
+            bias = load_bias(mask[head.mask + query * head.mask_row + key * head.mask_column])
+            seen = bias != lowest
+            score += bias
+        if not seen:
+            score = lowest
+        return score, seen
+
+    @device
+    def slope(score, softcap):
+        """The derivative of `value` by scale · (query · key), where the query may look at the key."""
+        if with_softcap:
+            # 1 - tanh², of which nothing is left where that is rounded to 1
+            fading = real(math.exp(twice * abs(score / softcap)))
+            return four * fading / ((one + fading) * (one + fading))
+        return one
+
+    return value, slope
+
+
+def restriction(tiles: Tiles, value: Any) -> Any:
+    """The device function that makes scores of a tile of products, with `value` of `score_functions`."""
+    rows, columns, threads_y, threads_x = tiles.rows, tiles.columns, tiles.threads_y, tiles.threads_x
+
+    @device
+    def restrict(scores, seen, softcap, mask, keep, head, first_query, first_key, y, x):
+        """What becomes of each score; where the query may not look -inf, and not `seen`."""
+        for i in range(rows):
+            for j in range(columns):
+                query, key = first_query + y + i * threads_y, first_key + x + j * threads_x
+                scores[i, j], seen[i, j] = value(scores[i, j], softcap, mask, keep, head, query, key)
+
+    return restrict
