@@ -29,9 +29,9 @@ demo: $(STAMP)/demo
 guide: $(STAMP)/guide
 	$(BIN)/python -m fastattn guide $(ARGS)
 
-# all of it on two cores: what is tested of CUDA, mostly in a simulator, and with other libraries has a process of its
-# own, as nothing there depends on how long it takes; its report comes at the end
-BESIDE := tests/cuda tests/integrations
+# all of it on two cores: what is tested of CUDA, mostly in a simulator, with other libraries, and of layers has a process
+# of its own, as nothing there depends on how long it takes; its report comes at the end
+BESIDE := tests/cuda tests/integrations tests/layers
 
 test: $(STAMP)/test
 ifeq ($(strip $(ARGS)),)

@@ -135,7 +135,8 @@ def attention(
     True
     """
     asked: Any = b""
-    if key_lengths is None and return_weights is False and (backend is None or backend == "cpu"):
+    by_rows = key_lengths is not None or isinstance(query_offset, np.ndarray)  # whose numbers no signature has
+    if not by_rows and return_weights is False and (backend is None or backend == "cpu"):
         mask, keep = masks_in(attn_mask) if isinstance(attn_mask, tuple) else (attn_mask, None)
         left, right = (None, None) if window is None else ends_of(window)
         threads = threads_of_call()

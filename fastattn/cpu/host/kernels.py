@@ -17,7 +17,6 @@ STEPS = ("dropout", "mask")
 BY_BLOCKS = ("weights", "known_weights")  # take blocks of queries one by one: too few to lay out keys for
 
 
-@cache
 def describe(work: str, tile: TileShape, row: Isa, score: str = "dot", steps: tuple[str, ...] = STEPS) -> Kernel:
     """Describe the kernel of some work on scores, for a register tile.
 

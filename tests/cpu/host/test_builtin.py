@@ -167,6 +167,21 @@ def test_a_call_like_an_earlier_one_is_not_described_again(
     np.testing.assert_array_equal(fastattn.attention(query, key, value, **same, out=out)[0], wanted[0])
 
 
+def test_offsets_of_rows_are_those_of_each_call() -> None:
+    """An array of them has a shape and a dtype, as others have: that is not what a call is known by."""
+    query, key, value = inputs(2, 1, 9, 8)
+    weight = query[0, 0, 0]
+    for dtype in (np.int64, np.int32):
+        for offsets in ([0, 3], [5, 1], [-2, 9], [0, 3]):
+            for given in (np.array(offsets, dtype), offsets, np.array(offsets[0], dtype), dtype(offsets[1])):
+                options: dict[str, Any] = {"is_causal": True, "query_offset": given}
+                wanted = fastattn.attention(query, key, value, **options, backend="reference")
+                np.testing.assert_allclose(fastattn.attention(query, key, value, **options), wanted, atol=1e-6)
+                wanted = fastattn.additive_attention(query, key, value, weight, **options, backend="reference")
+                found = fastattn.additive_attention(query, key, value, weight, **options)
+                np.testing.assert_allclose(found, wanted, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [
