@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Hashable, Iterable
 from typing import Any
 
@@ -11,8 +12,8 @@ from fastattn.cpu.host.builtin import signatures
 
 __all__ = ["are_same", "ends_of", "key_of_others", "masks_in"]
 
-#: Stands for "bottom-right" in a key: no user can give this very object's like, an array that is no argument.
-BOTTOM_RIGHT = np.zeros((0, 3, 0, 5))
+#: Stands for "bottom-right" in a key: a NaN that no arithmetic makes.
+BOTTOM_RIGHT = struct.unpack("=d", struct.pack("=Q", 0x7FF8_B077_0312_1647))[0]
 
 
 def key_of_others(*arguments: Any) -> Hashable:
