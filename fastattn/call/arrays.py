@@ -15,9 +15,7 @@ from fastattn.call.problem import FLOAT32, FLOAT64, Array, Mask, Shape
 #: Dtypes with a meaning here, but no kernels on the CPU so far.
 NOT_YET = ("float16", "bfloat16")
 
-
 MASK_DTYPES = ("bool", "float16", "float32", "float64")
-
 
 PLAIN_MASKS = frozenset(np.dtype(name) for name in MASK_DTYPES)
 

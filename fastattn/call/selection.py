@@ -32,6 +32,7 @@ __all__ = [
     "check_top_k",
     "describe_scores",
     "follow",
+    "in_intervals",
     "last_key",
     "mask_elements",
     "part",
@@ -223,7 +224,7 @@ def part(problem: Problem, operands: Operands, rows: Selection, columns: Selecti
             offsets = None if offsets is None else offsets + shift
             lengths = None if lengths is None else (lengths - first).clip(0, len(columns))
         else:
-            visible = _visible(problem, operands, rows, columns)
+            visible = in_intervals(problem, operands, rows, columns)
             keep = visible if keep is None else _core(keep) & visible
             keep = np.broadcast_to(keep, (*problem.rows_shape, len(rows), len(columns)))
             scores, offsets, lengths = Scores(scores.scale, scores.softcap, scores.bias, keep=True), None, None
@@ -237,7 +238,7 @@ def part(problem: Problem, operands: Operands, rows: Selection, columns: Selecti
     return smaller, Operands(query, key, key, bias, keep, offsets, lengths)
 
 
-def _visible(problem: Problem, operands: Operands, rows: Selection, columns: Selection) -> NDArray[np.bool_]:
+def in_intervals(problem: Problem, operands: Operands, rows: Selection, columns: Selection) -> NDArray[np.bool_]:
     """Say which keys lie in the intervals of which queries, with the axes of a mask, of which some are 1."""
 
     def of_rows(numbers: Array | None, otherwise: int) -> Any:

@@ -20,7 +20,15 @@ from fastattn.call.problem import Operands, Problem
 from fastattn.call.rounding import coarser, is_of_these_keys, saturated, slack
 from fastattn.call.score_options import FurtherOptions
 from fastattn.call.seeds import Rng, seed_from
-from fastattn.call.selection import Choice, as_selection, check_lse, check_top_k, describe_scores, positions
+from fastattn.call.selection import (
+    Choice,
+    as_selection,
+    check_lse,
+    check_top_k,
+    describe_scores,
+    in_intervals,
+    positions,
+)
 from fastattn.call.shapes import describe, describe_additive
 from fastattn.reference.dropout import kept_weights
 
@@ -393,13 +401,8 @@ def _additive_scores(query: NDArray[Any], key: NDArray[Any], weight: NDArray[Any
 
 def visibility(problem: Problem, operands: Operands) -> NDArray[np.bool_]:
     """Say which query may look at which key, shape (..., Lq, Lk); -inf in a floating mask is the same as False."""
-
-    def of_rows(numbers: NDArray[Any] | None, otherwise: int) -> Any:
-        return otherwise if numbers is None else numbers.reshape(*problem.batch, 1, 1, 1, 1)
-
-    offset, keys = of_rows(operands.offsets, problem.scores.offset), of_rows(operands.lengths, problem.keys)
     visible = np.ones((*problem.rows_shape, problem.queries, problem.keys), dtype=bool)
-    visible &= problem.scores.sees(np.arange(problem.queries)[:, None], np.arange(problem.keys), keys, offset)
+    visible &= in_intervals(problem, operands, range(problem.queries), range(problem.keys))
     if operands.keep is not None:
         visible &= operands.keep
     if operands.bias is not None:
