@@ -121,7 +121,7 @@ def additive_attention(
         if plan is not None and (out is None or not signatures.overlap(out, query, key, value, weight, mask, keep)):
             if mask is not None and keep is None and not plan.has_bias:
                 mask, keep = None, mask
-            given: Any = query, key, value, mask, keep, None, None, out, return_lse, None, weight
+            given: Any = query, key, value, mask, keep, None, out, return_lse, None, weight
             return cpu.attention(plan, *given)
 
     further: FurtherOptions = {

@@ -155,7 +155,7 @@ def attention(
                 mask, keep = None, mask
             seed = seed_from(rng, plan.drops) if plan.drops or rng is not None else None
             # what has a signature is an array
-            return cpu.attention(plan, query, key, value, mask, keep, None, None, out, return_lse, seed)  # type: ignore[arg-type]
+            return cpu.attention(plan, query, key, value, mask, keep, None, out, return_lse, seed)  # type: ignore[arg-type]
 
     further: FurtherOptions = {
         "window": window,

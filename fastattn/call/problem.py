@@ -104,8 +104,8 @@ class Operands(NamedTuple):
         What is added to scores: float16, float32 or float64, whatever the dtype of the others.
     keep : ndarray of bool, shape (*batch, Hk, G, Lq, Lk), or None
         Which keys take part.
-    offsets, lengths : ndarray of int64, shape (B,), or None
-        For each row of the batch, its axes flattened: the position of query 0, and the number of keys.
+    heads : ndarray of `fastattn.call.scores.HEAD`, shape (B · Hq,), or None
+        What each query head of each row of the batch has of its own, leading axes flattened.
     """
 
     query: Array
@@ -113,5 +113,4 @@ class Operands(NamedTuple):
     value: Array
     bias: Array | None = None
     keep: Array | None = None
-    offsets: Array | None = None
-    lengths: Array | None = None
+    heads: Array | None = None

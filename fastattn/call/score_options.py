@@ -36,9 +36,9 @@ class ScoreOptions(FurtherOptions, total=False):
 
 
 def scores_from(
-    options: ScoreOptions, batch: Shape, queries: int, keys: int, head_dim: int, bias: bool, keep: bool
-) -> tuple[Scores, Array | None, Array | None]:
-    """Return what was asked of scores, checked, and the offset and the number of keys of each row of a batch, if own.
+    options: ScoreOptions, batch: Shape, heads: int, queries: int, keys: int, head_dim: int, bias: bool, keep: bool
+) -> tuple[Scores, Array | None]:
+    """Return what was asked of scores, checked, and what heads have of their own.
 
     Parameters
     ----------
@@ -46,15 +46,15 @@ def scores_from(
         As the user gave them.
     batch : tuple of int
         The axes before the head axis.
-    queries, keys, head_dim : int
+    heads, queries, keys, head_dim : int
     bias, keep : bool
         Which masks there are.
 
     Returns
     -------
     scores : Scores
-    offsets, lengths : ndarray of int64, shape (B,), or None
-        A number for each row of the batch, its axes flattened.
+    own : ndarray of `fastattn.call.scores.HEAD`, shape (B · heads,), or None
+        For each query head of each row of the batch, its axes flattened.
 
     Raises
     ------
@@ -75,6 +75,8 @@ def scores_from(
     first, offset = offset, held(offset)
     left = None if left is None else offset - held(first - left)
     right = None if right is None else held(first + right) - offset
+    given = {"offset": offsets, "keys": lengths}
+    own = {name: numbers for name, numbers in given.items() if numbers is not None}
     scores = Scores(
         scale=(1.0 / math.sqrt(head_dim) if head_dim else 1.0) if scale is None else scale,
         softcap=check_softcap(options.get("softcap")),
@@ -83,10 +85,14 @@ def scores_from(
         left=left,
         right=right,
         offset=offset if left is not None or right is not None else 0,
-        offsets=offsets is not None,
-        lengths=lengths is not None,
+        own=tuple(own),
     )
-    return scores, offsets, lengths
+    if not own:
+        return scores, None
+    table = np.tile(scores.head(keys), (math.prod(batch), heads))
+    for name, numbers in own.items():
+        table[name] = numbers
+    return scores, table.reshape(-1)
 
 
 def check_names(options: Mapping[str, object]) -> None:
@@ -193,5 +199,5 @@ def _as_integers(name: str, given: ArrayLike, batch: Shape) -> Array:
 
 
 def _of_rows(integers: Array, batch: Shape) -> Array:
-    """Return a contiguous array with a number for each row of a batch."""
-    return np.ascontiguousarray(np.broadcast_to(integers, batch).reshape(-1), np.int64)
+    """Return an array with a number for each row of a batch, as a column."""
+    return np.broadcast_to(integers, batch).reshape(-1, 1).astype(np.int64)

@@ -21,12 +21,31 @@ from numpy.typing import NDArray
 
 from fastattn.call.rounding import saturated
 
-__all__ = ["FARTHEST", "Scores", "Span"]
+__all__ = ["FARTHEST", "HEAD", "Places", "Scores", "Span"]
+
+#: What a query head of a row of the batch may have of its own: the position of query 0, and the number of keys.
+HEAD = np.dtype([("offset", np.int64), ("keys", np.int64)])
 
 #: No position is farther from the keys: what is beyond is at least as far as any key.
 FARTHEST = 1 << 60
 #: How far a query looks from there where nothing bounds it; positions less or plus this are whole numbers of 64 bits.
 UNBOUNDED = 1 << 61
+
+
+class Places(NamedTuple):
+    """Where scores stand, in arrays that broadcast to their axes, (*batch, Hk, G, Lq, Lk).
+
+    Attributes
+    ----------
+    query, key : ndarray of int
+        Their numbers.
+    head : ndarray of `HEAD`, or None
+        What the heads have of their own.
+    """
+
+    query: Any
+    key: Any
+    head: Any
 
 
 class Span(NamedTuple):
@@ -54,8 +73,8 @@ class Scores:
         How many keys before its position, and behind it, a query may look at; None: all.
     offset : int
         The position of query 0 among the keys.
-    offsets, lengths : bool
-        Whether each row of the batch has an offset and a number of keys of its own, in the operands of these names.
+    own : tuple of str
+        Which fields of `HEAD` each head has of its own, in the operand `heads`.
     """
 
     scale: float = 1.0
@@ -65,13 +84,28 @@ class Scores:
     left: int | None = None
     right: int | None = None
     offset: int = 0
-    offsets: bool = False
-    lengths: bool = False
+    own: tuple[str, ...] = ()
+
+    @property
+    def adds(self) -> bool:
+        """Whether something is added to scores."""
+        return self.bias
+
+    @property
+    def placed(self) -> bool:
+        """Whether what happens to a score depends on where its query and key stand."""
+        return self.bounded
 
     @property
     def bounded(self) -> bool:
         """Whether positions or lengths keep queries from some keys."""
-        return self.left is not None or self.right is not None or self.lengths
+        return self.left is not None or self.right is not None or "keys" in self.own
+
+    def head(self, keys: int) -> NDArray[np.void]:
+        """Return what a head has that has nothing of its own, where there are so many keys: a record of `HEAD`."""
+        record = np.zeros(1, HEAD)
+        record["offset"], record["keys"] = self.offset, keys
+        return record
 
     def span(self, first: int, last: int, keys: int, offset: int | None = None) -> Span:
         """Return which of so many keys the queries from `first` to `last` look at, in a row of this offset."""
@@ -92,10 +126,11 @@ class Scores:
     def _reach(self) -> tuple[int, int]:
         return tuple(UNBOUNDED if reach is None else reach for reach in (self.left, self.right))  # type: ignore[return-value]
 
-    def value(self, raw: Any, bias: NDArray[Any] | None, real: np.dtype[Any]) -> Any:
+    def value(self, raw: Any, bias: NDArray[Any] | None, real: np.dtype[Any], places: Places | None = None) -> Any:
         """Return what becomes of scale · (query · key), before anything is hidden.
 
-        The bias counts as the dtype `real` has it, of which no finite number is infinite.
+        The bias counts as the dtype `real` has it, of which no finite number is infinite. `places` may be None where
+        nothing depends on them.
         """
         if self.softcap is not None:
             raw = self.softcap * np.tanh(raw / self.softcap)

@@ -17,8 +17,9 @@ from numpy.typing import ArrayLike, NDArray
 from fastattn.call.advice import holds_masked, is_masked, to_convert
 from fastattn.call.arrays import as_operands
 from fastattn.call.problem import Operands, Problem
+from fastattn.call.rounding import saturated
 from fastattn.call.score_options import FurtherOptions
-from fastattn.call.scores import Scores
+from fastattn.call.scores import Places, Scores
 from fastattn.call.shapes import describe
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ __all__ = [
     "last_key",
     "mask_elements",
     "part",
+    "places_of",
     "positions",
     "take",
 ]
@@ -209,25 +211,32 @@ def _core(array: Array) -> Array:
 def part(problem: Problem, operands: Operands, rows: Selection, columns: Selection) -> tuple[Problem, Operands]:
     """Return the smaller call whose scores are those of the chosen rows and columns.
 
-    Where these follow each other so do their positions. Elsewhere the interval of keys becomes a boolean mask.
+    Where these follow each other so do their positions. Elsewhere what depends on positions becomes masks.
     """
     query, key = take(operands.query, -2, rows), take(operands.key, -2, columns)
     bias, keep = (
         None if mask is None else take(take(mask, -2, rows), -1, columns) for mask in (operands.bias, operands.keep)
     )
-    scores, offsets, lengths = problem.scores, operands.offsets, operands.lengths
-    if scores.bounded:
+    scores, heads = problem.scores, operands.heads
+    if scores.placed:
         if follow(rows) and follow(columns):
             first = _first(columns)
             shift = _first(rows) - first
             scores = replace(scores, offset=scores.offset + shift)
-            offsets = None if offsets is None else offsets + shift
-            lengths = None if lengths is None else (lengths - first).clip(0, len(columns))
+            if heads is not None:
+                heads = heads.copy()
+                heads["offset"] += shift
+                heads["keys"] = (heads["keys"] - first).clip(0, len(columns))
         else:
+            shape = (*problem.rows_shape, len(rows), len(columns))
             visible = in_intervals(problem, operands, rows, columns)
-            keep = visible if keep is None else _core(keep) & visible
-            keep = np.broadcast_to(keep, (*problem.rows_shape, len(rows), len(columns)))
-            scores, offsets, lengths = Scores(scores.scale, scores.softcap, scores.bias, keep=True), None, None
+            keep = np.broadcast_to(visible if keep is None else _core(keep) & visible, shape)
+            if scores.adds:
+                added = None if bias is None else _core(bias)
+                with np.errstate(all="ignore"):
+                    added = scores.value(np.zeros(1), added, problem.real, places_of(problem, operands, rows, columns))
+                bias = np.broadcast_to(saturated(added, problem.real).astype(problem.real), shape)
+            scores, heads = Scores(scores.scale, scores.softcap, bias=scores.adds, keep=True), None
     smaller = replace(
         problem,
         queries=len(rows),
@@ -235,32 +244,34 @@ def part(problem: Problem, operands: Operands, rows: Selection, columns: Selecti
         out_shape=(*problem.out_shape[:-2], len(rows), problem.value_dim),
         scores=scores,
     )
-    return smaller, Operands(query, key, key, bias, keep, offsets, lengths)
+    return smaller, Operands(query, key, key, bias, keep, heads)
 
 
 def in_intervals(problem: Problem, operands: Operands, rows: Selection, columns: Selection) -> NDArray[np.bool_]:
     """Say which keys lie in the intervals of which queries, with the axes of a mask, of which some are 1."""
 
-    def of_rows(numbers: Array | None, otherwise: int) -> Any:
-        return otherwise if numbers is None else numbers.reshape(*problem.batch, 1, 1, 1, 1)
-
-    offset, keys = of_rows(operands.offsets, problem.scores.offset), of_rows(operands.lengths, problem.keys)
-    visible: NDArray[np.bool_] = problem.scores.sees(positions(rows)[:, None], positions(columns), keys, offset)
+    query, key, head = places_of(problem, operands, rows, columns)
+    offset, keys = problem.scores.offset, problem.keys
+    if head is not None:  # those of a row of the batch are the same for its heads
+        head = head[..., :1, :1, :, :]
+        offset, keys = head["offset"], head["keys"]
+    visible: NDArray[np.bool_] = problem.scores.sees(query, key, keys, offset)
     return visible
 
 
+def places_of(problem: Problem, operands: Operands, rows: Selection, columns: Selection) -> Places:
+    """Return where the scores of chosen rows and columns stand."""
+    own = operands.heads
+    head = None if own is None else own.reshape(*problem.rows_shape, 1, 1)
+    return Places(positions(rows)[:, None], positions(columns), head)
+
+
 def mask_elements(problem: Problem, operands: Operands, rows: Selection) -> int:
-    """Return of how many elements a row of the masks is that `part` makes or copies, all heads together; 0 if none."""
-    count = 0
-    for mask in (operands.bias, operands.keep):
-        if mask is not None and not isinstance(rows, range):
-            core = _core(mask)
-            count += 0 if core.shape[-2] < problem.queries else core.size // max(1, problem.queries)
-    if problem.scores.bounded and not follow(rows):
-        heads = 1 if operands.keep is None else math.prod(_core(operands.keep).shape[:-2])
-        own = operands.offsets is not None or operands.lengths is not None
-        count += max(heads, math.prod(problem.batch) if own else 1) * problem.keys
-    return count
+    """Return of how many elements a row of the masks is, at most, that `part` makes or copies; 0 if it makes none."""
+    masks = [mask for mask in (operands.bias, operands.keep) if mask is not None]
+    copied = not isinstance(rows, range) and any(_core(mask).shape[-2] == problem.queries for mask in masks)
+    made = problem.scores.placed and not follow(rows)
+    return math.prod(problem.rows_shape) * problem.keys if copied or made else 0
 
 
 def follow(chosen: Selection) -> bool:
@@ -277,7 +288,7 @@ def last_key(problem: Problem, operands: Operands, rows: Selection) -> int:
     """Return the end of the keys that some of the chosen queries, of which there are some, look at."""
     scores = problem.scores
     highest = max(rows[0], rows[-1]) if isinstance(rows, range) else int(rows.max())
-    offset = scores.offset if operands.offsets is None else int(operands.offsets.max(initial=0))
+    offset = scores.offset if operands.heads is None else int(operands.heads["offset"].max(initial=0))
     return scores.span(0, highest, problem.keys, offset).end
 
 

@@ -132,9 +132,7 @@ def _describe(
         None if keep is None else keep.shape,
         enable_gqa,
     )
-    scores, offsets, lengths = scores_from(
-        options, sizes.batch, sizes.queries, sizes.keys, sizes.head_dim, bias is not None, keep is not None
-    )
+    scores, heads = scores_from(options, *sizes[:2], *sizes[3:6], bias is not None, keep is not None)
     storage = query.dtype
     real = FLOAT32 if storage.itemsize == 2 else storage
     problem = Problem(storage, real, *sizes, dropout_p, scores)
@@ -144,8 +142,7 @@ def _describe(
         _view(value, axes.value),
         None if bias is None or axes.bias is None else _view(bias, axes.bias),
         None if keep is None or axes.keep is None else _view(keep, axes.keep),
-        offsets,
-        lengths,
+        heads,
     )
 
 
@@ -166,7 +163,7 @@ def shapes_of_results(
         As `describe`.
     """
     sizes, _ = _sizes(query, key, value, bias, keep, check_flag("enable_gqa", enable_gqa))
-    scores_from(options, sizes.batch, sizes.queries, sizes.keys, sizes.head_dim, bias is not None, keep is not None)
+    scores_from(options, *sizes[:2], *sizes[3:6], bias is not None, keep is not None)
     return sizes.out_shape, sizes.out_shape[:-1]
 
 

@@ -35,7 +35,7 @@ from fastattn.call.upstream import (
     wants_mask,
 )
 from fastattn.reference.dropout import kept_weights
-from fastattn.reference.forward import SUM_ELEMENTS, raw_scores, visibility, weighted_sum, weights_from
+from fastattn.reference.forward import SUM_ELEMENTS, raw_scores, value_of, visibility, weighted_sum, weights_from
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -157,7 +157,7 @@ def differentiate(
     """
     visible = visibility(problem, operands)
     raw = raw_scores(problem, operands, weight)
-    scores = np.where(visible, problem.scores.value(raw, operands.bias, problem.real), -np.inf)
+    scores = np.where(visible, value_of(problem, operands, raw), -np.inf)
     wide = scores.dtype
     grad_out, out, lse = (array.astype(wide) for array in upstream[:3])
     visible = visible & (lse != -np.inf)[..., None]

@@ -27,6 +27,7 @@ from fastattn.call.selection import (
     check_top_k,
     describe_scores,
     in_intervals,
+    places_of,
     positions,
 )
 from fastattn.call.shapes import describe, describe_additive
@@ -377,7 +378,13 @@ def scores_of(
 ) -> Any:
     """Return the scores in the wider type, shape (*problem.rows_shape, Lq, Lk), -inf where a query may not look."""
     raw = raw_scores(problem, operands, weight)
-    return np.where(visible, problem.scores.value(raw, operands.bias, problem.real), -np.inf)
+    return np.where(visible, value_of(problem, operands, raw), -np.inf)
+
+
+def value_of(problem: Problem, operands: Operands, raw: Any) -> Any:
+    """Return what becomes of all scores, before anything is hidden."""
+    places = places_of(problem, operands, range(problem.queries), range(problem.keys))
+    return problem.scores.value(raw, operands.bias, problem.real, places)
 
 
 def raw_scores(problem: Problem, operands: Operands, weight: NDArray[Any] | None = None) -> Any:

@@ -11,22 +11,22 @@ import pytest
 import fastattn
 from fastattn.call.arrays import as_operands
 from fastattn.call.score_options import check_softcap, check_window, scores_from
-from fastattn.call.scores import FARTHEST, Scores
+from fastattn.call.scores import FARTHEST, HEAD, Scores
 
 Array = np.ndarray[Any, Any]
 BIAS, KEEP = np.zeros((5, 7)), np.ones((5, 7), bool)
 
 
 def scores_of(
-    queries: int = 5, keys: int = 7, batch: tuple[int, ...] = (), **options: Any
-) -> tuple[Scores, Array | None, Array | None]:
+    queries: int = 5, keys: int = 7, batch: tuple[int, ...] = (), heads: int = 1, **options: Any
+) -> tuple[Scores, Array | None]:
     """Return what is made of options, for 4 features."""
-    return scores_from(options, batch, queries, keys, 4, False, False)  # type: ignore[arg-type]
+    return scores_from(options, batch, heads, queries, keys, 4, False, False)  # type: ignore[arg-type]
 
 
 def interval(**options: Any) -> tuple[int | None, int | None, int]:
     """Return the left and the right reach, and the offset."""
-    scores, _, _ = scores_of(**options)
+    scores, _ = scores_of(**options)
     return scores.left, scores.right, scores.offset
 
 
@@ -34,9 +34,9 @@ def interval(**options: Any) -> tuple[int | None, int | None, int]:
 
 
 def test_nothing_said_is_the_default() -> None:
-    assert scores_of() == (Scores(scale=0.5), None, None)
+    assert scores_of() == (Scores(scale=0.5), None)
     given = {"is_causal": False, "scale": None, "window": None, "query_offset": None, "key_lengths": None}
-    assert scores_of(**given, softcap=None) == (Scores(scale=0.5), None, None)
+    assert scores_of(**given, softcap=None) == (Scores(scale=0.5), None)
 
 
 @pytest.mark.parametrize(
@@ -82,30 +82,29 @@ def test_numbers_without_end_say_the_same_in_64_bits(offset: int, window: tuple[
 @pytest.mark.parametrize("kind", [np.int64, np.int8, np.uint64, ">i2", list])
 def test_a_number_for_each_row_of_the_batch(kind: Any) -> None:
     given = [[1, 0, 3]] if kind is list else np.array([[1, 0, 3]], kind)
-    for name, place in (("query_offset", 1), ("key_lengths", 2)):
-        found = scores_of(batch=(2, 3), is_causal=True, **{name: given})
-        assert found[0].offsets == (place == 1)
-        assert found[0].lengths == (place == 2)
-        rows: Any = found[place]
-        assert rows.dtype == np.int64
-        assert rows.flags.c_contiguous
-        assert rows.tolist() == [1, 0, 3, 1, 0, 3]
+    for name, field in (("query_offset", "offset"), ("key_lengths", "keys")):
+        scores, own = scores_of(batch=(2, 3), heads=2, is_causal=True, **{name: given})
+        assert scores.own == (field,)
+        assert own is not None
+        assert own.dtype == HEAD
+        assert own.flags.c_contiguous
+        assert own[field].tolist() == [1, 1, 0, 0, 3, 3, 1, 1, 0, 0, 3, 3]
+        assert own["keys" if field == "offset" else "offset"].tolist() == [7 if field == "offset" else 0] * 12
 
 
 def test_offsets_of_rows_are_held_where_positions_end() -> None:
     for given in (np.array([2**63 - 1, -(2**63)]), np.array([2**64 - 1, 5], np.uint64)):
-        offsets = scores_of(batch=(2,), is_causal=True, query_offset=given)[1]
-        assert offsets is not None
+        own = scores_of(batch=(2,), is_causal=True, query_offset=given)[1]
+        assert own is not None
         wanted = [min(max(number, -FARTHEST), FARTHEST) for number in given.tolist()]
-        assert offsets.tolist() == wanted
+        assert own["offset"].tolist() == wanted
 
 
 def test_bottom_right_of_each_row_ends_at_its_length() -> None:
-    scores, offsets, lengths = scores_of(batch=(3,), is_causal="bottom-right", key_lengths=[7, 0, 5])
-    assert offsets is not None
-    assert lengths is not None
-    assert offsets.tolist() == [2, -5, 0]
-    assert lengths.tolist() == [7, 0, 5]
+    scores, own = scores_of(batch=(3,), is_causal="bottom-right", key_lengths=[7, 0, 5])
+    assert own is not None
+    assert own["offset"].tolist() == [2, -5, 0]
+    assert own["keys"].tolist() == [7, 0, 5]
     assert (scores.offset, scores.right) == (0, 0)
 
 

@@ -64,8 +64,8 @@ def test_sees_is_said_of_each_query_and_key(
 
 
 def test_bounded_is_what_keeps_queries_from_keys() -> None:
-    assert not Scores(offset=5, softcap=2.0, bias=True, keep=True, offsets=True).bounded
-    assert all(Scores(**bound).bounded for bound in ({"left": 0}, {"right": 0}, {"lengths": True}))
+    assert not Scores(offset=5, softcap=2.0, bias=True, keep=True, own=("offset",)).bounded
+    assert all(Scores(**bound).bounded for bound in ({"left": 0}, {"right": 0}, {"own": ("keys",)}))
 
 
 @pytest.mark.parametrize("softcap", [None, 1e-3, 2.0, 1e5])

@@ -43,7 +43,8 @@ def backward(
     heads = math.prod(lead)
     worked = heads and problem.queries and problem.keys
     # the gradients of what lies behind the length of a row, nobody writes
-    make = np.empty if worked and operands.lengths is None else np.zeros
+    ragged = "keys" in problem.scores.own
+    make = np.zeros if ragged or not worked else np.empty
     grad_query, grad_key = (make((*lead, n, problem.head_dim), dtype) for n in (problem.queries, problem.keys))
     grad_value = make((*lead, problem.keys, problem.value_dim), dtype)
     if not worked:
@@ -54,7 +55,7 @@ def backward(
     sums = np.empty((heads * problem.queries, 2), dtype)
     out, lse, weight = map(np.ascontiguousarray, (upstream.out, upstream.lse, weight))
     _note(given, grad_out=upstream.grad_out, out=out, grad_query=grad_query, grad_key=grad_key, grad_value=grad_value)
-    lengths = () if operands.lengths is None else operands.lengths.tolist()
+    lengths = operands.heads["keys"][:: problem.heads].tolist() if ragged and operands.heads is not None else ()
     cuts = np.array([_cut(problem, length, session.current.row.blocking) for length in lengths], np.int64)
     _note(given, grad_weight=parts, sums=sums, cuts=cuts if lengths else None)
     given["precise"], given["slack"] = limit_of(dtype, upstream.rounded), slack(upstream.rounded, problem.head_dim)

@@ -40,8 +40,7 @@ def attention(
     value: Array,
     bias: Array | None,
     keep: Array | None,
-    offsets: Array | None,
-    lengths: Array | None,
+    heads: Array | None,
     out: Array | None,
     return_lse: bool,
     seed: int | None = None,
@@ -57,11 +56,9 @@ def attention(
     here = session.current
     if plan.is_small:  # as `Session.run` does, without a microsecond's tenth for that
         held = here.memory.of(plan.memory_bytes)[1]
-        plan.calls.quick(
-            held, plan.record, query, key, value, bias, keep, offsets, lengths, out, lse, weight, None, seed
-        )
+        plan.calls.quick(held, plan.record, query, key, value, bias, keep, heads, out, lse, weight, None, seed)
     else:
-        here.run(plan, (query, key, value, bias, keep, offsets, lengths, out, lse, weight, None, seed))
+        here.run(plan, (query, key, value, bias, keep, heads, out, lse, weight, None, seed))
     return out if lse is None else (out, lse)
 
 

@@ -35,7 +35,7 @@ def steps_of(problem: Problem, all_of: bool = False) -> tuple[str, ...]:
     scores = problem.scores
     if scores.softcap is not None:
         return (*STEPS, "softcap")
-    return STEPS if all_of or scores.bias or scores.keep or problem.dropout_p > 0 else PLAIN
+    return STEPS if all_of or scores.adds or scores.keep or problem.dropout_p > 0 else PLAIN
 
 
 def every_kernel(row: Isa) -> Iterator[Kernel]:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastattn.call.problem import Operands, Problem
+from fastattn.call.scores import HEAD
 from fastattn.cpu.host import pool
 from fastattn.cpu.host.calls import Plan, calls_of, packed
 from fastattn.cpu.host.kernels import load
@@ -135,11 +136,13 @@ def bias_kind(bias: Array | None, real: np.dtype[Any]) -> int:
 def fields_of_scores(problem: Problem, bias: Array | None) -> dict[str, float]:
     """The fields of a plan that say what happens to scores."""
     scores = problem.scores
-    base = 1.0 if scores.bias else LOG2_E  # finfo.min times log2(e) is no number: scores stay in base e under a bias
+    base = 1.0 if scores.adds else LOG2_E  # finfo.min times log2(e) is no number: scores stay in base e
+    head = scores.head(problem.keys)
     return {
         **fields_of_softcap(problem, base),
         "scale": scores.scale * base,
         "unit": LOG2_E / base,
+        "adds": scores.adds,
         "bias_kind": bias_kind(bias, problem.real),
         "bias_itemsize": bias.itemsize if bias is not None else 0,
         "keep": scores.keep,
@@ -147,9 +150,9 @@ def fields_of_scores(problem: Problem, bias: Array | None) -> dict[str, float]:
         "left": scores.left or 0,
         "right_bound": scores.right is not None,
         "right": scores.right or 0,
-        "first_position": scores.offset,
         "drop_below": problem.drop_threshold,
         "keep_scale": problem.keep_scale,
+        **{"own_" + name: head[name].item() for name in HEAD.names or ()},
     }
 
 

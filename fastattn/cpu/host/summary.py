@@ -43,8 +43,8 @@ def sums(problem: Problem, operands: Operands, threads: int) -> tuple[Array, Arr
 
 
 def unit_of(problem: Problem) -> float:
-    """Return the natural logarithm of the base that m is in: e under a floating mask, else 2."""
-    return 1.0 if problem.scores.bias else LN_2
+    """Return the natural logarithm of the base that m is in: e where something is added to scores, else 2."""
+    return 1.0 if problem.scores.adds else LN_2
 
 
 def sums_from(problem: Problem, lse: Array) -> tuple[Array, Array]:

@@ -49,7 +49,7 @@ from fastattn.cpu.kernels.records import GRADIENT_AXIS, GRADIENT_CALL, GRADIENT_
 from fastattn.cpu.kernels.scores import cap, cap_with_slope, keys_of_block, keys_of_queries
 from fastattn.cpu.kernels.softmax import MINUS_INFINITY, exp2
 from fastattn.cpu.kernels.sums import any_has_lost, find_sums, hide_keys, load_sums, relate
-from fastattn.cpu.kernels.tasks import row_of
+from fastattn.cpu.kernels.tasks import own_of, own_view
 from fastattn.simd import (
     all_finite,
     atomic_load,
@@ -68,10 +68,10 @@ axis_view, call_view = record_view(GRADIENT_AXIS), record_view(GRADIENT_CALL)
 plan_view = record_view(GRADIENT_PLAN)
 AXIS_BYTES, PLAN_BYTES = GRADIENT_AXIS.itemsize, GRADIENT_PLAN.itemsize
 
-# Where the matrices of a head of queries begin, the number of the head, and what its row of the batch is.
+# Where the matrices of a head of queries begin, the number of the head, and where all that it has of its own is.
 Head = namedtuple(
     "Head",
-    "number query key value bias keep grad_out out grad_query grad_key grad_value grad_bias offset keys",
+    "number query key value bias keep grad_out out grad_query grad_key grad_value grad_bias offset keys own",
 )
 
 
@@ -101,10 +101,11 @@ def locate(call, plan, head):
         grad_key += index * strides.grad_key
         grad_value += index * strides.grad_value
         grad_bias += index * strides.grad_bias
-    offset, keys = row_of(call, plan, number)
+    own = own_of(call, number)
     return Head(
-        number, query, key, value, bias, keep, grad_out, out, grad_query, grad_key, grad_value, grad_bias, offset, keys
-    )
+        number, query, key, value, bias, keep, grad_out, out, grad_query, grad_key, grad_value, grad_bias,
+        own_view(own).offset, own_view(own).keys, own,
+    )  # fmt: skip
 
 
 @jit

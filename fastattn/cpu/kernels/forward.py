@@ -31,7 +31,6 @@ from fastattn.cpu.kernels.dropout import drop
 from fastattn.cpu.kernels.forward_prefetch import foresee, list_wanted, next_head
 from fastattn.cpu.kernels.pack import unpack_rows, value_steps
 from fastattn.cpu.kernels.prefetch import list_memory
-from fastattn.cpu.kernels.records import BIAS_NONE
 from fastattn.cpu.kernels.scores import keys_of_block, keys_of_queries
 from fastattn.cpu.kernels.softmax import MINUS_INFINITY, absorb
 from fastattn.cpu.kernels.tasks import locate
@@ -83,8 +82,8 @@ def attend(kernel, call, plan, head, number, state, room, part, first, first_key
     """Take one query block through a part of a block of keys: scores, softmax, and the sum of values."""
     tile = kernel.tile
     m, block = state + room.m, state + room.out
-    # Under a floating mask m may stem from the mask, and be far from the scores; a softcap wants them as they are.
-    relative = "softcap" not in kernel.steps and ("mask" not in kernel.steps or plan.bias_kind == BIAS_NONE)
+    # m may stem from what is added, and be far from the scores; a softcap wants them as they are.
+    relative = "softcap" not in kernel.steps and ("mask" not in kernel.steps or not plan.adds)
     unit = plan.unit if "mask" in kernel.steps else 1.0
     scores_of(kernel, plan, head, state, m, relative, part, first, first_key, keys, room.work, wanted)
     count = part.end - part.begin
@@ -136,7 +135,7 @@ def may_hide(kernel, plan):
     """Whether keys of a block may be hidden from some of the queries that are taken through it."""
     if plan.left_bound or plan.right_bound:
         return True
-    return "mask" in kernel.steps and (plan.keep != 0 or plan.bias_kind != BIAS_NONE)
+    return "mask" in kernel.steps and (plan.keep != 0 or plan.adds != 0)
 
 
 @jit

@@ -7,6 +7,8 @@ All strides are in bytes; addresses are integers.
 
 import numpy as np
 
+from fastattn.call.scores import HEAD
+
 i8, f8 = np.int64, np.float64
 
 # What every plan begins with: how its tasks are run.
@@ -15,7 +17,9 @@ SCHEDULE = [
     ("workers", i8),  # that may take part besides the caller
     ("turn", i8),  # tasks that the caller does between two looks at Python's signals
     ("scratch_bytes", i8),  # working memory of one thread
+    *(("own_" + name, HEAD[name].type) for name in HEAD.names or ()),  # what a head has that has nothing of its own
 ]
+OWN_AT = np.dtype(SCHEDULE).itemsize - HEAD.itemsize
 _PARTS = [
     ("queries", i8),
     ("keys", i8),
@@ -33,6 +37,7 @@ _PARTS = [
     ("keep_column", i8),
     ("out_row", i8),
     ("out_column", i8),
+    ("adds", i8),  # 1: something is added to scores
     ("bias_kind", i8),  # one of BIAS_*
     ("bias_itemsize", i8),
     ("keep", i8),  # 1: there is a boolean mask
@@ -40,11 +45,10 @@ _PARTS = [
     ("left", i8),
     ("right_bound", i8),  # 1: and at none farther behind it than `right`
     ("right", i8),
-    ("first_position", i8),  # of query 0, where rows of the batch have none of their own
     ("softcap", f8),  # in the base that scores are kept in
     ("softcap_factor", f8),  # 2 log2(e) / softcap
     ("scale", f8),  # of the scores, times log2(e) where they are kept in base 2
-    ("unit", f8),  # what turns a difference of scores into base 2: log2(e) under a float mask, else 1
+    ("unit", f8),  # what turns a difference of scores into base 2: log2(e) where something is added to them, else 1
     ("drop_below", i8),  # an element is dropped if its 32 random bits are below this
     ("keep_scale", f8),  # 1 / (1 - dropout_p), 0 if nothing is kept
     ("axes", i8),  # rows of the table of leading axes
@@ -74,8 +78,7 @@ CALL = np.dtype(
         ("value", i8),
         ("bias", i8),
         ("keep", i8),
-        ("offsets", i8),  # of rows of the batch, contiguous; 0: all have the plan's; so are lengths
-        ("lengths", i8),
+        ("heads", i8),  # what heads have of their own: `fastattn.call.scores.HEAD` for each; 0: nothing
         ("out", i8),
         ("lse", i8),  # 0: not wanted; otherwise contiguous, as are the weights
         ("weight", i8),  # of the features, contiguous: additive attention only
@@ -179,8 +182,7 @@ GRADIENT_CALL = np.dtype(
         *((name, i8) for name in GRADIENT_ARRAYS),
         ("lse", i8),  # contiguous, one number for each query of all heads; so is grad_lse, unless 0
         ("grad_lse", i8),
-        ("offsets", i8),
-        ("lengths", i8),
+        ("heads", i8),
         ("deltas", i8),  # what the first group of keys finds, for those that follow: deltas, and m and log2(l) behind
         ("query_tickets", i8),  # for each block of queries of each head: the groups of keys that have been there
         ("key_tickets", i8),  # for each group of keys of each head: the parts of the queries that have been there

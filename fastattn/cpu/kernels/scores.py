@@ -74,7 +74,7 @@ def keys_of_block(kernel, plan, head, first_query, first_key):
             row = head.keep + first_key * plan.keep_column
             while end > begin and load_u8(row + (end - 1) * plan.keep_column) == 0:
                 end -= 1  # padding, usually
-        if plan.keep or plan.bias_kind != BIAS_NONE:
+        if plan.keep or plan.adds:
             full_end = 0
     full_end = min(full_end, end)
     if full > 0 or full_end < end:

@@ -2,16 +2,17 @@
 
 from collections import namedtuple
 
-from fastattn.cpu.kernels.records import AXIS, CALL, PLAN
-from fastattn.simd import jit, load_i64, record_view
+from fastattn.call.scores import HEAD
+from fastattn.cpu.kernels.records import AXIS, CALL, OWN_AT, PLAN
+from fastattn.simd import jit, record_view
 
-axis_view, call_view, plan_view = record_view(AXIS), record_view(CALL), record_view(PLAN)
-AXIS_BYTES, PLAN_BYTES = AXIS.itemsize, PLAN.itemsize
-WORD = 8
+axis_view, call_view, plan_view, own_view = map(record_view, (AXIS, CALL, PLAN, HEAD))
+AXIS_BYTES, PLAN_BYTES, OWN_BYTES = AXIS.itemsize, PLAN.itemsize, HEAD.itemsize
 
 
-# Where a head's matrices begin, and what its row of the batch is: the position of query 0, and the number of keys.
-Head = namedtuple("Head", "query key value bias keep out offset keys")
+# Where a head's matrices begin; the position of query 0, the number of keys, and where these and what else it may have
+# of its own lie.
+Head = namedtuple("Head", "query key value bias keep out offset keys own")
 
 
 @jit
@@ -31,19 +32,14 @@ def locate(call, plan, number):
         bias += index * strides.bias
         keep += index * strides.keep
         out += index * strides.out
-    offset, keys = row_of(call, plan, number)
-    return Head(query, key, value, bias, keep, out, offset, keys)
+    own = own_of(call, number)
+    return Head(query, key, value, bias, keep, out, own_view(own).offset, own_view(own).keys, own)
 
 
 @jit
-def row_of(call, plan, number):
-    """The position of query 0 and the number of keys of a head, which are those of its row of the batch."""
-    offset, keys = plan.first_position, plan.keys
-    if call.offsets != 0:
-        offset = load_i64(call.offsets + number // plan.heads * WORD)
-    if call.lengths != 0:
-        keys = load_i64(call.lengths + number // plan.heads * WORD)
-    return offset, keys
+def own_of(call, number):
+    """Where what a head has of its own is, or else what the plan says of all."""
+    return call.plan + OWN_AT if call.heads == 0 else call.heads + number * OWN_BYTES
 
 
 def task_function(kernel, work, by_keys):
