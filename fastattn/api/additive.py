@@ -9,17 +9,17 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastattn import reference
-from fastattn.api.asked import are_same, ends_of, key_of_others, masks_in
+from fastattn.api.asked import ends_of, key_of_others, masks_in
 from fastattn.api.backends import BACKENDS
 from fastattn.call.arrays import as_additive_operands
 from fastattn.call.options import check_backend, check_flag
-from fastattn.call.out import check_out, delivered, target_for
+from fastattn.call.out import check_out
 from fastattn.call.score_options import FurtherOptions
-from fastattn.call.shapes import describe_additive, masks_of
+from fastattn.call.shapes import describe_additive
 from fastattn.cpu.host import forward as cpu
 from fastattn.cpu.host import session
 from fastattn.cpu.host.builtin import in_default_mode, signatures
-from fastattn.cpu.host.threads import get_num_threads, threads_of_call
+from fastattn.cpu.host.threads import threads_of_call
 
 ADDITIVE = None  # in front of a signature: that of attention has an int there
 
@@ -153,22 +153,13 @@ def _on_cpu(
     further: FurtherOptions,
 ) -> Any:
     """Plan a call and run it; one like it, of which the same is `asked`, finds the plan."""
-    query_, key_, value_, weight_, mask_ = as_additive_operands(query, key, value, weight, attn_mask)
-    problem, operands = describe_additive(query_, key_, value_, weight_, mask_, is_causal, **further)
-    weight_ = np.ascontiguousarray(weight_)
+    arrays = as_additive_operands(query, key, value, weight, attn_mask)
+    problem, operands = describe_additive(*arrays, is_causal, **further)
+    weight_ = np.ascontiguousarray(arrays[3])
     return_lse = check_flag("return_lse", return_lse)
     return_weights = check_flag("return_weights", return_weights)
-    target = target_for(check_out(out, problem), problem, (query_, key_, value_, *masks_of(mask_), weight_))
-    threads = get_num_threads()
-    plan = cpu.plan_forward(problem, operands, target, threads, "additive")
-    made = (query_, key_, value_, weight_, *masks_in(mask_))
+    checked = check_out(out, problem)
+    made = (*arrays[:3], weight_, *masks_in(arrays[4]))
     given = (query, key, value, weight, *masks_in(attn_mask))
-    if asked and are_same(made, given) and (out is None or target is out):
-        session.current.plans.keep(asked, plan)
-    matrix = None
-    if return_weights:  # first: out may be the query
-        matrix = cpu.weights(problem, operands, target, None, threads, weight_, "additive")
-    result = cpu.attention(plan, *operands, target, return_lse, None, weight_)
-    if matrix is not None:
-        result = (*(result if return_lse else (result,)), matrix)
-    return delivered(result, target, out)
+    wanted = (return_lse, return_weights, None, weight_)
+    return cpu.evaluate(asked, problem, operands, made, given, checked, *wanted)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
 
 from fastattn.cpu.host.builtin import signatures
 
-__all__ = ["are_same", "ends_of", "key_of_others", "masks_in"]
+__all__ = ["ends_of", "key_of_others", "masks_in"]
 
 #: Stands for "bottom-right" in a key: a NaN that no arithmetic makes.
 BOTTOM_RIGHT = struct.unpack("=d", struct.pack("=Q", 0x7FF8_B077_0312_1647))[0]
@@ -36,8 +36,3 @@ def ends_of(window: Any) -> tuple[Any, Any]:
 def masks_in(attn_mask: Any) -> tuple[Any, Any]:
     """Return the two elements of a pair, or what is no pair and None."""
     return attn_mask if type(attn_mask) is tuple and len(attn_mask) == 2 else (attn_mask, None)
-
-
-def are_same(arrays: Iterable[Any], others: Iterable[Any]) -> bool:
-    """Whether arrays are those that were given, one by one: nothing had to be converted."""
-    return all(array is other for array, other in zip(arrays, others, strict=True))

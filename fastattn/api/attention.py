@@ -9,19 +9,19 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastattn import reference
-from fastattn.api.asked import are_same, ends_of, key_of_others, masks_in
+from fastattn.api.asked import ends_of, key_of_others, masks_in
 from fastattn.api.backends import backend_of_attention
 from fastattn.call.arrays import as_operands
 from fastattn.call.options import check_flag
-from fastattn.call.out import check_out, delivered, target_for
+from fastattn.call.out import check_out
 from fastattn.call.score_options import FurtherOptions
 from fastattn.call.seeds import Rng, seed_from
-from fastattn.call.shapes import describe, masks_of
+from fastattn.call.shapes import describe
 from fastattn.call.widening import exceeds_float32, in_float64, narrowed, scale_in_float64
 from fastattn.cpu.host import forward as cpu
 from fastattn.cpu.host import session
 from fastattn.cpu.host.builtin import in_default_mode, signatures
-from fastattn.cpu.host.threads import get_num_threads, threads_of_call
+from fastattn.cpu.host.threads import threads_of_call
 
 
 def attention(
@@ -206,18 +206,8 @@ def _on_cpu(
         wanted: Any = {"return_lse": True, "return_weights": return_weights, "rng": seed, "backend": "cpu"}
         results = attention(*wide, **wanted, **further)
         return _rounded(*results, target=target, return_lse=return_lse)
-    masks = masks_of(arrays[3])
-    target = target_for(checked, problem, (*arrays[:3], *masks))
-    threads = get_num_threads()
-    plan = cpu.plan_forward(problem, operands, target, threads)
     made, given = (*arrays[:3], *masks_in(arrays[3])), (query, key, value, *masks_in(attn_mask))
-    if asked and are_same(made, given) and (out is None or target is out):
-        session.current.plans.keep(asked, plan)
-    matrix = cpu.weights(problem, operands, target, seed, threads) if return_weights else None  # out may be the query
-    result = cpu.attention(plan, *operands, target, return_lse, seed)
-    if matrix is not None:
-        result = (*(result if return_lse else (result,)), matrix)
-    return delivered(result, target, out)
+    return cpu.evaluate(asked, problem, operands, made, given, checked, return_lse, return_weights, seed)
 
 
 def _rounded(out: Any, lse: Any, *weights: Any, target: NDArray[Any], return_lse: bool) -> Any:

@@ -2,18 +2,64 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fastattn.call.out import delivered, target_for
 from fastattn.call.problem import Operands, Problem
 from fastattn.cpu.host import session
 from fastattn.cpu.host.calls import Plan
 from fastattn.cpu.host.kernels import describe, steps_of
 from fastattn.cpu.host.plan import choose_tile, draft_forward
+from fastattn.cpu.host.threads import get_num_threads
 
 Array = NDArray[Any]
+
+
+def evaluate(
+    asked: Hashable,
+    problem: Problem,
+    operands: Operands,
+    arrays: tuple[Array | None, ...],
+    given: tuple[Any, ...],
+    out: Array | None,
+    return_lse: bool,
+    return_weights: bool,
+    seed: int | None = None,
+    weight: Array | None = None,
+) -> Any:
+    """Plan a call and run it; one like it, of which the same is `asked`, will find the plan.
+
+    Parameters
+    ----------
+    asked : hashable
+        What is the same of calls that are alike, b"" if nothing is known of them.
+    problem : Problem
+    operands : Operands
+    arrays, given : tuple
+        Query first, and all others that are read: what was made of them, and the user's own.
+    out : ndarray, or None
+        Checked.
+    return_lse, return_weights : bool
+    seed : int, optional
+    weight : ndarray, shape (D,), optional
+        That of additive attention, contiguous.
+    """
+    target, threads = target_for(out, problem, arrays), get_num_threads()
+    score = "dot" if weight is None else "additive"
+    plan = plan_forward(problem, operands, target, threads, score)
+    alike = all(array is other for array, other in zip(arrays, given, strict=True))  # nothing had to be converted
+    if asked and alike and (out is None or target is out):
+        session.current.plans.keep(asked, plan)
+    # first: out may be the query
+    matrix = weights(problem, operands, target, seed, threads, weight, score) if return_weights else None
+    result = attention(plan, *operands, target, return_lse, seed, weight)
+    if matrix is not None:
+        result = (*(result if return_lse else (result,)), matrix)
+    return delivered(result, target, out)
 
 
 def plan_forward(problem: Problem, operands: Operands, out: Array, threads: int, score: str = "dot") -> Plan:
