@@ -23,8 +23,8 @@ MUTATIONS = (
     Mutation(
         "the causal limit is off by one",
         "cpu/kernels/scores.py",
-        "distance + (ahead + 0.5)",
-        "distance + (ahead - 0.5)",
+        "distance + (last + 0.5)",
+        "distance + (last - 0.5)",
         ("test_semantics.py", "test_causal_keeps_keys_up_to_the_query and cpu"),
     ),
     Mutation(
@@ -370,8 +370,8 @@ MUTATIONS = (
     Mutation(
         "the left edge of a window is off by one",
         "cpu/kernels/scores.py",
-        "where_greater(behind + 0.5, distance,",
-        "where_greater(behind - 0.5, distance,",
+        "where_greater(0.5 - first, distance,",
+        "where_greater(-0.5 - first, distance,",
         ("test_semantics.py", "test_a_window_keeps_the_keys_around_the_position and cpu"),
     ),
     Mutation(

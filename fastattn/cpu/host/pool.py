@@ -108,8 +108,8 @@ class Pool:
         self.growing = os_threads.RLock()  # a signal handler may call while this very thread grows the pool
         self.native: Any = None
         self.staff = 0  # workers: as many as threads were started
-        self.beds: list[os_threads.Lock] = []  # one per worker: it sleeps by waiting for it
-        self.unborn: set[os_threads.Lock] = set()  # the beds of those whose threads have not begun to run
+        self.locks: list[os_threads.Lock] = []  # one per worker: it sleeps by waiting for it
+        self.unborn: set[os_threads.Lock] = set()  # the locks of those whose threads have not begun to run
         self.threads: dict[int, int | None] = {}  # by worker, the system's number of its thread, while that lives
         self.avoided: list[object] = []  # one per worker: the CPU that it keeps off, and those the caller could run on
         self.try_again = 0  # when the system may be asked for more threads
@@ -144,14 +144,14 @@ class Pool:
         """
         while self.staff < workers:
             worker = self.staff
-            if len(self.beds) == worker:
-                bed = os_threads.allocate_lock()
-                bed.acquire()
+            if len(self.locks) == worker:
+                lock = os_threads.allocate_lock()
+                lock.acquire()
                 self.avoided.append(None)
-                self.unborn.add(bed)
-                self.beds.append(bed)  # which gives the worker its number
+                self.unborn.add(lock)
+                self.locks.append(lock)  # which gives the worker its number
             try:
-                os_threads.start_new_thread(_live, (self, self.beds[worker]))
+                os_threads.start_new_thread(_live, (self, self.locks[worker]))
             except (RuntimeError, MemoryError):  # too many threads, or too little memory, or a subinterpreter
                 self.try_again = time.perf_counter_ns() + TRY_AGAIN
                 return
@@ -171,8 +171,8 @@ class Pool:
         else:
             plan.calls.quick(memory.of(plan.memory_bytes)[1], plan.record, *objects)
         if self.rhythm.end(others):
-            for bed in self.beds[:others]:
-                _wake(bed)  # to look at the clock
+            for lock in self.locks[:others]:
+                _wake(lock)  # to look at the clock
 
     def share(self, plan: Plan, at: int, held: Array, objects: tuple[Any, ...]) -> bool:
         """Run a call's tasks with others; False if another call has the pool, or nothing can be shared any more."""
@@ -218,7 +218,7 @@ class Pool:
             if self.avoided[worker] != place:
                 self.avoided[worker] = place
                 self._move(worker, *place)
-            _wake(self.beds[worker])
+            _wake(self.locks[worker])
 
     def _move(self, worker: int, cpu: int, allowed: frozenset[int]) -> None:
         """Let a sleeping worker wake up on another CPU than the caller's, where it would wait for the caller to end.
@@ -239,25 +239,25 @@ class Pool:
             try:
                 self.native.cancel(self.address, call)
                 # `start` may have counted on wake-ups that were not reached. For all others it is a false alarm.
-                for bed in self.beds:
-                    _wake(bed)
+                for lock in self.locks:
+                    _wake(lock)
                 return
             except KeyboardInterrupt:
                 continue
 
 
-def _wake(bed: os_threads.Lock) -> None:
+def _wake(lock: os_threads.Lock) -> None:
     with contextlib.suppress(RuntimeError):  # not locked: it has been woken, and has yet to notice
-        bed.release()
+        lock.release()
 
 
-def _live(pool: Pool, bed: os_threads.Lock) -> None:
+def _live(pool: Pool, lock: os_threads.Lock) -> None:
     """A worker's life. Its frame keeps shared memory and compiled code alive, also while the interpreter exits."""
     try:
-        pool.unborn.remove(bed)
+        pool.unborn.remove(lock)
     except KeyError:  # another thread lives it
         return
-    work, worker = pool.native.work, pool.beds.index(bed)
+    work, worker = pool.native.work, pool.locks.index(lock)
     pool.threads[worker] = os_threads.get_native_id()
     spins = SPINS
     try:
@@ -266,8 +266,8 @@ def _live(pool: Pool, bed: os_threads.Lock) -> None:
             spins = SPINS
             seconds = pool.rhythm.seconds_of_sleep()
             if seconds == 0 or worker >= pool.rhythm.workers:
-                bed.acquire()
-            elif not bed.acquire(timeout=seconds):
+                lock.acquire()
+            elif not lock.acquire(timeout=seconds):
                 spins += 2 * pool.rhythm.early // SPIN
     finally:
         pool.threads.pop(worker)  # the system may give its number to others

@@ -58,7 +58,7 @@ def claim_one(pool, worker):
 
 
 @jit
-def start(pool, task, call, tasks, limit, most):
+def start(pool, task, call, tasks, limit, turn):
     """Open a call to `limit` workers, if there are so many, unless another has the pool (TAKEN), and take part.
 
     Where some of them sleep, it is left at ASLEEP plus how many, and their indices stand where the pool's WOKEN says:
@@ -77,17 +77,17 @@ def start(pool, task, call, tasks, limit, most):
         if atomic_exchange(pool + WORKERS + worker * WORKER_BYTES, 0) == 1:
             store_i64(woken + 8 * count, worker)
             count += 1
-    return ASLEEP + count if count else take_part(pool, most)
+    return ASLEEP + count if count else take_part(pool, turn)
 
 
 @jit
-def take_part(pool, most):
-    """The caller's share: at most `most` tasks, then, if none is left, wait for the others for a while.
+def take_part(pool, turn):
+    """The caller's share: at most `turn` tasks, then, if none is left, wait for the others for a while.
 
     Returns DONE, MORE (tasks are left) or WAITING (the others are not done), so that the caller comes back to Python
     now and then and sees signals.
     """
-    for _ in range(most):
+    for _ in range(turn):
         if not claim_one(pool, -1):
             break
     if atomic_load(pool + OFFER) & TASKS_MASK:

@@ -167,11 +167,11 @@ def restrict_square(kernel, plan, head, square, query, key, rows, columns, buffe
             at = head.keep + query * row + key * column
             square = hide(tile, square, square_of(tile, KEEP, 1, at, row, column, rows, columns, buffer))
     if plan.right_bound:
-        ahead = min(max(head.offset + plan.right + query - key, -FAR), FAR)
-        square = where_greater(distance + (ahead + 0.5), 0.0, square, MINUS_INFINITY)
+        last = min(max(head.offset + plan.right + query - key, -FAR), FAR)
+        square = where_greater(distance + (last + 0.5), 0.0, square, MINUS_INFINITY)
     if plan.left_bound:
-        behind = min(max(key - (head.offset - plan.left + query), -FAR), FAR)
-        square = where_greater(behind + 0.5, distance, square, MINUS_INFINITY)
+        first = min(max(head.offset - plan.left + query - key, -FAR), FAR)
+        square = where_greater(0.5 - first, distance, square, MINUS_INFINITY)
     if columns < tile.lanes:
         square = where_greater(columns - 0.5, index, square, MINUS_INFINITY)
     return square

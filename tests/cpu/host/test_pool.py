@@ -301,7 +301,7 @@ def test_every_task_runs_once(monkeypatch: pytest.MonkeyPatch, counting: Library
     finally:
         sys.setswitchinterval(before)
     assert sum(shared) > 0, "workers took no part"
-    assert len(workers.beds) == 3
+    assert len(workers.locks) == 3
 
 
 class Interrupting:
@@ -423,7 +423,7 @@ def test_workers_get_up_before_a_regular_call(monkeypatch: pytest.MonkeyPatch, c
         rhythm.begin()
         assert call.run(workers, 1)
         if rhythm.end(1):
-            pool._wake(workers.beds[0])
+            pool._wake(workers.locks[0])
         return bool(call.check()[1] > 0) and rhythm.early > 0 and not woken
 
     assert until(is_there_unwoken)
@@ -453,7 +453,7 @@ rng = np.random.default_rng(0)
 query, key, value = rng.standard_normal((3, 1, 4, 300, 32), dtype=np.float32)
 wanted = fastattn.attention(query, key, value)
 assert abs(wanted - fastattn.attention(query, key, value, backend="reference")).max() < 1e-5
-assert len(session.current.pool.beds) == 2
+assert len(session.current.pool.locks) == 2
 
 def is_right():
     return np.array_equal(fastattn.attention(query, key, value), wanted)
@@ -479,7 +479,7 @@ def in_child():
     pid = os.fork()
     if not pid:
         signal.alarm(30)
-        right = all(is_right() for _ in range(5)) and len(session.current.pool.beds) == 2
+        right = all(is_right() for _ in range(5)) and len(session.current.pool.locks) == 2
         os._exit(0 if right else 7)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 """

@@ -196,7 +196,7 @@ def test_ctrl_c_while_threads_are_started(monkeypatch: pytest.MonkeyPatch, lives
         workers.grow(3)
     workers.grow(3)
     assert lives.are(0, 1, 2)
-    assert workers.staff == len(workers.beds) == 3
+    assert workers.staff == len(workers.locks) == 3
 
 
 @pytest.mark.parametrize("wanted", [1, 2, 5])
@@ -206,7 +206,7 @@ def test_a_signal_handler_calls_while_threads_are_started(
     workers = pool.Pool()
     disturbed(monkeypatch, lambda: bool(workers.grow(wanted)), 2)
     workers.grow(3)
-    assert workers.staff == len(workers.beds) == max(3, wanted)
+    assert workers.staff == len(workers.locks) == max(3, wanted)
     assert lives.are(*range(workers.staff))
 
 
