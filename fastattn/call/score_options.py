@@ -75,6 +75,8 @@ def scores_from(
     first, offset = offset, held(offset)
     left = None if left is None else offset - held(first - left)
     right = None if right is None else held(first + right) - offset
+    if left is None and right is None:  # nothing depends on where queries stand
+        offset, offsets = 0, None
     given = {"offset": offsets, "keys": lengths}
     own = {name: numbers for name, numbers in given.items() if numbers is not None}
     scores = Scores(
@@ -84,7 +86,7 @@ def scores_from(
         keep=keep,
         left=left,
         right=right,
-        offset=offset if left is not None or right is not None else 0,
+        offset=offset,
         own=tuple(own),
     )
     if not own:

@@ -92,6 +92,14 @@ def test_a_number_for_each_row_of_the_batch(kind: Any) -> None:
         assert own["keys" if field == "offset" else "offset"].tolist() == [7 if field == "offset" else 0] * 12
 
 
+def test_offsets_of_rows_that_mean_nothing_are_not_kept() -> None:
+    assert scores_of(batch=(2,), query_offset=[1, 2]) == (Scores(scale=0.5), None)
+    scores, own = scores_of(batch=(2,), query_offset=[1, 2], key_lengths=[3, 4])
+    assert scores.own == ("keys",)
+    assert own is not None
+    assert own["offset"].tolist() == [0, 0]
+
+
 def test_offsets_of_rows_are_held_where_positions_end() -> None:
     for given in (np.array([2**63 - 1, -(2**63)]), np.array([2**64 - 1, 5], np.uint64)):
         own = scores_of(batch=(2,), is_causal=True, query_offset=given)[1]
