@@ -143,9 +143,7 @@ def error_of_score(problem: Problem, terms: float, largest_score: float) -> floa
     return min(terms, 2 * softcap / float(np.finfo(problem.real).eps)) + CAP_ROUNDINGS * min(softcap, largest_score)
 
 
-def slope_of_score(
-    problem: Problem, operands: Operands, terms: float, weight: Array | None = None
-) -> tuple[Any, Any]:
+def slope_of_score(problem: Problem, operands: Operands, terms: float, weight: Array | None = None) -> tuple[Any, Any]:
     """Return what a gradient of scores is multiplied by, and its error, where that of raw scores is eps · terms."""
     softcap = problem.scores.softcap
     if softcap is None:
