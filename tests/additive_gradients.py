@@ -14,7 +14,6 @@ from fastattn.call.arrays import as_additive_operands
 from fastattn.call.shapes import describe_additive
 from fastattn.call.upstream import describe_upstream, folded
 from fastattn.reference.backward import differentiate
-from fastattn.reference.forward import raw_scores
 
 Array = np.ndarray[Any, Any]
 NAMES = ("grad_query", "grad_key", "grad_value", "grad_weight")
@@ -54,7 +53,7 @@ def bounds(problem: Any, operands: Any, upstream: Any, weight: Array) -> list[Ar
     weights = np.where(np.isfinite(weights), weights, 0).astype(np.float64)
     large = np.abs(np.where(np.isfinite(weight), weight, 0), dtype=np.float64)
     of_raw = tolerances.ADDITIVE_ROUNDINGS * float(large.sum())
-    slope, blur = tolerances.slope_of_score(problem, raw_scores(problem, operands, weight), of_raw)
+    slope, blur = tolerances.slope_of_score(problem, operands, of_raw, weight)
     terms = tolerances.error_of_score(problem, of_raw, float(large.sum()))
     terms += 2 * tolerances.ROUNDINGS + np.sqrt(problem.value_dim + problem.queries + problem.keys)
     errors = eps * (terms + lse[..., None])

@@ -414,7 +414,7 @@ MUTATIONS = (
         "cpu/kernels/gradient_sums.py",
         "while last < subs and begin_of(plan, last, scratch) <= row:",
         "while last < subs:",
-        ("api/test_backward.py", "test_many_blocks_of_intervals and 385 and float32 and bool and not softcap"),
+        ("api/test_backward.py", "test_many_blocks_of_intervals and 197 and float32 and bool and not softcap"),
     ),
     Mutation(
         "the slope of a softcap is left out",
@@ -474,7 +474,7 @@ MUTATIONS = (
         "cpu/kernels/backward.py",
         "        own_view(own).offset, own_view(own).keys, own,\n",
         "        own_view(call.plan + 32).offset, own_view(own).keys, own,\n",
-        ("api/test_backward.py", "test_many_blocks_of_intervals and 385 and float32 and bool and not softcap"),
+        ("api/test_backward.py", "test_many_blocks_of_intervals and 197 and float32 and bool and not softcap"),
     ),
     Mutation(
         "of a pair of masks only the floating one hides",

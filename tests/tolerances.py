@@ -46,7 +46,7 @@ from numpy.typing import NDArray
 
 from fastattn import reference
 from fastattn.call.arrays import as_additive_operands, as_operands
-from fastattn.call.problem import Problem
+from fastattn.call.problem import Operands, Problem
 from fastattn.call.seeds import seed_from
 from fastattn.call.shapes import describe, describe_additive
 from fastattn.call.upstream import Upstream, bias_of, folded
@@ -146,13 +146,15 @@ def error_of_score(problem: Problem, terms: float, largest_score: float) -> floa
     return min(terms, 2 * softcap / float(np.finfo(problem.real).eps)) + CAP_ROUNDINGS * min(softcap, largest_score)
 
 
-def slope_of_score(problem: Problem, raw: Array, terms: float) -> tuple[Any, Any]:
-    """Return what a gradient of scores is multiplied by, and its error, where the error of `raw` is eps · terms."""
+def slope_of_score(problem: Problem, operands: Operands, terms: float, weight: Array | None = None) -> tuple[Any, Any]:
+    """Return what a gradient of scores is multiplied by, and its error, where that of raw scores is eps · terms."""
     softcap = problem.scores.softcap
     if softcap is None:
         return 1.0, 0.0
     eps = float(np.finfo(problem.real).eps)
-    slope = problem.scores.slope(np.where(np.isnan(raw), 0, raw))  # NaN is hidden, or all of the row is
+    raw = reference.forward.raw_scores(problem, operands, weight)
+    # NaN is hidden, or all of the row is
+    slope = problem.scores.slope(np.where(np.isnan(raw), 0, raw)).astype(np.float64)
     blur = slope * (np.expm1(min(2 * eps * terms / softcap, 700.0)) + eps * CAP_ROUNDINGS)
     return slope, np.minimum(1.0, blur + LEAST_SLOPE[problem.real])
 
@@ -317,7 +319,8 @@ def expected_gradients(
     """
     problem, operands = describe(*as_operands(query, key, value, attn_mask), **options)
     seed = seed_from(rng, draw=problem.dropout_p > 0)
-    out, lse, _ = reference.evaluate(problem, operands, seed)
+    out, lse, kept = reference.evaluate(problem, operands, seed)
+    whole = kept if problem.dropout_p == 0 else reference.evaluate(replace(problem, dropout_p=0.0), operands)[2]
     rows = problem.rows_shape
     upstream = Upstream(
         grad_out.reshape(*rows, problem.queries, problem.value_dim),
@@ -328,28 +331,26 @@ def expected_gradients(
     )
     exact = reference.differentiate(problem, operands, upstream, seed)
     with np.errstate(all="ignore"):
-        # the same sums, of magnitudes: |dP| + |row sum| in place of their difference
-        whole = reference.evaluate(replace(problem, dropout_p=0.0), operands)[2].reshape(exact.scores.shape)
-        kept = reference.evaluate(problem, operands, seed)[2].reshape(exact.scores.shape)
-        g, v = np.abs(upstream.grad_out), np.abs(operands.value).swapaxes(-1, -2)
-        sums = (g * np.abs(upstream.out)).sum(-1, keepdims=True)
+        # the same sums, of magnitudes: |dP| + |row sum| in place of their difference; float64 does for bounds
+        whole, kept = (weights.reshape(exact.scores.shape).astype(np.float64) for weights in (whole, kept))
+        q, k, v, g = (np.abs(array, dtype=np.float64) for array in (*operands[:3], upstream.grad_out))
+        sums = (g * np.abs(upstream.out, dtype=np.float64)).sum(-1, keepdims=True)
         if upstream.grad_lse is not None:
-            sums = sums + np.abs(upstream.grad_lse)[..., None]
-        magnitudes = whole * (max(1.0, problem.keep_scale) * (g @ v) + sums)
+            sums = sums + np.abs(upstream.grad_lse, dtype=np.float64)[..., None]
+        magnitudes = whole * (max(1.0, problem.keep_scale) * (g @ v.swapaxes(-1, -2)) + sums)
         eps = float(np.finfo(problem.real).eps)
         largest_score = score_size(operands.query, operands.key, problem.scores.scale)
         of_raw = largest_score * max(1.0, problem.head_dim / 2)
-        slope, blur = slope_of_score(problem, reference.forward.raw_scores(problem, operands), of_raw)
+        slope, blur = slope_of_score(problem, operands, of_raw)
         terms = error_of_score(problem, of_raw, largest_score)
         largest_mask = 0.0 if operands.bias is None else largest(operands.bias)
         # of one weight, whatever is multiplied by it
-        row = np.where(np.isfinite(upstream.lse), np.abs(upstream.lse), 0)[..., None]
+        row = np.where(np.isfinite(upstream.lse), np.abs(upstream.lse), 0)[..., None].astype(np.float64)
         row = 2 * ROUNDINGS + terms + row + np.minimum(largest_mask, row + terms)
         row = row + problem.head_dim + problem.value_dim + max(problem.queries, problem.keys)
         row = np.where(magnitudes > 0, row, 0)
         scores, kept = np.minimum(eps * row, 1e30) * magnitudes, np.minimum(eps * row, 1e30) * kept
         raw = scores * slope + magnitudes * blur
-        q, k = np.abs(operands.query), np.abs(operands.key)
         bounds = [
             abs(problem.scores.scale) * (raw @ k),
             abs(problem.scores.scale) * (raw.swapaxes(-1, -2) @ q),

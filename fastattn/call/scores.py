@@ -134,7 +134,7 @@ class Scores:
         """
         if self.softcap is not None:
             raw = self.softcap * np.tanh(raw / self.softcap)
-        return raw if bias is None else raw + saturated(bias, real)
+        return raw if bias is None else raw + saturated(bias, real).astype(raw.dtype)
 
     def slope(self, raw: Any) -> Any:
         """Return the derivative of `value` by `raw`."""

@@ -17,7 +17,6 @@ from numpy.typing import ArrayLike, NDArray
 from fastattn.call.advice import holds_masked, is_masked, to_convert
 from fastattn.call.arrays import as_operands
 from fastattn.call.problem import Operands, Problem
-from fastattn.call.rounding import saturated
 from fastattn.call.score_options import FurtherOptions
 from fastattn.call.scores import Places, Scores
 from fastattn.call.shapes import describe
@@ -234,8 +233,9 @@ def part(problem: Problem, operands: Operands, rows: Selection, columns: Selecti
             if scores.adds:
                 added = None if bias is None else _core(bias)
                 with np.errstate(all="ignore"):
-                    added = scores.value(np.zeros(1), added, problem.real, places_of(problem, operands, rows, columns))
-                bias = np.broadcast_to(saturated(added, problem.real).astype(problem.real), shape)
+                    places = places_of(problem, operands, rows, columns)
+                    added = scores.value(np.zeros(1, problem.real), added, problem.real, places)
+                bias = np.broadcast_to(added, shape)
             scores, heads = Scores(scores.scale, scores.softcap, bias=scores.adds, keep=True), None
     smaller = replace(
         problem,

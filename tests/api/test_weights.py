@@ -101,7 +101,7 @@ def test_summary_of_axes_of_length_zero(backend: str, call: Call, top_k: int) ->
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("kind", [None, "bool", "padding", "float, -inf"])
 @pytest.mark.parametrize("is_causal", [False, True, "bottom-right"])
-@pytest.mark.parametrize("length", [(3, 777), (150, 530), (300, 65)], ids=str)
+@pytest.mark.parametrize("length", [(3, 777), (70, 530), (150, 65)], ids=str)
 def test_summary_of_many_blocks(dtype: Any, kind: str | None, is_causal: Any, length: Any) -> None:
     rng = np.random.default_rng(length)
     query, key = (numbers(rng, (heads, n, 33), dtype) for heads, n in zip((2, 1), length, strict=True))
@@ -123,7 +123,7 @@ intervals = pytest.mark.parametrize("options", INTERVALS, ids=str)
 @intervals
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("kind", [None, "bool", "pair"])
-@pytest.mark.parametrize("length", [(3, 777), (150, 530), (300, 257)], ids=str)
+@pytest.mark.parametrize("length", [(3, 777), (70, 530), (150, 257)], ids=str)
 def test_summary_of_many_blocks_of_intervals(dtype: Any, kind: str | None, options: Any, length: Any) -> None:
     rng = np.random.default_rng(length)
     query, key = (numbers(rng, (2, heads, n, 33), dtype) for heads, n in zip((2, 1), length, strict=True))

@@ -74,7 +74,7 @@ def test_every_key_of_a_row_of_equal_scores_has_its_share(size: float, dtype: An
 @every_backend
 @every_dtype
 @every_size
-@pytest.mark.parametrize("lengths", [(1, 700), (70, 300), (130, 2100)], ids=str)
+@pytest.mark.parametrize("lengths", [(1, 700), (70, 300), (130, 1100)], ids=str)
 def test_gradients_keep_their_promise(size: float, dtype: Any, backend: str, lengths: tuple[int, int]) -> None:
     """Rows with large scores of either sign, and rows without, in the same blocks."""
     grad_out, *args = exact_inputs(*lengths, dtype)
@@ -246,7 +246,7 @@ def test_weights_of_a_log_sum_exp_of_more_keys() -> None:
 @every_backend
 @every_dtype
 @every_size
-@pytest.mark.parametrize("lengths", [(1, 700), (70, 300), (300, 1100)], ids=str)
+@pytest.mark.parametrize("lengths", [(1, 700), (70, 300), (150, 520)], ids=str)
 def test_additive_gradients_keep_their_promise(size: float, dtype: Any, backend: str, lengths: tuple[int, int]) -> None:
     rng = np.random.default_rng(3)
     queries, keys = lengths
