@@ -450,8 +450,8 @@ MUTATIONS = (
         "call/scores.py",
         "        if self.softcap is not None:\n"
         "            raw = self.softcap * np.tanh(raw / self.softcap)\n"
-        "        return raw if bias is None else raw + saturated(bias, real)",
-        "        raw = raw if bias is None else raw + saturated(bias, real)\n"
+        "        return raw if bias is None else raw + saturated(bias, real).astype(raw.dtype)",
+        "        raw = raw if bias is None else raw + saturated(bias, real).astype(raw.dtype)\n"
         "        return raw if self.softcap is None else self.softcap * np.tanh(raw / self.softcap)",
         ("test_semantics.py", "test_a_softcap_comes_after_the_scale_and_before_a_mask and reference"),
     ),
