@@ -35,20 +35,21 @@ _batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda tensor
 
 def attention(*args: Any) -> Any:
     """Call ``fastattn::attention``; the result and its log-sum-exp."""
-    if _compiled():
-        return _operate("attention", args)
-    if _transforming() or forward_ad._current_level >= 0:
-        return _TransformedAttention.apply(*args)
-    return _Attention.apply(*args) if _wants_gradient(args) else _attention(*args)
+    return _call("attention", args)
 
 
 def additive_attention(*args: Any) -> Any:
     """Call ``fastattn::additive_attention``; the result and its log-sum-exp."""
+    return _call("additive_attention", args)
+
+
+def _call(name: str, args: tuple[Any, ...]) -> Any:
     if _compiled():
-        return _operate("additive_attention", args)
+        return _operate(name, args)
+    function, transformed = FUNCTIONS[name]
     if _transforming() or forward_ad._current_level >= 0:
-        return _TransformedAdditiveAttention.apply(*args)
-    return _AdditiveAttention.apply(*args) if _wants_gradient(args) else _additive_attention(*args)
+        return transformed.apply(*args)
+    return function.apply(*args) if _wants_gradient(args) else _forward(name, args)
 
 
 def _compiled() -> bool:
@@ -66,22 +67,13 @@ def _wants_gradient(args: tuple[Any, ...]) -> bool:
 # -- kernel or operator ------------------------------------------------------------------------------------------------
 
 
-def _attention(*args: Any) -> Any:
-    return operators.attention(*args) if _plain(args) else _operate("attention", args)
+def _forward(name: str, args: tuple[Any, ...]) -> Any:
+    return operators.OPERATORS[name].forward(*args) if _plain(args) else _operate(name, args)
 
 
-def _attention_backward(*args: Any) -> Any:
-    return operators.attention_backward(*args) if _plain(args) else _operate("attention_backward", args)
-
-
-def _additive_attention(*args: Any) -> Any:
-    return operators.additive_attention(*args) if _plain(args) else _operate("additive_attention", args)
-
-
-def _additive_attention_backward(*args: Any) -> Any:
-    if _plain(args):
-        return operators.additive_attention_backward(*args)
-    return _operate("additive_attention_backward", args)
+def _backward(name: str, args: tuple[Any, ...]) -> Any:
+    operator = operators.OPERATORS[name]
+    return operator.backward(*args) if _plain(args) else _operate(operator.derivative, args)
 
 
 def _operate(name: str, args: tuple[Any, ...]) -> Any:
@@ -130,57 +122,45 @@ def _plain(args: tuple[Any, ...]) -> bool:
 
 # -- autograd ----------------------------------------------------------------------------------------------------------
 # What torch.func needs, a setup_context apart from forward, makes PyTorch read forward's signature in every call, which
-# takes longer than all the rest: hence two of each.
+# takes longer than all the rest: hence two for each operator.
 
 
-class _Attention(torch.autograd.Function):  # type: ignore[misc]
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> Any:
-        output = _attention(*args)
-        operators.save(ctx, args, output)
-        return output
+def _functions(operator: operators.Operator) -> tuple[Any, Any]:
+    """Return an operator as a function with a derivative: for autograd alone, and for transforms as well."""
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        compute = _LastAttention.apply if torch.is_grad_enabled() else _attention_backward
-        return operators.differentiate(ctx, *gradients, compute=compute)
+    def compute(*args: Any) -> Any:
+        return _forward(operator.name, args)
 
+    def derive(*args: Any) -> Any:
+        return _backward(operator.name, args)
 
-class _TransformedAttention(torch.autograd.Function):  # type: ignore[misc]
-    generate_vmap_rule = True
-    forward = staticmethod(_attention)
-    setup_context = staticmethod(operators.save)
-    backward = staticmethod(_Attention.backward)
+    class Last(torch.autograd.Function):  # type: ignore[misc]
+        """The derivative where autograd records it, for a second one: which it refuses."""
 
+        generate_vmap_rule = True
+        forward = staticmethod(derive)
+        setup_context = staticmethod(operators.save_nothing)
+        backward = staticmethod(operators.refuse)
 
-class _AdditiveAttention(torch.autograd.Function):  # type: ignore[misc]
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> Any:
-        output = _additive_attention(*args)
-        operators.save_additive(ctx, args, output)
-        return output
+    def differentiate(ctx: Any, *gradients: Tensor | None) -> Any:
+        return operator.differentiate(ctx, *gradients, compute=Last.apply if torch.is_grad_enabled() else derive)
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        compute = _LastAdditiveAttention.apply if torch.is_grad_enabled() else _additive_attention_backward
-        return operators.differentiate_additive(ctx, *gradients, compute=compute)
+    class Direct(torch.autograd.Function):  # type: ignore[misc]
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = compute(*args)
+            operator.save(ctx, args, output)
+            return output
 
+        backward = staticmethod(differentiate)
 
-class _TransformedAdditiveAttention(torch.autograd.Function):  # type: ignore[misc]
-    generate_vmap_rule = True
-    forward = staticmethod(_additive_attention)
-    setup_context = staticmethod(operators.save_additive)
-    backward = staticmethod(_AdditiveAttention.backward)
+    class Transformed(torch.autograd.Function):  # type: ignore[misc]
+        generate_vmap_rule = True
+        forward = staticmethod(compute)
+        setup_context = staticmethod(operator.save)
+        backward = staticmethod(differentiate)
+
+    return Direct, Transformed
 
 
-class _LastAttention(torch.autograd.Function):  # type: ignore[misc]
-    """The derivative where autograd records it, for a second one: which it refuses."""
-
-    generate_vmap_rule = True
-    forward = staticmethod(_attention_backward)
-    setup_context = staticmethod(operators.save_nothing)
-    backward = staticmethod(operators.refuse)
-
-
-class _LastAdditiveAttention(_LastAttention):
-    forward = staticmethod(_additive_attention_backward)
+FUNCTIONS = {name: _functions(operator) for name, operator in operators.OPERATORS.items()}

@@ -57,8 +57,8 @@ def check_mask(mask: Tensor) -> None:
         )
 
 
-def check_integers(name: str, tensor: Tensor) -> None:
-    """Refuse what is no tensor of integers in memory.
+def check_integers(name: str, tensor: Tensor) -> Tensor:
+    """Return a tensor of integers in memory, and refuse what is none.
 
     Raises
     ------
@@ -68,6 +68,7 @@ def check_integers(name: str, tensor: Tensor) -> None:
     check_memory(name, tensor)
     if tensor.dtype not in INTEGERS:
         raise TypeError(f"{name}: dtype {tensor.dtype}; expected integers, one for each row of the batch")
+    return tensor
 
 
 def check_memory(name: str, tensor: Tensor) -> None:
