@@ -1,4 +1,4 @@
-"""Which keys the queries of Luong's attention look at, and what is kept of it for the way back.
+"""Which keys the queries of the layers of one head look at, and what is kept of it for the way back.
 
 An `Alignment` attends with a score, and differentiates that. Where what queries look at is an interval that moves with
 their positions, one call of `fastattn.attention` says all of it: `Interval`. Where each query has a window of its own,
@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
+from fastattn.call.arrays import as_upstream
 from fastattn.call.problem import Array, Mask, Shape
 from fastattn.call.score_options import FurtherOptions, scores_from
 from fastattn.call.scores import Scores
 from fastattn.layers.backward import Saved
+from fastattn.layers.base import Layer
 from fastattn.layers.masks import changed
 from fastattn.layers.scores import Dot
 
@@ -27,7 +30,7 @@ ALL = Scores()
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Attended(Saved):
-    """What Luong's attention was made of.
+    """What the attention of one head was made of.
 
     Attributes
     ----------
@@ -41,6 +44,8 @@ class Attended(Saved):
         What stands for those keys that any query looks at, where it was kept.
     out, lse : ndarray
         With local-p, `lse` is that of the scores without the Gaussian.
+    projected_keys : array_like or None
+        As they were given, if so.
     """
 
     query: Array
@@ -52,10 +57,42 @@ class Attended(Saved):
     projected: Array | None
     out: Array
     lse: Array
+    projected_keys: ArrayLike | None = None
+
+    def differentiate(self, score: Dot, grad_out: ArrayLike) -> tuple[list[Array], Array | None]:
+        """Return the gradients of query, key and value, as many as were given, and that of the positions looked at.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If `grad_out` is not like the result.
+        """
+        grad = as_upstream("grad_out", grad_out, self.out.dtype, self.out.shape)
+        to_query, grad_key, grad_value, to_center = self.alignment.backward(score, grad, self)
+        grad_query = score.project_query_backward(to_query, self.query)
+        return [grad_query, grad_key, grad_value][: len(self.inputs)], to_center
 
 
 class Alignment(ABC):
     """Which keys the queries of a call look at."""
+
+    def attended(
+        self,
+        layer: Layer,
+        inputs: tuple[Any, ...],
+        arrays: list[Array],
+        mask: Mask,
+        score: Dot,
+        return_weights: bool,
+        projected_keys: ArrayLike | None = None,
+    ) -> Attended:
+        """Attend to inputs of a layer, given as arrays of query, key and value as well, and keep what of."""
+        query, key, value = arrays
+        scored = score.project_query(query)
+        out, lse, weights, projected = self.attend(score, scored, key, value, mask, return_weights)
+        return Attended(
+            layer, inputs, weights, query, key, value, mask, self, scored, projected, out, lse, projected_keys
+        )
 
     @abstractmethod
     def attend(
@@ -110,7 +147,7 @@ class Interval(Alignment):
     options : FurtherOptions
         What a call with these keys is told of its scores.
     scores : Scores
-        What one with all keys would be told.
+        What one with all keys would be told, where keys are cut off.
     offsets, lengths : ndarray of int64, shape (*batch, 1, 1), or None
         And of each row of the batch.
     """
@@ -118,9 +155,9 @@ class Interval(Alignment):
     begin: int
     end: int
     options: FurtherOptions
-    scores: Scores
-    offsets: Array | None
-    lengths: Array | None
+    scores: Scores = ALL
+    offsets: Array | None = None
+    lengths: Array | None = None
 
     def attend(
         self, score: Dot, query: Array, key: Array, value: Array, mask: Mask, return_weights: bool
@@ -186,7 +223,7 @@ def find_interval(options: FurtherOptions, batch: Shape, queries: int, keys: int
         For an option that `fastattn.attention` does not take.
     """
     if not options:  # nothing to check, and nothing to cut off
-        return Interval(0, keys, options, ALL, None, None)
+        return Interval(0, keys, options)
     scores, offsets, lengths = scores_of_rows(options, batch, queries, keys)
     if offsets is None:
         begin, _, _, end = scores.span(0, queries - 1, keys)

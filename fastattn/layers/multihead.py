@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,14 +12,13 @@ from numpy.typing import ArrayLike, DTypeLike
 
 from fastattn.api.attention import attention
 from fastattn.api.backward import attention_backward
-from fastattn.call.arrays import as_upstream
+from fastattn.call.arrays import as_common, as_upstream
 from fastattn.call.options import check_flag
 from fastattn.call.problem import Array, Mask, Shape
 from fastattn.call.score_options import FurtherOptions
 from fastattn.call.seeds import Rng
 from fastattn.layers.backward import (
     Saved,
-    as_arguments,
     bias_gradient,
     delivered,
     given_arguments,
@@ -26,7 +26,7 @@ from fastattn.layers.backward import (
     recalled,
     weight_gradient,
 )
-from fastattn.layers.base import Layer, as_inputs, check_size, common_batch, linear
+from fastattn.layers.base import Layer, check_size, common_batch, linear
 from fastattn.layers.masks import as_key_mask, combine, mask_of_scores, per_head
 
 if TYPE_CHECKING:
@@ -313,11 +313,8 @@ class MultiHeadAttention(Layer):
         >>> bool((again == grad_x).all())
         True
         """
-        called: Any = {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal}
-        saved: _Attended | None = recalled(self, inputs, **called, **options)
-        if saved is None:
-            given = as_arguments(inputs, ("query", "key", "value"), 1)
-            saved = self._attend(given, **called, options=options, return_weights=False)
+        called = {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal}
+        saved: _Attended = recalled(self, inputs, 1, options, **called)
         context = saved.context.reshape(*saved.context.shape[:-2], self.embed_dim)
         grad = as_upstream("grad_out", grad_out, context.dtype, context.shape)
         gradients: dict[str, Array] = {}
@@ -356,7 +353,7 @@ class MultiHeadAttention(Layer):
             key = query
         if value is None:
             value = key
-        arrays = as_inputs(self.dtype, query=query, key=key, value=value)
+        arrays = as_common({"query": query, "key": key, "value": value}, also=self.dtype)
         batch = common_batch(arrays, (self.embed_dim, self.kdim, self.vdim))
         queries, keys = arrays[0].shape[-2], arrays[1].shape[-2]
         mask: Any = combine(
@@ -405,15 +402,9 @@ class MultiHeadAttention(Layer):
         if packed is None:
             matrices = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
             return [(i, i, matrix) for i, matrix in enumerate(matrices)]
-        if query is key is value:
-            runs = [(0, 2)]
-        elif key is value:
-            runs = [(0, 0), (1, 2)]
-        elif query is key:
-            runs = [(0, 1), (2, 2)]
-        else:
-            runs = [(0, 0), (1, 1), (2, 2)]
-        return [(first, last, packed[ends[first] : ends[last + 1]]) for first, last in runs]
+        arrays = (query, key, value)
+        runs = [list(run) for _, run in groupby(range(3), key=lambda i: id(arrays[i]))]
+        return [(run[0], run[-1], packed[ends[run[0]] : ends[run[-1] + 1]]) for run in runs]
 
     def _project(self, query: Array, key: Array, value: Array) -> list[Array]:
         """Return the heads of query, key and value, shape (..., heads, length, D): views of few products."""

@@ -20,7 +20,7 @@ from fastattn.layers.bahdanau import BahdanauAttention
 from fastattn.layers.luong import LuongAttention
 from fastattn.layers.masks import as_key_mask, changed, combine, mask_of_scores, per_head
 from fastattn.layers.multihead import MultiHeadAttention
-from fastattn.layers.one_head import one_head
+from fastattn.layers.scores import one_head
 from fastattn.reference.forward import evaluate, raw_scores, softmax, visibility, weighted_sum
 
 if TYPE_CHECKING:
