@@ -11,16 +11,17 @@ The operator is also what a subclass of ``torch.Tensor`` gets to see, which may 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import takewhile
 from typing import Any, TypeAlias
 
 import torch
 from torch.autograd import forward_ad
 
-from fastattn.integrations import operators
+from fastattn.integrations.operators import OPERATORS, Operator, refuse, save_nothing
 from fastattn.integrations.tensors import PLAIN
 
-__all__ = ["additive_attention", "attention"]
+__all__ = ["call"]
 
 Tensor: TypeAlias = Any  # PyTorch's types are not known where it is not installed
 
@@ -33,23 +34,14 @@ _traced = getattr(torch._C, "_get_tracing_state", lambda: True)
 _batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda tensor: True)
 
 
-def attention(*args: Any) -> Any:
-    """Call ``fastattn::attention``; the result and its log-sum-exp."""
-    return _call("attention", args)
-
-
-def additive_attention(*args: Any) -> Any:
-    """Call ``fastattn::additive_attention``; the result and its log-sum-exp."""
-    return _call("additive_attention", args)
-
-
-def _call(name: str, args: tuple[Any, ...]) -> Any:
+def call(name: str, *args: Any) -> Any:
+    """Call the operator of that name, with all of its arguments; the result and its log-sum-exp."""
     if _compiled():
         return _operate(name, args)
-    function, transformed = FUNCTIONS[name]
+    compute, function, transformed = WAYS[name]
     if _transforming() or forward_ad._current_level >= 0:
         return transformed.apply(*args)
-    return function.apply(*args) if _wants_gradient(args) else _forward(name, args)
+    return function.apply(*args) if _wants_gradient(args) else compute(*args)
 
 
 def _compiled() -> bool:
@@ -67,13 +59,13 @@ def _wants_gradient(args: tuple[Any, ...]) -> bool:
 # -- kernel or operator ------------------------------------------------------------------------------------------------
 
 
-def _forward(name: str, args: tuple[Any, ...]) -> Any:
-    return operators.OPERATORS[name].forward(*args) if _plain(args) else _operate(name, args)
+def _kernel_or_operator(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what calls a kernel or, where something has to see the call, the operator of that name."""
 
+    def compute(*args: Any) -> Any:
+        return kernel(*args) if _plain(args) else _operate(name, args)
 
-def _backward(name: str, args: tuple[Any, ...]) -> Any:
-    operator = operators.OPERATORS[name]
-    return operator.backward(*args) if _plain(args) else _operate(operator.derivative, args)
+    return compute
 
 
 def _operate(name: str, args: tuple[Any, ...]) -> Any:
@@ -125,27 +117,23 @@ def _plain(args: tuple[Any, ...]) -> bool:
 # takes longer than all the rest: hence two for each operator.
 
 
-def _functions(operator: operators.Operator) -> tuple[Any, Any]:
-    """Return an operator as a function with a derivative: for autograd alone, and for transforms as well."""
-
-    def compute(*args: Any) -> Any:
-        return _forward(operator.name, args)
-
-    def derive(*args: Any) -> Any:
-        return _backward(operator.name, args)
+def _ways(operator: Operator) -> tuple[Callable[..., Any], Any, Any]:
+    """Return what calls an operator's kernel, and two functions with its derivative: the second is for transforms."""
+    compute = _kernel_or_operator(operator.name, operator.forward)
+    derive = _kernel_or_operator(operator.derivative, operator.backward)
 
     class Last(torch.autograd.Function):  # type: ignore[misc]
         """The derivative where autograd records it, for a second one: which it refuses."""
 
         generate_vmap_rule = True
         forward = staticmethod(derive)
-        setup_context = staticmethod(operators.save_nothing)
-        backward = staticmethod(operators.refuse)
+        setup_context = staticmethod(save_nothing)
+        backward = staticmethod(refuse)
 
     def differentiate(ctx: Any, *gradients: Tensor | None) -> Any:
         return operator.differentiate(ctx, *gradients, compute=Last.apply if torch.is_grad_enabled() else derive)
 
-    class Direct(torch.autograd.Function):  # type: ignore[misc]
+    class Function(torch.autograd.Function):  # type: ignore[misc]
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
             output = compute(*args)
@@ -160,7 +148,7 @@ def _functions(operator: operators.Operator) -> tuple[Any, Any]:
         setup_context = staticmethod(operator.save)
         backward = staticmethod(differentiate)
 
-    return Direct, Transformed
+    return compute, Function, Transformed
 
 
-FUNCTIONS = {name: _functions(operator) for name, operator in operators.OPERATORS.items()}
+WAYS = {name: _ways(operator) for name, operator in OPERATORS.items()}
