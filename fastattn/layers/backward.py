@@ -25,7 +25,6 @@ __all__ = [
     "bias_gradient",
     "delivered",
     "given_arguments",
-    "joined",
     "recalled",
     "times",
     "weight_gradient",
@@ -158,11 +157,6 @@ def bias_gradient(grad: Array) -> Array:
     with np.errstate(all="ignore"):
         sums: Array = np.ones(len(rows), grad.dtype) @ rows
     return sums
-
-
-def joined(gradients: list[Array]) -> Array:
-    """Return the gradient of what was cut in parts along the first axis."""
-    return gradients[0] if len(gradients) == 1 else np.concatenate(gradients)
 
 
 def times(gradient: Array, derivative: Array) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,6 @@ from fastattn.layers.backward import (
     bias_gradient,
     delivered,
     given_arguments,
-    joined,
     recalled,
     weight_gradient,
 )
@@ -393,27 +393,26 @@ class MultiHeadAttention(Layer):
         embed, kv = self.embed_dim, self.num_kv_heads * self.head_dim
         return 0, embed, embed + kv, embed + 2 * kv
 
-    def _products(self, query: Array, key: Array, value: Array) -> list[tuple[int, int, Array]]:
-        """Say which of query (0), key (1) and value (2), first to last, go through one product, and with which matrix.
+    def _products(self, arrays: Sequence[Array]) -> list[tuple[list[int], Array]]:
+        """Say which of query (0), key (1) and value (2) go through one product, and with which matrix.
 
         Those do that are one array, where there is one matrix for all.
         """
         ends, packed = self._ends(), self.in_proj_weight
         if packed is None:
             matrices = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-            return [(i, i, matrix) for i, matrix in enumerate(matrices)]
-        arrays = (query, key, value)
-        runs = [list(run) for _, run in groupby(range(3), key=lambda i: id(arrays[i]))]
-        return [(run[0], run[-1], packed[ends[run[0]] : ends[run[-1] + 1]]) for run in runs]
+            return [([i], matrix) for i, matrix in enumerate(matrices)]
+        members = [list(run) for _, run in groupby(range(3), key=lambda i: id(arrays[i]))]
+        return [(run, packed[ends[run[0]] : ends[run[-1] + 1]]) for run in members]
 
-    def _project(self, query: Array, key: Array, value: Array) -> list[Array]:
+    def _project(self, *arrays: Array) -> list[Array]:
         """Return the heads of query, key and value, shape (..., heads, length, D): views of few products."""
-        arrays = (query, key, value)
         ends, heads = self._ends(), []
-        for first, last, matrix in self._products(*arrays):
-            bias = None if self.in_proj_bias is None else self.in_proj_bias[ends[first] : ends[last + 1]]
-            y = linear(arrays[first], matrix, bias)
-            for part in np.split(y, [end - ends[first] for end in ends[first + 1 : last + 1]], axis=-1):
+        for members, matrix in self._products(arrays):
+            begin = ends[members[0]]
+            bias = None if self.in_proj_bias is None else self.in_proj_bias[begin : begin + len(matrix)]
+            y = linear(arrays[members[0]], matrix, bias)
+            for part in np.split(y, [ends[i] - begin for i in members[1:]], axis=-1):
                 split = part.reshape(*part.shape[:-1], part.shape[-1] // self.head_dim, self.head_dim)
                 heads.append(split.swapaxes(-2, -3))
         return heads
@@ -427,24 +426,23 @@ class MultiHeadAttention(Layer):
         owners = [max(i for i, x in enumerate(inputs[: own + 1]) if x is not None) for own in range(3)]
         grad_inputs: list[Array | None] = [None] * len(inputs)
         grad_matrices, grad_biases = [], []
-        for first, last, matrix in self._products(*attended.arrays):
-            x = attended.arrays[first]
+        for members, matrix in self._products(attended.arrays):
+            x, begin = attended.arrays[members[0]], ends[members[0]]
             # as the heads lie in what was projected: side by side
-            grad = np.concatenate([heads.swapaxes(-2, -3) for heads in grad_heads[first : last + 1]], axis=-2)
+            grad = np.concatenate([grad_heads[i].swapaxes(-2, -3) for i in members], axis=-2)
             grad = grad.reshape(*x.shape[:-1], len(matrix))
             grad_matrices.append(weight_gradient(grad, x))
             if self.bias:
                 grad_biases.append(bias_gradient(grad))
-            members = range(first, last + 1)
-            for owner in sorted({owners[i] for i in members}):
-                of_owner = [i for i in members if owners[i] == owner]
-                rows = slice(ends[of_owner[0]] - ends[first], ends[of_owner[-1] + 1] - ends[first])
+            for owner, run in groupby(members, key=owners.__getitem__):
+                of_owner = list(run)
+                rows = slice(ends[of_owner[0]] - begin, ends[of_owner[-1] + 1] - begin)
                 own, known = linear(grad[..., rows], matrix[rows].T), grad_inputs[owner]
                 grad_inputs[owner] = own if known is None else known + own
         if self.in_proj_weight is None:
             gradients.update(zip(("q_proj_weight", "k_proj_weight", "v_proj_weight"), grad_matrices, strict=True))
         else:
-            gradients["in_proj_weight"] = joined(grad_matrices)
+            gradients["in_proj_weight"] = np.concatenate(grad_matrices)
         if self.bias:
-            gradients["in_proj_bias"] = joined(grad_biases)
+            gradients["in_proj_bias"] = np.concatenate(grad_biases)
         return delivered(grad_inputs, inputs)

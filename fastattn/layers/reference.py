@@ -21,7 +21,7 @@ from fastattn.layers.luong import LuongAttention
 from fastattn.layers.masks import as_key_mask, changed, combine, mask_of_scores, per_head
 from fastattn.layers.multihead import MultiHeadAttention
 from fastattn.layers.scores import one_head
-from fastattn.reference.forward import evaluate, raw_scores, softmax, visibility, weighted_sum
+from fastattn.reference.forward import evaluate, scores_of, softmax, visibility, weighted_sum
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -141,7 +141,6 @@ def luong_attention(
         of_query, of_key = np.split(state["score_weight"], [layer.query_dim], axis=1)
         q, k = h @ of_query.T, k @ of_key.T
     problem, operands = _described(q, k, v, attn_mask, options, real)
-    scores = problem.scores.value(raw_scores(problem, operands, state.get("score_vector")), operands.bias, real)
     visible = visibility(problem, operands)
 
     def of_rows(given: ArrayLike | None, otherwise: int) -> Array:
@@ -157,7 +156,7 @@ def luong_attention(
         p = np.asarray(positions)[..., None, None, :, None]
     if layer.align != "global":
         visible = visible & (np.abs(j - p) <= layer.window)
-    weights, _ = softmax(np.where(visible, scores, -np.inf))
+    weights, _ = softmax(scores_of(problem, operands, visible, state.get("score_vector")))
     if layer.align == "local-p":
         sigma = layer.window / 2
         weights = np.where(visible, weights * np.exp(-((j - p) ** 2) / (2 * sigma**2)), 0)
