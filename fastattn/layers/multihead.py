@@ -46,8 +46,8 @@ class _Attended(Saved):
     heads : tuple of ndarray
         Their projections, shape (..., heads, length, D).
     mask : ndarray, pair of them, or None
-    is_causal : bool or str
-    options : FurtherOptions
+    options : dict
+        What attention was told besides.
     context : ndarray, shape (..., Lq, H, D)
     lse : ndarray, shape (..., H, Lq)
     """
@@ -55,8 +55,7 @@ class _Attended(Saved):
     arrays: list[Array]
     heads: tuple[Array, Array, Array]
     mask: Mask
-    is_causal: bool | str
-    options: FurtherOptions
+    options: dict[str, Any]
     context: Array
     lse: Array
 
@@ -323,16 +322,8 @@ class MultiHeadAttention(Layer):
             gradients["out_proj.bias"] = bias_gradient(grad)
         grad_context = linear(grad, self.out_proj_weight.T)
         mask: Any = saved.mask
-        grad_heads = attention_backward(
-            grad_context.reshape(saved.context.shape).swapaxes(-2, -3),
-            *saved.heads,
-            saved.context.swapaxes(-2, -3),
-            saved.lse,
-            mask,
-            is_causal=saved.is_causal,
-            enable_gqa=self.num_kv_heads != self.num_heads,
-            **saved.options,
-        )
+        grad_result, result = grad_context.reshape(saved.context.shape).swapaxes(-2, -3), saved.context.swapaxes(-2, -3)
+        grad_heads = attention_backward(grad_result, *saved.heads, result, saved.lse, mask, **saved.options)
         grad_inputs = self._project_backward(grad_heads, saved, gradients)
         return grad_inputs, self.as_gradients(gradients)
 
@@ -363,26 +354,16 @@ class MultiHeadAttention(Layer):
         q, k, v = self._project(*arrays)
         # The context has the heads next to each other, in memory as well: the last projection takes it as it lies
         context = np.empty((*batch, queries, self.num_heads, self.head_dim), q.dtype)
-        _, lse, *weights = attention(
-            q,
-            k,
-            v,
-            mask,
-            is_causal=is_causal,
-            enable_gqa=self.num_kv_heads != self.num_heads,
-            return_lse=True,
-            return_weights=return_weights,
-            out=context.swapaxes(-2, -3),
-            **options,
-        )
+        told: dict[str, Any] = {"is_causal": is_causal, "enable_gqa": self.num_kv_heads != self.num_heads, **options}
+        wanted: Any = {"return_lse": True, "return_weights": return_weights, "out": context.swapaxes(-2, -3)}
+        _, lse, *weights = attention(q, k, v, mask, **told, **wanted)
         return _Attended(
             layer=self,
             inputs=given,
             arrays=arrays,
             heads=(q, k, v),
             mask=mask,
-            is_causal=is_causal,
-            options=options,
+            options=told,
             context=context,
             lse=lse,
             weights=weights[0] if weights else None,
