@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fastattn.call.arrays import as_upstream
+from fastattn.call.arrays import as_common, as_upstream
 from fastattn.call.problem import Array, Mask, Shape
 from fastattn.call.score_options import FurtherOptions, scores_from
 from fastattn.call.scores import Scores
 from fastattn.layers.backward import Saved
-from fastattn.layers.base import Layer
-from fastattn.layers.masks import changed
+from fastattn.layers.base import Layer, common_batch
+from fastattn.layers.masks import changed, mask_of_scores
 from fastattn.layers.scores import Dot
 
-__all__ = ["Alignment", "Attended", "Interval", "find_interval", "scores_of_rows"]
+__all__ = ["Alignment", "Attended", "Interval", "find_interval", "read_inputs", "scores_of_rows"]
 
 ALL = Scores()
 
@@ -204,6 +204,35 @@ class Interval(Alignment):
         whole = np.zeros(array.shape, gradient.dtype)
         self._rows(whole)[...] = gradient
         return whole
+
+
+def read_inputs(
+    layer: Any, inputs: tuple[Any, ...], attn_mask: ArrayLike | None, value_dim: int | None = None, **more: ArrayLike
+) -> tuple[list[Array], Shape, Mask]:
+    """Return arrays of query, key, value and what else is given, the batch's axes, and the mask of a call of a layer.
+
+    Parameters
+    ----------
+    layer : BahdanauAttention or LuongAttention
+    inputs : tuple of array_like or None
+        Query and key, and perhaps the value, which is the key unless given.
+    attn_mask : array_like or None
+    value_dim : int or None
+        Features of a value; None: any number.
+    **more : array_like
+        Under their names.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If one has no meaning here, or they do not go together.
+    """
+    query, key, value = (*inputs, None)[:3]
+    arrays = as_common({"query": query, "key": key, "value": key if value is None else value, **more}, also=layer.dtype)
+    q, k, v = arrays[:3]
+    features = (v.shape[-1] if v.ndim else 0) if value_dim is None else value_dim
+    batch = common_batch([q, k, v], (layer.query_dim, layer.key_dim, features))
+    return arrays, batch, mask_of_scores(attn_mask, (*batch, q.shape[-2], k.shape[-2]))
 
 
 def scores_of_rows(

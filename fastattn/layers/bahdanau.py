@@ -13,10 +13,9 @@ from fastattn.call.options import check_flag
 from fastattn.call.problem import Array, Shape
 from fastattn.call.score_options import FurtherOptions
 from fastattn.call.seeds import Rng
-from fastattn.layers.alignment import Attended, Interval
+from fastattn.layers.alignment import Attended, Interval, read_inputs
 from fastattn.layers.backward import Saved, as_arguments, delivered, given_arguments, recalled, weight_gradient
-from fastattn.layers.base import Layer, check_size, common_batch, linear
-from fastattn.layers.masks import mask_of_scores
+from fastattn.layers.base import Layer, check_size, linear
 from fastattn.layers.scores import Additive
 
 if TYPE_CHECKING:
@@ -325,13 +324,8 @@ class BahdanauAttention(Layer):
         return_weights: bool,
     ) -> Attended:
         """Project and attend."""
-        query, key, value = (*given, None)[:3]
-        inputs = {"query": query, "key": key, "value": key if value is None else value}
-        if projected_keys is not None:
-            inputs["projected_keys"] = projected_keys
-        q, k, v, *projected = as_common(inputs, also=self.dtype)
-        batch = common_batch([q, k, v], (self.query_dim, self.key_dim, v.shape[-1] if v.ndim else 0))
-        mask = mask_of_scores(attn_mask, (*batch, q.shape[-2], k.shape[-2]))
+        more: Any = {} if projected_keys is None else {"projected_keys": projected_keys}
+        (q, k, v, *projected), _, mask = read_inputs(self, given, attn_mask, **more)
         hidden = projected[0] if projected else None
         expected = (*k.shape[:-1], self.hidden_dim)
         if hidden is not None and hidden.shape != expected:

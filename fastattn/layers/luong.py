@@ -14,11 +14,10 @@ from fastattn.call.score_options import FurtherOptions, check_window
 from fastattn.call.seeds import Rng
 from fastattn.call.shapes import MAX_RANK
 from fastattn.call.upstream import summed_to
-from fastattn.layers.alignment import Alignment, Attended, find_interval
+from fastattn.layers.alignment import Alignment, Attended, find_interval, read_inputs
 from fastattn.layers.backward import Saved, as_arguments, delivered, given_arguments, recalled, times, weight_gradient
-from fastattn.layers.base import Layer, check_choice, check_size, common_batch, linear
+from fastattn.layers.base import Layer, check_choice, check_size, linear
 from fastattn.layers.local import Local, find_local, find_sight
-from fastattn.layers.masks import mask_of_scores
 from fastattn.layers.positions import as_positions
 from fastattn.layers.scores import Concat, Dot, General
 
@@ -373,13 +372,8 @@ class LuongAttention(Layer):
         return_weights: bool,
     ) -> Attended:
         """Attend, and keep what of."""
-        query, key, value = (*given, None)[:3]
-        inputs = {"query": query, "key": key, "value": key if value is None else value}
-        arrays = as_common(inputs, also=self.dtype)
-        batch = common_batch(arrays, (self.query_dim, self.key_dim, self.value_dim))
-        q, k, _ = arrays
-        mask = mask_of_scores(attn_mask, (*batch, q.shape[-2], k.shape[-2]))
-        alignment = self._alignment(q, k.shape[-2], batch, mask, positions, options)
+        arrays, batch, mask = read_inputs(self, given, attn_mask, self.value_dim)
+        alignment = self._alignment(arrays[0], arrays[1].shape[-2], batch, mask, positions, options)
         return alignment.attended(self, given, arrays, mask, self._score(), return_weights)
 
     def _alignment(
