@@ -27,7 +27,7 @@ from fastattn.layers.backward import (
     weight_gradient,
 )
 from fastattn.layers.base import Layer, check_size, common_batch, linear
-from fastattn.layers.masks import as_key_mask, combine, mask_of_scores, per_head
+from fastattn.layers.masks import as_key_mask, combine, mask_of_scores
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -348,7 +348,7 @@ class MultiHeadAttention(Layer):
         batch = common_batch(arrays, (self.embed_dim, self.kdim, self.vdim))
         queries, keys = arrays[0].shape[-2], arrays[1].shape[-2]
         mask: Any = combine(
-            per_head(as_key_mask(key_mask, (*batch, keys))),
+            as_key_mask(key_mask, (*batch, keys)),
             mask_of_scores(attn_mask, (*batch, self.num_heads, queries, keys)),
         )
         q, k, v = self._project(*arrays)

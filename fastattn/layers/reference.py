@@ -18,7 +18,7 @@ from fastattn.call.score_options import FurtherOptions
 from fastattn.call.shapes import describe
 from fastattn.layers.bahdanau import BahdanauAttention
 from fastattn.layers.luong import LuongAttention
-from fastattn.layers.masks import as_key_mask, changed, combine, mask_of_scores, per_head
+from fastattn.layers.masks import as_key_mask, changed, combine, mask_of_scores
 from fastattn.layers.multihead import MultiHeadAttention
 from fastattn.layers.scores import one_head
 from fastattn.reference.forward import evaluate, scores_of, softmax, visibility, weighted_sum
@@ -69,8 +69,7 @@ def multi_head_attention(
             projected.reshape(*x.shape[:-1], len(matrix) // layer.head_dim, layer.head_dim).swapaxes(-2, -3)
         )  # (B, H, L, D)
     scores = (*np.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2]), layer.num_heads, q.shape[-2], k.shape[-2])
-    visible = per_head(as_key_mask(key_mask, (*scores[:-3], scores[-1])))
-    mask = combine(visible, mask_of_scores(attn_mask, scores))
+    mask = combine(as_key_mask(key_mask, (*scores[:-3], scores[-1])), mask_of_scores(attn_mask, scores))
     grouped = layer.num_heads != layer.num_kv_heads
     q, k, v = heads
     problem, operands = describe(q, k, v, mask, is_causal=is_causal, enable_gqa=grouped, **options)
