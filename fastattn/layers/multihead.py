@@ -383,8 +383,13 @@ class MultiHeadAttention(Layer):
         if packed is None:
             matrices = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
             return [([i], matrix) for i, matrix in enumerate(matrices)]
-        members = [list(run) for _, run in groupby(range(3), key=lambda i: id(arrays[i]))]
-        return [(run, packed[ends[run[0]] : ends[run[-1] + 1]]) for run in members]
+        runs = [[0]]
+        for i in (1, 2):
+            if arrays[i] is arrays[i - 1]:
+                runs[-1].append(i)
+            else:
+                runs.append([i])
+        return [(run, packed[ends[run[0]] : ends[run[-1] + 1]]) for run in runs]
 
     def _project(self, *arrays: Array) -> list[Array]:
         """Return the heads of query, key and value, shape (..., heads, length, D): views of few products."""
