@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -63,7 +64,7 @@ def as_operands(
         ):
             return query, key, value, mask
 
-    query, key, value = _as_common({"query": query, "key": key, "value": value}, half)
+    query, key, value = as_common({"query": query, "key": key, "value": value}, half)
     return query, key, value, mask
 
 
@@ -89,7 +90,7 @@ def as_additive_operands(
         As `as_operands`.
     """
     mask = None if attn_mask is None else as_masks(attn_mask)
-    query, key, value, weight = _as_common({"query": query, "key": key, "value": value, "weight": weight})
+    query, key, value, weight = as_common({"query": query, "key": key, "value": value, "weight": weight})
     return query, key, value, weight, mask
 
 
@@ -123,14 +124,34 @@ def as_upstream(
     return array
 
 
-def _as_common(given: dict[str, ArrayLike], half: bool = False) -> list[Array]:
-    """Make arrays of their common dtype of what was given under these names."""
+def as_common(given: Mapping[str, ArrayLike], half: bool = False, also: np.dtype[Any] | None = None) -> list[Array]:
+    """Make arrays of one dtype of what was given under these names.
+
+    Parameters
+    ----------
+    given : mapping of str to array_like
+        Where one object is given twice, it comes back as one array.
+    half : bool
+        That of `as_operands`.
+    also : numpy.dtype or None
+        One more that has a part in the common dtype.
+
+    Returns
+    -------
+    list of ndarray
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `as_operands`.
+    """
     arrays = {name: as_array(name, argument) for name, argument in given.items()}
     for name, array in arrays.items():
         check_operand(name, array, given[name], half)
-    common = np.result_type(*arrays.values())
+    common = np.result_type(*arrays.values(), *([] if also is None else [also]))
     dtype = FLOAT64 if common.kind in "biu" else common.newbyteorder("=")
-    return [as_plain(array, dtype) for array in arrays.values()]
+    converted = {id(given[name]): as_plain(array, dtype) for name, array in arrays.items()}
+    return [converted[id(argument)] for argument in given.values()]
 
 
 def as_array(name: str, given: object) -> Array:

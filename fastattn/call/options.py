@@ -16,6 +16,27 @@ def is_real(given: object) -> bool:
     return isinstance(given, numbers.Real) and not isinstance(given, bool)
 
 
+def finite_real(name: str, given: object, expected: str, above: float = -math.inf) -> float:
+    """Return a finite real number above another one as a float.
+
+    Raises
+    ------
+    TypeError
+        If it is not a real number; `expected` is the end of the message.
+    ValueError
+        If it is not finite, or not above.
+    """
+    if not is_real(given):
+        raise TypeError(f"{name}: {said(given)}; {expected}")
+    try:
+        number = float(given)  # type: ignore[arg-type]
+    except OverflowError:
+        number = math.inf
+    if not above < number < math.inf:  # torch.compile can trace this, unlike math.isfinite
+        raise ValueError(f"{name}: {said(given)}; {expected}")
+    return number
+
+
 def check_flag(name: str, given: object) -> bool:
     """Return a flag as a bool.
 
@@ -43,15 +64,7 @@ def check_scale(given: object) -> float | None:
     """
     if given is None:
         return None
-    if not is_real(given):
-        raise TypeError(f"scale: {said(given)}; expected a finite real number, or None for 1/sqrt(head_dim)")
-    try:
-        scale = float(given)  # type: ignore[arg-type]
-    except OverflowError:
-        scale = math.inf
-    if not -math.inf < scale < math.inf:  # torch.compile can trace this, unlike math.isfinite
-        raise ValueError(f"scale: {said(given)}; expected a finite real number, or None for 1/sqrt(head_dim)")
-    return scale
+    return finite_real("scale", given, "expected a finite real number, or None for 1/sqrt(head_dim)")
 
 
 def check_dropout(given: object) -> float:

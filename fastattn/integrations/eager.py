@@ -11,16 +11,17 @@ The operator is also what a subclass of ``torch.Tensor`` gets to see, which may 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import takewhile
 from typing import Any, TypeAlias
 
 import torch
 from torch.autograd import forward_ad
 
-from fastattn.integrations import operators
+from fastattn.integrations.operators import OPERATORS, Operator, refuse, save_nothing
 from fastattn.integrations.tensors import PLAIN
 
-__all__ = ["additive_attention", "attention"]
+__all__ = ["call"]
 
 Tensor: TypeAlias = Any  # PyTorch's types are not known where it is not installed
 
@@ -33,22 +34,14 @@ _traced = getattr(torch._C, "_get_tracing_state", lambda: True)
 _batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda tensor: True)
 
 
-def attention(*args: Any) -> Any:
-    """Call ``fastattn::attention``; the result and its log-sum-exp."""
+def call(name: str, *args: Any) -> Any:
+    """Call the operator of that name, with all of its arguments; the result and its log-sum-exp."""
     if _compiled():
-        return _operate("attention", args)
+        return _operate(name, args)
+    compute, function, transformed = WAYS[name]
     if _transforming() or forward_ad._current_level >= 0:
-        return _TransformedAttention.apply(*args)
-    return _Attention.apply(*args) if _wants_gradient(args) else _attention(*args)
-
-
-def additive_attention(*args: Any) -> Any:
-    """Call ``fastattn::additive_attention``; the result and its log-sum-exp."""
-    if _compiled():
-        return _operate("additive_attention", args)
-    if _transforming() or forward_ad._current_level >= 0:
-        return _TransformedAdditiveAttention.apply(*args)
-    return _AdditiveAttention.apply(*args) if _wants_gradient(args) else _additive_attention(*args)
+        return transformed.apply(*args)
+    return function.apply(*args) if _wants_gradient(args) else compute(*args)
 
 
 def _compiled() -> bool:
@@ -66,22 +59,13 @@ def _wants_gradient(args: tuple[Any, ...]) -> bool:
 # -- kernel or operator ------------------------------------------------------------------------------------------------
 
 
-def _attention(*args: Any) -> Any:
-    return operators.attention(*args) if _plain(args) else _operate("attention", args)
+def _kernel_or_operator(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what calls a kernel or, where something has to see the call, the operator of that name."""
 
+    def compute(*args: Any) -> Any:
+        return kernel(*args) if _plain(args) else _operate(name, args)
 
-def _attention_backward(*args: Any) -> Any:
-    return operators.attention_backward(*args) if _plain(args) else _operate("attention_backward", args)
-
-
-def _additive_attention(*args: Any) -> Any:
-    return operators.additive_attention(*args) if _plain(args) else _operate("additive_attention", args)
-
-
-def _additive_attention_backward(*args: Any) -> Any:
-    if _plain(args):
-        return operators.additive_attention_backward(*args)
-    return _operate("additive_attention_backward", args)
+    return compute
 
 
 def _operate(name: str, args: tuple[Any, ...]) -> Any:
@@ -130,57 +114,41 @@ def _plain(args: tuple[Any, ...]) -> bool:
 
 # -- autograd ----------------------------------------------------------------------------------------------------------
 # What torch.func needs, a setup_context apart from forward, makes PyTorch read forward's signature in every call, which
-# takes longer than all the rest: hence two of each.
+# takes longer than all the rest: hence two for each operator.
 
 
-class _Attention(torch.autograd.Function):  # type: ignore[misc]
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> Any:
-        output = _attention(*args)
-        operators.save(ctx, args, output)
-        return output
+def _ways(operator: Operator) -> tuple[Callable[..., Any], Any, Any]:
+    """Return what calls an operator's kernel, and two functions with its derivative: the second is for transforms."""
+    compute = _kernel_or_operator(operator.name, operator.forward)
+    derive = _kernel_or_operator(operator.derivative, operator.backward)
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        compute = _LastAttention.apply if torch.is_grad_enabled() else _attention_backward
-        return operators.differentiate(ctx, *gradients, compute=compute)
+    class Last(torch.autograd.Function):  # type: ignore[misc]
+        """The derivative where autograd records it, for a second one: which it refuses."""
 
+        generate_vmap_rule = True
+        forward = staticmethod(derive)
+        setup_context = staticmethod(save_nothing)
+        backward = staticmethod(refuse)
 
-class _TransformedAttention(torch.autograd.Function):  # type: ignore[misc]
-    generate_vmap_rule = True
-    forward = staticmethod(_attention)
-    setup_context = staticmethod(operators.save)
-    backward = staticmethod(_Attention.backward)
+    def differentiate(ctx: Any, *gradients: Tensor | None) -> Any:
+        return operator.differentiate(ctx, *gradients, compute=Last.apply if torch.is_grad_enabled() else derive)
 
+    class Function(torch.autograd.Function):  # type: ignore[misc]
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = compute(*args)
+            operator.save(ctx, args, output)
+            return output
 
-class _AdditiveAttention(torch.autograd.Function):  # type: ignore[misc]
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> Any:
-        output = _additive_attention(*args)
-        operators.save_additive(ctx, args, output)
-        return output
+        backward = staticmethod(differentiate)
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        compute = _LastAdditiveAttention.apply if torch.is_grad_enabled() else _additive_attention_backward
-        return operators.differentiate_additive(ctx, *gradients, compute=compute)
+    class Transformed(torch.autograd.Function):  # type: ignore[misc]
+        generate_vmap_rule = True
+        forward = staticmethod(compute)
+        setup_context = staticmethod(operator.save)
+        backward = staticmethod(differentiate)
 
-
-class _TransformedAdditiveAttention(torch.autograd.Function):  # type: ignore[misc]
-    generate_vmap_rule = True
-    forward = staticmethod(_additive_attention)
-    setup_context = staticmethod(operators.save_additive)
-    backward = staticmethod(_AdditiveAttention.backward)
+    return compute, Function, Transformed
 
 
-class _LastAttention(torch.autograd.Function):  # type: ignore[misc]
-    """The derivative where autograd records it, for a second one: which it refuses."""
-
-    generate_vmap_rule = True
-    forward = staticmethod(_attention_backward)
-    setup_context = staticmethod(operators.save_nothing)
-    backward = staticmethod(operators.refuse)
-
-
-class _LastAdditiveAttention(_LastAttention):
-    forward = staticmethod(_additive_attention_backward)
+WAYS = {name: _ways(operator) for name, operator in OPERATORS.items()}

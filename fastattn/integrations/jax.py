@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -25,29 +25,14 @@ if TYPE_CHECKING:
 __all__ = ["attention"]
 
 ARRAYS = (jax.Array, np.ndarray, np.generic)
+OPERANDS = ("query", "key", "value")
 Array: TypeAlias = Any  # JAX's types are not known where it is not installed
 
-
-class Arrays(NamedTuple):
-    """The arrays of a call: what a compiled program is given from call to call."""
-
-    operands: tuple[Array, Array, Array]  #: query, key and value
-    bias: Array | None  #: a mask that is added to scores
-    keep: Array | None  #: a boolean one
-    options: tuple[Array, ...]  #: those options that are arrays
-
-
-class Options(NamedTuple):
-    """What else a call is told: part of a compiled program, and as hashable."""
-
-    numbers: tuple[tuple[str, Any], ...]  #: options by their names
-    arrays: tuple[str, ...]  #: the names of those that are arrays
-
-    def call(self, arrays: Arrays) -> tuple[Any, dict[str, Any]]:
-        """Return the mask and the options that fastattn is called with."""
-        both = arrays.bias is not None and arrays.keep is not None
-        mask = (arrays.bias, arrays.keep) if both else arrays.keep if arrays.bias is None else arrays.bias
-        return mask, {**dict(self.numbers), **dict(zip(self.arrays, arrays.options, strict=True))}
+#: What a compiled program is given from call to call: operands, a floating mask as `bias`, a boolean one as `keep`, and
+#: those options that are arrays.
+Arrays: TypeAlias = "dict[str, Array]"
+#: What else a call is told, by names: part of a compiled program, and as hashable.
+Told: TypeAlias = "tuple[tuple[str, Any], ...]"
 
 
 def attention(
@@ -108,23 +93,22 @@ def attention(
     (2, 8, 16, 64)
     """
     check_names(options)
-    bias, keep = (None, None) if attn_mask is None else _masks(attn_mask)
+    operands: Arrays = dict(zip(OPERANDS, (query, key, value), strict=True))
     given: dict[str, Any] = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa, **options}
-    names = tuple(name for name, option in given.items() if isinstance(option, (jax.Array, np.ndarray)))
-    numbers = tuple((name, _hashable(option)) for name, option in given.items() if name not in names)
-    arrays = Arrays((query, key, value), bias, keep, tuple(given[name] for name in names))
-    told = Options(numbers, names)
-    _check(told, arrays)
-    if check_flag("return_lse", return_lse):
-        return _attention(2, told, arrays)
-    return _attention(1, told, arrays)[0]
+    varying = {name: option for name, option in given.items() if isinstance(option, (jax.Array, np.ndarray))}
+    told = tuple((name, _hashable(option)) for name, option in given.items() if name not in varying)
+    arrays = {**operands, **({} if attn_mask is None else _masks(attn_mask)), **varying}
+    _check_operands(operands)
+    _shapes(told, arrays)
+    results = _attention(2 if check_flag("return_lse", return_lse) else 1, told, arrays)
+    return results if return_lse else results[0]
 
 
 # -- checks ------------------------------------------------------------------------------------------------------------
 
 
-def _masks(given: Any) -> tuple[Array | None, Array | None]:
-    """Return the floating mask and the boolean one of an argument.
+def _masks(given: Any) -> Arrays:
+    """Return the floating mask and the boolean one of an argument, those that there are.
 
     Raises
     ------
@@ -132,39 +116,37 @@ def _masks(given: Any) -> tuple[Array | None, Array | None]:
         If it is no array, or none of a dtype that has a meaning here.
     """
     pair = given if isinstance(given, tuple) and len(given) == 2 else None
-    for mask in pair or (given,):
-        if mask is not None and not isinstance(mask, ARRAYS):
+    masks = [mask for mask in pair or (given,) if mask is not None]
+    for mask in masks:
+        if not isinstance(mask, ARRAYS):
             raise TypeError(f"attn_mask: {type(mask).__name__}; expected a jax.Array")
     blank = [None if mask is None else np.zeros((), mask.dtype) for mask in pair or (given,)]
     as_masks(tuple(blank) if pair else blank[0])
-    if pair:
-        return pair[0], pair[1]
-    return (given, None) if given.dtype != bool else (None, given)
+    return {"keep" if mask.dtype == bool else "bias": mask for mask in masks}
 
 
 def _hashable(option: Any) -> Any:
     return tuple(option) if isinstance(option, list) else option
 
 
-def _check(told: Options, arrays: Arrays) -> None:
-    """Refuse a call while it is traced, when there are shapes and no numbers yet."""
-    operands = dict(zip(("query", "key", "value"), arrays.operands, strict=True))
+def _check_operands(operands: Arrays) -> None:
+    """Refuse a call while it is traced, when there are dtypes and no numbers yet."""
     for name, array in operands.items():
         if not isinstance(array, ARRAYS):
             raise TypeError(f"{name}: {type(array).__name__}; expected a jax.Array")
     for name, array in operands.items():
-        if array.dtype not in (np.float32, np.float64) or array.dtype != arrays.operands[0].dtype:
+        if array.dtype not in (np.float32, np.float64) or array.dtype != operands["query"].dtype:
             plain = array.dtype in (np.float32, np.float64) or not np.can_cast(array.dtype, np.float32)
             narrow = "" if plain else to_convert(name, array.dtype, array)
             raise TypeError(f"{name}: dtype {array.dtype}; expected float32 or float64, the same for all three{narrow}")
-    _shapes(told, arrays)
 
 
-def _shapes(told: Options, arrays: Arrays) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _shapes(told: Told, arrays: Arrays) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the shapes of the result and the log-sum-exp; options that are traced count as zeros."""
-    masks = (None if mask is None else mask.shape for mask in (arrays.bias, arrays.keep))
-    _, options = told.call(arrays._replace(options=tuple(map(_known, arrays.options))))
-    return shapes_of_results(*(array.shape for array in arrays.operands), *masks, **options)
+    masks = [arrays[name].shape if name in arrays else None for name in ("bias", "keep")]
+    options: Any = dict(told)
+    options |= {name: _known(array) for name, array in arrays.items() if name not in (*OPERANDS, "bias", "keep")}
+    return shapes_of_results(*(arrays[name].shape for name in OPERANDS), *masks, **options)
 
 
 def _known(array: Array) -> Any:
@@ -181,43 +163,45 @@ def _called(function: Any, results: Any, *given: Any) -> Any:
     )
 
 
-def _computed(told: Options, arrays: Arrays) -> tuple[Array, ...]:
+def _call(told: Told, arrays: Arrays) -> dict[str, Any]:
+    """Return what a function of fastattn's is called with."""
+    given = {**dict(told), **arrays}
+    return {"attn_mask": (given.pop("bias", None), given.pop("keep", None)), **given}
+
+
+def _computed(told: Told, arrays: Arrays) -> tuple[Array, ...]:
     """Return the result and the log-sum-exp."""
 
     def forward(arrays: Arrays) -> list[Any]:
-        mask, options = told.call(arrays)
-        return list(fastattn.attention(*arrays.operands, mask, **options, return_lse=True))
+        return list(fastattn.attention(**_call(told, arrays), return_lse=True))
 
-    dtype = arrays.operands[0].dtype
+    dtype = arrays["query"].dtype
     return tuple(_called(forward, [jax.ShapeDtypeStruct(shape, dtype) for shape in _shapes(told, arrays)], arrays))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attention(wanted: int, told: Options, arrays: Arrays) -> tuple[Array, ...]:
+def _attention(wanted: int, told: Told, arrays: Arrays) -> tuple[Array, ...]:
     """Return the result, or it and the log-sum-exp."""
     return _computed(told, arrays)[:wanted]
 
 
-def _forward(wanted: int, told: Options, arrays: Arrays) -> tuple[tuple[Array, ...], tuple[Any, ...]]:
+def _forward(wanted: int, told: Told, arrays: Arrays) -> tuple[tuple[Array, ...], tuple[Any, ...]]:
     results = _computed(told, arrays)
     return results[:wanted], (arrays, *results)
 
 
-def _backward(wanted: int, told: Options, saved: tuple[Any, ...], upstream: tuple[Array, ...]) -> tuple[Arrays]:
+def _backward(wanted: int, told: Told, saved: tuple[Any, ...], upstream: tuple[Array, ...]) -> tuple[Arrays]:
     """Return the gradients of the arrays that have some."""
-    arrays, out, lse = saved
-    grad_out, grad_lse = (*upstream, None)[:2]
-    sources = arrays.operands if arrays.bias is None else (*arrays.operands, arrays.bias)
+    arrays, *results = saved
+    sources = [name for name in (*OPERANDS, "bias") if name in arrays]
 
-    def backward(arrays: Arrays, out: Any, lse: Any, grad_out: Any, grad_lse: Any) -> list[Any]:
-        mask, options = told.call(arrays)
-        call = (grad_out, *arrays.operands, out, lse, mask)
-        return list(fastattn.attention_backward(*call, **options, grad_lse=grad_lse, grad_mask=len(sources) > 3))
+    def backward(arrays: Arrays, out: Any, lse: Any, grad_out: Any, grad_lse: Any = None) -> list[Any]:
+        upstream = {"grad_out": grad_out, "out": out, "lse": lse, "grad_lse": grad_lse}
+        return list(fastattn.attention_backward(**upstream, **_call(told, arrays), grad_mask="bias" in arrays))
 
-    results = [jax.ShapeDtypeStruct(source.shape, source.dtype) for source in sources]
-    gradients = _called(backward, results, arrays, out, lse, grad_out, grad_lse)
-    of_bias = gradients[3] if len(sources) > 3 else None
-    return (Arrays(tuple(gradients[:3]), of_bias, None, (None,) * len(arrays.options)),)
+    shapes = [jax.ShapeDtypeStruct(arrays[name].shape, arrays[name].dtype) for name in sources]
+    gradients = _called(backward, shapes, arrays, *results, *upstream)
+    return ({**dict.fromkeys(arrays), **dict(zip(sources, gradients, strict=True))},)
 
 
 _attention.defvjp(_forward, _backward)

@@ -130,11 +130,5 @@ def _read(mask: Mask, queries: int, keys: int) -> tuple[Tensor | None, Visible]:
 
 def _is_all_of(mask: Mask, found: Tensor) -> bool:
     """Whether what an index or a move made of a mask is that mask, as long as it has no numbers of its own."""
-    if mask.numbers is not None:
-        return False
-    return (found.shape, found.stride(), found.dtype, found.device) == (
-        mask.shape,
-        mask.stride(),
-        mask.dtype,
-        mask.device,
-    )
+    looks = [(tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in (mask, found)]
+    return mask.numbers is None and looks[0] == looks[1]

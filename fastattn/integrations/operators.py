@@ -5,8 +5,9 @@ which knows the shapes and strides of its results without computing them, for ``
 is an operator, too; and a rule for ``vmap``. Arguments have been checked before, in
 `fastattn.integrations.torch`.
 
-Whether causality is wanted is one of the words that `fastattn.call.options.check_causal` returns. A seed is a tensor,
-not an int, so that a compiled program can draw it. Last come arguments that may be left out: the boolean one of two
+An operator's arguments are called as those of the function that its kernel calls, but for these. `causal`, whether
+causality is wanted, is one of the words that `fastattn.call.options.check_causal` returns. A `seed` is a tensor, not an
+int, so that a compiled program can draw it. Last come arguments that may be left out: `keep`, the boolean one of two
 masks, and those of `fastattn.integrations.keywords`.
 """
 
@@ -20,28 +21,14 @@ import numpy as np
 import torch
 
 import fastattn
-from fastattn.call.problem import Array
 from fastattn.call.shapes import shapes_of_results
 from fastattn.cpu.host.threads import threads_of_call
 from fastattn.integrations import keywords
 from fastattn.integrations.tensors import array_of
 
-__all__ = [
-    "additive_attention",
-    "additive_attention_backward",
-    "attention",
-    "attention_backward",
-    "differentiate",
-    "differentiate_additive",
-    "refuse",
-    "save",
-    "save_additive",
-    "save_nothing",
-]
+__all__ = ["OPERATORS", "Operator", "refuse", "save_nothing"]
 
 Tensor: TypeAlias = Any  # PyTorch's types are not known where it is not installed
-
-REQUIRED = 5  #: of `OPTIONS`, those after the mask: no call leaves them out
 
 CAUSAL: dict[str, bool | str] = {"no": False, "top-left": True, "bottom-right": "bottom-right"}
 
@@ -61,133 +48,163 @@ SCHEMAS = {
 }
 
 
-# -- kernels -----------------------------------------------------------------------------------------------------------
+class Operator:
+    """The operator of a function of fastattn's, and that of its derivative.
+
+    Attributes
+    ----------
+    name : str
+        Of the function and of the operator. That of the derivative is `derivative`.
+    operands : int
+        How many tensors come first: those that have gradients.
+    """
+
+    #: Whether the log-sum-exp and a floating mask have gradients as well.
+    differentiates_all = False
+
+    def __init__(self, name: str, operands: int) -> None:
+        self.name, self.derivative, self.operands = name, f"{name}_backward", operands
+        kernels = {name: (self.forward, self.forward_fake), self.derivative: (self.backward, self.backward_fake)}
+        self._arguments: dict[str, list[str]] = {}
+        for operator, (kernel, fake) in kernels.items():
+            torch.library.define(f"fastattn::{operator}", SCHEMAS[operator])
+            torch.library.impl(f"fastattn::{operator}", "CPU", kernel)
+            torch.library.register_fake(f"fastattn::{operator}", fake)
+            torch.library.register_vmap(f"fastattn::{operator}", partial(_one_by_one, operator))
+            schema = getattr(torch.ops.fastattn, operator).default._schema
+            self._arguments[operator] = [argument.name for argument in schema.arguments]
+        self._required = self._arguments[name].index("keep")  # how many no call leaves out
+        torch.library.register_autograd(f"fastattn::{name}", self.differentiate, setup_context=self.save)
+        torch.library.register_autograd(f"fastattn::{self.derivative}", refuse, setup_context=save_nothing)
+
+    # -- kernels -------------------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any) -> tuple[Tensor, Tensor]:
+        """Compute the result and its log-sum-exp."""
+        out, lse = _call(self.name, return_lse=True, **_options(self._arguments[self.name], args))
+        return torch.from_numpy(out), torch.from_numpy(lse)
+
+    def backward(self, *args: Any) -> tuple[Tensor, ...]:
+        """Compute the gradients of the operands and the mask, in one piece; empty if that of the mask is not wanted."""
+        options = _options(self._arguments[self.derivative], args)
+        if "grad_out" not in options:
+            options["grad_out"] = np.zeros_like(options["out"])
+        found = _call(self.derivative, **options)
+        gradients = [torch.from_numpy(np.ascontiguousarray(array).reshape(array.shape)) for array in found]
+        if options.get("grad_mask") is False:
+            gradients.append(gradients[0].new_empty(0))
+        return tuple(gradients)
+
+    # -- fake kernels --------------------------------------------------------------------------------------------------
+
+    def forward_fake(self, query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+        """Return empty tensors for what `forward` computes."""
+        shape = _rows(query, key, value)
+        return query.new_empty((*shape, value.size(-1))), query.new_empty(shape)
+
+    def backward_fake(self, *args: Any) -> tuple[Tensor, ...]:
+        """Return empty tensors for what `backward` computes."""
+        given = dict(zip(self._arguments[self.derivative], args, strict=False))
+        sources = [given[name] for name in self._arguments[self.name][: self.operands]]
+        if given.get("grad_mask"):
+            sources.append(given["attn_mask"])
+        gradients = [tensor.new_empty(tensor.shape) for tensor in sources]
+        if given.get("grad_mask") is False:
+            gradients.append(sources[0].new_empty(0))
+        return tuple(gradients)
+
+    # -- derivatives ---------------------------------------------------------------------------------------------------
+
+    def save(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        """Keep for the backward pass the results, and what the operator was given, tensors as such."""
+        tensors = (given if isinstance(given, torch.Tensor) else None for given in inputs)
+        ctx.save_for_backward(*output, *tensors)
+        ctx.others = tuple(None if isinstance(given, torch.Tensor) else given for given in inputs)
+        ctx.set_materialize_grads(False)
+        if not self.differentiates_all:
+            ctx.mark_non_differentiable(output[1])
+
+    def differentiate(
+        self, ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, *, compute: Callable[..., Any] | None = None
+    ) -> tuple[Tensor | None, ...]:
+        """Return the gradients of all arguments, by the operator of the derivative or another way."""
+        out, lse, *tensors = ctx.saved_tensors
+        inputs = [other if tensor is None else tensor for tensor, other in zip(tensors, ctx.others, strict=True)]
+        gradients: list[Tensor | None] = [None] * len(inputs)
+        if grad_out is None and grad_lse is None:
+            return tuple(gradients)
+        compute = compute or getattr(torch.ops.fastattn, self.derivative).default
+        first = self.operands
+        if self.differentiates_all:
+            last, grad_mask = self._required, ctx.needs_input_grad[first]
+            *own, of_mask = compute(
+                grad_out, grad_lse, *inputs[:first], out, lse, *inputs[first:last], grad_mask, *inputs[last:]
+            )
+            gradients[: first + 1] = [*own, of_mask if grad_mask else None]
+        else:
+            gradients[:first] = compute(grad_out, *inputs[:first], out, lse, *inputs[first:])
+        return tuple(gradients)
 
 
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    causal: str,
-    scale: float | None,
-    enable_gqa: bool,
-    seed: Tensor | None,
-    keep: Tensor | None = None,
-    *further: Any,
-) -> tuple[Tensor, Tensor]:
-    """Compute attention and its log-sum-exp."""
-    arrays = (*_arrays(query=query, key=key, value=value), _masks(attn_mask, keep))
-    options: dict[str, Any] = {"return_lse": True, **keywords.restored(further)}
-    if seed is not None:
-        options["rng"] = int(seed)
-    in_one_piece = query.numel() > 0 and query.is_contiguous()  # which takes less time to find out
-    if not in_one_piece and _length_first(query):
-        shapes = arrays[0].shape, arrays[1].shape, arrays[2].shape
-        *batch, heads, length, features = shapes_of_results(*shapes, None, None, enable_gqa)[0]
-        options["out"] = np.empty((*batch, length, heads, features), arrays[0].dtype).swapaxes(-3, -2)
-    out, lse = _call(fastattn.attention, *arrays, dropout_p, CAUSAL[causal], scale, enable_gqa, **options)
-    return torch.from_numpy(out), torch.from_numpy(lse)
+class Attention(Operator):
+    """The operator of attention."""
+
+    differentiates_all = True
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        dropout_p: float,
+        causal: str,
+        scale: float | None,
+        enable_gqa: bool,
+        seed: Tensor | None,
+        *further: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the result and its log-sum-exp; what most calls do not have takes small ones no time."""
+        arrays = [array_of("query", query), array_of("key", key), array_of("value", value)]
+        options: dict[str, Any] = {}
+        if attn_mask is not None or further:
+            options = _options(["attn_mask", *self._arguments[self.name][self._required :]], (attn_mask, *further))
+        mask = options.pop("attn_mask", None)
+        if seed is not None:
+            options["rng"] = int(seed)
+        in_one_piece = query.numel() > 0 and query.is_contiguous()  # which takes less time to find out
+        if not in_one_piece and _length_first(query):
+            shapes = arrays[0].shape, arrays[1].shape, arrays[2].shape
+            *batch, heads, length, features = shapes_of_results(*shapes, None, None, enable_gqa)[0]
+            options["out"] = np.empty((*batch, length, heads, features), arrays[0].dtype).swapaxes(-3, -2)
+        numbers = (dropout_p, CAUSAL[causal], scale, enable_gqa)
+        out, lse = _call(self.name, *arrays, mask, *numbers, return_lse=True, **options)
+        return torch.from_numpy(out), torch.from_numpy(lse)
+
+    def forward_fake(self, query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+        """Return empty tensors for what `forward` computes."""
+        out, lse = super().forward_fake(query, key, value)
+        if _length_first(query):
+            *batch, heads, length, features = out.shape
+            out = query.new_empty((*batch, length, heads, features)).transpose(-3, -2)
+        return out, lse
 
 
-def attention_backward(
-    grad_out: Tensor | None,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    causal: str,
-    scale: float | None,
-    enable_gqa: bool,
-    seed: Tensor | None,
-    grad_mask: bool,
-    keep: Tensor | None = None,
-    *further: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute the gradients of query, key, value and, if asked for, attn_mask, else an empty tensor for it."""
-    upstream = torch.zeros_like(out) if grad_out is None else grad_out
-    gradients = _call(
-        fastattn.attention_backward,
-        *_arrays(grad_out=upstream, query=query, key=key, value=value, out=out, lse=lse),
-        _masks(attn_mask, keep),
-        dropout_p,
-        CAUSAL[causal],
-        scale,
-        enable_gqa,
-        rng=None if seed is None else int(seed),
-        grad_lse=None if grad_lse is None else array_of("grad_lse", grad_lse),
-        grad_mask=grad_mask,
-        **keywords.restored(further),
-    )
-    grad_query, grad_key, grad_value, *rest = map(_tensor, gradients)
-    return grad_query, grad_key, grad_value, rest[0] if grad_mask else query.new_empty(0)
-
-
-def additive_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    weight: Tensor,
-    attn_mask: Tensor | None,
-    causal: str,
-    keep: Tensor | None = None,
-    *further: Any,
-) -> tuple[Tensor, Tensor]:
-    """Compute additive attention and its log-sum-exp."""
-    arrays = (*_arrays(query=query, key=key, value=value, weight=weight), _masks(attn_mask, keep))
-    options = keywords.restored(further)
-    out, lse = _call(fastattn.additive_attention, *arrays, CAUSAL[causal], return_lse=True, **options)
-    return torch.from_numpy(out), torch.from_numpy(lse)
-
-
-def additive_attention_backward(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    weight: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    attn_mask: Tensor | None,
-    causal: str,
-    keep: Tensor | None = None,
-    *further: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute the gradients of query, key, value and weight."""
-    arrays = _arrays(grad_out=grad_out, query=query, key=key, value=value, weight=weight, out=out, lse=lse)
-    masks, options = _masks(attn_mask, keep), keywords.restored(further)
-    gradients = _call(fastattn.additive_attention_backward, *arrays, masks, CAUSAL[causal], **options)
-    grad_query, grad_key, grad_value, grad_weight = map(_tensor, gradients)
-    return grad_query, grad_key, grad_value, grad_weight
-
-
-def _arrays(**tensors: Tensor) -> list[Array]:
-    return [array_of(name, tensor) for name, tensor in tensors.items()]
-
-
-def _masks(attn_mask: Tensor | None, keep: Tensor | None) -> Any:
-    """Return a mask as fastattn takes it: a pair, where there are two."""
-    mask = None if attn_mask is None else array_of("attn_mask", attn_mask)
-    return mask if keep is None else (mask, array_of("attn_mask", keep))
-
-
-def _tensor(gradient: Array) -> Tensor:
-    """Return a gradient as a tensor, in one piece, as the fake kernels promise."""
-    return torch.from_numpy(np.ascontiguousarray(gradient).reshape(gradient.shape))
-
-
-def _call(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """Call with no more threads than PyTorch may use; in a worker of a DataLoader that is one."""
-    threads = torch.get_num_threads()
-    if threads >= threads_of_call():
-        return function(*args, **options)
-    with fastattn.num_threads(threads):
-        return function(*args, **options)
+def _options(names: list[str], args: tuple[Any, ...]) -> dict[str, Any]:
+    """Return what a function of fastattn's is called with, given arguments of an operator; None stands for none."""
+    options: dict[str, Any] = {}
+    for name, given in zip(names, args, strict=False):
+        if given is not None:
+            told = "attn_mask" if name == "keep" else name
+            options[name] = array_of(told, given) if isinstance(given, torch.Tensor) else given
+    if "causal" in options:
+        options["is_causal"] = CAUSAL[options.pop("causal")]
+    if "seed" in options:
+        options["rng"] = int(options.pop("seed"))
+    if "keep" in options:
+        options["attn_mask"] = (options.get("attn_mask"), options.pop("keep"))
+    keywords.restore(options)
+    return options
 
 
 def _length_first(query: Tensor) -> bool:
@@ -196,120 +213,6 @@ def _length_first(query: Tensor) -> bool:
     The result then lies likewise, so that merging the heads again needs no copy.
     """
     return bool(query.dim() > 2 and query.size(-3) > 1 and query.size(-2) > 1 and query.stride(-3) < query.stride(-2))
-
-
-# -- fake kernels ------------------------------------------------------------------------------------------------------
-
-
-def _attention_fake(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    shape = _rows(query, key, value)
-    features = value.size(-1)
-    if _length_first(query):
-        *batch, heads, length = shape
-        out = query.new_empty((*batch, length, heads, features)).transpose(-3, -2)
-    else:
-        out = query.new_empty((*shape, features))
-    return out, query.new_empty(shape)
-
-
-def _rows(query: Tensor, key: Tensor, value: Tensor) -> tuple[Any, ...]:
-    """Return the shape of the log-sum-exp, (..., Hq, Lq)."""
-    batch = torch.broadcast_shapes(*(tensor.shape[:-3] for tensor in (query, key, value)))
-    heads, *others = (tensor.size(-3) if tensor.dim() > 2 else 1 for tensor in (query, key, value))
-    if heads == 1:
-        heads = others[1] if others[0] == 1 else others[0]
-    head_axis = (heads,) if max(tensor.dim() for tensor in (query, key, value)) > 2 else ()
-    return (*batch, *head_axis, query.size(-2))
-
-
-def _attention_backward_fake(
-    grad_out: Tensor | None,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    attn_mask: Tensor | None,
-    *options: Any,
-) -> tuple[Tensor, ...]:
-    grad_mask = options[REQUIRED] and attn_mask is not None
-    found = (query, key, value, attn_mask) if grad_mask else (query, key, value)
-    gradients = tuple(tensor.new_empty(tensor.shape) for tensor in found if tensor is not None)
-    return gradients if grad_mask else (*gradients, query.new_empty(0))
-
-
-def _additive_attention_fake(
-    query: Tensor, key: Tensor, value: Tensor, weight: Tensor, *options: Any
-) -> tuple[Tensor, Tensor]:
-    shape = _rows(query, key, value)
-    return query.new_empty((*shape, value.size(-1))), query.new_empty(shape)
-
-
-def _additive_attention_backward_fake(grad_out: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
-    return tuple(tensor.new_empty(tensor.shape) for tensor in tensors[:4])
-
-
-# -- derivatives -------------------------------------------------------------------------------------------------------
-
-
-def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    """Keep for the backward pass what it needs."""
-    _save(ctx, inputs, output, operands=3)
-
-
-def differentiate(
-    ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, *, compute: Callable[..., Any] | None = None
-) -> tuple[Tensor | None, ...]:
-    """Return the gradients of all arguments of ``fastattn::attention``, by its operator or another way."""
-    if grad_out is None and grad_lse is None:
-        return _of_inputs(ctx)
-    tensors, (attn_mask, *options) = _saved(ctx, operands=3)
-    grad_mask = ctx.needs_input_grad[3]
-    compute = compute or torch.ops.fastattn.attention_backward.default
-    *gradients, of_mask = compute(
-        grad_out, grad_lse, *tensors, attn_mask, *options[:REQUIRED], grad_mask, *options[REQUIRED:]
-    )
-    return _of_inputs(ctx, *gradients, of_mask if grad_mask else None)
-
-
-def save_additive(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    """Keep for the backward pass what it needs."""
-    _save(ctx, inputs, output, operands=4)
-    ctx.mark_non_differentiable(output[1])
-
-
-def differentiate_additive(
-    ctx: Any, grad_out: Tensor | None, grad_lse: None, *, compute: Callable[..., Any] | None = None
-) -> tuple[Tensor | None, ...]:
-    """Return the gradients of all arguments of ``fastattn::additive_attention``, by its operator or another way."""
-    if grad_out is None:
-        return _of_inputs(ctx)
-    tensors, options = _saved(ctx, operands=4)
-    compute = compute or torch.ops.fastattn.additive_attention_backward.default
-    return _of_inputs(ctx, *compute(grad_out, *tensors, *options))
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor], operands: int) -> None:
-    """Keep an operator's operands and results, and what else it was given, tensors as such."""
-    options = inputs[operands:]
-    tensors = (option if isinstance(option, torch.Tensor) else None for option in options)
-    ctx.save_for_backward(*inputs[:operands], *output, *tensors)
-    ctx.numbers = tuple(None if isinstance(option, torch.Tensor) else option for option in options)
-    ctx.inputs = len(inputs)
-    ctx.set_materialize_grads(False)
-
-
-def _saved(ctx: Any, operands: int) -> tuple[list[Tensor], list[Any]]:
-    """Return the operands and results that `_save` kept, and the other arguments."""
-    saved = ctx.saved_tensors
-    tensors, options = saved[: operands + 2], saved[operands + 2 :]
-    return tensors, [number if tensor is None else tensor for tensor, number in zip(options, ctx.numbers, strict=True)]
-
-
-def _of_inputs(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Return the gradients of an operator's first arguments, and None for all others."""
-    return (*gradients, *[None] * (ctx.inputs - len(gradients)))
 
 
 def save_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -327,7 +230,23 @@ def refuse(ctx: Any, *gradients: Tensor | None) -> None:
     raise NotImplementedError("fastattn: attention has a first derivative only; expected no backward pass through one")
 
 
-# -- vmap --------------------------------------------------------------------------------------------------------------
+def _call(name: str, *args: Any, **options: Any) -> Any:
+    """Call fastattn's function with no more threads than PyTorch may use; in a worker of a DataLoader that is one."""
+    function, threads = getattr(fastattn, name), torch.get_num_threads()
+    if threads >= threads_of_call():
+        return function(*args, **options)
+    with fastattn.num_threads(threads):
+        return function(*args, **options)
+
+
+def _rows(query: Tensor, key: Tensor, value: Tensor) -> tuple[Any, ...]:
+    """Return the shape of the log-sum-exp, (..., Hq, Lq)."""
+    batch = torch.broadcast_shapes(*(tensor.shape[:-3] for tensor in (query, key, value)))
+    heads, *others = (tensor.size(-3) if tensor.dim() > 2 else 1 for tensor in (query, key, value))
+    if heads == 1:
+        heads = others[1] if others[0] == 1 else others[0]
+    head_axis = (heads,) if max(tensor.dim() for tensor in (query, key, value)) > 2 else ()
+    return (*batch, *head_axis, query.size(-2))
 
 
 def _one_by_one(name: str, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
@@ -348,25 +267,8 @@ def _one_by_one(name: str, info: Any, in_dims: tuple[Any, ...], *args: Any) -> t
     return results, (0,) * len(results)
 
 
-# -- registration ------------------------------------------------------------------------------------------------------
-
-
-def _register() -> None:
-    kernels = {
-        "attention": (attention, _attention_fake),
-        "attention_backward": (attention_backward, _attention_backward_fake),
-        "additive_attention": (additive_attention, _additive_attention_fake),
-        "additive_attention_backward": (additive_attention_backward, _additive_attention_backward_fake),
-    }
-    for name, (kernel, fake) in kernels.items():
-        torch.library.define(f"fastattn::{name}", SCHEMAS[name])
-        torch.library.impl(f"fastattn::{name}", "CPU", kernel)
-        torch.library.register_fake(f"fastattn::{name}", fake)
-        torch.library.register_vmap(f"fastattn::{name}", partial(_one_by_one, name))
-        if name.endswith("_backward"):
-            torch.library.register_autograd(f"fastattn::{name}", refuse, setup_context=save_nothing)
-    torch.library.register_autograd("fastattn::attention", differentiate, setup_context=save)
-    torch.library.register_autograd("fastattn::additive_attention", differentiate_additive, setup_context=save_additive)
-
-
-_register()
+#: By their names.
+OPERATORS = {
+    operator.name: operator
+    for operator in (Attention("attention", operands=3), Operator("additive_attention", operands=4))
+}

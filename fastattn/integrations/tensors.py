@@ -49,29 +49,28 @@ def check_mask(mask: Tensor) -> None:
     TypeError
         If it is no tensor in memory, or has a dtype that has no meaning here.
     """
-    check_memory("attn_mask", mask)
-    if mask.dtype not in MASK_DTYPES:
+    if check_memory("attn_mask", mask).dtype not in MASK_DTYPES:
         wanted = ", ".join(map(str, MASK_DTYPES))
         raise TypeError(
             f"attn_mask: dtype {mask.dtype} is not supported; expected one of {wanted}{_to_convert('attn_mask', mask)}"
         )
 
 
-def check_integers(name: str, tensor: Tensor) -> None:
-    """Refuse what is no tensor of integers in memory.
+def check_integers(name: str, tensor: Tensor) -> Tensor:
+    """Return a tensor of integers in memory, and refuse what is none.
 
     Raises
     ------
     TypeError
         With the argument's name.
     """
-    check_memory(name, tensor)
-    if tensor.dtype not in INTEGERS:
+    if check_memory(name, tensor).dtype not in INTEGERS:
         raise TypeError(f"{name}: dtype {tensor.dtype}; expected integers, one for each row of the batch")
+    return tensor
 
 
-def check_memory(name: str, tensor: Tensor) -> None:
-    """Refuse what is no tensor, or none whose numbers lie in the memory of the CPU, one by one.
+def check_memory(name: str, tensor: Tensor) -> Tensor:
+    """Return a tensor, and refuse what is none, or one whose numbers do not lie in the memory of the CPU, one by one.
 
     Raises
     ------
@@ -91,6 +90,7 @@ def check_memory(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name}: a tensor on device {tensor.device}; expected one on the CPU")
     if tensor.layout is not torch.strided:
         raise TypeError(f"{name}: a tensor of layout {tensor.layout}; expected torch.strided")
+    return tensor
 
 
 def _check_subclass(name: str, tensor: Tensor) -> None:

@@ -152,9 +152,8 @@ def attention_with_lse(
     dropout_p, scale, enable_gqa = check_dropout(dropout_p), check_scale(scale), check_flag("enable_gqa", enable_gqa)
     seed = _draw_seed() if dropout_p > 0 else None
     further = (keep, *flattened(options)) if options or keep is not None else ()
-    results: tuple[Tensor, Tensor] = eager.attention(
-        query, key, value, mask, dropout_p, causal, scale, enable_gqa, seed, *further
-    )
+    numbers = (dropout_p, causal, scale, enable_gqa)
+    results: tuple[Tensor, Tensor] = eager.call("attention", query, key, value, mask, *numbers, seed, *further)
     return results
 
 
@@ -223,7 +222,7 @@ def additive_attention(
             "attn_mask: requires grad; expected one that does not: additive attention has no gradient of its mask"
         )
     further = (keep, *flattened(options)) if options or keep is not None else ()
-    return eager.additive_attention(query, key, value, weight, mask, causal, *further)[0]
+    return eager.call("additive_attention", query, key, value, weight, mask, causal, *further)[0]
 
 
 # -- masks -------------------------------------------------------------------------------------------------------------

@@ -218,7 +218,6 @@ def padding_mask(
     kv_offset: int = 0,
     mask_function: Any = causal_mask_function,
     attention_mask: Tensor | None = None,
-    local_size: int | None = None,
     allow_is_causal_skip: bool = True,
     allow_is_bidirectional_skip: bool = False,
     device: Any = "cpu",
@@ -230,7 +229,7 @@ def padding_mask(
 
     Parameters
     ----------
-    batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, local_size, \
+    batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, \
 allow_is_causal_skip, allow_is_bidirectional_skip, device, **others
         As transformers passes them.
 
@@ -248,7 +247,6 @@ allow_is_causal_skip, allow_is_bidirectional_skip, device, **others
         "kv_offset": kv_offset,
         "mask_function": mask_function,
         "attention_mask": attention_mask,
-        "local_size": local_size,
         "allow_is_bidirectional_skip": allow_is_bidirectional_skip,
         "device": device,
     }

@@ -1,4 +1,4 @@
-"""Which keys the queries of Luong's attention look at, and what is kept of it for the way back.
+"""Which keys the queries of the layers of one head look at, and what is kept of it for the way back.
 
 An `Alignment` attends with a score, and differentiates that. Where what queries look at is an interval that moves with
 their positions, one call of `fastattn.attention` says all of it: `Interval`. Where each query has a window of its own,
@@ -12,22 +12,25 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
+from fastattn.call.arrays import as_common, as_upstream
 from fastattn.call.problem import Array, Mask, Shape
 from fastattn.call.score_options import FurtherOptions, scores_from
 from fastattn.call.scores import Scores
 from fastattn.layers.backward import Saved
-from fastattn.layers.masks import changed
+from fastattn.layers.base import Layer, common_batch
+from fastattn.layers.masks import changed, mask_of_scores
 from fastattn.layers.scores import Dot
 
-__all__ = ["Alignment", "Attended", "Interval", "find_interval", "scores_of_rows"]
+__all__ = ["Alignment", "Attended", "Interval", "find_interval", "read_inputs", "scores_of_rows"]
 
 ALL = Scores()
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Attended(Saved):
-    """What Luong's attention was made of.
+    """What the attention of one head was made of.
 
     Attributes
     ----------
@@ -41,6 +44,8 @@ class Attended(Saved):
         What stands for those keys that any query looks at, where it was kept.
     out, lse : ndarray
         With local-p, `lse` is that of the scores without the Gaussian.
+    projected_keys : array_like or None
+        As they were given, if so.
     """
 
     query: Array
@@ -52,10 +57,42 @@ class Attended(Saved):
     projected: Array | None
     out: Array
     lse: Array
+    projected_keys: ArrayLike | None = None
+
+    def differentiate(self, score: Dot, grad_out: ArrayLike) -> tuple[list[Array], Array | None]:
+        """Return the gradients of query, key and value, as many as were given, and that of the positions looked at.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If `grad_out` is not like the result.
+        """
+        grad = as_upstream("grad_out", grad_out, self.out.dtype, self.out.shape)
+        to_query, grad_key, grad_value, to_center = self.alignment.backward(score, grad, self)
+        grad_query = score.project_query_backward(to_query, self.query)
+        return [grad_query, grad_key, grad_value][: len(self.inputs)], to_center
 
 
 class Alignment(ABC):
     """Which keys the queries of a call look at."""
+
+    def attended(
+        self,
+        layer: Layer,
+        inputs: tuple[Any, ...],
+        arrays: list[Array],
+        mask: Mask,
+        score: Dot,
+        return_weights: bool,
+        projected_keys: ArrayLike | None = None,
+    ) -> Attended:
+        """Attend to inputs of a layer, given as arrays of query, key and value as well, and keep what of."""
+        query, key, value = arrays
+        scored = score.project_query(query)
+        out, lse, weights, projected = self.attend(score, scored, key, value, mask, return_weights)
+        return Attended(
+            layer, inputs, weights, query, key, value, mask, self, scored, projected, out, lse, projected_keys
+        )
 
     @abstractmethod
     def attend(
@@ -110,7 +147,7 @@ class Interval(Alignment):
     options : FurtherOptions
         What a call with these keys is told of its scores.
     scores : Scores
-        What one with all keys would be told.
+        What one with all keys would be told, where keys are cut off.
     offsets, lengths : ndarray of int64, shape (*batch, 1, 1), or None
         And of each row of the batch.
     """
@@ -118,9 +155,9 @@ class Interval(Alignment):
     begin: int
     end: int
     options: FurtherOptions
-    scores: Scores
-    offsets: Array | None
-    lengths: Array | None
+    scores: Scores = ALL
+    offsets: Array | None = None
+    lengths: Array | None = None
 
     def attend(
         self, score: Dot, query: Array, key: Array, value: Array, mask: Mask, return_weights: bool
@@ -169,6 +206,35 @@ class Interval(Alignment):
         return whole
 
 
+def read_inputs(
+    layer: Any, inputs: tuple[Any, ...], attn_mask: ArrayLike | None, value_dim: int | None = None, **more: ArrayLike
+) -> tuple[list[Array], Shape, Mask]:
+    """Return arrays of query, key, value and what else is given, the batch's axes, and the mask of a call of a layer.
+
+    Parameters
+    ----------
+    layer : BahdanauAttention or LuongAttention
+    inputs : tuple of array_like or None
+        Query and key, and perhaps the value, which is the key unless given.
+    attn_mask : array_like or None
+    value_dim : int or None
+        Features of a value; None: any number.
+    **more : array_like
+        Under their names.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If one has no meaning here, or they do not go together.
+    """
+    query, key, value = (*inputs, None)[:3]
+    arrays = as_common({"query": query, "key": key, "value": key if value is None else value, **more}, also=layer.dtype)
+    q, k, v = arrays[:3]
+    features = (v.shape[-1] if v.ndim else 0) if value_dim is None else value_dim
+    batch = common_batch([q, k, v], (layer.query_dim, layer.key_dim, features))
+    return arrays, batch, mask_of_scores(attn_mask, (*batch, q.shape[-2], k.shape[-2]))
+
+
 def scores_of_rows(
     options: FurtherOptions, batch: Shape, queries: int, keys: int
 ) -> tuple[Scores, Array | None, Array | None]:
@@ -190,7 +256,7 @@ def find_interval(options: FurtherOptions, batch: Shape, queries: int, keys: int
         For an option that `fastattn.attention` does not take.
     """
     if not options:  # nothing to check, and nothing to cut off
-        return Interval(0, keys, options, ALL, None, None)
+        return Interval(0, keys, options)
     scores, offsets, lengths = scores_of_rows(options, batch, queries, keys)
     if offsets is None:
         begin, _, _, end = scores.span(0, queries - 1, keys)

@@ -8,7 +8,7 @@ or `fastattn.additive_attention_backward`, a projection y = x Wᵀ + b by the pr
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +25,6 @@ __all__ = [
     "bias_gradient",
     "delivered",
     "given_arguments",
-    "joined",
     "recalled",
     "times",
     "weight_gradient",
@@ -101,8 +100,18 @@ def as_arguments(inputs: object, names: tuple[str, ...], least: int) -> tuple[An
     return inputs
 
 
-def recalled(layer: object, inputs: object, **options: object) -> Any:
-    """Return `inputs` if a call of the layer has returned it for its backward pass, else None.
+def recalled(layer: Any, inputs: object, least: int, options: Mapping[str, object], **called: object) -> Any:
+    """Return what a call of the layer has saved, if that is given as `inputs` of its backward pass, or attend again.
+
+    Parameters
+    ----------
+    layer : Layer
+    inputs : Saved or tuple
+        What the call has saved, or at least so many of the arguments query, key and value.
+    least : int
+    options : mapping of str to object
+    **called
+        What else it was called with: nothing of both where it has saved it.
 
     Raises
     ------
@@ -112,10 +121,11 @@ def recalled(layer: object, inputs: object, **options: object) -> Any:
         If it is another layer's.
     """
     if not isinstance(inputs, Saved):
-        return None
+        given = as_arguments(inputs, ("query", "key", "value"), least)
+        return layer._attend(given, **called, options=options, return_weights=False)
     if inputs.layer is not layer:
         raise ValueError("inputs: what a call of another layer has saved; expected that of a call of this one")
-    for name, option in options.items():
+    for name, option in {**called, **options}.items():
         if option is not None and option is not False:
             raise TypeError(f"{name}: given besides what a call has saved, which says it already; expected none")
     return inputs
@@ -147,11 +157,6 @@ def bias_gradient(grad: Array) -> Array:
     with np.errstate(all="ignore"):
         sums: Array = np.ones(len(rows), grad.dtype) @ rows
     return sums
-
-
-def joined(gradients: list[Array]) -> Array:
-    """Return the gradient of what was cut in parts along the first axis."""
-    return gradients[0] if len(gradients) == 1 else np.concatenate(gradients)
 
 
 def times(gradient: Array, derivative: Array) -> Array:

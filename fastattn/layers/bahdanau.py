@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastattn.call.arrays import as_upstream
+from fastattn.call.arrays import as_common, as_upstream
 from fastattn.call.options import check_flag
-from fastattn.call.problem import Array, Mask, Shape
+from fastattn.call.problem import Array, Shape
 from fastattn.call.score_options import FurtherOptions
 from fastattn.call.seeds import Rng
-from fastattn.layers import one_head
-from fastattn.layers.backward import (
-    Saved,
-    as_arguments,
-    bias_gradient,
-    delivered,
-    given_arguments,
-    recalled,
-    weight_gradient,
-)
-from fastattn.layers.base import Layer, as_inputs, check_size, common_batch, linear
-from fastattn.layers.masks import mask_of_scores
+from fastattn.layers.alignment import Attended, Interval, read_inputs
+from fastattn.layers.backward import Saved, as_arguments, delivered, given_arguments, recalled, weight_gradient
+from fastattn.layers.base import Layer, check_size, linear
+from fastattn.layers.scores import Additive
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -33,35 +24,21 @@ if TYPE_CHECKING:
 __all__ = ["BahdanauAttention"]
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class _Attended(Saved):
-    """What the attention was made of.
+class _Projected(Additive):
+    """The score of keys that were projected before: an input of their own, in place of what the keys would give."""
 
-    Attributes
-    ----------
-    query, key, value : ndarray
-        In one dtype.
-    state : ndarray, shape (..., Lq, hidden_dim)
-        W q + bias.
-    hidden : ndarray, shape (..., Lk, hidden_dim)
-        U k.
-    projected_keys : array_like or None
-        As it was given.
-    mask : ndarray, pair of them, or None
-    options : FurtherOptions
-    out, lse : ndarray
-    """
+    def __init__(self, *parameters: Array, hidden: Array) -> None:
+        super().__init__(*parameters)
+        self.hidden = hidden
 
-    query: Array
-    key: Array
-    value: Array
-    state: Array
-    hidden: Array
-    projected_keys: ArrayLike | None
-    mask: Mask
-    options: FurtherOptions
-    out: Array
-    lse: Array
+    def project_key(self, key: Array) -> Array:
+        """Return them."""
+        return self.hidden
+
+    def project_key_backward(self, grad: Array, key: Array) -> Array:
+        """Keep their gradient, and return that of the keys, which have no part in the score."""
+        self.grad_hidden = grad
+        return np.zeros_like(key)
 
 
 class BahdanauAttention(Layer):
@@ -202,7 +179,7 @@ class BahdanauAttention(Layer):
         return delivered([linear(grad, self.key_weight.T)], inputs), {"key_weight": grad_weight}
 
     def _as_keys(self, key: ArrayLike) -> Array:
-        (array,) = as_inputs(self.dtype, key=key)
+        (array,) = as_common({"key": key}, also=self.dtype)
         if array.ndim < 1 or array.shape[-1] != self.key_dim:
             raise ValueError(f"key: shape {array.shape}; expected (..., {self.key_dim})")
         return array
@@ -325,40 +302,18 @@ class BahdanauAttention(Layer):
         >>> bool(np.allclose(grad_keys + grad_values, grad_source, atol=1e-6))
         True
         """
-        called: Any = {"attn_mask": attn_mask, "projected_keys": projected_keys}
-        saved: _Attended | None = recalled(self, inputs, **called, **options)
-        if saved is None:
-            given = as_arguments(inputs, ("query", "key", "value"), 2)
-            saved = self._attend(given, **called, options=options, return_weights=False)
-        grad = as_upstream("grad_out", grad_out, saved.out.dtype, saved.out.shape)
-        grad_state, grad_hidden, grad_value, grad_weight = one_head.attend_backward(
-            grad,
-            saved.state,
-            saved.hidden,
-            saved.value,
-            self.weight.astype(grad.dtype, copy=False),
-            saved.out,
-            saved.lse,
-            saved.mask,
-            saved.options,
-        )
-        gradients = {
-            "query_weight": weight_gradient(grad_state, saved.query),
-            "bias": bias_gradient(grad_state),
-            "weight": grad_weight,
-        }
-        if saved.projected_keys is None:
-            gradients["key_weight"] = weight_gradient(grad_hidden, saved.key)
-            grad_key = linear(grad_hidden, self.key_weight.T)
-        else:
-            grad_key = np.zeros_like(saved.key)
+        saved: Attended = recalled(self, inputs, 2, options, attn_mask=attn_mask, projected_keys=projected_keys)
+        score = self._score(None if saved.projected_keys is None else saved.projected)
+        found, _ = saved.differentiate(score, grad_out)
         given = saved.inputs
-        if not saved.has_value:
-            grad_key += grad_value
-        found = [linear(grad_state, self.query_weight.T), grad_key, grad_value][: len(given)]
-        if saved.projected_keys is not None:
-            given, found = (*given, saved.projected_keys), [*found, grad_hidden]
-        return delivered(found, given), self.as_gradients(gradients)
+        if isinstance(score, _Projected):
+            given, found = (*given, saved.projected_keys), [*found, score.grad_hidden]
+        return delivered(found, given), self.as_gradients(score.gradients)
+
+    def _score(self, hidden: Array | None) -> Additive:
+        """Return the score, with the parameters as they are now, and the keys' part in it, if that is known."""
+        parameters = (self.query_weight, self.key_weight, self.weight, self.bias)
+        return Additive(*parameters) if hidden is None else _Projected(*parameters, hidden=hidden)
 
     def _attend(
         self,
@@ -367,40 +322,16 @@ class BahdanauAttention(Layer):
         projected_keys: ArrayLike | None,
         options: FurtherOptions,
         return_weights: bool,
-    ) -> _Attended:
+    ) -> Attended:
         """Project and attend."""
-        query, key, value = (*given, None)[:3]
-        arrays = {"query": query, "key": key, "value": key if value is None else value}
-        if projected_keys is not None:
-            arrays["projected_keys"] = projected_keys
-        q, k, v, *projected = as_inputs(self.dtype, **arrays)
-        batch = common_batch([q, k, v], (self.query_dim, self.key_dim, v.shape[-1] if v.ndim else 0))
-        mask = mask_of_scores(attn_mask, (*batch, q.shape[-2], k.shape[-2]))
-        if projected:
-            hidden = projected[0]
-            expected = (*k.shape[:-1], self.hidden_dim)
-            if hidden.shape != expected:
-                raise ValueError(
-                    f"projected_keys: shape {hidden.shape}; expected {expected}, what project_keys returns for key of "
-                    f"shape {k.shape}"
-                )
-        else:
-            hidden = linear(k, self.key_weight)
-        weight = self.weight.astype(q.dtype, copy=False)
-        state = linear(q, self.query_weight, self.bias)
-        out, lse, weights = one_head.attend(state, hidden, v, weight, mask, options, return_weights)
-        return _Attended(
-            layer=self,
-            inputs=given,
-            weights=weights,
-            query=q,
-            key=k,
-            value=v,
-            state=state,
-            hidden=hidden,
-            projected_keys=projected_keys,
-            mask=mask,
-            options=options,
-            out=out,
-            lse=lse,
-        )
+        more: Any = {} if projected_keys is None else {"projected_keys": projected_keys}
+        (q, k, v, *projected), _, mask = read_inputs(self, given, attn_mask, **more)
+        hidden = projected[0] if projected else None
+        expected = (*k.shape[:-1], self.hidden_dim)
+        if hidden is not None and hidden.shape != expected:
+            raise ValueError(
+                f"projected_keys: shape {hidden.shape}; expected {expected}, what project_keys returns for key of "
+                f"shape {k.shape}"
+            )
+        alignment = Interval(0, k.shape[-2], options)
+        return alignment.attended(self, given, [q, k, v], mask, self._score(hidden), return_weights, projected_keys)

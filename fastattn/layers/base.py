@@ -13,17 +13,16 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
-from numpy.typing import ArrayLike, DTypeLike
+from numpy.typing import DTypeLike
 
 from fastattn.call.advice import is_tensor, said
-from fastattn.call.arrays import as_array, as_plain, check_operand
+from fastattn.call.arrays import as_array
 from fastattn.call.problem import FLOAT32, FLOAT64, Array, Shape
 from fastattn.call.seeds import generator_from
 from fastattn.call.shapes import MAX_RANK
 
 __all__ = [
     "Layer",
-    "as_inputs",
     "check_choice",
     "check_dtype",
     "check_size",
@@ -225,40 +224,6 @@ class Layer(ABC):
 
 
 # -- arguments of calls ------------------------------------------------------------------------------------------------
-
-
-def as_inputs(dtype: np.dtype[Any] | None, /, **given: ArrayLike) -> list[Array]:
-    """Make arrays of one dtype of what a layer is called with.
-
-    Parameters
-    ----------
-    dtype : numpy.dtype or None
-        That of the layer's parameters, which has a part in the common dtype.
-    **given : array_like
-        The arguments, under their names. Where one object is given twice, it comes back as one array.
-
-    Returns
-    -------
-    list of ndarray
-        float32 or float64; what is so already comes back as it is.
-
-    Raises
-    ------
-    TypeError
-        For a dtype that has no meaning here, and for what cannot be made an array.
-    ValueError
-        For nested sequences of unequal lengths.
-    """
-    arrays = {name: as_array(name, array) for name, array in given.items()}
-    for name, array in arrays.items():
-        check_operand(name, array, given[name])
-    common = np.result_type(*arrays.values(), *([] if dtype is None else [dtype]))
-    common = FLOAT64 if common.kind in "biu" else common.newbyteorder("=")
-    converted: dict[int, Array] = {}
-    for name, array in arrays.items():
-        if id(given[name]) not in converted:
-            converted[id(given[name])] = as_plain(array, common)
-    return [converted[id(one)] for one in given.values()]
 
 
 def common_batch(arrays: list[Array], features: tuple[int, int, int]) -> Shape:

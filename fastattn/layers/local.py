@@ -10,19 +10,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 
-from fastattn.call.broadcasting import check_broadcasts
-from fastattn.call.problem import FLOAT64, Array, Mask, Shape
+from fastattn.call.problem import Array, Mask, Shape
 from fastattn.call.score_options import FurtherOptions
 from fastattn.call.shapes import masks_of
 from fastattn.call.upstream import summed_to
 from fastattn.layers.alignment import Alignment, Attended, scores_of_rows
-from fastattn.layers.base import as_inputs
 from fastattn.layers.scores import Dot
 from fastattn.layers.windows import Blocks, Windows, at_scores, find_windows, gathered, scatter
 
-__all__ = ["Local", "Sight", "as_positions", "find_local", "find_sight"]
+__all__ = ["Local", "Sight", "find_local", "find_sight"]
 
 #: Options that say which keys a query may look at, and those that act on a score wherever its key lies.
 OF_KEYS, OF_SCORES = ("window", "query_offset", "key_lengths"), ("softcap",)
@@ -69,23 +66,6 @@ def find_sight(options: FurtherOptions, batch: Shape, queries: int, keys: int) -
     begin, end = (np.broadcast_to(one, (*batch, queries)) for one in (begin, end))
     left: Any = {name: option for name, option in options.items() if name in OF_SCORES}
     return Sight(begin, end, lengths, left)
-
-
-def as_positions(given: ArrayLike, rows: Shape) -> Array:
-    """Return the positions p of queries, which have the axes `rows`, as float64.
-
-    Raises
-    ------
-    TypeError
-        If the dtype has no meaning here.
-    ValueError
-        If they do not broadcast to `rows`, or are not finite.
-    """
-    (positions,) = as_inputs(FLOAT64, positions=given)
-    check_broadcasts("positions", positions.shape, rows)
-    if not np.isfinite(positions).all():
-        raise ValueError("positions: some are NaN or infinite; expected finite numbers")
-    return np.broadcast_to(positions, rows)
 
 
 @dataclass(frozen=True)
@@ -209,7 +189,7 @@ def find_local(center: Array, window: int, sight: Sight, mask: Mask, deviation: 
 
     Parameters
     ----------
-    center : ndarray of float64, shape (*batch, Lq)
+    center : ndarray of float64, broadcasting to (*batch, Lq)
         p; where it is NaN, the window is empty.
     window : int
     sight : Sight
@@ -217,6 +197,7 @@ def find_local(center: Array, window: int, sight: Sight, mask: Mask, deviation: 
         Broadcasting to (*batch, Lq, Lk).
     deviation : float or None
     """
+    center = np.broadcast_to(center, sight.begin.shape)
     windows = find_windows(center, window, sight.begin, sight.end)
     return Local(windows, sight, _lost(center, sight, mask), deviation)
 

@@ -7,26 +7,18 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastattn.call.arrays import as_upstream
+from fastattn.call.arrays import as_common, as_upstream
 from fastattn.call.options import check_flag
 from fastattn.call.problem import FLOAT64, Array, Mask, Shape
 from fastattn.call.score_options import FurtherOptions, check_window
 from fastattn.call.seeds import Rng
 from fastattn.call.shapes import MAX_RANK
 from fastattn.call.upstream import summed_to
-from fastattn.layers.alignment import Alignment, Attended, find_interval
-from fastattn.layers.backward import (
-    Saved,
-    as_arguments,
-    delivered,
-    given_arguments,
-    recalled,
-    times,
-    weight_gradient,
-)
-from fastattn.layers.base import Layer, as_inputs, check_choice, check_size, common_batch, linear
-from fastattn.layers.local import Local, as_positions, find_local, find_sight
-from fastattn.layers.masks import mask_of_scores
+from fastattn.layers.alignment import Alignment, Attended, find_interval, read_inputs
+from fastattn.layers.backward import Saved, as_arguments, delivered, given_arguments, recalled, times, weight_gradient
+from fastattn.layers.base import Layer, check_choice, check_size, linear
+from fastattn.layers.local import Local, find_local, find_sight
+from fastattn.layers.positions import as_positions
 from fastattn.layers.scores import Concat, Dot, General
 
 if TYPE_CHECKING:
@@ -272,20 +264,15 @@ class LuongAttention(Layer):
         ((2, 3, 8), (2, 20, 6),
          {'score_weight': (8, 6), 'position_weight': (8, 8), 'position_vector': (8,), 'combine_weight': (8, 14)})
         """
-        saved: Attended | None = recalled(self, inputs, attn_mask=attn_mask, positions=positions, **options)
-        if saved is None:
-            given = as_arguments(inputs, ("query", "key", "value"), 2)
-            saved = self._attend(given, attn_mask, positions, options, False)
-        grad = as_upstream("grad_out", grad_out, saved.out.dtype, saved.out.shape)
+        saved: Attended = recalled(self, inputs, 2, options, attn_mask=attn_mask, positions=positions)
         score, alignment = self._score(), saved.alignment
-        to_query, grad_key, grad_value, to_center = alignment.backward(score, grad, saved)
-        grad_query = score.project_query_backward(to_query, saved.query)
-        gradients: dict[str, Array] = {}
+        found, to_center = saved.differentiate(score, grad_out)
+        gradients = score.gradients
         if to_center is not None and isinstance(alignment, Local):
-            through = self._predict_backward(to_center, saved.query, alignment.sight.lengths, gradients)
-            grad_query = (grad_query + through).astype(grad.dtype, copy=False)
-        found = (grad_query, grad_key, grad_value)[: len(saved.inputs)]
-        return delivered(found, saved.inputs), self.as_gradients({**gradients, **score.gradients})
+            through, of_position = self._predict_backward(to_center, saved.query, alignment.sight.lengths)
+            found[0] = (found[0] + through).astype(found[0].dtype, copy=False)
+            gradients = {**gradients, **of_position}
+        return delivered(found, saved.inputs), self.as_gradients(gradients)
 
     def attentional(self, context: ArrayLike, query: ArrayLike) -> NDArray[Any]:
         """Return the attentional state tanh(W_c [c; h]), which the paper predicts the next word from.
@@ -357,7 +344,7 @@ class LuongAttention(Layer):
 
     def _as_combined(self, context: ArrayLike, query: ArrayLike) -> tuple[Array, Array, Shape]:
         """Return arrays of context and query, and the axes that they have together before the last."""
-        c, h = as_inputs(self.dtype, context=context, query=query)
+        c, h = as_common({"context": context, "query": query}, also=self.dtype)
         for name, array, features in (("context", c, self.value_dim), ("query", h, self.query_dim)):
             if not 1 <= array.ndim <= MAX_RANK or array.shape[-1] != features:
                 raise ValueError(f"{name}: shape {array.shape}; expected (..., {features})")
@@ -385,28 +372,9 @@ class LuongAttention(Layer):
         return_weights: bool,
     ) -> Attended:
         """Attend, and keep what of."""
-        query, key, value = (*given, None)[:3]
-        arrays = as_inputs(self.dtype, query=query, key=key, value=key if value is None else value)
-        batch = common_batch(arrays, (self.query_dim, self.key_dim, self.value_dim))
-        q, k, v = arrays
-        mask = mask_of_scores(attn_mask, (*batch, q.shape[-2], k.shape[-2]))
-        score, alignment = self._score(), self._alignment(q, k.shape[-2], batch, mask, positions, options)
-        scored = score.project_query(q)
-        out, lse, weights, projected = alignment.attend(score, scored, k, v, mask, return_weights)
-        return Attended(
-            layer=self,
-            inputs=given,
-            weights=weights,
-            query=q,
-            key=k,
-            value=v,
-            mask=mask,
-            alignment=alignment,
-            scored=scored,
-            projected=projected,
-            out=out,
-            lse=lse,
-        )
+        arrays, batch, mask = read_inputs(self, given, attn_mask, self.value_dim)
+        alignment = self._alignment(arrays[0], arrays[1].shape[-2], batch, mask, positions, options)
+        return alignment.attended(self, given, arrays, mask, self._score(), return_weights)
 
     def _alignment(
         self,
@@ -430,8 +398,7 @@ class LuongAttention(Layer):
         sight = find_sight(options, batch, queries, keys)
         if positions is not None:
             return find_local(as_positions(positions, (*batch, queries)), self.window, sight, mask, None)
-        center = np.broadcast_to(self._predict(query, sight.lengths), (*batch, queries))
-        return find_local(center, self.window, sight, mask, self.window / 2)
+        return find_local(self._predict(query, sight.lengths), self.window, sight, mask, self.window / 2)
 
     # -- predicted positions -------------------------------------------------------------------------------------------
 
@@ -445,14 +412,13 @@ class LuongAttention(Layer):
             center: Array = sources / (1 + np.exp(-drive))
         return center
 
-    def _predict_backward(self, grad: Array, query: Array, sources: Array, gradients: dict[str, Array]) -> Array:
-        """Return the gradient of the queries, given that of their positions; those of parameters go to `gradients`."""
+    def _predict_backward(self, grad: Array, query: Array, sources: Array) -> tuple[Array, dict[str, Array]]:
+        """Return the gradient of the queries, given that of their positions, and those of the parameters in between."""
         weight, vector = self.position_weight.astype(FLOAT64), self.position_vector.astype(FLOAT64)
         hidden = np.tanh(linear(query, weight))
         sigmoid = 1 / (1 + np.exp(-np.einsum("...h,h->...", hidden, vector)))
         drive = summed_to(grad * sources, sigmoid.shape)
         drive = times(drive, sigmoid * (1 - sigmoid))
-        gradients["position_vector"] = weight_gradient(drive[..., None], hidden)[0]
         inside = times(drive[..., None], vector * (1 - hidden * hidden))
-        gradients["position_weight"] = weight_gradient(inside, query)
-        return linear(inside, weight.T)
+        of_vector, of_weight = weight_gradient(drive[..., None], hidden)[0], weight_gradient(inside, query)
+        return linear(inside, weight.T), {"position_vector": of_vector, "position_weight": of_weight}

@@ -12,7 +12,7 @@ from fastattn.call.broadcasting import check_broadcasts
 from fastattn.call.problem import Array, Mask, Shape
 from fastattn.call.shapes import masks_of
 
-__all__ = ["as_key_mask", "changed", "combine", "mask_of_scores", "per_head"]
+__all__ = ["as_key_mask", "changed", "combine", "mask_of_scores"]
 
 
 def mask_of_scores(attn_mask: ArrayLike | None, scores: Shape) -> Mask:
@@ -33,7 +33,14 @@ def mask_of_scores(attn_mask: ArrayLike | None, scores: Shape) -> Mask:
 
 
 def as_key_mask(key_mask: ArrayLike | None, keys: Shape) -> Array | None:
-    """Return an array of a mask that says which keys take part, and broadcasts to (..., Lk).
+    """Return an array of a mask that says which keys take part, with axes of heads and queries: (..., 1, 1, Lk).
+
+    Parameters
+    ----------
+    key_mask : array_like of bool, or None
+        Broadcasting to `keys`.
+    keys : tuple of int
+        (..., Lk)
 
     Raises
     ------
@@ -48,7 +55,7 @@ def as_key_mask(key_mask: ArrayLike | None, keys: Shape) -> Array | None:
     if mask.dtype.kind != "b":
         raise TypeError(f"key_mask: dtype {mask.dtype}; expected boolean, where True takes part")
     check_broadcasts("key_mask", mask.shape, keys)
-    return np.atleast_1d(mask)
+    return np.atleast_1d(mask)[..., None, None, :]
 
 
 def combine(visible: Array | None, mask: Mask) -> Mask:
@@ -67,8 +74,3 @@ def changed(mask: Mask, change: Callable[[Array], Array]) -> Mask:
         return None
     bias, keep = (None if one is None else change(one) for one in masks_of(mask))
     return combine(keep, bias)
-
-
-def per_head(key_mask: Array | None) -> Array | None:
-    """Give a mask of keys, (..., Lk), the axes of heads and queries: (..., 1, 1, Lk)."""
-    return None if key_mask is None else key_mask[..., None, None, :]

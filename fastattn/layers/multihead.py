@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,23 +13,21 @@ from numpy.typing import ArrayLike, DTypeLike
 
 from fastattn.api.attention import attention
 from fastattn.api.backward import attention_backward
-from fastattn.call.arrays import as_upstream
+from fastattn.call.arrays import as_common, as_upstream
 from fastattn.call.options import check_flag
 from fastattn.call.problem import Array, Mask, Shape
 from fastattn.call.score_options import FurtherOptions
 from fastattn.call.seeds import Rng
 from fastattn.layers.backward import (
     Saved,
-    as_arguments,
     bias_gradient,
     delivered,
     given_arguments,
-    joined,
     recalled,
     weight_gradient,
 )
-from fastattn.layers.base import Layer, as_inputs, check_size, common_batch, linear
-from fastattn.layers.masks import as_key_mask, combine, mask_of_scores, per_head
+from fastattn.layers.base import Layer, check_size, common_batch, linear
+from fastattn.layers.masks import as_key_mask, combine, mask_of_scores
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -46,8 +46,8 @@ class _Attended(Saved):
     heads : tuple of ndarray
         Their projections, shape (..., heads, length, D).
     mask : ndarray, pair of them, or None
-    is_causal : bool or str
-    options : FurtherOptions
+    options : dict
+        What attention was told besides.
     context : ndarray, shape (..., Lq, H, D)
     lse : ndarray, shape (..., H, Lq)
     """
@@ -55,8 +55,7 @@ class _Attended(Saved):
     arrays: list[Array]
     heads: tuple[Array, Array, Array]
     mask: Mask
-    is_causal: bool | str
-    options: FurtherOptions
+    options: dict[str, Any]
     context: Array
     lse: Array
 
@@ -313,11 +312,8 @@ class MultiHeadAttention(Layer):
         >>> bool((again == grad_x).all())
         True
         """
-        called: Any = {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal}
-        saved: _Attended | None = recalled(self, inputs, **called, **options)
-        if saved is None:
-            given = as_arguments(inputs, ("query", "key", "value"), 1)
-            saved = self._attend(given, **called, options=options, return_weights=False)
+        called = {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal}
+        saved: _Attended = recalled(self, inputs, 1, options, **called)
         context = saved.context.reshape(*saved.context.shape[:-2], self.embed_dim)
         grad = as_upstream("grad_out", grad_out, context.dtype, context.shape)
         gradients: dict[str, Array] = {}
@@ -326,16 +322,8 @@ class MultiHeadAttention(Layer):
             gradients["out_proj.bias"] = bias_gradient(grad)
         grad_context = linear(grad, self.out_proj_weight.T)
         mask: Any = saved.mask
-        grad_heads = attention_backward(
-            grad_context.reshape(saved.context.shape).swapaxes(-2, -3),
-            *saved.heads,
-            saved.context.swapaxes(-2, -3),
-            saved.lse,
-            mask,
-            is_causal=saved.is_causal,
-            enable_gqa=self.num_kv_heads != self.num_heads,
-            **saved.options,
-        )
+        grad_result, result = grad_context.reshape(saved.context.shape).swapaxes(-2, -3), saved.context.swapaxes(-2, -3)
+        grad_heads = attention_backward(grad_result, *saved.heads, result, saved.lse, mask, **saved.options)
         grad_inputs = self._project_backward(grad_heads, saved, gradients)
         return grad_inputs, self.as_gradients(gradients)
 
@@ -356,36 +344,26 @@ class MultiHeadAttention(Layer):
             key = query
         if value is None:
             value = key
-        arrays = as_inputs(self.dtype, query=query, key=key, value=value)
+        arrays = as_common({"query": query, "key": key, "value": value}, also=self.dtype)
         batch = common_batch(arrays, (self.embed_dim, self.kdim, self.vdim))
         queries, keys = arrays[0].shape[-2], arrays[1].shape[-2]
         mask: Any = combine(
-            per_head(as_key_mask(key_mask, (*batch, keys))),
+            as_key_mask(key_mask, (*batch, keys)),
             mask_of_scores(attn_mask, (*batch, self.num_heads, queries, keys)),
         )
         q, k, v = self._project(*arrays)
         # The context has the heads next to each other, in memory as well: the last projection takes it as it lies
         context = np.empty((*batch, queries, self.num_heads, self.head_dim), q.dtype)
-        _, lse, *weights = attention(
-            q,
-            k,
-            v,
-            mask,
-            is_causal=is_causal,
-            enable_gqa=self.num_kv_heads != self.num_heads,
-            return_lse=True,
-            return_weights=return_weights,
-            out=context.swapaxes(-2, -3),
-            **options,
-        )
+        told: dict[str, Any] = {"is_causal": is_causal, "enable_gqa": self.num_kv_heads != self.num_heads, **options}
+        wanted: Any = {"return_lse": True, "return_weights": return_weights, "out": context.swapaxes(-2, -3)}
+        _, lse, *weights = attention(q, k, v, mask, **told, **wanted)
         return _Attended(
             layer=self,
             inputs=given,
             arrays=arrays,
             heads=(q, k, v),
             mask=mask,
-            is_causal=is_causal,
-            options=options,
+            options=told,
             context=context,
             lse=lse,
             weights=weights[0] if weights else None,
@@ -396,33 +374,31 @@ class MultiHeadAttention(Layer):
         embed, kv = self.embed_dim, self.num_kv_heads * self.head_dim
         return 0, embed, embed + kv, embed + 2 * kv
 
-    def _products(self, query: Array, key: Array, value: Array) -> list[tuple[int, int, Array]]:
-        """Say which of query (0), key (1) and value (2), first to last, go through one product, and with which matrix.
+    def _products(self, arrays: Sequence[Array]) -> list[tuple[list[int], Array]]:
+        """Say which of query (0), key (1) and value (2) go through one product, and with which matrix.
 
         Those do that are one array, where there is one matrix for all.
         """
         ends, packed = self._ends(), self.in_proj_weight
         if packed is None:
             matrices = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-            return [(i, i, matrix) for i, matrix in enumerate(matrices)]
-        if query is key is value:
-            runs = [(0, 2)]
-        elif key is value:
-            runs = [(0, 0), (1, 2)]
-        elif query is key:
-            runs = [(0, 1), (2, 2)]
-        else:
-            runs = [(0, 0), (1, 1), (2, 2)]
-        return [(first, last, packed[ends[first] : ends[last + 1]]) for first, last in runs]
+            return [([i], matrix) for i, matrix in enumerate(matrices)]
+        runs = [[0]]
+        for i in (1, 2):
+            if arrays[i] is arrays[i - 1]:
+                runs[-1].append(i)
+            else:
+                runs.append([i])
+        return [(run, packed[ends[run[0]] : ends[run[-1] + 1]]) for run in runs]
 
-    def _project(self, query: Array, key: Array, value: Array) -> list[Array]:
+    def _project(self, *arrays: Array) -> list[Array]:
         """Return the heads of query, key and value, shape (..., heads, length, D): views of few products."""
-        arrays = (query, key, value)
         ends, heads = self._ends(), []
-        for first, last, matrix in self._products(*arrays):
-            bias = None if self.in_proj_bias is None else self.in_proj_bias[ends[first] : ends[last + 1]]
-            y = linear(arrays[first], matrix, bias)
-            for part in np.split(y, [end - ends[first] for end in ends[first + 1 : last + 1]], axis=-1):
+        for members, matrix in self._products(arrays):
+            begin = ends[members[0]]
+            bias = None if self.in_proj_bias is None else self.in_proj_bias[begin : begin + len(matrix)]
+            y = linear(arrays[members[0]], matrix, bias)
+            for part in np.split(y, [ends[i] - begin for i in members[1:]], axis=-1):
                 split = part.reshape(*part.shape[:-1], part.shape[-1] // self.head_dim, self.head_dim)
                 heads.append(split.swapaxes(-2, -3))
         return heads
@@ -436,24 +412,23 @@ class MultiHeadAttention(Layer):
         owners = [max(i for i, x in enumerate(inputs[: own + 1]) if x is not None) for own in range(3)]
         grad_inputs: list[Array | None] = [None] * len(inputs)
         grad_matrices, grad_biases = [], []
-        for first, last, matrix in self._products(*attended.arrays):
-            x = attended.arrays[first]
+        for members, matrix in self._products(attended.arrays):
+            x, begin = attended.arrays[members[0]], ends[members[0]]
             # as the heads lie in what was projected: side by side
-            grad = np.concatenate([heads.swapaxes(-2, -3) for heads in grad_heads[first : last + 1]], axis=-2)
+            grad = np.concatenate([grad_heads[i].swapaxes(-2, -3) for i in members], axis=-2)
             grad = grad.reshape(*x.shape[:-1], len(matrix))
             grad_matrices.append(weight_gradient(grad, x))
             if self.bias:
                 grad_biases.append(bias_gradient(grad))
-            members = range(first, last + 1)
-            for owner in sorted({owners[i] for i in members}):
-                of_owner = [i for i in members if owners[i] == owner]
-                rows = slice(ends[of_owner[0]] - ends[first], ends[of_owner[-1] + 1] - ends[first])
+            for owner, run in groupby(members, key=owners.__getitem__):
+                of_owner = list(run)
+                rows = slice(ends[of_owner[0]] - begin, ends[of_owner[-1] + 1] - begin)
                 own, known = linear(grad[..., rows], matrix[rows].T), grad_inputs[owner]
                 grad_inputs[owner] = own if known is None else known + own
         if self.in_proj_weight is None:
             gradients.update(zip(("q_proj_weight", "k_proj_weight", "v_proj_weight"), grad_matrices, strict=True))
         else:
-            gradients["in_proj_weight"] = joined(grad_matrices)
+            gradients["in_proj_weight"] = np.concatenate(grad_matrices)
         if self.bias:
-            gradients["in_proj_bias"] = joined(grad_biases)
+            gradients["in_proj_bias"] = np.concatenate(grad_biases)
         return delivered(grad_inputs, inputs)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import math
-import numbers
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastattn.call.advice import said
+from fastattn.call.arrays import as_common
 from fastattn.call.broadcasting import check_broadcasts
-from fastattn.call.options import check_flag
-from fastattn.call.problem import FLOAT64, Array
-from fastattn.layers.base import as_inputs, check_dtype, check_size
+from fastattn.call.options import check_flag, finite_real
+from fastattn.call.problem import FLOAT64, Array, Shape
+from fastattn.layers.base import check_dtype, check_size
 
-__all__ = ["rotary", "sinusoidal_positions"]
+__all__ = ["as_positions", "rotary", "sinusoidal_positions"]
 
 #: The longest wavelength is 2π times this: the choice of both papers.
 BASE = 10000.0
@@ -110,15 +108,12 @@ def rotary(x: ArrayLike, positions: ArrayLike, *, base: float = BASE, interleave
     >>> np.allclose(near, far)
     True
     """
-    (rows,) = as_inputs(None, x=x)
-    (where,) = as_inputs(FLOAT64, positions=positions)
+    (rows,) = as_common({"x": x})
     dim = rows.shape[-1] if rows.ndim else 0
     if rows.ndim < 2 or dim % 2:
         raise ValueError(f"x: shape {rows.shape}; expected (..., length, features), with an even number of features")
-    check_broadcasts("positions", where.shape, rows.shape[:-1])
-    if not np.isfinite(where).all():
-        raise ValueError("positions: some are NaN or infinite; expected finite numbers")
-    base = _check_base(base)
+    where = as_positions(positions, rows.shape[:-1])
+    base = finite_real("base", base, "expected a positive finite number", above=0.0)
     first: Any = np.s_[..., : dim // 2]
     second: Any = np.s_[..., dim // 2 :]
     if check_flag("interleaved", interleaved):
@@ -132,20 +127,25 @@ def rotary(x: ArrayLike, positions: ArrayLike, *, base: float = BASE, interleave
     return result
 
 
+def as_positions(given: ArrayLike, rows: Shape) -> Array:
+    """Return where rows stand, as float64.
+
+    Raises
+    ------
+    TypeError
+        If the dtype has no meaning here.
+    ValueError
+        If they do not broadcast to the axes `rows`, or are not finite.
+    """
+    (positions,) = as_common({"positions": given}, also=FLOAT64)
+    check_broadcasts("positions", positions.shape, rows)
+    if not np.isfinite(positions).all():
+        raise ValueError("positions: some are NaN or infinite; expected finite numbers")
+    return positions
+
+
 def _angles(positions: Array, dim: int, base: float) -> Array:
     """Return the angle of each position for each pair of features, shape (*positions.shape, (dim + 1) // 2)."""
     exponents = np.arange(0, dim, 2) / max(dim, 1)
     angles: Array = positions[..., None] * base**-exponents
     return angles
-
-
-def _check_base(given: object) -> float:
-    if isinstance(given, bool) or not isinstance(given, numbers.Real):
-        raise TypeError(f"base: {said(given)}; expected a positive finite number")
-    try:
-        number = float(given)
-    except OverflowError:
-        number = math.inf
-    if not 0 < number < math.inf:
-        raise ValueError(f"base: {said(given)}; expected a positive finite number")
-    return number

@@ -18,10 +18,10 @@ from fastattn.call.score_options import FurtherOptions
 from fastattn.call.shapes import describe
 from fastattn.layers.bahdanau import BahdanauAttention
 from fastattn.layers.luong import LuongAttention
-from fastattn.layers.masks import as_key_mask, changed, combine, mask_of_scores, per_head
+from fastattn.layers.masks import as_key_mask, changed, combine, mask_of_scores
 from fastattn.layers.multihead import MultiHeadAttention
-from fastattn.layers.one_head import one_head
-from fastattn.reference.forward import evaluate, raw_scores, softmax, visibility, weighted_sum
+from fastattn.layers.scores import one_head
+from fastattn.reference.forward import evaluate, scores_of, softmax, visibility, weighted_sum
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -69,8 +69,7 @@ def multi_head_attention(
             projected.reshape(*x.shape[:-1], len(matrix) // layer.head_dim, layer.head_dim).swapaxes(-2, -3)
         )  # (B, H, L, D)
     scores = (*np.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2]), layer.num_heads, q.shape[-2], k.shape[-2])
-    visible = per_head(as_key_mask(key_mask, (*scores[:-3], scores[-1])))
-    mask = combine(visible, mask_of_scores(attn_mask, scores))
+    mask = combine(as_key_mask(key_mask, (*scores[:-3], scores[-1])), mask_of_scores(attn_mask, scores))
     grouped = layer.num_heads != layer.num_kv_heads
     q, k, v = heads
     problem, operands = describe(q, k, v, mask, is_causal=is_causal, enable_gqa=grouped, **options)
@@ -141,7 +140,6 @@ def luong_attention(
         of_query, of_key = np.split(state["score_weight"], [layer.query_dim], axis=1)
         q, k = h @ of_query.T, k @ of_key.T
     problem, operands = _described(q, k, v, attn_mask, options, real)
-    scores = problem.scores.value(raw_scores(problem, operands, state.get("score_vector")), operands.bias, real)
     visible = visibility(problem, operands)
 
     def of_rows(given: ArrayLike | None, otherwise: int) -> Array:
@@ -157,7 +155,7 @@ def luong_attention(
         p = np.asarray(positions)[..., None, None, :, None]
     if layer.align != "global":
         visible = visible & (np.abs(j - p) <= layer.window)
-    weights, _ = softmax(np.where(visible, scores, -np.inf))
+    weights, _ = softmax(scores_of(problem, operands, visible, state.get("score_vector")))
     if layer.align == "local-p":
         sigma = layer.window / 2
         weights = np.where(visible, weights * np.exp(-((j - p) ** 2) / (2 * sigma**2)), 0)

@@ -76,8 +76,8 @@ class Blocks:
         Where the queries are: their indices in (*batch, Lq).
     own : ndarray of bool, shape (blocks, size)
         False for a query that only fills its block, and is the one before it.
-    element, first : ndarray, shape (blocks,)
-        Where the slabs are: the number of the sentence in the batch, and the first key.
+    element : ndarray, shape (blocks,)
+        The number of the sentence in the batch.
     query, key, value : ndarray, shapes (blocks, size, D), (blocks, width, D'), (blocks, width, Dv)
     bias, keep : ndarray, shape (blocks, size, width), or None
         The masks.
@@ -90,7 +90,6 @@ class Blocks:
     rows: tuple[Array, ...]
     own: Array
     element: Array
-    first: Array
     query: Array
     key: Array
     value: Array
@@ -141,7 +140,6 @@ def gathered(query: Array, key: Array, value: Array, windows: Windows, mask: Mas
             query=query[rows],
             own=np.diff(numbers, axis=1, prepend=-1) != 0,
             element=numbers[:, 0] // queries,
-            first=first,
             key=slab,
             value=slab if value is key else value[at_key],
             bias=bias,
@@ -161,7 +159,7 @@ def scatter(gradient: Array, found: Array, blocks: Blocks, batch: Shape) -> None
     *lead, keys, features = gradient.shape
     sentences = gradient.reshape(-1, keys, features)
     numbers = np.broadcast_to(np.arange(len(sentences)).reshape(lead), batch).ravel()[blocks.element]
-    for sentence, first, slab in zip(numbers.tolist(), blocks.first.tolist(), found, strict=True):
+    for sentence, first, slab in zip(numbers.tolist(), blocks.keys[:, 0].tolist(), found, strict=True):
         part = sentences[sentence, first : first + len(slab)]
         part += slab[: len(part)]
 
