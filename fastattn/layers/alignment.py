@@ -28,7 +28,7 @@ __all__ = ["Alignment", "Attended", "Interval", "find_interval", "read_inputs", 
 ALL = Scores()
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False)
 class Attended(Saved):
     """What the attention of one head was made of.
 
@@ -134,7 +134,7 @@ class Alignment(ABC):
         """
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Interval(Alignment):
     """The alignment of queries that look at an interval of keys which moves with their positions, or at all of them.
 

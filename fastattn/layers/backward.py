@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False)
 class Saved:
     """What a call with ``return_saved=True`` keeps for `backward`, which then computes none of it again.
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["MultiHeadAttention"]
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False)
 class _Attended(Saved):
     """What the attention between the projections was made of.
 
