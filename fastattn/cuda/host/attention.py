@@ -352,7 +352,7 @@ def uploaded(tables: Table, place: Place) -> tuple[Any, Any, Any]:
 
 
 def of_heads(call: Call, tables: tuple[Any, Any, Any], base_2: bool) -> dict[str, Any]:
-    """What a call has in place of the `tables` and `own` of its plan: nothing, unless heads have something of their own."""
+    """What a call has in place of its plan's `tables` and `own`: nothing, unless heads have something of their own."""
     heads, device = call.operands.heads, call.place.device
     if heads is None:
         return {}

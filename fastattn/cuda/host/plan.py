@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from fastattn.call.problem import Array, Problem
 from fastattn.call.rounding import saturated
+from fastattn.call.scores import HEAD
 from fastattn.cuda.kernels.elements import LOG2_E
 from fastattn.cuda.kernels.plan import (
     BOUND_FIRST,
@@ -90,9 +91,9 @@ def own_of(problem: Problem, real: Any, base_2: bool, heads: Array | None = None
     scores = problem.scores
     head = scores.head(problem.keys) if heads is None else heads
     own = np.empty((slices_of(problem), len(OWN)), real)
-    own[:, 0] = (scores.softcap or 0.0) * (LOG2_E if base_2 else 1.0)
-    for column, name in enumerate(OWN[1:], 1):
-        own[:, column] = saturated(head[name].astype(np.float64), own.dtype)
+    own[:, OWN.index("softcap")] = (scores.softcap or 0.0) * (LOG2_E if base_2 else 1.0)
+    for name in HEAD.names or ():
+        own[:, OWN.index(name)] = saturated(head[name].astype(np.float64), own.dtype)
     return own
 
 

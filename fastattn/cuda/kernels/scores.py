@@ -25,7 +25,7 @@ class Head(NamedTuple):
     Attributes
     ----------
     queries, keys
-        How many there are; keys that are this head's.
+        How many there are; keys of this head.
     first, last
         Query i looks at the keys from i + first to i + last, both included.
     mask, mask_row, mask_column
