@@ -624,6 +624,13 @@ MUTATIONS = (
         ("cuda/test_options.py", "test_lengths_belong_to_a_call"),
     ),
     Mutation(
+        "CUDA: all heads look at the keys of the first",
+        "cuda/kernels/scores.py",
+        "at = SIZES + slice_ * BOUNDS",
+        "at = SIZES",
+        ("cuda/test_options.py", "test_each_option_both_ways and lengths"),
+    ),
+    Mutation(
         "CUDA: plans are told apart by strides alone",
         "cuda/host/arrays.py",
         "return self.shape, self.strides, self.span[0]",

@@ -14,7 +14,7 @@ from fastattn.cuda.host import tensor_cores
 from fastattn.cuda.host.plan import Table, is_extreme, slices_of
 from fastattn.cuda.kernels import portable
 from fastattn.cuda.kernels import tensor_cores as on_tensor_cores
-from fastattn.cuda.kernels.plan import OPERANDS
+from fastattn.cuda.kernels.plan import BOUNDING, OPERANDS
 from fastattn.cuda.kernels.tiles import Tiles
 
 SMALL = Tiles(threads_y=2, threads_x=2, rows=2, columns=2, values=2, features=4, value_rows=4)  # for the simulator
@@ -81,7 +81,7 @@ def tiles_for(storage: str, problem: Problem) -> Tiles:
     return Tiles(16, 16, 4, 4, values, features, 16)
 
 
-def kind_of(problem: Problem) -> dict[str, bool]:
+def kind_of(problem: Problem) -> dict[str, Any]:
     """What else the portable kernels are compiled for, by the names that it has in their specifications."""
     scores = problem.scores
     return {
@@ -89,6 +89,7 @@ def kind_of(problem: Problem) -> dict[str, bool]:
         "keep": scores.bias and scores.keep,
         "softcap": scores.softcap is not None,
         "adds": scores.adds,
+        "own": tuple(name for name in scores.own if name not in BOUNDING),
     }
 
 

@@ -33,6 +33,8 @@ SIZES = 8
 #: both included, of the first BOUND_KEYS. Kernels that know CAUSAL_OFFSET alone do not look at these.
 BOUND_FIRST, BOUND_LAST, BOUND_KEYS = range(3)
 BOUNDS = 3
+#: What heads have of their own that says no more than these numbers.
+BOUNDING = ("offset", "keys")
 
 #: Columns of one more table, with a row for each slice, of numbers of the type of the arithmetic; only the portable
 #: kernels have it. The softcap is in the base that scores are in, and what heads have of their own is as it was given.

@@ -86,6 +86,8 @@ class Forward(NamedTuple):
     softcap : bool
     adds : bool
         Whether something is added to scores.
+    own : tuple of str
+        Which fields of `fastattn.call.scores.HEAD` heads have of their own, but for those in `BOUNDING`.
     """
 
     storage: str
@@ -96,6 +98,7 @@ class Forward(NamedTuple):
     keep: bool = False
     softcap: bool = False
     adds: bool = False
+    own: tuple[str, ...] = ()
 
 
 class Weights(NamedTuple):
@@ -109,6 +112,7 @@ class Weights(NamedTuple):
     keep: bool = False
     softcap: bool = False
     adds: bool = False
+    own: tuple[str, ...] = ()
 
 
 class Shifts(NamedTuple):
@@ -122,6 +126,7 @@ class Shifts(NamedTuple):
     keep: bool = False
     softcap: bool = False
     adds: bool = False
+    own: tuple[str, ...] = ()
 
 
 class Copy(NamedTuple):

@@ -81,6 +81,8 @@ class Backward(NamedTuple):
     softcap : bool
     adds : bool
         Whether something is added to scores.
+    own : tuple of str
+        Which fields of `fastattn.call.scores.HEAD` heads have of their own, but for those in `BOUNDING`.
     """
 
     storage: str
@@ -93,6 +95,7 @@ class Backward(NamedTuple):
     keep: bool = False
     softcap: bool = False
     adds: bool = False
+    own: tuple[str, ...] = ()
 
     @property
     def real(self) -> Any:
