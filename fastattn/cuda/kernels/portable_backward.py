@@ -229,9 +229,9 @@ def grad_keys(spec: Backward) -> Any:
         clear(value_sums)
         for member in range(members.shape[1]):
             number = members[owner, member]
+            head = head_of(number, offsets, steps, sizes, own)
             query_at, grad_at = offsets[QUERY, number], offsets[GRAD_OUT, number]
             numbers_at = NUMBERS * number * queries
-            head = head_of(number, offsets, steps, sizes, own)
             begin, end = queries_of_keys(head, first_key, min(keys, first_key + tile) - 1, tile)
             for first_query in range(begin, end, tile):
                 load_rows(numbers_here, numbers, numbers_at, first_query, queries, thread)
