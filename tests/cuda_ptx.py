@@ -55,8 +55,9 @@ def mask_of(mask: str) -> Any:
     return array(MASKS["bool" if mask == "none" else mask])
 
 
-#: Of a boolean mask beside a floating one, which the portable kernels are given before the softcap.
-KEEP = array(MASKS["bool"])
+def own_of(real: Any) -> tuple[Any, Any]:
+    """Of what the portable kernels alone are given: a boolean mask beside a floating one, and a table of numbers."""
+    return array(MASKS["bool"]), array(real, 2)
 
 
 def attention(spec: Any, real: Any, last: Any) -> tuple[Any, ...]:
@@ -74,20 +75,20 @@ def of_tensor_core_forward(spec: Any) -> tuple[Any, ...]:
 def of_forward(spec: Any) -> tuple[Any, ...]:
     """Of the portable forward pass."""
     real = real_of(spec.storage, spec.extreme)
-    return (*attention(spec, real, real_of(spec.storage)), KEEP, array(real).dtype)
+    return (*attention(spec, real, real_of(spec.storage)), *own_of(real))
 
 
 def of_weights(spec: Any) -> tuple[Any, ...]:
     """Of the matrix of weights."""
     real = real_of(spec.storage, spec.extreme)
-    return (*attention(spec, real, real), KEEP, array(real).dtype)
+    return (*attention(spec, real, real), *own_of(real))
 
 
 def of_shifts(spec: Any) -> tuple[Any, ...]:
     """Of what weights are computed from."""
-    element, real = array(STORAGE[spec.storage]), array(real_of(spec.storage, spec.extreme))
-    lse = array(real_of(spec.storage))
-    return (element, element, mask_of(spec.mask), lse, real, *TABLES, real.dtype, real.dtype, KEEP, real.dtype)
+    element, kind = array(STORAGE[spec.storage]), real_of(spec.storage, spec.extreme)
+    real, lse = array(kind), array(real_of(spec.storage))
+    return (element, element, mask_of(spec.mask), lse, real, *TABLES, real.dtype, real.dtype, *own_of(kind))
 
 
 def of_copy(spec: Any) -> tuple[Any, ...]:
@@ -118,7 +119,7 @@ def of_gradients(spec: Any) -> tuple[Any, ...]:
     """What the portable kernels of gradients have in common."""
     element, real, members = array(STORAGE[spec.storage]), array(spec.real), array(np.int64, 2)
     arrays = (element, element, element, mask_of(spec.mask), element, real, *TABLES, members)
-    return (*arrays, real.dtype, *SEED, real.dtype, KEEP, real.dtype)
+    return (*arrays, real.dtype, *SEED, real.dtype, *own_of(spec.real))
 
 
 def of_query_gradients(spec: Any) -> tuple[Any, ...]:

@@ -605,8 +605,8 @@ MUTATIONS = (
     Mutation(
         "CUDA: gradients leave out the slope of the softcap",
         "cuda/kernels/backward_tiles.py",
-        "grad *= slope(raw, softcap)",
-        "grad *= slope(zero, softcap)",
+        "grad *= slope(raw, head)",
+        "grad *= slope(zero, head)",
         ("cuda/test_options.py", "test_each_option_both_ways and softcap"),
     ),
     Mutation(
@@ -619,9 +619,16 @@ MUTATIONS = (
     Mutation(
         "CUDA: lengths are those of the first call of a plan",
         "cuda/host/attention.py",
-        "return offsets, steps, table(sizes, call.place.device)",
-        "return tables",
+        '"tables": (*tables[:2], sizes)',
+        '"tables": tables',
         ("cuda/test_options.py", "test_lengths_belong_to_a_call"),
+    ),
+    Mutation(
+        "CUDA: all heads look at the keys of the first",
+        "cuda/kernels/scores.py",
+        "at = SIZES + slice_ * BOUNDS",
+        "at = SIZES",
+        ("cuda/test_options.py", "test_each_option_both_ways and lengths"),
     ),
     Mutation(
         "CUDA: plans are told apart by strides alone",

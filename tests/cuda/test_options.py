@@ -17,7 +17,7 @@ from fastattn.call.problem import Problem
 from fastattn.call.shapes import describe
 from fastattn.cuda.host import decode as decoding
 from fastattn.cuda.host import tensor_cores
-from fastattn.cuda.host.plan import Table, bounds_of, is_extreme
+from fastattn.cuda.host.plan import Table, is_extreme, make_table, own_of, sizes_of
 from fastattn.cuda.kernels import scores as kernels
 
 pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
@@ -219,8 +219,8 @@ def test_which_calls_are_for_the_portable_kernels_alone() -> None:
         assert reasons(**options) == (None, None)
     for options, reason in (
         ({"window": (2, None)}, "a window to the left"),
-        ({"query_offset": [1, 2], "is_causal": True}, "offsets of rows of the batch"),
-        ({"key_lengths": [1, 2]}, "lengths of rows of the batch"),
+        ({"query_offset": [1, 2], "is_causal": True}, "what heads have of their own: offset"),
+        ({"key_lengths": [1, 2]}, "what heads have of their own: keys"),
         ({"softcap": 30.0}, "a softcap"),
     ):
         assert reasons(**options) == (reason, f"there is {reason}")
@@ -238,8 +238,8 @@ def test_blocks_outside_of_the_interval_are_skipped(left: int | None, right: int
         array = np.zeros((1, 1, queries, 1), np.float32), np.zeros((1, 1, keys, 1), np.float32)
         options: Any = {"window": (left, right), "query_offset": [offset], "key_lengths": [length]}
         problem, operands = describe(*array, array[1], **options)
-        ((first, last, own),) = bounds_of(problem, operands.offsets, operands.lengths).tolist()
-        head = kernels.Head(queries, own, first, last, *[0] * 6)
+        tables, own = make_table(problem, []), own_of(problem, np.float32, False, operands.heads)
+        head = kernels.head_of(0, tables.offsets, tables.steps, sizes_of(problem, operands.heads).tolist(), own)
         i, j = np.ogrid[:queries, :keys]
         seen = problem.scores.sees(i, j, length, offset)
         assert [[kernels.sees(head, a, b) for b in range(keys)] for a in range(queries)] == seen.tolist()

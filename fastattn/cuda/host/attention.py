@@ -32,7 +32,7 @@ from fastattn.cuda.host.arguments import (
 from fastattn.cuda.host.arrays import Given, HostPlace, Place, check_together, nothing, place_of, read, settle
 from fastattn.cuda.host.choice import Choice, Facts, choose_forward, choose_shifts, choose_weights, wants_rows
 from fastattn.cuda.host.compile import kernel, launch, table
-from fastattn.cuda.host.plan import Table, copy_table, is_extreme, make_table, sizes_of, slices_of
+from fastattn.cuda.host.plan import Table, copy_table, is_extreme, make_table, own_of, sizes_of, slices_of
 from fastattn.cuda.kernels import portable, tensor_cores
 from fastattn.cuda.kernels.elements import LOG2_E, MASKS, real_of
 from fastattn.cuda.kernels.plan import KEEP as KEEP_ROW
@@ -52,6 +52,7 @@ class Plan(NamedTuple):
     choice: Choice
     kernel: Any
     tables: tuple[Any, Any, Any]
+    own: Any
 
 
 class Call(NamedTuple):
@@ -89,7 +90,7 @@ class Call(NamedTuple):
     @property
     def base_2(self) -> bool:
         """Whether scores are in base 2 in the forward pass of the portable kernels."""
-        return in_base_2(self.mask, is_extreme(self.problem))
+        return in_base_2(self.problem.scores.adds, is_extreme(self.problem))
 
 
 def attention(
@@ -245,15 +246,14 @@ def run(call: Call, kind: str, choose: Callable[[Facts], Choice], out: Given, ls
         np.uint32(seed >> 32),
     )
     if plan.choice.factory is not tensor_cores.forward:
-        arguments = (*arguments, keep_of(call), softcap_of(call, call.base_2))
+        arguments = (*arguments, keep_of(call), plan.own)
     launch(plan.kernel, plan.choice.grid, plan.choice.block, place.stream, arguments)
 
 
 def find_weights(call: Call, weights: Given, lse: Given, seed: int) -> None:
     """Queue the matrix of weights, from the log-sum-exp of the same keys."""
-    tables = plan_of(call, "weights", choose_weights, weights).tables
-    numbers = new_numbers(call)
-    queue_shifts(call, lse, numbers, tables, call.base_2, slack=math.inf)
+    plan, numbers = plan_of(call, "weights", choose_weights, weights), new_numbers(call)
+    queue_shifts(call, lse, numbers, plan.tables, plan.own, call.base_2, slack=math.inf)
     run(call, "weights", choose_weights, weights, numbers, seed)
 
 
@@ -263,7 +263,7 @@ def new_numbers(call: Call) -> Given:
     return call.place.new("numbers of queries", (count,), np.dtype(call.real).name)
 
 
-def queue_shifts(call: Call, lse: Given, numbers: Given, tables: Any, base_2: bool, slack: float) -> None:
+def queue_shifts(call: Call, lse: Given, numbers: Given, tables: Any, own: Any, base_2: bool, slack: float) -> None:
     """Queue the numbers of the portable kernels, but for deltas.
 
     A log-sum-exp that is coarse, and within `slack` of that of these keys, is of no other keys: see
@@ -272,8 +272,7 @@ def queue_shifts(call: Call, lse: Given, numbers: Given, tables: Any, base_2: bo
     givens, choice = call.givens, choose_shifts(call.storage, call.mask, call.problem, base_2)
     arrays = (givens["query"].memory(), givens["key"].memory(), mask_of(call), lse.memory(), numbers.memory())
     if choice.grid:
-        options = (scale_of(call, base_2), call.real(slack), keep_of(call), softcap_of(call, base_2))
-        arguments = (*arrays, *tables, *options)
+        arguments = (*arrays, *tables, scale_of(call, base_2), call.real(slack), keep_of(call), own)
         launch(kernel(choice.factory, choice.spec), choice.grid, choice.block, call.place.stream, arguments)
 
 
@@ -294,11 +293,6 @@ def keep_of(call: Call) -> Any:
     return call.givens[KEEP].memory() if KEEP in call.givens else nothing(MASKS["bool"])
 
 
-def softcap_of(call: Call, base_2: bool = False) -> Any:
-    """The softcap in the type of the arithmetic, with a factor log2(e) where scores are in base 2; 0 if none."""
-    return call.real((call.problem.scores.softcap or 0.0) * (LOG2_E if base_2 else 1.0))
-
-
 def plan_of(call: Call, kind: str, choose: Callable[[Facts], Choice], out: Given) -> Plan:
     """Plan a call, or find the plan of one like it."""
     problem, place = call.problem, call.place
@@ -311,11 +305,12 @@ def plan_of(call: Call, kind: str, choose: Callable[[Facts], Choice], out: Given
         addresses = tuple(arrays[name].extent[0] for name in ("query", "key", "value", "out"))
         choice = choose(Facts(call.storage, call.mask, problem, tables, addresses, capability_of(place.device)))
         made = kernel(choice.factory, choice.spec, **dict(choice.options))
-        plan = Plan(choice, made, uploaded(tables, place))
+        own = own_of(problem, call.real, call.base_2)
+        plan = Plan(choice, made, uploaded(tables, place), table(own, place.device))
         if len(_plans) >= REMEMBERED:
             _plans.clear()
         _plans[identity] = plan
-    return plan._replace(tables=with_bounds(call, plan.tables))
+    return plan._replace(**of_heads(call, plan.tables, call.base_2))
 
 
 def tables_of(call: Call, out: Given) -> Table:
@@ -356,14 +351,13 @@ def uploaded(tables: Table, place: Place) -> tuple[Any, Any, Any]:
     return offsets, steps, sizes
 
 
-def with_bounds(call: Call, tables: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
-    """The tables of a plan with what is the call's own: offsets and lengths of the rows of its batch."""
-    operands = call.operands
-    if operands.offsets is None and operands.lengths is None:
-        return tables
-    offsets, steps, _ = tables
-    sizes = sizes_of(call.problem, operands.offsets, operands.lengths)
-    return offsets, steps, table(sizes, call.place.device)
+def of_heads(call: Call, tables: tuple[Any, Any, Any], base_2: bool) -> dict[str, Any]:
+    """What a call has in place of its plan's `tables` and `own`: nothing, unless heads have something of their own."""
+    heads, device = call.operands.heads, call.place.device
+    if heads is None:
+        return {}
+    sizes = table(sizes_of(call.problem, heads), device)
+    return {"tables": (*tables[:2], sizes), "own": table(own_of(call.problem, call.real, base_2, heads), device)}
 
 
 def with_rows(call: Call) -> Call:

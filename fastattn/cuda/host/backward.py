@@ -37,16 +37,15 @@ from fastattn.cuda.host.attention import (
     masks_in,
     moved,
     new_numbers,
+    of_heads,
     queue_shifts,
     scale_of,
-    softcap_of,
     uploaded,
-    with_bounds,
     with_rows,
 )
-from fastattn.cuda.host.choice import wants_rows
+from fastattn.cuda.host.choice import kind_of, wants_rows
 from fastattn.cuda.host.compile import kernel, launch, table
-from fastattn.cuda.host.plan import is_extreme, make_table, slices_of
+from fastattn.cuda.host.plan import is_extreme, make_table, own_of, slices_of
 from fastattn.cuda.host.tensor_cores import block_of, grid_of
 from fastattn.cuda.kernels import portable_backward as portable
 from fastattn.cuda.kernels import tensor_cores_backward as on_tensor_cores
@@ -76,7 +75,9 @@ class Plan(NamedTuple):
     Attributes
     ----------
     tables : tuple
-        Those of `fastattn.cuda.kernels.plan`.
+        Those of `fastattn.cuda.kernels.plan` that all kernels have.
+    own : array
+        The one that only the portable kernels have.
     members : dict of str
         For each argument the slices that share it, shape (its own slices, slices that share one).
     owners : dict of str to int
@@ -88,6 +89,7 @@ class Plan(NamedTuple):
     """
 
     tables: tuple[Any, Any, Any]
+    own: Any
     members: dict[str, Any]
     owners: dict[str, int]
     same_members: bool
@@ -209,7 +211,7 @@ def differentiate(call: Call, others: dict[str, Given], seed: int, with_mask: bo
         # the portable kernels sum the products of a score in an order of their own, and have their own numbers
         numbers = queue_deltas(call, plan, others)
         bound = slack(problem.real, problem.head_dim)
-        queue_shifts(call, others["lse"], numbers, plan.tables, base_2=False, slack=bound)
+        queue_shifts(call, others["lse"], numbers, plan.tables, plan.own, base_2=False, slack=bound)
     if plan.against is not None:
         queue_portable(call, plan, others, numbers, results, seed)
     if with_mask:
@@ -250,21 +252,11 @@ def _common(
     """The specification of the portable kernels, and the arguments that they have in common."""
     problem, givens = call.problem, call.givens
     tiling = tiling_for(call.storage, problem)
-    scores = problem.scores
-    spec = portable.Backward(
-        call.storage,
-        call.mask,
-        problem.dropout_p > 0,
-        tiling,
-        extreme=is_extreme(problem),
-        keep=scores.bias and scores.keep,
-        softcap=scores.softcap is not None,
-    )
+    spec = portable.Backward(call.storage, call.mask, problem.dropout_p > 0, tiling, **kind_of(problem))
     arrays = (*(givens[operand].memory() for operand in ("query", "key", "value")), mask_of(call))
     arrived = (others["grad_out"].memory(), numbers.memory())
     options = (scale_of(call), np.uint32(seed & 0xFFFFFFFF), np.uint32(seed >> 32), call.real(problem.keep_scale))
-    further = (keep_of(call), softcap_of(call))
-    return spec, (*arrays, *arrived, *plan.tables, plan.members[name], *options, *further)
+    return spec, (*arrays, *arrived, *plan.tables, plan.members[name], *options, keep_of(call), plan.own)
 
 
 def queue_portable(
@@ -377,6 +369,7 @@ def plan_of(call: Call, others: dict[str, Given]) -> Plan:
             against = "an empty batch"
         plan = Plan(
             uploaded(tables, place),
+            table(own_of(problem, call.real, base_2=False), place.device),
             {name: table(array, place.device) for name, array in members.items()},
             {name: array.shape[0] for name, array in members.items()},
             same_members,
@@ -385,7 +378,7 @@ def plan_of(call: Call, others: dict[str, Given]) -> Plan:
         if len(_plans) >= REMEMBERED:
             _plans.clear()
         _plans[identity] = plan
-    return plan._replace(tables=with_bounds(call, plan.tables))
+    return plan._replace(**of_heads(call, plan.tables, base_2=False))
 
 
 def members_of(split: Shape, problem: Problem) -> NDArray[np.int64]:

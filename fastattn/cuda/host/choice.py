@@ -14,7 +14,7 @@ from fastattn.cuda.host import tensor_cores
 from fastattn.cuda.host.plan import Table, is_extreme, slices_of
 from fastattn.cuda.kernels import portable
 from fastattn.cuda.kernels import tensor_cores as on_tensor_cores
-from fastattn.cuda.kernels.plan import OPERANDS
+from fastattn.cuda.kernels.plan import BOUNDING, OPERANDS
 from fastattn.cuda.kernels.tiles import Tiles
 
 SMALL = Tiles(threads_y=2, threads_x=2, rows=2, columns=2, values=2, features=4, value_rows=4)  # for the simulator
@@ -81,10 +81,16 @@ def tiles_for(storage: str, problem: Problem) -> Tiles:
     return Tiles(16, 16, 4, 4, values, features, 16)
 
 
-def kind_of(problem: Problem) -> tuple[bool, bool, bool]:
-    """What else the portable kernels are compiled for: `extreme`, `keep` and `softcap`."""
+def kind_of(problem: Problem) -> dict[str, Any]:
+    """What else the portable kernels are compiled for, by the names that it has in their specifications."""
     scores = problem.scores
-    return is_extreme(problem), scores.bias and scores.keep, scores.softcap is not None
+    return {
+        "extreme": is_extreme(problem),
+        "keep": scores.bias and scores.keep,
+        "softcap": scores.softcap is not None,
+        "adds": scores.adds,
+        "own": tuple(name for name in scores.own if name not in BOUNDING),
+    }
 
 
 @functools.lru_cache(maxsize=1024)
@@ -121,7 +127,7 @@ def choose_forward(facts: Facts) -> Choice:
     blocks = -(-problem.queries // tiles.queries) * max(1, -(-problem.value_dim // tiles.value_columns))
     return Choice(
         portable.forward,
-        portable.Forward(storage, mask, problem.dropout_p > 0, tiles, *kind_of(problem)),
+        portable.Forward(storage, mask, problem.dropout_p > 0, tiles, **kind_of(problem)),
         slices_of(problem) * blocks,
         (tiles.threads_x, tiles.threads_y),
         f"portable, because of {against}{unsplit}",
@@ -135,7 +141,7 @@ def choose_weights(facts: Facts) -> Choice:
     blocks = -(-problem.queries // tiles.queries) * -(-problem.keys // tiles.keys)
     return Choice(
         portable.weights,
-        portable.Weights(storage, mask, problem.dropout_p > 0, tiles, *kind_of(problem)),
+        portable.Weights(storage, mask, problem.dropout_p > 0, tiles, **kind_of(problem)),
         slices_of(problem) * blocks,
         (tiles.threads_x, tiles.threads_y),
         "portable, the only one of weights",
@@ -147,7 +153,7 @@ def choose_shifts(storage: str, mask: str, problem: Problem, base_2: bool) -> Ch
     tiles = tiles_for(storage, problem)
     return Choice(
         portable.find_shifts,
-        portable.Shifts(storage, mask, tiles, base_2, *kind_of(problem)),
+        portable.Shifts(storage, mask, tiles, base_2, **kind_of(problem)),
         slices_of(problem) * -(-problem.queries // tiles.queries),
         (tiles.threads_x, tiles.threads_y),
         "portable, the only one of shifts",

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numba import cuda
 
 from fastattn.cuda.available import SIMULATED
@@ -28,7 +29,7 @@ from fastattn.machine.os_threads import RLock
 Factory = Callable[[Any], Any]
 
 #: What takes part in compiling.
-COMPILED = ("fastattn.call.rounding", "fastattn.cuda.kernels")
+COMPILED = ("fastattn.call.rounding", "fastattn.call.scores", "fastattn.cuda.kernels")
 
 _lock = RLock()
 
@@ -149,9 +150,9 @@ def launch(kernel: Any, grid: int, block: tuple[int, int], stream: Any, argument
 
 
 def table(array: Any, device: int) -> Any:
-    """An array of int64 for kernels to read, on the current device; in the simulator one that is quick to read."""
-    if SIMULATED:
-        return array.data if array.size else array
+    """An array for kernels to read, on the current device; in the simulator one that is quick to read, if of int64."""
+    if SIMULATED:  # of other types, elements are to be what they are in the array
+        return array.data if array.size and array.dtype == np.int64 else array
     # calls on other streams may use the table as soon as this returns, which does not mean yet that it has arrived
     stream = stream_of_tables(device)
     made = cuda.to_device(array, stream=stream)

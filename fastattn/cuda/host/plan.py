@@ -9,6 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastattn.call.problem import Array, Problem
+from fastattn.call.rounding import saturated
+from fastattn.call.scores import HEAD
+from fastattn.cuda.kernels.elements import LOG2_E
 from fastattn.cuda.kernels.plan import (
     BOUND_FIRST,
     BOUND_KEYS,
@@ -17,6 +20,7 @@ from fastattn.cuda.kernels.plan import (
     DROP_BELOW,
     OPERANDS,
     OUT,
+    OWN,
     QUERIES,
     QUERY,
     SLICES,
@@ -39,7 +43,7 @@ class Table(NamedTuple):
         The first element of each slice, counted from the array's lowest address.
     steps : shape (OPERANDS, 2)
         From row to row and from column to column, in elements.
-    sizes : shape (SIZES + BOUNDS · rows of the batch,)
+    sizes : shape (SIZES + BOUNDS · slices,)
         See `sizes_of`.
     """
 
@@ -48,8 +52,8 @@ class Table(NamedTuple):
     sizes: NDArray[np.int64]
 
 
-def sizes_of(problem: Problem, offsets: Array | None = None, lengths: Array | None = None) -> NDArray[np.int64]:
-    """The sizes of a problem, and what the rows of its batch look at, in the order of `fastattn.cuda.kernels.plan`.
+def sizes_of(problem: Problem, heads: Array | None = None) -> NDArray[np.int64]:
+    """The sizes of a problem, and what its slices look at, in the order of `fastattn.cuda.kernels.plan`.
 
     CAUSAL_OFFSET is that of the problem; without a causal mask it is Lk, so that no key is beyond it. DROP_BELOW is 0
     without dropout.
@@ -57,26 +61,40 @@ def sizes_of(problem: Problem, offsets: Array | None = None, lengths: Array | No
     Parameters
     ----------
     problem : Problem
-    offsets, lengths : ndarray of int64, or None
-        The operands of these names. Where the problem has such, and they are not given yet, the bounds are not to be
-        looked at.
+    heads : ndarray of `fastattn.call.scores.HEAD`, or None
+        The operand of this name. Where the problem has it, and it is not given yet, the bounds are not to be looked at.
     """
     queries, keys, scores = problem.queries, problem.keys, problem.scores
     causal_offset = keys if scores.right is None else min(max(scores.offset + scores.right, -queries), keys)
     sizes = (queries, keys, problem.head_dim, problem.value_dim, problem.heads, slices_of(problem), causal_offset)
-    bounds = bounds_of(problem, offsets, lengths)
+    bounds = bounds_of(problem, heads)
     return np.concatenate([np.array([*sizes, problem.drop_threshold], np.int64), bounds.ravel()])
 
 
-def bounds_of(problem: Problem, offsets: Array | None, lengths: Array | None) -> NDArray[np.int64]:
-    """BOUND_FIRST, BOUND_LAST and BOUND_KEYS of each row of the batch: no more than numbers of queries and keys."""
+def bounds_of(problem: Problem, heads: Array | None) -> NDArray[np.int64]:
+    """BOUND_FIRST, BOUND_LAST and BOUND_KEYS of each slice: no more than numbers of queries and keys."""
     scores, queries, keys = problem.scores, problem.queries, problem.keys
-    bounds = np.empty((int(np.prod(problem.batch, dtype=np.int64)), BOUNDS), np.int64)
-    at = scores.offset if offsets is None else offsets
+    bounds = np.empty((slices_of(problem), BOUNDS), np.int64)
+    head = scores.head(keys) if heads is None else heads
+    at = head["offset"]
     bounds[:, BOUND_FIRST] = -queries if scores.left is None else np.clip(at - scores.left, -queries, keys)
     bounds[:, BOUND_LAST] = keys if scores.right is None else np.clip(at + scores.right, -queries, keys)
-    bounds[:, BOUND_KEYS] = keys if lengths is None else lengths
+    bounds[:, BOUND_KEYS] = head["keys"]
     return bounds
+
+
+def own_of(problem: Problem, real: Any, base_2: bool, heads: Array | None = None) -> NDArray[Any]:
+    """The table whose columns are `OWN`, in numbers of the type `real`, in whose range all is held.
+
+    `base_2`: whether scores are in base 2. `heads` as in `sizes_of`.
+    """
+    scores = problem.scores
+    head = scores.head(problem.keys) if heads is None else heads
+    own = np.empty((slices_of(problem), len(OWN)), real)
+    own[:, OWN.index("softcap")] = (scores.softcap or 0.0) * (LOG2_E if base_2 else 1.0)
+    for name in HEAD.names or ():
+        own[:, OWN.index(name)] = saturated(head[name].astype(np.float64), own.dtype)
+    return own
 
 
 def is_extreme(problem: Problem) -> bool:
@@ -93,8 +111,10 @@ def for_portable_kernels(problem: Problem) -> str | None:
     scores = problem.scores
     if scores.left is not None:
         return "a window to the left"
-    if scores.offsets or scores.lengths:
-        return f"{'offsets' if scores.offsets else 'lengths'} of rows of the batch"
+    if scores.own:
+        return f"what heads have of their own: {', '.join(scores.own)}"
+    if scores.adds and not scores.bias:
+        return "more than a mask that is added"
     if scores.softcap is not None:
         return "a softcap"
     return "a pair of masks" if scores.bias and scores.keep else None

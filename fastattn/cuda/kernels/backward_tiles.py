@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from fastattn.cuda.kernels.elements import device, keeps, loader, real_of
+from fastattn.cuda.kernels.elements import device, keeps, loader
 from fastattn.cuda.kernels.plan import DELTA, DROP_BELOW, HEADS, NUMBERS, REST, SHIFT
 from fastattn.cuda.kernels.scores import score_functions
 
@@ -75,8 +75,7 @@ def make_tiles(spec: Any, with_slope: bool = True) -> Tiles:
     tiling, real = spec.tiling, spec.real
     stage_across, stage = _make_stages(tiling, spec.storage, real)
     clear, multiply, multiply_visible = _make_sums(tiling, real)
-    functions = score_functions(spec.mask, spec.keep, spec.softcap, real, real_of(spec.storage))
-    load_rows, weigh = _make_weights(tiling, spec.dropout, real, functions, with_slope and spec.softcap)
+    load_rows, weigh = _make_weights(tiling, spec.dropout, real, score_functions(spec), with_slope and spec.softcap)
     return Tiles(clear, multiply, multiply_visible, stage_across, stage, load_rows, weigh)
 
 
@@ -164,8 +163,8 @@ def _make_weights(
 
     @device
     def weigh(
-        scores, grads, numbers_here, mask, keep, sizes, head, softcap, number, first_query, first_key, seed_low,
-        seed_high, keep_scale, tx, ty,
+        scores, grads, numbers_here, mask, keep, sizes, head, number, first_query, first_key, seed_low, seed_high,
+        keep_scale, tx, ty,
     ):  # fmt: skip
         """Turn scores into weights after dropout, and dO · value into dS; -0.0 and 0 where hidden."""
         for r in range(rows):
@@ -175,7 +174,7 @@ def _make_weights(
             for c in range(rows):
                 j = first_key + tx + c * side
                 raw = scores[r, c]
-                score, visible = value(raw, softcap, mask, keep, head, i, j)
+                score, visible = value(raw, mask, keep, head, i, j)
                 visible = visible and shift != lowest
                 weight, grad = hidden, zero
                 if visible:
@@ -191,7 +190,7 @@ def _make_weights(
                         weight, grad = share * factor, grad * factor
                     grad = share * (grad - delta)
                     if with_slope:
-                        grad *= slope(raw, softcap)
+                        grad *= slope(raw, head)
                 scores[r, c] = weight
                 grads[r, c] = grad
 

@@ -11,6 +11,8 @@ which is made once for calls of the same shapes and strides, and stays on the de
 
 from __future__ import annotations
 
+from fastattn.call.scores import HEAD
+
 #: Rows of the tables. Kernels of the backward pass use further ones.
 QUERY, KEY, VALUE, MASK, OUT = range(5)
 GRAD_OUT, LSE, GRAD_LSE = range(5, 8)
@@ -27,7 +29,13 @@ NUMBERS = 3
 QUERIES, KEYS, HEAD_DIM, VALUE_DIM, HEADS, SLICES, CAUSAL_OFFSET, DROP_BELOW = range(8)
 SIZES = 8
 
-#: Behind the sizes, three numbers for each row of the batch: query i looks at the keys from i + BOUND_FIRST to
-#: i + BOUND_LAST, both included, of the first BOUND_KEYS. Kernels that know CAUSAL_OFFSET alone do not look at these.
+#: Behind the sizes, three numbers for each slice: query i looks at the keys from i + BOUND_FIRST to i + BOUND_LAST,
+#: both included, of the first BOUND_KEYS. Kernels that know CAUSAL_OFFSET alone do not look at these.
 BOUND_FIRST, BOUND_LAST, BOUND_KEYS = range(3)
 BOUNDS = 3
+#: What heads have of their own that says no more than these numbers.
+BOUNDING = ("offset", "keys")
+
+#: Columns of one more table, with a row for each slice, of numbers of the type of the arithmetic; only the portable
+#: kernels have it. The softcap is in the base that scores are in, and what heads have of their own is as it was given.
+OWN = ("softcap", *(HEAD.names or ()))

@@ -11,9 +11,9 @@ Nothing here is special to an architecture: numbers of the storage type are mult
 and threads speak to each other through shared memory alone. Values wider than a block's columns are shared among
 blocks of threads that each compute the scores again.
 
-Scores are in base 2: the scale has a factor log2(e) in it. Under a floating mask they stay in base e, since finfo.min
-times log2(e) is no number, and where scale or softcap is extreme (see `fastattn.cuda.host.plan`), which has all
-arithmetic in float64 as well; `to_base_2` is log2(e) then, else 1.
+Scores are in base 2: the scale has a factor log2(e) in it. Where something is added to them they stay in base e, since
+finfo.min times log2(e) is no number, and where scale or softcap is extreme (see `fastattn.cuda.host.plan`), which has
+all arithmetic in float64 as well; `to_base_2` is log2(e) then, else 1.
 
 A key that a query may not look at has the weight -0.0, which adds nothing to a finite sum. Where a block of values
 holds NaN or infinities, weights that are -0.0 are left out, as 0 · NaN is NaN.
@@ -84,6 +84,10 @@ class Forward(NamedTuple):
     keep : bool
         Whether there is a boolean mask beside a floating one.
     softcap : bool
+    adds : bool
+        Whether something is added to scores.
+    own : tuple of str
+        Which fields of `fastattn.call.scores.HEAD` heads have of their own, but for those in `BOUNDING`.
     """
 
     storage: str
@@ -93,6 +97,8 @@ class Forward(NamedTuple):
     extreme: bool = False
     keep: bool = False
     softcap: bool = False
+    adds: bool = False
+    own: tuple[str, ...] = ()
 
 
 class Weights(NamedTuple):
@@ -105,6 +111,8 @@ class Weights(NamedTuple):
     extreme: bool = False
     keep: bool = False
     softcap: bool = False
+    adds: bool = False
+    own: tuple[str, ...] = ()
 
 
 class Shifts(NamedTuple):
@@ -117,6 +125,8 @@ class Shifts(NamedTuple):
     extreme: bool = False
     keep: bool = False
     softcap: bool = False
+    adds: bool = False
+    own: tuple[str, ...] = ()
 
 
 class Copy(NamedTuple):
@@ -150,7 +160,7 @@ def forward(spec: Forward) -> Any:
     """
     dropout, tiles, real = spec.dropout, spec.tiles, real_of(spec.storage, spec.extreme)
     find_scores, drop = _make_find_scores(spec), dropping(tiles, real)
-    publish, absorb = softmax_functions(tiles, real, in_base_2(spec.mask, spec.extreme))
+    publish, absorb = softmax_functions(tiles, real, in_base_2(spec.adds, spec.extreme))
     part_of, add_values, finish = _make_part_of(tiles), _make_add_values(spec), _make_finish(spec)
     threads_x, rows, columns, values = tiles.threads_x, tiles.rows, tiles.columns, tiles.values
     block_q, block_k, features = tiles.queries, tiles.keys, tiles.features
@@ -160,7 +170,7 @@ def forward(spec: Forward) -> Any:
     lowest, zero = real(-math.inf), real(0)
 
     def kernel(
-        query, key, value, mask, out, lse, offsets, steps, sizes, scale, keep_scale, seed_low, seed_high, keep, softcap
+        query, key, value, mask, out, lse, offsets, steps, sizes, scale, keep_scale, seed_low, seed_high, keep, own
     ):
         query_tile = cuda.shared.array(query_size, real)
         key_tile = cuda.shared.array(key_size, real)  # after the scores: the weights
@@ -172,7 +182,7 @@ def forward(spec: Forward) -> Any:
         total = cuda.local.array(rows, real)  # of the weights of this thread's own keys
         x, y = cuda.threadIdx.x, cuda.threadIdx.y
         here, head_dim, value_dim = part_of(cuda.blockIdx.x, sizes), sizes[HEAD_DIM], sizes[VALUE_DIM]
-        head = head_of(here.slice, offsets, steps, sizes)
+        head = head_of(here.slice, offsets, steps, sizes, own)
         begin, end = keys_of_queries(head, here.query, here.query + here.queries - 1, block_k)
         value_base = offsets[VALUE, here.slice] + here.value * steps[VALUE, 1]
 
@@ -185,7 +195,7 @@ def forward(spec: Forward) -> Any:
         for first_key in range(begin, end, block_k):
             count = min(block_k, end - first_key)
             find_scores(
-                scores, seen, query_tile, key_tile, query, key, mask, keep, offsets, steps, sizes, head, scale, softcap,
+                scores, seen, query_tile, key_tile, query, key, mask, keep, offsets, steps, sizes, head, scale,
                 here.slice, here.query, first_key, here.queries, count, first_key == begin or head_dim > features, y, x,
             )  # fmt: skip
             cuda.syncthreads()
@@ -223,18 +233,17 @@ def _make_part_of(tiles: Tiles) -> Any:
 
 def _make_find_scores(spec: Forward | Weights | Shifts) -> Any:
     """A device function of a block of queries and one of keys."""
-    tiles, storage, real = spec.tiles, spec.storage, real_of(spec.storage, spec.extreme)
-    load_tile, multiply = tile_loader(loader(storage, real), real), multiplication(tiles)
-    value, _ = score_functions(spec.mask, spec.keep, spec.softcap, real, real_of(storage))
-    restrict = restriction(tiles, value)
+    tiles, real = spec.tiles, real_of(spec.storage, spec.extreme)
+    load_tile, multiply = tile_loader(loader(spec.storage, real), real), multiplication(tiles)
+    restrict = restriction(tiles, score_functions(spec)[0])
     threads, block_q, block_k, features = tiles.threads, tiles.queries, tiles.keys, tiles.features
     rows, columns, threads_x, pitch = tiles.rows, tiles.columns, tiles.threads_x, tiles.features + 1
     one, zero = real(1), real(0)
 
     @device
     def find_scores(
-        scores, seen, query_tile, key_tile, query, key, mask, keep, offsets, steps, sizes, head, scale, softcap,
-        slice_, first_query, first_key, present, count, fresh, y, x,
+        scores, seen, query_tile, key_tile, query, key, mask, keep, offsets, steps, sizes, head, scale, slice_,
+        first_query, first_key, present, count, fresh, y, x,
     ):  # fmt: skip
         """The scores, and whether the query may look at the key, of so many queries and keys.
 
@@ -258,7 +267,7 @@ def _make_find_scores(spec: Forward | Weights | Shifts) -> Any:
             load_tile(key_tile, block_k, features, pitch, one, key, at, steps, KEY, count, left, thread, threads)
             cuda.syncthreads()
             multiply(scores, query_tile, key_tile, y, x)
-        restrict(scores, seen, softcap, mask, keep, head, first_query, first_key, y, x)
+        restrict(scores, seen, mask, keep, head, first_query, first_key, y, x)
 
     return find_scores
 
@@ -298,7 +307,7 @@ def _make_finish(spec: Forward) -> Any:
     real, store = real_of(storage, extreme), storer(storage)
     threads_y, threads_x, rows, values = tiles.threads_y, tiles.threads_x, tiles.rows, tiles.values
     lowest, zero, ln_2 = real(-math.inf), real(0), real(LN_2)
-    to_natural = real(LN_2 if in_base_2(spec.mask, extreme) else 1.0)
+    to_natural = real(LN_2 if in_base_2(spec.adds, extreme) else 1.0)
     hold = holder(real, real_of(storage) if extreme else np.float64)
 
     @device
@@ -346,7 +355,7 @@ def find_shifts(spec: Shifts) -> Any:
     to_scores, from_base_2 = real(LOG2_E if base_2 else 1.0), real(1.0 if base_2 else LN_2)
     coarse = real(PRECISE[np.dtype(real_of(storage)).name])
 
-    def kernel(query, key, mask, lse, numbers, offsets, steps, sizes, scale, slack, keep, softcap):
+    def kernel(query, key, mask, lse, numbers, offsets, steps, sizes, scale, slack, keep, own):
         query_tile = cuda.shared.array(query_size, real)
         key_tile = cuda.shared.array(key_size, real)  # after the scores: exp(score - m), which nobody reads
         shared_tile = cuda.shared.array(shared_size, real)  # what a row's threads tell each other
@@ -374,12 +383,12 @@ def find_shifts(spec: Shifts) -> Any:
         if cuda.syncthreads_or(np.int32(1 if lost else 0)) == 0:
             return
 
-        head = head_of(slice_, offsets, steps, sizes)
+        head = head_of(slice_, offsets, steps, sizes, own)
         begin, end = keys_of_queries(head, first_query, min(queries, first_query + block_q) - 1, block_k)
         for first_key in range(begin, end, block_k):
             find_scores(
-                scores, seen, query_tile, key_tile, query, key, mask, keep, offsets, steps, sizes, head, scale, softcap,
-                slice_, first_query, first_key, queries - first_query, head.keys - first_key, True, y, x,
+                scores, seen, query_tile, key_tile, query, key, mask, keep, offsets, steps, sizes, head, scale, slice_,
+                first_query, first_key, queries - first_query, head.keys - first_key, True, y, x,
             )  # fmt: skip
             cuda.syncthreads()
             publish(scores, shared_tile, y, x)
@@ -416,12 +425,11 @@ def weights(spec: Weights) -> Any:
     block_q, block_k, pitch = tiles.queries, tiles.keys, features + 1
     query_size, key_size = block_q * pitch, max(block_k * pitch, block_q * (block_k + 1))
     lowest, one, zero = real(-math.inf), real(1), real(0)
-    to_base_2 = real(1.0 if in_base_2(spec.mask, spec.extreme) else LOG2_E)
+    to_base_2 = real(1.0 if in_base_2(spec.adds, spec.extreme) else LOG2_E)
 
     def kernel(
-        query, key, value, mask, out, numbers, offsets, steps, sizes, scale, keep_scale, seed_low, seed_high, keep,
-        softcap,
-    ):  # fmt: skip
+        query, key, value, mask, out, numbers, offsets, steps, sizes, scale, keep_scale, seed_low, seed_high, keep, own
+    ):
         query_tile = cuda.shared.array(query_size, real)
         key_tile = cuda.shared.array(key_size, real)  # after the scores: the weights
         scores = cuda.local.array((rows, columns), real)
@@ -438,10 +446,10 @@ def weights(spec: Weights) -> Any:
         first_query = block % query_blocks * block_q
         slice_ = block // query_blocks
 
-        head = head_of(slice_, offsets, steps, sizes)
+        head = head_of(slice_, offsets, steps, sizes, own)
         find_scores(
-            scores, seen, query_tile, key_tile, query, key, mask, keep, offsets, steps, sizes, head, scale, softcap,
-            slice_, first_query, first_key, queries - first_query, keys - first_key, True, y, x,
+            scores, seen, query_tile, key_tile, query, key, mask, keep, offsets, steps, sizes, head, scale, slice_,
+            first_query, first_key, queries - first_query, keys - first_key, True, y, x,
         )  # fmt: skip
         cuda.syncthreads()
         for i in range(rows):

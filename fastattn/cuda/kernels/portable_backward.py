@@ -79,6 +79,10 @@ class Backward(NamedTuple):
     keep : bool
         Whether there is a boolean mask beside a floating one.
     softcap : bool
+    adds : bool
+        Whether something is added to scores.
+    own : tuple of str
+        Which fields of `fastattn.call.scores.HEAD` heads have of their own, but for those in `BOUNDING`.
     """
 
     storage: str
@@ -90,6 +94,8 @@ class Backward(NamedTuple):
     extreme: bool = False
     keep: bool = False
     softcap: bool = False
+    adds: bool = False
+    own: tuple[str, ...] = ()
 
     @property
     def real(self) -> Any:
@@ -133,7 +139,7 @@ def _make_differentiate(spec: Backward, tiles: Tiles) -> Any:
     @device
     def differentiate(
         weights, grads, left, right, numbers_here, query, key, value, mask, keep, grad_out, offsets, steps, sizes, head,
-        number, first_query, first_key, scale, softcap, seed_low, seed_high, keep_scale,
+        number, first_query, first_key, scale, seed_low, seed_high, keep_scale,
     ):  # fmt: skip
         """P · Z and dS of slice `number`, -0.0 and 0 where hidden. How many elements of dO were not finite."""
         queries, keys = sizes[QUERIES], sizes[KEYS]
@@ -146,8 +152,8 @@ def _make_differentiate(spec: Backward, tiles: Tiles) -> Any:
             KEY, key, offsets[KEY, number], first_key, keys, sizes[HEAD_DIM],
         )  # fmt: skip
         weigh(
-            weights, grads, numbers_here, mask, keep, sizes, head, softcap, number, first_query, first_key, seed_low,
-            seed_high, keep_scale, cuda.threadIdx.x, cuda.threadIdx.y,
+            weights, grads, numbers_here, mask, keep, sizes, head, number, first_query, first_key, seed_low, seed_high,
+            keep_scale, cuda.threadIdx.x, cuda.threadIdx.y,
         )  # fmt: skip
         return odd
 
@@ -200,7 +206,7 @@ def grad_keys(spec: Backward) -> Any:
 
     def kernel(
         query, key, value, mask, grad_out, numbers, offsets, steps, sizes, members, scale, seed_low, seed_high,
-        keep_scale, keep, softcap, chunks, grad_key, grad_value,
+        keep_scale, keep, own, chunks, grad_key, grad_value,
     ):  # fmt: skip
         left = cuda.shared.array((depth, wide), real)
         right = cuda.shared.array((depth, wide), real)
@@ -223,17 +229,16 @@ def grad_keys(spec: Backward) -> Any:
         clear(value_sums)
         for member in range(members.shape[1]):
             number = members[owner, member]
+            head = head_of(number, offsets, steps, sizes, own)
             query_at, grad_at = offsets[QUERY, number], offsets[GRAD_OUT, number]
             numbers_at = NUMBERS * number * queries
-            head = head_of(number, offsets, steps, sizes)
             begin, end = queries_of_keys(head, first_key, min(keys, first_key + tile) - 1, tile)
             for first_query in range(begin, end, tile):
                 load_rows(numbers_here, numbers, numbers_at, first_query, queries, thread)
                 cuda.syncthreads()
                 odd = differentiate(
                     weights_here, grads_here, left, right, numbers_here, query, key, value, mask, keep, grad_out,
-                    offsets, steps, sizes, head, number, first_query, first_key, scale, softcap, seed_low, seed_high,
-                    keep_scale,
+                    offsets, steps, sizes, head, number, first_query, first_key, scale, seed_low, seed_high, keep_scale,
                 )  # fmt: skip
                 for r in range(rows):
                     for c in range(rows):
@@ -308,7 +313,7 @@ def grad_queries(spec: Backward) -> Any:
 
     def kernel(
         query, key, value, mask, grad_out, numbers, offsets, steps, sizes, members, scale, seed_low, seed_high,
-        keep_scale, keep, softcap, chunks, grad_query,
+        keep_scale, keep, own, chunks, grad_query,
     ):  # fmt: skip
         left = cuda.shared.array((depth, width), real)
         right = cuda.shared.array((depth, wide), real)
@@ -331,13 +336,12 @@ def grad_queries(spec: Backward) -> Any:
             key_at, numbers_at = offsets[KEY, number], NUMBERS * number * queries
             load_rows(numbers_here, numbers, numbers_at, first_query, queries, thread)
             cuda.syncthreads()
-            head = head_of(number, offsets, steps, sizes)
+            head = head_of(number, offsets, steps, sizes, own)
             begin, end = keys_of_queries(head, first_query, min(queries, first_query + tile) - 1, tile)
             for first_key in range(begin, end, tile):
                 differentiate(
                     weights_here, grads_here, left, right, numbers_here, query, key, value, mask, keep, grad_out,
-                    offsets, steps, sizes, head, number, first_query, first_key, scale, softcap, seed_low, seed_high,
-                    keep_scale,
+                    offsets, steps, sizes, head, number, first_query, first_key, scale, seed_low, seed_high, keep_scale,
                 )  # fmt: skip
                 for r in range(rows):
                     for c in range(rows):
@@ -374,7 +378,7 @@ def grad_mask(spec: Backward) -> Any:
 
     def kernel(
         query, key, value, mask, grad_out, numbers, offsets, steps, sizes, members, scale, seed_low, seed_high,
-        keep_scale, keep, softcap, mask_queries, mask_keys, result,
+        keep_scale, keep, own, mask_queries, mask_keys, result,
     ):  # fmt: skip
         left = cuda.shared.array((depth, width), real)
         right = cuda.shared.array((depth, width), real)
@@ -403,7 +407,7 @@ def grad_mask(spec: Backward) -> Any:
                 sums[r, c] = zero
         for member in range(members.shape[1]):
             number = members[owner, member]
-            head, numbers_at = head_of(number, offsets, steps, sizes), NUMBERS * number * queries
+            head, numbers_at = head_of(number, offsets, steps, sizes, own), NUMBERS * number * queries
             for first_query in range(own_query, query_end, tile):
                 load_rows(numbers_here, numbers, numbers_at, first_query, queries, thread)
                 cuda.syncthreads()
@@ -411,8 +415,8 @@ def grad_mask(spec: Backward) -> Any:
                 for first_key in range(max(begin, own_key), min(end, key_end), tile):
                     differentiate(
                         weights_here, grads_here, left, right, numbers_here, query, key, value, mask, keep, grad_out,
-                        offsets, steps, sizes, head, number, first_query, first_key, scale, softcap, seed_low,
-                        seed_high, keep_scale,
+                        offsets, steps, sizes, head, number, first_query, first_key, scale, seed_low, seed_high,
+                        keep_scale,
                     )  # fmt: skip
                     for r in range(rows):
                         for c in range(rows):

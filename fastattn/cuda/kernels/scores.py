@@ -12,24 +12,28 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from fastattn.cuda.kernels.elements import device, mask_loader
-from fastattn.cuda.kernels.plan import BOUND_FIRST, BOUND_KEYS, BOUND_LAST, BOUNDS, HEADS, KEEP, MASK, QUERIES, SIZES
+from fastattn.cuda.kernels.elements import device, mask_loader, real_of
+from fastattn.cuda.kernels.plan import BOUND_FIRST, BOUND_KEYS, BOUND_LAST, BOUNDS, KEEP, MASK, OWN, QUERIES, SIZES
 from fastattn.cuda.kernels.tiles import Tiles
+
+SOFTCAP = OWN.index("softcap")
 
 
 class Head(NamedTuple):
-    """What one query head of one row of the batch looks at.
+    """What one query head of one row of the batch looks at, and what becomes of its scores.
 
     Attributes
     ----------
     queries, keys
-        How many there are; keys of this row.
+        How many there are; keys of this head.
     first, last
         Query i looks at the keys from i + first to i + last, both included.
     mask, mask_row, mask_column
         Where the mask begins, and its steps from query to query and from key to key.
     keep, keep_row, keep_column
         The same of the boolean mask beside a floating one.
+    softcap
+        In the base that scores are in; 0 if there is none.
     """
 
     queries: int
@@ -42,6 +46,7 @@ class Head(NamedTuple):
     keep: int
     keep_row: int
     keep_column: int
+    softcap: float
 
 
 def is_floating(mask_kind: str) -> bool:
@@ -49,18 +54,18 @@ def is_floating(mask_kind: str) -> bool:
     return mask_kind not in ("none", "bool")
 
 
-def in_base_2(mask_kind: str, extreme: bool) -> bool:
-    """Whether scores are in base 2: where no mask is added to them, and neither scale nor softcap is extreme."""
-    return not is_floating(mask_kind) and not extreme
+def in_base_2(adds: bool, extreme: bool) -> bool:
+    """Whether scores are in base 2: where nothing is added to them, and neither scale nor softcap is extreme."""
+    return not adds and not extreme
 
 
 # -- which keys --------------------------------------------------------------------------------------------------------
 
 
 @device
-def head_of(slice_, offsets, steps, sizes):
-    """What a slice looks at, as the tables say it."""
-    at = SIZES + slice_ // sizes[HEADS] * BOUNDS
+def head_of(slice_, offsets, steps, sizes, own):
+    """What the tables say of a slice."""
+    at = SIZES + slice_ * BOUNDS
     return Head(
         sizes[QUERIES],
         sizes[at + BOUND_KEYS],
@@ -72,6 +77,7 @@ def head_of(slice_, offsets, steps, sizes):
         offsets[KEEP, slice_],
         steps[KEEP, 0],
         steps[KEEP, 1],
+        own[slice_, SOFTCAP],
     )
 
 
@@ -101,18 +107,22 @@ def sees(head, query, key):
 # -- scores ------------------------------------------------------------------------------------------------------------
 
 
-def score_functions(mask_kind: str, with_keep: bool, with_softcap: bool, real: Any, narrow: Any) -> tuple[Any, Any]:
-    """The device functions `value` and `slope` of a score; what is added is held in the range of `narrow`."""
-    has_bool, has_bias = mask_kind == "bool", is_floating(mask_kind)
-    load_bias = mask_loader(mask_kind if has_bias else "float32", real, narrow)
+def score_functions(spec: Any) -> tuple[Any, Any]:
+    """The device functions `value` and `slope` of a score, for what a portable kernel is compiled for.
+
+    What is added is held in the range of the dtype that the call has where nothing is extreme.
+    """
+    real, narrow = real_of(spec.storage, spec.extreme), real_of(spec.storage)
+    has_bool, has_bias, with_keep, with_softcap = spec.mask == "bool", is_floating(spec.mask), spec.keep, spec.softcap
+    load_bias = mask_loader(spec.mask if has_bias else "float32", real, narrow)
     lowest, one, twice, four = real(-math.inf), real(1), real(-2), real(4)
 
     @device
-    def value(score, softcap, mask, keep, head, query, key):
+    def value(score, mask, keep, head, query, key):
         """What becomes of scale · (query · key), and whether the query may look at the key; -inf where it may not."""
         seen = sees(head, query, key)
         if with_softcap:
-            score = softcap * real(math.tanh(score / softcap))
+            score = head.softcap * real(math.tanh(score / head.softcap))
         if has_bool and seen:
             seen = mask[head.mask + query * head.mask_row + key * head.mask_column] != 0
         if with_keep and seen:
@@ -126,11 +136,11 @@ def score_functions(mask_kind: str, with_keep: bool, with_softcap: bool, real: A
         return score, seen
 
     @device
-    def slope(score, softcap):
+    def slope(score, head):
         """The derivative of `value` by scale · (query · key), where the query may look at the key."""
         if with_softcap:
             # 1 - tanh², of which nothing is left where that is rounded to 1
-            fading = real(math.exp(twice * abs(score / softcap)))
+            fading = real(math.exp(twice * abs(score / head.softcap)))
             return four * fading / ((one + fading) * (one + fading))
         return one
 
@@ -142,11 +152,11 @@ def restriction(tiles: Tiles, value: Any) -> Any:
     rows, columns, threads_y, threads_x = tiles.rows, tiles.columns, tiles.threads_y, tiles.threads_x
 
     @device
-    def restrict(scores, seen, softcap, mask, keep, head, first_query, first_key, y, x):
+    def restrict(scores, seen, mask, keep, head, first_query, first_key, y, x):
         """What becomes of each score; where the query may not look -inf, and not `seen`."""
         for i in range(rows):
             for j in range(columns):
                 query, key = first_query + y + i * threads_y, first_key + x + j * threads_x
-                scores[i, j], seen[i, j] = value(scores[i, j], softcap, mask, keep, head, query, key)
+                scores[i, j], seen[i, j] = value(scores[i, j], mask, keep, head, query, key)
 
     return restrict
