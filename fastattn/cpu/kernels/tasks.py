@@ -46,23 +46,27 @@ def row_of(call, plan, number):
     return offset, keys
 
 
-def task_function(kernel, work, by_keys):
-    """The task function of a kernel: `work(kernel, call, plan, head, first_block, blocks, scratch)` on a task's part.
+@jit
+def blocks_of(plan, part):
+    """The first block of queries in a part of a head, and how many there are.
 
-    The longest tasks of a causal call come first: they are what others would wait for. Those are the last of the tasks
-    on blocks of queries, and the first of those on blocks of keys (`by_keys`).
+    The longest parts of a causal call come first, since they are what others would wait for: those of the last queries.
     """
+    if plan.right_bound:
+        part = plan.groups - 1 - part
+    first = part * plan.group
+    return first, min(plan.group, plan.blocks - first)
+
+
+def task_function(kernel, work):
+    """The task function of a kernel: `work(kernel, call, plan, head, first_block, blocks, scratch)` on its blocks."""
 
     @jit
     def task(call_at, slot, number):
         call = call_view(call_at)
         plan = plan_view(call.plan)
         heads = plan.tasks // plan.groups
-        part = number // heads
-        if plan.right_bound and not by_keys:
-            part = plan.groups - 1 - part
-        first = part * plan.group
-        blocks = min(plan.group, plan.blocks - first)
+        first, blocks = blocks_of(plan, number // heads)
         work(kernel, call, plan, number % heads, first, blocks, call.scratch + slot * plan.scratch_bytes)
 
     return task
