@@ -10,13 +10,19 @@ rows, so that these are added to in one order. What a task has written before it
 waited for the counter.
 """
 
-from fastattn.simd import atomic_add, atomic_load, jit, pause
+from fastattn.simd import atomic_add, atomic_load, give_way, jit, pause
+
+SPINS = 1000  # rounds of waiting, 20 to 40 µs, before other threads may have the CPU: who is waited for may want it
 
 
 @jit
 def wait_for(counter, number):
     """Wait until a counter has got to a number."""
+    spins = 0
     while atomic_load(counter) < number:
+        spins += 1
+        if spins % SPINS == 0:
+            give_way()
         pause()
 
 
