@@ -50,16 +50,7 @@ from fastattn.cpu.kernels.softmax import MINUS_INFINITY, exp2
 from fastattn.cpu.kernels.stages import finish, wait_for
 from fastattn.cpu.kernels.sums import any_has_lost, find_sums, hide_keys, load_sums, relate
 from fastattn.cpu.kernels.tasks import row_of
-from fastattn.simd import (
-    all_finite,
-    jit,
-    minimum,
-    record_view,
-    tile_fill,
-    tile_load,
-    tile_store,
-    where_greater,
-)
+from fastattn.simd import all_finite, jit, minimum, record_view, tile_fill, tile_load, tile_store, where_greater
 
 axis_view, call_view = record_view(GRADIENT_AXIS), record_view(GRADIENT_CALL)
 plan_view = record_view(GRADIENT_PLAN)

@@ -4,10 +4,11 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from fastattn.cpu.kernels import additive_backward, backward, mask_gradient, schedule, summary
+from fastattn.cpu.kernels import additive_backward, backward, mask_gradient, schedule
 from fastattn.cpu.kernels.entry import in_default_mode, note, overlaps, quick_function, shared, signature
 from fastattn.cpu.kernels.forward import forward_group
-from fastattn.cpu.kernels.summary import weigh_known_group
+from fastattn.cpu.kernels.key_weights import sum_weights
+from fastattn.cpu.kernels.summary import summarise_group, weigh_known_group
 from fastattn.cpu.kernels.tasks import task_function
 from fastattn.cpu.kernels.tiles import unrolled_product
 from fastattn.cpu.kernels.weights import weigh_group
@@ -38,12 +39,12 @@ def _tasks(task):
     return {"task": task, "alone": _alone(task), "note": note, "quick": quick_function(task), "shared": shared}
 
 
-def _attention(work, kernel):
+def _attention(work, kernel, on_keys=None):
     """Work on tasks that are some blocks of one head."""
-    return _tasks(task_function(kernel, work))
+    return _tasks(task_function(kernel, work, on_keys))
 
 
-def _own_tasks(module, kernel):
+def _gradients(module, kernel):
     """A module's own tasks."""
     return _tasks(module.task_function(kernel))
 
@@ -66,10 +67,10 @@ FUNCTIONS: dict[str, Callable[[Kernel], dict[str, Any]]] = {
     "forward": partial(_attention, forward_group),
     "weights": partial(_attention, weigh_group),
     "known_weights": partial(_attention, weigh_known_group),
-    "summary": partial(_own_tasks, summary),
-    "backward": partial(_own_tasks, backward),
-    "mask_gradient": partial(_own_tasks, mask_gradient),
-    "additive_backward": partial(_own_tasks, additive_backward),
+    "summary": partial(_attention, summarise_group, on_keys=sum_weights),
+    "backward": partial(_gradients, backward),
+    "mask_gradient": partial(_gradients, mask_gradient),
+    "additive_backward": partial(_gradients, additive_backward),
     "peak": _peak,
     "schedule": lambda kernel: vars(schedule),
     "signature": lambda kernel: {"signature": signature, "overlaps": overlaps, "in_default_mode": in_default_mode},

@@ -19,15 +19,7 @@ from fastattn.cpu.kernels.scores import keys_of_block
 from fastattn.cpu.kernels.softmax import MINUS_INFINITY, exp2
 from fastattn.cpu.kernels.stages import wait_for
 from fastattn.cpu.kernels.tasks import locate
-from fastattn.simd import (
-    jit,
-    load_element,
-    record_view,
-    store_element,
-    tile_load,
-    tile_store,
-    where_greater,
-)
+from fastattn.simd import jit, load_element, record_view, store_element, tile_load, tile_store, where_greater
 
 summary_view = record_view(SUMMARY)
 

@@ -10,7 +10,8 @@ and are asked three things:
             m, l, and Σ_j 2^x · x                    gather, x the exponent that belongs to scores[j][i]
     lse, entropy, greatest weights                   write_block
 
-Once these tasks of a head are done, others sum up the weights of its keys (`fastattn.cpu.kernels.key_weights`).
+Once these tasks of a head are done, those of a second stage sum up the weights of its keys, in
+`fastattn.cpu.kernels.key_weights`.
 
 With the sum l of 2^x, a weight is w = 2^x / l, and the entropy -Σ w ln w = ln l - ln 2 · Σ 2^x · x / l: no logarithm is
 taken of a weight, and as x is relative to m nothing large is subtracted. m and l come to be what they are for
@@ -21,13 +22,13 @@ import math
 
 from fastattn.cpu.kernels.blocks import clear, load_keys, place_of_scores, scores_of
 from fastattn.cpu.kernels.forward import LN_2, group_of
-from fastattn.cpu.kernels.key_weights import sum_weights, summary_view
+from fastattn.cpu.kernels.key_weights import summary_view
 from fastattn.cpu.kernels.pack import pack_queries
 from fastattn.cpu.kernels.prefetch import NOTHING
 from fastattn.cpu.kernels.scores import keys_of_block
 from fastattn.cpu.kernels.softmax import MINUS_INFINITY, SLACK, exp2, exponentials
 from fastattn.cpu.kernels.stages import finish
-from fastattn.cpu.kernels.tasks import blocks_of, call_view, locate, plan_view
+from fastattn.cpu.kernels.tasks import locate
 from fastattn.cpu.kernels.top import NOBODY, WORD, clear_heap, keep_top, sort_heap
 from fastattn.cpu.kernels.weights import write_weights
 from fastattn.simd import (
@@ -196,25 +197,6 @@ def summarise_group(kernel, call, plan, number, first_block, blocks, scratch):
         write_block(kernel, plan, out, scratch + b * state_bytes + q_bytes, row + first, present, work)
     if out.finished != 0:
         finish(out.finished + number * WORD)
-
-
-def task_function(kernel):
-    """The task function of summaries. First come tasks on the queries of all heads, then those on keys, if any."""
-
-    @jit
-    def task(call_at, slot, number):
-        call = call_view(call_at)
-        plan = plan_view(call.plan)
-        scratch = call.scratch + slot * plan.scratch_bytes
-        heads = plan.tasks // (plan.groups + plan.key_groups)
-        head, part = number % heads, number // heads
-        if part < plan.groups:
-            first, blocks = blocks_of(plan, part)
-            summarise_group(kernel, call, plan, head, first, blocks, scratch)
-        else:
-            sum_weights(kernel, call, plan, head, part - plan.groups, scratch)
-
-    return task
 
 
 @jit

@@ -46,27 +46,27 @@ def row_of(call, plan, number):
     return offset, keys
 
 
-@jit
-def blocks_of(plan, part):
-    """The first block of queries in a part of a head, and how many there are.
+def task_function(kernel, work, on_keys=None):
+    """The task function of a kernel: `work(kernel, call, plan, head, first_block, blocks, scratch)` on its blocks.
 
-    The longest parts of a causal call come first, since they are what others would wait for: those of the last queries.
+    The longest tasks of a causal call come first, since they are what others would wait for: those of the last queries.
+    Behind all of these come a second stage's, if there is one: `on_keys(kernel, call, plan, head, part, scratch)`.
     """
-    if plan.right_bound:
-        part = plan.groups - 1 - part
-    first = part * plan.group
-    return first, min(plan.group, plan.blocks - first)
-
-
-def task_function(kernel, work):
-    """The task function of a kernel: `work(kernel, call, plan, head, first_block, blocks, scratch)` on its blocks."""
+    two_stages = on_keys is not None
 
     @jit
     def task(call_at, slot, number):
         call = call_view(call_at)
         plan = plan_view(call.plan)
-        heads = plan.tasks // plan.groups
-        first, blocks = blocks_of(plan, number // heads)
-        work(kernel, call, plan, number % heads, first, blocks, call.scratch + slot * plan.scratch_bytes)
+        heads = plan.tasks // (plan.groups + plan.key_groups)
+        head, part = number % heads, number // heads
+        scratch = call.scratch + slot * plan.scratch_bytes
+        if two_stages and part >= plan.groups:
+            on_keys(kernel, call, plan, head, part - plan.groups, scratch)
+            return
+        if plan.right_bound:
+            part = plan.groups - 1 - part
+        first = part * plan.group
+        work(kernel, call, plan, head, first, min(plan.group, plan.blocks - first), scratch)
 
     return task
