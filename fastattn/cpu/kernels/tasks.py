@@ -58,15 +58,16 @@ def task_function(kernel, work, on_keys=None):
     def task(call_at, slot, number):
         call = call_view(call_at)
         plan = plan_view(call.plan)
-        heads = plan.tasks // (plan.groups + plan.key_groups)
-        head, part = number % heads, number // heads
-        scratch = call.scratch + slot * plan.scratch_bytes
+        parts = plan.groups + plan.key_groups if two_stages else plan.groups
+        heads = plan.tasks // parts
+        part = number // heads
         if two_stages and part >= plan.groups:
-            on_keys(kernel, call, plan, head, part - plan.groups, scratch)
+            on_keys(kernel, call, plan, number % heads, part - plan.groups, call.scratch + slot * plan.scratch_bytes)
             return
         if plan.right_bound:
             part = plan.groups - 1 - part
         first = part * plan.group
-        work(kernel, call, plan, head, first, min(plan.group, plan.blocks - first), scratch)
+        blocks = min(plan.group, plan.blocks - first)
+        work(kernel, call, plan, number % heads, first, blocks, call.scratch + slot * plan.scratch_bytes)
 
     return task
