@@ -5,15 +5,12 @@ that take turns in one thread of the system's. Compiled code takes no turns. So 
 copy of a built-in module that is made here has them, before a patch and after it, whoever patches.
 """
 
-import os
-from collections.abc import Callable
-from functools import partial
 from importlib import import_module
 from importlib.machinery import BuiltinImporter
 from importlib.util import module_from_spec
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["Lock", "RLock", "allocate_lock", "get_native_id", "give_way", "local", "start_new_thread"]
+__all__ = ["Lock", "RLock", "allocate_lock", "get_native_id", "local", "start_new_thread"]
 
 
 def _copy_of(name: str) -> Any:
@@ -35,6 +32,3 @@ else:
     Lock, RLock, local = _thread.LockType, _thread.RLock, _thread._local
     allocate_lock, start_new_thread = _thread.allocate_lock, _thread.start_new_thread
     get_native_id = getattr(_thread, "get_native_id", lambda: None)  # not every system has such numbers
-
-# lets another thread run that waits for this CPU
-give_way: Callable[[], object] = getattr(os, "sched_yield", None) or partial(_copy_of("time").sleep, 0)

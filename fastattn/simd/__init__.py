@@ -35,6 +35,7 @@ from fastattn.simd.atomics import (
     atomic_replace,
     atomic_store,
     call_compiled,
+    give_way,
     pause,
 )
 from fastattn.simd.bits import lanes_above, lowest_bit
@@ -90,6 +91,7 @@ __all__ = [
     "fma",
     "fraction",
     "fraction_of_sixteenths",
+    "give_way",
     "horner",
     "inline",
     "jit",

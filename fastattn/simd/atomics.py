@@ -82,6 +82,18 @@ def pause(typingctx):
 
 
 @intrinsic
+def give_way(typingctx):
+    """Let another thread run that waits for this CPU: a function of the system's, found when the code is loaded."""
+
+    def codegen(context, builder, sig, values):
+        name = "SwitchToThread" if "windows" in builder.module.triple else "sched_yield"
+        builder.call(cgutils.get_or_insert_function(builder.module, ir.FunctionType(ir.IntType(32), []), name), [])
+        return context.get_dummy_value()
+
+    return signature(types.none), codegen
+
+
+@intrinsic
 def call_compiled(typingctx, address, arguments):
     """Call the exported function at an address with a tuple of integers; returns what it returns."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import tracemalloc
 from dataclasses import replace
@@ -194,8 +195,9 @@ def test_many_rounds(shape: tuple[int, ...], is_causal: Any) -> None:
     arrays = inputs(np.float32, *shape)
     problem, operands = describe_additive(*arrays, is_causal=is_causal)
     plan, given = additive_gradients.plan_rounds(problem, operands, operands.query, 2)
-    assert plan.tasks // shape[0] >= 5
-    assert given["query_blocks"][0] * plan.tasks // shape[0] * 32 >= shape[1]
+    chunks = math.isqrt(plan.tasks // shape[0])
+    assert chunks >= 5
+    assert given["query_blocks"][0] * chunks * 32 >= shape[1]
     options = {"weight": arrays[3], "is_causal": is_causal}
     rng = np.random.default_rng(0)
     for mask in (None, rng.random(shape[1:3]) < 0.7, rng.random((1, shape[2])) < 0.3, np.zeros((1, 1), bool)):
@@ -263,7 +265,7 @@ def test_tasks_are_short_whatever_the_lengths() -> None:
         problem, operands = describe_additive(query, key, key, np.ones(features, np.float32))
         plan, given = additive_gradients.plan_rounds(problem, operands, operands.query, 2)
         assert plan.flops / plan.tasks <= 4e9
-        chunks = plan.tasks // 2
+        chunks = math.isqrt(plan.tasks // 2)
         for blocks, length in (("query_blocks", queries), ("key_blocks", keys)):
             assert given[blocks][0] * given["query_block"][0] * chunks >= length
 

@@ -1,4 +1,4 @@
-"""The CPU backend of `fastattn.additive_attention_backward`: plans a call, and runs it round by round."""
+"""The CPU backend of `fastattn.additive_attention_backward`: plans a call, and runs it."""
 
 from __future__ import annotations
 
@@ -51,17 +51,17 @@ def backward(
         return grad_query, grad_key, grad_value, np.zeros(problem.head_dim, dtype)
 
     plan, given = plan_rounds(problem, operands, upstream.grad_out, threads)
-    parts = make((plan.tasks, problem.head_dim), dtype)
+    blocking = session.current.row.blocking
+    chunks, _, _ = _cut(problem, problem.keys, blocking)
+    parts, turns = make((heads * chunks, problem.head_dim), dtype), np.zeros((heads, chunks), np.int64)
     sums = np.empty((heads * problem.queries, 2), dtype)
     out, lse, weight = map(np.ascontiguousarray, (upstream.out, upstream.lse, weight))
     _note(given, grad_out=upstream.grad_out, out=out, grad_query=grad_query, grad_key=grad_key, grad_value=grad_value)
     lengths = operands.heads["keys"][:: problem.heads].tolist() if ragged and operands.heads is not None else ()
-    cuts = np.array([_cut(problem, length, session.current.row.blocking) for length in lengths], np.int64)
-    _note(given, grad_weight=parts, sums=sums, cuts=cuts if lengths else None)
+    cuts = np.array([_cut(problem, length, blocking) for length in lengths], np.int64)
+    _note(given, grad_weight=parts, sums=sums, turns=turns, cuts=cuts if lengths else None)
     given["precise"], given["slack"] = limit_of(dtype, upstream.rounded), slack(upstream.rounded, problem.head_dim)
-    for number in range(plan.tasks // heads):
-        given["round"] = number
-        session.current.run(plan, (*operands, given, lse, weight, None, None))
+    session.current.run(plan, (*operands, given, lse, weight, None, None))
     with np.errstate(all="ignore"):
         return grad_query, grad_key, grad_value, parts.sum(axis=0, dtype=np.float64).astype(dtype)
 
@@ -73,7 +73,7 @@ def _note(record: Array, **arrays: Array | None) -> None:
 
 
 def plan_rounds(problem: Problem, operands: Operands, grad_out: Array, threads: int) -> tuple[Plan, Array]:
-    """Plan a round, of which all are alike, and write down the sizes of blocks and chunks.
+    """Plan a call, of as many rounds as there are chunks, and write down the sizes of blocks and chunks.
 
     They depend on the shapes of one head alone.
     """
@@ -85,17 +85,16 @@ def plan_rounds(problem: Problem, operands: Operands, grad_out: Array, threads: 
     row_bytes = padded(tile, features) * itemsize
     given: Any = np.zeros(1, ADDITIVE_BACKWARD)
     given["query_block"], given["query_blocks"], given["key_blocks"] = query_block, query_blocks, key_blocks
-    given["together"] = together = max(
-        1, min(query_block, blocking.additive_terms_bytes // max(1, tile.lanes * row_bytes))
-    )
+    term_queries = max(1, min(query_block, blocking.additive_terms_bytes // max(1, tile.lanes * row_bytes)))
+    given["term_queries"] = term_queries
 
     kernel = describe("additive_backward", tile, row, "additive", steps_of(problem, all_of=True))
     draft = draft_forward(kernel, problem, operands, grad_out, threads)
     heads = math.prod(problem.rows_shape)
-    draft.fields.update(key_block=key_block, blocks=chunks, group=1, groups=chunks, tasks=heads * chunks)
+    draft.fields.update(key_block=key_block, blocks=chunks, group=1, groups=chunks, tasks=heads * chunks**2)
     draft.fields.update(fields_of_softcap(problem, 1.0))  # scores are in base e here
-    draft.flops = heads * _flops(problem, problem.keys, blocking) / chunks * share_of_keys(problem)
-    draft.scratch_bytes = aligned(_scratch_bytes(tile, query_block, key_block, features, value_dim, together))
+    draft.flops = heads * _flops(problem, problem.keys, blocking) * share_of_keys(problem)
+    draft.scratch_bytes = aligned(_scratch_bytes(tile, query_block, key_block, features, value_dim, term_queries))
     return draft.finish(threads), given
 
 
@@ -135,7 +134,7 @@ def _block(blocking: Blocking, most: int, row_bytes: int) -> int:
 
 
 def _scratch_bytes(
-    tile: TileShape, query_block: int, key_block: int, features: int, value_dim: int, together: int
+    tile: TileShape, query_block: int, key_block: int, features: int, value_dim: int, term_queries: int
 ) -> int:
     """Room for a block of queries and one of keys, as `fastattn.cpu.kernels.additive_backward` lays it out."""
     row = padded(tile, features)
@@ -143,6 +142,6 @@ def _scratch_bytes(
     of_weight = 2 * (row + tile.lanes)
     of_queries = query_block * (QUERY_NUMBERS + 1 + 3 * row + values) + tile.lanes
     of_keys = key_block * (1 + 3 * row + 2 * values) + tile.lanes
-    of_both = 2 * query_block * key_block + together * tile.lanes * (tile.lanes + row)
+    of_both = 2 * query_block * key_block + term_queries * tile.lanes * (tile.lanes + row)
     work = max((2 + key_block + tile.lanes) * tile.width + 8 * tile.lanes * tile.lanes, values)
     return aligned(ADDITIVE_PLACES.itemsize) + (of_weight + of_queries + of_keys + of_both + work) * tile.itemsize

@@ -83,11 +83,9 @@ def attention_backward(
     arrays["lse"] = lse = np.ascontiguousarray(upstream.lse)
     arrays["grad_lse"] = None if upstream.grad_lse is None else np.ascontiguousarray(upstream.grad_lse)
     arrays["deltas"] = np.empty((3, lse.size), dtype)
-    plan, tickets = _planned(_by_keys, problem, arrays, upstream.rounded, own, threads)
-    _run(plan, arrays, seed, tickets)
+    _run(*_planned(_by_keys, problem, arrays, upstream.rounded, own, threads), arrays, seed)
     if grad_mask is not None:
-        plan, tickets = _planned(_by_rectangles, problem, arrays, upstream.rounded, mask_axes, threads)
-        _run(plan, arrays, seed, tickets)
+        _run(*_planned(_by_rectangles, problem, arrays, upstream.rounded, mask_axes, threads), arrays, seed)
     return grad_query, grad_key, grad_value, grad_mask
 
 
@@ -98,21 +96,20 @@ def _own_axes(problem: Problem, *splits: Shape) -> list[int]:
     return sorted(found)
 
 
-def _run(plan: Plan, arrays: Arrays, seed: int, counts: tuple[int, int]) -> None:
-    arrays["query_tickets"], arrays["key_tickets"] = (np.zeros(count, np.int64) for count in counts)
-    objects: dict[str, Any] = {**arrays, "seed": seed}
+def _run(plan: Plan, counters: int, arrays: Arrays, seed: int) -> None:
+    objects: dict[str, Any] = {**arrays, "turns": np.zeros(counters, np.int64), "seed": seed}
     session.current.run(plan, tuple(objects.get(name) for name in CALL_NAMES))
 
 
 def _planned(
-    make: Callable[..., tuple[Plan, tuple[int, int]]],
+    make: Callable[..., tuple[Plan, int]],
     problem: Problem,
     arrays: Arrays,
     rounded: np.dtype[Any],
     own: list[int],
     threads: int,
-) -> tuple[Plan, tuple[int, int]]:
-    """Return the plan of a call, which all calls share that agree in all but addresses, and how many tickets it has."""
+) -> tuple[Plan, int]:
+    """Return a call's plan, which all calls share that agree in all but addresses, and how many counters it has."""
     grad_bias = arrays["grad_bias"]
     key = (
         make,
@@ -130,7 +127,7 @@ def _planned(
 
 def _by_keys(
     problem: Problem, arrays: Arrays, rounded: np.dtype[Any], own: list[int], threads: int
-) -> tuple[Plan, tuple[int, int]]:
+) -> tuple[Plan, int]:
     """Plan the backward pass: its tasks own keys of one head, of which some leading axes make one each."""
     draft = _draft("backward", problem, arrays, rounded, own)
     fields, tile, blocking = draft.fields, draft.kernel.tile, draft.kernel.row.blocking
@@ -144,12 +141,12 @@ def _by_keys(
     part = max(1, min(query_blocks, int(TASK_FLOPS / max(1.0, group * block_flops))))
     groups, parts = -(-blocks // group), -(-query_blocks // part)
     _split(draft, heads, group=group, groups=groups, part=part, parts=parts)
-    return draft.finish(threads), (heads * query_blocks, heads * groups)
+    return draft.finish(threads), heads * query_blocks + fields["outer"] * groups
 
 
 def _by_rectangles(
     problem: Problem, arrays: Arrays, rounded: np.dtype[Any], own: list[int], threads: int
-) -> tuple[Plan, tuple[int, int]]:
+) -> tuple[Plan, int]:
     """Plan the gradient of a mask: tasks own rectangles of it, and nobody takes turns."""
     draft = _draft("mask_gradient", problem, arrays, rounded, own)
     fields = draft.fields
@@ -158,7 +155,7 @@ def _by_rectangles(
     draft.flops /= 2.5
     # a task goes through the heads that share the mask
     _split(draft, fields["outer"], group=1, groups=groups, part=1, parts=parts)
-    return draft.finish(threads), (0, 0)
+    return draft.finish(threads), 0
 
 
 def _panels(tile: TileShape, features: int) -> int:

@@ -46,7 +46,7 @@ def every_kernel(row: Isa) -> Iterator[Kernel]:
         tile = row.tile(dtype)
         for shape in (tile, row.tall_tile(dtype)):
             yield describe("forward", shape, row, steps=PLAIN)
-            for work in ("forward", "weights", "summary", "received", "known_weights"):
+            for work in ("forward", "weights", "summary", "known_weights"):
                 yield describe(work, shape, row)
             for work in ("forward", "weights"):
                 yield describe(work, shape, row, "additive")

@@ -101,11 +101,13 @@ class Draft:
     axes: list[tuple[int, ...]]
     flops: float
     scratch_bytes: int = 0
+    task_flops: float = 0.0  # of the longest tasks, where some are of another kind than others
 
     def finish(self, threads: int) -> Plan:
         """Write it down."""
         tasks = self.fields["tasks"]
-        threads, turn = concurrency(tasks, self.flops, threads), tasks_at_a_time(tasks, self.flops)
+        threads = concurrency(tasks, self.flops, threads)
+        turn = tasks_at_a_time(1, self.task_flops or self.flops / max(1, tasks))
         self.fields.update(workers=threads - 1, turn=turn, scratch_bytes=self.scratch_bytes)
         return Plan(
             out_shape=self.problem.out_shape,
@@ -196,7 +198,7 @@ def draft_forward(kernel: Kernel, problem: Problem, operands: Operands, out: Arr
     everything = heads * (problem.queries + problem.keys) * (problem.head_dim + problem.value_dim) * tile.itemsize
     fields.update(
         key_block=key_block,
-        ahead=threads if everything > row.blocking.cached_bytes else 0,
+        prefetch_distance=threads if everything > row.blocking.cached_bytes else 0,
         blocks=blocks,
         group=group,
         groups=groups,

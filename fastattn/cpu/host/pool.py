@@ -28,7 +28,6 @@ from fastattn.cpu.kernels.records import (
     STAFF,
     START,
     TAKEN,
-    WAITING,
     WOKEN,
     WORKER_BYTES,
     WORKERS,
@@ -205,8 +204,6 @@ class Pool:
         if state > ASLEEP:
             self._wake(state - ASLEEP)
         while state not in (DONE, TAKEN):
-            if state == WAITING:
-                os_threads.give_way()  # to the worker that we wait for, if it waits for this CPU
             state = self.native.take_part(self.address, turn)
         return state
 

@@ -28,11 +28,13 @@ def summarise(problem: Problem, operands: Operands, threads: int, top_k: int) ->
     rows, dtype = problem.lse_shape, problem.real
     m, l, lse, entropy = (np.empty(rows, dtype) for _ in range(4))
     top_weights, top_indices = np.empty((*rows, top_k), dtype), np.empty((*rows, top_k), np.int64)
-    received = np.empty((*rows[:-1], problem.keys), dtype)
-    record = _record(top_k, m=m, l=l, lse=lse, entropy=entropy, top_weights=top_weights, top_indices=top_indices)
-    _run(_draft("summary", problem, operands, threads).finish(threads), operands, record)
-    _run(_by_keys(problem, operands, threads), operands, _record(m=m, l=l, received=received))
-    return top_weights, top_indices, entropy, lse, received
+    key_weights, finished = np.empty((*rows[:-1], problem.keys), dtype), np.zeros(rows[:-1], np.int64)
+    arrays = {"m": m, "l": l, "lse": lse, "entropy": entropy, "top_weights": top_weights, "top_indices": top_indices}
+    record = _record(top_k, **arrays, key_weights=key_weights, finished=finished)
+    draft = _draft("summary", problem, operands, threads)
+    _add_tasks_on_keys(draft, threads)
+    _run(draft.finish(threads), operands, record)
+    return top_weights, top_indices, entropy, lse, key_weights
 
 
 def sums(problem: Problem, operands: Operands, threads: int) -> tuple[Array, Array]:
@@ -90,10 +92,9 @@ def _draft(work: str, problem: Problem, operands: Operands, threads: int) -> Dra
     return draft
 
 
-def _by_keys(problem: Problem, operands: Operands, threads: int) -> Plan:
-    """Plan tasks that own keys, as many blocks of them as stay in the level-2 cache while queries come by."""
-    draft = _draft("received", problem, operands, threads)
-    tile, fields = draft.kernel.tile, draft.fields
+def _add_tasks_on_keys(draft: Draft, threads: int) -> None:
+    """Plan tasks besides that own keys, as many blocks of them as stay in the level-2 cache while queries come by."""
+    problem, tile, fields = draft.problem, draft.kernel.tile, draft.fields
     key_block, row_bytes = fields["key_block"], tile.row_bytes
     heads = math.prod(problem.rows_shape)
     state = key_block * row_bytes + (key_block + tile.rows) * problem.head_dim * tile.itemsize  # sums, packed keys
@@ -101,8 +102,9 @@ def _by_keys(problem: Problem, operands: Operands, threads: int) -> Plan:
     blocks = -(-problem.keys // key_block)
     group = group_size(draft.kernel.row, blocks, state, flops_per_block, heads, threads)
     groups = -(-blocks // group)
-    fields.update(blocks=blocks, group=group, groups=groups, tasks=heads * groups)
+    draft.task_flops = draft.flops / max(1, heads * min(fields["groups"], groups))  # all of either kind do as much
+    draft.flops *= 2
+    fields.update(key_group=group, key_groups=groups, tasks=fields["tasks"] + heads * groups)
     # a block of queries, and one of scores with the maxima and the buffer that go with it
     block = (problem.head_dim + QUERY_ROWS + 1 + key_block) * row_bytes + tile.lanes * tile.lanes * 8
-    draft.scratch_bytes = aligned(group * state + block)
-    return draft.finish(threads)
+    draft.scratch_bytes = max(draft.scratch_bytes, aligned(group * state + block))

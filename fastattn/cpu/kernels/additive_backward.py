@@ -13,13 +13,14 @@ A task takes the blocks of queries of a chunk through the blocks of keys of anot
         weights[i][j]  = P, and sums of the other three gradients                         differentiate_vector
         grad_value[j] += Σ_i P[i][j] · dO[i]                                              add_to_values
 
-All sums have one owner and one order. A head's queries and its keys are cut into n chunks each, by their numbers
-alone (of keys, that of the head's own row of the batch), and the pass has n rounds: in round r, task c takes the
-queries of chunk c and the keys of chunk (r - c) mod n. So no two tasks of a round write to the same rows, and each row
-is written to in the order of the rounds; in the first, all are.
+All sums have one owner at a time, and one order. A head's queries and its keys are cut into n chunks each, by their
+numbers alone (of keys, that of the head's own row of the batch), and the pass has n rounds: in round r, task c takes
+the queries of chunk c and the keys of chunk (r - c) mod n. So no two tasks of a round write to the same rows, and each
+row is written to in the order of the rounds; in the first, all are. A task waits for the two of the round before that
+had its queries and its keys, c and c - 1 (`fastattn.cpu.kernels.stages`). As the last chunk of a round comes first,
+these are the better part of a round before it, and hardly anybody waits.
 """
 
-from fastattn.cpu.kernels import tasks
 from fastattn.cpu.kernels.additive import copy_row, load_rows, padded, sum_of
 from fastattn.cpu.kernels.additive_sums import absorb_keys, clear_states, store_sums, take_sums
 from fastattn.cpu.kernels.additive_terms import differentiate_vector, places_view
@@ -28,8 +29,9 @@ from fastattn.cpu.kernels.pack import pack_queries, unpack_rows
 from fastattn.cpu.kernels.records import ADDITIVE_BACKWARD, ADDITIVE_PLACES, QUERY_NUMBERS
 from fastattn.cpu.kernels.scores import keys_of_block, restrict
 from fastattn.cpu.kernels.softmax import MINUS_INFINITY
+from fastattn.cpu.kernels.stages import finish, wait_for
 from fastattn.cpu.kernels.sums import any_has_lost
-from fastattn.cpu.kernels.tasks import locate
+from fastattn.cpu.kernels.tasks import call_view, locate, plan_view
 from fastattn.cpu.kernels.tiles import product
 from fastattn.simd import (
     all_zero,
@@ -88,11 +90,11 @@ def lay_out(tile, plan, given, scratch):
     places.values, at = at, at + keys * v_bytes
     places.grad_values, at = at, at + keys * v_bytes
 
-    places.together = given.together
+    places.term_queries = given.term_queries
     places.weights, at = at, at + queries * keys * tile.itemsize
     places.hidden, at = at, at + queries * keys * tile.itemsize
-    places.lanes, at = at, at + places.together * tile.lanes * tile.vector_bytes
-    places.terms, at = at, at + places.together * tile.lanes * row_bytes
+    places.lanes, at = at, at + places.term_queries * tile.lanes * tile.vector_bytes
+    places.terms, at = at, at + places.term_queries * tile.lanes * row_bytes
     places.work = at
     return places
 
@@ -162,7 +164,7 @@ def load_keys(tile, plan, places, key, value, queries, count, filled):
     fill_row(tile, largest, count, filled, 0.0)
     fill(tile, exps + count * row_bytes, (filled - count) * row_bytes, 0.0)
     at = places.values
-    if few(tile, queries):
+    if values_stay_rows(tile, queries):
         row_bytes = value_bytes(tile, plan)
         for _ in range(count):
             copy_row(tile, value, plan.value_column, plan.value_dim, row_bytes // tile.itemsize, at)
@@ -178,7 +180,7 @@ def load_keys(tile, plan, places, key, value, queries, count, filled):
 
 
 @jit
-def few(tile, queries):
+def values_stay_rows(tile, queries):
     """Whether there are too few queries to transpose values for."""
     return queries < tile.rows
 
@@ -362,7 +364,7 @@ def differentiate_block(kernel, plan, places, key, value, queries, count, filled
     """All that a block of queries and one of keys, where there is anything to look at, have to do with each other."""
     tile = kernel.tile
     load_keys(tile, plan, places, key, value, queries, count, filled)
-    if few(tile, queries):
+    if values_stay_rows(tile, queries):
         sums_with_values(tile, plan, places, queries, filled)
     else:
         product_with_values(tile, plan, places, queries, filled)
@@ -372,7 +374,7 @@ def differentiate_block(kernel, plan, places, key, value, queries, count, filled
 
 
 @jit
-def begin_queries(kernel, call, plan, given, head, number, places, first, queries):
+def begin_queries(kernel, call, plan, given, head, number, places, first, queries, first_round):
     """Lay out a block of queries, with what arrives at them; in the first round form the sums that an lse has lost."""
     tile = kernel.tile
     row = number * plan.queries + first
@@ -384,7 +386,7 @@ def begin_queries(kernel, call, plan, given, head, number, places, first, querie
     load_upstream(tile, plan, places, grad_out, out, lse, queries)
     if any_has_lost(tile, given, lse, queries):
         sums = given.sums + 2 * row * tile.itemsize
-        if given.round == 0:
+        if first_round:
             find_sums(kernel, plan, given, head, places, first, queries, lse, sums)
         take_sums(tile, given, places, lse, queries, sums)
     fill(tile, places.grad_queries, queries * padded(tile, plan.head_dim) * tile.itemsize, 0.0)
@@ -422,22 +424,25 @@ def cut_of(plan, given, number):
 
 
 @jit
-def differentiate_chunk(kernel, call, plan, number, chunk, _, scratch):
-    """One task: the queries of a chunk and the keys that are theirs in this round, of one head."""
+def differentiate_chunk(kernel, call, plan, number, r, chunk, scratch):
+    """One task: the queries of a chunk and the keys that are theirs in round r, of one head."""
     tile = kernel.tile
     given = backward_view(call.out)
     chunks, query_blocks, key_blocks = cut_of(plan, given, number)
-    if chunk >= chunks or given.round >= chunks:
+    if chunk >= chunks or r >= chunks:
         return
     places = lay_out(tile, plan, given, scratch)
     row_bytes, features_bytes = padded(tile, plan.head_dim) * tile.itemsize, plan.head_dim * tile.itemsize
     head = locate(call, plan, number)
     query_start = chunk * query_blocks * given.query_block
     query_end = min(plan.queries, query_start + query_blocks * given.query_block)
-    key_start = (given.round + chunks - chunk) % chunks * key_blocks * plan.key_block
+    key_start = (r + chunks - chunk) % chunks * key_blocks * plan.key_block
     key_end = min(head.keys, key_start + key_blocks * plan.key_block)
-    first_round = given.round == 0
+    first_round = r == 0
+    turns = given.turns + number * plan.groups * WORD
 
+    wait_for(turns + chunk * WORD, r)
+    wait_for(turns + (chunk + chunks - 1) % chunks * WORD, r)
     load_weight(tile, plan, places, call.weight)
     fill(tile, places.grad_weight, row_bytes, 0.0)
     fill(tile, places.slope_sums, tile.vector_bytes, 0.0)
@@ -445,7 +450,7 @@ def differentiate_chunk(kernel, call, plan, number, chunk, _, scratch):
     for first in range(query_start, max(query_end, query_start + 1), given.query_block):
         queries = max(0, min(given.query_block, query_end - first))
         fresh = first_round and first == query_start
-        begin_queries(kernel, call, plan, given, head, number, places, first, queries)
+        begin_queries(kernel, call, plan, given, head, number, places, first, queries, first_round)
         for first_key in range(key_start, key_end, plan.key_block):
             count = min(plan.key_block, key_end - first_key)
             meet(kernel, call, plan, given, head, number, places, first, queries, first_key, count, fresh)
@@ -453,8 +458,20 @@ def differentiate_chunk(kernel, call, plan, number, chunk, _, scratch):
         deliver(tile, places.grad_queries, row_bytes, places.factors, target, queries, plan.head_dim, first_round)
     target = given.grad_weight + (number * plan.groups + chunk) * features_bytes
     deliver_weight(tile, places, target, plan.head_dim, first_round)
+    finish(turns + chunk * WORD)
 
 
 def task_function(kernel):
-    """The task function of the kernel."""
-    return tasks.task_function(kernel, differentiate_chunk, by_keys=False)
+    """The task function of the kernel: round by round, the last chunk first, of one head after the other."""
+
+    @jit
+    def task(call_at, slot, number):
+        call = call_view(call_at)
+        plan = plan_view(call.plan)
+        chunks = plan.groups
+        heads = plan.tasks // (chunks * chunks)
+        head, number = number % heads, number // heads
+        scratch = call.scratch + slot * plan.scratch_bytes
+        differentiate_chunk(kernel, call, plan, head, number // chunks, chunks - 1 - number % chunks, scratch)
+
+    return task

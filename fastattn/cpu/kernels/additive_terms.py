@@ -161,16 +161,16 @@ def looks_at_none(tile, hidden):
 
 @jit
 def differentiate_vector(kernel, places, plan, queries, j):
-    """All queries of a block and the vector of keys from j on; those together whose terms have room together."""
+    """All queries of a block and the vector of keys from j on; at a time, as many as there is room for terms of."""
     tile = kernel.tile
     features, row_bytes = plan.head_dim, padded(tile, plan.head_dim) * tile.itemsize
     weights_bytes = plan.key_block * tile.itemsize
     terms_bytes, lanes_bytes = tile.lanes * row_bytes, tile.lanes * tile.vector_bytes
     weights, hidden = places.weights + j * tile.itemsize, places.hidden + j * tile.itemsize
     start = tile_load(tile.vector, places.sums, 0)
-    together = places.together
-    for first in range(0, queries, together):
-        end = min(queries, first + together)
+    at_a_time = places.term_queries
+    for first in range(0, queries, at_a_time):
+        end = min(queries, first + at_a_time)
         terms, lanes = places.terms, places.lanes
         for i in range(first, end):
             if not looks_at_none(tile, hidden + i * weights_bytes):

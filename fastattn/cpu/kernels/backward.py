@@ -11,11 +11,10 @@ A task is a group of key blocks of one head of keys. The blocks of queries that 
             dv[j][:] += Σ_i p[j][i] · do[i][:]
             dk[j][:] += Σ_i ds[j][i] · q[i][:]
 
-dk and dv stay with the task. dq is in the result and is added to by one group of keys after the other: a ticket for
-each block of queries says whose turn it is. Tasks are claimed in an order in which nobody waits for one that has not
-been claimed, and with more heads than threads hardly anybody waits at all. Long sequences, and heads of queries that
-share a head of keys, are more than one task for a group; these take turns with dk and dv in the same way. So every
-sum has one order of its terms, and no order of tasks changes a bit.
+dk and dv stay with the task. dq is in the result and is added to by one group of keys after the other: a counter for
+each block of queries says whose turn it is (`fastattn.cpu.kernels.stages`), and with more heads than threads hardly
+anybody waits. Long sequences, and heads of queries that share a head of keys, are more than one task for a group; these
+take turns with dk and dv in the same way. So every sum has one order of its terms, and no order of tasks changes a bit.
 
 What is masked has p = ds = 0, and 0 times what is not finite must not arise: keys and queries that are not finite are
 replaced by 0 in the last three products, since where they may be looked at ds has NaN. Gradients that are not finite
@@ -34,6 +33,7 @@ from fastattn.cpu.kernels.gradient_rows import (
     starts_late,
 )
 from fastattn.cpu.kernels.gradient_sums import WORD, add_to_keys, add_visible, note_span, whole_tiles
+from fastattn.cpu.kernels.key_weights import queries_of_keys
 from fastattn.cpu.kernels.masks import lowest
 from fastattn.cpu.kernels.panels import (
     add_across,
@@ -44,25 +44,13 @@ from fastattn.cpu.kernels.panels import (
     unpack_panels,
 )
 from fastattn.cpu.kernels.prefetch import prefetch_rows
-from fastattn.cpu.kernels.received import queries_of_keys
 from fastattn.cpu.kernels.records import GRADIENT_AXIS, GRADIENT_CALL, GRADIENT_PLAN
 from fastattn.cpu.kernels.scores import cap, cap_with_slope, keys_of_block, keys_of_queries
 from fastattn.cpu.kernels.softmax import MINUS_INFINITY, exp2
+from fastattn.cpu.kernels.stages import finish, wait_for
 from fastattn.cpu.kernels.sums import any_has_lost, find_sums, hide_keys, load_sums, relate
 from fastattn.cpu.kernels.tasks import own_of, own_view
-from fastattn.simd import (
-    all_finite,
-    atomic_load,
-    atomic_store,
-    jit,
-    minimum,
-    pause,
-    record_view,
-    tile_fill,
-    tile_load,
-    tile_store,
-    where_greater,
-)
+from fastattn.simd import all_finite, jit, minimum, record_view, tile_fill, tile_load, tile_store, where_greater
 
 axis_view, call_view = record_view(GRADIENT_AXIS), record_view(GRADIENT_CALL)
 plan_view = record_view(GRADIENT_PLAN)
@@ -106,13 +94,6 @@ def locate(call, plan, head):
         number, query, key, value, bias, keep, grad_out, out, grad_query, grad_key, grad_value, grad_bias,
         own_view(own).offset, own_view(own).keys, own,
     )  # fmt: skip
-
-
-@jit
-def wait_for(ticket, turn):
-    """Wait until it is one's turn."""
-    while atomic_load(ticket) != turn:
-        pause()
 
 
 # -- the weights of a block --------------------------------------------------------------------------------------------
@@ -359,14 +340,15 @@ def differentiate_group(kernel, call, plan, kv_head, group, turn, scratch):
     number = kv_head * plan.inner + turn // plan.parts
     head = locate(call, plan, number)
     work = work_of(plan, head, group, turn % plan.parts)
-    key_ticket = call.key_tickets + (kv_head * plan.groups + group) * WORD
-    query_tickets = call.query_tickets + number * plan.query_blocks * WORD
+    query_turns = call.turns + number * plan.query_blocks * WORD
+    key_turns = call.turns + plan.outer * plan.inner * plan.query_blocks * WORD
+    key_turns += (kv_head * plan.groups + group) * WORD
     element, query_panel, query_sums = tile.itemsize, plan.query_panel, scratch + plan.query_sums_at
     grad_key = head.grad_key + work.first_key * plan.grad_key_row
     grad_value = head.grad_value + work.first_key * plan.grad_value_row
     some, finite_keys = work.first_block < work.last_block, True
 
-    wait_for(key_ticket, turn)
+    wait_for(key_turns, turn)
     if some:
         finite_keys = begin_keys(tile, plan, head, work, grad_key, grad_value, scratch)
     for block in range(work.first_block, work.last_block):
@@ -375,8 +357,7 @@ def differentiate_group(kernel, call, plan, kv_head, group, turn, scratch):
         own_turn = turn_of(plan, head, work, first_query)
         is_first = own_turn == 0
         finite, lost = begin_queries(kernel, call, plan, head, first_query, present, is_first, scratch)
-        ticket = query_tickets + block * WORD
-        wait_for(ticket, own_turn)
+        wait_for(query_turns + block * WORD, own_turn)
         numbers = (head.number * plan.queries + first_query) * element
         deltas = call.deltas + numbers
         if lost:
@@ -386,13 +367,13 @@ def differentiate_group(kernel, call, plan, kv_head, group, turn, scratch):
         pack_panels(tile, query_sums, query_panel, sums, plan.grad_query_row, element, present, plan.head_dim)
         meet(kernel, call, plan, head, work, block, finite, finite_keys, lost, is_first, scratch)
         unpack_panels(tile, query_sums, query_panel, sums, plan.grad_query_row, element, present, plan.head_dim)
-        atomic_store(ticket, own_turn + 1)
+        finish(query_turns + block * WORD)
     if some:
         count = work.end - work.first_key
         key_sums, value_sums = scratch + plan.key_sums_at, scratch + plan.value_sums_at
         unpack_panels(tile, key_sums, plan.panel, grad_key, plan.grad_key_row, element, count, plan.head_dim)
         unpack_panels(tile, value_sums, plan.panel, grad_value, plan.grad_value_row, element, count, plan.value_dim)
-    atomic_store(key_ticket, turn + 1)
+    finish(key_turns)
 
 
 def task_function(kernel):

@@ -7,7 +7,7 @@ from typing import Any
 from fastattn.cpu.kernels import additive_backward, backward, mask_gradient, schedule
 from fastattn.cpu.kernels.entry import in_default_mode, note, overlaps, quick_function, shared, signature
 from fastattn.cpu.kernels.forward import forward_group
-from fastattn.cpu.kernels.received import receive_group
+from fastattn.cpu.kernels.key_weights import sum_weights
 from fastattn.cpu.kernels.summary import summarise_group, weigh_known_group
 from fastattn.cpu.kernels.tasks import task_function
 from fastattn.cpu.kernels.tiles import unrolled_product
@@ -39,9 +39,9 @@ def _tasks(task):
     return {"task": task, "alone": _alone(task), "note": note, "quick": quick_function(task), "shared": shared}
 
 
-def _attention(work, kernel, by_keys=False):
+def _attention(work, kernel, on_keys=None):
     """Work on tasks that are some blocks of one head."""
-    return _tasks(task_function(kernel, work, by_keys))
+    return _tasks(task_function(kernel, work, on_keys))
 
 
 def _gradients(module, kernel):
@@ -67,8 +67,7 @@ FUNCTIONS: dict[str, Callable[[Kernel], dict[str, Any]]] = {
     "forward": partial(_attention, forward_group),
     "weights": partial(_attention, weigh_group),
     "known_weights": partial(_attention, weigh_known_group),
-    "summary": partial(_attention, summarise_group),
-    "received": partial(_attention, receive_group, by_keys=True),
+    "summary": partial(_attention, summarise_group, on_keys=sum_weights),
     "backward": partial(_gradients, backward),
     "mask_gradient": partial(_gradients, mask_gradient),
     "additive_backward": partial(_gradients, additive_backward),

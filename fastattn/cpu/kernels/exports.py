@@ -12,7 +12,6 @@ EXPORTS: dict[str, dict[str, int]] = {
     "weights": _TASKS,
     "known_weights": _TASKS,
     "summary": _TASKS,
-    "received": _TASKS,
     "backward": _TASKS,
     "mask_gradient": _TASKS,
     "additive_backward": _TASKS,

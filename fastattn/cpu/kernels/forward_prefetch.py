@@ -15,8 +15,8 @@ from fastattn.simd import jit
 @jit
 def next_head(kernel, call, plan, number, head):
     """The head that this thread is likely to do next, the same part of it; this one, if none is."""
-    if plan.ahead > 0 and number + plan.ahead < plan.tasks // plan.groups:
-        return locate(call, plan, number + plan.ahead)
+    if plan.prefetch_distance > 0 and number + plan.prefetch_distance < plan.tasks // plan.groups:
+        return locate(call, plan, number + plan.prefetch_distance)
     return head
 
 
@@ -40,7 +40,7 @@ def list_wanted(kernel, plan, head, then, group, wanted, b, skipped, part, first
     first = group.first_query + b * tile.width
     key_bytes, value_bytes = plan.head_dim * tile.itemsize, plan.value_dim * tile.itemsize
     want_nothing(wanted, (part.end - part.begin + plan.value_dim) // tile.rows)
-    if plan.ahead > 0:
+    if plan.prefetch_distance > 0:
         if is_last:
             present = min(tile.width, plan.queries - first)
             want(wanted, head.out + first * plan.out_row, plan.out_row, value_bytes, present)

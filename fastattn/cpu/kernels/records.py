@@ -57,7 +57,9 @@ _PARTS = [
     ("key_block", i8),  # keys taken through the softmax at a time
     ("group", i8),  # query blocks taken through the keys together
     ("groups", i8),  # tasks per head
-    ("ahead", i8),  # heads from a task to the one this thread is likely to do next; 0: nothing is asked for there
+    ("key_group", i8),  # of a summary, besides: key blocks whose weights are a task, and how many such tasks a head has
+    ("key_groups", i8),
+    ("prefetch_distance", i8),  # heads from a task to the next that its thread is likely to do; 0: none is asked for
     ("query_bytes", i8),  # of a block of queries, as the scores want them
     ("key_bytes", i8),  # of a block of keys, the same; 0 where keys are read in place
     ("value_bytes", i8),  # of a block of values; 0 where they are
@@ -184,14 +186,15 @@ GRADIENT_CALL = np.dtype(
         ("grad_lse", i8),
         ("heads", i8),
         ("deltas", i8),  # what the first group of keys finds, for those that follow: deltas, and m and log2(l) behind
-        ("query_tickets", i8),  # for each block of queries of each head: the groups of keys that have been there
-        ("key_tickets", i8),  # for each group of keys of each head: the parts of the queries that have been there
+        # Counters: for each block of queries of each head, the groups of keys that have been there; behind these, for
+        # each group of keys of each head of keys, the parts of the queries that have been there.
+        ("turns", i8),
         ("seed", i8),
     ]
 )
 
 # Where the summary of a call is kept (`call.out` is the address of this record): contiguous arrays with one element, or
-# `top_k` elements, for each query, and of `received` one for each key, of all heads. 0: not wanted.
+# `top_k` elements, for each query, and of `key_weights` one for each key, of all heads. 0: not wanted.
 SUMMARY = np.dtype(
     [
         ("top_k", i8),
@@ -201,7 +204,8 @@ SUMMARY = np.dtype(
         ("entropy", i8),
         ("top_weights", i8),
         ("top_indices", i8),
-        ("received", i8),
+        ("key_weights", i8),
+        ("finished", i8),  # counters: for each head the tasks on its queries that are done
     ]
 )
 
@@ -209,22 +213,19 @@ SUMMARY = np.dtype(
 # All arrays are contiguous but grad_out, whose strides are the plan's of `out`.
 ADDITIVE_BACKWARD = np.dtype(
     [
-        ("round", i8),
         ("query_block", i8),  # rows of a block; the plan has those of a block of keys
         ("query_blocks", i8),  # in a chunk
         ("key_blocks", i8),
-        ("together", i8),  # queries that meet a vector of keys at a time
+        ("term_queries", i8),  # queries that meet a vector of keys at a time
         ("grad_out", i8),
         ("out", i8),
         ("grad_query", i8),
         ("grad_key", i8),
         ("grad_value", i8),
-        ("grad_weight", i8),  # a row for each task of a round, which takes its part of the sum
+        ("grad_weight", i8),  # a row for each chunk of each head, which takes its part of the sum
         ("sums", i8),  # m and log2(l) of each query whose lse has lost digits, for all rounds
-        (
-            "cuts",
-            i8,
-        ),  # of each row of the batch: chunks, and blocks of queries and of keys in one; 0: the plan's
+        ("turns", i8),  # counters: for each chunk of each head, the rounds in which its queries have had their turn
+        ("cuts", i8),  # of each row of the batch: chunks, and blocks of queries and of keys in one; 0: the plan's
         ("precise", f8),  # as in GRADIENT_PLAN
         ("slack", f8),
     ]
@@ -249,7 +250,7 @@ ADDITIVE_PLACES = np.dtype(
         ("grad_keys", i8),
         ("values", i8),  # [key / width][feature][key % width]; for few queries [key][feature]
         ("grad_values", i8),
-        ("together", i8),
+        ("term_queries", i8),
         ("weights", i8),  # [query][key]: dO · value, then P
         ("hidden", i8),  # [query][key]: what is added to scores
         ("lanes", i8),  # [query][key][lane]: scores, then -dS

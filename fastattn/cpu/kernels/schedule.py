@@ -36,6 +36,7 @@ from fastattn.simd import (
     atomic_replace,
     atomic_store,
     call_compiled,
+    give_way,
     jit,
     load_i64,
     pause,
@@ -97,6 +98,7 @@ def take_part(pool, turn):
             atomic_store(pool + OWNER, 0)
             return DONE
         pause()
+    give_way()  # to the worker that we wait for, if it waits for this CPU
     return WAITING
 
 

@@ -8,7 +8,10 @@ and are asked three things:
             scores[j][i] = key[j] · q[i]             scores_of, as in the forward pass
             heaps of the k greatest scores           keep_top
             m, l, and Σ_j 2^x · x                    gather, x the exponent that belongs to scores[j][i]
-    lse, entropy, greatest weights                   finish
+    lse, entropy, greatest weights                   write_block
+
+Once these tasks of a head are done, those of a second stage sum up the weights of its keys, in
+`fastattn.cpu.kernels.key_weights`.
 
 With the sum l of 2^x, a weight is w = 2^x / l, and the entropy -Σ w ln w = ln l - ln 2 · Σ 2^x · x / l: no logarithm is
 taken of a weight, and as x is relative to m nothing large is subtracted. m and l come to be what they are for
@@ -19,11 +22,12 @@ import math
 
 from fastattn.cpu.kernels.blocks import clear, load_keys, place_of_scores, scores_of
 from fastattn.cpu.kernels.forward import LN_2, group_of
+from fastattn.cpu.kernels.key_weights import summary_view
 from fastattn.cpu.kernels.pack import pack_queries
 from fastattn.cpu.kernels.prefetch import NOTHING
-from fastattn.cpu.kernels.records import SUMMARY
 from fastattn.cpu.kernels.scores import keys_of_block
 from fastattn.cpu.kernels.softmax import MINUS_INFINITY, SLACK, exp2, exponentials
+from fastattn.cpu.kernels.stages import finish
 from fastattn.cpu.kernels.tasks import locate
 from fastattn.cpu.kernels.top import NOBODY, WORD, clear_heap, keep_top, sort_heap
 from fastattn.cpu.kernels.weights import write_weights
@@ -34,7 +38,6 @@ from fastattn.simd import (
     load_element,
     load_i64,
     maximum,
-    record_view,
     store_element,
     store_i64,
     tile_fill,
@@ -42,8 +45,6 @@ from fastattn.simd import (
     tile_store,
     where_greater,
 )
-
-summary_view = record_view(SUMMARY)
 
 STATE_ROWS = 4  # of a query block besides the queries: m, l, moment, and the score that is to be exceeded
 LOWEST = -2000.0  # an exponent of which 2 to the power is 0 in both dtypes; 0 · LOWEST is 0, unlike 0 · -inf
@@ -115,7 +116,7 @@ def finish_top(kernel, m, total, unit, scores, keys, k, buffer):
 
 
 @jit
-def finish(kernel, plan, out, state, row, present, buffer):
+def write_block(kernel, plan, out, state, row, present, buffer):
     """Write what is known of `present` queries, of which the first is query number `row` of all heads."""
     tile = kernel.tile
     for i in range(present):
@@ -193,7 +194,9 @@ def summarise_group(kernel, call, plan, number, first_block, blocks, scratch):
     for b in range(blocks):
         first = group.first_query + b * tile.width
         present = min(tile.width, plan.queries - first)
-        finish(kernel, plan, out, scratch + b * state_bytes + q_bytes, row + first, present, work)
+        write_block(kernel, plan, out, scratch + b * state_bytes + q_bytes, row + first, present, work)
+    if out.finished != 0:
+        finish(out.finished + number * WORD)
 
 
 @jit

@@ -42,20 +42,25 @@ def own_of(call, number):
     return call.plan + OWN_AT if call.heads == 0 else call.heads + number * OWN_BYTES
 
 
-def task_function(kernel, work, by_keys):
-    """The task function of a kernel: `work(kernel, call, plan, head, first_block, blocks, scratch)` on a task's part.
+def task_function(kernel, work, on_keys=None):
+    """The task function of a kernel: `work(kernel, call, plan, head, first_block, blocks, scratch)` on its blocks.
 
-    The longest tasks of a causal call come first: they are what others would wait for. Those are the last of the tasks
-    on blocks of queries, and the first of those on blocks of keys (`by_keys`).
+    The longest tasks of a causal call come first, since they are what others would wait for: those of the last queries.
+    Behind all of these come a second stage's, if there is one: `on_keys(kernel, call, plan, head, part, scratch)`.
     """
+    two_stages = on_keys is not None
 
     @jit
     def task(call_at, slot, number):
         call = call_view(call_at)
         plan = plan_view(call.plan)
-        heads = plan.tasks // plan.groups
+        parts = plan.groups + plan.key_groups if two_stages else plan.groups
+        heads = plan.tasks // parts
         part = number // heads
-        if plan.right_bound and not by_keys:
+        if two_stages and part >= plan.groups:
+            on_keys(kernel, call, plan, number % heads, part - plan.groups, call.scratch + slot * plan.scratch_bytes)
+            return
+        if plan.right_bound:
             part = plan.groups - 1 - part
         first = part * plan.group
         blocks = min(plan.group, plan.blocks - first)

@@ -231,7 +231,7 @@ def test_asking_ahead_changes_nothing(
         plans.clear()
         np.testing.assert_array_equal(fastattn.attention(query, key, value, is_causal=causal), wanted)
         record = next(iter(plans.values())).record
-        assert record[: PLAN.itemsize].view(PLAN)["ahead"][0] == threads
+        assert record[: PLAN.itemsize].view(PLAN)["prefetch_distance"][0] == threads
 
 
 def test_what_is_wanted_is_asked_for_in_equal_shares() -> None:

@@ -1,4 +1,4 @@
-"""The weight that each key receives, summed over the queries, once m and l of every query are known.
+"""The weights of each key summed over the queries: `received` of a summary, once m and l of a head's queries are known.
 
 Here a task owns keys: the blocks of a group of one head, packed once. All query blocks that may look at them come by,
 in order, so that each sum has one owner and one order of its terms, and needs no memory but its own:
@@ -7,26 +7,23 @@ in order, so that each sum has one owner and one order of its terms, and needs n
         for each block of keys of the group:
             scores[j][i] = key[j] · q[i]
             sums[j][i]  += 2^((scores[j][i] - m[i]) · unit) / l[i]      0 where the score is -inf
-    received[j] = Σ_i sums[j][i]                     over the lanes, once
+    key_weights[j] = Σ_i sums[j][i]                  over the lanes, once
 """
 
 from fastattn.cpu.kernels.blocks import clear, load_keys, place_of_scores, scores_of
 from fastattn.cpu.kernels.masks import lowest
 from fastattn.cpu.kernels.pack import pack_queries
 from fastattn.cpu.kernels.prefetch import NOTHING
+from fastattn.cpu.kernels.records import SUMMARY
 from fastattn.cpu.kernels.scores import keys_of_block
 from fastattn.cpu.kernels.softmax import MINUS_INFINITY, exp2
-from fastattn.cpu.kernels.summary import summary_view
+from fastattn.cpu.kernels.stages import wait_for
 from fastattn.cpu.kernels.tasks import locate
-from fastattn.simd import (
-    jit,
-    load_element,
-    store_element,
-    tile_load,
-    tile_store,
-    where_greater,
-)
+from fastattn.simd import jit, load_element, record_view, store_element, tile_load, tile_store, where_greater
 
+summary_view = record_view(SUMMARY)
+
+WORD = 8
 QUERY_ROWS = 2  # of a query block besides the queries: m, and 1 / l
 
 
@@ -77,7 +74,7 @@ def queries_of_keys(plan, head, start, end):
 
 
 @jit
-def write_received(tile, sums, count, target):
+def write_sums(tile, sums, count, target):
     """Sum over the lanes."""
     for j in range(count):
         total = load_element(tile, sums)
@@ -88,17 +85,15 @@ def write_received(tile, sums, count, target):
 
 
 @jit
-def receive_group(kernel, call, plan, number, first_block, blocks, scratch):
-    """One task: `blocks` blocks of keys of one head, from `first_block` on, for all queries that look at them.
-
-    `group`, `groups` and `blocks` of its plan count blocks of keys.
-    """
+def sum_weights(kernel, call, plan, number, part, scratch):
+    """One task: the blocks of keys in a part of one head, for all queries that look at them."""
     tile = kernel.tile
     out = summary_view(call.out)
     head = locate(call, plan, number)
     row = number * plan.queries
-    start = first_block * plan.key_block
-    end = min(plan.keys, start + blocks * plan.key_block)
+    start = part * plan.key_group * plan.key_block
+    end = min(plan.keys, start + plan.key_group * plan.key_block)
+    blocks = (end - start + plan.key_block - 1) // plan.key_block
     sums = scratch
     q = sums + blocks * plan.key_block * tile.row_bytes
     state = q + plan.head_dim * tile.row_bytes
@@ -116,6 +111,7 @@ def receive_group(kernel, call, plan, number, first_block, blocks, scratch):
         work = packed + blocks * block_bytes
     clear(tile, sums, blocks * plan.key_block)
 
+    wait_for(out.finished + number * WORD, plan.groups)
     first_query, last_query = queries_of_keys(plan, head, start, end)
     for first in range(first_query // tile.width * tile.width, last_query, tile.width):
         present = min(tile.width, plan.queries - first)
@@ -135,4 +131,4 @@ def receive_group(kernel, call, plan, number, first_block, blocks, scratch):
                 leave_out(tile, scores, count, present)
             place = sums + (b * plan.key_block + part.begin) * tile.row_bytes
             add_weights(kernel, scores, count, plan.unit, state, place)
-    write_received(tile, sums, end - start, out.received + (number * plan.keys + start) * tile.itemsize)
+    write_sums(tile, sums, end - start, out.key_weights + (number * plan.keys + start) * tile.itemsize)
