@@ -86,8 +86,8 @@ MUTATIONS = (
     Mutation(
         "the sum is not rescaled when the maximum rises",
         "cpu/kernels/softmax.py",
-        "shift, unit, total * factor)",
-        "shift, unit, total)",
+        "shift, to_base_2, total * factor)",
+        "shift, to_base_2, total)",
         ("test_properties.py", "test_a_maximum_that_keeps_rising_or_never_does"),
     ),
     Mutation(
@@ -439,7 +439,7 @@ MUTATIONS = (
     ),
     Mutation(
         "keys that queries see to the left of are nobody's",
-        "cpu/kernels/key_weights.py",
+        "cpu/kernels/scores.py",
         "stop = min(stop, end + plan.left - head.offset)",
         "stop = min(stop, end - head.offset)",
         ("api/test_weights.py", "test_summary_of_many_blocks_of_intervals and float32 and None and not softcap"),

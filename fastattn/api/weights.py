@@ -165,8 +165,8 @@ def _sums_from(
         places = (..., some)
         own_m, own_l = _sums(problem, operands, as_selection("rows", np.asarray(rows)[some], problem.queries), threads)
         with np.errstate(all="ignore"):
-            unit = statistics.unit_of(problem)
-            own = saturated(own_m.astype(np.float64) * unit + np.log(own_l.astype(np.float64)), rounded)
+            to_base_e = statistics.log_of_base(problem)
+            own = saturated(own_m.astype(np.float64) * to_base_e + np.log(own_l.astype(np.float64)), rounded)
             given = lse[places].astype(np.float64)
             known = lost[places] & is_of_these_keys(given, own, slack(rounded, problem.head_dim))
         m[places], l[places] = np.where(known, own_m, m[places]), np.where(known, own_l, l[places])

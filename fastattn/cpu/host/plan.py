@@ -143,7 +143,7 @@ def fields_of_scores(problem: Problem, bias: Array | None) -> dict[str, float]:
     return {
         **fields_of_softcap(problem, base),
         "scale": scores.scale * base,
-        "unit": LOG2_E / base,
+        "to_base_2": LOG2_E / base,
         "adds": scores.adds,
         "bias_kind": bias_kind(bias, problem.real),
         "bias_itemsize": bias.itemsize if bias is not None else 0,

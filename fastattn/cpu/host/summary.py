@@ -38,25 +38,25 @@ def summarise(problem: Problem, operands: Operands, threads: int, top_k: int) ->
 
 
 def sums(problem: Problem, operands: Operands, threads: int) -> tuple[Array, Array]:
-    """Return m and l of every query: its weights are 2^((score - m) · unit) / l."""
+    """Return m and l of every query: its weights are 2^((score - m) · to_base_2) / l."""
     m, l = (np.empty(problem.lse_shape, problem.real) for _ in range(2))
     _run(_draft("summary", problem, operands, threads).finish(threads), operands, _record(m=m, l=l))
     return m, l
 
 
-def unit_of(problem: Problem) -> float:
+def log_of_base(problem: Problem) -> float:
     """Return the natural logarithm of the base that m is in: e where something is added to scores, else 2."""
     return 1.0 if problem.scores.adds else LN_2
 
 
 def sums_from(problem: Problem, lse: Array) -> tuple[Array, Array]:
-    """Return the same, made of log-sum-exps: exp(score - lse) is 2^((score - m) · unit).
+    """Return the same, made of log-sum-exps: exp(score - lse) is 2^((score - m) · to_base_2).
 
     A query that looks at no key has an lse of -inf, and weights of 0: as 2^-inf, whatever its scores. One whose lse is
     NaN has weights of NaN, those of hidden keys included, whose score l alone meets.
     """
     with np.errstate(all="ignore"):
-        m = np.ascontiguousarray(np.where(lse == -np.inf, np.inf, lse) / unit_of(problem), problem.real)
+        m = np.ascontiguousarray(np.where(lse == -np.inf, np.inf, lse) / log_of_base(problem), problem.real)
         return m, np.where(np.isnan(m), m, np.ones(1, m.dtype))
 
 

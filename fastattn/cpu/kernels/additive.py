@@ -310,7 +310,7 @@ def score_many(kernel, plan, q, keys, first, count, start, scores, best):
 
 
 @jit
-def load_few_queries(tile, call, plan, q, source, present, work):
+def load_query_rows(tile, call, plan, q, source, present, work):
     """A block of queries, row by row."""
     raws = places(tile, plan, q)[0]
     load_rows(tile, source, plan.query_row, plan.query_column, present, plan.head_dim, raws, q, work)
@@ -318,7 +318,7 @@ def load_few_queries(tile, call, plan, q, source, present, work):
 
 
 @jit
-def load_few_keys(tile, plan, keys, source, count):
+def load_key_rows(tile, plan, keys, source, count):
     """A block of keys, row by row."""
     raws, exps = key_places(tile, plan, keys)
     load_rows(tile, source, plan.key_row, plan.key_column, count, plan.head_dim, raws, exps, keys)
@@ -361,7 +361,7 @@ def sum_of(tile, at):
 
 
 @jit
-def score_few(kernel, plan, q, keys, first, count, start, scores, best):
+def score_by_features(kernel, plan, q, keys, first, count, start, scores, best):
     """`score_many` for at most one vector of queries, whose exponentials and products have features in the lanes."""
     tile = kernel.tile
     q_raws, factors, weights, sums, q_largest = places(tile, plan, q)
@@ -380,12 +380,12 @@ def score_few(kernel, plan, q, keys, first, count, start, scores, best):
         tile_store(start, scores + j * tile.row_bytes, 0)
     for j in range(0, count, quad):
         height = min(quad, count - j)
-        together = height == quad and all_near(tile, largest, height, reach)
+        near = height == quad and all_near(tile, largest, height, reach)
         for i in range(plan.queries):
             query = i * row_bytes
             initial = load_element(tile, starts + i * tile.itemsize)
             place = scores + j * tile.row_bytes + i * tile.itemsize
-            if together:
+            if near:
                 acc = near_lanes(tile.quad, plan.head_dim, exps, row_bytes, q + query, factors, sums)
                 tile_store(acc, lanes_at, tile.vector_bytes)
                 for r in range(quad):
@@ -441,7 +441,7 @@ def load_queries(tile, call, plan, q, source, present, work):
     if tile.vectors > 1:
         load_many_queries(tile, call, plan, q, source, present, work)
     else:
-        load_few_queries(tile, call, plan, q, source, present, work)
+        load_query_rows(tile, call, plan, q, source, present, work)
 
 
 @jit
@@ -449,7 +449,7 @@ def load_keys(tile, plan, keys, source, count):
     """Lay out a block of keys; returns its address."""
     if tile.vectors > 1:
         return load_many_keys(tile, plan, keys, source, count)
-    return load_few_keys(tile, plan, keys, source, count)
+    return load_key_rows(tile, plan, keys, source, count)
 
 
 @jit
@@ -458,4 +458,4 @@ def score_block(kernel, plan, q, keys, first, count, start, scores, best):
     tile = kernel.tile
     if tile.vectors > 1:
         return score_many(kernel, plan, q, keys, first, count, start, scores, best)
-    return score_few(kernel, plan, q, keys, first, count, start, scores, best)
+    return score_by_features(kernel, plan, q, keys, first, count, start, scores, best)

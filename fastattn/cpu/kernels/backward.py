@@ -33,7 +33,6 @@ from fastattn.cpu.kernels.gradient_rows import (
     starts_late,
 )
 from fastattn.cpu.kernels.gradient_sums import WORD, add_to_keys, add_visible, note_span, whole_tiles
-from fastattn.cpu.kernels.key_weights import queries_of_keys
 from fastattn.cpu.kernels.masks import lowest
 from fastattn.cpu.kernels.panels import (
     add_across,
@@ -45,7 +44,7 @@ from fastattn.cpu.kernels.panels import (
 )
 from fastattn.cpu.kernels.prefetch import prefetch_rows
 from fastattn.cpu.kernels.records import GRADIENT_AXIS, GRADIENT_CALL, GRADIENT_PLAN
-from fastattn.cpu.kernels.scores import cap, cap_with_slope, keys_of_block, keys_of_queries
+from fastattn.cpu.kernels.scores import cap, cap_with_slope, keys_of_block, keys_of_queries, queries_of_keys
 from fastattn.cpu.kernels.softmax import MINUS_INFINITY, exp2
 from fastattn.cpu.kernels.stages import finish, wait_for
 from fastattn.cpu.kernels.sums import any_has_lost, find_sums, hide_keys, load_sums, relate
@@ -109,7 +108,7 @@ def differentiate(kernel, plan, scores, grads, count, hidden, late, start, delta
     for _ in range(count):
         score = tile_load(tile.single, scores, 0)
         if ("mask" in kernel.steps or "softcap" in kernel.steps) and late:
-            exponent = (score - start) * plan.unit
+            exponent = (score - start) * plan.to_base_2
         else:
             exponent = score
         weight = exp2(kernel, minimum(0.0, exponent))  # no weight is above 1, whatever the roundings of huge scores

@@ -84,12 +84,12 @@ def attend(kernel, call, plan, head, number, state, room, part, first, first_key
     m, block = state + room.m, state + room.out
     # m may stem from what is added, and be far from the scores; a softcap wants them as they are.
     relative = "softcap" not in kernel.steps and ("mask" not in kernel.steps or not plan.adds)
-    unit = plan.unit if "mask" in kernel.steps else 1.0
+    to_base_2 = plan.to_base_2 if "mask" in kernel.steps else 1.0
     scores_of(kernel, plan, head, state, m, relative, part, first, first_key, keys, room.work, wanted)
     count = part.end - part.begin
     scores = place_of_scores(tile, room.work) + part.begin * tile.row_bytes
     top = tile_load(tile.single, room.work, 0)
-    absorb(kernel, scores, count, top, relative, unit, m, m + tile.row_bytes, block, plan.value_dim)
+    absorb(kernel, scores, count, top, relative, to_base_2, m, m + tile.row_bytes, block, plan.value_dim)
     first_key += part.begin
     if "dropout" in kernel.steps and plan.drop_below > 0:
         drop(tile, plan, call.seed, scores, count, number, first, first_key)
@@ -108,7 +108,7 @@ def finish(tile, plan, m, l, block, out, lse, present):
         total = load_element(tile, l + i * tile.itemsize)
         if lse != 0 and i < present:
             reference = load_element(tile, m + i * tile.itemsize)
-            value = reference * (LN_2 * plan.unit) + math.log(total) if total != 0.0 else MINUS_INFINITY
+            value = reference * (LN_2 * plan.to_base_2) + math.log(total) if total != 0.0 else MINUS_INFINITY
             store_element(tile, lse + i * tile.itemsize, value)
         store_element(tile, l + i * tile.itemsize, plan.keep_scale / total if total != 0.0 else 0.0)
         if total == 0.0:  # no key, or none with a score above -inf: 0 even where a value it has looked at is NaN

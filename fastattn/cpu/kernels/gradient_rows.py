@@ -31,7 +31,7 @@ def row_product(tile, a, b, panel, features, buffer):
 @jit
 def starts_late(kernel, plan):
     """Whether an lse is subtracted from finished scores: what a mask or a softcap makes of them comes first."""
-    return "softcap" in kernel.steps or ("mask" in kernel.steps and plan.unit != 1.0)
+    return "softcap" in kernel.steps or ("mask" in kernel.steps and plan.to_base_2 != 1.0)
 
 
 @jit
@@ -39,7 +39,7 @@ def load_starts(kernel, plan, lse, present, starts):
     """starts[i] = what sums of products begin with, -lse; or late, what is subtracted. Whether all see a key."""
     tile = kernel.tile
     late = starts_late(kernel, plan)
-    factor = LOG2_E if plan.unit == 1.0 else 1.0
+    factor = LOG2_E if plan.to_base_2 == 1.0 else 1.0
     full = True
     for i in range(plan.query_block):
         start = INFINITY if late else MINUS_INFINITY  # where nothing is looked at, an exponent of -inf comes out

@@ -6,7 +6,7 @@ in order, so that each sum has one owner and one order of its terms, and needs n
     for each query block:                            packed each time: a small part of the work on some hundred keys
         for each block of keys of the group:
             scores[j][i] = key[j] · q[i]
-            sums[j][i]  += 2^((scores[j][i] - m[i]) · unit) / l[i]      0 where the score is -inf
+            sums[j][i]  += 2^((scores[j][i] - m[i]) · to_base_2) / l[i]      0 where the score is -inf
     key_weights[j] = Σ_i sums[j][i]                  over the lanes, once
 """
 
@@ -15,7 +15,7 @@ from fastattn.cpu.kernels.masks import lowest
 from fastattn.cpu.kernels.pack import pack_queries
 from fastattn.cpu.kernels.prefetch import NOTHING
 from fastattn.cpu.kernels.records import SUMMARY
-from fastattn.cpu.kernels.scores import keys_of_block
+from fastattn.cpu.kernels.scores import keys_of_block, queries_of_keys
 from fastattn.cpu.kernels.softmax import MINUS_INFINITY, exp2
 from fastattn.cpu.kernels.stages import wait_for
 from fastattn.cpu.kernels.tasks import locate
@@ -48,29 +48,18 @@ def leave_out(tile, scores, count, present):
 
 
 @jit
-def add_weights(kernel, scores, count, unit, state, sums):
+def add_weights(kernel, scores, count, to_base_2, state, sums):
     """sums[j][i] += the weight that belongs to scores[j][i]: nothing for -inf, even where the other weights are NaN."""
     tile = kernel.tile
     m = tile_load(tile.single, state, 0)
     inverse = tile_load(tile.single, state + tile.row_bytes, 0)
     for _ in range(count):
         score = tile_load(tile.single, scores, 0)
-        weight = exp2(kernel, (score - m) * unit) * inverse
+        weight = exp2(kernel, (score - m) * to_base_2) * inverse
         weight = where_greater(lowest(tile), score, 0.0, weight)
         tile_store(tile_load(tile.single, sums, 0) + weight, sums, 0)
         scores += tile.row_bytes
         sums += tile.row_bytes
-
-
-@jit
-def queries_of_keys(plan, head, start, end):
-    """The first query and the end of those that may look at any key from `start` to `end`."""
-    first, stop = 0, plan.queries
-    if plan.right_bound:
-        first = max(0, start - plan.right - head.offset)
-    if plan.left_bound:
-        stop = min(stop, end + plan.left - head.offset)
-    return first, stop
 
 
 @jit
@@ -130,5 +119,5 @@ def sum_weights(kernel, call, plan, number, part, scratch):
             if present < tile.width:
                 leave_out(tile, scores, count, present)
             place = sums + (b * plan.key_block + part.begin) * tile.row_bytes
-            add_weights(kernel, scores, count, plan.unit, state, place)
+            add_weights(kernel, scores, count, plan.to_base_2, state, place)
     write_sums(tile, sums, end - start, out.key_weights + (number * plan.keys + start) * tile.itemsize)

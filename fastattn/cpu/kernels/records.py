@@ -48,7 +48,10 @@ _PARTS = [
     ("softcap", f8),  # in the base that scores are kept in
     ("softcap_factor", f8),  # 2 log2(e) / softcap
     ("scale", f8),  # of the scores, times log2(e) where they are kept in base 2
-    ("unit", f8),  # what turns a difference of scores into base 2: log2(e) where something is added to them, else 1
+    (
+        "to_base_2",
+        f8,
+    ),  # turns a difference of scores into base 2: log2(e) where something is added to them, else 1
     ("drop_below", i8),  # an element is dropped if its 32 random bits are below this
     ("keep_scale", f8),  # 1 / (1 - dropout_p), 0 if nothing is kept
     ("axes", i8),  # rows of the table of leading axes
@@ -198,7 +201,7 @@ GRADIENT_CALL = np.dtype(
 SUMMARY = np.dtype(
     [
         ("top_k", i8),
-        ("m", i8),  # of the online softmax, so that a weight is 2^((score - m) · unit) / l
+        ("m", i8),  # of the online softmax, so that a weight is 2^((score - m) · to_base_2) / l
         ("l", i8),
         ("lse", i8),
         ("entropy", i8),

@@ -47,6 +47,17 @@ def keys_of_queries(plan, head, first, last):
 
 
 @jit
+def queries_of_keys(plan, head, start, end):
+    """The first query and the end of those that may look at any key from `start` to `end`."""
+    first, stop = 0, plan.queries
+    if plan.right_bound:
+        first = max(0, start - plan.right - head.offset)
+    if plan.left_bound:
+        stop = min(stop, end + plan.left - head.offset)
+    return first, stop
+
+
+@jit
 def step_of(tile):
     """How many keys are restricted together: where a part begins, or becomes full, is a multiple of that."""
     return max(tile.lanes, tile.rows)

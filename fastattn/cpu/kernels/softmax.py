@@ -1,8 +1,9 @@
 """Online softmax on a block of scores (Milakov and Gimelshein 2018, arXiv 1805.02867), queries in the lanes.
 
 Scores stand as `scores[j][i]`, key j, query i, in base 2: the queries were multiplied by log2(e), so that the
-exponential is 2^x. (Under a float mask they stay in base e, as finfo.min times log2(e) is no number; `unit` is log2(e)
-then, else 1.) For every query the block keeps `m`, to which all exponents refer, and `l`, the sum of the weights.
+exponential is 2^x. (Where something is added to them they stay in base e, as finfo.min times log2(e) is no number;
+`to_base_2` is log2(e) then, else 1.) For every query the block keeps `m`, to which all exponents refer, and `l`, the
+sum of the weights.
 
 `m` need not be the maximum: softmax is the same for any reference that does not overflow. It follows the maximum only
 when that is more than `SLACK` above it, so that after the first blocks neither `l` nor the output is rescaled.
@@ -115,12 +116,12 @@ def exp2(kernel, x):
 
 
 @jit
-def exponentials(kernel, scores, count, shift, unit, total):
-    """scores[j] = 2^((scores[j] - shift) · unit) for all keys j of the block; returns total plus their sum over j."""
+def exponentials(kernel, scores, count, shift, to_base_2, total):
+    """scores[j] = 2^((scores[j] - shift) · to_base_2) for all keys of the block; returns total plus their sum."""
     tile = kernel.tile
     at = scores
     for _ in range(count):
-        weights = exp2(kernel, (tile_load(tile.single, at, tile.row_bytes) - shift) * unit)
+        weights = exp2(kernel, (tile_load(tile.single, at, tile.row_bytes) - shift) * to_base_2)
         tile_store(weights, at, tile.row_bytes)
         total = total + weights
         at += tile.row_bytes
@@ -137,11 +138,11 @@ def rescale(tile, block, features, factor):
 
 
 @jit
-def absorb(kernel, scores, count, top, relative, unit, m_at, l_at, out, features):
+def absorb(kernel, scores, count, top, relative, to_base_2, m_at, l_at, out, features):
     """Turn a block of scores into weights, bring m and l up to date, and rescale the output if m rose.
 
     `top` is the block's maximum for every query. `relative`: m has been subtracted from the scores, and from top, and
-    scores are in base 2; otherwise they are times `unit`.
+    scores are in base 2; otherwise they are times `to_base_2`.
     """
     tile = kernel.tile
     zero = tile_fill(tile.single, 0.0)
@@ -155,10 +156,10 @@ def absorb(kernel, scores, count, top, relative, unit, m_at, l_at, out, features
         if relative:
             total = exponentials(kernel, scores, count, zero, 1.0, total)
         else:
-            total = exponentials(kernel, scores, count, m, unit, total)
+            total = exponentials(kernel, scores, count, m, to_base_2, total)
     else:
-        factor = where_greater(total, zero, exp2(kernel, (current - shift) * unit), 1.0)
+        factor = where_greater(total, zero, exp2(kernel, (current - shift) * to_base_2), 1.0)
         rescale(tile, out, features, factor)
         tile_store(m + shift if relative else shift, m_at, tile.row_bytes)
-        total = exponentials(kernel, scores, count, shift, unit, total * factor)
+        total = exponentials(kernel, scores, count, shift, to_base_2, total * factor)
     tile_store(total, l_at, tile.row_bytes)

@@ -53,12 +53,12 @@ NAN = float("nan")
 
 
 @jit
-def moments(kernel, scores, count, shift, unit, total, moment):
-    """total + Σ_j 2^x and moment + Σ_j 2^x · x with x = (scores[j] - shift) · unit."""
+def moments(kernel, scores, count, shift, to_base_2, total, moment):
+    """total + Σ_j 2^x and moment + Σ_j 2^x · x with x = (scores[j] - shift) · to_base_2."""
     tile = kernel.tile
     at = scores
     for _ in range(count):
-        x = maximum(LOWEST, (tile_load(tile.single, at, 0) - shift) * unit)
+        x = maximum(LOWEST, (tile_load(tile.single, at, 0) - shift) * to_base_2)
         weights = exp2(kernel, x)
         total = total + weights
         moment = fma(weights, x, moment)
@@ -67,7 +67,7 @@ def moments(kernel, scores, count, shift, unit, total, moment):
 
 
 @jit
-def gather(kernel, scores, count, top, unit, state):
+def gather(kernel, scores, count, top, to_base_2, state):
     """Bring m, l and the moment of a query block up to date; m follows the maximum as in `softmax.absorb`."""
     tile = kernel.tile
     zero = tile_fill(tile.single, 0.0)
@@ -78,19 +78,19 @@ def gather(kernel, scores, count, top, unit, state):
     bound = where_greater(total, zero, m + SLACK, MINUS_INFINITY)
     shift = where_greater(top, bound, top, m)
     if not all_zero(shift - m):
-        change = maximum(LOWEST, (m - shift) * unit)
+        change = maximum(LOWEST, (m - shift) * to_base_2)
         factor = where_greater(total, zero, exp2(kernel, change), 1.0)
         # every x so far becomes x + change
         moment = where_greater(total, zero, factor * fma(total, change, moment), moment)
         total = total * factor
         tile_store(shift, state, 0)
-    total, moment = moments(kernel, scores, count, shift, unit, total, moment)
+    total, moment = moments(kernel, scores, count, shift, to_base_2, total, moment)
     tile_store(total, l_at, 0)
     tile_store(moment, moment_at, 0)
 
 
 @jit
-def finish_top(kernel, m, total, unit, scores, keys, k, buffer):
+def finish_top(kernel, m, total, to_base_2, scores, keys, k, buffer):
     """Turn one query's heap into weights, in falling order. Those of a row with NaN have none: NaN, and no keys."""
     tile = kernel.tile
     if total != total:
@@ -105,7 +105,7 @@ def finish_top(kernel, m, total, unit, scores, keys, k, buffer):
         at = scores + start * tile.itemsize
         for r in range(count):
             store_element(tile, buffer + r * tile.itemsize, load_element(tile, at + r * tile.itemsize))
-        weights = exp2(kernel, (tile_load(tile.vector, buffer, 0) - m) * unit) / total
+        weights = exp2(kernel, (tile_load(tile.vector, buffer, 0) - m) * to_base_2) / total
         tile_store(weights, buffer, 0)
         for r in range(count):
             taken = load_i64(keys + (start + r) * WORD) != NOBODY
@@ -127,7 +127,7 @@ def write_block(kernel, plan, out, state, row, present, buffer):
         store_element(tile, out.m + place, m)
         store_element(tile, out.l + place, total)
         if out.lse != 0:
-            lse = m * (LN_2 * plan.unit) + math.log(total) if total != 0.0 else MINUS_INFINITY
+            lse = m * (LN_2 * plan.to_base_2) + math.log(total) if total != 0.0 else MINUS_INFINITY
             store_element(tile, out.lse + place, lse)
         if out.entropy != 0:
             wide = total * 1.0
@@ -137,7 +137,7 @@ def write_block(kernel, plan, out, state, row, present, buffer):
         if k > 0:
             first = (row + i) * k
             scores, keys = out.top_weights + first * tile.itemsize, out.top_indices + first * WORD
-            finish_top(kernel, m, total, plan.unit, scores, keys, k, buffer)
+            finish_top(kernel, m, total, plan.to_base_2, scores, keys, k, buffer)
 
 
 @jit
@@ -190,7 +190,7 @@ def summarise_group(kernel, call, plan, number, first_block, blocks, scratch):
                 heaps, heap_keys = out.top_weights + start * tile.itemsize, out.top_indices + start * WORD
                 least = state + 3 * tile.row_bytes
                 keep_top(tile, scores, count, top, least, first_key + part.begin, heaps, heap_keys, k)
-            gather(kernel, scores, count, top, plan.unit, state)
+            gather(kernel, scores, count, top, plan.to_base_2, state)
     for b in range(blocks):
         first = group.first_query + b * tile.width
         present = min(tile.width, plan.queries - first)
@@ -231,7 +231,7 @@ def weigh_block(kernel, call, plan, head, number, first_query, scratch):
         count = part.end - part.begin
         if count > 0:
             scores_of(kernel, plan, head, q, q, False, part, first_query, first_key, keys, work, NOTHING)
-        exponentials(kernel, scores + part.begin * tile.row_bytes, count, m, plan.unit, zero)
+        exponentials(kernel, scores + part.begin * tile.row_bytes, count, m, plan.to_base_2, zero)
         weights = call.weights + row * plan.keys * tile.itemsize
         write_weights(tile, plan, scores, part, total, factors, weights, first_key, present)
 

@@ -89,7 +89,7 @@ def absorb_block(kernel, plan, head, first_query, first_key, keys, s, scratch):
     hide_keys(kernel, plan, head, scores, part, first_query, first_key, scratch)
     top = largest_scores(tile, scores + rows, count)
     tops, totals = scratch + plan.shifts_at + at, scratch + plan.rests_at + at
-    absorb(kernel, scores + rows, count, top, False, plan.unit, tops, totals, 0, 0)
+    absorb(kernel, scores + rows, count, top, False, plan.to_base_2, tops, totals, 0, 0)
 
 
 @jit
@@ -116,7 +116,7 @@ def find_sums(kernel, plan, head, lse, first_query, present, numbers, scratch):
         if has_lost(plan, given):
             m, total = load_element(tile, tops + offset), load_element(tile, totals + offset) * 1.0
             logarithm = math.log(total) if total != 0.0 else MINUS_INFINITY
-            if m * (LN_2 * plan.unit) + logarithm - given >= -plan.slack * abs(given):
+            if m * (LN_2 * plan.to_base_2) + logarithm - given >= -plan.slack * abs(given):
                 store_element(tile, numbers + plan.numbers + offset, m)
                 store_element(tile, numbers + 2 * plan.numbers + offset, logarithm / LN_2)
             else:
@@ -148,6 +148,6 @@ def relate(tile, plan, scores, count, s, scratch):
     rest = tile_load(tile.single, scratch + plan.rests_at + s * tile.row_bytes, 0)
     for _ in range(count):
         score = tile_load(tile.single, scores, 0)
-        exponent = maximum(LOWEST, (score - shift) * plan.unit - rest)
+        exponent = maximum(LOWEST, (score - shift) * plan.to_base_2 - rest)
         tile_store(where_greater(lowest(tile), score, MINUS_INFINITY, exponent), scores, 0)
         scores += tile.row_bytes

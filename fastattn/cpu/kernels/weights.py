@@ -61,9 +61,9 @@ def weigh_block(kernel, call, plan, head, number, first_query, scratch):
             if not second:
                 if count > 0:
                     top = tile_load(tile.single, work, 0)
-                    absorb(kernel, rows, count, top, False, plan.unit, m, total, 0, 0)
+                    absorb(kernel, rows, count, top, False, plan.to_base_2, m, total, 0, 0)
                 continue
-            exponentials(kernel, rows, count, tile_load(tile.single, m, 0), plan.unit, zero)
+            exponentials(kernel, rows, count, tile_load(tile.single, m, 0), plan.to_base_2, zero)
             if plan.drop_below > 0:
                 drop(tile, plan, call.seed, rows, count, number, first_query, first_key + part.begin)
             sums = tile_load(tile.single, total, 0)
