@@ -585,7 +585,7 @@ MUTATIONS = (
         "additive: the first round adds to what was in memory",
         "cpu/kernels/additive_backward.py",
         "fresh = first_round and first == query_start",
-        "fresh = first_round and first == query_start and plan.causal == 1",
+        "fresh = first_round and first == query_start and plan.right_bound == 1",
         ("api/test_additive_backward.py", "test_many_rounds"),
     ),
     Mutation(
