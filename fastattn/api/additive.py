@@ -108,8 +108,12 @@ def additive_attention(
     (8, 16, 64)
     """
     asked: Any = b""
-    by_rows = key_lengths is not None or isinstance(query_offset, np.ndarray)  # whose numbers no signature has
-    if not by_rows and return_weights is False and (backend is None or backend == "cpu"):
+    if (
+        return_weights is False
+        and (backend is None or backend == "cpu")
+        and key_lengths is None  # a signature has no numbers of an array
+        and (query_offset is None or not isinstance(query_offset, np.ndarray))
+    ):
         mask, keep = masks_in(attn_mask) if isinstance(attn_mask, tuple) else (attn_mask, None)
         left, right = (None, None) if window is None else ends_of(window)
         arrays: Any = query, key, value, weight, mask, keep, out
