@@ -6,9 +6,8 @@ where objects do not look as expected, here.
 
 from __future__ import annotations
 
-import contextlib
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -87,13 +86,14 @@ class Memory(os_threads.local):
             held = self.held = (_aligned(address_of(array)), array)
         return held
 
-    @contextlib.contextmanager
-    def taken(self, size: int) -> Iterator[tuple[int, Array]]:
-        """The same for a call that other calls may interrupt: a signal handler's, in this very thread."""
+    def take(self, size: int) -> tuple[int, Array]:
+        """The same for a call that other calls may interrupt, a signal handler's in this very thread.
+
+        These need memory of their own: who takes it puts it back, into `held`, at the end of the call.
+        """
         held = self.of(size)
-        self.held = None  # who interrupts needs memory of its own
-        yield held
-        self.held = held
+        self.held = None
+        return held
 
 
 @dataclass(frozen=True, slots=True)

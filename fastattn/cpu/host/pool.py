@@ -164,9 +164,10 @@ class Pool:
         """
         others = plan.threads - 1
         if self.rhythm.begin() or plan.flops >= WORTH_WAKING:
-            with memory.taken(plan.memory_bytes) as (at, held):
-                if not self.share(plan, at, held, objects):
-                    plan.calls.in_turns(held, plan, objects)
+            taken = memory.take(plan.memory_bytes)
+            if not self.share(plan, *taken, objects):
+                plan.calls.in_turns(taken[1], plan, objects)
+            memory.held = taken
         else:
             plan.calls.quick(memory.of(plan.memory_bytes)[1], plan.record, *objects)
         if self.rhythm.end(others):

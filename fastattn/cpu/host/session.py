@@ -59,8 +59,9 @@ class Session:
             self.pool.serve(plan, self.memory, objects)
         elif plan.turn < plan.tasks:
             processors.look_if_old()
-            with self.memory.taken(plan.memory_bytes) as (_, held):
-                plan.calls.in_turns(held, plan, objects)
+            taken = self.memory.take(plan.memory_bytes)
+            plan.calls.in_turns(taken[1], plan, objects)
+            self.memory.held = taken
         elif plan.tasks:
             if not plan.is_small:
                 processors.look_if_old()
