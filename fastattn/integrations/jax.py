@@ -120,7 +120,8 @@ def _masks(given: Any) -> Arrays:
     for mask in masks:
         if not isinstance(mask, ARRAYS):
             raise TypeError(f"attn_mask: {type(mask).__name__}; expected a jax.Array")
-    blank = [None if mask is None else np.zeros((), mask.dtype) for mask in pair or (given,)]
+    # of different shapes: two alike are no rows of one mask here
+    blank = [None if mask is None else np.zeros((1,) * i, mask.dtype) for i, mask in enumerate(pair or (given,))]
     as_masks(tuple(blank) if pair else blank[0])
     return {"keep" if mask.dtype == bool else "bias": mask for mask in masks}
 

@@ -86,7 +86,7 @@ class Alignment(ABC):
         return_weights: bool,
         projected_keys: ArrayLike | None = None,
     ) -> Attended:
-        """Attend to inputs of a layer, given as arrays of query, key and value as well, and keep what of."""
+        """Attend to inputs of a layer, given as arrays as well, and keep what `backward` wants."""
         query, key, value = arrays
         scored = score.project_query(query)
         out, lse, weights, projected = self.attend(score, scored, key, value, mask, return_weights)
@@ -227,7 +227,7 @@ def read_inputs(
     TypeError, ValueError
         If one has no meaning here, or they do not go together.
     """
-    query, key, value = (*inputs, None)[:3]
+    query, key, value = (*inputs, None, None)[:3]
     arrays = as_common({"query": query, "key": key, "value": key if value is None else value, **more}, also=layer.dtype)
     q, k, v = arrays[:3]
     features = (v.shape[-1] if v.ndim else 0) if value_dim is None else value_dim

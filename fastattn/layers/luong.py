@@ -371,7 +371,7 @@ class LuongAttention(Layer):
         options: FurtherOptions,
         return_weights: bool,
     ) -> Attended:
-        """Attend, and keep what of."""
+        """Attend, and keep what `backward` wants."""
         arrays, batch, mask = read_inputs(self, given, attn_mask, self.value_dim)
         alignment = self._alignment(arrays[0], arrays[1].shape[-2], batch, mask, positions, options)
         return alignment.attended(self, given, arrays, mask, self._score(), return_weights)

@@ -354,16 +354,17 @@ class MultiHeadAttention(Layer):
         q, k, v = self._project(*arrays)
         # The context has the heads next to each other, in memory as well: the last projection takes it as it lies
         context = np.empty((*batch, queries, self.num_heads, self.head_dim), q.dtype)
-        told: dict[str, Any] = {"is_causal": is_causal, "enable_gqa": self.num_kv_heads != self.num_heads, **options}
+        grouped = self.num_kv_heads != self.num_heads
+        told: dict[str, Any] = {"is_causal": is_causal, **options}
         wanted: Any = {"return_lse": True, "return_weights": return_weights, "out": context.swapaxes(-2, -3)}
-        _, lse, *weights = attention(q, k, v, mask, **told, **wanted)
+        _, lse, *weights = attention(q, k, v, mask, enable_gqa=grouped, **told, **wanted)
         return _Attended(
             layer=self,
             inputs=given,
             arrays=arrays,
             heads=(q, k, v),
             mask=mask,
-            options=told,
+            options={**told, "enable_gqa": grouped},
             context=context,
             lse=lse,
             weights=weights[0] if weights else None,

@@ -110,7 +110,7 @@ def cancel(pool, call):
     left = atomic_exchange(pool + OFFER, 0) & TASKS_MASK
     atomic_add(pool + PENDING, -left)
     while atomic_load(pool + PENDING) != 0:
-        pause()
+        give_way()  # to those that we wait for
     atomic_store(pool + OWNER, 0)
     return DONE
 

@@ -2,8 +2,8 @@
 
 A task may wait for tasks with lower numbers, and for no others. These have been claimed before it
 (`fastattn.cpu.kernels.schedule`), and whoever has claimed a task works on it to its end, also where the call is
-interrupted meanwhile. So of all tasks that are not done, one of the lowest number waits for nobody: it ends, then the
-next, and no task waits for ever, at any number of threads. One thread alone does them in order, and never waits.
+interrupted meanwhile. So of all tasks that are not done, the one with the lowest number waits for nobody: it ends, then
+the next, and no task waits for ever, at any number of threads. One thread alone does them in order, and never waits.
 
 A stage is what waits for all tasks of the one before it. A turn waits for a single task, the one before it at the same
 rows, so that these are added to in one order. What a task has written before it counts itself is there for whoever has
