@@ -18,7 +18,7 @@ from fastattn.call.advice import holds_masked, is_masked, to_convert
 from fastattn.call.arrays import as_operands
 from fastattn.call.problem import Operands, Problem
 from fastattn.call.score_options import FurtherOptions
-from fastattn.call.scores import Places, Scores
+from fastattn.call.scores import FARTHEST, Places, Scores
 from fastattn.call.shapes import describe
 
 if TYPE_CHECKING:
@@ -285,11 +285,14 @@ def positions(chosen: Selection) -> NDArray[np.intp]:
 
 
 def last_key(problem: Problem, operands: Operands, rows: Selection) -> int:
-    """Return the end of the keys that some of the chosen queries, of which there are some, look at."""
+    """Return an end of the keys that the chosen queries, of which there are some, look at: behind it there is none."""
     scores = problem.scores
+    if scores.right is None:
+        return problem.keys
     highest = max(rows[0], rows[-1]) if isinstance(rows, range) else int(rows.max())
-    offset = scores.offset if operands.heads is None else int(operands.heads["offset"].max(initial=0))
-    return scores.span(0, highest, problem.keys, offset).end
+    # the farthest of all rows of the batch, whether or not this one still looks at a key
+    offset = scores.offset if operands.heads is None else int(operands.heads["offset"].max(initial=-FARTHEST))
+    return min(max(highest + offset + scores.right + 1, 0), problem.keys)
 
 
 def _first(chosen: Selection) -> int:

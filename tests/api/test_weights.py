@@ -440,6 +440,16 @@ def test_what_is_chosen_keeps_its_interval(backend: str, mask: str | None, optio
             np.testing.assert_array_equal(given != 0, tile != 0)
 
 
+@pytest.mark.parametrize("options", [{"window": (0, 3)}, {"window": (2, None), "is_causal": True}], ids=str)
+@pytest.mark.parametrize("offsets", [[0, 4], [4, 0], [-9, 500], [2**62, 1]], ids=str)
+def test_a_row_of_the_batch_that_has_left_all_keys_behind_takes_none_from_others(options: Any, offsets: Any) -> None:
+    query, key = (numbers(np.random.default_rng(n), (2, 1, n, 4), np.float32) for n in (5, 9))
+    wanted = fastattn.reference.attention_weights(query, key, query_offset=offsets, **options)
+    for rows in (None, [4, 0], slice(1, 3)):
+        found = fastattn.attention_weights(query, key, query_offset=offsets, rows=rows, **options)
+        np.testing.assert_allclose(found, cut(wanted, rows, None), rtol=0, atol=1e-6)
+
+
 def test_rows_are_taken_some_at_a_time_where_their_masks_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
     query, key = np.random.default_rng(0).standard_normal((2, 2, 300, 8)).astype(np.float32)
     mask = np.random.default_rng(1).random((300, 300)) < 0.7
