@@ -375,6 +375,20 @@ def test_scores_of_any_size() -> None:
     assert np.abs(found[2]).max() <= np.abs(grad_out).sum(axis=0).max()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_weight_exceeds_one(dtype: Any) -> None:
+    # of a single key it is 1, whatever the roundings of a score of 100 and of its logarithm say
+    query, key, value, grad_out = (
+        np.linspace(60, 120, 300)[:, None],
+        np.ones((1, 1)),
+        np.ones((1, 1)),
+        np.ones((300, 1)),
+    )
+    arguments = [array.astype(dtype) for array in (grad_out, query, key, value)]
+    grad_value = gradients(*arguments, scale=1)[2]
+    assert 300 * (1 - 1e-4) < grad_value[0, 0] <= 300
+
+
 # -- the same bits -----------------------------------------------------------------------------------------------------
 
 OPTIONS: list[dict[str, Any]] = [
