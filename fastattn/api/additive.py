@@ -123,8 +123,6 @@ def additive_attention(
             asked = key_of_others(ADDITIVE, threads_of_call(), *options, *arrays)
         plan = session.current.plans.get(asked)
         if plan is not None and (out is None or not signatures.overlap(out, query, key, value, weight, mask, keep)):
-            if mask is not None and keep is None and not plan.has_bias:
-                mask, keep = None, mask
             given: Any = query, key, value, mask, keep, None, out, return_lse, None, weight
             return cpu.attention(plan, *given)
 

@@ -155,8 +155,6 @@ def attention(
         # fmt: on
         plan = session.current.plans.get(asked)
         if plan is not None and (out is None or not signatures.overlap(out, query, key, value, mask, keep)):
-            if mask is not None and keep is None and not plan.has_bias:
-                mask, keep = None, mask
             seed = seed_from(rng, plan.drops) if plan.drops or rng is not None else None
             # what has a signature is an array
             return cpu.attention(plan, query, key, value, mask, keep, None, out, return_lse, seed)  # type: ignore[arg-type]
@@ -167,21 +165,29 @@ def attention(
         "key_lengths": key_lengths,
         "softcap": softcap,
     }
-    backend = backend_of_attention(backend, query, key, value, attn_mask, out)
     call = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    wanted: Any = {"return_lse": return_lse, "return_weights": return_weights, "rng": rng, "out": out}
+    return _on_backend(backend, asked, call, wanted, further)
+
+
+def _on_backend(
+    backend: str | None, asked: Hashable, call: tuple[Any, ...], wanted: Any, further: FurtherOptions
+) -> Any:
+    """Have the backend compute it that was named, or is the best one for where the arrays are."""
+    backend = backend_of_attention(backend, *call[:4], wanted["out"])
     if backend == "cuda":
         from fastattn.cuda.host import attention as cuda  # imports numba-cuda, which nothing else needs
 
-        return cuda.attention(*call, return_lse, return_weights, rng, out, **further)
+        return cuda.attention(*call, **wanted, **further)
     if backend == "reference":
-        wanted: Any = {"return_lse": return_lse, "return_weights": return_weights, "rng": rng, "out": out}
         return reference.attention(*call, **wanted, **further)
-    return _on_cpu(asked, *call, return_lse, return_weights, rng, out, further)
+    return _on_cpu(asked, further, *call, **wanted)
 
 
 @in_default_mode
 def _on_cpu(
     asked: Hashable,
+    further: FurtherOptions,
     query: Any,
     key: Any,
     value: Any,
@@ -194,7 +200,6 @@ def _on_cpu(
     return_weights: bool,
     rng: Rng | None,
     out: NDArray[Any] | None,
-    further: FurtherOptions,
 ) -> Any:
     """Plan a call and run it; one like it, of which the same is `asked`, finds the plan."""
     arrays = as_operands(query, key, value, attn_mask)

@@ -94,8 +94,11 @@ def attention(
 ) -> Any:
     """Run a planned call; the results asked for, as `fastattn.attention` returns them.
 
-    The arrays may be any with the addresses of the operands; `weight` is that of additive attention, contiguous.
+    The arrays may be any with the addresses of the operands, and `bias` the boolean mask where that is alone; `weight`
+    is that of additive attention, contiguous.
     """
+    if bias is not None and keep is None and not plan.has_bias:
+        bias, keep = None, bias
     if out is None:
         out = np.empty(plan.out_shape, plan.storage)
     lse = np.empty(plan.out_shape[:-1], plan.real) if return_lse else None
