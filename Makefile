@@ -32,7 +32,7 @@ guide: $(STAMP)/guide
 # all of it on two cores: what is tested of CUDA, mostly in a simulator, with other libraries, of layers, of what is
 # shown and of what is packed has a process of its own, as nothing there depends on how long it takes; its report comes
 # at the end
-BESIDE := tests/cuda tests/integrations tests/layers tests/guide tests/demo \
+BESIDE := tests/cuda tests/integrations tests/layers tests/guide tests/demo tests/plot \
     tests/test_examples_models.py tests/test_examples_text.py tests/test_packaging.py
 
 # NumPy and PyTorch multiply with threads that spin while they wait, which is most of what they would do where two
