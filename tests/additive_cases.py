@@ -82,7 +82,7 @@ def additive_calls(draw: st.DrawFn, odd: bool = False, any_layout: bool = True) 
     problem, _ = describe_additive(*arrays, weight, **options)
     kinds = (None, *MASKS)
     mask, described_mask = draw(masks_of(rng, problem.weights_shape, kinds, dtypes=(np.float16, np.float32, dtype)))
-    options |= draw(score_options(problem.batch, problem.queries, problem.keys, options["is_causal"]))
+    options |= draw(score_options(problem, options["is_causal"]))
     names = [draw(layouts) if any_layout else "contiguous" for _ in range(5)]
     *arrays, weight, mask = (
         each(partial(laid_out, layout=name), array) for array, name in zip((*arrays, weight, mask), names, strict=True)

@@ -456,38 +456,37 @@ MUTATIONS = (
         "cpu/kernels/scores.py",
         "tile_store(tile_load(tile.single, grads, 0) * slope, grads, 0)",
         "tile_store(tile_load(tile.single, grads, 0), grads, 0)",
-        ("api/test_backward.py", "test_pytorch_differentiates_by_softcaps_windows_and_pairs_of_masks and cpu"),
+        ("api/test_backward.py", "test_pytorch_differentiates_by_softcaps_windows_slopes_and_pairs_of_masks and cpu"),
     ),
     Mutation(
         "the gradient of a mask has the slope of the softcap",
         "cpu/kernels/backward.py",
         'if kernel.work == "mask_gradient":',
         'if kernel.work == "nothing":',
-        ("api/test_backward.py", "test_pytorch_differentiates_by_softcaps_windows_and_pairs_of_masks and cpu"),
+        ("api/test_backward.py", "test_pytorch_differentiates_by_softcaps_windows_slopes_and_pairs_of_masks and cpu"),
     ),
     Mutation(
         "additive: the slope of a softcap is left out",
         "cpu/kernels/additive_terms.py",
         "slope = slope * descent",
         "slope = slope * 1.0",
-        ("api/test_additive_backward.py", "test_autograd_agrees_on_windows_lengths_and_softcaps"),
+        ("api/test_additive_backward.py", "test_autograd_agrees_on_windows_lengths_softcaps_and_slopes"),
     ),
     Mutation(
         "a softcap holds what a mask has been added to as well",
         "cpu/kernels/scores.py",
-        "square_of(tile, kind, itemsize, at, row, column, rows, columns, buffer))\n",
-        "square_of(tile, kind, itemsize, at, row, column, rows, columns, buffer))\n"
-        "            square, _ = capped(tile, plan, square)\n",
+        "            square = add_bias(tile, square, bias)\n",
+        "            square, _ = capped(tile, plan, add_bias(tile, square, bias))\n",
         ("test_semantics.py", "test_a_softcap_comes_after_the_scale_and_before_a_mask and cpu"),
     ),
     Mutation(
         "reference: a softcap comes after the mask",
         "call/scores.py",
+        "        return raw + added",
         "        if self.softcap is not None:\n"
-        "            raw = self.softcap * np.tanh(raw / self.softcap)\n"
-        "        return raw if bias is None else raw + saturated(bias, real).astype(raw.dtype)",
-        "        raw = raw if bias is None else raw + saturated(bias, real).astype(raw.dtype)\n"
-        "        return raw if self.softcap is None else self.softcap * np.tanh(raw / self.softcap)",
+        "            raw = self.softcap * np.arctanh(raw / self.softcap)\n"
+        "            return self.softcap * np.tanh((raw + added) / self.softcap)\n"
+        "        return raw + added",
         ("test_semantics.py", "test_a_softcap_comes_after_the_scale_and_before_a_mask and reference"),
     ),
     Mutation(
@@ -510,6 +509,48 @@ MUTATIONS = (
         "        own_view(own).offset, own_view(own).keys, own,\n",
         "        own_view(call.plan + 32).offset, own_view(own).keys, own,\n",
         ("api/test_backward.py", "test_many_blocks_of_intervals and 197 and float32 and bool and not softcap"),
+    ),
+    Mutation(
+        "slopes of ALiBi count from where keys are, not from where queries stand",
+        "cpu/kernels/scores.py",
+        "away = absolute(distance + (head.offset + query - key) * 1.0)",
+        "away = absolute(distance + (query - key) * 1.0)",
+        ("test_semantics.py", "test_alibi_goes_by_positions and cpu"),
+    ),
+    Mutation(
+        "what a slope takes off may become infinite",
+        "cpu/kernels/scores.py",
+        "linear = saturate(tile, away * -slope)",
+        "linear = away * -slope",
+        ("test_semantics.py", "test_a_slope_is_any_finite_number and cpu"),
+    ),
+    Mutation(
+        "a slope is forgotten where a mask lies as scores do",
+        "cpu/kernels/scores.py",
+        "plan.right_bound or slope != 0.0)",
+        "plan.right_bound)",
+        ("test_semantics.py", "test_alibi_takes_a_slope and cpu"),
+    ),
+    Mutation(
+        "reference: of a slope the side counts",
+        "call/scores.py",
+        "distance = np.abs(places.query",
+        "distance = np.asarray(places.query",
+        ("test_semantics.py", "test_alibi_takes_a_slope and reference"),
+    ),
+    Mutation(
+        "weights of chosen rows know no slopes",
+        "call/scores.py",
+        'return self.bounded or "slope" in self.own',
+        "return self.bounded",
+        ("api/test_weights.py", "test_what_is_chosen_keeps_its_interval"),
+    ),
+    Mutation(
+        "CUDA: slopes count from the first query",
+        "cuda/kernels/scores.py",
+        "abs(head.offset + real(query - key))",
+        "abs(real(query - key))",
+        ("cuda/test_options.py", "test_each_option_both_ways and slopes and positions"),
     ),
     Mutation(
         "of a pair of masks only the floating one hides",

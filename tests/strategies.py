@@ -15,6 +15,7 @@ import numpy as np
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from fastattn.call.problem import Problem
 from fastattn.call.shapes import describe
 
 Array = NDArray[Any]
@@ -263,6 +264,7 @@ MASKS = ("bool", "bool, few rows", "padding", "float", "float, -inf", "float, lo
 #: None, mostly: a call with all options at once says little of any of them.
 rarely = st.sampled_from((False, False, True))
 softcaps = st.sampled_from((0.25, 1, 5.0, 30, 50.0, 1e4))
+slopes = st.sampled_from((0.0, 2.0**-8, 0.1, 1.0, 30.0, -0.05, 1e300))
 HUGE = 10**30  # beyond every integer of NumPy's
 
 
@@ -294,8 +296,18 @@ def key_lengths(draw: st.DrawFn, batch: tuple[int, ...], keys: int) -> Array:
 
 
 @st.composite
-def score_options(draw: st.DrawFn, batch: tuple[int, ...], queries: int, keys: int, is_causal: Any) -> dict[str, Any]:
-    """Draw some of window, query_offset, key_lengths and softcap, as go together with `is_causal`."""
+def alibi_slopes(draw: st.DrawFn, batch: tuple[int, ...], heads: int) -> Array:
+    """Draw slopes of ALiBi: for each head, or each head of each row of a batch, or one for all."""
+    shape = draw(_broadcasting((*batch, heads)))
+    found = np.array([draw(slopes) for _ in range(int(np.prod(shape)))]).reshape(shape)
+    dtype = draw(st.sampled_from((np.float64, np.float32)))
+    return np.minimum(found, np.finfo(dtype).max).astype(dtype)
+
+
+@st.composite
+def score_options(draw: st.DrawFn, problem: Problem, is_causal: Any) -> dict[str, Any]:
+    """Draw some of window, query_offset, key_lengths, softcap and alibi_slopes, as go together with `is_causal`."""
+    batch, queries, keys = problem.batch, problem.queries, problem.keys
     options: dict[str, Any] = {}
     if draw(rarely):
         options["window"] = draw(windows(keys))
@@ -305,6 +317,8 @@ def score_options(draw: st.DrawFn, batch: tuple[int, ...], queries: int, keys: i
         options["key_lengths"] = draw(key_lengths(batch, keys))
     if draw(rarely):
         options["softcap"] = draw(softcaps)
+    if draw(rarely):
+        options["alibi_slopes"] = draw(alibi_slopes(batch, problem.heads))
     return options
 
 
@@ -369,8 +383,8 @@ def calls(
     small
         Whether all axes are short.
     further
-        Whether queries have windows, offsets and lengths, scores a softcap, and masks come in pairs; not if small,
-        unless asked for.
+        Whether queries have windows, offsets and lengths, scores a softcap and slopes, and masks come in pairs; not if
+        small, unless asked for.
     """
     query_shape, key_shape, value_shape, enable_gqa = draw(shapes(empty=empty, small=small))
     dtype = draw(DTYPES)
@@ -389,7 +403,7 @@ def calls(
     problem, _ = describe(arrays[0], arrays[1], arrays[2], **options)
     mask, described_mask = draw(masks_of(rng, problem.weights_shape, masks, further))
     if further:
-        options |= draw(score_options(problem.batch, problem.queries, problem.keys, options["is_causal"]))
+        options |= draw(score_options(problem, options["is_causal"]))
     if dropout:
         options["dropout_p"] = draw(st.sampled_from((0.1, 0.5, 0.9, 1, 2**-20)))
         options["rng"] = draw(st.integers(0, 2**64 - 1))

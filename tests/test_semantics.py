@@ -340,6 +340,97 @@ def test_what_was_asked_for_comes_back_in_order(attention: Attention) -> None:
     assert [array.shape for array in everything] == [out.shape, *shapes.values()]
 
 
+def away(queries: int, keys: int, offset: Any = 0) -> Array:
+    """Return how many positions each key is away from each query."""
+    return np.abs(np.arange(queries)[:, None] + offset - np.arange(keys))
+
+
+@dtypes
+@lengths
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_alibi_takes_a_slope_for_each_position_between_after_softcap_and_mask(
+    attention: Attention, dtype: Any, length: tuple[int, int], softcap: float | None
+) -> None:
+    query, key, value = inputs(length, dtype=dtype)
+    slopes = np.array([0.5, 2.0**-8])
+    scores = 1.5 * (query.astype(np.float64) @ key.astype(np.float64).swapaxes(-1, -2))
+    scores = scores if softcap is None else softcap * np.tanh(scores / softcap)
+    scores = scores - slopes[:, None, None] * away(*length)
+    for bias in (None, normal(2, *length, seed=4)):
+        biased = scores + (0 if bias is None else bias)
+        weights = np.exp(biased - biased.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        options: dict[str, Any] = {"scale": 1.5, "softcap": softcap, "alibi_slopes": slopes}
+        results = tolerances.check_call(attention, query, key, value, bias, **options)
+        close(results[0], weights @ value, dtype)
+        close(results[2], weights, dtype)
+        close(results[1], np.log(np.exp(biased).sum(-1)), dtype)
+
+
+@dtypes
+@pytest.mark.parametrize(
+    ("options", "offsets"),
+    [
+        ({"query_offset": 30}, [30, 30]),
+        ({"query_offset": -200}, [-200, -200]),
+        ({"query_offset": [5, -3], "window": (20, 4)}, [5, -3]),
+        ({"is_causal": "bottom-right"}, [90, 90]),
+        ({"is_causal": "bottom-right", "key_lengths": [130, 51]}, [90, 11]),
+        ({"key_lengths": [130, 51]}, [0, 0]),
+    ],
+    ids=str,
+)
+def test_alibi_goes_by_positions(attention: Attention, dtype: Any, options: Any, offsets: list[int]) -> None:
+    query, key, value = inputs((40, 130), (2, 3), dtype=dtype)
+    slopes = np.array([0.5, 0.0, -0.125])
+    bias = -slopes[:, None, None] * np.stack([away(40, 130, offset) for offset in offsets])[:, None]
+    results = tolerances.check_call(attention, query, key, value, alibi_slopes=slopes, **options)
+    wanted = attention(query, key, value, bias, **options, return_lse=True, return_weights=True)
+    for got, want in zip(results, wanted, strict=True):
+        np.testing.assert_allclose(got, want, rtol=100 * np.finfo(dtype).eps, atol=100 * np.finfo(dtype).eps)
+
+
+def test_alibi_slopes_are_one_for_each_query_head(attention: Attention) -> None:
+    """Or for each of each row of the batch; of a group of heads each has its own."""
+    query, key, value = normal(2, 6, 40, 16), normal(2, 2, 70, 16, seed=2), normal(2, 2, 70, 16, seed=3)
+    slopes = np.abs(normal(2, 6, seed=4))
+    for given in (slopes, slopes[0], slopes[:, :1], slopes[0, 0], slopes.astype(np.float16), (slopes[0] * 9).tolist()):
+        whole = tolerances.check_call(attention, query, key, value, enable_gqa=True, alibi_slopes=given)
+        own = np.broadcast_to(given, (2, 6))
+        for b in range(2):
+            for h in range(6):
+                arrays = query[b, h], key[b, h // 3], value[b, h // 3]
+                np.testing.assert_array_equal(whole[0][b, h], attention(*arrays, alibi_slopes=own[b, h]))
+
+
+@dtypes
+@pytest.mark.parametrize("slope", [0, 5e-324, 1e-40, 1e-8, np.float32(0.7), 1e30, 3e38, -3e38, 1e300, -1.7e308])
+@pytest.mark.parametrize("offset", [0, 1, 1000, 2**62], ids=str)
+def test_a_slope_is_any_finite_number(attention: Attention, dtype: Any, slope: Any, offset: int) -> None:
+    query, key, value = inputs((50, 70), dtype=dtype)
+    options: dict[str, Any] = {"alibi_slopes": [slope, 0.5], "query_offset": offset}
+    out, lse, weights = tolerances.check_call(attention, query, key, value, **options)
+    assert np.isfinite(lse).all()
+    if float(slope) >= 1e30 and offset == 0:
+        np.testing.assert_array_equal(weights[0], np.eye(50, 70))
+        close(out[0], value[0, :50], dtype)
+    if float(slope) >= 1e300 and offset > 70 and dtype == np.float32:  # as a mask that is finfo.min throughout
+        close(out[0], np.broadcast_to(value[0].mean(0), (50, 16)), dtype)
+
+
+def test_slopes_do_not_make_a_hidden_key_seen(attention: Attention) -> None:
+    query, key, value = inputs((50, 70))
+    key[:, 60:], value[:, 60:] = NAN, INF
+    mask = np.arange(70) < 60
+    for slope in (0.25, 1e300, -1e300):
+        for given in (mask, np.where(mask, 0, -INF)):
+            results = tolerances.check_call(attention, query, key, value, given, alibi_slopes=slope)
+            assert np.isfinite(results[0]).all()
+            assert not results[2][..., 60:].any()
+            alone = attention(query, key[:, :60], value[:, :60], alibi_slopes=slope)
+            np.testing.assert_allclose(results[0], alone, rtol=0, atol=2e-6)
+
+
 # -- positions ---------------------------------------------------------------------------------------------------------
 
 
@@ -608,7 +699,7 @@ NO_KEY = [
 @pytest.mark.parametrize("options", NO_KEY, ids=str)
 def test_an_empty_interval_is_zero(backend: str, attention: Attention, dtype: Any, options: dict[str, Any]) -> None:
     query, key, value = inputs((60, 70), (1, 2), dtype=dtype)
-    for further in ({}, {"softcap": 3.0}):
+    for further in ({}, {"softcap": 3.0}, {"alibi_slopes": [0.25, 1e300]}):
         results = tolerances.check_call(attention, query, key, value, **options, **further)
         assert_empty(results, slice(3))
         assert np.isfinite(results[1][..., 3:]).all()
@@ -625,7 +716,7 @@ def test_an_empty_interval_is_zero(backend: str, attention: Attention, dtype: An
     [
         {"key_lengths": 0},
         {"key_lengths": [0, 0], "softcap": 2.0},
-        {"window": (5, 5), "query_offset": 76},
+        {"window": (5, 5), "query_offset": 76, "alibi_slopes": [1, 2, 3]},
         {"window": (None, 5), "query_offset": -66},
         {"window": (5, None), "query_offset": [75, 10**9]},
         {"is_causal": True, "query_offset": -60},
@@ -1257,13 +1348,15 @@ def test_inputs_are_never_written_to(attention: Attention, layout: str) -> None:
 
 def test_masks_offsets_and_lengths_are_never_written_to(attention: Attention) -> None:
     query, key, value = inputs((33, 70), (2, 1))
-    given = [normal(33, 70), normal(33, 70) > 0, np.array([3, 70]), np.array([1, 50]), np.array([-3, 2**63 - 1])]
+    given = [normal(33, 70), normal(33, 70) > 0, np.array([0.5]), np.array([3, 70]), np.array([1, 50])]
+    given += [np.array([-3, 2**63 - 1])]
     for array in given:
         array.flags.writeable = False
     before = [array.tobytes() for array in given]
-    bias, keep, *numbers = given
+    bias, keep, slopes, *numbers = given
     for offsets in numbers[1:]:
         options: Any = {"key_lengths": numbers[0], "query_offset": offsets, "window": (30, 2), "softcap": 2.0}
+        options["alibi_slopes"] = slopes
         attention(query, key, value, (bias, keep), **options, return_lse=True, return_weights=True)
     assert [array.tobytes() for array in given] == before
 
@@ -1354,6 +1447,7 @@ def test_no_call_warns(attention: Attention) -> None:
                 for window in (None, (3, 5), (10**30, 0)):
                     options: Any = {"softcap": softcap, "window": window, "query_offset": np.int64(2**63 - 1)}
                     attention(*arrays, **options, key_lengths=33, return_lse=True, return_weights=True)
+                    attention(*arrays, **options, alibi_slopes=-1e300, return_lse=True, return_weights=True)
         # a signalling NaN, which NumPy itself warns of when it is cast
         signalling = np.full((60, 5), 0x7FA00000, np.uint32).view(np.float32)
         attention(signalling, np.zeros((60, 5)), np.zeros((60, 5)), np.zeros(60, np.float32))
@@ -1376,6 +1470,7 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"is_causal": "bottom-right", "scale": -0.3},
     {"window": (70, 5), "query_offset": 9},
     {"window": (50, None), "is_causal": True, "softcap": 3.0},
+    {"alibi_slopes": 0.125, "window": (300, None)},
     {"dropout_p": 0.3, "rng": 3},
 )
 SHAPES = (((2, 6), (2, 2), (1, 130)), ((3, 4), (3, 4), (65, 300)), ((1, 2), (1, 1), (600, 700)))

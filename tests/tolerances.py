@@ -9,7 +9,7 @@ score. Then:
   near. The first is the promise for results, the second what a log-sum-exp or a single weight is held to. Where a
   floating mask is added, the sum is rounded once more, at the size of the mask: A of a row grows by the largest |mask|
   among the keys that have a weight there. (A mask of -1e9 next to others of 0 costs nothing: keys under it have no
-  weight that could be wrong.)
+  weight that could be wrong.) What a slope of ALiBi takes off, a product that is rounded itself, counts twice.
 - A weight is w = exp(s - lse), so its error is w times that of s - lse, and a constant number of roundings for exp, the
   sum and the division: eps · (8 + A), as w ≤ 1.
 - The result is Σ w v with Σ w = 1: the errors of the weights sum to the same, times the largest value. Hence
@@ -48,6 +48,7 @@ from fastattn import reference
 from fastattn.call.arrays import as_additive_operands, as_operands
 from fastattn.call.problem import Operands, Problem
 from fastattn.call.seeds import seed_from
+from fastattn.call.selection import places_of
 from fastattn.call.shapes import describe, describe_additive
 from fastattn.call.upstream import Upstream, bias_of, folded
 
@@ -103,11 +104,9 @@ def expected(
             largest_score = float(np.abs(weight[np.isfinite(weight)], dtype=np.float64).sum())
             terms = ADDITIVE_ROUNDINGS * largest_score
         size: Any = ROUNDINGS + error_of_score(problem, terms, largest_score)
-        if operands.bias is not None:
-            # not finite: the row is not finite either, or the key has no part in it
-            counts = (undropped > eps**2) & np.isfinite(operands.bias).reshape(undropped.shape)
-            masks = np.where(counts, np.abs(operands.bias, dtype=np.float64).reshape(counts.shape), 0)
-            size = size + np.minimum(masks, np.finfo(problem.real).max).max(axis=-1, initial=0)
+        if problem.scores.adds:
+            added = np.where(undropped > eps**2, size_of_added(problem, operands).reshape(undropped.shape), 0)
+            size = size + added.max(axis=-1, initial=0)
         size = np.broadcast_to(size, problem.lse_shape)
         out_bound = eps * size * max(1.0, problem.keep_scale) * max(1.0, largest(operands.value))
         worst = terms * max(1.0, problem.head_dim / 2)
@@ -136,6 +135,24 @@ def score_size(query: Array, key: Array, scale: float) -> float:
     """Return A, the largest Σ|q||k| · |scale| of the finite values."""
     query, key = (np.abs(np.where(np.isfinite(array), array, 0), dtype=np.float64) for array in (query, key))
     return float((query @ key.swapaxes(-1, -2)).max(initial=0) * abs(scale))
+
+
+def size_of_added(problem: Problem, operands: Operands) -> Array:
+    """Return the size of what is added to each score, 0 where that is not finite.
+
+    There the row is not finite either, or the key has no part in it. The sum is as wrong as each of its terms: the
+    mask, and twice what ALiBi takes off.
+    """
+    size = np.zeros((*problem.rows_shape, problem.queries, problem.keys))
+    limit = float(np.finfo(problem.real).max)
+    if operands.bias is not None:
+        bias = np.abs(operands.bias, dtype=np.float64)
+        size += np.where(np.isfinite(bias), np.minimum(bias, limit), 0)
+    if "slope" in problem.scores.own:
+        places = places_of(problem, operands, range(problem.queries), range(problem.keys))
+        distance = np.abs(places.query + places.head["offset"] - places.key)
+        size += np.minimum(2 * np.abs(places.head["slope"] * distance), limit)
+    return size
 
 
 def error_of_score(problem: Problem, terms: float, largest_score: float) -> float:
@@ -343,7 +360,7 @@ def expected_gradients(
         of_raw = largest_score * max(1.0, problem.head_dim / 2)
         slope, blur = slope_of_score(problem, operands, of_raw)
         terms = error_of_score(problem, of_raw, largest_score)
-        largest_mask = 0.0 if operands.bias is None else largest(operands.bias)
+        largest_mask = size_of_added(problem, operands).max(initial=0)
         # of one weight, whatever is multiplied by it
         row = np.where(np.isfinite(upstream.lse), np.abs(upstream.lse), 0)[..., None].astype(np.float64)
         row = 2 * ROUNDINGS + terms + row + np.minimum(largest_mask, row + terms)

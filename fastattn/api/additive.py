@@ -36,6 +36,7 @@ def additive_attention(
     query_offset: ArrayLike | None = None,
     key_lengths: ArrayLike | None = None,
     softcap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
     return_lse: bool = False,
     return_weights: bool = False,
     out: NDArray[Any] | None = None,
@@ -60,7 +61,7 @@ def additive_attention(
         a tuple (bias, keep).
     is_causal : bool or "bottom-right"
         True: query i looks at the keys up to i. "bottom-right": up to i + Lk - Lq, as in decoding.
-    window, query_offset, key_lengths, softcap : optional
+    window, query_offset, key_lengths, softcap, alibi_slopes : optional
         As in `fastattn.attention`.
     return_lse : bool
         Return the natural logarithm of the sum of exp(score) over the keys as well.
@@ -112,6 +113,7 @@ def additive_attention(
         return_weights is False
         and (backend is None or backend == "cpu")
         and key_lengths is None  # a signature has no numbers of an array
+        and alibi_slopes is None
         and (query_offset is None or not isinstance(query_offset, np.ndarray))
     ):
         mask, keep = masks_in(attn_mask) if isinstance(attn_mask, tuple) else (attn_mask, None)
@@ -131,6 +133,7 @@ def additive_attention(
         "query_offset": query_offset,
         "key_lengths": key_lengths,
         "softcap": softcap,
+        "alibi_slopes": alibi_slopes,
     }
     call = (query, key, value, weight, attn_mask, is_causal)
     check_backend(backend, BACKENDS)

@@ -38,6 +38,7 @@ def attention(
     query_offset: ArrayLike | None = None,
     key_lengths: ArrayLike | None = None,
     softcap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
     return_lse: bool = False,
     return_weights: bool = False,
     rng: Rng | None = None,
@@ -78,6 +79,9 @@ def attention(
         How many of its keys each row of the batch has; what lies behind is padding, and is not read.
     softcap : float, optional
         Scores become softcap · tanh(score / softcap) before a mask is added.
+    alibi_slopes : array_like of real numbers, shape (Hq,), optional
+        What a score loses for each position that its key is away from the query, by heads: attention with linear biases
+        [3]_. One for each head of each row of the batch broadcasts to the axes before the length.
     return_lse : bool
         Return the natural logarithm of the sum of exp(score) over the keys as well.
     return_weights : bool
@@ -121,6 +125,8 @@ def attention(
     .. [1] Vaswani et al., "Attention is all you need", 2017, arXiv 1706.03762.
     .. [2] Dao et al., "FlashAttention: fast and memory-efficient exact attention with IO-awareness", 2022,
        arXiv 2205.14135.
+    .. [3] Press, Smith and Lewis, "Train short, test long: attention with linear biases enables input length
+       extrapolation", 2021, arXiv 2108.12409.
 
     Examples
     --------
@@ -139,6 +145,7 @@ def attention(
         return_weights is False
         and (backend is None or backend == "cpu")
         and key_lengths is None  # a signature has no numbers of an array
+        and alibi_slopes is None
         and (query_offset is None or not isinstance(query_offset, np.ndarray))
     ):
         mask, keep = masks_in(attn_mask) if isinstance(attn_mask, tuple) else (attn_mask, None)
@@ -164,6 +171,7 @@ def attention(
         "query_offset": query_offset,
         "key_lengths": key_lengths,
         "softcap": softcap,
+        "alibi_slopes": alibi_slopes,
     }
     call = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     wanted: Any = {"return_lse": return_lse, "return_weights": return_weights, "rng": rng, "out": out}

@@ -41,6 +41,7 @@ def attention_backward(
     query_offset: ArrayLike | None = None,
     key_lengths: ArrayLike | None = None,
     softcap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
     rng: Rng | None = None,
     grad_lse: ArrayLike | None = None,
     grad_mask: bool = False,
@@ -56,7 +57,7 @@ def attention_backward(
         The gradient of a number, usually a loss, by the result of attention.
     query, key, value : array_like
         What attention was given; so are attn_mask, dropout_p, is_causal, scale, enable_gqa, window, query_offset,
-        key_lengths and softcap.
+        key_lengths, softcap and alibi_slopes.
     out : array_like, shape (..., Hq, Lq, Dv)
         What attention returned.
     lse : array_like, shape (..., Hq, Lq)
@@ -114,6 +115,7 @@ def attention_backward(
         "query_offset": query_offset,
         "key_lengths": key_lengths,
         "softcap": softcap,
+        "alibi_slopes": alibi_slopes,
     }
     backend = backend_of_attention(backend, grad_out, query, key, value, out, lse, attn_mask, grad_lse)
     call = (grad_out, query, key, value, out, lse, attn_mask, dropout_p, is_causal, scale, enable_gqa)
@@ -178,6 +180,7 @@ def additive_attention_backward(
     query_offset: ArrayLike | None = None,
     key_lengths: ArrayLike | None = None,
     softcap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
     backend: str | None = None,
 ) -> tuple[NDArray[Any], ...]:
     """Gradients of `fastattn.additive_attention` by its arguments.
@@ -187,7 +190,8 @@ def additive_attention_backward(
     grad_out : array_like, shape (..., Lq, Dv)
         The gradient of a number, usually a loss, by the result of attention.
     query, key, value, weight : array_like
-        What attention was given; so are attn_mask, is_causal, window, query_offset, key_lengths and softcap.
+        What attention was given; so are attn_mask, is_causal, window, query_offset, key_lengths,
+        softcap and alibi_slopes.
     out : array_like, shape (..., Lq, Dv)
         What attention returned.
     lse : array_like, shape (..., Lq)
@@ -235,6 +239,7 @@ def additive_attention_backward(
         "query_offset": query_offset,
         "key_lengths": key_lengths,
         "softcap": softcap,
+        "alibi_slopes": alibi_slopes,
     }
     call = (grad_out, query, key, value, weight, out, lse, attn_mask, is_causal)
     check_backend(backend, BACKENDS)

@@ -50,6 +50,7 @@ def attention_weights(
     query_offset: ArrayLike | None = None,
     key_lengths: ArrayLike | None = None,
     softcap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
     rows: Choice = None,
     columns: Choice = None,
     lse: ArrayLike | None = None,
@@ -67,7 +68,7 @@ def attention_weights(
     is_causal : bool or "bottom-right"
     scale : float, optional
     enable_gqa : bool
-    window, query_offset, key_lengths, softcap : optional
+    window, query_offset, key_lengths, softcap, alibi_slopes : optional
     rows, columns : int, slice or array_like with one axis, optional
         Which queries and which keys, as in indexing a NumPy array: integers in any order, negative ones counted from
         the end, or booleans. None is all. An int keeps its axis, with length 1.
@@ -112,6 +113,7 @@ def attention_weights(
         "query_offset": query_offset,
         "key_lengths": key_lengths,
         "softcap": softcap,
+        "alibi_slopes": alibi_slopes,
     }
     call = (query, key, attn_mask, is_causal, scale, enable_gqa)
     check_backend(backend, BACKENDS)
@@ -202,6 +204,7 @@ def attention_summary(
     query_offset: ArrayLike | None = None,
     key_lengths: ArrayLike | None = None,
     softcap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
     top_k: int = 8,
     backend: str | None = None,
 ) -> AttentionSummary:
@@ -216,7 +219,7 @@ def attention_summary(
     is_causal : bool or "bottom-right"
     scale : float, optional
     enable_gqa : bool
-    window, query_offset, key_lengths, softcap : optional
+    window, query_offset, key_lengths, softcap, alibi_slopes : optional
     top_k : int
         How many of its greatest weights to return for each query; 0 is allowed, and so is more than there are keys.
     backend : {None, "cpu", "reference"}
@@ -266,6 +269,7 @@ def attention_summary(
         "query_offset": query_offset,
         "key_lengths": key_lengths,
         "softcap": softcap,
+        "alibi_slopes": alibi_slopes,
     }
     call = (query, key, attn_mask, is_causal, scale, enable_gqa)
     check_backend(backend, BACKENDS)

@@ -1,4 +1,4 @@
-"""What a user may say of scores, checked: causality, scale, softcap, window, offset and lengths."""
+"""What a user may say of scores, checked: causality, scale, softcap, window, offset, lengths and slopes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TypedDict
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fastattn.call.advice import said
+from fastattn.call.advice import said, to_convert
 from fastattn.call.arrays import as_array
 from fastattn.call.broadcasting import check_broadcasts
 from fastattn.call.options import check_causal, check_scale, is_real
@@ -26,6 +26,7 @@ class FurtherOptions(TypedDict, total=False):
     query_offset: ArrayLike | None
     key_lengths: ArrayLike | None
     softcap: float | None
+    alibi_slopes: ArrayLike | None
 
 
 class ScoreOptions(FurtherOptions, total=False):
@@ -66,6 +67,7 @@ def scores_from(
     left, right = check_window(options.get("window"))
     lengths = _as_lengths(options.get("key_lengths"), batch, keys)
     offset, offsets = _as_offset(options.get("query_offset"), batch)
+    slopes = _as_slopes(options.get("alibi_slopes"), batch, heads)
     if causal == "bottom-right":
         if options.get("query_offset") is not None:
             raise ValueError("query_offset: given together with is_causal='bottom-right', which sets it; expected None")
@@ -75,9 +77,9 @@ def scores_from(
     first, offset = offset, held(offset)
     left = None if left is None else offset - held(first - left)
     right = None if right is None else held(first + right) - offset
-    if left is None and right is None:  # nothing depends on where queries stand
+    if left is None and right is None and slopes is None:  # nothing depends on where queries stand
         offset, offsets = 0, None
-    given = {"offset": offsets, "keys": lengths}
+    given = {"offset": offsets, "keys": lengths, "slope": slopes}
     own = {name: numbers for name, numbers in given.items() if numbers is not None}
     scores = Scores(
         scale=(1.0 / math.sqrt(head_dim) if head_dim else 1.0) if scale is None else scale,
@@ -187,6 +189,21 @@ def _as_offset(given: ArrayLike | None, batch: Shape) -> tuple[int, Array | None
     if offsets.dtype.kind == "u":
         offsets = np.minimum(offsets, FARTHEST)
     return 0, _of_rows(offsets.astype(np.int64).clip(-FARTHEST, FARTHEST), batch)
+
+
+def _as_slopes(given: ArrayLike | None, batch: Shape, heads: int) -> Array | None:
+    """Return the slope of each head of each row of a batch."""
+    if given is None:
+        return None
+    slopes = as_array("alibi_slopes", given)
+    if slopes.dtype.kind not in "fiu" or slopes.dtype.itemsize > 8:
+        narrow = to_convert("alibi_slopes", slopes.dtype, given) if slopes.dtype.kind == "V" else ""
+        raise TypeError(f"alibi_slopes: dtype {slopes.dtype}; expected real numbers, one for each query head{narrow}")
+    check_broadcasts("alibi_slopes", slopes.shape, (*batch, heads), "the query heads")
+    slopes = slopes.astype(np.float64)
+    if not np.isfinite(slopes).all():
+        raise ValueError(f"alibi_slopes: {slopes[~np.isfinite(slopes)][0]} is among them; expected finite numbers")
+    return np.broadcast_to(slopes, (*batch, heads)).reshape(math.prod(batch), heads)
 
 
 def _as_integers(name: str, given: ArrayLike, batch: Shape) -> Array:

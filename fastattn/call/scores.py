@@ -5,6 +5,7 @@ In this order, as docs/semantics.md has it:
     score = scale · (query · key)
     score = softcap · tanh(score / softcap)          with a softcap
     score = score + bias                             under a floating mask
+    score = score - slope · |position - j|           with ALiBi slopes, one for each query head
     score = -inf                                     where one of these says no: a boolean mask, the interval
 
 Query i stands at the position i + offset, key j at j. Causality, windows and the lengths of sequences leave a query one
@@ -23,8 +24,9 @@ from fastattn.call.rounding import saturated
 
 __all__ = ["FARTHEST", "HEAD", "Places", "Scores", "Span"]
 
-#: What a query head of a row of the batch may have of its own: the position of query 0, and the number of keys.
-HEAD = np.dtype([("offset", np.int64), ("keys", np.int64)])
+#: What a query head of a row of the batch may have of its own: the position of query 0, the number of keys, and the
+#: slope of ALiBi.
+HEAD = np.dtype([("offset", np.int64), ("keys", np.int64), ("slope", np.float64)])
 
 #: No position is farther from the keys: what is beyond is at least as far as any key.
 FARTHEST = 1 << 60
@@ -89,12 +91,12 @@ class Scores:
     @property
     def adds(self) -> bool:
         """Whether something is added to scores."""
-        return self.bias
+        return self.bias or "slope" in self.own
 
     @property
     def placed(self) -> bool:
         """Whether what happens to a score depends on where its query and key stand."""
-        return self.bounded
+        return self.bounded or "slope" in self.own
 
     @property
     def bounded(self) -> bool:
@@ -126,15 +128,23 @@ class Scores:
     def _reach(self) -> tuple[int, int]:
         return tuple(UNBOUNDED if reach is None else reach for reach in (self.left, self.right))  # type: ignore[return-value]
 
-    def value(self, raw: Any, bias: NDArray[Any] | None, real: np.dtype[Any], places: Places | None = None) -> Any:
+    def value(self, raw: Any, bias: NDArray[Any] | None, real: np.dtype[Any], places: Any = None) -> Any:
         """Return what becomes of scale · (query · key), before anything is hidden.
 
-        The bias counts as the dtype `real` has it, of which no finite number is infinite. `places` may be None where
-        nothing depends on them.
+        The bias counts as the dtype `real` has it, of which no finite number is infinite. `places` are
+        `Places`, or None where nothing depends on them.
         """
         if self.softcap is not None:
             raw = self.softcap * np.tanh(raw / self.softcap)
-        return raw if bias is None else raw + saturated(bias, real).astype(raw.dtype)
+        if not self.adds:
+            return raw
+        added = np.zeros(1, raw.dtype) if bias is None else saturated(bias, real).astype(raw.dtype)
+        if "slope" in self.own:
+            limit = np.finfo(real).max
+            distance = np.abs(places.query + places.head["offset"] - places.key).astype(raw.dtype)
+            away = np.clip(np.clip(places.head["slope"], -limit, limit).astype(raw.dtype) * distance, -limit, limit)
+            added = np.where(np.isinf(added), added, np.clip(added - away, -limit, limit))
+        return raw + added
 
     def slope(self, raw: Any) -> Any:
         """Return the derivative of `value` by `raw`."""

@@ -26,6 +26,7 @@ __all__ = ["attention"]
 
 ARRAYS = (jax.Array, np.ndarray, np.generic)
 OPERANDS = ("query", "key", "value")
+SOURCES = (*OPERANDS, "bias")  # of gradients
 Array: TypeAlias = Any  # JAX's types are not known where it is not installed
 
 #: What a compiled program is given from call to call: operands, a floating mask as `bias`, a boolean one as `keep`, and
@@ -69,7 +70,8 @@ def attention(
         Return the natural logarithm of the sum of exp(score) over the keys as well. It is differentiable, too.
     **options
         What `fastattn.attention` takes by keyword: ``window=(left, right)``, ``query_offset``, an int or an array of
-        integers, ``key_lengths``, an array of integers, and ``softcap``. Arrays may be traced.
+        integers, ``key_lengths``, an array of integers, ``softcap``, and ``alibi_slopes``, an array, by which there is
+        no gradient. Arrays may be traced.
 
     Returns
     -------
@@ -186,15 +188,26 @@ def _attention(wanted: int, told: Told, arrays: Arrays) -> tuple[Array, ...]:
     return _computed(told, arrays)[:wanted]
 
 
-def _forward(wanted: int, told: Told, arrays: Arrays) -> tuple[tuple[Array, ...], tuple[Any, ...]]:
+def _forward(wanted: int, told: Told, primals: dict[str, Any]) -> tuple[tuple[Array, ...], tuple[Any, ...]]:
+    for name, primal in primals.items():
+        if primal.perturbed and name not in SOURCES and primal.value.dtype.kind == "f":
+            raise ValueError(
+                f"{name}: differentiated by, but its gradient is not computed; expected a constant, such as "
+                f"jax.lax.stop_gradient({name})"
+            )
+    arrays = {name: primal.value for name, primal in primals.items()}
     results = _computed(told, arrays)
     return results[:wanted], (arrays, *results)
 
 
-def _backward(wanted: int, told: Told, saved: tuple[Any, ...], upstream: tuple[Array, ...]) -> tuple[Arrays]:
+def _backward(wanted: int, told: Told, saved: tuple[Any, ...], cotangents: tuple[Any, ...]) -> tuple[Arrays]:
     """Return the gradients of the arrays that have some."""
     arrays, *results = saved
-    sources = [name for name in (*OPERANDS, "bias") if name in arrays]
+    upstream = [
+        jax.numpy.zeros(given.shape, given.dtype) if isinstance(given, jax.custom_derivatives.SymbolicZero) else given
+        for given in cotangents
+    ]
+    sources = [name for name in SOURCES if name in arrays]
 
     def backward(arrays: Arrays, out: Any, lse: Any, grad_out: Any, grad_lse: Any = None) -> list[Any]:
         upstream = {"grad_out": grad_out, "out": out, "lse": lse, "grad_lse": grad_lse}
@@ -205,4 +218,4 @@ def _backward(wanted: int, told: Told, saved: tuple[Any, ...], upstream: tuple[A
     return ({**dict.fromkeys(arrays), **dict(zip(sources, gradients, strict=True))},)
 
 
-_attention.defvjp(_forward, _backward)
+_attention.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -16,7 +16,7 @@ import torch
 
 from fastattn.call.score_options import FurtherOptions, check_names, check_softcap, check_window
 from fastattn.call.scores import FARTHEST
-from fastattn.integrations.tensors import check_integers
+from fastattn.integrations.tensors import check_integers, check_memory
 
 __all__ = ["KEYWORDS", "SCHEMA", "flattened", "restore"]
 
@@ -45,11 +45,23 @@ def _offset(given: Any) -> Tensor:
     return check_integers("query_offset", given)
 
 
+def _slopes(given: Any) -> Tensor:
+    """Return a tensor of slopes, which are no leaves to differentiate by; those of bfloat16 in float32."""
+    slopes = check_memory("alibi_slopes", given)
+    if slopes.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "alibi_slopes: a tensor that requires its gradient, which is not computed; expected one that does not, "
+            "such as alibi_slopes.detach()"
+        )
+    return slopes.float() if slopes.dtype is torch.bfloat16 else slopes
+
+
 KEYWORDS: dict[str, Keyword] = {
     "window": Keyword(("SymInt? left", "SymInt? right"), check_window),
     "query_offset": Keyword(("Tensor? query_offset",), _offset),
     "key_lengths": Keyword(("Tensor? key_lengths",), partial(check_integers, "key_lengths")),
     "softcap": Keyword(("float? softcap",), check_softcap),
+    "alibi_slopes": Keyword(("Tensor? alibi_slopes",), _slopes),
 }
 
 #: The operators' arguments of all of them.

@@ -63,7 +63,7 @@ def scaled_dot_product_attention(
         Grouped queries: Hq is a multiple of Hk, and query head h reads key head h // (Hq / Hk).
     **options
         What `fastattn.attention` takes by keyword: ``window=(left, right)``, ``query_offset``, an int or a tensor of
-        integers, ``key_lengths``, a tensor of integers, and ``softcap``.
+        integers, ``key_lengths``, a tensor of integers, ``softcap``, and ``alibi_slopes``, a tensor.
 
     Returns
     -------

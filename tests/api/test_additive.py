@@ -87,8 +87,9 @@ def test_a_score_by_hand() -> None:
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("queries", [1, 3, 70])
 @pytest.mark.parametrize("softcap", [None, 0.5, 4.0])
-def test_windows_lengths_softcaps_and_pairs_of_masks_by_the_formula(
-    backend: str, dtype: Any, queries: int, softcap: float | None
+@pytest.mark.parametrize("slope", [None, 0.03])
+def test_windows_lengths_softcaps_slopes_and_pairs_of_masks_by_the_formula(
+    backend: str, dtype: Any, queries: int, softcap: float | None, slope: float | None
 ) -> None:
     query, key, value, weight = rows_of_a_batch(dtype, 2, queries, 150, 24)
     bias, keep = numbers(np.random.default_rng(0), (queries, 150), dtype), np.arange(150) % 5 != 3
@@ -98,6 +99,7 @@ def test_windows_lengths_softcaps_and_pairs_of_masks_by_the_formula(
     )
     scores = (weight * np.tanh(query[..., :, None, :] + key[..., None, :, :]).astype(np.float64)).sum(-1)
     scores = (scores if softcap is None else softcap * np.tanh(scores / softcap)) + bias
+    scores = scores - (slope or 0) * np.abs(positions - keys)
     weights = np.where(visible, np.exp(scores), 0)
     wanted = weights / weights.sum(-1, keepdims=True)
     out, lse, found = additive_attention(
@@ -110,6 +112,7 @@ def test_windows_lengths_softcaps_and_pairs_of_masks_by_the_formula(
         query_offset=60,
         key_lengths=lengths,
         softcap=softcap,
+        alibi_slopes=slope,
         return_lse=True,
         return_weights=True,
         backend=backend,
@@ -316,7 +319,9 @@ def test_nothing_outside_of_an_interval_leaks(dtype: Any, queries: int, odd: flo
 
 
 @ANY_DTYPE
-@pytest.mark.parametrize("options", [{}, {"window": (40, 3), "softcap": 2.0}, {"is_causal": "bottom-right"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"alibi_slopes": 0.1}, {"window": (40, 3), "softcap": 2.0}, {"is_causal": "bottom-right"}], ids=str
+)
 @pytest.mark.parametrize("sizes", [(1, 0, 40), (1, 130, 400), (65, 131, 500), (150, 300, 333)], ids=str)
 def test_a_padded_sequence_has_the_bits_of_the_same_sequence_alone(
     dtype: Any, options: dict[str, Any], sizes: tuple[int, int, int]

@@ -81,10 +81,10 @@ def test_errors_against_autograd(dtype: Any, shape: tuple[int, ...], size: float
 
 
 @ANY_DTYPE
-@pytest.mark.parametrize("softcap", [None, 0.5, 3.0])
+@pytest.mark.parametrize(("softcap", "slope"), [(None, None), (0.5, 0.02), (3.0, None), (None, 0.02)])
 @pytest.mark.parametrize("shape", [(2, 130, 140, 24), (3, 1, 150, 96), (2, 33, 300, 130)], ids=str)
-def test_autograd_agrees_on_windows_lengths_and_softcaps(
-    dtype: Any, shape: tuple[int, ...], softcap: float | None
+def test_autograd_agrees_on_windows_lengths_softcaps_and_slopes(
+    dtype: Any, shape: tuple[int, ...], softcap: float | None, slope: float | None
 ) -> None:
     arrays = rows_of_a_batch(dtype, *shape)
     positions, keys = np.arange(shape[1])[:, None] - 3, np.arange(shape[2])
@@ -94,9 +94,11 @@ def test_autograd_agrees_on_windows_lengths_and_softcaps(
     some = visible.any(-1)  # PyTorch's gradient of a row without keys is NaN
     bias = numbers(np.random.default_rng(1), shape[1:3], dtype)
     options: dict[str, Any] = {"window": (50, 9), "query_offset": -3, "key_lengths": lengths, "softcap": softcap}
+    options["alibi_slopes"] = slope
     grad_out, *results = upstream_of(*arrays, (bias, seen), **options)
     grad_out = np.where(some[..., None], grad_out, 0).astype(dtype)
-    mask = np.where(visible | ~some[..., None], bias, -np.inf).astype(np.float64)
+    added = bias - (slope or 0) * np.abs(positions - keys)
+    mask = np.where(visible | ~some[..., None], added, -np.inf).astype(np.float64)
     wanted = autograd(arrays, grad_out, mask, softcap)
     for backend in ("cpu", "reference"):
         found = backward(arrays, (bias, seen), **options, upstream=[grad_out, *results], backend=backend)
@@ -214,7 +216,7 @@ def test_many_rounds(shape: tuple[int, ...], is_causal: Any) -> None:
     "options",
     [
         {"window": (40, 3), "query_offset": 30},
-        {"window": (3, None), "softcap": 2.0},
+        {"window": (3, None), "softcap": 2.0, "alibi_slopes": 0.01},
         {"key_lengths": [9, 170]},
         {"key_lengths": [0, 130], "is_causal": "bottom-right", "softcap": 1.0},
         {"window": (60, 0), "query_offset": [-40, 20], "key_lengths": [100, 0]},

@@ -109,13 +109,14 @@ def test_many_blocks(dtype: Any, kind: str | None, is_causal: Any, lengths: tupl
     tolerances.check_gradients(found, (query, key, value, mask), *wanted)
 
 
-#: Of two rows of a batch: windows, offsets, lengths, softcaps.
+#: Of two rows of a batch: windows, offsets, lengths, softcaps, slopes.
 INTERVALS: list[dict[str, Any]] = [
     {"window": (70, 5), "query_offset": 9},
     {"window": (3, None), "is_causal": False, "softcap": 2.0},
     {"window": (200, 0), "is_causal": "bottom-right", "key_lengths": [130, 40]},
     {"query_offset": [-100, 60], "is_causal": True, "softcap": 5.0},
     {"window": (40, 30), "query_offset": [200, -20], "key_lengths": [257, 0]},
+    {"is_causal": False, "alibi_slopes": [[0.25], [-(2.0**-8)]], "key_lengths": [257, 99], "softcap": 9.0},
 ]
 
 
@@ -179,8 +180,9 @@ def test_pytorch_differentiates_by_a_mask_and_through_groups(dtype: Any) -> None
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("softcap", [None, 0.3, 4.0])
 @pytest.mark.parametrize("window", [(None, None), (20, 5), (None, 0)], ids=str)
-def test_pytorch_differentiates_by_softcaps_windows_and_pairs_of_masks(
-    dtype: Any, backend: str, softcap: float | None, window: Any
+@pytest.mark.parametrize("slopes", [None, [0.5, 0.01, -0.02]], ids=str)
+def test_pytorch_differentiates_by_softcaps_windows_slopes_and_pairs_of_masks(
+    dtype: Any, backend: str, softcap: float | None, window: Any, slopes: Any
 ) -> None:
     """Composed by hand: PyTorch's function has none of these."""
     torch = pytest.importorskip("torch")
@@ -197,6 +199,8 @@ def test_pytorch_differentiates_by_softcaps_windows_and_pairs_of_masks(
     leaves = [torch.from_numpy(array.astype(np.float64)).requires_grad_() for array in (query, key, value, bias)]
     scores = leaves[0] @ leaves[1].mT * 0.5
     scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    if slopes is not None:
+        scores = scores - torch.from_numpy(np.reshape(slopes, (3, 1, 1)) * np.abs(positions - np.arange(90)))
     scores = (scores + leaves[3]).masked_fill(torch.from_numpy(~visible), -1e300)
     there = torch.from_numpy(~empty)  # a row of nothing but -inf would have gradients of NaN in PyTorch
     out = (scores.softmax(-1) @ leaves[2])[there]
@@ -209,6 +213,7 @@ def test_pytorch_differentiates_by_softcaps_windows_and_pairs_of_masks(
         "window": window,
         "query_offset": offsets,
         "key_lengths": lengths,
+        "alibi_slopes": slopes,
         "backend": backend,
     }
     found = gradients(grad_out, query, key, value, (bias, keep), grad_lse=grad_lse, grad_mask=True, **options)
@@ -397,6 +402,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"is_causal": "bottom-right", "dropout_p": 0.2, "rng": 3},
     {"window": (100, 40), "query_offset": 350},
     {"window": (90, 0), "query_offset": [0, 400], "key_lengths": [500, 650], "softcap": 3.0},
+    {"alibi_slopes": [0.5, 0.25, 0.125, 0], "is_causal": True, "query_offset": 400},
 ]
 
 
@@ -489,6 +495,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"dropout_p": 0.5}, ValueError, "rng: None with dropout_p=0.5; expected what the forward pass was given"),
     ({"key": np.ones((7, 5))}, ValueError, "key: shape"),
     ({"window": (1, -1)}, ValueError, r"window: \(1, -1\) of type tuple; expected \(left, right\)"),
+    ({"alibi_slopes": np.nan}, ValueError, "alibi_slopes: nan is among them; expected finite numbers"),
     ({"softcap": -1.0}, ValueError, "softcap: -1.0 of type float; expected a finite real number above 0"),
     ({"key_lengths": 8}, ValueError, "key_lengths: 8 to 8; expected 0 to 7, the length of key"),
     ({"query_offset": "no"}, TypeError, "query_offset: dtype <U2; expected integers"),

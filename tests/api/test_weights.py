@@ -109,13 +109,14 @@ def test_summary_of_many_blocks(dtype: Any, kind: str | None, is_causal: Any, le
     check_summary((query, key, mask), {"is_causal": is_causal, "enable_gqa": True})
 
 
-#: Of two rows of a batch: windows, offsets, lengths, softcaps.
+#: Of two rows of a batch: windows, offsets, lengths, softcaps, slopes.
 INTERVALS: list[dict[str, Any]] = [
     {"window": (70, 5), "query_offset": 9},
     {"window": (3, None), "softcap": 2.0},
     {"window": (200, 0), "is_causal": "bottom-right", "key_lengths": [130, 40]},
     {"query_offset": [-100, 60], "is_causal": True, "softcap": 5.0},
     {"window": (40, 30), "query_offset": [200, -20], "key_lengths": [257, 0]},
+    {"alibi_slopes": [[0.1], [2.0**-8]], "query_offset": [-30, 40]},
 ]
 intervals = pytest.mark.parametrize("options", INTERVALS, ids=str)
 
@@ -537,6 +538,7 @@ def test_time_with_lse_is_that_of_the_tile() -> None:
         ({"scale": np.nan}, ValueError, "scale: "),
         ({"is_causal": "left"}, ValueError, "is_causal: "),
         ({"window": (1, True)}, TypeError, "window: \\(1, True\\) of type tuple; expected \\(left, right\\)"),
+        ({"alibi_slopes": np.ones(9)}, ValueError, r"alibi_slopes: shape \(9,\); expected one that broadcasts to"),
         ({"softcap": np.inf}, ValueError, "softcap: inf of type float; expected a finite real number above 0"),
         ({"key_lengths": [5]}, ValueError, "key_lengths: shape \\(1,\\); expected one that broadcasts to \\(\\)"),
         ({"query_offset": 1.0}, TypeError, "query_offset: dtype float64; expected integers"),

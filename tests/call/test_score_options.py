@@ -123,6 +123,18 @@ def test_a_batch_of_none_has_no_numbers() -> None:
         assert found[1].size == 0
 
 
+def test_slopes_are_of_heads() -> None:
+    scores, own = scores_of(batch=(2,), heads=3, alibi_slopes=np.float32([[0.5], [2]]), query_offset=4)
+    assert scores.own == ("slope",)
+    assert (scores.left, scores.right, scores.offset) == (None, None, 4)  # where queries stand matters
+    assert scores.adds
+    assert scores.placed
+    assert not scores.bounded
+    assert own is not None
+    assert own["slope"].tolist() == [0.5] * 3 + [2] * 3
+    assert own["offset"].tolist() == [4] * 6
+
+
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 EXPECTED = r"; expected \(left, right\), each a non-negative int or None, or None for no window$"
@@ -224,6 +236,30 @@ def test_what_is_no_integer_for_each_row_is_refused(name: str, given: Any, kind:
 def test_lengths_that_are_refused(given: Any, message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=f"^key_lengths: {message}"):
         scores_of(batch=(2,), key_lengths=given)
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "message"),
+    [
+        (True, TypeError, "dtype bool; expected real numbers, one for each query head"),
+        ([1j], TypeError, "dtype complex128; expected real numbers"),
+        ("0.5", TypeError, "dtype <U3; expected real numbers"),
+        (np.zeros(3, np.longdouble), TypeError, "dtype .*; expected real numbers"),
+        (np.ma.array([0.5] * 3), TypeError, "a numpy.ma.MaskedArray"),
+        ([0.5, np.nan, 1], ValueError, "nan is among them; expected finite numbers"),
+        (-np.inf, ValueError, "-inf is among them; expected finite numbers"),
+        (
+            [0.5] * 4,
+            ValueError,
+            r"shape \(4,\); expected one that broadcasts to \(2, 3\), the shape of the query heads",
+        ),
+        (np.ones((1, 1, 3)), ValueError, r"shape \(1, 1, 3\); expected one that broadcasts to \(2, 3\)"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_slopes_that_are_refused(given: Any, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=f"^alibi_slopes: .*{message}"):
+        scores_of(batch=(2,), heads=3, alibi_slopes=given)
 
 
 @pytest.mark.parametrize("given", [0, 2, [1, 2]])

@@ -48,6 +48,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "causal lengths": {"key_lengths": [5, 9], "is_causal": "bottom-right"},
     "softcap": {"softcap": 0.75},
     "wide softcap": {"softcap": 50},
+    "slopes": {"alibi_slopes": [0.5, 0.01]},
+    "slopes by positions": {"alibi_slopes": [[0.5, 0.0], [-0.1, 0.25]], "query_offset": [3, -4], "window": (4, 2)},
+    "slopes of any size": {"alibi_slopes": [1e300, -3e38], "query_offset": 1},
+    "slopes that make up for a mask": {"attn_mask": "lowest", "alibi_slopes": [0.5, -1e38], "query_offset": 1000},
     "pair": {"attn_mask": "pair"},
     "pair without bias": {"attn_mask": "keep"},
     "pair without keep": {"attn_mask": "bias"},
@@ -57,6 +61,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "window": (4, 2),
         "query_offset": [1, 3],
         "key_lengths": [8, 6],
+        "alibi_slopes": [0.5, 0.1],
     },
 }
 
@@ -65,6 +70,8 @@ def pair_of(kind: str | None) -> Any:
     """Return (bias, keep), either None unless the kind says so."""
     if kind is None:
         return None
+    if kind == "lowest":
+        return np.full((7, 9), np.finfo(np.float32).min), None
     rng = np.random.default_rng(5)
     bias, keep = rng.standard_normal((7, 9)).astype(np.float32), rng.random((2, 1, 9)) < 0.8
     bias[rng.random((7, 9)) < 0.1] = -np.inf
@@ -99,7 +106,7 @@ def test_each_option_both_ways(dtype: Any, name: str) -> None:
     check_both(grad_out, *arrays, pair_of(options.pop("attn_mask", None)), enable_gqa=True, **options)
 
 
-@pytest.mark.parametrize("name", ["window", "offsets", "lengths", "softcap", "pair", "pair and all else"])
+@pytest.mark.parametrize("name", ["window", "offsets", "lengths", "softcap", "slopes", "pair", "pair and all else"])
 def test_few_queries_and_dropout(name: str) -> None:
     options = dict(OPTIONS[name])
     grad_out, *arrays = heads(np.float32, queries=1)

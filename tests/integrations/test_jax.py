@@ -135,6 +135,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "lengths": {"key_lengths": np.array([4, 9], np.int32)},
     "lengths, bottom-right": {"key_lengths": np.array([8, 3]), "is_causal": "bottom-right"},
     "softcap": {"softcap": 0.7},
+    "slopes": {"alibi_slopes": np.array([0.5, 0.25, 0.0, -0.1]), "query_offset": np.array([2, -3]), "is_causal": True},
     "all": {"softcap": 0.5, "window": (2, 2), "query_offset": np.array([0, 4]), "key_lengths": np.array([9, 6])},
 }
 QUERIES, KEYS = 7, 9
@@ -151,6 +152,8 @@ def by_hand(query: Any, key: Any, value: Any, mask: Any = None, **options: Any) 
     causal, lengths = options.get("is_causal", False), options.get("key_lengths", np.full(2, KEYS))
     offset = lengths - QUERIES if causal == "bottom-right" else np.broadcast_to(options.get("query_offset", 0), 2)
     position = np.arange(QUERIES)[:, None] + offset[:, None, None, None]
+    slopes = np.reshape(options.get("alibi_slopes", 0.0), (-1, 1, 1))
+    scores = scores - slopes * np.abs(position - np.arange(KEYS))
     left, right = (KEYS * 2 if end is None else end for end in options.get("window", (None, None)))
     seen = np.arange(KEYS) < lengths[:, None, None, None]
     seen = seen & (np.arange(KEYS) >= position - left) & (np.arange(KEYS) <= position + (0 if causal else right))
@@ -218,10 +221,23 @@ def test_the_log_sum_exp_is_returned() -> None:
     np.testing.assert_array_equal(lse, fastattn.attention(query, key, value, return_lse=True)[1])
 
 
+def test_what_has_no_gradient_is_not_differentiated_by() -> None:
+    query, key, value = arrays((2, 4, QUERIES, 8), (2, 4, KEYS, 8), (2, 4, KEYS, 5))
+
+    def loss(slopes: Any, stop: Any = lambda array: array) -> Any:
+        return attention(query, key, value, alibi_slopes=stop(slopes)).sum()
+
+    slopes = jax.numpy.array([0.5, 0.25, 0.0, 1.0])
+    with pytest.raises(ValueError, match="alibi_slopes: differentiated by, but its gradient is not computed"):
+        jax.grad(loss)(slopes)
+    assert not jax.grad(loss)(slopes, jax.lax.stop_gradient).any()
+
+
 REFUSED: list[tuple[Any, str, dict[str, Any]]] = [
     (TypeError, "windows", {"windows": (1, 1)}),
     (TypeError, "window: 3 of type int; expected", {"window": 3}),
     (ValueError, "softcap: 0.0", {"softcap": 0.0}),
+    (ValueError, r"alibi_slopes: shape \(3,\)", {"alibi_slopes": np.ones(3)}),
     (TypeError, "softcap: an array", {"softcap": np.ones(())}),
     (TypeError, "query_offset: dtype float32; expected integers", {"query_offset": np.ones(2, np.float32)}),
     (ValueError, "key_lengths: 3 to 10; expected 0 to 9", {"key_lengths": np.array([3, 10])}),

@@ -43,6 +43,15 @@ def operands(heads: int = 4, kv_heads: int = 2, grad: bool = True) -> list[Tenso
     return leaves((2, heads, QUERIES, 8), (2, kv_heads, KEYS, 8), (2, kv_heads, KEYS, 5), grad=grad)
 
 
+def positions(
+    is_causal: bool | str = False, query_offset: Any = 0, key_lengths: Tensor | None = None, **_: Any
+) -> Tensor:
+    """Return the positions of the queries, (2, 1, Lq, 1)."""
+    lengths = torch.full((2,), KEYS) if key_lengths is None else key_lengths
+    offset = lengths - QUERIES if is_causal == "bottom-right" else torch.as_tensor(query_offset).expand(2)
+    return torch.arange(QUERIES)[:, None] + offset[:, None, None, None]
+
+
 def visible(
     keep: Tensor | None = None,
     is_causal: bool | str = False,
@@ -52,8 +61,7 @@ def visible(
 ) -> Tensor:
     """Return the mask of all that hides keys, (2, 1, Lq, Lk)."""
     lengths = torch.full((2,), KEYS) if key_lengths is None else key_lengths
-    offset = lengths - QUERIES if is_causal == "bottom-right" else torch.as_tensor(query_offset).expand(2)
-    position = torch.arange(QUERIES)[:, None] + offset[:, None, None, None]
+    position = positions(is_causal, query_offset, key_lengths)
     key = torch.arange(KEYS)
     seen = key < lengths[:, None, None, None]
     seen = seen if keep is None else seen & keep
@@ -63,13 +71,23 @@ def visible(
 
 
 def by_hand(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, softcap: float | None = None, **hiding: Any
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | float = 0.0,
+    **hiding: Any,
 ) -> tuple[Tensor, Tensor]:
     """Return attention of explicit scores, and its log-sum-exp; a query that sees nothing gives 0."""
     groups = query.shape[1] // key.shape[1]
     scores = query @ key.repeat_interleave(groups, 1).mT / query.shape[-1] ** 0.5
     scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
     scores = scores if bias is None else scores + bias
+    scores = (
+        scores
+        - torch.as_tensor(alibi_slopes).double()[..., None, None] * (positions(**hiding) - torch.arange(KEYS)).abs()
+    )
     seen = visible(**hiding)
     empty = ~seen.any(-1, keepdim=True)
     scores = scores.masked_fill(~(seen | empty), -torch.inf)
@@ -87,6 +105,8 @@ CALLS: dict[str, dict[str, Any]] = {
     "lengths": {"key_lengths": torch.tensor([4, 9], dtype=torch.int32)},
     "lengths, bottom-right": {"key_lengths": torch.tensor([8, 3]), "is_causal": "bottom-right"},
     "softcap": {"softcap": 0.7},
+    "slopes": {"alibi_slopes": torch.tensor([0.5, 0.25, 0.0, -0.1])},
+    "slopes, bottom-right": {"alibi_slopes": torch.rand(2, 4), "is_causal": "bottom-right", "window": (4, None)},
     "all": {
         "softcap": 0.5,
         "window": (2, 1),
@@ -117,6 +137,14 @@ def test_results_and_gradients_are_those_by_hand(name: str, masks: str) -> None:
     for some, others in zip((*found, *gradients[0]), (*wanted, *gradients[1]), strict=True):
         torch.testing.assert_close(some, others, rtol=0, atol=1e-12)
     assert torch.equal(scaled_dot_product_attention(*tensors, given, enable_gqa=True, **CALLS[name]), found[0])
+
+
+def test_slopes_of_any_floating_dtype() -> None:
+    tensors, slopes = operands(), torch.tensor([0.5, 0.25, 0.0, -0.125])
+    wanted = scaled_dot_product_attention(*tensors, enable_gqa=True, alibi_slopes=slopes)
+    for dtype in (torch.float64, torch.float16, torch.bfloat16):
+        found = scaled_dot_product_attention(*tensors, enable_gqa=True, alibi_slopes=slopes.to(dtype))
+        assert torch.equal(found, wanted)
 
 
 def test_an_interval_is_pytorchs_attention_with_a_mask() -> None:
@@ -173,6 +201,7 @@ FURTHER = {
     "rows": further(query_offset=torch.tensor([1, 0]), key_lengths=torch.tensor([9, 6])),
     "left": (3,),  # all others left out
     "softcap": further(softcap=0.7, query_offset=2),
+    "slopes": further(alibi_slopes=torch.tensor(0.5), query_offset=2),
 }
 
 
@@ -308,6 +337,10 @@ REFUSED: list[tuple[Any, str, dict[str, Any]]] = [
     (ValueError, r"window: \(-1, 0\)", {"window": (-1, 0)}),
     (ValueError, "softcap: 0.0", {"softcap": 0.0}),
     (TypeError, "softcap: '1'", {"softcap": "1"}),
+    (TypeError, "alibi_slopes: list; expected a torch.Tensor", {"alibi_slopes": [0.5]}),
+    (TypeError, "alibi_slopes: dtype bool; expected real numbers", {"alibi_slopes": torch.ones(4) > 0}),
+    (ValueError, r"alibi_slopes: shape \(3,\)", {"alibi_slopes": torch.ones(3)}),
+    (ValueError, "alibi_slopes: a tensor that requires its gradient", {"alibi_slopes": torch.ones(4).requires_grad_()}),
     (TypeError, "query_offset: dtype torch.float32; expected integers", {"query_offset": torch.ones(2)}),
     (TypeError, "query_offset: float; expected a torch.Tensor", {"query_offset": 1.0}),
     (TypeError, "query_offset: bool; expected a torch.Tensor", {"query_offset": True}),

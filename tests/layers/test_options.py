@@ -177,6 +177,20 @@ def test_a_mask_of_keys_goes_with_all(mask: str | None) -> None:
     check([found], [multi_head_attention(layer, query, key, attn_mask=exact, softcap=5.0)[0].astype(float)])
 
 
+@pytest.mark.parametrize("name", ["multi-head", "multi-head, grouped"])
+def test_slopes_are_of_heads(name: str) -> None:
+    layer, rng = LAYERS[name](), np.random.default_rng(0)
+    query, key = arrays_of(rng)
+    slopes = rng.standard_normal(layer.num_heads) / 4
+    away = np.abs(np.arange(QUERIES)[:, None] + 2 - np.arange(KEYS))
+    options: dict[str, Any] = {"query_offset": 2, "key_lengths": [12, 9, 3], "softcap": 3.0}
+    found = layer(query, key, alibi_slopes=slopes, **options, return_saved=True)
+    wanted = layer(query, key, attn_mask=-slopes[:, None, None] * away, **options, return_saved=True)
+    check([found[0]], [wanted[0]])
+    (grads, gradients), (exact, exact_gradients) = (layer.backward(out, saved) for out, saved in (found, wanted))
+    check([*grads, *gradients.values()], [*exact, *exact_gradients.values()])
+
+
 @every_layer
 def test_what_a_call_has_saved_says_the_options(name: str) -> None:
     layer, rng = LAYERS[name](), np.random.default_rng(0)

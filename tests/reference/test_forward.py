@@ -43,8 +43,10 @@ def one_by_one(call: Call) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     out = np.zeros((*rows, problem.queries, problem.value_dim))
     lse = np.zeros((*rows, problem.queries))
     weights = np.zeros((*rows, problem.queries, problem.keys))
-    softcap = call.options.get("softcap")
+    softcap, slopes = call.options.get("softcap"), call.options.get("alibi_slopes", 0.0)
+    slopes = np.broadcast_to(np.float64(slopes), (*problem.batch, problem.heads)).reshape(rows)
     left, right, offsets, numbers = intervals(call, problem)
+    limit = float(np.finfo(problem.real).max)
     for index in np.ndindex(*rows, problem.queries):
         position, number = index[-1] + int(offsets[index[:-3]]), int(numbers[index[:-3]])
         q, k, v = operands.query[index], operands.key[index[:-1]], operands.value[index[:-1]]
@@ -54,8 +56,9 @@ def one_by_one(call: Call) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             if softcap is not None:
                 score = softcap * math.tanh(score / softcap)
             if operands.bias is not None:
-                bias, limit = operands.bias[(*index, j)], float(np.finfo(problem.real).max)
+                bias = operands.bias[(*index, j)]
                 score += float(bias) if math.isinf(bias) else min(max(float(bias), -limit), limit)
+            score -= min(max(float(slopes[index[:-1]]) * abs(position - j), -limit), limit)
             if operands.keep is not None and not operands.keep[(*index, j)]:
                 score = -math.inf
             if not position - left <= j <= position + right or j >= number:

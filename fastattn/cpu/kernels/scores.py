@@ -7,11 +7,13 @@ the backward pass (`cap_with_slope`), and whether one query looks at one key (`s
 
 from collections import namedtuple
 
-from fastattn.cpu.kernels.masks import add_bias, add_square, hide, square_of
+from fastattn.cpu.kernels.masks import add_bias, add_square, hide, lowest, saturate, square_of
 from fastattn.cpu.kernels.records import BIAS_HALF, BIAS_NONE, BIAS_SAME, KEEP
 from fastattn.cpu.kernels.softmax import MINUS_INFINITY
 from fastattn.cpu.kernels.tanh import tanh_with_slope
+from fastattn.cpu.kernels.tasks import own_view
 from fastattn.simd import (
+    absolute,
     as_element,
     jit,
     largest_row,
@@ -20,6 +22,7 @@ from fastattn.simd import (
     load_u8,
     load_u16,
     maximum,
+    tile_fill,
     tile_iota,
     tile_load,
     tile_row_index,
@@ -142,8 +145,9 @@ def restrict(kernel, plan, head, scores, count, first_query, first_key, top, buf
     present = min(tile.width, plan.queries - first_query)
     bias = head.bias + first_query * plan.bias_row + first_key * plan.bias_column
     plain = "mask" in kernel.steps and plan.bias_kind == BIAS_SAME and plan.bias_column == tile.itemsize
+    slope = own_view(head.own).slope
     if plain:
-        plain = not (plan.keep or plan.left_bound or plan.right_bound)
+        plain = not (plan.keep or plan.left_bound or plan.right_bound or slope != 0.0)
     for v in range(tile.vectors):
         rows = min(lanes, present - v * lanes)
         best = tile_load(tile.vector, top + v * tile.vector_bytes, 0)
@@ -170,9 +174,19 @@ def restrict_square(kernel, plan, head, square, query, key, rows, columns, buffe
     distance = tile_iota(tile.square) - index
     if "mask" in kernel.steps and rows > 0:
         kind, itemsize, row, column = plan.bias_kind, plan.bias_itemsize, plan.bias_row, plan.bias_column
+        slope = min(max(own_view(head.own).slope, lowest(tile)), -lowest(tile))
+        linear = tile_fill(tile.square, 0.0)
+        if slope != 0.0:
+            away = absolute(distance + (head.offset + query - key) * 1.0)
+            linear = saturate(tile, away * -slope)
         if kind != BIAS_NONE:
             at = head.bias + query * row + key * column
-            square = add_bias(tile, square, square_of(tile, kind, itemsize, at, row, column, rows, columns, buffer))
+            bias = square_of(tile, kind, itemsize, at, row, column, rows, columns, buffer)
+            if slope != 0.0:
+                bias = add_bias(tile, bias, linear)
+            square = add_bias(tile, square, bias)
+        elif slope != 0.0:
+            square = add_bias(tile, square, linear)
         if plan.keep:
             row, column = plan.keep_row, plan.keep_column
             at = head.keep + query * row + key * column

@@ -12,11 +12,13 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from fastattn.cuda.kernels.elements import device, mask_loader, real_of
 from fastattn.cuda.kernels.plan import BOUND_FIRST, BOUND_KEYS, BOUND_LAST, BOUNDS, KEEP, MASK, OWN, QUERIES, SIZES
 from fastattn.cuda.kernels.tiles import Tiles
 
-SOFTCAP = OWN.index("softcap")
+SOFTCAP, OFFSET, SLOPE = map(OWN.index, ("softcap", "offset", "slope"))
 
 
 class Head(NamedTuple):
@@ -34,6 +36,8 @@ class Head(NamedTuple):
         The same of the boolean mask beside a floating one.
     softcap
         In the base that scores are in; 0 if there is none.
+    offset, slope
+        The position of query 0, and what is subtracted from a score for each key between its query and key.
     """
 
     queries: int
@@ -47,6 +51,8 @@ class Head(NamedTuple):
     keep_row: int
     keep_column: int
     softcap: float
+    offset: float
+    slope: float
 
 
 def is_floating(mask_kind: str) -> bool:
@@ -78,6 +84,8 @@ def head_of(slice_, offsets, steps, sizes, own):
         steps[KEEP, 0],
         steps[KEEP, 1],
         own[slice_, SOFTCAP],
+        own[slice_, OFFSET],
+        own[slice_, SLOPE],
     )
 
 
@@ -115,7 +123,8 @@ def score_functions(spec: Any) -> tuple[Any, Any]:
     real, narrow = real_of(spec.storage, spec.extreme), real_of(spec.storage)
     has_bool, has_bias, with_keep, with_softcap = spec.mask == "bool", is_floating(spec.mask), spec.keep, spec.softcap
     load_bias = mask_loader(spec.mask if has_bias else "float32", real, narrow)
-    lowest, one, twice, four = real(-math.inf), real(1), real(-2), real(4)
+    lowest, zero, one, twice, four = real(-math.inf), real(0), real(1), real(-2), real(4)
+    with_slope, steepest, largest = "slope" in spec.own, real(np.finfo(narrow).max), real(np.finfo(real).max)
 
     @device
     def value(score, mask, keep, head, query, key):
@@ -127,10 +136,20 @@ def score_functions(spec: Any) -> tuple[Any, Any]:
             seen = mask[head.mask + query * head.mask_row + key * head.mask_column] != 0
         if with_keep and seen:
             seen = keep[head.keep + query * head.keep_row + key * head.keep_column] != 0
+        added = zero
         if has_bias and seen:
-            bias = load_bias(mask[head.mask + query * head.mask_row + key * head.mask_column])
-            seen = bias != lowest
-            score += bias
+            added = load_bias(mask[head.mask + query * head.mask_row + key * head.mask_column])
+            seen = added != lowest
+        if with_slope:  # sums of finite numbers stay finite
+            linear = min(max(-head.slope * abs(head.offset + real(query - key)), -steepest), steepest)
+            if abs(added) <= steepest:
+                added = min(max(added + linear, -steepest), steepest)
+            is_finite = abs(score) <= largest and abs(added) <= largest
+            score += added
+            if is_finite:
+                score = min(max(score, -largest), largest)
+        elif has_bias and seen:
+            score += added
         if not seen:
             score = lowest
         return score, seen
