@@ -115,9 +115,8 @@ def expected(
         weight_bound = eps * size * max(1.0, problem.keep_scale)
         most = max(1.0, problem.keep_scale) * (1 + ROUNDINGS * eps)
         most_out = most * (1 + problem.keys * eps) * largest(operands.value)
-        most_out += problem.keys * float(
-            np.finfo(problem.real).smallest_subnormal
-        )  # numbers this small are rounded to it
+        # what numbers near 0 are rounded to
+        most_out += problem.keys * float(np.finfo(problem.real).smallest_subnormal)
         return Expected(
             problem=problem,
             out=out,

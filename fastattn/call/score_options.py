@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from fastattn.call.advice import said, to_convert
 from fastattn.call.arrays import as_array
 from fastattn.call.broadcasting import check_broadcasts
-from fastattn.call.options import check_causal, check_scale, is_real
+from fastattn.call.options import check_causal, check_scale, finite_real
 from fastattn.call.problem import Array, Shape
 from fastattn.call.scores import FARTHEST, Scores
 
@@ -124,16 +124,7 @@ def check_softcap(given: object) -> float | None:
     """
     if given is None:
         return None
-    expected = "expected a finite real number above 0, or None"
-    if not is_real(given):
-        raise TypeError(f"softcap: {said(given)}; {expected}")
-    try:
-        softcap = float(given)  # type: ignore[arg-type]
-    except OverflowError:
-        softcap = math.inf
-    if not 0.0 < softcap < math.inf:
-        raise ValueError(f"softcap: {said(given)}; {expected}")
-    return softcap
+    return finite_real("softcap", given, "expected a finite real number above 0, or None", above=0.0)
 
 
 def check_window(given: object) -> tuple[int | None, int | None]:

@@ -11,7 +11,7 @@ from fastattn.call.scores import HEAD
 
 i8, f8 = np.int64, np.float64
 
-# What every plan begins with: how its tasks are run.
+# What every plan begins with: how its tasks are run, and what its heads have.
 SCHEDULE = [
     ("tasks", i8),
     ("workers", i8),  # that may take part besides the caller
@@ -48,10 +48,7 @@ _PARTS = [
     ("softcap", f8),  # in the base that scores are kept in
     ("softcap_factor", f8),  # 2 log2(e) / softcap
     ("scale", f8),  # of the scores, times log2(e) where they are kept in base 2
-    (
-        "to_base_2",
-        f8,
-    ),  # turns a difference of scores into base 2: log2(e) where something is added to them, else 1
+    ("to_base_2", f8),  # makes base 2 of a difference of scores: log2(e) where something is added to them, else 1
     ("drop_below", i8),  # an element is dropped if its 32 random bits are below this
     ("keep_scale", f8),  # 1 / (1 - dropout_p), 0 if nothing is kept
     ("axes", i8),  # rows of the table of leading axes

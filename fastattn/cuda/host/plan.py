@@ -113,8 +113,6 @@ def for_portable_kernels(problem: Problem) -> str | None:
         return "a window to the left"
     if scores.own:
         return f"what heads have of their own: {', '.join(scores.own)}"
-    if scores.adds and not scores.bias:
-        return "more than a mask that is added"
     if scores.softcap is not None:
         return "a softcap"
     return "a pair of masks" if scores.bias and scores.keep else None
