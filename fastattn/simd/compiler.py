@@ -1,9 +1,10 @@
 """Numba's compiler, cut down to what a kernel needs: `jit`, and compile-time branches on static values.
 
-Most of Numba's passes serve arrays, closures and parallel loops, which kernels do not have. Without them a kernel is
-typed and lowered in half the time. One pass is new: an ``if`` whose condition depends on static values alone
-(``kernel.reads == "panels"``, ``"mask" in kernel.steps``) is decided before anything is typed, so that what another
-kind of machine, or of call, would need costs nothing here. Words are never typed: only questions can be asked of them.
+Most of Numba's passes serve arrays, closures, reference counts and parallel loops, which kernels do not have. Without
+them a kernel is typed and lowered in half the time. One pass is new: an ``if`` whose condition depends on static values
+alone (``kernel.reads == "panels"``, ``"mask" in kernel.steps``) is decided before anything is typed, so that what
+another kind of machine, or of call, would need costs nothing here. Words are never typed: only questions can be asked
+of them.
 """
 
 import operator
@@ -14,8 +15,8 @@ from numba.core.analysis import compute_cfg_from_blocks
 from numba.core.compiler import CompilerBase
 from numba.core.compiler_machinery import FunctionPass, PassManager, register_pass
 from numba.core.ir_utils import build_definitions, get_definition, guard
+from numba.core.transforms import canonicalize_cfg
 from numba.core.typed_passes import (
-    IRLegalization,
     NativeLowering,
     NoPythonBackend,
     NopythonTypeInference,
@@ -57,6 +58,7 @@ class DecideBranches(FunctionPass):
         if decided:
             for label in compute_cfg_from_blocks(function.blocks).dead_nodes():
                 del function.blocks[label]
+            function.blocks = canonicalize_cfg(function.blocks)
         if answered or decided:
             self._sweep(state)
             function._definitions = build_definitions(function.blocks)
@@ -158,12 +160,12 @@ class KernelCompiler(CompilerBase):
             ReconstructSSA,
             NopythonTypeInference,
             PreLowerStripPhis,
-            IRLegalization,
             NativeLowering,
             NoPythonBackend,
         ):
             manager.add_pass(step, step.__name__)
         manager.finalize()
+        manager._ENFORCING = False  # it would analyse a function anew after each pass
         return [manager]
 
 

@@ -106,18 +106,20 @@ class Signatures:
 
     def __init__(self) -> None:
         self.of: Callable[..., Hashable] = self._first
-        self.overlap: Callable[..., int] = _overlap
+        self.overlap: Callable[..., int] = self._first_overlap
 
     def _first(self, *arguments: Any) -> Hashable:
-        if objects_are_as_expected():
-            kernel = load(Kernel("signature", host()))
-            self.of, self.overlap = bind(kernel, "signature"), bind(kernel, "overlaps")
-        else:
-            self.of = _described
+        expected = objects_are_as_expected()
+        self.of = bind(load(Kernel("signature", host())), "signature") if expected else _described
         return self.of(*arguments)
 
+    def _first_overlap(self, *arrays: Array | None) -> int:
+        expected = objects_are_as_expected()
+        self.overlap = bind(load(Kernel("overlaps", host())), "overlaps") if expected else _they_may
+        return self.overlap(*arrays)
 
-def _overlap(*arrays: Array | None) -> int:
+
+def _they_may(*arrays: Array | None) -> int:
     """The same where it takes its time: a caller finds out when it has made sure of its plan."""
     return 1
 

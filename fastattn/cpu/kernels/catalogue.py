@@ -73,5 +73,6 @@ FUNCTIONS: dict[str, Callable[[Kernel], dict[str, Any]]] = {
     "additive_backward": partial(_gradients, additive_backward),
     "peak": _peak,
     "schedule": lambda kernel: vars(schedule),
-    "signature": lambda kernel: {"signature": signature, "overlaps": overlaps, "in_default_mode": in_default_mode},
+    "signature": lambda kernel: {"signature": signature, "in_default_mode": in_default_mode},
+    "overlaps": lambda kernel: {"overlaps": overlaps},
 }
