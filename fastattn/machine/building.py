@@ -103,7 +103,7 @@ class _swapped_codegen:
         cpu_target.target_context._internal_codegen = self.before
 
 
-def emit(functions: dict[str, tuple[Any, int]], row: Isa) -> bytes:
+def emit(functions: dict[str, tuple[Any, int]], row: Isa, vectorise: bool = False) -> bytes:
     """Object code that exports C functions.
 
     Parameters
@@ -114,6 +114,8 @@ def emit(functions: dict[str, tuple[Any, int]], row: Isa) -> bytes:
         caller's is.
     row : Isa
         The row of the ISA table to generate code for.
+    vectorise : bool
+        Whether LLVM shall make vectors of loops. What is written for tiles has them.
     """
     module = llvm.parse_assembly("")
     with global_compiler_lock, _collector_at_rest():
@@ -130,7 +132,7 @@ def emit(functions: dict[str, tuple[Any, int]], row: Isa) -> bytes:
                 module.link_in(llvm.parse_assembly(_entry(compiled.fndesc, target, symbol, row)))
         for library in libraries:
             module.link_in(library._final_module, preserve=True)
-    return _generate(module, row, functions)
+    return _generate(module, row, functions, vectorise)
 
 
 def _entry(descriptor: Any, target: Any, symbol: str, row: Isa) -> str:
@@ -157,14 +159,15 @@ def _in_place(text: str, row: Isa) -> str:
     return text.replace(")\n{", f") prefix [{row.code_offset} x i8] zeroinitializer\n{{", 1)
 
 
-def _generate(module: Any, row: Isa, exported: Container[str]) -> bytes:
+def _generate(module: Any, row: Isa, exported: Container[str], vectorise: bool) -> bytes:
     machine = target_machine(row)
     for item in (*module.functions, *module.global_variables):
         if not item.is_declaration and item.name not in exported:
             item.linkage = "internal"
     options = llvm.create_pipeline_tuning_options(speed_level=3)
     # The kernels are vectorised by hand: what LLVM would vectorise or unroll besides are loops over tails.
-    options.loop_unrolling = options.slp_vectorization = options.loop_vectorization = False
+    options.loop_unrolling = options.slp_vectorization = False
+    options.loop_vectorization = vectorise
     builder = llvm.create_pass_builder(machine, options)
     builder.getModulePassManager().run(module, builder)
     code: bytes = machine.emit_object(module)

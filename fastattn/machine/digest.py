@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from types import CodeType
 from typing import Any
 
-__all__ = ["of_modules", "version"]
+__all__ = ["of_modules", "version", "written"]
 
 # What Python runs of a code object. Left out is what says where it was read, which differs from place to place.
 _CODE = (
@@ -61,17 +61,17 @@ def _walk(spec: Any) -> Iterator[Any]:
 def _content(spec: Any) -> str:
     """The source of a module, or its code in words."""
     source: str | None = spec.loader.get_source(spec.name)
-    return _written(spec.loader.get_code(spec.name)) if source is None else source
+    return written(spec.loader.get_code(spec.name)) if source is None else source
 
 
-def _written(value: Any) -> str:
+def written(value: Any) -> str:
     """A code object or one of its constants, written as it is in every process: `marshal` does not promise that."""
     if isinstance(value, CodeType):
-        return _written(tuple(getattr(value, name, None) for name in _CODE))
+        return written(tuple(getattr(value, name, None) for name in _CODE))
     if isinstance(value, tuple):
-        return f"({','.join(map(_written, value))})"
+        return f"({','.join(map(written, value))})"
     if isinstance(value, frozenset):  # its order is that of hashes, which are other ones in each process
-        return f"{{{','.join(sorted(map(_written, value)))}}}"
+        return f"{{{','.join(sorted(map(written, value)))}}}"
     return repr(value)
 
 
