@@ -14,7 +14,7 @@ from fastattn.api.backends import BACKENDS
 from fastattn.call.arrays import as_additive_operands
 from fastattn.call.options import check_backend, check_flag
 from fastattn.call.out import check_out
-from fastattn.call.score_options import FurtherOptions
+from fastattn.call.score_options import FurtherOptions, MaskMod, ScoreMod
 from fastattn.call.shapes import describe_additive
 from fastattn.cpu.host import forward as cpu
 from fastattn.cpu.host import session
@@ -37,6 +37,8 @@ def additive_attention(
     key_lengths: ArrayLike | None = None,
     softcap: float | None = None,
     alibi_slopes: ArrayLike | None = None,
+    score_mod: ScoreMod | None = None,
+    mask_mod: MaskMod | None = None,
     return_lse: bool = False,
     return_weights: bool = False,
     out: NDArray[Any] | None = None,
@@ -114,6 +116,8 @@ def additive_attention(
         and (backend is None or backend == "cpu")
         and key_lengths is None  # a signature has no numbers of an array
         and alibi_slopes is None
+        and score_mod is None
+        and mask_mod is None
         and (query_offset is None or not isinstance(query_offset, np.ndarray))
     ):
         mask, keep = masks_in(attn_mask) if isinstance(attn_mask, tuple) else (attn_mask, None)
@@ -125,7 +129,7 @@ def additive_attention(
             asked = key_of_others(ADDITIVE, threads_of_call(), *options, *arrays)
         plan = session.current.plans.get(asked)
         if plan is not None and (out is None or not signatures.overlap(out, query, key, value, weight, mask, keep)):
-            given: Any = query, key, value, mask, keep, None, out, return_lse, None, weight
+            given: Any = query, key, value, mask, keep, None, None, out, return_lse, None, weight
             return cpu.attention(plan, *given)
 
     further: FurtherOptions = {
@@ -134,6 +138,8 @@ def additive_attention(
         "key_lengths": key_lengths,
         "softcap": softcap,
         "alibi_slopes": alibi_slopes,
+        "score_mod": score_mod,
+        "mask_mod": mask_mod,
     }
     call = (query, key, value, weight, attn_mask, is_causal)
     check_backend(backend, BACKENDS)

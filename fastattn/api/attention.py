@@ -14,7 +14,7 @@ from fastattn.api.backends import backend_of_attention
 from fastattn.call.arrays import as_operands
 from fastattn.call.options import check_flag
 from fastattn.call.out import check_out
-from fastattn.call.score_options import FurtherOptions
+from fastattn.call.score_options import FurtherOptions, MaskMod, ScoreMod
 from fastattn.call.seeds import Rng, seed_from
 from fastattn.call.shapes import describe
 from fastattn.call.widening import exceeds_float32, in_float64, narrowed, scale_in_float64
@@ -39,6 +39,8 @@ def attention(
     key_lengths: ArrayLike | None = None,
     softcap: float | None = None,
     alibi_slopes: ArrayLike | None = None,
+    score_mod: ScoreMod | None = None,
+    mask_mod: MaskMod | None = None,
     return_lse: bool = False,
     return_weights: bool = False,
     rng: Rng | None = None,
@@ -146,6 +148,8 @@ def attention(
         and (backend is None or backend == "cpu")
         and key_lengths is None  # a signature has no numbers of an array
         and alibi_slopes is None
+        and score_mod is None
+        and mask_mod is None
         and (query_offset is None or not isinstance(query_offset, np.ndarray))
     ):
         mask, keep = masks_in(attn_mask) if isinstance(attn_mask, tuple) else (attn_mask, None)
@@ -164,7 +168,7 @@ def attention(
         if plan is not None and (out is None or not signatures.overlap(out, query, key, value, mask, keep)):
             seed = seed_from(rng, plan.drops) if plan.drops or rng is not None else None
             # what has a signature is an array
-            return cpu.attention(plan, query, key, value, mask, keep, None, out, return_lse, seed)  # type: ignore[arg-type]
+            return cpu.attention(plan, query, key, value, mask, keep, None, None, out, return_lse, seed)  # type: ignore[arg-type]
 
     further: FurtherOptions = {
         "window": window,
@@ -172,6 +176,8 @@ def attention(
         "key_lengths": key_lengths,
         "softcap": softcap,
         "alibi_slopes": alibi_slopes,
+        "score_mod": score_mod,
+        "mask_mod": mask_mod,
     }
     call = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     wanted: Any = {"return_lse": return_lse, "return_weights": return_weights, "rng": rng, "out": out}

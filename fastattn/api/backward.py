@@ -11,7 +11,7 @@ from fastattn import reference
 from fastattn.api.backends import BACKENDS, backend_of_attention
 from fastattn.call.arrays import as_additive_operands, as_operands
 from fastattn.call.options import check_backend
-from fastattn.call.score_options import FurtherOptions
+from fastattn.call.score_options import FurtherOptions, MaskMod, ScoreMod
 from fastattn.call.seeds import Rng
 from fastattn.call.shapes import describe, describe_additive
 from fastattn.call.upstream import as_given, bias_of, describe_upstream, own_dtype, seed_of_forward, wants_mask
@@ -42,6 +42,8 @@ def attention_backward(
     key_lengths: ArrayLike | None = None,
     softcap: float | None = None,
     alibi_slopes: ArrayLike | None = None,
+    score_mod: ScoreMod | None = None,
+    mask_mod: MaskMod | None = None,
     rng: Rng | None = None,
     grad_lse: ArrayLike | None = None,
     grad_mask: bool = False,
@@ -116,6 +118,8 @@ def attention_backward(
         "key_lengths": key_lengths,
         "softcap": softcap,
         "alibi_slopes": alibi_slopes,
+        "score_mod": score_mod,
+        "mask_mod": mask_mod,
     }
     backend = backend_of_attention(backend, grad_out, query, key, value, out, lse, attn_mask, grad_lse)
     call = (grad_out, query, key, value, out, lse, attn_mask, dropout_p, is_causal, scale, enable_gqa)
@@ -181,6 +185,8 @@ def additive_attention_backward(
     key_lengths: ArrayLike | None = None,
     softcap: float | None = None,
     alibi_slopes: ArrayLike | None = None,
+    score_mod: ScoreMod | None = None,
+    mask_mod: MaskMod | None = None,
     backend: str | None = None,
 ) -> tuple[NDArray[Any], ...]:
     """Gradients of `fastattn.additive_attention` by its arguments.
@@ -240,6 +246,8 @@ def additive_attention_backward(
         "key_lengths": key_lengths,
         "softcap": softcap,
         "alibi_slopes": alibi_slopes,
+        "score_mod": score_mod,
+        "mask_mod": mask_mod,
     }
     call = (grad_out, query, key, value, weight, out, lse, attn_mask, is_causal)
     check_backend(backend, BACKENDS)

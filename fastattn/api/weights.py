@@ -12,7 +12,7 @@ from fastattn.api.backends import BACKENDS
 from fastattn.call.options import check_backend
 from fastattn.call.problem import Operands, Problem
 from fastattn.call.rounding import coarser, is_of_these_keys, is_precise, limit_of, saturated, slack
-from fastattn.call.score_options import FurtherOptions
+from fastattn.call.score_options import FurtherOptions, MaskMod, ScoreMod
 from fastattn.call.selection import (
     Choice,
     Selection,
@@ -51,6 +51,8 @@ def attention_weights(
     key_lengths: ArrayLike | None = None,
     softcap: float | None = None,
     alibi_slopes: ArrayLike | None = None,
+    score_mod: ScoreMod | None = None,
+    mask_mod: MaskMod | None = None,
     rows: Choice = None,
     columns: Choice = None,
     lse: ArrayLike | None = None,
@@ -114,6 +116,8 @@ def attention_weights(
         "key_lengths": key_lengths,
         "softcap": softcap,
         "alibi_slopes": alibi_slopes,
+        "score_mod": score_mod,
+        "mask_mod": mask_mod,
     }
     call = (query, key, attn_mask, is_causal, scale, enable_gqa)
     check_backend(backend, BACKENDS)
@@ -205,6 +209,8 @@ def attention_summary(
     key_lengths: ArrayLike | None = None,
     softcap: float | None = None,
     alibi_slopes: ArrayLike | None = None,
+    score_mod: ScoreMod | None = None,
+    mask_mod: MaskMod | None = None,
     top_k: int = 8,
     backend: str | None = None,
 ) -> AttentionSummary:
@@ -270,6 +276,8 @@ def attention_summary(
         "key_lengths": key_lengths,
         "softcap": softcap,
         "alibi_slopes": alibi_slopes,
+        "score_mod": score_mod,
+        "mask_mod": mask_mod,
     }
     call = (query, key, attn_mask, is_causal, scale, enable_gqa)
     check_backend(backend, BACKENDS)

@@ -90,6 +90,19 @@ class Problem:
         return 1.0 / (1.0 - self.dropout_p) if self.dropout_p < 1.0 else 0.0
 
 
+class Captures(NamedTuple):
+    """The values that the functions of a call capture, in the order of `Function.captured`; () without a function.
+
+    Attributes
+    ----------
+    score, seen : tuple
+        Arrays, and numbers.
+    """
+
+    score: tuple[Any, ...]
+    seen: tuple[Any, ...]
+
+
 class Operands(NamedTuple):
     """Views of the arrays of a call, with the axes of ``Problem``.
 
@@ -106,6 +119,8 @@ class Operands(NamedTuple):
         Which keys take part.
     heads : ndarray of `fastattn.call.scores.HEAD`, shape (B · Hq,), or None
         What each query head of each row of the batch has of its own, leading axes flattened.
+    captured : Captures, or None
+        What the user's functions capture.
     """
 
     query: Array
@@ -114,3 +129,4 @@ class Operands(NamedTuple):
     bias: Array | None = None
     keep: Array | None = None
     heads: Array | None = None
+    captured: Captures | None = None

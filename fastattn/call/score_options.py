@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import TypedDict
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias, TypedDict
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -13,10 +13,16 @@ from fastattn.call.advice import said, to_convert
 from fastattn.call.arrays import as_array
 from fastattn.call.broadcasting import check_broadcasts
 from fastattn.call.options import check_causal, check_scale, finite_real
-from fastattn.call.problem import Array, Shape
+from fastattn.call.problem import Array, Captures, Shape
 from fastattn.call.scores import FARTHEST, Scores
+from fastattn.functions.function import Function, described
 
 __all__ = ["FurtherOptions", "ScoreOptions", "check_names", "scores_from"]
+
+
+#: A function of (score, batch, head, query, key), and one of (batch, head, query, key) that says which keys are seen.
+ScoreMod: TypeAlias = Callable[..., Any]
+MaskMod: TypeAlias = Callable[..., Any]
 
 
 class FurtherOptions(TypedDict, total=False):
@@ -27,6 +33,8 @@ class FurtherOptions(TypedDict, total=False):
     key_lengths: ArrayLike | None
     softcap: float | None
     alibi_slopes: ArrayLike | None
+    score_mod: ScoreMod | None
+    mask_mod: MaskMod | None
 
 
 class ScoreOptions(FurtherOptions, total=False):
@@ -38,8 +46,8 @@ class ScoreOptions(FurtherOptions, total=False):
 
 def scores_from(
     options: ScoreOptions, batch: Shape, heads: int, queries: int, keys: int, head_dim: int, bias: bool, keep: bool
-) -> tuple[Scores, Array | None]:
-    """Return what was asked of scores, checked, and what heads have of their own.
+) -> tuple[Scores, Array | None, Captures | None]:
+    """Return what was asked of scores, checked, what heads have of their own, and what functions capture.
 
     Parameters
     ----------
@@ -56,6 +64,7 @@ def scores_from(
     scores : Scores
     own : ndarray of `fastattn.call.scores.HEAD`, shape (B · heads,), or None
         For each query head of each row of the batch, its axes flattened.
+    captured : Captures or None
 
     Raises
     ------
@@ -77,7 +86,8 @@ def scores_from(
     first, offset = offset, held(offset)
     left = None if left is None else offset - held(first - left)
     right = None if right is None else held(first + right) - offset
-    if left is None and right is None and slopes is None:  # nothing depends on where queries stand
+    (score_mod, mask_mod), captured = functions_in(options)
+    if left is None and right is None and slopes is None and captured is None:  # nothing depends on positions
         offset, offsets = 0, None
     given = {"offset": offsets, "keys": lengths, "slope": slopes}
     own = {name: numbers for name, numbers in given.items() if numbers is not None}
@@ -90,13 +100,31 @@ def scores_from(
         right=right,
         offset=offset,
         own=tuple(own),
+        score_mod=score_mod,
+        mask_mod=mask_mod,
     )
     if not own:
-        return scores, None
+        return scores, None, captured
     table = np.tile(scores.head(keys), (math.prod(batch), heads))
     for name, numbers in own.items():
         table[name] = numbers
-    return scores, table.reshape(-1)
+    return scores, table.reshape(-1), captured
+
+
+def functions_in(options: ScoreOptions) -> tuple[tuple[Function | None, Function | None], Captures | None]:
+    """Return the user's functions, described, and what they capture, if there are any.
+
+    Raises
+    ------
+    TypeError
+        If one is no Python function of the right arguments, or captures what has no meaning in compiled code.
+    """
+    score, seen = options.get("score_mod"), options.get("mask_mod")
+    if score is None and seen is None:
+        return (None, None), None
+    score_mod, of_score = (None, ()) if score is None else described("score_mod", score)
+    mask_mod, of_seen = (None, ()) if seen is None else described("mask_mod", seen)
+    return (score_mod, mask_mod), Captures(of_score, of_seen)
 
 
 def check_names(options: Mapping[str, object]) -> None:

@@ -6,7 +6,9 @@ In this order, as docs/semantics.md has it:
     score = softcap · tanh(score / softcap)          with a softcap
     score = score + bias                             under a floating mask
     score = score - slope · |position - j|           with ALiBi slopes, one for each query head
-    score = -inf                                     where one of these says no: a boolean mask, the interval
+    score = score_mod(score, batch, head, position, j)
+    score = -inf                                     where one of these says no: a boolean mask, the interval,
+                                                     mask_mod(batch, head, position, j)
 
 Query i stands at the position i + offset, key j at j. Causality, windows and the lengths of sequences leave a query one
 interval of keys: from its position less `left` to its position plus `right`, both included, below the length.
@@ -21,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastattn.call.rounding import saturated
+from fastattn.functions.function import Function
 
 __all__ = ["FARTHEST", "HEAD", "Places", "Scores", "Span"]
 
@@ -77,6 +80,8 @@ class Scores:
         The position of query 0 among the keys.
     own : tuple of str
         Which fields of `HEAD` each head has of its own, in the operand `heads`.
+    score_mod, mask_mod : Function or None
+        The user's functions; what they capture is in the operand `captured`.
     """
 
     scale: float = 1.0
@@ -87,16 +92,23 @@ class Scores:
     right: int | None = None
     offset: int = 0
     own: tuple[str, ...] = ()
+    score_mod: Function | None = None
+    mask_mod: Function | None = None
 
     @property
     def adds(self) -> bool:
-        """Whether something is added to scores."""
-        return self.bias or "slope" in self.own
+        """Whether something is added to scores, or they become something else altogether."""
+        return self.bias or "slope" in self.own or self.score_mod is not None
+
+    @property
+    def has_functions(self) -> bool:
+        """Whether there are functions of the user's."""
+        return self.score_mod is not None or self.mask_mod is not None
 
     @property
     def placed(self) -> bool:
         """Whether what happens to a score depends on where its query and key stand."""
-        return self.bounded or "slope" in self.own
+        return self.bounded or "slope" in self.own or self.has_functions
 
     @property
     def bounded(self) -> bool:
@@ -136,7 +148,7 @@ class Scores:
         """
         if self.softcap is not None:
             raw = self.softcap * np.tanh(raw / self.softcap)
-        if not self.adds:
+        if not (self.bias or "slope" in self.own):
             return raw
         added = np.zeros(1, raw.dtype) if bias is None else saturated(bias, real).astype(raw.dtype)
         if "slope" in self.own:

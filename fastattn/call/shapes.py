@@ -132,7 +132,7 @@ def _describe(
         None if keep is None else keep.shape,
         enable_gqa,
     )
-    scores, heads = scores_from(options, *sizes[:2], *sizes[3:6], bias is not None, keep is not None)
+    scores, heads, captured = scores_from(options, *sizes[:2], *sizes[3:6], bias is not None, keep is not None)
     storage = query.dtype
     real = FLOAT32 if storage.itemsize == 2 else storage
     problem = Problem(storage, real, *sizes, dropout_p, scores)
@@ -143,6 +143,7 @@ def _describe(
         None if bias is None or axes.bias is None else _view(bias, axes.bias),
         None if keep is None or axes.keep is None else _view(keep, axes.keep),
         heads,
+        captured,
     )
 
 

@@ -13,6 +13,7 @@ import dis
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 
 from fastattn.machine.digest import written
 
-__all__ = ["MODULES", "SCORE", "SEEN", "Captured", "Function", "captured_by", "name_of_module"]
+__all__ = ["MODULES", "SCORE", "SEEN", "Captured", "Function", "captured_by", "described", "record_of"]
 
 #: The arguments of a function of a score, and of one that says which keys are seen.
 SCORE = ("score", "batch", "head", "query", "key")
@@ -68,6 +69,8 @@ class Function:
     identity : str
         A hash of all that its compiled code depends on.
     captured : tuple of Captured
+    reads : frozenset of str
+        Which of its arguments it uses.
     python : function
         Its code with what stands around it. It is not compared: functions of one identity are the same.
     """
@@ -75,6 +78,7 @@ class Function:
     role: str
     identity: str
     captured: tuple[Captured, ...]
+    reads: frozenset[str] = field(compare=False, repr=False)
     python: FunctionType = field(compare=False, repr=False)
 
     @property
@@ -116,17 +120,30 @@ def described(role: str, given: Any) -> tuple[Function, tuple[Any, ...]]:
             f"expected {len(arguments)} arguments, ({', '.join(arguments)})"
         )
     found: dict[str, tuple[Captured, Any]] = {}
-    words = repr(_words(role, given, found, ()))
+    words = _words(role, given, found, ())
     captured = tuple(each for each, _ in found.values())
-    identity = hashlib.sha256(f"{role}\0{words}\0{captured}".encode()).hexdigest()[:32]
-    return Function(role, identity, captured, given), tuple(value for _, value in found.values())
+    identity = _hash_of((role, words, captured))
+    reads = frozenset(
+        argument
+        for argument, name in zip(arguments, code.co_varnames, strict=False)
+        if name in code.co_cellvars or name in _locals_read_by(code)
+    )
+    return Function(role, identity, captured, reads, given), tuple(value for _, value in found.values())
+
+
+@lru_cache(maxsize=256)
+def _hash_of(words: Any) -> str:
+    return hashlib.sha256(repr(words).encode()).hexdigest()[:32]
+
+
+_written = lru_cache(maxsize=256)(written)
 
 
 def _words(role: str, function: FunctionType, found: dict[str, tuple[Captured, Any]], above: tuple[Any, ...]) -> Any:
     """What a function's code depends on, in words; what it captures is added to `found`."""
     if function in above:
         raise TypeError(f"{role}: {function.__name__} calls itself, which cannot be compiled")
-    words: list[Any] = [written(function.__code__)]
+    words: list[Any] = [_written(function.__code__)]
     for name, value in captured_by(function):
         if isinstance(value, ModuleType):
             words.append((name, name_of_module(role, name, value)))
@@ -186,6 +203,18 @@ def captured_by(function: FunctionType) -> Iterator[tuple[str, Any]]:
             raise TypeError(f"{function.__name__} reads {name}, which is not defined")
 
 
+@lru_cache(maxsize=256)
+def _locals_read_by(code: CodeType) -> frozenset[str]:
+    """The names of variables of its own that a code object reads."""
+    return frozenset(
+        name
+        for step in dis.get_instructions(code)
+        if step.opname.startswith("LOAD_FAST")
+        for name in (step.argval if isinstance(step.argval, tuple) else (step.argval,))
+    )
+
+
+@lru_cache(maxsize=256)
 def _read_by(code: CodeType) -> list[str]:
     """The names of variables around a code object that it reads."""
     names: dict[str, None] = {}
@@ -216,7 +245,7 @@ def record_of(function: Function, values: tuple[Any, ...]) -> NDArray[np.int64]:
     for each, value in zip(function.captured, values, strict=True):
         if each.axes >= 0:
             held = value if value.size else _NOTHING
-            words += [held.ctypes.data if value.size else held.ctypes.data, *value.shape, *value.strides]
+            words += [held.ctypes.data, *value.shape, *value.strides]
         elif each.kind == "float":
             words.append(int(np.float64(value).view(np.int64)))
         else:

@@ -240,7 +240,7 @@ def scores_of_rows(
 ) -> tuple[Scores, Array | None, Array | None]:
     """Return what options say of scores, checked, and the offset and the length of each row of the batch, if own."""
     given: Any = options
-    scores, own = scores_from(given, batch, 1, queries, keys, head_dim=1, bias=False, keep=False)
+    scores, own, _ = scores_from(given, batch, 1, queries, keys, head_dim=1, bias=False, keep=False)
     if own is None:
         return scores, None, None
     offsets, lengths = (own[name] if name in scores.own else None for name in ("offset", "keys"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 from fastattn.machine.table import Isa
@@ -33,8 +34,11 @@ class Kernel:
         How the micro-kernel finds keys and values: where they lie, with any strides; in rows of which each is
         contiguous, where they lie or copied; or laid out anew in panels, in the order of their use.
     steps : tuple of str
-        What may happen to scores besides, in alphabetical order: "dropout" and "mask". (Every kernel knows causality.)
+        What may happen to scores besides: "dropout", "mask", "softcap", "function". (Every kernel knows causality.)
         Code for a step that is not among them is not even typed.
+    function : hashable
+        A user's function (`fastattn.functions.function.Function`), where that is what is compiled: its work is
+        "score_function" or "seen_function".
     """
 
     work: str
@@ -44,6 +48,7 @@ class Kernel:
     score: str = "dot"
     reads: str = "strided"
     steps: tuple[str, ...] = ()
+    function: Hashable = None
 
     @property
     def label(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -14,6 +14,7 @@ from fastattn.call.shapes import split_shape
 from fastattn.call.upstream import Upstream
 from fastattn.cpu.host import session
 from fastattn.cpu.host.calls import Plan
+from fastattn.cpu.host.functions import prepared
 from fastattn.cpu.host.kernels import describe, steps_of
 from fastattn.cpu.host.plan import (
     TASK_FLOPS,
@@ -67,6 +68,7 @@ def attention_backward(
     summed = tuple(size if axis in own else 1 for axis, size in enumerate(lead))
     arrays: Arrays = dict.fromkeys(GRADIENT_ARRAYS)
     arrays |= operands._asdict()
+    del arrays["captured"]  # of another kind
     arrays |= {"grad_out": upstream.grad_out, "out": upstream.out}
     arrays["grad_query"] = grad_query = np.zeros((*lead, problem.queries, problem.head_dim), dtype)
     arrays["grad_key"] = grad_key = np.zeros((*summed, problem.keys, problem.head_dim), dtype)
@@ -83,9 +85,12 @@ def attention_backward(
     arrays["lse"] = lse = np.ascontiguousarray(upstream.lse)
     arrays["grad_lse"] = None if upstream.grad_lse is None else np.ascontiguousarray(upstream.grad_lse)
     arrays["deltas"] = np.empty((3, lse.size), dtype)
-    _run(*_planned(_by_keys, problem, arrays, upstream.rounded, own, threads), arrays, seed)
+    plans = [_planned(_by_keys, problem, arrays, upstream.rounded, own, threads)]
     if grad_mask is not None:
-        _run(*_planned(_by_rectangles, problem, arrays, upstream.rounded, mask_axes, threads), arrays, seed)
+        plans.append(_planned(_by_rectangles, problem, arrays, upstream.rounded, mask_axes, threads))
+    with prepared(problem, operands, _tile(problem)) as ready:
+        for plan, counters in plans:
+            _run(plan, counters, {**arrays, "functions": ready.captured}, seed)
     return grad_query, grad_key, grad_value, grad_mask
 
 
@@ -96,7 +101,7 @@ def _own_axes(problem: Problem, *splits: Shape) -> list[int]:
     return sorted(found)
 
 
-def _run(plan: Plan, counters: int, arrays: Arrays, seed: int) -> None:
+def _run(plan: Plan, counters: int, arrays: Mapping[str, Any], seed: int) -> None:
     objects: dict[str, Any] = {**arrays, "turns": np.zeros(counters, np.int64), "seed": seed}
     session.current.run(plan, tuple(objects.get(name) for name in CALL_NAMES))
 
@@ -162,10 +167,14 @@ def _panels(tile: TileShape, features: int) -> int:
     return -(-features // tile.width)
 
 
+def _tile(problem: Problem) -> TileShape:
+    return session.current.row.tile(problem.real.type.__name__)
+
+
 def _draft(work: str, problem: Problem, arrays: Arrays, rounded: np.dtype[Any], own: list[int]) -> Draft:
     """Write down everything but how the work is split."""
     row = session.current.row
-    kernel = describe(work, row.tile(problem.real.type.__name__), row, steps=steps_of(problem))
+    kernel = describe(work, _tile(problem), row, steps=steps_of(problem))
     blocking, tile, lead = row.blocking, kernel.tile, problem.rows_shape
     query_block = -(-blocking.gradient_query_bytes // tile.itemsize // tile.width) * tile.width
     heads, outer = math.prod(lead), math.prod(lead[axis] for axis in own)

@@ -12,6 +12,7 @@ from fastattn.call.out import delivered, target_for
 from fastattn.call.problem import Operands, Problem
 from fastattn.cpu.host import session
 from fastattn.cpu.host.calls import Plan
+from fastattn.cpu.host.functions import prepared
 from fastattn.cpu.host.kernels import describe, steps_of
 from fastattn.cpu.host.plan import choose_tile, draft_forward
 from fastattn.cpu.host.threads import get_num_threads
@@ -54,9 +55,10 @@ def evaluate(
     alike = all(array is other for array, other in zip(arrays, given, strict=True))  # nothing had to be converted
     if asked and alike and (out is None or target is out):
         session.current.plans.keep(asked, plan)
-    # first: out may be the query
-    matrix = weights(problem, operands, target, seed, threads, weight, score) if return_weights else None
-    result = attention(plan, *operands, target, return_lse, seed, weight)
+    with prepared(problem, operands, choose_tile(session.current.row, problem.real, problem.queries)) as ready:
+        # first: out may be the query
+        matrix = weights(problem, ready, target, seed, threads, weight, score) if return_weights else None
+        result = attention(plan, *ready, target, return_lse, seed, weight)
     if matrix is not None:
         result = (*(result if return_lse else (result,)), matrix)
     return delivered(result, target, out)
@@ -87,6 +89,7 @@ def attention(
     bias: Array | None,
     keep: Array | None,
     heads: Array | None,
+    functions: Any,
     out: Array | None,
     return_lse: bool,
     seed: int | None = None,
@@ -95,7 +98,7 @@ def attention(
     """Run a planned call; the results asked for, as `fastattn.attention` returns them.
 
     The arrays may be any with the addresses of the operands, and `bias` the boolean mask where that is alone; `weight`
-    is that of additive attention, contiguous.
+    is that of additive attention, contiguous. `functions` is the record of the user's, or None.
     """
     if bias is not None and keep is None and not plan.has_bias:
         bias, keep = None, bias
@@ -105,9 +108,9 @@ def attention(
     here = session.current
     if plan.is_small:  # as `Session.run` does, without a microsecond's tenth for that
         held = here.memory.of(plan.memory_bytes)[1]
-        plan.calls.quick(held, plan.record, query, key, value, bias, keep, heads, out, lse, weight, None, seed)
+        plan.calls.quick(held, plan.record, query, key, value, bias, keep, heads, functions, out, lse, weight, None, seed)
     else:
-        here.run(plan, (query, key, value, bias, keep, heads, out, lse, weight, None, seed))
+        here.run(plan, (query, key, value, bias, keep, heads, functions, out, lse, weight, None, seed))
     return out if lse is None else (out, lse)
 
 

@@ -33,6 +33,8 @@ def describe(work: str, tile: TileShape, row: Isa, score: str = "dot", steps: tu
 def steps_of(problem: Problem, all_of: bool = False) -> tuple[str, ...]:
     """Return what may happen to the scores of a call; `all_of`: there is no kernel without masks and dropout."""
     scores = problem.scores
+    if scores.has_functions:
+        return (*STEPS, "softcap", "function")
     if scores.softcap is not None:
         return (*STEPS, "softcap")
     return STEPS if all_of or scores.adds or scores.keep or problem.dropout_p > 0 else PLAIN

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fastattn.call.problem import Operands, Problem
 from fastattn.cpu.host import session
-from fastattn.cpu.host.calls import Plan
+from fastattn.cpu.host.functions import prepared
 from fastattn.cpu.host.kernels import describe, steps_of
 from fastattn.cpu.host.plan import Draft, aligned, choose_tile, draft_forward, group_size
 from fastattn.cpu.kernels.records import SUMMARY
@@ -33,14 +33,14 @@ def summarise(problem: Problem, operands: Operands, threads: int, top_k: int) ->
     record = _record(top_k, **arrays, key_weights=key_weights, finished=finished)
     draft = _draft("summary", problem, operands, threads)
     _add_tasks_on_keys(draft, threads)
-    _run(draft.finish(threads), operands, record)
+    _run(draft, operands, threads, record)
     return top_weights, top_indices, entropy, lse, key_weights
 
 
 def sums(problem: Problem, operands: Operands, threads: int) -> tuple[Array, Array]:
     """Return m and l of every query: its weights are 2^((score - m) · to_base_2) / l."""
     m, l = (np.empty(problem.lse_shape, problem.real) for _ in range(2))
-    _run(_draft("summary", problem, operands, threads).finish(threads), operands, _record(m=m, l=l))
+    _run(_draft("summary", problem, operands, threads), operands, threads, _record(m=m, l=l))
     return m, l
 
 
@@ -63,8 +63,7 @@ def sums_from(problem: Problem, lse: Array) -> tuple[Array, Array]:
 def weigh(problem: Problem, operands: Operands, threads: int, m: Array, l: Array) -> Array:
     """Return the weights of all queries and keys, for given sums."""
     weights = np.empty(problem.weights_shape, problem.real)
-    plan = _draft("known_weights", problem, operands, threads).finish(threads)
-    _run(plan, operands, _record(m=m, l=l), weights)
+    _run(_draft("known_weights", problem, operands, threads), operands, threads, _record(m=m, l=l), weights)
     return weights
 
 
@@ -77,9 +76,11 @@ def _record(top_k: int = 0, **arrays: Array) -> Array:
     return record
 
 
-def _run(plan: Plan, operands: Operands, record: Array, weights: Array | None = None) -> None:
-    query, key, _, *others = operands
-    session.current.run(plan, (query, key, None, *others, record, None, None, weights, None))
+def _run(draft: Draft, operands: Operands, threads: int, record: Array, weights: Array | None = None) -> None:
+    plan = draft.finish(threads)
+    with prepared(draft.problem, operands, draft.kernel.tile) as ready:
+        query, key, _, *others = ready
+        session.current.run(plan, (query, key, None, *others, record, None, None, weights, None))
 
 
 def _draft(work: str, problem: Problem, operands: Operands, threads: int) -> Draft:

@@ -58,7 +58,7 @@ AXIS_BYTES, PLAN_BYTES = GRADIENT_AXIS.itemsize, GRADIENT_PLAN.itemsize
 # Where the matrices of a head of queries begin, the number of the head, and where all that it has of its own is.
 Head = namedtuple(
     "Head",
-    "number query key value bias keep grad_out out grad_query grad_key grad_value grad_bias offset keys own",
+    "number query key value bias keep grad_out out grad_query grad_key grad_value grad_bias offset keys own functions",
 )
 
 
@@ -91,7 +91,7 @@ def locate(call, plan, head):
     own = own_of(call, number)
     return Head(
         number, query, key, value, bias, keep, grad_out, out, grad_query, grad_key, grad_value, grad_bias,
-        own_view(own).offset, own_view(own).keys, own,
+        own_view(own).offset, own_view(own).keys, own, call.functions,
     )  # fmt: skip
 
 
@@ -150,6 +150,8 @@ def cap_block(kernel, plan, scores, grads, count, delta):
         for offset in range(0, count * tile.row_bytes, tile.row_bytes):
             grad = tile_load(tile.single, grads + offset, 0) * plan.keep_scale - delta
             tile_store(grad, grads + offset, 0)
+    if plan.softcap == 0.0:
+        return
     if kernel.work == "mask_gradient":
         cap(tile, plan, scores, count, tile_fill(tile.single, MINUS_INFINITY))
     else:
@@ -191,7 +193,7 @@ def weigh(kernel, call, plan, head, s, first_query, first_key, offset, lost, scr
         drop(tile, plan, call.seed, grads, count, head.number, first_query, first_key + part.begin)
     if "softcap" in kernel.steps:
         cap_block(kernel, plan, weights, grads, count, delta)
-    hide_keys(kernel, plan, head, weights - before, part, first_query, first_key, scratch)
+    hide_keys(kernel, plan, head, weights - before, grads - before, part, first_query, first_key, scratch)
     full, full_end = part.full - part.begin, part.full_end - part.begin
     if not all_finite(start):
         hide_from_empty(kernel, plan, weights, count, start)

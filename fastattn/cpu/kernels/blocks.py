@@ -208,7 +208,7 @@ def score_rows(kernel, plan, q, key, begin, end, start, best, work, wanted):
     """Form the scores of the keys from `begin` to `end` of a block, capped; the maximum of `best` and of them."""
     tile = kernel.tile
     scores = place_of_scores(tile, work) + begin * tile.row_bytes
-    if "softcap" in kernel.steps:
+    if "softcap" in kernel.steps and plan.softcap != 0.0:
         score_block(kernel, plan, q, key, begin, end - begin, start, scores, best, wanted)
         return cap(tile, plan, scores, end - begin, best)
     return score_block(kernel, plan, q, key, begin, end - begin, start, scores, best, wanted)

@@ -7,6 +7,7 @@ from typing import Any
 from fastattn.cpu.kernels import additive_backward, backward, mask_gradient, schedule
 from fastattn.cpu.kernels.entry import in_default_mode, note, overlaps, quick_function, shared, signature
 from fastattn.cpu.kernels.forward import forward_group
+from fastattn.cpu.kernels.lanes import score_functions, seen_functions
 from fastattn.cpu.kernels.key_weights import sum_weights
 from fastattn.cpu.kernels.summary import summarise_group, weigh_known_group
 from fastattn.cpu.kernels.tasks import task_function
@@ -20,7 +21,8 @@ from fastattn.simd import jit, tile_fill, tile_store
 def build(kernel: Kernel, exports: Mapping[str, int]) -> bytes:
     """Object code of a kernel, with some of its functions or all, and the number of integers that each takes."""
     functions = FUNCTIONS[kernel.work](kernel)
-    return building.emit({name: (functions[name], count) for name, count in exports.items()}, kernel.row)
+    symbols = {name: (functions[name], count) for name, count in exports.items()}
+    return building.emit(symbols, kernel.row, vectorise=kernel.function is not None)
 
 
 def _alone(task):
@@ -71,6 +73,8 @@ FUNCTIONS: dict[str, Callable[[Kernel], dict[str, Any]]] = {
     "backward": partial(_gradients, backward),
     "mask_gradient": partial(_gradients, mask_gradient),
     "additive_backward": partial(_gradients, additive_backward),
+    "score_function": score_functions,
+    "seen_function": seen_functions,
     "peak": _peak,
     "schedule": lambda kernel: vars(schedule),
     "signature": lambda kernel: {"signature": signature, "in_default_mode": in_default_mode},

@@ -15,6 +15,8 @@ EXPORTS: dict[str, dict[str, int]] = {
     "backward": _TASKS,
     "mask_gradient": _TASKS,
     "additive_backward": _TASKS,
+    "score_function": {"value": 8, "slope": 9, "marks": 3},
+    "seen_function": {"hide": 8, "look": 9, "marks": 3},
     "peak": {"run": 5},
     "schedule": {"start": 6, "take_part": 2, "cancel": 2, "work": 3},
     "signature": {"signature": 3, "in_default_mode": 3},

@@ -133,9 +133,19 @@ def finish_block(kernel, call, plan, head, number, state, room, first):
 @jit
 def may_hide(kernel, plan):
     """Whether keys of a block may be hidden from some of the queries that are taken through it."""
-    if plan.left_bound or plan.right_bound:
+    if plan.left_bound or plan.right_bound or "function" in kernel.steps:
         return True
     return "mask" in kernel.steps and (plan.keep != 0 or plan.adds != 0)
+
+
+@jit
+def any_looks(kernel, plan, head, group, first_key):
+    """Whether any query of a group looks at a block of keys."""
+    for b in range(group.blocks):
+        part = keys_of_block(kernel, plan, head, group.first_query + b * kernel.tile.width, first_key)
+        if part.end > part.begin:
+            return True
+    return False
 
 
 @jit
@@ -153,6 +163,8 @@ def forward_group(kernel, call, plan, number, first_block, blocks, scratch):
     for first_key in range(group.begin, max(group.end, group.begin + 1), plan.key_block):
         rows = head.value + first_key * plan.value_row
         count = max(0, min(plan.key_block, group.end - first_key))
+        if "function" in kernel.steps and not any_looks(kernel, plan, head, group, first_key):
+            count = 0
         keys = load_keys(kernel, plan, room.keys, head.key + first_key * plan.key_row, count)
         values = load_values(kernel, plan, room.values, rows, count)
         finite = not may_hide(kernel, plan) or are_finite(tile, plan, rows, count)

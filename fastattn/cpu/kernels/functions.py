@@ -1,16 +1,81 @@
-"""A user's functions on blocks of scores: each is a small library of its own, which kernels call by address.
+"""How kernels call a user's functions (`fastattn.cpu.kernels.lanes`), and what they know of blocks of keys."""
 
-So a function compiles in a fraction of a second, and no kernel for it. Blocks are scores[j][i], key j, query i, as
-everywhere; a lane is a query, and LLVM makes vectors of a loop over the lanes. An index that was out of range leaves a
-mark, a NaN of its own; what hides keys overwrites it, and what remains is an error (`fastattn.cpu.kernels.scores`).
-"""
+from fastattn.cpu.kernels.records import EMPTY, FULL, FUNCTIONS, KIND_KEYS, KIND_QUERIES
+from fastattn.simd import call_compiled, jit, load_u8, record_view, store_i64
 
-from llvmlite import ir
-from numba.core import cgutils, types
-from numba.core.typing.templates import signature
-from numba.extending import intrinsic
+functions_view = record_view(FUNCTIONS)
+OUT_OF_RANGE = FUNCTIONS.fields["out_of_range"][1]
 
-from fastattn.functions.captured import FLAG, writes_elsewhere
-from fastattn.functions.compiler import compiled
-from fastattn.functions.dual import DualType, make_dual, parts_of
-from fastattn.simd import jit
+
+@jit
+def has_function(head):
+    """Whether there is a function of scores."""
+    return functions_view(head.functions).value != 0
+
+
+@jit
+def apply_function(plan, head, scores, grads, count, first_query, first_key):
+    """Scores become the function's, and what is beside them is multiplied by its derivative, unless `grads` is 0.
+
+    Returns whether every index was in range.
+    """
+    functions = functions_view(head.functions)
+    if functions.value == 0:
+        return True
+    batch, number = functions.first_row + head.number // functions.heads, head.number % functions.heads
+    query, last = head.offset + first_query, head.offset + plan.queries - 1
+    captured = functions.score_captured
+    if grads == 0:
+        given = (scores, count, batch, number, query, first_key, last, captured)
+        return call_compiled(functions.value, given) != 0
+    beside = (scores, grads, count, batch, number, query, first_key, last, captured)
+    return call_compiled(functions.slope, beside) != 0
+
+
+@jit
+def hide_unseen(plan, head, scores, count, first_query, first_key):
+    """Scores become -inf where the user's function says that keys are not seen; the same is returned."""
+    functions = functions_view(head.functions)
+    if functions.hide == 0:
+        return True
+    batch, number = functions.first_row + head.number // functions.heads, head.number % functions.heads
+    query, last = head.offset + first_query, head.offset + plan.queries - 1
+    given = (scores, count, batch, number, query, first_key, last, functions.seen_captured)
+    return call_compiled(functions.hide, given) != 0
+
+
+@jit
+def note_marks(tile, plan, head, scores, count, first_query):
+    """Note that an index was out of range, if a query may look at the key."""
+    functions = functions_view(head.functions)
+    present = min(tile.width, plan.queries - first_query)
+    if call_compiled(functions.marks, (scores, count, present)) != 0:
+        store_i64(head.functions + OUT_OF_RANGE, 1)
+
+
+@jit
+def seen_part(tile, plan, head, first_query, first_key, begin, end):
+    """Keys of a block, between two, outside of which the queries of a block see none; and whether they see all there.
+
+    In numbers of keys from the first of the block on, which is a multiple of the tile's width, as are the results.
+    """
+    functions = functions_view(head.functions)
+    if functions.kinds == 0 or begin >= end:
+        return begin, end, functions.hide == 0
+    rows = functions.kinds + head.number // functions.heads * functions.kinds_batch
+    rows += head.number % functions.heads * functions.kinds_head
+    first_row = first_query // KIND_QUERIES
+    last_row = (min(first_query + tile.width, plan.queries) - 1) // KIND_QUERIES
+    first, last = (first_key + begin) // KIND_KEYS, (first_key + end - 1) // KIND_KEYS
+    some_first, some_last, whole = last + 1, first - 1, True
+    for column in range(first, last + 1):
+        for row in range(first_row, last_row + 1):
+            if load_u8(rows + row * functions.kinds_row + column) != EMPTY:
+                some_first, some_last = min(some_first, column), column
+    if some_first > some_last:
+        return begin, begin, True
+    for column in range(some_first, some_last + 1):  # an empty one between two others is looked at
+        for row in range(first_row, last_row + 1):
+            whole = whole and load_u8(rows + row * functions.kinds_row + column) == FULL
+    begin, end = max(begin, some_first * KIND_KEYS - first_key), min(end, (some_last + 1) * KIND_KEYS - first_key)
+    return begin, end, whole

@@ -81,6 +81,7 @@ CALL = np.dtype(
         ("bias", i8),
         ("keep", i8),
         ("heads", i8),  # what heads have of their own: `fastattn.call.scores.HEAD` for each; 0: nothing
+        ("functions", i8),  # the user's: where `FUNCTIONS` is
         ("out", i8),
         ("lse", i8),  # 0: not wanted; otherwise contiguous, as are the weights
         ("weight", i8),  # of the features, contiguous: additive attention only
@@ -185,6 +186,7 @@ GRADIENT_CALL = np.dtype(
         ("lse", i8),  # contiguous, one number for each query of all heads; so is grad_lse, unless 0
         ("grad_lse", i8),
         ("heads", i8),
+        ("functions", i8),
         ("deltas", i8),  # what the first group of keys finds, for those that follow: deltas, and m and log2(l) behind
         # Counters: for each block of queries of each head, the groups of keys that have been there; behind these, for
         # each group of keys of each head of keys, the parts of the queries that have been there.
@@ -192,6 +194,28 @@ GRADIENT_CALL = np.dtype(
         ("seed", i8),
     ]
 )
+
+# The user's functions: addresses of compiled ones (`fastattn.cpu.kernels.lanes`), 0 where there is none, and of what
+# tells them of the values that they capture; what is known of blocks of keys.
+FUNCTIONS = np.dtype(
+    [
+        ("heads", i8),  # query heads of one row of the batch
+        ("first_row", i8),  # the number of the first row of the batch
+        ("value", i8),  # of a score
+        ("slope", i8),
+        ("score_captured", i8),
+        ("hide", i8),  # what may not be seen
+        ("seen_captured", i8),
+        ("marks", i8),
+        ("kinds", i8),  # a byte for each block of queries and keys, for all rows of the batch and heads or some: EMPTY, ...
+        ("kinds_batch", i8),  # strides; 0: the same for all
+        ("kinds_head", i8),
+        ("kinds_row", i8),
+        ("out_of_range", i8),  # set to 1 where a query may look at a key for which an index was out of range
+    ]
+)
+KIND_QUERIES, KIND_KEYS = 64, 64  # the size of these blocks
+EMPTY, PARTIAL, FULL = range(3)  # no query may look at any key, some at some, all at all
 
 # Where the summary of a call is kept (`call.out` is the address of this record): contiguous arrays with one element, or
 # `top_k` elements, for each query, and of `key_weights` one for each key, of all heads. 0: not wanted.

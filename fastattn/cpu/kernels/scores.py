@@ -7,6 +7,7 @@ the backward pass (`cap_with_slope`), and whether one query looks at one key (`s
 
 from collections import namedtuple
 
+from fastattn.cpu.kernels.functions import apply_function, hide_unseen, note_marks, seen_part
 from fastattn.cpu.kernels.masks import add_bias, add_square, hide, lowest, saturate, square_of
 from fastattn.cpu.kernels.records import BIAS_HALF, BIAS_NONE, BIAS_SAME, KEEP
 from fastattn.cpu.kernels.softmax import MINUS_INFINITY
@@ -17,11 +18,13 @@ from fastattn.simd import (
     as_element,
     jit,
     largest_row,
+    load_element,
     load_f32,
     load_f64,
     load_u8,
     load_u16,
     maximum,
+    stack_memory,
     tile_fill,
     tile_iota,
     tile_load,
@@ -32,6 +35,8 @@ from fastattn.simd import (
 
 HALF_MINUS_INFINITY = 0xFC00
 FAR = 1 << 20  # more than any block is wide; small enough to be exact in float32
+
+memory_of_a_row = stack_memory(8 * 64)  # of the widest tile
 
 # Keys of a block, by their numbers in it: any of its queries looks at those from `begin` to `end`, all of them at those
 # from `full` to `full_end`. What is outside of the latter is restricted, in whole squares.
@@ -90,6 +95,11 @@ def keys_of_block(kernel, plan, head, first_query, first_key):
                 end -= 1  # padding, usually
         if plan.keep or plan.adds:
             full_end = 0
+    if "function" in kernel.steps:
+        begin, end, whole = seen_part(tile, plan, head, first_query, first_key, begin, end)
+        full = max(full, begin)
+        if not whole:
+            full_end = 0
     full_end = min(full_end, end)
     if full > 0 or full_end < end:
         step = step_of(tile)
@@ -140,6 +150,9 @@ def restrict(kernel, plan, head, scores, count, first_query, first_key, top, buf
 
     The block is that of the queries from `first_query` on, and `count` keys from `first_key` on.
     """
+    if "function" in kernel.steps:
+        restrict_with_functions(kernel, plan, head, scores, 0, count, first_query, first_key, top, buffer)
+        return
     tile = kernel.tile
     lanes = tile.lanes
     present = min(tile.width, plan.queries - first_query)
@@ -169,10 +182,16 @@ def restrict(kernel, plan, head, scores, count, first_query, first_key, top, buf
 @jit
 def restrict_square(kernel, plan, head, square, query, key, rows, columns, buffer):
     """The same for a square of scores, of which so many rows (queries) and columns (keys) are there."""
+    square = add_to_square(kernel, plan, head, square, query, key, rows, columns, buffer)
+    return hide_in_square(kernel, plan, head, square, query, key, rows, columns, buffer)
+
+
+@jit
+def add_to_square(kernel, plan, head, square, query, key, rows, columns, buffer):
+    """Add what is added to scores."""
     tile = kernel.tile
-    index = tile_row_index(tile.square)
-    distance = tile_iota(tile.square) - index
     if "mask" in kernel.steps and rows > 0:
+        distance = tile_iota(tile.square) - tile_row_index(tile.square)
         kind, itemsize, row, column = plan.bias_kind, plan.bias_itemsize, plan.bias_row, plan.bias_column
         slope = min(max(own_view(head.own).slope, lowest(tile)), -lowest(tile))
         linear = tile_fill(tile.square, 0.0)
@@ -187,10 +206,19 @@ def restrict_square(kernel, plan, head, square, query, key, rows, columns, buffe
             square = add_bias(tile, square, bias)
         elif slope != 0.0:
             square = add_bias(tile, square, linear)
-        if plan.keep:
-            row, column = plan.keep_row, plan.keep_column
-            at = head.keep + query * row + key * column
-            square = hide(tile, square, square_of(tile, KEEP, 1, at, row, column, rows, columns, buffer))
+    return square
+
+
+@jit
+def hide_in_square(kernel, plan, head, square, query, key, rows, columns, buffer):
+    """Put -inf where a query may not look at a key."""
+    tile = kernel.tile
+    index = tile_row_index(tile.square)
+    distance = tile_iota(tile.square) - index
+    if "mask" in kernel.steps and rows > 0 and plan.keep:
+        row, column = plan.keep_row, plan.keep_column
+        at = head.keep + query * row + key * column
+        square = hide(tile, square, square_of(tile, KEEP, 1, at, row, column, rows, columns, buffer))
     if plan.right_bound:
         last = min(max(head.offset + plan.right + query - key, -FAR), FAR)
         square = where_greater(distance + (last + 0.5), 0.0, square, MINUS_INFINITY)
@@ -202,6 +230,57 @@ def restrict_square(kernel, plan, head, square, query, key, rows, columns, buffe
     return square
 
 
+def by_squares(restrict_one):
+    """A function that applies another one to each square of a block of scores."""
+
+    @jit
+    def restrict_all(kernel, plan, head, scores, count, first_query, first_key, buffer):
+        tile = kernel.tile
+        lanes = tile.lanes
+        present = min(tile.width, plan.queries - first_query)
+        for v in range(tile.vectors):
+            rows = min(lanes, present - v * lanes)
+            for j in range(0, count, lanes):
+                place = scores + j * tile.row_bytes + v * tile.vector_bytes
+                square = tile_load(tile.square, place, tile.row_bytes)
+                query, key, columns = first_query + v * lanes, first_key + j, min(lanes, count - j)
+                square = restrict_one(kernel, plan, head, square, query, key, rows, columns, buffer)
+                tile_store(square, place, tile.row_bytes)
+
+    return restrict_all
+
+
+add_by_squares, hide_by_squares = by_squares(add_to_square), by_squares(hide_in_square)
+
+
+@jit
+def restrict_with_functions(kernel, plan, head, scores, grads, count, first_query, first_key, top, buffer):
+    """`restrict`, with the user's functions; what stands beside the scores, if anything, is multiplied by the slope."""
+    tile = kernel.tile
+    if plan.adds and (plan.bias_kind != BIAS_NONE or own_view(head.own).slope != 0.0):
+        add_by_squares(kernel, plan, head, scores, count, first_query, first_key, buffer)
+    inside = apply_function(plan, head, scores, grads, count, first_query, first_key)
+    hide_by_squares(kernel, plan, head, scores, count, first_query, first_key, buffer)
+    inside = hide_unseen(plan, head, scores, count, first_query, first_key) and inside
+    if not inside:
+        note_marks(tile, plan, head, scores, count, first_query)
+    best = tile_load(tile.single, top, 0)
+    for j in range(count):
+        best = maximum(tile_load(tile.single, scores + j * tile.row_bytes, 0), best)
+    tile_store(best, top, 0)
+
+
+@jit
+def sees_with_functions(kernel, plan, head, query, key):
+    """What the user's functions say of one key: whether its score is more than -inf, where it was 0 before."""
+    tile = kernel.tile
+    row = memory_of_a_row()
+    tile_store(tile_fill(tile.single, 0.0), row, 0)
+    apply_function(plan, head, row, 0, 1, query, key)
+    hide_unseen(plan, head, row, 1, query, key)
+    return load_element(tile, row) != MINUS_INFINITY
+
+
 @jit
 def sees(kernel, plan, head, query, key):
     """Whether one query may look at one key, both by their numbers."""
@@ -209,6 +288,8 @@ def sees(kernel, plan, head, query, key):
     if plan.right_bound and position + plan.right < key:
         return False
     if plan.left_bound and position - plan.left > key:
+        return False
+    if "function" in kernel.steps and not sees_with_functions(kernel, plan, head, query, key):
         return False
     if "mask" not in kernel.steps:
         return True

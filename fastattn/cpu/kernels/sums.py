@@ -18,7 +18,7 @@ from fastattn.cpu.kernels.forward import LN_2
 from fastattn.cpu.kernels.gradient_rows import starts_late
 from fastattn.cpu.kernels.masks import INFINITY, lowest
 from fastattn.cpu.kernels.panels import pack_panels, product_along
-from fastattn.cpu.kernels.scores import cap, keys_of_block, keys_of_queries, restrict
+from fastattn.cpu.kernels.scores import cap, keys_of_block, keys_of_queries, restrict, restrict_with_functions
 from fastattn.cpu.kernels.softmax import MINUS_INFINITY, absorb
 from fastattn.simd import (
     jit,
@@ -51,15 +51,25 @@ def any_has_lost(tile, plan, lse, present):
 
 
 @jit
-def hide_keys(kernel, plan, head, scores, part, first_query, first_key, scratch):
-    """Apply masks and interval to a part of a block of scores, where its rows want it."""
+def hide_keys(kernel, plan, head, scores, grads, part, first_query, first_key, scratch):
+    """Apply masks and interval to a part of a block of scores, where its rows want it.
+
+    A user's function is applied as well, and what stands beside the scores multiplied by its derivative.
+    """
     tile = kernel.tile
     work = scratch + plan.work_at
     for edge in range(2):
         begin, end = (part.begin, part.full) if edge == 0 else (part.full_end, part.end)
         if begin < end:
             rows, buffer = scores + begin * tile.row_bytes, work + tile.row_bytes
-            restrict(kernel, plan, head, rows, end - begin, first_query, first_key + begin, work, buffer)
+            first, count = first_key + begin, end - begin
+            if "function" in kernel.steps:
+                beside = 0 if grads == 0 else grads + begin * tile.row_bytes
+                restrict_with_functions(
+                    kernel, plan, head, rows, beside, count, first_query, first, work, buffer
+                )
+            else:
+                restrict(kernel, plan, head, rows, count, first_query, first, work, buffer)
 
 
 @jit
@@ -84,9 +94,9 @@ def absorb_block(kernel, plan, head, first_query, first_key, keys, s, scratch):
     scores, rows = scratch + plan.scores_at, part.begin * tile.row_bytes
     queries, zero = scratch + plan.query_lanes_at + at * plan.head_dim, tile_fill(tile.single, 0.0)
     product_along(tile, zero, count, keys + rows, panel, queries, plan.head_dim, scores + rows)
-    if "softcap" in kernel.steps:
+    if "softcap" in kernel.steps and plan.softcap != 0.0:
         cap(tile, plan, scores + rows, count, zero)
-    hide_keys(kernel, plan, head, scores, part, first_query, first_key, scratch)
+    hide_keys(kernel, plan, head, scores, 0, part, first_query, first_key, scratch)
     top = largest_scores(tile, scores + rows, count)
     tops, totals = scratch + plan.shifts_at + at, scratch + plan.rests_at + at
     absorb(kernel, scores + rows, count, top, False, plan.to_base_2, tops, totals, 0, 0)

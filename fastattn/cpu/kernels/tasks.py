@@ -11,8 +11,8 @@ AXIS_BYTES, PLAN_BYTES, OWN_BYTES = AXIS.itemsize, PLAN.itemsize, HEAD.itemsize
 
 
 # Where a head's matrices begin; the position of query 0, the number of keys, and where these and what else it may have
-# of its own lie.
-Head = namedtuple("Head", "query key value bias keep out offset keys own")
+# of its own lie; its number, and where the user's functions are.
+Head = namedtuple("Head", "query key value bias keep out offset keys own number functions")
 
 
 @jit
@@ -33,7 +33,8 @@ def locate(call, plan, number):
         keep += index * strides.keep
         out += index * strides.out
     own = own_of(call, number)
-    return Head(query, key, value, bias, keep, out, own_view(own).offset, own_view(own).keys, own)
+    offset, keys = own_view(own).offset, own_view(own).keys
+    return Head(query, key, value, bias, keep, out, offset, keys, own, number, call.functions)
 
 
 @jit

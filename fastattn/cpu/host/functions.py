@@ -1,0 +1,116 @@
+"""A user's functions in a call: compiled, told of what they capture, and asked once which blocks of keys they hide."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastattn.call.problem import Operands, Problem
+from fastattn.cpu.host import session
+from fastattn.cpu.host.kernels import load
+from fastattn.cpu.kernels.records import FUNCTIONS, KIND_KEYS, KIND_QUERIES
+from fastattn.functions.function import Function, record_of
+from fastattn.machine.kernel import Kernel
+from fastattn.machine.libraries import Library
+from fastattn.machine.objects import address_of
+from fastattn.machine.tile import TileShape
+
+Array = NDArray[Any]
+
+WORTH_LOOKING = 2 * KIND_QUERIES  # queries and keys from which on blocks are looked at
+
+
+@contextmanager
+def prepared(problem: Problem, operands: Operands, tile: TileShape) -> Iterator[Operands]:
+    """The operands as kernels of a tile take them: with a record of the user's functions in place of what they capture.
+
+    Raises
+    ------
+    IndexError
+        Afterwards, if a function has read out of range for a key that a query may look at.
+    """
+    if operands.captured is None:
+        yield operands
+        return
+    scores, given = problem.scores, operands.captured
+    record = np.zeros(1, FUNCTIONS)
+    record["heads"] = max(1, problem.heads)
+    held: list[Array] = []
+    if scores.score_mod is not None:
+        library = compiled("score_function", scores.score_mod, tile)
+        held.append(record_of(scores.score_mod, given.score))
+        record["score_captured"] = address_of(held[-1])
+        record["value"], record["slope"] = library.addresses["value"], library.addresses["slope"]
+        record["marks"] = library.addresses["marks"]
+    if scores.mask_mod is not None:
+        library = compiled("seen_function", scores.mask_mod, tile)
+        held.append(record_of(scores.mask_mod, given.seen))
+        record["seen_captured"] = address_of(held[-1])
+        record["hide"], record["marks"] = library.addresses["hide"], library.addresses["marks"]
+        kinds = kinds_of_blocks(problem, operands, library, scores.mask_mod, held[-1])
+        if kinds is not None:
+            held.append(kinds)
+            record["kinds"] = address_of(kinds)
+            steps = (step if size > 1 else 0 for step, size in zip(kinds.strides, kinds.shape, strict=True))
+            record["kinds_batch"], record["kinds_head"], record["kinds_row"] = list(steps)[:2] + [kinds.strides[2]]
+    yield operands._replace(captured=record)  # type: ignore[arg-type]
+    if record["out_of_range"]:
+        names = [function.label for function in (scores.score_mod, scores.mask_mod) if function is not None]
+        raise IndexError(f"{', '.join(names)}: an index was out of range, for a key that the query may look at")
+
+
+def compiled(work: str, function: Function, tile: TileShape) -> Library:
+    """A function's library, for blocks as wide as a tile."""
+    return load(Kernel(work, session.current.row, tile, function=function))
+
+
+def kinds_of_blocks(
+    problem: Problem, operands: Operands, library: Library, function: Function, record: Array
+) -> Array | None:
+    """Of which kind each block of keys is, for queries of some rows of the batch and heads, or the same for all.
+
+    What has been found out is remembered, for the same function and values of what it captures.
+    """
+    if problem.queries < WORTH_LOOKING or problem.keys < WORTH_LOOKING:
+        return None
+    batches = int(np.prod(problem.batch, dtype=np.int64)) or 1
+    offsets: Any = [problem.scores.offset]
+    if operands.heads is not None and "offset" in problem.scores.own:
+        offsets = operands.heads["offset"].reshape(batches, -1)[:, 0]
+    assert operands.captured is not None
+    rows = batches if "batch" in function.reads or len(offsets) > 1 else 1
+    heads = problem.heads if "head" in function.reads else 1
+    key = (
+        "kinds", function, contents(operands.captured.seen), rows, heads, bytes(np.asarray(offsets, np.int64)),
+        problem.queries, problem.keys,
+    )  # fmt: skip
+
+    def find() -> Array:
+        blocks = -(-problem.queries // KIND_QUERIES), -(-problem.keys // KIND_KEYS)
+        kinds = np.empty((rows, heads, *blocks), np.uint8)
+        for row in range(rows):
+            offset = int(offsets[row % len(offsets)])
+            for head in range(heads):
+                for block in range(blocks[0]):
+                    first = block * KIND_QUERIES
+                    count = min(KIND_QUERIES, problem.queries - first)
+                    where = (address_of(kinds[row, head, block]), row, head, first, count, offset)
+                    library.look(*where, problem.keys, KIND_KEYS, address_of(record))
+        return kinds
+
+    return session.current.plans.of(key, find)
+
+
+def contents(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What captured values are known by: numbers, and hashes of arrays."""
+    return tuple(
+        (value.shape, hashlib.blake2b(np.ascontiguousarray(value).view(np.uint8), digest_size=16).digest())
+        if isinstance(value, np.ndarray)
+        else value
+        for value in values
+    )

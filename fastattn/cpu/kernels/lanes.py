@@ -1,0 +1,125 @@
+"""A user's functions, compiled for blocks of scores: each is a small library, which kernels call by its address.
+
+So a function compiles in a fraction of a second, and no kernel is compiled for it. Blocks are scores[j][i], key j,
+query i, as everywhere. A lane is a query, and LLVM makes vectors of the loop over the lanes. Lanes without a query have
+the position of the last one.
+
+An index that was out of range leaves a mark, a NaN of its own. What hides keys overwrites it; a mark that remains is an
+error.
+"""
+
+from fastattn.cpu.kernels.records import EMPTY, FULL, PARTIAL
+from fastattn.functions.compiler import compiled
+from fastattn.functions.rows import (
+    chosen,
+    is_marked,
+    is_set,
+    is_true,
+    marked,
+    new_flag,
+    put_score,
+    row_at,
+    score_in,
+    slope_of,
+    with_slope,
+)
+from fastattn.simd import as_element, jit, store_u8
+
+MINUS_INFINITY = float("-inf")
+
+
+def score_functions(kernel):
+    """The library of a function of scores: its values, and its values with slopes."""
+    tile, width, row_bytes = kernel.tile, kernel.tile.width, kernel.tile.row_bytes
+    function = compiled(kernel.function, tile.dtype)
+
+    @jit
+    def value(scores, count, batch, head, query, key, last, captured):
+        """scores[j][i] becomes the function's; returns 1 if every index was in range."""
+        inside = 1
+        for j in range(count):
+            row = row_at(tile, scores + j * row_bytes)
+            for i in range(width):
+                flag = new_flag()
+                position = min(query + i, last)
+                score = function((score_in(row, i), batch, head, position, key + j, captured, flag))
+                valid = is_set(flag)
+                put_score(row, i, marked(tile, score, valid))
+                inside &= valid
+        return inside
+
+    @jit
+    def slope(scores, grads, count, batch, head, query, key, last, captured):
+        """The same, and grads[j][i] is multiplied by the derivative by the score."""
+        inside = 1
+        for j in range(count):
+            row, beside = row_at(tile, scores + j * row_bytes), row_at(tile, grads + j * row_bytes)
+            for i in range(width):
+                flag = new_flag()
+                position = min(query + i, last)
+                start = score_in(row, i)
+                score = function((with_slope(start), batch, head, position, key + j, captured, flag))
+                valid = is_set(flag)
+                put_score(row, i, marked(tile, score, valid))
+                put_score(beside, i, score_in(beside, i) * slope_of(start, score))
+                inside &= valid
+        return inside
+
+    return {"value": value, "slope": slope, "marks": marks_function(tile)}
+
+
+def seen_functions(kernel):
+    """The library of a function that says which keys are seen: it hides others, and looks at whole blocks."""
+    tile, width, row_bytes = kernel.tile, kernel.tile.width, kernel.tile.row_bytes
+    function = compiled(kernel.function, tile.dtype)
+
+    @jit
+    def hide(scores, count, batch, head, query, key, last, captured):
+        """scores[j][i] becomes -inf where the function says no; returns 1 if every index was in range."""
+        inside = 1
+        for j in range(count):
+            row = row_at(tile, scores + j * row_bytes)
+            for i in range(width):
+                flag = new_flag()
+                seen = is_true(function((batch, head, min(query + i, last), key + j, captured, flag)))
+                valid = is_set(flag)
+                score, hidden = score_in(row, i), as_element(tile, MINUS_INFINITY)
+                kept = marked(tile, chosen(seen, score, hidden), valid)
+                put_score(row, i, chosen(score == hidden, hidden, kept))
+                inside &= valid
+        return inside
+
+    @jit
+    def look(kinds, batch, head, query, queries, position, keys, size, captured):
+        """Write of which kind the blocks of keys are for some queries: EMPTY, PARTIAL or FULL."""
+        for block in range(0, keys, size):
+            some, every = 0, 1
+            for j in range(block, min(block + size, keys)):
+                for i in range(queries):
+                    flag = new_flag()
+                    seen = is_true(function((batch, head, query + position + i, j, captured, flag)))
+                    valid = is_set(flag)
+                    some |= seen | (valid ^ 1)
+                    every &= seen & valid
+            store_u8(kinds, FULL if every else (PARTIAL if some else EMPTY))
+            kinds += 1
+        return 0
+
+    return {"hide": hide, "look": look, "marks": marks_function(tile)}
+
+
+def marks_function(tile):
+    """A function that looks for marks."""
+    row_bytes = tile.row_bytes
+
+    @jit
+    def marks(scores, count, present):
+        """Whether a mark is left in a block, at a query that is there."""
+        found = 0
+        for j in range(count):
+            row = row_at(tile, scores + j * row_bytes)
+            for i in range(present):
+                found |= is_marked(tile, score_in(row, i))
+        return found
+
+    return marks
