@@ -41,8 +41,9 @@ class Parts:
     def __init__(self, problem: Problem, operands: Operands, names: tuple[str, ...]):
         self.names = names
         function, captured = problem.scores.score_mod, operands.captured
-        assert not names or (function is not None and captured is not None)
-        values = {} if not names else dict(zip((e.name for e in function.captured), captured.score, strict=True))
+        values: dict[str, Any] = {}
+        if function is not None and captured is not None:
+            values = {each.name: value for each, value in zip(function.captured, captured.score, strict=True)}
         shapes = [values[name].shape for name in names]
         elements = max(1, sum(map(math.prod, shapes)))
         self.number = max(2, min(MOST_PARTS, MOST_ELEMENTS // elements))
@@ -58,9 +59,7 @@ class Parts:
 
 
 @contextmanager
-def prepared(
-    problem: Problem, operands: Operands, tile: TileShape, parts: Parts | None = None
-) -> Iterator[Operands]:
+def prepared(problem: Problem, operands: Operands, tile: TileShape, parts: Parts | None = None) -> Iterator[Operands]:
     """The operands as kernels of a tile take them: with a record of the user's functions in place of what they capture.
 
     `parts` are where gradients of captured arrays go.
@@ -98,7 +97,7 @@ def prepared(
             held.append(kinds)
             record["kinds"] = address_of(kinds)
             steps = (step if size > 1 else 0 for step, size in zip(kinds.strides, kinds.shape, strict=True))
-            record["kinds_batch"], record["kinds_head"], record["kinds_row"] = list(steps)[:2] + [kinds.strides[2]]
+            record["kinds_batch"], record["kinds_head"], record["kinds_row"] = [*list(steps)[:2], kinds.strides[2]]
     yield operands._replace(captured=record)  # type: ignore[arg-type]
     if record["repeated"]:
         raise ValueError(
@@ -155,7 +154,7 @@ def kinds_of_blocks(
 def contents(values: tuple[Any, ...]) -> tuple[Any, ...]:
     """What captured values are known by: numbers, and hashes of arrays."""
     return tuple(
-        (value.shape, hashlib.blake2b(np.ascontiguousarray(value).view(np.uint8), digest_size=16).digest())
+        (value.shape, hashlib.blake2b(value.tobytes(), digest_size=16).digest())
         if isinstance(value, np.ndarray)
         else value
         for value in values
