@@ -37,6 +37,7 @@ def additive_attention(
     key_lengths: ArrayLike | None = None,
     softcap: float | None = None,
     alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
     return_lse: bool = False,
     return_weights: bool = False,
     out: NDArray[Any] | None = None,
@@ -61,7 +62,7 @@ def additive_attention(
         a tuple (bias, keep).
     is_causal : bool or "bottom-right"
         True: query i looks at the keys up to i. "bottom-right": up to i + Lk - Lq, as in decoding.
-    window, query_offset, key_lengths, softcap, alibi_slopes : optional
+    window, query_offset, key_lengths, softcap, alibi_slopes, sinks : optional
         As in `fastattn.attention`.
     return_lse : bool
         Return the natural logarithm of the sum of exp(score) over the keys as well.
@@ -114,6 +115,7 @@ def additive_attention(
         and (backend is None or backend == "cpu")
         and key_lengths is None  # a signature has no numbers of an array
         and alibi_slopes is None
+        and sinks is None
         and (query_offset is None or not isinstance(query_offset, np.ndarray))
     ):
         mask, keep = masks_in(attn_mask) if isinstance(attn_mask, tuple) else (attn_mask, None)
@@ -134,6 +136,7 @@ def additive_attention(
         "key_lengths": key_lengths,
         "softcap": softcap,
         "alibi_slopes": alibi_slopes,
+        "sinks": sinks,
     }
     call = (query, key, value, weight, attn_mask, is_causal)
     check_backend(backend, BACKENDS)

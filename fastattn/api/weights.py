@@ -51,6 +51,7 @@ def attention_weights(
     key_lengths: ArrayLike | None = None,
     softcap: float | None = None,
     alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
     rows: Choice = None,
     columns: Choice = None,
     lse: ArrayLike | None = None,
@@ -68,7 +69,7 @@ def attention_weights(
     is_causal : bool or "bottom-right"
     scale : float, optional
     enable_gqa : bool
-    window, query_offset, key_lengths, softcap, alibi_slopes : optional
+    window, query_offset, key_lengths, softcap, alibi_slopes, sinks : optional
     rows, columns : int, slice or array_like with one axis, optional
         Which queries and which keys, as in indexing a NumPy array: integers in any order, negative ones counted from
         the end, or booleans. None is all. An int keeps its axis, with length 1.
@@ -114,6 +115,7 @@ def attention_weights(
         "key_lengths": key_lengths,
         "softcap": softcap,
         "alibi_slopes": alibi_slopes,
+        "sinks": sinks,
     }
     call = (query, key, attn_mask, is_causal, scale, enable_gqa)
     check_backend(backend, BACKENDS)
@@ -205,6 +207,7 @@ def attention_summary(
     key_lengths: ArrayLike | None = None,
     softcap: float | None = None,
     alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
     top_k: int = 8,
     backend: str | None = None,
 ) -> AttentionSummary:
@@ -219,7 +222,7 @@ def attention_summary(
     is_causal : bool or "bottom-right"
     scale : float, optional
     enable_gqa : bool
-    window, query_offset, key_lengths, softcap, alibi_slopes : optional
+    window, query_offset, key_lengths, softcap, alibi_slopes, sinks : optional
     top_k : int
         How many of its greatest weights to return for each query; 0 is allowed, and so is more than there are keys.
     backend : {None, "cpu", "reference"}
@@ -270,6 +273,7 @@ def attention_summary(
         "key_lengths": key_lengths,
         "softcap": softcap,
         "alibi_slopes": alibi_slopes,
+        "sinks": sinks,
     }
     call = (query, key, attn_mask, is_causal, scale, enable_gqa)
     check_backend(backend, BACKENDS)

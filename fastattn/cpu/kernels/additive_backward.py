@@ -78,6 +78,7 @@ def lay_out(tile, plan, given, scratch):
 
     places.numbers, at = at, at + queries * QUERY_NUMBERS * tile.itemsize
     places.q_largest, at = at, at + (queries + tile.lanes) * tile.itemsize
+    places.distances, at = at, at + queries * tile.vector_bytes
     places.q_raws, at = at, at + queries * row_bytes
     places.q_exps, at = at, at + queries * row_bytes
     places.grad_queries, at = at, at + queries * row_bytes
@@ -90,6 +91,8 @@ def lay_out(tile, plan, given, scratch):
     places.values, at = at, at + keys * v_bytes
     places.grad_values, at = at, at + keys * v_bytes
 
+    if given.slope_sums == 0:
+        places.distances = 0
     places.term_queries = given.term_queries
     places.weights, at = at, at + queries * keys * tile.itemsize
     places.hidden, at = at, at + queries * keys * tile.itemsize
@@ -342,11 +345,19 @@ def deliver_weight(tile, places, target, features, fresh):
         store_element(tile, target + offset, element if fresh else element + load_element(tile, target + offset))
 
 
+@jit
+def deliver_distances(tile, places, target, queries):
+    """The part of a task in what slopes of ALiBi get from each query, which begins at 0."""
+    for i in range(queries):
+        at = target + i * tile.itemsize
+        store_element(tile, at, load_element(tile, at) + sum_of(tile, places.distances + i * tile.vector_bytes))
+
+
 # -- a task ------------------------------------------------------------------------------------------------------------
 
 
 @jit
-def find_sums(kernel, plan, given, head, places, first_query, queries, lse, sums):
+def find_sums(kernel, plan, given, head, places, first_query, queries, lse, sums, sink_weights):
     """Form the sums of those queries of a block whose lse has lost digits, over all keys."""
     tile = kernel.tile
     clear_states(tile, plan, places, queries)
@@ -356,12 +367,15 @@ def find_sums(kernel, plan, given, head, places, first_query, queries, lse, sums
         if hide(kernel, plan, head, places, first_query, queries, first_key, filled, lse):
             keys = head.key + first_key * plan.key_row
             absorb_keys(kernel, plan, given, places, keys, lse, queries, count, filled)
-    store_sums(kernel, plan, given, places, lse, queries, sums)
+    store_sums(kernel, plan, given, head, places, lse, queries, sums, sink_weights)
 
 
 @jit
-def differentiate_block(kernel, plan, places, key, value, queries, count, filled):
-    """All that a block of queries and one of keys, where there is anything to look at, have to do with each other."""
+def differentiate_block(kernel, plan, places, key, value, queries, count, filled, away):
+    """All that a block of queries and one of keys, where there is anything to look at, have to do with each other.
+
+    `away`: the position of the first query less that of the first key.
+    """
     tile = kernel.tile
     load_keys(tile, plan, places, key, value, queries, count, filled)
     if values_stay_rows(tile, queries):
@@ -369,7 +383,7 @@ def differentiate_block(kernel, plan, places, key, value, queries, count, filled
     else:
         product_with_values(tile, plan, places, queries, filled)
     for j in range(0, filled, tile.lanes):
-        differentiate_vector(kernel, places, plan, queries, j)
+        differentiate_vector(kernel, places, plan, queries, j, away - j)
     add_to_values(tile, plan, places, queries, filled)
 
 
@@ -387,9 +401,12 @@ def begin_queries(kernel, call, plan, given, head, number, places, first, querie
     if any_has_lost(tile, given, lse, queries):
         sums = given.sums + 2 * row * tile.itemsize
         if first_round:
-            find_sums(kernel, plan, given, head, places, first, queries, lse, sums)
+            sink_weights = given.sink_weights + row * tile.itemsize if given.sink_weights != 0 else 0
+            find_sums(kernel, plan, given, head, places, first, queries, lse, sums, sink_weights)
         take_sums(tile, given, places, lse, queries, sums)
     fill(tile, places.grad_queries, queries * padded(tile, plan.head_dim) * tile.itemsize, 0.0)
+    if given.slope_sums != 0:
+        fill(tile, places.distances, queries * tile.vector_bytes, 0.0)
 
 
 @jit
@@ -406,7 +423,8 @@ def meet(kernel, call, plan, given, head, number, places, first, queries, first_
     fill(tile, places.grad_values, filled * v_bytes, 0.0)
     if some:
         keys, values = head.key + first_key * plan.key_row, head.value + first_key * plan.value_row
-        differentiate_block(kernel, plan, places, keys, values, queries, count, filled)
+        away = (head.offset + first - first_key) * 1.0
+        differentiate_block(kernel, plan, places, keys, values, queries, count, filled, away)
     row = number * plan.keys + first_key
     target = given.grad_key + row * plan.head_dim * tile.itemsize
     deliver(tile, places.grad_keys, row_bytes, places.factors, target, count, plan.head_dim, fresh)
@@ -456,6 +474,8 @@ def differentiate_chunk(kernel, call, plan, number, r, chunk, scratch):
             meet(kernel, call, plan, given, head, number, places, first, queries, first_key, count, fresh)
         target = given.grad_query + (number * plan.queries + first) * features_bytes
         deliver(tile, places.grad_queries, row_bytes, places.factors, target, queries, plan.head_dim, first_round)
+        if given.slope_sums != 0:
+            deliver_distances(tile, places, given.slope_sums + (number * plan.queries + first) * tile.itemsize, queries)
     target = given.grad_weight + (number * plan.groups + chunk) * features_bytes
     deliver_weight(tile, places, target, plan.head_dim, first_round)
     finish(turns + chunk * WORD)

@@ -18,6 +18,7 @@ from fastattn.cpu.kernels.records import ADDITIVE_PLACES, QUERY_NUMBERS
 from fastattn.cpu.kernels.scores import capped
 from fastattn.cpu.kernels.softmax import MINUS_INFINITY, exp2
 from fastattn.simd import (
+    absolute,
     all_finite,
     all_zero,
     fma,
@@ -27,6 +28,7 @@ from fastattn.simd import (
     record_view,
     sum_rows,
     tile_fill,
+    tile_iota,
     tile_load,
     tile_load_column,
     tile_repeat,
@@ -115,12 +117,13 @@ def clear_hidden(tile, hidden, terms, row_bytes):
 
 
 @jit
-def slopes_of(kernel, plan, lanes, hidden, shift, row_sum, rest, weights, slopes, terms, row_bytes):
+def slopes_of(kernel, plan, lanes, hidden, shift, row_sum, rest, weights, slopes, terms, row_bytes, distances, away):
     """Make P of scores, over dO · value at `weights`, and -dS at `slopes`, which may be where `lanes` is; returns dS.
 
     `hidden` is what is added to the scores: -inf for a key that the query may not look at. P is 2 to the power of
     (score - shift) log2(e) - rest: the shift is usually the log-sum-exp, and the rest 0
-    (`fastattn.cpu.kernels.additive_sums`).
+    (`fastattn.cpu.kernels.additive_sums`). `distances`, unless 0: where to add dS, before the slope of a softcap, times
+    the positions between the query and the keys, which `away` is for the first.
     """
     tile = kernel.tile
     bias = tile_load(tile.vector, hidden, 0)
@@ -132,6 +135,10 @@ def slopes_of(kernel, plan, lanes, hidden, shift, row_sum, rest, weights, slopes
     # of a sum of exp(score) no score takes more than all of it
     weight = minimum(1.0, exp2(kernel, (saturate(tile, score + bias) - shift) * LOG2_E - rest))
     slope = weight * (tile_load(tile.vector, weights, 0) - row_sum)
+    if distances != 0:
+        taken = where_greater(lowest(tile), bias, 0.0, slope)
+        apart = absolute(tile_iota(tile.vector) - away)
+        tile_store(fma(taken, apart, tile_load(tile.vector, distances, 0)), distances, 0)
     if "softcap" in kernel.steps:
         slope = slope * descent
     slope = where_greater(lowest(tile), bias, 0.0, slope)
@@ -160,8 +167,11 @@ def looks_at_none(tile, hidden):
 
 
 @jit
-def differentiate_vector(kernel, places, plan, queries, j):
-    """All queries of a block and the vector of keys from j on; at a time, as many as there is room for terms of."""
+def differentiate_vector(kernel, places, plan, queries, j, away):
+    """All queries of a block and the vector of keys from j on; at a time, as many as there is room for terms of.
+
+    `away`: the position of the first query less that of key j.
+    """
     tile = kernel.tile
     features, row_bytes = plan.head_dim, padded(tile, plan.head_dim) * tile.itemsize
     weights_bytes = plan.key_block * tile.itemsize
@@ -186,7 +196,11 @@ def differentiate_vector(kernel, places, plan, queries, j):
                 numbers = places.numbers + i * QUERY_NUMBERS * tile.itemsize
                 shift, row_sum = load_element(tile, numbers), load_element(tile, numbers + tile.itemsize)
                 rest, here = load_element(tile, numbers + 3 * tile.itemsize), weights + at
-                slope = slopes_of(kernel, plan, lanes, hidden + at, shift, row_sum, rest, here, lanes, terms, row_bytes)
+                distances = places.distances + i * tile.vector_bytes if places.distances != 0 else 0
+                slope = slopes_of(
+                    kernel, plan, lanes, hidden + at, shift, row_sum, rest, here, lanes, terms, row_bytes,
+                    distances, away + i,
+                )  # fmt: skip
                 tile_store(tile_load(tile.vector, places.slope_sums, 0) + slope, places.slope_sums, 0)
             terms += terms_bytes
             lanes += lanes_bytes
