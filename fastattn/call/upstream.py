@@ -23,6 +23,7 @@ from fastattn.call.seeds import seed_from
 from fastattn.call.shapes import masks_of, split_shape
 
 __all__ = [
+    "OF_HEADS",
     "Names",
     "Upstream",
     "as_given",

@@ -37,16 +37,17 @@ FURTHER = f"Tensor? keep=None, {keywords.SCHEMA}"
 GRADIENTS = "Tensor? grad_out, Tensor? grad_lse"
 OPERANDS = "Tensor query, Tensor key, Tensor value"
 OF_HEADS = "bool with_alibi_slopes=False, bool with_sinks=False"
+GRADIENTS_OF_OPERANDS = "Tensor grad_query, Tensor grad_key, Tensor grad_value"
 GRADIENTS_OF_HEADS = "Tensor grad_alibi_slopes, Tensor grad_sinks"
 SCHEMAS = {
     "attention": f"({OPERANDS}, {OPTIONS}, {FURTHER}) -> (Tensor out, Tensor lse)",
-    "attention_backward": f"({GRADIENTS}, {OPERANDS}, Tensor out, Tensor lse, {OPTIONS}, bool with_attn_mask, {FURTHER}, "
-    f"{OF_HEADS}) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_attn_mask, {GRADIENTS_OF_HEADS})",
+    "attention_backward": f"({GRADIENTS}, {OPERANDS}, Tensor out, Tensor lse, {OPTIONS}, bool with_attn_mask, "
+    f"{FURTHER}, {OF_HEADS}) -> ({GRADIENTS_OF_OPERANDS}, Tensor grad_attn_mask, {GRADIENTS_OF_HEADS})",
     "additive_attention": f"({OPERANDS}, Tensor weight, Tensor? attn_mask, str causal, {FURTHER})"
     " -> (Tensor out, Tensor lse)",
     "additive_attention_backward": f"(Tensor grad_out, {OPERANDS}, Tensor weight, Tensor out, Tensor lse, "
     f"Tensor? attn_mask, str causal, {FURTHER}, {OF_HEADS})"
-    f" -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_weight, {GRADIENTS_OF_HEADS})",
+    f" -> ({GRADIENTS_OF_OPERANDS}, Tensor grad_weight, {GRADIENTS_OF_HEADS})",
 }
 
 
@@ -61,7 +62,7 @@ class Operator:
         How many tensors come first: those that have gradients.
     """
 
-    #: What else has a gradient, if it is wanted, behind those of the operands: without numbers of its own, if it is not.
+    #: What else has a gradient, behind those of the operands: one without numbers, where it is not wanted.
     others: tuple[str, ...] = ("alibi_slopes", "sinks")
     #: Whether the log-sum-exp has a gradient as well.
     differentiates_lse = False
