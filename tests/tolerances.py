@@ -431,7 +431,9 @@ def check_head_gradients(
                 if grad_lse is not None:
                     size, delta = size + np.abs(grad_lse.reshape(lse.shape)), delta - grad_lse.reshape(lse.shape)
                 moved = np.minimum(1.0, weight * np.expm1(np.minimum(lse_bound.astype(np.float64), 700.0)))
-                out_error = np.abs(grad_out).reshape(*lse.shape, -1).sum(-1) * float(np.max(wanted.out_bound, initial=0))
+                out_error = np.abs(grad_out).reshape(*lse.shape, -1).sum(-1) * float(
+                    np.max(wanted.out_bound, initial=0)
+                )
                 rounding = float(np.finfo(problem.real).eps) * (2 * ROUNDINGS + problem.value_dim + problem.queries)
                 exact = -(weight * delta).sum(-1)
                 bound = (moved * size + weight * (out_error + rounding * size)).sum(-1)

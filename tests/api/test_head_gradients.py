@@ -27,7 +27,15 @@ def inputs(*shapes: tuple[int, ...], dtype: Any = np.float64, seed: int = 0) -> 
 
 
 def gradients(
-    grads: Any, grad_out: Array, query: Any, key: Any, value: Any, mask: Any = None, *, backend: Any = None, **given: Any
+    grads: Any,
+    grad_out: Array,
+    query: Any,
+    key: Any,
+    value: Any,
+    mask: Any = None,
+    *,
+    backend: Any = None,
+    **given: Any,
 ) -> dict[str, Array]:
     """Return the gradients with these names, after a forward pass."""
     options = {name: option for name, option in given.items() if name != "grad_lse"}
@@ -211,7 +219,9 @@ def test_a_scale_of_0_leaves_slopes_their_gradient() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_the_same_bits_at_any_thread_count_and_for_a_row_alone(dtype: Any, softcap: float | None) -> None:
-    query, key, value, grad_out = inputs((3, 4, 300, 16), (3, 2, 700, 16), (3, 2, 700, 16), (3, 4, 300, 16), dtype=dtype)
+    query, key, value, grad_out = inputs(
+        (3, 4, 300, 16), (3, 2, 700, 16), (3, 2, 700, 16), (3, 4, 300, 16), dtype=dtype
+    )
     sinks, slopes = inputs((3, 4), (3, 4), dtype=dtype, seed=2)
     names = ("sinks", "alibi_slopes", "query")
     options: dict[str, Any] = {"enable_gqa": True, "is_causal": "bottom-right", "softcap": softcap}
