@@ -265,6 +265,7 @@ MASKS = ("bool", "bool, few rows", "padding", "float", "float, -inf", "float, lo
 rarely = st.sampled_from((False, False, True))
 softcaps = st.sampled_from((0.25, 1, 5.0, 30, 50.0, 1e4))
 slopes = st.sampled_from((0.0, 2.0**-8, 0.1, 1.0, 30.0, -0.05, 1e300))
+sinks = st.sampled_from((0.0, 1.0, -2.5, 6.0, -30.0, 300.0, -300.0, 1e30, -1e30, 1e300, -1e300, -np.inf))
 HUGE = 10**30  # beyond every integer of NumPy's
 
 
@@ -296,17 +297,18 @@ def key_lengths(draw: st.DrawFn, batch: tuple[int, ...], keys: int) -> Array:
 
 
 @st.composite
-def alibi_slopes(draw: st.DrawFn, batch: tuple[int, ...], heads: int) -> Array:
-    """Draw slopes of ALiBi: for each head, or each head of each row of a batch, or one for all."""
+def of_heads(draw: st.DrawFn, batch: tuple[int, ...], heads: int, numbers: st.SearchStrategy[float]) -> Array:
+    """Draw numbers for each head, or each head of each row of a batch, or one for all."""
     shape = draw(_broadcasting((*batch, heads)))
-    found = np.array([draw(slopes) for _ in range(int(np.prod(shape)))]).reshape(shape)
+    found = np.array([draw(numbers) for _ in range(int(np.prod(shape)))]).reshape(shape)
     dtype = draw(st.sampled_from((np.float64, np.float32)))
-    return np.minimum(found, np.finfo(dtype).max).astype(dtype)
+    limit = np.finfo(dtype).max
+    return np.where(np.isinf(found), found, np.clip(found, -limit, limit)).astype(dtype)
 
 
 @st.composite
 def score_options(draw: st.DrawFn, problem: Problem, is_causal: Any) -> dict[str, Any]:
-    """Draw some of window, query_offset, key_lengths, softcap and alibi_slopes, as go together with `is_causal`."""
+    """Draw some of window, query_offset, key_lengths, softcap, slopes and sinks, as go together with `is_causal`."""
     batch, queries, keys = problem.batch, problem.queries, problem.keys
     options: dict[str, Any] = {}
     if draw(rarely):
@@ -318,7 +320,9 @@ def score_options(draw: st.DrawFn, problem: Problem, is_causal: Any) -> dict[str
     if draw(rarely):
         options["softcap"] = draw(softcaps)
     if draw(rarely):
-        options["alibi_slopes"] = draw(alibi_slopes(batch, problem.heads))
+        options["alibi_slopes"] = draw(of_heads(batch, problem.heads, slopes))
+    if draw(rarely):
+        options["sinks"] = draw(of_heads(batch, problem.heads, sinks))
     return options
 
 
@@ -383,8 +387,8 @@ def calls(
     small
         Whether all axes are short.
     further
-        Whether queries have windows, offsets and lengths, scores a softcap and slopes, and masks come in pairs; not if
-        small, unless asked for.
+        Whether queries have windows, offsets and lengths, scores a softcap and slopes, heads sinks, and masks come in
+        pairs; not if small, unless asked for.
     """
     query_shape, key_shape, value_shape, enable_gqa = draw(shapes(empty=empty, small=small))
     dtype = draw(DTYPES)

@@ -431,6 +431,85 @@ def test_slopes_do_not_make_a_hidden_key_seen(attention: Attention) -> None:
             np.testing.assert_allclose(results[0], alone, rtol=0, atol=2e-6)
 
 
+@dtypes
+@lengths
+def test_a_sink_is_a_score_without_a_key(attention: Attention, dtype: Any, length: tuple[int, int]) -> None:
+    """One more column of scores, whose weight goes nowhere."""
+    query, key, value = inputs(length, dtype=dtype)
+    sinks = np.array([0.5, -2.0])
+    scores = 0.25 * (query.astype(np.float64) @ key.astype(np.float64).swapaxes(-1, -2))
+    for bias in (None, normal(2, *length, seed=4)):
+        powers = np.exp(scores + (0 if bias is None else bias))
+        total = powers.sum(-1) + np.exp(sinks)[:, None]
+        options: dict[str, Any] = {"scale": 0.25, "sinks": sinks}
+        out, lse, weights = tolerances.check_call(attention, query, key, value, bias, **options)
+        close(weights, powers / total[..., None], dtype)
+        close(lse, np.log(total), dtype)
+        close(out, powers / total[..., None] @ value, dtype)
+        assert (weights.sum(-1) < 1).all()
+        close(weights.sum(-1), 1 - np.exp(sinks[:, None] - lse), dtype)
+
+
+@dtypes
+@pytest.mark.parametrize("sink", [0, 5e-324, 100, -100, 1e9, -1e9, 1e30, -1e30, 3e38, -3e38, 1e300, -1.7e308])
+def test_a_sink_is_any_finite_number(attention: Attention, dtype: Any, sink: float) -> None:
+    query, key, value = inputs((50, 70), dtype=dtype)
+    mask = np.ones((50, 70), bool)
+    mask[:3] = False
+    options: dict[str, Any] = {"sinks": [sink, 0.5]}
+    out, lse, weights = tolerances.check_call(attention, query, key, value, mask, **options)
+    limit = np.finfo(dtype).max
+    assert (lse[0, :3] == dtype(np.clip(sink, -limit, limit))).all()
+    if sink >= 1e9:
+        assert not weights[0].any()
+        assert not out[0].any()
+    if sink <= -1e9:
+        plain = attention(query[:1], key[:1], value[:1], mask)
+        np.testing.assert_allclose(out[:1], plain, rtol=0, atol=20 * np.finfo(dtype).eps)
+
+
+def test_a_sink_of_minus_infinity_is_none(attention: Attention) -> None:
+    query, key, value = inputs((50, 70))
+    wanted = attention(query, key, value, return_lse=True, return_weights=True)
+    results = attention(query, key, value, sinks=-INF, return_lse=True, return_weights=True)
+    assert [array.tobytes() for array in results] == [array.tobytes() for array in wanted]
+
+
+@pytest.mark.parametrize("sink", [NAN, INF])
+def test_a_sink_of_nan_or_infinity_makes_its_rows_nan(attention: Attention, sink: float) -> None:
+    """As such a score does; a row without keys has no weights that could be NaN."""
+    query, key, value = inputs((50, 70))
+    mask = np.arange(50)[:, None] > 2
+    out, lse, weights = attention(query, key, value, mask, sinks=[sink, 0.0], return_lse=True, return_weights=True)
+    assert np.isnan(lse[0]).all()
+    for array in (out, weights):
+        assert np.isnan(array[0, 3:]).all()
+        assert not array[0, :3].any()
+        assert np.isfinite(array[1]).all()
+
+
+def test_sinks_are_one_for_each_query_head(attention: Attention) -> None:
+    """Or for each of each row of the batch; of a group of heads each has its own."""
+    query, key, value = normal(2, 6, 40, 16), normal(2, 2, 70, 16, seed=2), normal(2, 2, 70, 16, seed=3)
+    sinks = normal(2, 6, seed=4)
+    for given in (sinks, sinks[0], sinks[:, :1], sinks[0, 0], sinks.astype(np.float16), (sinks[0] * 9).tolist()):
+        whole = tolerances.check_call(attention, query, key, value, enable_gqa=True, sinks=given)
+        own = np.broadcast_to(given, (2, 6))
+        for b in range(2):
+            for h in range(6):
+                arrays = query[b, h], key[b, h // 3], value[b, h // 3]
+                np.testing.assert_array_equal(whole[0][b, h], attention(*arrays, sinks=own[b, h]))
+
+
+def test_dropout_leaves_a_sink_its_share(attention: Attention) -> None:
+    query, key, value = inputs((50, 70))
+    options: dict[str, Any] = {"sinks": [2.0, -1.0], "return_lse": True, "return_weights": True}
+    _, lse, weights = attention(query, key, value, **options)
+    _, dropped_lse, dropped = attention(query, key, value, dropout_p=0.5, rng=3, **options)
+    assert dropped_lse.tobytes() == lse.tobytes()
+    np.testing.assert_allclose(dropped, np.where(dropped == 0, 0, 2 * weights), rtol=1e-6)
+
+
 # -- positions ---------------------------------------------------------------------------------------------------------
 
 
@@ -709,6 +788,28 @@ def test_an_empty_interval_is_zero(backend: str, attention: Attention, dtype: An
         found = fastattn.attention_backward(grad_out, query, key, value, *results[:2], **given)
         assert not found[0][..., :3, :].any()
         assert all(np.isfinite(gradient).all() for gradient in found)
+
+
+@dtypes
+@pytest.mark.parametrize("options", NO_KEY, ids=str)
+def test_an_empty_row_gives_its_sink_the_gradient_of_its_lse(
+    backend: str, attention: Attention, dtype: Any, options: dict[str, Any]
+) -> None:
+    query, key, value = inputs((60, 70), (1, 2), dtype=dtype)
+    sinks = np.array([0.5, -40.0], dtype)
+    for further in ({}, {"softcap": 3.0}, {"alibi_slopes": [0.25, 1.0]}):
+        given: dict[str, Any] = {"sinks": sinks, **options, **further}
+        out, lse, weights = tolerances.check_call(attention, query, key, value, **given)
+        assert not out[..., :3, :].any()
+        assert not weights[..., :3, :].any()
+        np.testing.assert_array_equal(lse[..., :3], np.broadcast_to(sinks[:, None], (1, 2, 3)))
+        grad_out, grad_lse = np.zeros_like(out), np.zeros_like(lse)
+        grad_out[..., :3, :], grad_lse[..., :3] = 5.0, 1.0
+        call: Any = (grad_out, query, key, value, out, lse)
+        names = ("query", "key", "value", "sinks")
+        *found, to_sinks = fastattn.attention_backward(*call, **given, grad_lse=grad_lse, grads=names, backend=backend)
+        assert not any(gradient.any() for gradient in found)
+        np.testing.assert_array_equal(to_sinks, [3, 3])
 
 
 @pytest.mark.parametrize(
@@ -1356,7 +1457,7 @@ def test_masks_offsets_and_lengths_are_never_written_to(attention: Attention) ->
     bias, keep, slopes, *numbers = given
     for offsets in numbers[1:]:
         options: Any = {"key_lengths": numbers[0], "query_offset": offsets, "window": (30, 2), "softcap": 2.0}
-        options["alibi_slopes"] = slopes
+        options |= {"alibi_slopes": slopes, "sinks": slopes}
         attention(query, key, value, (bias, keep), **options, return_lse=True, return_weights=True)
     assert [array.tobytes() for array in given] == before
 

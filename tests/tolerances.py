@@ -50,7 +50,7 @@ from fastattn.call.problem import Operands, Problem
 from fastattn.call.seeds import seed_from
 from fastattn.call.selection import places_of
 from fastattn.call.shapes import describe, describe_additive
-from fastattn.call.upstream import Upstream, bias_of, folded
+from fastattn.call.upstream import Upstream, bias_of, folded, summed_to
 
 Array = NDArray[Any]
 
@@ -399,6 +399,51 @@ def check_gradients(
             f"{np.nanmax(np.abs(gradient - want)):.3g}, {np.nanmax(np.abs(gradient - want) / limit):.3g} times the "
             f"bound; {problem}"
         )
+
+
+def check_head_gradients(
+    found: dict[str, Array], grad_out: Array, *args: Any, grad_lse: Array | None = None, rng: Any = None, **options: Any
+) -> None:
+    """Assert that gradients of sinks and slopes are right, and of the shapes and dtypes of what was given.
+
+    - That of a slope is a sum of scores' gradients times distances: so is its bound, of their bounds.
+    - A row gives a sink weight · (Σ dO out - dlse). The weight is exp(sink - lse), wrong by the error of lse, and never
+      above 1; sums of products round as in any other gradient.
+    """
+    problem, operands = describe(*as_operands(*args), **options)
+    _, gradients, bounds = expected_gradients(grad_out, *args, grad_lse=grad_lse, rng=rng, **options)
+    wanted = expected(*args, rng=rng, **options)
+    rows = problem.rows_shape
+    with np.errstate(all="ignore"):
+        for name, got in found.items():
+            given = np.asarray(options[name])
+            if name == "alibi_slopes":
+                places = places_of(problem, operands, range(problem.queries), range(problem.keys))
+                distance = np.abs(places.query + places.head["offset"] - places.key).astype(np.float64)
+                exact = -(gradients[3].astype(np.float64) * distance).sum(axis=(-1, -2))
+                bound = (bounds[3] * distance).sum(axis=(-1, -2))
+            else:
+                lse, lse_bound = (a.reshape(*rows, problem.queries) for a in (wanted.lse, wanted.lse_bound))
+                sinks = operands.heads["sink"].reshape(*rows, 1) if operands.heads is not None else -np.inf
+                weight = np.exp(sinks - np.where(lse == -np.inf, np.inf, lse)).astype(np.float64)
+                products = (grad_out.reshape(*lse.shape, -1) * wanted.out.reshape(*lse.shape, -1)).astype(np.float64)
+                size, delta = np.abs(products).sum(-1), products.sum(-1)
+                if grad_lse is not None:
+                    size, delta = size + np.abs(grad_lse.reshape(lse.shape)), delta - grad_lse.reshape(lse.shape)
+                moved = np.minimum(1.0, weight * np.expm1(np.minimum(lse_bound.astype(np.float64), 700.0)))
+                out_error = np.abs(grad_out).reshape(*lse.shape, -1).sum(-1) * float(
+                    np.max(wanted.out_bound, initial=0)
+                )
+                rounding = float(np.finfo(problem.real).eps) * (2 * ROUNDINGS + problem.value_dim + problem.queries)
+                exact = -(weight * delta).sum(-1)
+                bound = (moved * size + weight * (out_error + rounding * size)).sum(-1)
+            shape = (*problem.batch, problem.heads)
+            want, limit = (summed_to(a.reshape(shape), given.shape) for a in (exact, bound))
+            limit = limit + 4 * float(np.finfo(got.dtype).eps) * np.abs(want) + float(np.finfo(got.dtype).tiny)
+            fine = (np.abs(got - want) <= limit) | (~np.isfinite(want) & ~np.isfinite(got))
+            assert got.shape == given.shape, name
+            assert got.dtype == (given.dtype.newbyteorder("=") if given.dtype.kind == "f" else problem.real), name
+            assert fine.all(), f"{name}: {got[~fine]}, expected {want[~fine]} to within {limit[~fine]}; {problem}"
 
 
 def check_promise(gradients: tuple[Array, ...], exact: Any, dtype: Any) -> None:

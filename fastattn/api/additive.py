@@ -37,6 +37,7 @@ def additive_attention(
     key_lengths: ArrayLike | None = None,
     softcap: float | None = None,
     alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
     score_mod: ScoreMod | None = None,
     mask_mod: MaskMod | None = None,
     return_lse: bool = False,
@@ -63,7 +64,7 @@ def additive_attention(
         a tuple (bias, keep).
     is_causal : bool or "bottom-right"
         True: query i looks at the keys up to i. "bottom-right": up to i + Lk - Lq, as in decoding.
-    window, query_offset, key_lengths, softcap, alibi_slopes : optional
+    window, query_offset, key_lengths, softcap, alibi_slopes, sinks : optional
         As in `fastattn.attention`.
     return_lse : bool
         Return the natural logarithm of the sum of exp(score) over the keys as well.
@@ -114,7 +115,7 @@ def additive_attention(
     if (
         return_weights is False
         and (backend is None or backend == "cpu")
-        and key_lengths is alibi_slopes is score_mod is mask_mod is None  # type: ignore[comparison-overlap] # no signature has these
+        and key_lengths is alibi_slopes is sinks is score_mod is mask_mod is None  # type: ignore[comparison-overlap]
         and (query_offset is None or not isinstance(query_offset, np.ndarray))
     ):
         mask, keep = masks_in(attn_mask) if isinstance(attn_mask, tuple) else (attn_mask, None)
@@ -130,14 +131,9 @@ def additive_attention(
             return cpu.attention(plan, *given)
 
     further: FurtherOptions = {
-        "window": window,
-        "query_offset": query_offset,
-        "key_lengths": key_lengths,
-        "softcap": softcap,
-        "alibi_slopes": alibi_slopes,
-        "score_mod": score_mod,
-        "mask_mod": mask_mod,
-    }
+        "window": window, "query_offset": query_offset, "key_lengths": key_lengths, "softcap": softcap,
+        "alibi_slopes": alibi_slopes, "sinks": sinks, "score_mod": score_mod, "mask_mod": mask_mod,
+    }  # fmt: skip
     call = (query, key, value, weight, attn_mask, is_causal)
     check_backend(backend, BACKENDS)
     if backend == "reference":

@@ -39,6 +39,7 @@ def attention(
     key_lengths: ArrayLike | None = None,
     softcap: float | None = None,
     alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
     score_mod: ScoreMod | None = None,
     mask_mod: MaskMod | None = None,
     return_lse: bool = False,
@@ -84,6 +85,9 @@ def attention(
     alibi_slopes : array_like of real numbers, shape (Hq,), optional
         What a score loses for each position that its key is away from the query, by heads: attention with linear biases
         [3]_. One for each head of each row of the batch broadcasts to the axes before the length.
+    sinks : array_like of real numbers, shape (Hq,), optional
+        One more score of each query, by heads, that has a share of the weights and no key: exp(sink) is in the
+        denominator of the softmax [4]_. It broadcasts as alibi_slopes does. -inf is no sink.
     return_lse : bool
         Return the natural logarithm of the sum of exp(score) over the keys as well.
     return_weights : bool
@@ -102,7 +106,7 @@ def attention(
     out : ndarray, shape (..., Hq, Lq, Dv)
         Or a tuple of this and of what else was asked for, in this order. A query that may look at no key gives 0.
     lse : ndarray, shape (..., Hq, Lq)
-        If `return_lse`; -inf for a query that may look at no key.
+        If `return_lse`; with sinks over these as well. -inf, or the sink, for a query that may look at no key.
     weights : ndarray, shape (..., Hq, Lq, Lk)
         If `return_weights`.
 
@@ -129,6 +133,7 @@ def attention(
        arXiv 2205.14135.
     .. [3] Press, Smith and Lewis, "Train short, test long: attention with linear biases enables input length
        extrapolation", 2021, arXiv 2108.12409.
+    .. [4] Xiao et al., "Efficient streaming language models with attention sinks", 2023, arXiv 2309.17453.
 
     Examples
     --------
@@ -146,7 +151,7 @@ def attention(
     if (
         return_weights is False
         and (backend is None or backend == "cpu")
-        and key_lengths is alibi_slopes is score_mod is mask_mod is None  # type: ignore[comparison-overlap] # no signature has these
+        and key_lengths is alibi_slopes is sinks is score_mod is mask_mod is None  # type: ignore[comparison-overlap]
         and (query_offset is None or not isinstance(query_offset, np.ndarray))
     ):
         mask, keep = masks_in(attn_mask) if isinstance(attn_mask, tuple) else (attn_mask, None)
@@ -168,14 +173,9 @@ def attention(
             return cpu.attention(plan, query, key, value, mask, keep, None, None, out, return_lse, seed)  # type: ignore[arg-type]
 
     further: FurtherOptions = {
-        "window": window,
-        "query_offset": query_offset,
-        "key_lengths": key_lengths,
-        "softcap": softcap,
-        "alibi_slopes": alibi_slopes,
-        "score_mod": score_mod,
-        "mask_mod": mask_mod,
-    }
+        "window": window, "query_offset": query_offset, "key_lengths": key_lengths, "softcap": softcap,
+        "alibi_slopes": alibi_slopes, "sinks": sinks, "score_mod": score_mod, "mask_mod": mask_mod,
+    }  # fmt: skip
     call = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     wanted: Any = {"return_lse": return_lse, "return_weights": return_weights, "rng": rng, "out": out}
     return _on_backend(backend, asked, call, wanted, further)

@@ -14,7 +14,15 @@ from fastattn.call.options import check_backend
 from fastattn.call.score_options import FurtherOptions, MaskMod, ScoreMod
 from fastattn.call.seeds import Rng
 from fastattn.call.shapes import describe, describe_additive
-from fastattn.call.upstream import as_given, bias_of, describe_upstream, own_dtype, seed_of_forward, wants_mask
+from fastattn.call.upstream import (
+    Names,
+    as_given,
+    captured_sources,
+    describe_upstream,
+    seed_of_forward,
+    sources_of,
+    wanted_gradients,
+)
 from fastattn.call.widening import exceeds_float32, in_float64, narrowed, scale_in_float64
 from fastattn.cpu.host import additive_backward as additive_gradients
 from fastattn.cpu.host import backward as cpu
@@ -42,11 +50,13 @@ def attention_backward(
     key_lengths: ArrayLike | None = None,
     softcap: float | None = None,
     alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
     score_mod: ScoreMod | None = None,
     mask_mod: MaskMod | None = None,
     rng: Rng | None = None,
     grad_lse: ArrayLike | None = None,
     grad_mask: bool = False,
+    grads: Names = None,
     backend: str | None = None,
 ) -> tuple[NDArray[Any], ...]:
     """Gradients of `fastattn.attention` by its arguments.
@@ -59,7 +69,7 @@ def attention_backward(
         The gradient of a number, usually a loss, by the result of attention.
     query, key, value : array_like
         What attention was given; so are attn_mask, dropout_p, is_causal, scale, enable_gqa, window, query_offset,
-        key_lengths, softcap and alibi_slopes.
+        key_lengths, softcap, alibi_slopes and sinks.
     out : array_like, shape (..., Hq, Lq, Dv)
         What attention returned.
     lse : array_like, shape (..., Hq, Lq)
@@ -70,6 +80,9 @@ def attention_backward(
         The gradient by the log-sum-exp, where the loss depends on that as well.
     grad_mask : bool
         Return the gradient by `attn_mask`, a floating one, as well; of (bias, keep), that by the bias.
+    grads : sequence of str, optional
+        Names of the arguments whose gradients to return, in this order, and of no others: of "query", "key", "value",
+        "attn_mask", "alibi_slopes" and "sinks" those that the call was given.
     backend : {None, "cpu", "cuda", "reference"}
         None is the best one for where the arrays are. "reference" is `fastattn.reference.attention_backward`.
 
@@ -80,6 +93,8 @@ def attention_backward(
         key head shared by a group of query heads, it is the sum. What nobody looks at has gradient 0.
     grad_mask : ndarray, with the shape of `attn_mask`, or of its bias
         If asked for.
+
+        Or those that `grads` names, in its order.
 
     Raises
     ------
@@ -113,23 +128,19 @@ def attention_backward(
     [(1, 8, 16, 64), (1, 8, 16, 64), (1, 8, 16, 64)]
     """
     further: FurtherOptions = {
-        "window": window,
-        "query_offset": query_offset,
-        "key_lengths": key_lengths,
-        "softcap": softcap,
-        "alibi_slopes": alibi_slopes,
-        "score_mod": score_mod,
-        "mask_mod": mask_mod,
-    }
+        "window": window, "query_offset": query_offset, "key_lengths": key_lengths, "softcap": softcap,
+        "alibi_slopes": alibi_slopes, "sinks": sinks, "score_mod": score_mod, "mask_mod": mask_mod,
+    }  # fmt: skip
     backend = backend_of_attention(backend, grad_out, query, key, value, out, lse, attn_mask, grad_lse)
     call = (grad_out, query, key, value, out, lse, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if backend == "cuda":
         from fastattn.cuda.host import backward as cuda  # imports numba-cuda, which nothing else needs
 
-        return cuda.attention_backward(*call, rng, grad_lse, grad_mask, **further)
+        return cuda.attention_backward(*call, rng, grad_lse, grad_mask, grads, **further)
+    wanted: Any = {"rng": rng, "grad_lse": grad_lse, "grad_mask": grad_mask, "grads": grads}
     if backend == "reference":
-        return reference.attention_backward(*call, rng=rng, grad_lse=grad_lse, grad_mask=grad_mask, **further)
-    return _on_cpu(*call, rng, grad_lse, grad_mask, further)
+        return reference.attention_backward(*call, **wanted, **further)
+    return _on_cpu(*call, further, **wanted)
 
 
 @in_default_mode
@@ -145,28 +156,30 @@ def _on_cpu(
     is_causal: bool | str,
     scale: float | None,
     enable_gqa: bool,
+    further: FurtherOptions,
     rng: Rng | None,
     grad_lse: ArrayLike | None,
     grad_mask: bool,
-    further: FurtherOptions,
+    grads: Names,
 ) -> tuple[NDArray[Any], ...]:
     arrays = as_operands(query, key, value, attn_mask)
     problem, operands = describe(*arrays, dropout_p, is_causal, scale, enable_gqa, **further)
     upstream = describe_upstream(problem, grad_out, out, lse, grad_lse)
-    with_mask = wants_mask(grad_mask, arrays[3])
+    sources = sources_of(query, key, value, attn_mask, further) | captured_sources(problem, operands)
+    names = wanted_gradients(grads, sources, grad_mask, arrays[3])
     seed = seed_of_forward(rng, problem)
     if exceeds_float32(problem):
         *wide, mask = in_float64(*arrays[:3], mask=arrays[3])
         scale = scale_in_float64(problem)
         rounded = upstream.lse.reshape(problem.lse_shape)
         given: Any = (grad_out, *wide, out, rounded, mask, dropout_p, is_causal, scale, enable_gqa)
-        wanted: Any = {"rng": seed, "grad_lse": grad_lse, "grad_mask": with_mask, "backend": "cpu"}
+        wanted: Any = {"rng": seed, "grad_lse": grad_lse, "grads": names, "backend": "cpu"}
         gradients = attention_backward(*given, **wanted, **further)
-        return (*map(narrowed, gradients[:3]), *gradients[3:])
-    shapes = arrays[1].shape, arrays[2].shape
-    mask_shape = np.shape(bias_of(attn_mask)) if with_mask else None
-    found = cpu.attention_backward(problem, operands, upstream, shapes, mask_shape, seed, get_num_threads())
-    return as_given(problem, found, (query, key, value, bias_of(attn_mask)))
+        wide_names = ("query", "key", "value")  # which were made float64
+        return tuple(narrowed(a) if name in wide_names else a for name, a in zip(names, gradients, strict=True))
+    shapes = {name: np.shape(sources[name]) for name in ("key", "value", "attn_mask") if sources[name] is not None}
+    found = cpu.attention_backward(problem, operands, upstream, shapes, names, seed, get_num_threads())
+    return as_given(problem, names, found, sources)
 
 
 def additive_attention_backward(
@@ -185,6 +198,8 @@ def additive_attention_backward(
     key_lengths: ArrayLike | None = None,
     softcap: float | None = None,
     alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    grads: Names = None,
     score_mod: ScoreMod | None = None,
     mask_mod: MaskMod | None = None,
     backend: str | None = None,
@@ -197,11 +212,14 @@ def additive_attention_backward(
         The gradient of a number, usually a loss, by the result of attention.
     query, key, value, weight : array_like
         What attention was given; so are attn_mask, is_causal, window, query_offset, key_lengths,
-        softcap and alibi_slopes.
+        softcap, alibi_slopes and sinks.
     out : array_like, shape (..., Lq, Dv)
         What attention returned.
     lse : array_like, shape (..., Lq)
         What it returned with ``return_lse=True``.
+    grads : sequence of str, optional
+        Names of the arguments whose gradients to return, in this order, and of no others: of "query", "key", "value",
+        "weight", "alibi_slopes" and "sinks" those that the call was given.
     backend : {None, "cpu", "reference"}
         None is the best one.
 
@@ -209,14 +227,14 @@ def additive_attention_backward(
     -------
     grad_query, grad_key, grad_value, grad_weight : ndarray
         Each with the shape and, if that is floating, the dtype of its argument: where that was broadcast, it is the
-        sum. What nobody looks at has gradient 0.
+        sum. What nobody looks at has gradient 0. Or those that `grads` names, in its order.
 
     Raises
     ------
     TypeError
         If an argument is of a kind or dtype that has no meaning here.
     ValueError
-        If shapes do not go together. The message names the argument.
+        If shapes do not go together, or there is no gradient of that name. The message names the argument.
 
     Notes
     -----
@@ -241,19 +259,14 @@ def additive_attention_backward(
     [(8, 16, 64), (8, 16, 64), (8, 16, 64), (64,)]
     """
     further: FurtherOptions = {
-        "window": window,
-        "query_offset": query_offset,
-        "key_lengths": key_lengths,
-        "softcap": softcap,
-        "alibi_slopes": alibi_slopes,
-        "score_mod": score_mod,
-        "mask_mod": mask_mod,
-    }
+        "window": window, "query_offset": query_offset, "key_lengths": key_lengths, "softcap": softcap,
+        "alibi_slopes": alibi_slopes, "sinks": sinks, "score_mod": score_mod, "mask_mod": mask_mod,
+    }  # fmt: skip
     call = (grad_out, query, key, value, weight, out, lse, attn_mask, is_causal)
     check_backend(backend, BACKENDS)
     if backend == "reference":
-        return reference.additive_attention_backward(*call, **further)
-    return _additive_on_cpu(*call, further)
+        return reference.additive_attention_backward(*call, grads=grads, **further)
+    return _additive_on_cpu(*call, grads, further)
 
 
 @in_default_mode
@@ -267,10 +280,13 @@ def _additive_on_cpu(
     lse: ArrayLike,
     attn_mask: ArrayLike | None,
     is_causal: bool | str,
+    grads: Names,
     further: FurtherOptions,
 ) -> tuple[NDArray[Any], ...]:
     arrays = as_additive_operands(query, key, value, weight, attn_mask)
     problem, operands = describe_additive(*arrays, is_causal, **further)
     upstream = describe_upstream(problem, grad_out, out, lse)
-    *found, grad_weight = additive_gradients.backward(problem, operands, arrays[3], upstream, get_num_threads())
-    return (*as_given(problem, found, (query, key, value)), own_dtype(grad_weight, weight, problem.real))
+    sources = sources_of(query, key, value, attn_mask, further, weight)
+    names = wanted_gradients(grads, sources)
+    found = additive_gradients.backward(problem, operands, arrays[3], upstream, names, get_num_threads())
+    return as_given(problem, names, found, sources)

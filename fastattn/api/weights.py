@@ -51,6 +51,7 @@ def attention_weights(
     key_lengths: ArrayLike | None = None,
     softcap: float | None = None,
     alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
     score_mod: ScoreMod | None = None,
     mask_mod: MaskMod | None = None,
     rows: Choice = None,
@@ -70,7 +71,7 @@ def attention_weights(
     is_causal : bool or "bottom-right"
     scale : float, optional
     enable_gqa : bool
-    window, query_offset, key_lengths, softcap, alibi_slopes : optional
+    window, query_offset, key_lengths, softcap, alibi_slopes, sinks : optional
     rows, columns : int, slice or array_like with one axis, optional
         Which queries and which keys, as in indexing a NumPy array: integers in any order, negative ones counted from
         the end, or booleans. None is all. An int keeps its axis, with length 1.
@@ -111,14 +112,9 @@ def attention_weights(
     (8, 2, 3)
     """
     further: FurtherOptions = {
-        "window": window,
-        "query_offset": query_offset,
-        "key_lengths": key_lengths,
-        "softcap": softcap,
-        "alibi_slopes": alibi_slopes,
-        "score_mod": score_mod,
-        "mask_mod": mask_mod,
-    }
+        "window": window, "query_offset": query_offset, "key_lengths": key_lengths, "softcap": softcap,
+        "alibi_slopes": alibi_slopes, "sinks": sinks, "score_mod": score_mod, "mask_mod": mask_mod,
+    }  # fmt: skip
     call = (query, key, attn_mask, is_causal, scale, enable_gqa)
     check_backend(backend, BACKENDS)
     if backend == "reference":
@@ -209,6 +205,7 @@ def attention_summary(
     key_lengths: ArrayLike | None = None,
     softcap: float | None = None,
     alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
     score_mod: ScoreMod | None = None,
     mask_mod: MaskMod | None = None,
     top_k: int = 8,
@@ -225,7 +222,7 @@ def attention_summary(
     is_causal : bool or "bottom-right"
     scale : float, optional
     enable_gqa : bool
-    window, query_offset, key_lengths, softcap, alibi_slopes : optional
+    window, query_offset, key_lengths, softcap, alibi_slopes, sinks : optional
     top_k : int
         How many of its greatest weights to return for each query; 0 is allowed, and so is more than there are keys.
     backend : {None, "cpu", "reference"}
@@ -271,14 +268,9 @@ def attention_summary(
     (array([0.4 , 0.16, 0.76]), array([0.91, 1.47, 0.11, 0.51]))
     """
     further: FurtherOptions = {
-        "window": window,
-        "query_offset": query_offset,
-        "key_lengths": key_lengths,
-        "softcap": softcap,
-        "alibi_slopes": alibi_slopes,
-        "score_mod": score_mod,
-        "mask_mod": mask_mod,
-    }
+        "window": window, "query_offset": query_offset, "key_lengths": key_lengths, "softcap": softcap,
+        "alibi_slopes": alibi_slopes, "sinks": sinks, "score_mod": score_mod, "mask_mod": mask_mod,
+    }  # fmt: skip
     call = (query, key, attn_mask, is_causal, scale, enable_gqa)
     check_backend(backend, BACKENDS)
     if backend == "reference":

@@ -1,4 +1,4 @@
-"""What a user may say of scores, checked: causality, scale, softcap, window, offset, lengths and slopes."""
+"""What a user may say of scores, checked: causality, scale, softcap, window, offset, lengths, slopes and sinks."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ class FurtherOptions(TypedDict, total=False):
     key_lengths: ArrayLike | None
     softcap: float | None
     alibi_slopes: ArrayLike | None
+    sinks: ArrayLike | None
     score_mod: ScoreMod | None
     mask_mod: MaskMod | None
 
@@ -77,6 +78,7 @@ def scores_from(
     lengths = _as_lengths(options.get("key_lengths"), batch, keys)
     offset, offsets = _as_offset(options.get("query_offset"), batch)
     slopes = _as_slopes(options.get("alibi_slopes"), batch, heads)
+    sinks = _as_sinks(options.get("sinks"), batch, heads)
     if causal == "bottom-right":
         if options.get("query_offset") is not None:
             raise ValueError("query_offset: given together with is_causal='bottom-right', which sets it; expected None")
@@ -89,7 +91,7 @@ def scores_from(
     (score_mod, mask_mod), captured = functions_in(options)
     if left is None and right is None and slopes is None and captured is None:  # nothing depends on positions
         offset, offsets = 0, None
-    given = {"offset": offsets, "keys": lengths, "slope": slopes}
+    given = {"offset": offsets, "keys": lengths, "slope": slopes, "sink": sinks}
     own = {name: numbers for name, numbers in given.items() if numbers is not None}
     scores = Scores(
         scale=(1.0 / math.sqrt(head_dim) if head_dim else 1.0) if scale is None else scale,
@@ -214,15 +216,28 @@ def _as_slopes(given: ArrayLike | None, batch: Shape, heads: int) -> Array | Non
     """Return the slope of each head of each row of a batch."""
     if given is None:
         return None
-    slopes = as_array("alibi_slopes", given)
-    if slopes.dtype.kind not in "fiu" or slopes.dtype.itemsize > 8:
-        narrow = to_convert("alibi_slopes", slopes.dtype, given) if slopes.dtype.kind == "V" else ""
-        raise TypeError(f"alibi_slopes: dtype {slopes.dtype}; expected real numbers, one for each query head{narrow}")
-    check_broadcasts("alibi_slopes", slopes.shape, (*batch, heads), "the query heads")
-    slopes = slopes.astype(np.float64)
+    slopes = _of_heads("alibi_slopes", given, batch, heads)
     if not np.isfinite(slopes).all():
         raise ValueError(f"alibi_slopes: {slopes[~np.isfinite(slopes)][0]} is among them; expected finite numbers")
-    return np.broadcast_to(slopes, (*batch, heads)).reshape(math.prod(batch), heads)
+    return slopes
+
+
+def _as_sinks(given: ArrayLike | None, batch: Shape, heads: int) -> Array | None:
+    """Return the sink of each head of each row of a batch; +inf as NaN, which a score of +inf makes of its row."""
+    if given is None:
+        return None
+    sinks = _of_heads("sinks", given, batch, heads)
+    return np.where(sinks == np.inf, np.nan, sinks)
+
+
+def _of_heads(name: str, given: ArrayLike, batch: Shape, heads: int) -> Array:
+    """Return an array with a real number for each head of each row of a batch, its axes flattened to two."""
+    numbers = as_array(name, given)
+    if numbers.dtype.kind not in "fiu" or numbers.dtype.itemsize > 8:
+        narrow = to_convert(name, numbers.dtype, given) if numbers.dtype.kind == "V" else ""
+        raise TypeError(f"{name}: dtype {numbers.dtype}; expected real numbers, one for each query head{narrow}")
+    check_broadcasts(name, numbers.shape, (*batch, heads), "the query heads")
+    return np.broadcast_to(numbers.astype(np.float64), (*batch, heads)).reshape(math.prod(batch), heads)
 
 
 def _as_integers(name: str, given: ArrayLike, batch: Shape) -> Array:

@@ -10,6 +10,8 @@ In this order, as docs/semantics.md has it:
     score = -inf                                     where one of these says no: a boolean mask, the interval,
                                                      mask_mod(batch, head, position, j)
 
+A sink is one more score of each query of a head, which has a share of the weights and no value.
+
 Query i stands at the position i + offset, key j at j. Causality, windows and the lengths of sequences leave a query one
 interval of keys: from its position less `left` to its position plus `right`, both included, below the length.
 """
@@ -27,9 +29,9 @@ from fastattn.functions.function import Function
 
 __all__ = ["FARTHEST", "HEAD", "Places", "Scores", "Span"]
 
-#: What a query head of a row of the batch may have of its own: the position of query 0, the number of keys, and the
-#: slope of ALiBi.
-HEAD = np.dtype([("offset", np.int64), ("keys", np.int64), ("slope", np.float64)])
+#: What a query head of a row of the batch may have of its own: the position of query 0, the number of keys, the slope
+#: of ALiBi, and the sink, -inf where there is none.
+HEAD = np.dtype([("offset", np.int64), ("keys", np.int64), ("slope", np.float64), ("sink", np.float64)])
 
 #: No position is farther from the keys: what is beyond is at least as far as any key.
 FARTHEST = 1 << 60
@@ -118,7 +120,7 @@ class Scores:
     def head(self, keys: int) -> NDArray[np.void]:
         """Return what a head has that has nothing of its own, where there are so many keys: a record of `HEAD`."""
         record = np.zeros(1, HEAD)
-        record["offset"], record["keys"] = self.offset, keys
+        record["offset"], record["keys"], record["sink"] = self.offset, keys, -np.inf
         return record
 
     def span(self, first: int, last: int, keys: int, offset: int | None = None) -> Span:

@@ -236,7 +236,10 @@ def part(problem: Problem, operands: Operands, rows: Selection, columns: Selecti
                     places = places_of(problem, operands, rows, columns)
                     added = scores.value(np.zeros(1, problem.real), added, problem.real, places)
                 bias = np.broadcast_to(added, shape)
-            scores, heads = Scores(scores.scale, scores.softcap, bias=scores.adds, keep=True), None
+            kept = Scores(scores.scale, scores.softcap, bias=scores.adds, keep=True)
+            scores, heads = _with_sinks(kept, heads, len(columns))
+    elif heads is not None:
+        scores, heads = _with_sinks(scores, heads, len(columns))
     smaller = replace(
         problem,
         queries=len(rows),
@@ -245,6 +248,15 @@ def part(problem: Problem, operands: Operands, rows: Selection, columns: Selecti
         scores=scores,
     )
     return smaller, Operands(query, key, key, bias, keep, heads)
+
+
+def _with_sinks(scores: Scores, heads: Array | None, keys: int) -> tuple[Scores, Array | None]:
+    """Return scores that depend on no position, and of what heads have of their own the sinks, if they have any."""
+    if heads is None or np.isneginf(heads["sink"]).all():
+        return replace(scores, own=()), None
+    own = scores.head(keys).repeat(len(heads))
+    own["sink"] = heads["sink"]
+    return replace(scores, own=("sink",)), own
 
 
 def in_intervals(problem: Problem, operands: Operands, rows: Selection, columns: Selection) -> NDArray[np.bool_]:

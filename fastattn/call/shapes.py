@@ -15,6 +15,7 @@ import numpy as np
 from fastattn.call.broadcasting import check_broadcasts
 from fastattn.call.options import check_dropout, check_flag
 from fastattn.call.problem import FLOAT32, Array, Mask, Operands, Problem, Shape
+from fastattn.call.rounding import saturated
 from fastattn.call.score_options import FurtherOptions, ScoreOptions, check_names, scores_from
 
 if TYPE_CHECKING:
@@ -136,6 +137,9 @@ def _describe(
     storage = query.dtype
     real = FLOAT32 if storage.itemsize == 2 else storage
     problem = Problem(storage, real, *sizes, dropout_p, scores)
+    if heads is not None:
+        with np.errstate(all="ignore"):  # a sink counts as the call's dtype has it, as scores do
+            heads["sink"] = saturated(heads["sink"], real).astype(real)
     return problem, Operands(
         _view(query, axes.query),
         _view(key, axes.key),

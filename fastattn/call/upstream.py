@@ -7,32 +7,44 @@ broadcast, or shared by a group of heads, its gradient is a sum, which `folded` 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fastattn.call.advice import said
 from fastattn.call.arrays import as_upstream, is_pair
 from fastattn.call.options import check_flag
-from fastattn.call.problem import Array, Mask, Problem, Shape
+from fastattn.call.problem import Array, Mask, Operands, Problem, Shape
 from fastattn.call.rounding import coarser, unsaturated
+from fastattn.call.score_options import FurtherOptions
 from fastattn.call.seeds import seed_from
 from fastattn.call.shapes import masks_of, split_shape
 
 __all__ = [
+    "OF_HEADS",
+    "Names",
     "Upstream",
     "as_given",
     "bias_of",
+    "check_grads",
     "describe_upstream",
     "folded",
     "own_dtype",
     "seed_of_forward",
+    "sources_of",
     "summed_to",
-    "wants_mask",
+    "wanted_gradients",
 ]
 
-SHARED = (False, True, True, False)  # which of query, key, value and mask a group of query heads has in common
+#: Of the arguments whose gradients are wanted, as a user gives them; None for the usual ones.
+Names: TypeAlias = "Sequence[str] | None"
+
+SHARED = ("key", "value")  # what a group of query heads has in common
+OPERANDS = ("query", "key", "value", "attn_mask")  # what has the axes of operands, or is broadcast to them
+OF_HEADS = ("alibi_slopes", "sinks")  # what has a number for each query head
+ARGUMENTS = (*OPERANDS, *OF_HEADS, "weight")  # names that no captured array goes by
 
 
 class Upstream(NamedTuple):
@@ -123,6 +135,92 @@ def wants_mask(grad_mask: object, mask: Mask) -> bool:
     return True
 
 
+def wanted_gradients(
+    grads: object, sources: Mapping[str, Any], grad_mask: object = False, mask: Mask = None
+) -> tuple[str, ...]:
+    """Return the names of the gradients that are wanted, in the order in which they are returned.
+
+    Parameters
+    ----------
+    grads, grad_mask
+        As the user gave them.
+    sources : mapping of str
+        As `sources_of` returns them.
+    mask
+        What was made of attn_mask.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `check_grads`; where a mask is boolean; and where both arguments say what is wanted.
+    """
+    with_mask = wants_mask(grad_mask, mask)
+    if grads is None:
+        usual = tuple(name for name in ("query", "key", "value", "weight") if name in sources)
+        return (*usual, "attn_mask") if with_mask else usual
+    if with_mask:
+        raise ValueError("grads: given together with grad_mask=True; expected 'attn_mask' among the names instead")
+    names = check_grads(grads, sources)
+    if "attn_mask" in names and masks_of(mask)[0] is None:
+        raise TypeError("grads: 'attn_mask' for an attn_mask of dtype bool; expected a floating mask")
+    return names
+
+
+def check_grads(given: object, sources: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names of gradients that a user asks for.
+
+    Parameters
+    ----------
+    given : sequence of str
+        Each is the name of an argument.
+    sources : mapping of str
+        What gradients may be of, by name; None for what the call has not got.
+
+    Raises
+    ------
+    TypeError
+        If they are no sequence of names.
+    ValueError
+        If a name is none of these, or stands there twice, or the call has no such argument.
+    """
+    expected = f"expected some of {', '.join(map(repr, sources))}, as a tuple"
+    if not isinstance(given, (tuple, list)) or not all(isinstance(name, str) for name in given):
+        raise TypeError(f"grads: {said(given)}; {expected}")
+    for name in given:
+        if name not in sources:
+            raise ValueError(f"grads: {name!r} is among them; {expected}")
+        if sources[name] is None:
+            raise ValueError(f"grads: {name!r}, but the call has none; expected names of what it was given")
+        if given.count(name) > 1:
+            raise ValueError(f"grads: {name!r} more than once; {expected}")
+    return tuple(given)
+
+
+def sources_of(
+    query: Any, key: Any, value: Any, attn_mask: Any, options: FurtherOptions, weight: Any = None
+) -> dict[str, Any]:
+    """Return what gradients may be of, as it was given, by name; None for what a call has not got.
+
+    There is a weight in additive attention, which has no gradient of its mask.
+    """
+    own = {"attn_mask": bias_of(attn_mask)} if weight is None else {"weight": weight}
+    of_heads = {"alibi_slopes": options.get("alibi_slopes"), "sinks": options.get("sinks")}
+    return {"query": query, "key": key, "value": value, **own, **of_heads}
+
+
+def captured_sources(problem: Problem, operands: Operands) -> dict[str, Any]:
+    """Return the floating arrays that the function of scores captures, by name, which is no argument's."""
+    function, captured = problem.scores.score_mod, operands.captured
+    if function is None or captured is None:
+        return {}
+    named = zip(function.captured, captured.score, strict=True)
+    return {
+        each.name: value
+        for each, value in named
+        if each.axes >= 0 and "float" in each.kind and each.name not in ARGUMENTS
+    }
+
+
 def bias_of(attn_mask: Any) -> Any:
     """Return what a gradient by `attn_mask` is of, as it was given."""
     return attn_mask[0] if attn_mask is not None and is_pair(attn_mask) else attn_mask
@@ -166,14 +264,26 @@ def folded(gradient: NDArray[Any], shape: Shape, problem: Problem, shared: bool 
 
 
 def as_given(
-    problem: Problem, gradients: Iterable[NDArray[Any] | None], arguments: Iterable[ArrayLike | None]
+    problem: Problem, names: Sequence[str], gradients: Mapping[str, NDArray[Any] | None], sources: Mapping[str, Any]
 ) -> tuple[NDArray[Any], ...]:
-    """Return the gradients of query, key, value and mask, each with the shape and the dtype of its argument.
+    """Return the gradients with these names, each with the shape and the dtype of its argument.
 
-    Those that were not computed, or belong to no argument, are left out.
+    Parameters
+    ----------
+    problem : Problem
+    names : sequence of str
+    gradients : mapping of str to ndarray
+        With the axes of the operands; of what has a number for each head, (*batch, Hk, G).
+    sources : mapping of str
+        The arguments, as they were given.
     """
-    return tuple(
-        own_dtype(folded(gradient, np.shape(argument), problem, shared), argument, problem.real)
-        for gradient, argument, shared in zip(gradients, arguments, SHARED, strict=False)
-        if gradient is not None and argument is not None
-    )
+    return tuple(_as_given(problem, name, gradients[name], sources[name]) for name in names)
+
+
+def _as_given(problem: Problem, name: str, gradient: Any, source: ArrayLike) -> NDArray[Any]:
+    shape = np.shape(source)
+    if name in OF_HEADS:
+        gradient = summed_to(gradient.reshape(*problem.batch, problem.heads), shape)
+    elif name in OPERANDS:
+        gradient = folded(gradient, shape, problem, name in SHARED)
+    return own_dtype(gradient, source, problem.real)

@@ -26,7 +26,7 @@ __all__ = ["attention"]
 
 ARRAYS = (jax.Array, np.ndarray, np.generic)
 OPERANDS = ("query", "key", "value")
-SOURCES = (*OPERANDS, "bias")  # of gradients
+SOURCES = (*OPERANDS, "bias", "alibi_slopes", "sinks")  # of gradients
 Array: TypeAlias = Any  # JAX's types are not known where it is not installed
 
 #: What a compiled program is given from call to call: operands, a floating mask as `bias`, a boolean one as `keep`, and
@@ -70,14 +70,14 @@ def attention(
         Return the natural logarithm of the sum of exp(score) over the keys as well. It is differentiable, too.
     **options
         What `fastattn.attention` takes by keyword: ``window=(left, right)``, ``query_offset``, an int or an array of
-        integers, ``key_lengths``, an array of integers, ``softcap``, and ``alibi_slopes``, an array, by which there is
-        no gradient. Arrays may be traced.
+        integers, ``key_lengths``, an array of integers, ``softcap``, and ``alibi_slopes`` and ``sinks``, arrays that
+        have gradients. Arrays may be traced.
 
     Returns
     -------
     out : jax.Array, shape (..., Hq, Lq, Dv)
     lse : jax.Array, shape (..., Hq, Lq)
-        If `return_lse`; -inf for a query that may look at no key.
+        If `return_lse`; with sinks over these as well. -inf, or the sink, for a query that may look at no key.
 
     Raises
     ------
@@ -207,11 +207,12 @@ def _backward(wanted: int, told: Told, saved: tuple[Any, ...], cotangents: tuple
         jax.numpy.zeros(given.shape, given.dtype) if isinstance(given, jax.custom_derivatives.SymbolicZero) else given
         for given in cotangents
     ]
-    sources = [name for name in SOURCES if name in arrays]
+    sources = [name for name in SOURCES if name in arrays and arrays[name].dtype.kind == "f"]
+    grads = ["attn_mask" if name == "bias" else name for name in sources]
 
     def backward(arrays: Arrays, out: Any, lse: Any, grad_out: Any, grad_lse: Any = None) -> list[Any]:
         upstream = {"grad_out": grad_out, "out": out, "lse": lse, "grad_lse": grad_lse}
-        return list(fastattn.attention_backward(**upstream, **_call(told, arrays), grad_mask="bias" in arrays))
+        return list(fastattn.attention_backward(**upstream, **_call(told, arrays), grads=grads))
 
     shapes = [jax.ShapeDtypeStruct(arrays[name].shape, arrays[name].dtype) for name in sources]
     gradients = _called(backward, shapes, arrays, *results, *upstream)

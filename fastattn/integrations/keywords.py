@@ -45,15 +45,10 @@ def _offset(given: Any) -> Tensor:
     return check_integers("query_offset", given)
 
 
-def _slopes(given: Any) -> Tensor:
-    """Return a tensor of slopes, which are no leaves to differentiate by; those of bfloat16 in float32."""
-    slopes = check_memory("alibi_slopes", given)
-    if slopes.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            "alibi_slopes: a tensor that requires its gradient, which is not computed; expected one that does not, "
-            "such as alibi_slopes.detach()"
-        )
-    return slopes.float() if slopes.dtype is torch.bfloat16 else slopes
+def _of_heads(name: str, given: Any) -> Tensor:
+    """Return a tensor of numbers of heads; those of bfloat16 in float32."""
+    numbers = check_memory(name, given)
+    return numbers.float() if numbers.dtype is torch.bfloat16 else numbers
 
 
 KEYWORDS: dict[str, Keyword] = {
@@ -61,7 +56,8 @@ KEYWORDS: dict[str, Keyword] = {
     "query_offset": Keyword(("Tensor? query_offset",), _offset),
     "key_lengths": Keyword(("Tensor? key_lengths",), partial(check_integers, "key_lengths")),
     "softcap": Keyword(("float? softcap",), check_softcap),
-    "alibi_slopes": Keyword(("Tensor? alibi_slopes",), _slopes),
+    "alibi_slopes": Keyword(("Tensor? alibi_slopes",), partial(_of_heads, "alibi_slopes")),
+    "sinks": Keyword(("Tensor? sinks",), partial(_of_heads, "sinks")),
 }
 
 #: The operators' arguments of all of them.

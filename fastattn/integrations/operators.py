@@ -36,15 +36,18 @@ OPTIONS = "Tensor? attn_mask, float dropout_p, str causal, float? scale, bool en
 FURTHER = f"Tensor? keep=None, {keywords.SCHEMA}"
 GRADIENTS = "Tensor? grad_out, Tensor? grad_lse"
 OPERANDS = "Tensor query, Tensor key, Tensor value"
+OF_HEADS = "bool with_alibi_slopes=False, bool with_sinks=False"
+GRADIENTS_OF_OPERANDS = "Tensor grad_query, Tensor grad_key, Tensor grad_value"
+GRADIENTS_OF_HEADS = "Tensor grad_alibi_slopes, Tensor grad_sinks"
 SCHEMAS = {
     "attention": f"({OPERANDS}, {OPTIONS}, {FURTHER}) -> (Tensor out, Tensor lse)",
-    "attention_backward": f"({GRADIENTS}, {OPERANDS}, Tensor out, Tensor lse, {OPTIONS}, bool grad_mask, {FURTHER})"
-    " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_attn_mask)",
+    "attention_backward": f"({GRADIENTS}, {OPERANDS}, Tensor out, Tensor lse, {OPTIONS}, bool with_attn_mask, "
+    f"{FURTHER}, {OF_HEADS}) -> ({GRADIENTS_OF_OPERANDS}, Tensor grad_attn_mask, {GRADIENTS_OF_HEADS})",
     "additive_attention": f"({OPERANDS}, Tensor weight, Tensor? attn_mask, str causal, {FURTHER})"
     " -> (Tensor out, Tensor lse)",
     "additive_attention_backward": f"(Tensor grad_out, {OPERANDS}, Tensor weight, Tensor out, Tensor lse, "
-    f"Tensor? attn_mask, str causal, {FURTHER})"
-    " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_weight)",
+    f"Tensor? attn_mask, str causal, {FURTHER}, {OF_HEADS})"
+    f" -> ({GRADIENTS_OF_OPERANDS}, Tensor grad_weight, {GRADIENTS_OF_HEADS})",
 }
 
 
@@ -59,8 +62,10 @@ class Operator:
         How many tensors come first: those that have gradients.
     """
 
-    #: Whether the log-sum-exp and a floating mask have gradients as well.
-    differentiates_all = False
+    #: What else has a gradient, behind those of the operands: one without numbers, where it is not wanted.
+    others: tuple[str, ...] = ("alibi_slopes", "sinks")
+    #: Whether the log-sum-exp has a gradient as well.
+    differentiates_lse = False
 
     def __init__(self, name: str, operands: int) -> None:
         self.name, self.derivative, self.operands = name, f"{name}_backward", operands
@@ -85,15 +90,16 @@ class Operator:
         return torch.from_numpy(out), torch.from_numpy(lse)
 
     def backward(self, *args: Any) -> tuple[Tensor, ...]:
-        """Compute the gradients of the operands and the mask, in one piece; empty if that of the mask is not wanted."""
+        """Compute the gradients of the operands and all others, each in one piece; empty if one is not wanted."""
         options = _options(self._arguments[self.derivative], args)
         if "grad_out" not in options:
             options["grad_out"] = np.zeros_like(options["out"])
-        found = _call(self.derivative, **options)
-        gradients = [torch.from_numpy(np.ascontiguousarray(array).reshape(array.shape)) for array in found]
-        if options.get("grad_mask") is False:
-            gradients.append(gradients[0].new_empty(0))
-        return tuple(gradients)
+        wanted = [name for name in self.others if options.pop(f"with_{name}", False)]
+        names = (*self._arguments[self.name][: self.operands], *wanted)
+        found = dict(zip(names, _call(self.derivative, **options, grads=names), strict=True))
+        none = np.empty(0, options["out"].dtype)
+        results = [found.get(name, none) for name in (*names[: self.operands], *self.others)]
+        return tuple(torch.from_numpy(np.ascontiguousarray(array).reshape(array.shape)) for array in results)
 
     # -- fake kernels --------------------------------------------------------------------------------------------------
 
@@ -106,11 +112,10 @@ class Operator:
         """Return empty tensors for what `backward` computes."""
         given = dict(zip(self._arguments[self.derivative], args, strict=False))
         sources = [given[name] for name in self._arguments[self.name][: self.operands]]
-        if given.get("grad_mask"):
-            sources.append(given["attn_mask"])
         gradients = [tensor.new_empty(tensor.shape) for tensor in sources]
-        if given.get("grad_mask") is False:
-            gradients.append(sources[0].new_empty(0))
+        for name in self.others:
+            wanted = given.get(f"with_{name}", False)
+            gradients.append(given[name].new_empty(given[name].shape) if wanted else sources[0].new_empty(0))
         return tuple(gradients)
 
     # -- derivatives ---------------------------------------------------------------------------------------------------
@@ -121,7 +126,7 @@ class Operator:
         ctx.save_for_backward(*output, *tensors)
         ctx.others = tuple(None if isinstance(given, torch.Tensor) else given for given in inputs)
         ctx.set_materialize_grads(False)
-        if not self.differentiates_all:
+        if not self.differentiates_lse:
             ctx.mark_non_differentiable(output[1])
 
     def differentiate(
@@ -134,22 +139,29 @@ class Operator:
         if grad_out is None and grad_lse is None:
             return tuple(gradients)
         compute = compute or getattr(torch.ops.fastattn, self.derivative).default
-        first = self.operands
-        if self.differentiates_all:
-            last, grad_mask = self._required, ctx.needs_input_grad[first]
-            *own, of_mask = compute(
-                grad_out, grad_lse, *inputs[:first], out, lse, *inputs[first:last], grad_mask, *inputs[last:]
-            )
-            gradients[: first + 1] = [*own, of_mask if grad_mask else None]
-        else:
-            gradients[:first] = compute(grad_out, *inputs[:first], out, lse, *inputs[first:])
+        first, last, arguments = self.operands, self._required, self._arguments[self.name]
+        places = {name: arguments.index(name) for name in self.others}
+        given = len(ctx.needs_input_grad)  # arguments, of which the last may have been left out
+        wanted = {name: place < given and ctx.needs_input_grad[place] for name, place in places.items()}
+        upstream = (grad_out, grad_lse) if self.differentiates_lse else (grad_out,)
+        with_mask = (wanted["attn_mask"],) if "attn_mask" in wanted else ()
+        further = inputs[last:]
+        if wanted["alibi_slopes"] or wanted["sinks"]:
+            left_out = [None] * (len(arguments) - len(inputs))
+            further = [*further, *left_out, wanted["alibi_slopes"], wanted["sinks"]]
+        found = compute(*upstream, *inputs[:first], out, lse, *inputs[first:last], *with_mask, *further)
+        gradients[:first] = found[:first]
+        for (name, place), gradient in zip(places.items(), found[first:], strict=True):
+            if wanted[name]:
+                gradients[place] = gradient
         return tuple(gradients)
 
 
 class Attention(Operator):
     """The operator of attention."""
 
-    differentiates_all = True
+    others = ("attn_mask", "alibi_slopes", "sinks")
+    differentiates_lse = True
 
     def forward(
         self,

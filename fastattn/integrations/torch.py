@@ -63,7 +63,8 @@ def scaled_dot_product_attention(
         Grouped queries: Hq is a multiple of Hk, and query head h reads key head h // (Hq / Hk).
     **options
         What `fastattn.attention` takes by keyword: ``window=(left, right)``, ``query_offset``, an int or a tensor of
-        integers, ``key_lengths``, a tensor of integers, ``softcap``, and ``alibi_slopes``, a tensor.
+        integers, ``key_lengths``, a tensor of integers, ``softcap``, and ``alibi_slopes`` and ``sinks``, tensors that
+        have gradients.
 
     Returns
     -------
@@ -122,7 +123,7 @@ def attention_with_lse(
     -------
     out : torch.Tensor, shape (..., Hq, Lq, Dv)
     lse : torch.Tensor, shape (..., Hq, Lq)
-        -inf for a query that may look at no key.
+        With sinks over these as well. -inf, or the sink, for a query that may look at no key.
 
     Raises
     ------
@@ -131,19 +132,16 @@ def attention_with_lse(
 
     Examples
     --------
-    An attention sink [1]_, a score that each query has without a key, takes its share of the weights:
+    Attention to some keys, and to others, is attention to all of them, each with the share that its sum has:
 
     >>> import torch
     >>> from fastattn.integrations.torch import attention_with_lse
-    >>> query, key, value = torch.zeros(1, 2), torch.zeros(3, 2), torch.ones(3, 1)
-    >>> out, lse = attention_with_lse(query, key, value)
-    >>> sink = torch.tensor(0.0)
-    >>> out * torch.sigmoid(lse - sink)[..., None]
-    tensor([[0.7500]])
-
-    References
-    ----------
-    .. [1] Xiao et al., "Efficient streaming language models with attention sinks", 2023, arXiv 2309.17453.
+    >>> query, key, value = torch.zeros(1, 2), torch.zeros(3, 2), torch.tensor([[1.0], [4.0], [1.0]])
+    >>> out, lse = attention_with_lse(query, key[:1], value[:1])
+    >>> other, other_lse = attention_with_lse(query, key[1:], value[1:])
+    >>> share = torch.sigmoid(lse - other_lse)[..., None]
+    >>> out * share + other * (1 - share)
+    tensor([[2.]])
     """
     if torch.is_autocast_enabled("cpu"):
         query, key, value, attn_mask = map(_autocast, (query, key, value, attn_mask))

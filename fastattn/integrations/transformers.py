@@ -201,12 +201,10 @@ def attention(
         return out.transpose(1, 2).contiguous(), weights
     mask = visible.kept if bias is None else (bias, visible.kept)
     grouped = query.shape[1] != key.shape[1]
-    options = {"scale": scaling, "enable_gqa": grouped, "softcap": softcap, **visible.options()}
+    options = {"scale": scaling, "enable_gqa": grouped, "softcap": softcap, "sinks": s_aux, **visible.options()}
     out, lse = attention_with_lse(query, key, value, mask, dropout, **options)
-    if attention_mask is not None:
+    if attention_mask is not None and s_aux is None:  # to a sink, a query that may look at no key gives all
         out = _as_eager(out, lse, value, scores)
-    if s_aux is not None:
-        out = out * torch.sigmoid(lse - s_aux[:, None].to(lse.dtype))[..., None]
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -8,6 +8,8 @@ factors Z of dropout (1 without), out = (P · Z) value, and the gradient dO of t
     dscores = P · (dP - Σ_j P dP) = P · (dP - rowsum(dO · out))          dmask = dscores
     draw    = dscores · slope                                            1, or what a softcap's derivative is there
     dquery  = scale · draw key          dkey = scale · drawᵀ query
+    dalibi  = -Σ_ij dscores · |position - j|
+    dsink   = -Σ_i exp(sink - lse) · rowsum(dO · out)                    a key whose value is 0, and of which dP is 0
 
 The derivative of lse by the scores is P, so that a gradient of lse is subtracted from the row's sum. What a query may
 not look at takes no part, whatever it is: 0 · NaN does not arise.
@@ -24,18 +26,27 @@ from fastattn.call.arrays import as_additive_operands, as_operands
 from fastattn.call.problem import Operands, Problem
 from fastattn.call.score_options import FurtherOptions
 from fastattn.call.seeds import Rng
+from fastattn.call.selection import places_of
 from fastattn.call.shapes import describe, describe_additive
 from fastattn.call.upstream import (
+    Names,
     Upstream,
     as_given,
-    bias_of,
     describe_upstream,
-    own_dtype,
     seed_of_forward,
-    wants_mask,
+    sources_of,
+    wanted_gradients,
 )
 from fastattn.reference.dropout import kept_weights
-from fastattn.reference.forward import SUM_ELEMENTS, raw_scores, value_of, visibility, weighted_sum, weights_from
+from fastattn.reference.forward import (
+    SUM_ELEMENTS,
+    raw_scores,
+    value_of,
+    visibility,
+    weighted_sum,
+    weights_from,
+    with_sinks,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -53,6 +64,8 @@ class Gradients(NamedTuple):
     value : ndarray, shape (*batch, Hk, G, Lk, Dv)
     scores : ndarray, shape (*batch, Hk, G, Lq, Lk)
         That of a floating mask.
+    slopes, sinks : ndarray, shape (*batch, Hk, G), or None
+        Where heads have some.
     weight : ndarray, shape (D,), or None
         Of additive attention alone.
     """
@@ -61,7 +74,21 @@ class Gradients(NamedTuple):
     key: NDArray[Any]
     value: NDArray[Any]
     scores: NDArray[Any]
+    slopes: NDArray[Any] | None
+    sinks: NDArray[Any] | None
     weight: NDArray[Any] | None
+
+    def named(self) -> dict[str, NDArray[Any] | None]:
+        """Return them by the names of the arguments."""
+        return {
+            "query": self.query,
+            "key": self.key,
+            "value": self.value,
+            "attn_mask": self.scores,
+            "alibi_slopes": self.slopes,
+            "sinks": self.sinks,
+            "weight": self.weight,
+        }
 
 
 def attention_backward(
@@ -80,6 +107,7 @@ def attention_backward(
     rng: Rng | None = None,
     grad_lse: ArrayLike | None = None,
     grad_mask: bool = False,
+    grads: Names = None,
     **options: Unpack[FurtherOptions],
 ) -> tuple[NDArray[Any], ...]:
     """Return the gradients of query, key and value: `fastattn.attention_backward`, from the whole matrix of weights.
@@ -98,10 +126,10 @@ def attention_backward(
     arrays = as_operands(query, key, value, attn_mask)
     problem, operands = describe(*arrays, dropout_p, is_causal, scale, enable_gqa, **options)
     upstream = describe_upstream(problem, grad_out, out, lse, grad_lse)
-    with_mask = wants_mask(grad_mask, arrays[3])
+    sources = sources_of(query, key, value, attn_mask, options)
+    names = wanted_gradients(grads, sources, grad_mask, arrays[3])
     gradients = differentiate(problem, operands, upstream, seed_of_forward(rng, problem))
-    found = (gradients.query, gradients.key, gradients.value, gradients.scores if with_mask else None)
-    return as_given(problem, found, (query, key, value, bias_of(attn_mask)))
+    return as_given(problem, names, gradients.named(), sources)
 
 
 def additive_attention_backward(
@@ -114,6 +142,8 @@ def additive_attention_backward(
     lse: ArrayLike,
     attn_mask: ArrayLike | None = None,
     is_causal: bool | str = False,
+    *,
+    grads: Names = None,
     **options: Unpack[FurtherOptions],
 ) -> tuple[NDArray[Any], ...]:
     """Return the gradients of query, key, value and weight: `fastattn.additive_attention_backward`, in plain NumPy.
@@ -132,10 +162,10 @@ def additive_attention_backward(
     arrays = as_additive_operands(query, key, value, weight, attn_mask)
     problem, operands = describe_additive(*arrays, is_causal, **options)
     upstream = describe_upstream(problem, grad_out, out, lse)
+    sources = sources_of(query, key, value, attn_mask, options, weight)
+    names = wanted_gradients(grads, sources)
     gradients = differentiate(problem, operands, upstream, weight=arrays[3])
-    assert gradients.weight is not None
-    found = (gradients.query, gradients.key, gradients.value)
-    return (*as_given(problem, found, (query, key, value)), own_dtype(gradients.weight, weight, problem.real))
+    return as_given(problem, names, gradients.named(), sources)
 
 
 @np.errstate(all="ignore")
@@ -161,7 +191,8 @@ def differentiate(
     wide = scores.dtype
     grad_out, out, lse = (array.astype(wide) for array in upstream[:3])
     visible = visible & (lse != -np.inf)[..., None]
-    weights = np.where(visible, weights_from(scores, lse, upstream.rounded, problem.head_dim), 0)
+    weights = weights_from(with_sinks(problem, operands, scores), lse, upstream.rounded, problem.head_dim)
+    weights, of_sinks = np.where(visible, weights[..., : problem.keys], 0), weights[..., problem.keys :]
     kept: Any = kept_weights(problem, seed) * problem.keep_scale if problem.dropout_p > 0 else 1
     row_sums = (grad_out * out).sum(axis=-1)
     if upstream.grad_lse is not None:
@@ -172,13 +203,34 @@ def differentiate(
     grad_weights = (grad_out @ value.swapaxes(-1, -2)) * kept
     grad_scores = np.where(visible, weights * (grad_weights - row_sums[..., None]), 0)
     grad_raw = np.where(visible, grad_scores * problem.scores.slope(raw), 0)
+    of_heads = _of_slopes(problem, operands, grad_scores), _of_sinks(problem, operands, of_sinks, row_sums)
     if weight is not None:
         grad_query, grad_key, grad_weight = _through_tanh(query, key, weight.astype(wide), grad_raw)
-        return Gradients(grad_query, grad_key, grad_value, grad_scores, grad_weight)
+        return Gradients(grad_query, grad_key, grad_value, grad_scores, *of_heads, grad_weight)
     # Where a query or a key that may be looked at is not finite, neither is the score: its gradient says all.
     grad_query = problem.scores.scale * (grad_raw @ np.where(np.isfinite(key), key, 0))
     grad_key = problem.scores.scale * (grad_raw.swapaxes(-1, -2) @ np.where(np.isfinite(query), query, 0))
-    return Gradients(grad_query, grad_key, grad_value, grad_scores, None)
+    return Gradients(grad_query, grad_key, grad_value, grad_scores, *of_heads, None)
+
+
+def _of_slopes(problem: Problem, operands: Operands, grad_scores: NDArray[Any]) -> NDArray[Any] | None:
+    """Return the gradients of ALiBi's slopes, each of which is what scores lose for a position."""
+    if "slope" not in problem.scores.own:
+        return None
+    places = places_of(problem, operands, range(problem.queries), range(problem.keys))
+    distance = np.abs(places.query + places.head["offset"] - places.key).astype(grad_scores.dtype)
+    gradient: NDArray[Any] = -(grad_scores * distance).sum(axis=(-1, -2))
+    return gradient
+
+
+def _of_sinks(
+    problem: Problem, operands: Operands, weights: NDArray[Any], row_sums: NDArray[Any]
+) -> NDArray[Any] | None:
+    """Return the gradients of the sinks, whose weights in each row have shape (..., Lq, 1); 0 where there is none."""
+    if operands.heads is None or "sink" not in problem.scores.own:
+        return None
+    there = operands.heads["sink"].reshape(problem.rows_shape) != -np.inf
+    return np.where(there, -(weights[..., 0] * row_sums).sum(axis=-1), 0)
 
 
 def _through_tanh(

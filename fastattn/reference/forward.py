@@ -228,8 +228,10 @@ def attention_weights(
         if lse is None:
             weights = evaluate(problem, operands)[2]
         else:
-            scores = scores_of(problem, operands, visibility(problem, operands)).reshape(problem.weights_shape)
-            weights = weights_from(scores, check_lse(lse, problem), coarser(lse, problem.real), problem.head_dim)
+            scores = with_sinks(problem, operands, scores_of(problem, operands, visibility(problem, operands)))
+            given, rounded = check_lse(lse, problem).reshape(scores.shape[:-1]), coarser(lse, problem.real)
+            weights = weights_from(scores, given, rounded, problem.head_dim)[..., : problem.keys]
+            weights = weights.reshape(problem.weights_shape)
     result: NDArray[Any] = weights.astype(problem.real)[..., positions(chosen)[:, None], positions(keys)]
     return result
 
@@ -307,7 +309,7 @@ def summarise(problem: Problem, operands: Operands, top_k: int) -> AttentionSumm
     counts = np.take_along_axis(scores, best, axis=-1) > -np.inf
     top_indices[..., : best.shape[-1]] = np.where(counts, best, -1)
     top_weights[..., : best.shape[-1]] = np.where(counts, np.take_along_axis(weights, best, axis=-1), 0)
-    odd = np.isnan(lse)
+    odd = np.isnan(lse) & (scores != -np.inf).any(axis=-1)
     top_indices[odd], top_weights[odd] = -1, np.nan
 
     entropy = -np.where(weights == 0, 0, weights * np.log(weights)).sum(axis=-1)
@@ -338,8 +340,10 @@ def evaluate(
     weights : ndarray, shape problem.weights_shape
     """
     visible = visibility(problem, operands)
-    weights, lse = softmax(scores_of(problem, operands, visible, weight))
-    empty = lse[..., None] == -np.inf
+    scores = scores_of(problem, operands, visible, weight)
+    empty = np.all(scores == -np.inf, axis=-1, keepdims=True)
+    weights, lse = softmax(with_sinks(problem, operands, scores))
+    weights = np.where(empty, 0, weights[..., : problem.keys])
 
     if problem.dropout_p > 0:
         weights = weights * kept_weights(problem, seed) * problem.keep_scale
@@ -358,6 +362,14 @@ def softmax(scores: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
     powers = np.exp(scores - highest)
     total = powers.sum(axis=-1, keepdims=True)
     return np.where(total == 0, 0, powers / total), (highest + np.log(total))[..., 0]
+
+
+def with_sinks(problem: Problem, operands: Operands, scores: NDArray[Any]) -> NDArray[Any]:
+    """Return scores with that of one more key behind the others, the sink of the head, if heads have sinks."""
+    if operands.heads is None or "sink" not in problem.scores.own:
+        return scores
+    sinks = operands.heads["sink"].reshape(*problem.rows_shape, 1, 1).astype(scores.dtype)
+    return np.concatenate([scores, np.broadcast_to(sinks, (*scores.shape[:-1], 1))], axis=-1)
 
 
 def weights_from(scores: NDArray[Any], lse: NDArray[Any], rounded: np.dtype[Any], features: int) -> NDArray[Any]:

@@ -135,6 +135,17 @@ def test_slopes_are_of_heads() -> None:
     assert own["offset"].tolist() == [4] * 6
 
 
+def test_sinks_are_of_heads() -> None:
+    scores, own = scores_of(batch=(2,), heads=3, sinks=np.float32([0.5, -np.inf, np.inf]), query_offset=4)
+    assert scores.own == ("sink",)
+    assert scores.offset == 0  # where queries stand does not matter
+    assert not scores.adds
+    assert not scores.placed
+    assert own is not None
+    np.testing.assert_array_equal(own["sink"], [0.5, -np.inf, np.nan] * 2)
+    assert np.isneginf(scores.head(5)["sink"]).all()
+
+
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 EXPECTED = r"; expected \(left, right\), each a non-negative int or None, or None for no window$"
@@ -260,6 +271,25 @@ def test_lengths_that_are_refused(given: Any, message: str) -> None:
 def test_slopes_that_are_refused(given: Any, kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=f"^alibi_slopes: .*{message}"):
         scores_of(batch=(2,), heads=3, alibi_slopes=given)
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "message"),
+    [
+        ([1j], TypeError, "dtype complex128; expected real numbers"),
+        ([True] * 3, TypeError, "dtype bool; expected real numbers"),
+        (np.zeros(3, np.longdouble), TypeError, "dtype .*; expected real numbers"),
+        (
+            [0.5] * 4,
+            ValueError,
+            r"shape \(4,\); expected one that broadcasts to \(2, 3\), the shape of the query heads",
+        ),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_sinks_that_are_refused(given: Any, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=f"^sinks: .*{message}"):
+        scores_of(batch=(2,), heads=3, sinks=given)
 
 
 @pytest.mark.parametrize("given", [0, 2, [1, 2]])

@@ -52,6 +52,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "slopes by positions": {"alibi_slopes": [[0.5, 0.0], [-0.1, 0.25]], "query_offset": [3, -4], "window": (4, 2)},
     "slopes of any size": {"alibi_slopes": [1e300, -3e38], "query_offset": 1},
     "slopes that make up for a mask": {"attn_mask": "lowest", "alibi_slopes": [0.5, -1e38], "query_offset": 1000},
+    "sinks": {"sinks": [0.5, -3.0]},
+    "sinks of rows without keys": {"sinks": [[0.5, -np.inf], [1e30, -1e300]], "key_lengths": [0, 5]},
     "pair": {"attn_mask": "pair"},
     "pair without bias": {"attn_mask": "keep"},
     "pair without keep": {"attn_mask": "bias"},
@@ -62,6 +64,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "query_offset": [1, 3],
         "key_lengths": [8, 6],
         "alibi_slopes": [0.5, 0.1],
+        "sinks": [0.5, 3.0],
     },
 }
 
@@ -93,6 +96,27 @@ def check_both(grad_out: Array, query: Any, key: Any, value: Any, mask: Any, **o
     assert len(found) == 3 + grad_mask
     given = (query, key, value, mask)
     tolerances.check_gradients(found, given, *tolerances.expected_gradients(grad_out, *given, **options))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("dropped", [False, True])
+def test_gradients_of_sinks_and_slopes(dtype: Any, dropped: bool) -> None:
+    grad_out, query, key, value = heads(dtype)
+    grad_lse = np.linspace(-1, 1, 28).astype(dtype).reshape(2, 2, 7)
+    options: dict[str, Any] = {"enable_gqa": True, "softcap": 2.0, "query_offset": [3, -4], "key_lengths": [9, 0]}
+    options |= {"sinks": np.array([0.5, 300.0], dtype), "alibi_slopes": np.array([[0.25, 0.1], [0.0, 1.0]], dtype)}
+    options |= {"dropout_p": 0.3, "rng": 5} if dropped else {}
+    out, lse = attention(query, key, value, **options, return_lse=True)
+    names = ("sinks", "value", "alibi_slopes")
+    given = (query, key, value)
+    found = attention_backward(grad_out, *given, out, lse, **options, grad_lse=grad_lse, grads=names)
+    each = dict(zip(names, found, strict=True))
+    plain = attention_backward(grad_out, *given, out, lse, **options, grad_lse=grad_lse)
+    assert each.pop("value").tobytes() == plain[2].tobytes()
+    tolerances.check_head_gradients(each, grad_out, *given, grad_lse=grad_lse, **options)
+    there = [cuda.to_device(array) for array in (grad_out, *given, out, lse)]
+    onward = attention_backward(*there, **options, grad_lse=cuda.to_device(grad_lse), grads=names)
+    assert [array.copy_to_host().tobytes() for array in onward] == [array.tobytes() for array in found]
 
 
 # -- what is said of scores --------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -136,6 +137,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "lengths, bottom-right": {"key_lengths": np.array([8, 3]), "is_causal": "bottom-right"},
     "softcap": {"softcap": 0.7},
     "slopes": {"alibi_slopes": np.array([0.5, 0.25, 0.0, -0.1]), "query_offset": np.array([2, -3]), "is_causal": True},
+    "sinks": {"sinks": np.array([0.5, -2.0, 0.0, 3.0]), "key_lengths": np.array([0, 9])},
     "all": {"softcap": 0.5, "window": (2, 2), "query_offset": np.array([0, 4]), "key_lengths": np.array([9, 6])},
 }
 QUERIES, KEYS = 7, 9
@@ -159,6 +161,10 @@ def by_hand(query: Any, key: Any, value: Any, mask: Any = None, **options: Any) 
     seen = seen & (np.arange(KEYS) >= position - left) & (np.arange(KEYS) <= position + (0 if causal else right))
     seen = seen if keep is None else seen & keep
     empty = ~seen.any(-1, keepdims=True)
+    if "sinks" in options:
+        column = jax.numpy.broadcast_to(jax.numpy.reshape(options["sinks"], (-1, 1, 1)), (*scores.shape[:-1], 1))
+        scores = jax.numpy.concatenate([jax.numpy.where(seen, scores, -np.inf), column], -1)
+        return jax.nn.softmax(scores, axis=-1)[..., :-1] @ value, jax.nn.logsumexp(scores, axis=-1)
     scores = jax.numpy.where(seen | empty, scores, -np.inf)
     out = jax.numpy.where(empty, 0, jax.nn.softmax(scores, axis=-1) @ value)
     return out, jax.numpy.where(empty[..., 0], -np.inf, jax.nn.logsumexp(scores, axis=-1))
@@ -221,16 +227,27 @@ def test_the_log_sum_exp_is_returned() -> None:
     np.testing.assert_array_equal(lse, fastattn.attention(query, key, value, return_lse=True)[1])
 
 
-def test_what_has_no_gradient_is_not_differentiated_by() -> None:
+def test_gradients_of_slopes_and_sinks() -> None:
+    query, key, value = arrays((2, 4, QUERIES, 8), (2, 4, KEYS, 8), (2, 4, KEYS, 5), dtype=np.float64)
+    given = np.array([0.5, 0.25, 0.0, 1.0]), np.array([0.5, -2.0, 0.0, 3.0])
+    with jax.enable_x64(True):
+
+        def loss(function: Any, slopes: Any, sinks: Any) -> Any:
+            options = {"alibi_slopes": slopes, "sinks": sinks, "softcap": 2.0, "is_causal": True}
+            return sums(function(query, key, value, **options))
+
+        ours = jax.jit(jax.grad(partial(loss, partial(attention, return_lse=True)), (0, 1)))(*given)
+        for mine, their in zip(ours, jax.grad(partial(loss, by_hand), (0, 1))(*given), strict=True):
+            np.testing.assert_allclose(mine, their, rtol=0, atol=1e-11)
+
+
+def test_a_gradient_may_be_stopped() -> None:
     query, key, value = arrays((2, 4, QUERIES, 8), (2, 4, KEYS, 8), (2, 4, KEYS, 5))
 
-    def loss(slopes: Any, stop: Any = lambda array: array) -> Any:
-        return attention(query, key, value, alibi_slopes=stop(slopes)).sum()
+    def loss(slopes: Any) -> Any:
+        return attention(query, key, value, alibi_slopes=jax.lax.stop_gradient(slopes)).sum()
 
-    slopes = jax.numpy.array([0.5, 0.25, 0.0, 1.0])
-    with pytest.raises(ValueError, match="alibi_slopes: differentiated by, but its gradient is not computed"):
-        jax.grad(loss)(slopes)
-    assert not jax.grad(loss)(slopes, jax.lax.stop_gradient).any()
+    assert not jax.grad(loss)(jax.numpy.array([0.5, 0.25, 0.0, 1.0])).any()
 
 
 REFUSED: list[tuple[Any, str, dict[str, Any]]] = [

@@ -77,6 +77,7 @@ def by_hand(
     bias: Tensor | None = None,
     softcap: float | None = None,
     alibi_slopes: Tensor | float = 0.0,
+    sinks: Tensor | None = None,
     **hiding: Any,
 ) -> tuple[Tensor, Tensor]:
     """Return attention of explicit scores, and its log-sum-exp; a query that sees nothing gives 0."""
@@ -90,6 +91,10 @@ def by_hand(
     )
     seen = visible(**hiding)
     empty = ~seen.any(-1, keepdim=True)
+    if sinks is not None:
+        column = torch.as_tensor(sinks).double()[..., None, None].expand(*scores.shape[:-1], 1)
+        scores = torch.cat((scores.masked_fill(~seen, -torch.inf), column), -1)
+        return scores.softmax(-1)[..., :-1] @ value.repeat_interleave(groups, 1), scores.logsumexp(-1)
     scores = scores.masked_fill(~(seen | empty), -torch.inf)
     out = (scores.softmax(-1) @ value.repeat_interleave(groups, 1)).masked_fill(empty, 0)
     return out, scores.logsumexp(-1).masked_fill(empty[..., 0], -torch.inf)
@@ -107,6 +112,8 @@ CALLS: dict[str, dict[str, Any]] = {
     "softcap": {"softcap": 0.7},
     "slopes": {"alibi_slopes": torch.tensor([0.5, 0.25, 0.0, -0.1])},
     "slopes, bottom-right": {"alibi_slopes": torch.rand(2, 4), "is_causal": "bottom-right", "window": (4, None)},
+    "sinks": {"sinks": torch.tensor([0.5, -2.0, 0.0, 3.0])},
+    "sinks, lengths of none": {"sinks": torch.rand(2, 4), "key_lengths": torch.tensor([0, 5])},
     "all": {
         "softcap": 0.5,
         "window": (2, 1),
@@ -202,6 +209,10 @@ FURTHER = {
     "left": (3,),  # all others left out
     "softcap": further(softcap=0.7, query_offset=2),
     "slopes": further(alibi_slopes=torch.tensor(0.5), query_offset=2),
+    "sinks and slopes that are leaves": further(
+        alibi_slopes=torch.tensor(0.5, dtype=torch.float64, requires_grad=True),
+        sinks=torch.zeros(1, dtype=torch.float64, requires_grad=True),
+    ),
 }
 
 
@@ -213,10 +224,13 @@ def test_opcheck(name: str) -> None:
     for second in (None, keep):
         torch.library.opcheck(OPERATOR, (*tensors, bias, *own, second, *FURTHER[name]))
     plain = [tensor.detach() for tensor in tensors]
-    out, lse = OPERATOR(*plain, bias.detach(), *own, keep, *FURTHER[name])
+    options = [each.detach() if isinstance(each, torch.Tensor) else each for each in FURTHER[name]]
+    out, lse = OPERATOR(*plain, bias.detach(), *own, keep, *options)
     for wanted in (True, False):
-        given = (torch.ones_like(out), lse, *plain, out, lse, bias.detach(), *own, wanted, keep, *FURTHER[name])
+        given = (torch.ones_like(out), lse, *plain, out, lse, bias.detach(), *own, wanted, keep, *options)
         torch.library.opcheck(BACKWARD, given)
+        if "leaves" in name:
+            torch.library.opcheck(BACKWARD, (*given, wanted, True))
 
 
 def test_opcheck_of_additive_attention() -> None:
@@ -227,6 +241,47 @@ def test_opcheck_of_additive_attention() -> None:
     plain = [tensor.detach() for tensor in tensors]
     out, lse = ADDITIVE(*plain, None, "no", keep, *FURTHER["rows"])
     torch.library.opcheck(ADDITIVE_BACKWARD, (out, *plain, out, lse, None, "no", keep, *FURTHER["rows"]))
+
+
+@pytest.mark.parametrize("softcap", [None, 0.7])
+def test_gradients_of_slopes_and_sinks(softcap: float | None) -> None:
+    tensors, (slopes, sinks) = operands(), leaves((4,), (2, 4))
+    sources = (*tensors, slopes, sinks)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor, sinks: Tensor) -> Any:
+        options: Any = {"alibi_slopes": slopes, "sinks": sinks, "softcap": softcap, "is_causal": True}
+        return attention_with_lse(query, key, value, enable_gqa=True, **options)
+
+    hand = by_hand(*tensors, softcap=softcap, alibi_slopes=slopes, sinks=sinks, is_causal=True)
+    wanted = torch.autograd.grad(sums(*hand), sources)
+    whole = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    for found in (attend(*sources), whole(*sources)):
+        for some, others in zip(torch.autograd.grad(sums(*found), sources), wanted, strict=True):
+            torch.testing.assert_close(some, others, rtol=0, atol=1e-11)
+    assert gradcheck(attend, sources, check_batched_grad=True)
+    only = torch.autograd.grad(attend(*[tensor.detach() for tensor in tensors], slopes.detach(), sinks)[0].sum(), sinks)
+    assert only[0].shape == (2, 4)
+
+
+def test_gradients_of_slopes_and_sinks_of_additive_attention() -> None:
+    tensors = leaves((2, 1, QUERIES, 4), (2, 1, KEYS, 4), (2, 1, KEYS, 3), (4,), (1,), (2, 1))
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, weight: Tensor, slopes: Tensor, sinks: Tensor) -> Tensor:
+        options: Any = {"alibi_slopes": slopes, "sinks": sinks, "softcap": 0.9}
+        return additive_attention(query, key, value, weight, **options)
+
+    assert gradcheck(attend, tensors, check_batched_grad=True)
+
+
+def test_sinks_of_other_dtypes() -> None:
+    tensors, sinks = operands(), torch.tensor([0.5, 0.25, 0.0, -1.0])
+    wanted = scaled_dot_product_attention(*tensors, enable_gqa=True, sinks=sinks)
+    for dtype in (torch.float64, torch.float16, torch.bfloat16):
+        own = sinks.to(dtype).requires_grad_()
+        found = scaled_dot_product_attention(*tensors, enable_gqa=True, sinks=own)
+        assert torch.equal(found, wanted)
+        found.sum().backward()
+        assert own.grad.dtype == dtype
 
 
 def test_second_derivatives_are_refused() -> None:
@@ -340,7 +395,9 @@ REFUSED: list[tuple[Any, str, dict[str, Any]]] = [
     (TypeError, "alibi_slopes: list; expected a torch.Tensor", {"alibi_slopes": [0.5]}),
     (TypeError, "alibi_slopes: dtype bool; expected real numbers", {"alibi_slopes": torch.ones(4) > 0}),
     (ValueError, r"alibi_slopes: shape \(3,\)", {"alibi_slopes": torch.ones(3)}),
-    (ValueError, "alibi_slopes: a tensor that requires its gradient", {"alibi_slopes": torch.ones(4).requires_grad_()}),
+    (TypeError, "sinks: float; expected a torch.Tensor", {"sinks": 0.5}),
+    (TypeError, "sinks: dtype bool; expected real numbers", {"sinks": torch.ones(4) > 0}),
+    (ValueError, r"sinks: shape \(3,\)", {"sinks": torch.ones(3)}),
     (TypeError, "query_offset: dtype torch.float32; expected integers", {"query_offset": torch.ones(2)}),
     (TypeError, "query_offset: float; expected a torch.Tensor", {"query_offset": 1.0}),
     (TypeError, "query_offset: bool; expected a torch.Tensor", {"query_offset": True}),

@@ -191,6 +191,22 @@ def test_slopes_are_of_heads(name: str) -> None:
     check([*grads, *gradients.values()], [*exact, *exact_gradients.values()])
 
 
+@pytest.mark.parametrize("name", ["multi-head", "multi-head, grouped"])
+def test_sinks_are_of_heads(name: str) -> None:
+    """As one more key, whose score is the sink, and whose value is 0."""
+    layer, rng = LAYERS[name](), np.random.default_rng(0)
+    query, key = arrays_of(rng)
+    sinks = rng.standard_normal(layer.num_heads)
+    options: dict[str, Any] = {"key_lengths": [12, 9, 3], "softcap": 3.0}
+    out, saved = layer(query, key, sinks=sinks, **options, return_saved=True)
+    check([out], [multi_head_attention(layer, query, key, sinks=sinks, **options)[0].astype(float)])
+    grads, gradients = layer.backward(out, saved)
+    direction, step = rng.standard_normal(query.shape), 1e-5
+    losses = [float((layer(query + h * direction, key, sinks=sinks, **options) ** 2).sum()) / 2 for h in (step, -step)]
+    np.testing.assert_allclose((losses[0] - losses[1]) / (2 * step), (grads[0] * direction).sum(), rtol=1e-6)
+    assert all(np.isfinite(gradient).all() for gradient in gradients.values())
+
+
 @every_layer
 def test_what_a_call_has_saved_says_the_options(name: str) -> None:
     layer, rng = LAYERS[name](), np.random.default_rng(0)

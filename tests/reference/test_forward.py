@@ -45,6 +45,8 @@ def one_by_one(call: Call) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     weights = np.zeros((*rows, problem.queries, problem.keys))
     softcap, slopes = call.options.get("softcap"), call.options.get("alibi_slopes", 0.0)
     slopes = np.broadcast_to(np.float64(slopes), (*problem.batch, problem.heads)).reshape(rows)
+    sinks = np.broadcast_to(np.float64(call.options.get("sinks", -np.inf)), (*problem.batch, problem.heads))
+    sinks = sinks.reshape(rows)
     left, right, offsets, numbers = intervals(call, problem)
     limit = float(np.finfo(problem.real).max)
     for index in np.ndindex(*rows, problem.queries):
@@ -66,11 +68,13 @@ def one_by_one(call: Call) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             if score > -math.inf:
                 looked_at.append(j)
                 scores.append(score)
+        sink = float(sinks[index[:-1]])
+        sink = sink if math.isinf(sink) else float(problem.real.type(min(max(sink, -limit), limit)))
         if not looked_at:
-            lse[index] = -math.inf
+            lse[index] = sink
             continue
-        highest = max(scores)
-        total = math.fsum(math.exp(score - highest) for score in scores)
+        highest = max(*scores, sink)
+        total = math.fsum(math.exp(score - highest) for score in (*scores, sink))
         lse[index] = highest + math.log(total)
         for j, score in zip(looked_at, scores, strict=True):
             weights[(*index, j)] = math.exp(score - highest) / total

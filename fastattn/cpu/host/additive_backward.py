@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from fastattn.call.head_gradients import gradient_of_sinks, gradient_of_slopes
 from fastattn.call.problem import Array, Operands, Problem
 from fastattn.call.rounding import limit_of, slack
 from fastattn.call.upstream import Upstream
@@ -22,8 +24,8 @@ from fastattn.machine.tile import TileShape
 
 
 def backward(
-    problem: Problem, operands: Operands, weight: Array, upstream: Upstream, threads: int
-) -> tuple[Array, Array, Array, Array]:
+    problem: Problem, operands: Operands, weight: Array, upstream: Upstream, names: Sequence[str], threads: int
+) -> dict[str, Array]:
     """Return the gradients of the operands, query, key and value, and that of weight.
 
     Parameters
@@ -32,13 +34,15 @@ def backward(
     operands : Operands
     weight : ndarray, shape (D,)
     upstream : Upstream
+    names : sequence of str
+        Of the arguments whose gradients are wanted.
     threads : int
 
     Returns
     -------
-    grad_query, grad_key, grad_value : ndarray
-        With the axes of the operands.
-    grad_weight : ndarray, shape (D,)
+    dict of str to ndarray
+        By the names of the arguments, those that are wanted among them: of "query", "key" and "value" with the axes of
+        the operands, of "weight" shape (D,), of "alibi_slopes" and "sinks" (*batch, H, 1).
     """
     lead, dtype = problem.rows_shape, problem.real
     heads = math.prod(lead)
@@ -48,24 +52,51 @@ def backward(
     make = np.zeros if ragged or not worked else np.empty
     grad_query, grad_key = (make((*lead, n, problem.head_dim), dtype) for n in (problem.queries, problem.keys))
     grad_value = make((*lead, problem.keys, problem.value_dim), dtype)
-    if not worked:
-        return grad_query, grad_key, grad_value, np.zeros(problem.head_dim, dtype)
+    found = {"query": grad_query, "key": grad_key, "value": grad_value, "weight": np.zeros(problem.head_dim, dtype)}
+    out, lse, weight = map(np.ascontiguousarray, (upstream.out, upstream.lse, weight))
+    of_heads = {
+        "sink_weights": np.full_like(lse, np.nan) if "sinks" in names else None,
+        "slope_sums": np.zeros_like(lse) if "alibi_slopes" in names else None,
+    }
+    if worked:
+        arrays = {"out": out, "lse": lse, **found, **of_heads}
+        found["weight"] = _run(problem, operands, weight, upstream, arrays, threads)
+    with np.errstate(all="ignore"):
+        if of_heads["slope_sums"] is not None:
+            found["alibi_slopes"] = gradient_of_slopes(of_heads["slope_sums"], 1.0)
+        if of_heads["sink_weights"] is not None:
+            found["sinks"] = gradient_of_sinks(problem, operands, upstream, of_heads["sink_weights"])
+    return found
 
+
+def _run(
+    problem: Problem,
+    operands: Operands,
+    weight: Array,
+    upstream: Upstream,
+    arrays: dict[str, Array | None],
+    threads: int,
+) -> Array:
+    """Write the gradients to `arrays`, where they have their places; return that of weight."""
+    dtype, heads, ragged = problem.real, math.prod(problem.rows_shape), "keys" in problem.scores.own
+    make = np.zeros if ragged else np.empty
     plan, given = plan_rounds(problem, operands, upstream.grad_out, threads)
     blocking = session.current.row.blocking
     chunks, _, _ = _cut(problem, problem.keys, blocking)
     parts, turns = make((heads * chunks, problem.head_dim), dtype), np.zeros((heads, chunks), np.int64)
     sums = np.empty((heads * problem.queries, 2), dtype)
-    out, lse, weight = map(np.ascontiguousarray, (upstream.out, upstream.lse, weight))
-    _note(given, grad_out=upstream.grad_out, out=out, grad_query=grad_query, grad_key=grad_key, grad_value=grad_value)
+    gradients = {f"grad_{name}": arrays[name] for name in ("query", "key", "value")}
+    of_heads = {name: arrays[name] for name in ("sink_weights", "slope_sums")}
+    _note(given, grad_out=upstream.grad_out, out=arrays["out"], **gradients, **of_heads)
     lengths = operands.heads["keys"][:: problem.heads].tolist() if ragged and operands.heads is not None else ()
     cuts = np.array([_cut(problem, length, blocking) for length in lengths], np.int64)
     _note(given, grad_weight=parts, sums=sums, turns=turns, cuts=cuts if lengths else None)
     given["precise"], given["slack"] = limit_of(dtype, upstream.rounded), slack(upstream.rounded, problem.head_dim)
     with prepared(problem, operands, session.current.row.tile(dtype.type.__name__)) as ready:
-        session.current.run(plan, (*ready, given, lse, weight, None, None))
+        session.current.run(plan, (*ready, given, arrays["lse"], weight, None, None))
     with np.errstate(all="ignore"):
-        return grad_query, grad_key, grad_value, parts.sum(axis=0, dtype=np.float64).astype(dtype)
+        summed: Array = parts.sum(axis=0, dtype=np.float64).astype(dtype)
+    return summed
 
 
 def _note(record: Array, **arrays: Array | None) -> None:
@@ -142,7 +173,7 @@ def _scratch_bytes(
     row = padded(tile, features)
     values = (-(-value_dim // tile.width) + 1) * tile.width
     of_weight = 2 * (row + tile.lanes)
-    of_queries = query_block * (QUERY_NUMBERS + 1 + 3 * row + values) + tile.lanes
+    of_queries = query_block * (QUERY_NUMBERS + 1 + tile.lanes + 3 * row + values) + tile.lanes
     of_keys = key_block * (1 + 3 * row + 2 * values) + tile.lanes
     of_both = 2 * query_block * key_block + term_queries * tile.lanes * (tile.lanes + row)
     work = max((2 + key_block + tile.lanes) * tile.width + 8 * tile.lanes * tile.lanes, values)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 
+from fastattn.call.head_gradients import gradient_of_sinks, gradient_of_slopes
 from fastattn.call.problem import Array, Operands, Problem, Shape
-from fastattn.call.rounding import limit_of, slack
+from fastattn.call.rounding import is_precise, limit_of, slack
 from fastattn.call.shapes import split_shape
 from fastattn.call.upstream import Upstream
 from fastattn.cpu.host import session
 from fastattn.cpu.host.calls import Plan
-from fastattn.cpu.host.functions import Parts, prepared
+from fastattn.cpu.host.functions import Parts, captured_among, prepared
 from fastattn.cpu.host.kernels import describe, steps_of
 from fastattn.cpu.host.plan import (
     TASK_FLOPS,
@@ -30,18 +31,19 @@ from fastattn.machine.tile import TileShape
 
 Arrays: TypeAlias = "dict[str, Array | None]"
 CALL_NAMES = (GRADIENT_CALL.names or ())[2:]  # behind the plan and the working memory
+#: Gradients of scores times a scale below this might become too small to be divided by it again.
+LEAST_FACTOR = 2.0**-40
 
 
 def attention_backward(
     problem: Problem,
     operands: Operands,
     upstream: Upstream,
-    shapes: tuple[Shape, Shape],
-    mask_shape: Shape | None,
+    shapes: Mapping[str, Shape],
+    names: Sequence[str],
     seed: int,
     threads: int,
-    captured: tuple[str, ...] = (),
-) -> tuple[Any, ...]:
+) -> dict[str, Array]:
     """Return the gradients of the operands, summed over axes that they are broadcast along, where it is for the best.
 
     Parameters
@@ -49,27 +51,25 @@ def attention_backward(
     problem : Problem
     operands : Operands
     upstream : Upstream
-    shapes : tuple of two tuples of int
-        Those of the arguments key and value.
-    mask_shape : tuple of int or None
-        That of the argument attn_mask, if its gradient is wanted.
+    shapes : mapping of str to tuple of int
+        Those of the arguments key, value and attn_mask.
+    names : sequence of str
+        Of the arguments whose gradients are wanted.
     seed : int
     threads : int
-    captured : tuple of str
-        Names of arrays that the call's function of scores captures, of which the gradients are wanted.
-
     Returns
     -------
-    grad_query : ndarray, shape (*batch, Hk, G, Lq, D)
-    grad_key, grad_value : ndarray
-        (*batch, Hk, G, Lk, D) and so on, with 1 for the axes that neither key nor value has.
-    grad_mask : ndarray, or None
-        With 1 for the axes that the mask does not have.
-    *grad_captured : ndarray of float64
-        Of each array.
+    dict of str to ndarray
+        By the names of the arguments, those that are wanted among them.
+
+        - "query": shape (*batch, Hk, G, Lq, D)
+        - "key", "value": (*batch, Hk, G, Lk, D) and so on, with 1 for the axes that neither key nor value has.
+        - "attn_mask": with 1 for the axes that the mask does not have.
+        - "alibi_slopes", "sinks": (*batch, Hk, G)
+        - arrays that the function of scores captures: of their shapes, float64
     """
     lead, dtype = problem.rows_shape, problem.real
-    own = _own_axes(problem, *(split_shape(shape, problem, shared=True) for shape in shapes))
+    own = _own_axes(problem, *(split_shape(shapes[name], problem, shared=True) for name in ("key", "value")))
     summed = tuple(size if axis in own else 1 for axis, size in enumerate(lead))
     arrays: Arrays = dict.fromkeys(GRADIENT_ARRAYS)
     arrays |= operands._asdict()
@@ -78,28 +78,46 @@ def attention_backward(
     arrays["grad_query"] = grad_query = np.zeros((*lead, problem.queries, problem.head_dim), dtype)
     arrays["grad_key"] = grad_key = np.zeros((*summed, problem.keys, problem.head_dim), dtype)
     arrays["grad_value"] = grad_value = np.zeros((*summed, problem.keys, problem.value_dim), dtype)
-    grad_mask = None
-    if mask_shape is not None:
-        split = split_shape(mask_shape, problem)
+    found = {"query": grad_query, "key": grad_key, "value": grad_value}
+    if "attn_mask" in names:
+        split = split_shape(shapes["attn_mask"], problem)
         mask_axes = _own_axes(problem, split)
-        grad_mask = np.zeros((*(n if axis in mask_axes else 1 for axis, n in enumerate(lead)), *split[-2:]), dtype)
-        arrays["grad_bias"] = grad_mask
-    parts = Parts(problem, operands, captured)
-    if not problem.keys or not problem.queries or 0 in lead:
-        return grad_query, grad_key, grad_value, grad_mask, *parts.sums()
-
+        found["attn_mask"] = arrays["grad_bias"] = np.zeros(
+            (*(n if axis in mask_axes else 1 for axis, n in enumerate(lead)), *split[-2:]), dtype
+        )
+    parts = Parts(problem, operands, captured_among(problem, names))
     arrays["lse"] = lse = np.ascontiguousarray(upstream.lse)
     arrays["grad_lse"] = None if upstream.grad_lse is None else np.ascontiguousarray(upstream.grad_lse)
     arrays["deltas"] = np.empty((3, lse.size), dtype)
-    plans = [_planned(_by_keys, problem, arrays, upstream.rounded, own, threads)]
-    if grad_mask is not None:
-        plans.append(_planned(_by_rectangles, problem, arrays, upstream.rounded, mask_axes, threads))
-    if captured:
-        plans.append(_planned(_by_parts, problem, arrays, upstream.rounded, own, threads, parts.number))
-    with prepared(problem, operands, _tile(problem), parts) as ready:
-        for plan, counters in plans:
-            _run(plan, counters, {**arrays, "functions": ready.captured}, seed)
-    return grad_query, grad_key, grad_value, grad_mask, *parts.sums()
+    arrays["sink_weights"] = weights = np.full_like(lse, np.nan) if "sinks" in names else None
+    arrays["slope_sums"] = sums = np.zeros_like(lse) if "alibi_slopes" in names else None
+    factor = _factor_of_scores(problem, names)
+    rows_suffice = set(names) == {"sinks"} and is_precise(lse, limit_of(dtype, upstream.rounded)).all()
+    if problem.keys and lse.size and not rows_suffice:
+        plans = [_planned(_by_keys, problem, arrays, upstream.rounded, own, factor, threads)]
+        if "attn_mask" in names:
+            plans.append(_planned(_by_rectangles, problem, arrays, upstream.rounded, mask_axes, factor, threads))
+        if parts.names:
+            plans.append(_planned(_by_parts, problem, arrays, upstream.rounded, own, factor, threads, parts.number))
+        with prepared(problem, operands, _tile(problem), parts) as ready:
+            for plan, counters in plans:
+                _run(plan, counters, {**arrays, "functions": ready.captured}, seed)
+    with np.errstate(all="ignore"):
+        if factor != problem.scores.scale:
+            grad_query *= problem.scores.scale
+            grad_key *= problem.scores.scale
+        if sums is not None:
+            found["alibi_slopes"] = gradient_of_slopes(sums, factor)
+        if weights is not None:
+            found["sinks"] = gradient_of_sinks(problem, operands, upstream, weights)
+        found |= parts.sums()
+    return found
+
+
+def _factor_of_scores(problem: Problem, names: Sequence[str]) -> float:
+    """Return what kernels multiply gradients of scores by: the scale, if they can be divided by it again."""
+    scale = problem.scores.scale
+    return 1.0 if "alibi_slopes" in names and abs(scale) < LEAST_FACTOR else scale
 
 
 def _own_axes(problem: Problem, *splits: Shape) -> list[int]:
@@ -120,6 +138,7 @@ def _planned(
     arrays: Arrays,
     rounded: np.dtype[Any],
     own: list[int],
+    factor: float,
     threads: int,
     *further: int,
 ) -> tuple[Plan, int]:
@@ -130,6 +149,7 @@ def _planned(
         problem,
         rounded,
         tuple(own),
+        factor,
         tuple(None if array is None else array.strides for array in arrays.values()),
         *(None if mask is None else mask.dtype for mask in (arrays["bias"], arrays["keep"])),
         None if grad_bias is None else grad_bias.shape,
@@ -137,14 +157,14 @@ def _planned(
         TASK_FLOPS,
         further,
     )
-    return session.current.plans.of(key, lambda: make(problem, arrays, rounded, own, threads, *further))
+    return session.current.plans.of(key, lambda: make(problem, arrays, rounded, own, factor, threads, *further))
 
 
 def _by_keys(
-    problem: Problem, arrays: Arrays, rounded: np.dtype[Any], own: list[int], threads: int
+    problem: Problem, arrays: Arrays, rounded: np.dtype[Any], own: list[int], factor: float, threads: int
 ) -> tuple[Plan, int]:
     """Plan the backward pass: its tasks own keys of one head, of which some leading axes make one each."""
-    draft = _draft("backward", problem, arrays, rounded, own)
+    draft = _draft("backward", problem, arrays, rounded, own, factor)
     fields, tile, blocking = draft.fields, draft.kernel.tile, draft.kernel.row.blocking
     heads, blocks, query_blocks = fields["outer"] * fields["inner"], fields["blocks"], fields["query_blocks"]
     panels = _panels(tile, problem.head_dim) + _panels(tile, problem.value_dim)
@@ -160,10 +180,10 @@ def _by_keys(
 
 
 def _by_rectangles(
-    problem: Problem, arrays: Arrays, rounded: np.dtype[Any], own: list[int], threads: int
+    problem: Problem, arrays: Arrays, rounded: np.dtype[Any], own: list[int], factor: float, threads: int
 ) -> tuple[Plan, int]:
     """Plan the gradient of a mask: tasks own rectangles of it, and nobody takes turns."""
-    draft = _draft("mask_gradient", problem, arrays, rounded, own)
+    draft = _draft("mask_gradient", problem, arrays, rounded, own, factor)
     fields = draft.fields
     groups = fields["blocks"] if fields["bias_keys"] > 1 else 1
     parts = fields["query_blocks"] if fields["bias_queries"] > 1 else 1
@@ -174,10 +194,10 @@ def _by_rectangles(
 
 
 def _by_parts(
-    problem: Problem, arrays: Arrays, rounded: np.dtype[Any], own: list[int], threads: int, parts: int
+    problem: Problem, arrays: Arrays, rounded: np.dtype[Any], own: list[int], factor: float, threads: int, parts: int
 ) -> tuple[Plan, int]:
     """Plan the gradients of captured arrays: so many parts of the work, whatever number of threads there is."""
-    draft = _draft("captured_gradient", problem, arrays, rounded, own)
+    draft = _draft("captured_gradient", problem, arrays, rounded, own, factor)
     draft.flops /= 2.5
     _split(draft, parts, group=1, groups=1, part=1, parts=1)
     return draft.finish(threads), 0
@@ -191,7 +211,7 @@ def _tile(problem: Problem) -> TileShape:
     return session.current.row.tile(problem.real.type.__name__)
 
 
-def _draft(work: str, problem: Problem, arrays: Arrays, rounded: np.dtype[Any], own: list[int]) -> Draft:
+def _draft(work: str, problem: Problem, arrays: Arrays, rounded: np.dtype[Any], own: list[int], factor: float) -> Draft:
     """Write down everything but how the work is split."""
     row = session.current.row
     kernel = describe(work, _tile(problem), row, steps=steps_of(problem))
@@ -204,7 +224,7 @@ def _draft(work: str, problem: Problem, arrays: Arrays, rounded: np.dtype[Any], 
         **fields_of_scores(problem, arrays["bias"]),
         "bias_queries": grad_bias.shape[-2] if grad_bias is not None else 1,
         "bias_keys": grad_bias.shape[-1] if grad_bias is not None else 1,
-        "score_scale": problem.scores.scale,
+        "score_scale": factor,
         "precise": limit_of(problem.real, rounded),
         "slack": slack(rounded, problem.head_dim),
         "numbers": heads * problem.queries * tile.itemsize,
@@ -259,13 +279,15 @@ def _split(draft: Draft, heads: int, *, group: int, groups: int, part: int, part
         "shifts": numbers,
         "rests": numbers,
         "deltas": numbers,
+        "slope_sums": numbers,
+        "bare_grads": score_panel if "softcap" in draft.kernel.steps else 0,
         "spans": 16 * subs,
         "work": row_bytes + 8 * tile.lanes * tile.lanes,
         "scores": subs * score_panel,
         "score_grads": subs * score_panel,
         "clean_keys": keys * score_panel,
         "outs": values * query_panel,
-        "raws": score_panel if draft.kernel.work == "captured_gradient" else 0,
+        "raws": score_panel if "function" in draft.kernel.steps else 0,
     }
     at = 0
     for name in GRADIENT_PARTS:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastattn.call.problem import Operands, Problem
+from fastattn.call.upstream import ARGUMENTS
 from fastattn.cpu.host import session
 from fastattn.cpu.host.kernels import load
 from fastattn.cpu.kernels.records import FUNCTIONS, KIND_KEYS, KIND_QUERIES
@@ -53,9 +54,16 @@ class Parts:
         """Where the array of each part and name is."""
         return np.array([[address_of(array[part, ...]) for array in self.arrays] for part in range(self.number)])
 
-    def sums(self) -> list[Array]:
-        """The gradients."""
-        return [array.sum(axis=0) for array in self.arrays]
+    def sums(self) -> dict[str, Array]:
+        """The gradients, by name."""
+        return {name: array.sum(axis=0) for name, array in zip(self.names, self.arrays, strict=True)}
+
+
+def captured_among(problem: Problem, names: Sequence[str]) -> tuple[str, ...]:
+    """Return which names are those of arrays that the function of scores captures."""
+    function = problem.scores.score_mod
+    captured = () if function is None else [each.name for each in function.captured if each.name not in ARGUMENTS]
+    return tuple(name for name in names if name in captured)
 
 
 @contextmanager

@@ -55,8 +55,10 @@ def sums_from(problem: Problem, lse: Array) -> tuple[Array, Array]:
     A query that looks at no key has an lse of -inf, and weights of 0: as 2^-inf, whatever its scores. One whose lse is
     NaN has weights of NaN, those of hidden keys included, whose score l alone meets.
     """
+    limit = np.finfo(problem.real).max
     with np.errstate(all="ignore"):
-        m = np.ascontiguousarray(np.where(lse == -np.inf, np.inf, lse) / log_of_base(problem), problem.real)
+        m = np.clip(lse / log_of_base(problem), -limit, limit)
+        m = np.ascontiguousarray(np.where(lse == -np.inf, np.inf, m), problem.real)
         return m, np.where(np.isnan(m), m, np.ones(1, m.dtype))
 
 

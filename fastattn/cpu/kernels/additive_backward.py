@@ -78,6 +78,7 @@ def lay_out(tile, plan, given, scratch):
 
     places.numbers, at = at, at + queries * QUERY_NUMBERS * tile.itemsize
     places.q_largest, at = at, at + (queries + tile.lanes) * tile.itemsize
+    places.distances, at = at, at + queries * tile.vector_bytes
     places.q_raws, at = at, at + queries * row_bytes
     places.q_exps, at = at, at + queries * row_bytes
     places.grad_queries, at = at, at + queries * row_bytes
@@ -90,6 +91,8 @@ def lay_out(tile, plan, given, scratch):
     places.values, at = at, at + keys * v_bytes
     places.grad_values, at = at, at + keys * v_bytes
 
+    if given.slope_sums == 0:
+        places.distances = 0
     places.term_queries = given.term_queries
     places.weights, at = at, at + queries * keys * tile.itemsize
     places.hidden, at = at, at + queries * keys * tile.itemsize
@@ -342,11 +345,19 @@ def deliver_weight(tile, places, target, features, fresh):
         store_element(tile, target + offset, element if fresh else element + load_element(tile, target + offset))
 
 
+@jit
+def deliver_distances(tile, places, target, queries):
+    """The part of a task in what slopes of ALiBi get from each query, which begins at 0."""
+    for i in range(queries):
+        at = target + i * tile.itemsize
+        store_element(tile, at, load_element(tile, at) + sum_of(tile, places.distances + i * tile.vector_bytes))
+
+
 # -- a task ------------------------------------------------------------------------------------------------------------
 
 
 @jit
-def find_sums(kernel, plan, given, head, places, first_query, queries, lse, sums):
+def find_sums(kernel, plan, given, head, places, first_query, queries, lse, sums, sink_weights):
     """Form the sums of those queries of a block whose lse has lost digits, over all keys."""
     tile = kernel.tile
     clear_states(tile, plan, places, queries)
@@ -355,7 +366,7 @@ def find_sums(kernel, plan, given, head, places, first_query, queries, lse, sums
         filled = (count + tile.width - 1) // tile.width * tile.width
         if hide(kernel, plan, head, places, first_query, queries, first_key, filled, lse):
             absorb_keys(kernel, plan, given, head, places, first_query, first_key, lse, queries, count, filled)
-    store_sums(kernel, plan, given, places, lse, queries, sums)
+    store_sums(kernel, plan, given, head, places, lse, queries, sums, sink_weights)
 
 
 @jit
@@ -387,9 +398,12 @@ def begin_queries(kernel, call, plan, given, head, number, places, first, querie
     if any_has_lost(tile, given, lse, queries):
         sums = given.sums + 2 * row * tile.itemsize
         if first_round:
-            find_sums(kernel, plan, given, head, places, first, queries, lse, sums)
+            sink_weights = given.sink_weights + row * tile.itemsize if given.sink_weights != 0 else 0
+            find_sums(kernel, plan, given, head, places, first, queries, lse, sums, sink_weights)
         take_sums(tile, given, places, lse, queries, sums)
     fill(tile, places.grad_queries, queries * padded(tile, plan.head_dim) * tile.itemsize, 0.0)
+    if given.slope_sums != 0:
+        fill(tile, places.distances, queries * tile.vector_bytes, 0.0)
 
 
 @jit
@@ -455,6 +469,8 @@ def differentiate_chunk(kernel, call, plan, number, r, chunk, scratch):
             meet(kernel, call, plan, given, head, number, places, first, queries, first_key, count, fresh)
         target = given.grad_query + (number * plan.queries + first) * features_bytes
         deliver(tile, places.grad_queries, row_bytes, places.factors, target, queries, plan.head_dim, first_round)
+        if given.slope_sums != 0:
+            deliver_distances(tile, places, given.slope_sums + (number * plan.queries + first) * tile.itemsize, queries)
     target = given.grad_weight + (number * plan.groups + chunk) * features_bytes
     deliver_weight(tile, places, target, plan.head_dim, first_round)
     finish(turns + chunk * WORD)

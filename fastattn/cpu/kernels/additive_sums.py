@@ -9,11 +9,11 @@ import math
 
 from fastattn.cpu.kernels.additive import load_rows, padded, sum_of
 from fastattn.cpu.kernels.additive_terms import LOG2_E, terms_of
-from fastattn.cpu.kernels.forward import LN_2
 from fastattn.cpu.kernels.functions import apply_along
 from fastattn.cpu.kernels.masks import INFINITY, lowest, saturate
 from fastattn.cpu.kernels.records import QUERY_NUMBERS
 from fastattn.cpu.kernels.scores import capped
+from fastattn.cpu.kernels.sinks import LN_2, share_of_sink, sink_of
 from fastattn.cpu.kernels.softmax import MINUS_INFINITY, exp2
 from fastattn.cpu.kernels.sums import has_lost
 from fastattn.simd import (
@@ -84,9 +84,12 @@ def absorb_keys(kernel, plan, given, head, places, first_query, first_key, lse, 
 
 
 @jit
-def store_sums(kernel, plan, given, places, lse, queries, sums):
-    """Write m and log2(l) of each query that wants them to `sums`, or an infinite m where its lse is of other keys."""
-    tile = kernel.tile
+def store_sums(kernel, plan, given, head, places, lse, queries, sums, sink_weights):
+    """Write m and log2(l) of each query that wants them to `sums`, or an infinite m where its lse is of other keys.
+
+    `sink_weights`, if not 0: where to write the weights of their sinks.
+    """
+    tile, sink = kernel.tile, sink_of(head)
     for i in range(queries):
         total = load_element(tile, lse + i * tile.itemsize) * 1.0
         if has_lost(given, total):
@@ -98,7 +101,14 @@ def store_sums(kernel, plan, given, places, lse, queries, sums):
             tile_store(tile_load(tile.vector, state + tile.vector_bytes, 0) * shares, state, 0)
             own = sum_of(tile, state) * 1.0
             logarithm = math.log(own) if own != 0.0 else MINUS_INFINITY
-            if not m + logarithm - total >= -given.slack * abs(total):
+            whole = m + logarithm
+            if sink != MINUS_INFINITY:
+                term = math.exp(sink - m) if own != 0.0 else 0.0
+                whole = sink if own == 0.0 or term == INFINITY else m + math.log(own + term)
+                logarithm = sink - m if own == 0.0 or term == INFINITY else math.log(own + term)
+                if sink_weights != 0 and whole - total >= -given.slack * abs(total):
+                    store_element(tile, sink_weights + i * tile.itemsize, share_of_sink(own, term))
+            if not whole - total >= -given.slack * abs(total):
                 m = INFINITY
             store_element(tile, sums + 2 * i * tile.itemsize, m)
             store_element(tile, sums + (2 * i + 1) * tile.itemsize, logarithm / LN_2)

@@ -19,6 +19,7 @@ from fastattn.cpu.kernels.records import ADDITIVE_PLACES, QUERY_NUMBERS
 from fastattn.cpu.kernels.scores import capped
 from fastattn.cpu.kernels.softmax import MINUS_INFINITY, exp2
 from fastattn.simd import (
+    absolute,
     all_finite,
     all_zero,
     fma,
@@ -28,6 +29,7 @@ from fastattn.simd import (
     record_view,
     sum_rows,
     tile_fill,
+    tile_iota,
     tile_load,
     tile_load_column,
     tile_repeat,
@@ -116,12 +118,15 @@ def clear_hidden(tile, hidden, terms, row_bytes):
 
 
 @jit
-def slopes_of(kernel, plan, head, query, key, lanes, hidden, shift, row_sum, rest, weights, slopes, terms, row_bytes):
+def slopes_of(
+    kernel, plan, head, query, key, lanes, hidden, shift, row_sum, rest, weights, slopes, terms, row_bytes, distances
+):
     """Make P of scores, over dO · value at `weights`, and -dS at `slopes`, which may be where `lanes` is; returns dS.
 
     `hidden` is what is added to the scores: -inf for a key that the query may not look at. P is 2 to the power of
     (score - shift) log2(e) - rest: the shift is usually the log-sum-exp, and the rest 0
-    (`fastattn.cpu.kernels.additive_sums`).
+    (`fastattn.cpu.kernels.additive_sums`). `distances`, unless 0: where to add dS, before the slope of a softcap, times
+    the positions between the query and the keys, which `away` is for the first.
     """
     tile = kernel.tile
     bias = tile_load(tile.vector, hidden, 0)
@@ -134,11 +139,16 @@ def slopes_of(kernel, plan, head, query, key, lanes, hidden, shift, row_sum, res
     score = saturate(tile, score + bias)
     if "function" in kernel.steps:
         score, own_descent = apply_along(tile, head, score, query, key)
-        descent = descent * own_descent
         bias = where_greater(lowest(tile), score, MINUS_INFINITY, bias)
     # of a sum of exp(score) no score takes more than all of it
     weight = minimum(1.0, exp2(kernel, (score - shift) * LOG2_E - rest))
     slope = weight * (tile_load(tile.vector, weights, 0) - row_sum)
+    if "function" in kernel.steps:
+        slope = slope * own_descent
+    if distances != 0:
+        taken = where_greater(lowest(tile), bias, 0.0, slope)
+        apart = absolute(tile_iota(tile.vector) - (head.offset + query - key) * 1.0)
+        tile_store(fma(taken, apart, tile_load(tile.vector, distances, 0)), distances, 0)
     if "softcap" in kernel.steps:
         slope = slope * descent
     slope = where_greater(lowest(tile), bias, 0.0, slope)
@@ -196,9 +206,10 @@ def differentiate_vector(kernel, places, plan, head, first_query, first_key, que
                 numbers = places.numbers + i * QUERY_NUMBERS * tile.itemsize
                 shift, row_sum = load_element(tile, numbers), load_element(tile, numbers + tile.itemsize)
                 rest, here = load_element(tile, numbers + 3 * tile.itemsize), weights + at
-                query, key = first_query + i, first_key + j
+                distances = places.distances + i * tile.vector_bytes if places.distances != 0 else 0
                 slope = slopes_of(
-                    kernel, plan, head, query, key, lanes, hidden + at, shift, row_sum, rest, here, lanes, terms, row_bytes
+                    kernel, plan, head, first_query + i, first_key + j, lanes, hidden + at, shift, row_sum, rest, here,
+                    lanes, terms, row_bytes, distances,
                 )  # fmt: skip
                 tile_store(tile_load(tile.vector, places.slope_sums, 0) + slope, places.slope_sums, 0)
             terms += terms_bytes

@@ -49,11 +49,24 @@ from fastattn.cpu.kernels.softmax import MINUS_INFINITY, exp2
 from fastattn.cpu.kernels.stages import finish, wait_for
 from fastattn.cpu.kernels.sums import any_has_lost, find_sums, hide_keys, load_sums, relate
 from fastattn.cpu.kernels.tasks import own_of, own_view
-from fastattn.simd import all_finite, jit, minimum, record_view, tile_fill, tile_load, tile_store, where_greater
+from fastattn.simd import (
+    absolute,
+    all_finite,
+    fma,
+    jit,
+    minimum,
+    record_view,
+    tile_fill,
+    tile_iota,
+    tile_load,
+    tile_store,
+    where_greater,
+)
 
 axis_view, call_view = record_view(GRADIENT_AXIS), record_view(GRADIENT_CALL)
 plan_view = record_view(GRADIENT_PLAN)
 AXIS_BYTES, PLAN_BYTES = GRADIENT_AXIS.itemsize, GRADIENT_PLAN.itemsize
+SMALLEST = 2.0**-126  # of the normal numbers of float32: less than this of a gradient is nothing to a sum
 
 # Where the matrices of a head of queries begin, the number of the head, and where all that it has of its own is.
 Head = namedtuple(
@@ -159,6 +172,62 @@ def cap_block(kernel, plan, scores, grads, count, delta):
 
 
 @jit
+def keep_bare(kernel, plan, grads, count, delta, scratch):
+    """Gradients of weights as they are before a softcap's slope is a factor of them; where that is kept."""
+    tile, bare = kernel.tile, scratch + plan.bare_grads_at
+    for offset in range(0, count * tile.row_bytes, tile.row_bytes):
+        grad = tile_load(tile.single, grads + offset, 0)
+        if plan.drop_below > 0:
+            grad = grad * plan.keep_scale - delta
+        tile_store(grad, bare + offset, 0)
+    return bare
+
+
+@jit
+def apply_to_block(kernel, plan, head, scores, grads, bare, part, first_query, first_key, scratch):
+    """`hide_keys`, with the user's functions, whose slope is a factor of what is beside the scores, `bare` or not."""
+    tile = kernel.tile
+    before, beside = part.begin * tile.row_bytes, scratch + plan.raws_at
+    if kernel.work == "captured_gradient":  # wants gradients without the slope, and the scores before
+        hide_keys(kernel, plan, head, scores - before, beside, part, first_query, first_key, scratch)
+    elif bare == grads:
+        hide_keys(kernel, plan, head, scores - before, grads - before, part, first_query, first_key, scratch)
+    else:
+        rows = range(0, (part.end - part.begin) * tile.row_bytes, tile.row_bytes)
+        for offset in rows:
+            tile_store(tile_fill(tile.single, 1.0), beside + before + offset, 0)
+        hide_keys(kernel, plan, head, scores - before, beside, part, first_query, first_key, scratch)
+        for offset in rows:
+            slope = tile_load(tile.single, beside + before + offset, 0)
+            tile_store(tile_load(tile.single, grads + offset, 0) * slope, grads + offset, 0)
+            tile_store(tile_load(tile.single, bare + offset, 0) * slope, bare + offset, 0)
+
+
+@jit
+def add_distances(kernel, plan, head, weights, grads, bare, count, first_query, first_key, s, scratch):
+    """Add ds · |position - j| to the sums of tile width `s` of the queries: what the slope of the head gets, negative.
+
+    A softcap's slope is no factor of these ds. So they are the weights times what is `bare`, but for hidden keys.
+    """
+    tile = kernel.tile
+    sums, total = scratch + plan.slope_sums_at + s * tile.row_bytes, tile_fill(tile.single, 0.0)
+    lanes = tile_iota(tile.single)
+    away = (head.offset + first_query - first_key) * 1.0
+    for _ in range(count):
+        grad = tile_load(tile.single, grads, 0)
+        if "softcap" in kernel.steps:
+            weight = tile_load(tile.single, weights, 0)
+            size = absolute(weight) + absolute(grad)
+            grad = where_greater(SMALLEST, size, 0.0, weight * tile_load(tile.single, bare, 0))
+            weights += tile.row_bytes
+            bare += tile.row_bytes
+        total = fma(grad, absolute(lanes + away), total)
+        grads += tile.row_bytes
+        away -= 1.0
+    tile_store(tile_load(tile.single, sums, 0) + total, sums, 0)
+
+
+@jit
 def weigh(kernel, call, plan, head, s, first_query, first_key, offset, lost, scratch):
     """The weights p of one tile width of queries, number `s` of its block, and a block of keys, and their ds.
 
@@ -191,10 +260,16 @@ def weigh(kernel, call, plan, head, s, first_query, first_key, offset, lost, scr
     dropping = "dropout" in kernel.steps and plan.drop_below > 0
     if dropping:
         drop(tile, plan, call.seed, grads, count, head.number, first_query, first_key + part.begin)
+    with_slopes = "mask" in kernel.steps and kernel.work == "backward" and call.slope_sums != 0
+    bare = grads
     if "softcap" in kernel.steps:
+        if with_slopes:
+            bare = keep_bare(kernel, plan, grads, count, delta, scratch)
         cap_block(kernel, plan, weights, grads, count, delta)
-    beside = scratch + plan.raws_at if kernel.work == "captured_gradient" else grads - before
-    hide_keys(kernel, plan, head, weights - before, beside, part, first_query, first_key, scratch)
+    if "function" in kernel.steps:
+        apply_to_block(kernel, plan, head, weights, grads, bare, part, first_query, first_key, scratch)
+    else:
+        hide_keys(kernel, plan, head, weights - before, 0, part, first_query, first_key, scratch)
     full, full_end = part.full - part.begin, part.full_end - part.begin
     if not all_finite(start):
         hide_from_empty(kernel, plan, weights, count, start)
@@ -209,6 +284,8 @@ def weigh(kernel, call, plan, head, s, first_query, first_key, offset, lost, scr
         differentiate(kernel, plan, weights + rest, grads + rest, count - full_end, True, late, start, delta)
     at = full * tile.row_bytes
     differentiate(kernel, plan, weights + at, grads + at, full_end - full, False, late, start, delta)
+    if with_slopes:
+        add_distances(kernel, plan, head, weights, grads, bare, count, first_query, first_key + part.begin, s, scratch)
     if dropping:
         drop(tile, plan, call.seed, weights, count, head.number, first_query, first_key + part.begin)
     behind = whole_tiles(tile, count) - count
@@ -281,7 +358,8 @@ def begin_queries(kernel, call, plan, head, first_query, present, is_first, scra
     finite = load_rows(tile, plan, queries, grads, lse, present, full, scratch)
     lost = any_has_lost(tile, plan, lse, present)
     if lost and is_first:
-        find_sums(kernel, plan, head, lse, first_query, present, deltas, scratch)
+        sink_weights = call.sink_weights + numbers if call.sink_weights != 0 else 0
+        find_sums(kernel, plan, head, lse, first_query, present, deltas, sink_weights, scratch)
     return finite, lost
 
 
@@ -367,7 +445,13 @@ def differentiate_group(kernel, call, plan, kv_head, group, turn, scratch):
         copy_numbers(tile, scratch + plan.deltas_at, deltas, present, plan.query_block, plan.score_scale)
         sums = head.grad_query + first_query * plan.grad_query_row
         pack_panels(tile, query_sums, query_panel, sums, plan.grad_query_row, element, present, plan.head_dim)
+        with_slopes = "mask" in kernel.steps and call.slope_sums != 0
+        if with_slopes:
+            slope_sums = call.slope_sums + numbers
+            copy_numbers(tile, scratch + plan.slope_sums_at, slope_sums, present, plan.query_block, 1.0)
         meet(kernel, call, plan, head, work, block, finite, finite_keys, lost, is_first, scratch)
+        if with_slopes:
+            copy_numbers(tile, call.slope_sums + numbers, scratch + plan.slope_sums_at, present, present, 1.0)
         unpack_panels(tile, query_sums, query_panel, sums, plan.grad_query_row, element, present, plan.head_dim)
         finish(query_turns + block * WORD)
     if some:

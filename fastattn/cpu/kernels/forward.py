@@ -32,11 +32,10 @@ from fastattn.cpu.kernels.forward_prefetch import foresee, list_wanted, next_hea
 from fastattn.cpu.kernels.pack import unpack_rows, value_steps
 from fastattn.cpu.kernels.prefetch import list_memory
 from fastattn.cpu.kernels.scores import keys_of_block, keys_of_queries
+from fastattn.cpu.kernels.sinks import LN_2, log_sum, sink_of, term_of
 from fastattn.cpu.kernels.softmax import MINUS_INFINITY, absorb
 from fastattn.cpu.kernels.tasks import locate
 from fastattn.simd import jit, load_element, store_element, tile_load
-
-LN_2 = 0.6931471805599453
 
 # Where in working memory a task has what: the state of a query block (queries, output, m, l) is repeated for each.
 Room = namedtuple("Room", "states state_bytes out m keys values work")
@@ -102,15 +101,20 @@ def attend(kernel, call, plan, head, number, state, room, part, first, first_key
 
 
 @jit
-def finish(tile, plan, m, l, block, out, lse, present):
+def finish(tile, plan, head, m, l, block, out, lse, present):
     """Divide by the sum of the weights, write the rows of the output, and the log-sum-exp where it is wanted."""
+    sink = sink_of(head)
     for i in range(tile.width):
         total = load_element(tile, l + i * tile.itemsize)
+        reference = load_element(tile, m + i * tile.itemsize)
+        term = term_of(plan, sink, reference, total)
         if lse != 0 and i < present:
-            reference = load_element(tile, m + i * tile.itemsize)
-            value = reference * (LN_2 * plan.to_base_2) + math.log(total) if total != 0.0 else MINUS_INFINITY
+            if sink != MINUS_INFINITY:
+                value = log_sum(plan, sink, reference, total, term)
+            else:
+                value = reference * (LN_2 * plan.to_base_2) + math.log(total) if total != 0.0 else MINUS_INFINITY
             store_element(tile, lse + i * tile.itemsize, value)
-        store_element(tile, l + i * tile.itemsize, plan.keep_scale / total if total != 0.0 else 0.0)
+        store_element(tile, l + i * tile.itemsize, plan.keep_scale / (total + term) if total != 0.0 else 0.0)
         if total == 0.0:  # no key, or none with a score above -inf: 0 even where a value it has looked at is NaN
             for p in range(plan.value_dim):
                 store_element(tile, block + p * tile.row_bytes + i * tile.itemsize, 0.0)
@@ -127,7 +131,7 @@ def finish_block(kernel, call, plan, head, number, state, room, first):
         logs += (number * plan.queries + first) * tile.itemsize
     m = state + room.m
     rows = head.out + first * plan.out_row
-    finish(tile, plan, m, m + tile.row_bytes, state + room.out, rows, logs, present)
+    finish(tile, plan, head, m, m + tile.row_bytes, state + room.out, rows, logs, present)
 
 
 @jit

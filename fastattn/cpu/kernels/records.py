@@ -142,6 +142,8 @@ GRADIENT_PARTS = (
     "shifts",  # where an lse has lost digits: what is subtracted from scores, and then from exponents
     "rests",
     "deltas",  # and what is subtracted from the gradient of a weight
+    "slope_sums",  # what slopes of ALiBi get from it, with queries in the lanes
+    "bare_grads",  # gradients of scores before the slope of a softcap
     "spans",  # the first key and the end of those of a block that the queries of each tile width look at
     "work",
     "scores",  # of a block of queries and a block of keys: scores, then weights
@@ -159,7 +161,7 @@ GRADIENT_PLAN = np.dtype(
         ("grad_key_row", i8),
         ("grad_value_row", i8),
         ("grad_bias_row", i8),
-        ("score_scale", f8),  # the scale itself, whatever base the scores are kept in
+        ("score_scale", f8),  # of the gradients of scores: usually the scale itself, whatever base scores are kept in
         ("precise", f8),  # below this magnitude an lse has not lost digits that matter
         ("slack", f8),  # how far an lse may be from the sum of its row, relative to its size
         ("numbers", i8),  # bytes of one number for each query of all heads
@@ -186,6 +188,8 @@ GRADIENT_CALL = np.dtype(
         *((name, i8) for name in GRADIENT_ARRAYS),
         ("lse", i8),  # contiguous, one number for each query of all heads; so is grad_lse, unless 0
         ("grad_lse", i8),
+        ("sink_weights", i8),  # the same, of sinks, where an lse has lost digits; 0: not wanted
+        ("slope_sums", i8),  # the same, of the gradients of a query's scores times the positions between; 0: not wanted
         ("heads", i8),
         ("functions", i8),
         ("deltas", i8),  # what the first group of keys finds, for those that follow: deltas, and m and log2(l) behind
@@ -259,6 +263,8 @@ ADDITIVE_BACKWARD = np.dtype(
         ("sums", i8),  # m and log2(l) of each query whose lse has lost digits, for all rounds
         ("turns", i8),  # counters: for each chunk of each head, the rounds in which its queries have had their turn
         ("cuts", i8),  # of each row of the batch: chunks, and blocks of queries and of keys in one; 0: the plan's
+        ("sink_weights", i8),  # as in GRADIENT_CALL
+        ("slope_sums", i8),
         ("precise", f8),  # as in GRADIENT_PLAN
         ("slack", f8),
     ]
@@ -271,6 +277,7 @@ ADDITIVE_PLACES = np.dtype(
         ("grad_weight", i8),
         ("sums", i8),  # of the weights, in lanes
         ("slope_sums", i8),  # of all dS, in lanes
+        ("distances", i8),  # of dS times the positions between query and key, in lanes, for each query; 0: not wanted
         ("numbers", i8),  # lse, Σ dO · out, whether dO is not finite, 0; or m and log2(l) for the first and the last
         ("q_largest", i8),  # the largest |query|, |key|; raws and exponentials as in `fastattn.cpu.kernels.additive`
         ("q_raws", i8),

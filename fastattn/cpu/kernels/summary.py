@@ -21,11 +21,12 @@ taken of a weight, and as x is relative to m nothing large is subtracted. m and 
 import math
 
 from fastattn.cpu.kernels.blocks import clear, load_keys, place_of_scores, scores_of
-from fastattn.cpu.kernels.forward import LN_2, group_of
+from fastattn.cpu.kernels.forward import group_of
 from fastattn.cpu.kernels.key_weights import summary_view
 from fastattn.cpu.kernels.pack import pack_queries
 from fastattn.cpu.kernels.prefetch import NOTHING
 from fastattn.cpu.kernels.scores import keys_of_block
+from fastattn.cpu.kernels.sinks import INFINITY, LN_2, log_sum, sink_of, term_of
 from fastattn.cpu.kernels.softmax import MINUS_INFINITY, SLACK, exp2, exponentials
 from fastattn.cpu.kernels.stages import finish
 from fastattn.cpu.kernels.tasks import locate
@@ -48,7 +49,6 @@ from fastattn.simd import (
 
 STATE_ROWS = 4  # of a query block besides the queries: m, l, moment, and the score that is to be exceeded
 LOWEST = -2000.0  # an exponent of which 2 to the power is 0 in both dtypes; 0 · LOWEST is 0, unlike 0 · -inf
-INFINITY = float("inf")
 NAN = float("nan")
 
 
@@ -116,28 +116,33 @@ def finish_top(kernel, m, total, to_base_2, scores, keys, k, buffer):
 
 
 @jit
-def write_block(kernel, plan, out, state, row, present, buffer):
+def write_block(kernel, plan, head, out, state, row, present, buffer):
     """Write what is known of `present` queries, of which the first is query number `row` of all heads."""
-    tile = kernel.tile
+    tile, sink = kernel.tile, sink_of(head)
     for i in range(present):
         m = load_element(tile, state + i * tile.itemsize)
         total = load_element(tile, state + tile.row_bytes + i * tile.itemsize)
         moment = load_element(tile, state + 2 * tile.row_bytes + i * tile.itemsize)
         place = (row + i) * tile.itemsize
+        term = term_of(plan, sink, m, total)
         store_element(tile, out.m + place, m)
-        store_element(tile, out.l + place, total)
+        store_element(tile, out.l + place, total + term)
         if out.lse != 0:
-            lse = m * (LN_2 * plan.to_base_2) + math.log(total) if total != 0.0 else MINUS_INFINITY
+            if sink != MINUS_INFINITY:
+                lse = log_sum(plan, sink, m, total, term)
+            else:
+                lse = m * (LN_2 * plan.to_base_2) + math.log(total) if total != 0.0 else MINUS_INFINITY
             store_element(tile, out.lse + place, lse)
         if out.entropy != 0:
-            wide = total * 1.0
-            entropy = math.log(wide) - LN_2 * moment / wide if total != 0.0 else 0.0
-            store_element(tile, out.entropy + place, 0.0 if entropy < 0.0 else entropy)
+            wide = total + term
+            entropy = math.log(wide) * (total / wide) - LN_2 * moment / wide if total != 0.0 else 0.0
+            store_element(tile, out.entropy + place, 0.0 if entropy < 0.0 or term == INFINITY else entropy)
         k = out.top_k
         if k > 0:
             first = (row + i) * k
             scores, keys = out.top_weights + first * tile.itemsize, out.top_indices + first * WORD
-            finish_top(kernel, m, total, plan.to_base_2, scores, keys, k, buffer)
+            whole = load_element(tile, out.l + place)
+            finish_top(kernel, m, whole, plan.to_base_2, scores, keys, k, buffer)
 
 
 @jit
@@ -194,7 +199,7 @@ def summarise_group(kernel, call, plan, number, first_block, blocks, scratch):
     for b in range(blocks):
         first = group.first_query + b * tile.width
         present = min(tile.width, plan.queries - first)
-        write_block(kernel, plan, out, scratch + b * state_bytes + q_bytes, row + first, present, work)
+        write_block(kernel, plan, head, out, scratch + b * state_bytes + q_bytes, row + first, present, work)
     if out.finished != 0:
         finish(out.finished + number * WORD)
 

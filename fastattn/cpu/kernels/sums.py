@@ -14,11 +14,11 @@ of more keys than these has no such sum, and is taken as any other.
 import math
 
 from fastattn.cpu.kernels.blocks import clear
-from fastattn.cpu.kernels.forward import LN_2
 from fastattn.cpu.kernels.gradient_rows import starts_late
 from fastattn.cpu.kernels.masks import INFINITY, lowest
 from fastattn.cpu.kernels.panels import pack_panels, product_along
 from fastattn.cpu.kernels.scores import cap, keys_of_block, keys_of_queries, restrict, restrict_with_functions
+from fastattn.cpu.kernels.sinks import LN_2, log_beside, log_sum, share_of_sink, sink_of, term_of
 from fastattn.cpu.kernels.softmax import MINUS_INFINITY, absorb
 from fastattn.simd import (
     jit,
@@ -101,12 +101,13 @@ def absorb_block(kernel, plan, head, first_query, first_key, keys, s, scratch):
 
 
 @jit
-def find_sums(kernel, plan, head, lse, first_query, present, numbers, scratch):
+def find_sums(kernel, plan, head, lse, first_query, present, numbers, sink_weights, scratch):
     """For each query of a block whose lse has lost digits: m and log2(l), or an infinite m where l is of other keys.
 
-    `numbers` is where the deltas of these queries are: in the arrays behind. The queries are in the lanes already.
+    `numbers` is where the deltas of these queries are: in the arrays behind. `sink_weights`, if not 0: where to write
+    the weights of their sinks. The queries are in the lanes already.
     """
-    tile = kernel.tile
+    tile, sink = kernel.tile, sink_of(head)
     keys, panel = scratch + plan.clean_keys_at, plan.score_panel
     tops, totals = scratch + plan.shifts_at, scratch + plan.rests_at
     subs = (present + tile.width - 1) // tile.width
@@ -124,9 +125,15 @@ def find_sums(kernel, plan, head, lse, first_query, present, numbers, scratch):
         if has_lost(plan, given):
             m, total = load_element(tile, tops + offset), load_element(tile, totals + offset) * 1.0
             logarithm = math.log(total) if total != 0.0 else MINUS_INFINITY
-            if m * (LN_2 * plan.to_base_2) + logarithm - given >= -plan.slack * abs(given):
+            own = m * (LN_2 * plan.to_base_2) + logarithm
+            term = term_of(plan, sink, m, total)
+            if sink != MINUS_INFINITY:
+                logarithm, own = log_beside(plan, sink, m, total, term), log_sum(plan, sink, m, total, term)
+            if own - given >= -plan.slack * abs(given):
                 store_element(tile, numbers + plan.numbers + offset, m)
                 store_element(tile, numbers + 2 * plan.numbers + offset, logarithm / LN_2)
+                if sink_weights != 0:
+                    store_element(tile, sink_weights + offset, share_of_sink(total, term))
             else:
                 store_element(tile, numbers + plan.numbers + offset, INFINITY)
 

@@ -5,6 +5,7 @@ from fastattn.cpu.kernels.dropout import drop
 from fastattn.cpu.kernels.pack import unpack_rows
 from fastattn.cpu.kernels.prefetch import NOTHING
 from fastattn.cpu.kernels.scores import keys_of_block
+from fastattn.cpu.kernels.sinks import add_sinks
 from fastattn.cpu.kernels.softmax import absorb, exponentials
 from fastattn.cpu.kernels.tasks import locate
 from fastattn.simd import jit, minimum, tile_fill, tile_load, tile_store, where_greater
@@ -52,6 +53,8 @@ def weigh_block(kernel, call, plan, head, number, first_query, scratch):
     zero = tile_fill(tile.single, 0.0)
     scores = place_of_scores(tile, work)
     for second in range(2):
+        if second:
+            add_sinks(tile, plan, head, m, total)
         for first_key in range(0, plan.keys, plan.key_block):
             part = keys_of_block(kernel, plan, head, first_query, first_key)
             rows, count = scores + part.begin * tile.row_bytes, part.end - part.begin

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,8 +11,17 @@ from numpy.typing import NDArray
 from fastattn.call.arrays import as_upstream
 from fastattn.call.problem import Problem, Shape
 from fastattn.call.rounding import slack
+from fastattn.call.score_options import FurtherOptions
 from fastattn.call.shapes import split_shape
-from fastattn.call.upstream import Upstream, describe_upstream, seed_of_forward, wants_mask
+from fastattn.call.upstream import (
+    OF_HEADS,
+    Names,
+    Upstream,
+    describe_upstream,
+    seed_of_forward,
+    sources_of,
+    wanted_gradients,
+)
 from fastattn.cuda.available import SIMULATED, device
 from fastattn.cuda.host import tensor_cores_backward
 from fastattn.cuda.host.arguments import (
@@ -47,10 +57,11 @@ from fastattn.cuda.host.choice import kind_of, wants_rows
 from fastattn.cuda.host.compile import kernel, launch, table
 from fastattn.cuda.host.plan import is_extreme, make_table, own_of, slices_of
 from fastattn.cuda.host.tensor_cores import block_of, grid_of
+from fastattn.cuda.kernels import head_gradients
 from fastattn.cuda.kernels import portable_backward as portable
 from fastattn.cuda.kernels import tensor_cores_backward as on_tensor_cores
 from fastattn.cuda.kernels.backward_tiles import Tiling
-from fastattn.cuda.kernels.elements import MASKS
+from fastattn.cuda.kernels.elements import MASKS, STORAGE
 from fastattn.cuda.kernels.plan import (
     GRAD_LSE,
     GRAD_OUT,
@@ -66,6 +77,7 @@ __all__ = ["attention_backward", "tiling_for"]
 
 ARGUMENTS = {"query": False, "key": True, "value": True, "attn_mask": False}  # and whether groups of heads share it
 SMALL = Tiling(side=2, rows=2, columns=2, depth=2)  # for the simulator
+SUM_THREADS = 4 if SIMULATED else 128  # of a block that sums numbers of rows
 _plans: dict[Any, Plan] = {}
 
 
@@ -125,6 +137,7 @@ def attention_backward(
     rng: Any,
     grad_lse: Any,
     grad_mask: bool,
+    grads: Names,
     **further: Any,
 ) -> tuple[Any, ...]:
     """Compute what `fastattn.attention_backward` is asked for, on the device; the arguments are the user's."""
@@ -132,7 +145,7 @@ def attention_backward(
     given = named(query, key, value, attn_mask)
     arrived = {"grad_out": grad_out, "out": out, "lse": lse, "grad_lse": grad_lse}
     if not check_together({**given, **arrived}):
-        return _of_host_arrays(given, arrived, options, rng, grad_mask)
+        return _of_host_arrays(given, arrived, options, rng, grad_mask, grads)
 
     givens = read_arrays(given)
     storage = common_storage(givens)
@@ -143,18 +156,18 @@ def attention_backward(
         if array.storage != wanted:
             raise TypeError(f"{name}: dtype {array.storage}; expected {wanted}, with a query of dtype {storage}")
     _described(problem, others)  # for shapes that do not fit
-    with_mask = wants_mask(grad_mask, (operands.bias, operands.keep))
+    names = wanted_gradients(grads, _sources(given, options), grad_mask, (operands.bias, operands.keep))
     seed = seed_of_forward(rng, problem)
     place = place_of({**givens, **others})
     with place.active():
         call = Call(problem, place, storage, operands, givens)
-        found = differentiate(call, others, seed, with_mask)
+        found = differentiate(call, others, seed, names, options)
         settle({**givens, **others}, place)
-        return tuple(map(place.deliver, found))
+        return tuple(place.deliver(found[name]) for name in names)
 
 
 def _of_host_arrays(
-    given: dict[str, Any], arrived: dict[str, Any], options: Options, rng: Any, grad_mask: bool
+    given: dict[str, Any], arrived: dict[str, Any], options: Options, rng: Any, grad_mask: bool, grads: Names
 ) -> tuple[Any, ...]:
     """Compute the gradients of NumPy arrays: they are moved to the device, and the gradients back."""
     arrays, problem = checked(given, options)
@@ -165,19 +178,23 @@ def _of_host_arrays(
             of_result = name in ("grad_out", "out")
             shape, of = (problem.out_shape, "the result") if of_result else (problem.lse_shape, "the log-sum-exp")
             upstream[name] = as_upstream(name, array, dtype if of_result else problem.real, shape, of, half=True)
-    with_mask = wants_mask(grad_mask, mask)
+    sources = _sources(given, options)
+    names = wanted_gradients(grads, sources, grad_mask, (mask, arrays.get(KEEP)) if KEEP in arrays else mask)
     seed = seed_of_forward(rng, problem)
     dtypes = {array.dtype.name: array.dtype for array in arrays.values() if array is not None}
     place = HostPlace(dtypes)
     with place.active():
         call = moved(arrays, options, place)
         others = {name: place.move(name, array) for name, array in upstream.items()}
-        found = differentiate(call, others, seed, with_mask)
-        gradients = [place.deliver(gradient) for gradient in found]
-    return tuple(
-        _own_dtype(gradient, argument, problem.real)
-        for gradient, argument in zip(gradients, given.values(), strict=False)
-    )
+        found = differentiate(call, others, seed, names, options)
+        gradients = {name: place.deliver(found[name]) for name in names}
+    return tuple(_own_dtype(gradient, sources[name], problem.real) for name, gradient in gradients.items())
+
+
+def _sources(given: dict[str, Any], options: Options) -> dict[str, Any]:
+    """What gradients may be of, by name, as it was given."""
+    first = given["attn_mask"] if given.get(KEEP) is None or given["attn_mask"] is not None else given[KEEP]
+    return sources_of(given["query"], given["key"], given["value"], first, cast("FurtherOptions", options))
 
 
 def _own_dtype(gradient: NDArray[Any], argument: Any, dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -197,12 +214,15 @@ def _described(problem: Problem, others: dict[str, Given]) -> Upstream:
 # -- the work ----------------------------------------------------------------------------------------------------------
 
 
-def differentiate(call: Call, others: dict[str, Given], seed: int, with_mask: bool) -> tuple[Given, ...]:
-    """Queue the work of a call; the gradients of query, key and value, and of the mask if wanted."""
+def differentiate(
+    call: Call, others: dict[str, Given], seed: int, names: Sequence[str], options: Options
+) -> dict[str, Given]:
+    """Queue the work of a call; the gradients of query, key and value, and what else is among the names."""
     call, others = in_rows(call, others)
     problem, place, givens = call.problem, call.place, call.givens
-    names = ("query", "key", "value", *(("attn_mask",) if with_mask else ()))
-    results = {name: place.new(f"gradient of {name}", givens[name].shape, givens[name].storage) for name in names}
+    with_mask, of_heads = "attn_mask" in names, [name for name in names if name in OF_HEADS]
+    of_arrays = ("query", "key", "value", *(("attn_mask",) if with_mask else ()))
+    results = {name: place.new(f"gradient of {name}", givens[name].shape, givens[name].storage) for name in of_arrays}
     plan = plan_of(call, others)
     if plan.against is None:
         numbers = queue_deltas(call, plan, others)
@@ -216,7 +236,9 @@ def differentiate(call: Call, others: dict[str, Given], seed: int, with_mask: bo
         queue_portable(call, plan, others, numbers, results, seed)
     if with_mask:
         queue_mask(call, plan, others, numbers, results["attn_mask"], seed)
-    return tuple(results.values())
+    for name in of_heads:  # which tensor cores know nothing of
+        results[name] = queue_head_gradient(call, plan, others, numbers, name, options[name], seed)
+    return results
 
 
 def in_rows(call: Call, others: dict[str, Given]) -> tuple[Call, dict[str, Given]]:
@@ -293,6 +315,33 @@ def queue_mask(call: Call, plan: Plan, others: dict[str, Given], numbers: Given,
     queries, keys = split_shape(call.givens["attn_mask"].shape, call.problem)[-2:]
     blocks = -(-queries // spec.tiling.tile) * -(-keys // spec.tiling.tile) * plan.owners["attn_mask"]
     _queue(call, portable.grad_mask, spec, blocks, (*common, queries, keys, result.memory()))
+
+
+def queue_head_gradient(
+    call: Call, plan: Plan, others: dict[str, Given], numbers: Given, name: str, argument: Any, seed: int
+) -> Given:
+    """Queue the gradient of an argument that has a number for each head, and return it."""
+    problem, place, shape = call.problem, call.place, np.shape(argument)
+    members = members_of(split_shape((*shape, 1, 1), problem), problem)
+    kind = np.asarray(argument).dtype.name
+    storage = kind if kind in STORAGE else problem.real.name
+    count = slices_of(problem) * problem.queries
+    rows = place.new(f"parts of {name}", (count,), np.dtype(call.real).name)
+    result = place.new(f"gradient of {name}", shape, storage)
+    if name == "sinks":
+        made = kernel(head_gradients.sink_rows, head_gradients.Rows(call.storage, is_extreme(problem)))
+        arguments: tuple[Any, ...] = (numbers.memory(), plan.own, plan.tables[2], rows.memory())
+        if count:
+            launch(made, -(-count // SUM_THREADS), (SUM_THREADS, 1), place.stream, arguments)
+    else:
+        spec, common = _common(call, plan, others, numbers, "query", seed)
+        blocks = slices_of(problem) * -(-problem.queries // spec.tiling.tile)
+        _queue(call, portable.slope_rows, spec, blocks, (*common, rows.memory()))
+    if len(members):
+        made = kernel(head_gradients.sum_rows, head_gradients.Sums(storage, SUM_THREADS))
+        arguments = (rows.memory(), table(members, place.device), problem.queries, result.memory())
+        launch(made, len(members), (SUM_THREADS, 1), place.stream, arguments)
+    return result
 
 
 def queue_tensor_cores(

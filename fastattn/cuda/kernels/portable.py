@@ -31,17 +31,7 @@ import numpy as np
 from numba import cuda
 
 from fastattn.call.rounding import PRECISE
-from fastattn.cuda.kernels.elements import (
-    LN_2,
-    LOG2_E,
-    device,
-    exp2,
-    holder,
-    loader,
-    log2,
-    real_of,
-    storer,
-)
+from fastattn.cuda.kernels.elements import LN_2, LOG2_E, device, exp2, holder, loader, log2, real_of, storer
 from fastattn.cuda.kernels.plan import (
     HEAD_DIM,
     KEY,
@@ -208,7 +198,7 @@ def forward(spec: Forward) -> Any:
             at = value_base + first_key * steps[VALUE, 0]
             add_values(sums, key_tile, value_tile, value, at, steps, count, value_dim - here.value, y, x)
 
-        finish(out, lse, value_tile, sums, m, total, offsets, steps, sizes, here, keep_scale, y, x)
+        finish(out, lse, value_tile, sums, m, total, offsets, steps, sizes, here, head, keep_scale, y, x)
 
     return kernel
 
@@ -306,12 +296,12 @@ def _make_finish(spec: Forward) -> Any:
     storage, tiles, extreme = spec.storage, spec.tiles, spec.extreme
     real, store = real_of(storage, extreme), storer(storage)
     threads_y, threads_x, rows, values = tiles.threads_y, tiles.threads_x, tiles.rows, tiles.values
-    lowest, zero, ln_2 = real(-math.inf), real(0), real(LN_2)
-    to_natural = real(LN_2 if in_base_2(spec.adds, extreme) else 1.0)
+    lowest, zero, ln_2, infinite, log2_e = map(real, (-math.inf, 0, LN_2, math.inf, LOG2_E))
+    to_natural, with_sink = real(LN_2 if in_base_2(spec.adds, extreme) else 1.0), "sink" in spec.own
     hold = holder(real, real_of(storage) if extreme else np.float64)
 
     @device
-    def finish(out, lse, shared_tile, sums, m, total, offsets, steps, sizes, here, keep_scale, y, x):
+    def finish(out, lse, shared_tile, sums, m, total, offsets, steps, sizes, here, head, keep_scale, y, x):
         """Divide by the sums of the weights, and store the rows and their log-sum-exp."""
         queries, value_dim = sizes[QUERIES], sizes[VALUE_DIM]
         cuda.syncthreads()
@@ -324,8 +314,13 @@ def _make_finish(spec: Forward) -> Any:
                 whole = zero
                 for other in range(threads_x):
                     whole += shared_tile[(y + i * threads_y) * threads_x + other]
+                empty = whole == zero
+                if with_sink and not empty and head.sink != lowest:
+                    whole += exp2((head.sink - m[i] * to_natural) * log2_e)
                 if x == 0 and here.value == 0:
                     sums_of_row = m[i] * to_natural + log2(whole) * ln_2 if whole != zero else lowest
+                    if with_sink and (empty or whole == infinite):  # nothing is left for the keys
+                        sums_of_row = head.sink
                     lse[here.slice * queries + row] = hold(sums_of_row)
                 at = offsets[OUT, here.slice] + row * steps[OUT, 0]
                 for c in range(values):
@@ -354,6 +349,8 @@ def find_shifts(spec: Shifts) -> Any:
     lowest, zero, infinite = real(-math.inf), real(0), real(math.inf)
     to_scores, from_base_2 = real(LOG2_E if base_2 else 1.0), real(1.0 if base_2 else LN_2)
     coarse = real(PRECISE[np.dtype(real_of(storage)).name])
+    with_sink, largest = "sink" in spec.own, real(np.finfo(real).max)
+    to_base_2 = real(1.0 if base_2 else LOG2_E)
 
     def kernel(query, key, mask, lse, numbers, offsets, steps, sizes, scale, slack, keep, own):
         query_tile = cuda.shared.array(query_size, real)
@@ -404,10 +401,15 @@ def find_shifts(spec: Shifts) -> Any:
                 sums, whole = real(lse[lse_at + row * steps[LSE, 0]]), zero
                 for other in range(threads_x):
                     whole += shared_tile[row * threads_x + other]
+                top = m[i]
+                if with_sink and head.sink != lowest:
+                    sink = min(max(head.sink * to_scores, -largest), largest)
+                    top = max(m[i], sink)
+                    whole = whole * exp2((m[i] - top) * to_base_2) + exp2((sink - top) * to_base_2)
                 rest, given = log2(whole) * from_base_2, sums * to_scores
                 # the log-sum-exp may be that of more keys than these
-                if coarse <= abs(sums) < infinite and (m[i] - given) + rest >= -slack * abs(given):
-                    numbers[numbers_at + NUMBERS * row + SHIFT] = m[i]
+                if coarse <= abs(sums) < infinite and (top - given) + rest >= -slack * abs(given):
+                    numbers[numbers_at + NUMBERS * row + SHIFT] = top
                     numbers[numbers_at + NUMBERS * row + REST] = rest
 
     return kernel

@@ -56,7 +56,7 @@ from fastattn.cuda.kernels.plan import (
 )
 from fastattn.cuda.kernels.scores import head_of, keys_of_queries, queries_of_keys
 
-__all__ = ["Backward", "find_deltas", "grad_keys", "grad_mask", "grad_queries"]
+__all__ = ["Backward", "find_deltas", "grad_keys", "grad_mask", "grad_queries", "slope_rows"]
 
 PADDING = 1  # of a row in shared memory, so that a column of it lies in different banks
 
@@ -436,5 +436,51 @@ def grad_mask(spec: Backward) -> Any:
                     for beside in range(across):
                         total += grads[i + below, j + beside]
                 result[(owner * mask_queries + own_query + i) * mask_keys + own_key + j] = store(total)
+
+    return kernel
+
+
+def slope_rows(spec: Backward) -> Any:
+    """The kernel of what slopes of ALiBi get from each query: a block for each tile of queries of each slice."""
+    tiling = spec.tiling
+    side, rows, depth, tile, width = tiling.side, tiling.rows, tiling.depth, tiling.tile, tiling.tile + PADDING
+    real, tiles, zero = spec.real, make_tiles(spec, with_slope=False), spec.real(0.0)
+    load_rows, differentiate = tiles.load_rows, _make_differentiate(spec, tiles)
+
+    def kernel(
+        query, key, value, mask, grad_out, numbers, offsets, steps, sizes, members, scale, seed_low, seed_high,
+        keep_scale, keep, own, result,
+    ):  # fmt: skip
+        left = cuda.shared.array((depth, width), real)
+        right = cuda.shared.array((depth, width), real)
+        partial = cuda.shared.array((tile, side + PADDING), real)
+        numbers_here = cuda.shared.array((NUMBERS, tile), real)
+        weights_here = cuda.local.array((rows, rows), real)
+        grads_here = cuda.local.array((rows, rows), real)
+        tx, ty = cuda.threadIdx.x, cuda.threadIdx.y
+        thread, queries = ty * side + tx, sizes[QUERIES]
+        query_tiles = (queries + tile - 1) // tile
+        number, first_query = cuda.blockIdx.x // query_tiles, cuda.blockIdx.x % query_tiles * tile
+        head, numbers_at = head_of(number, offsets, steps, sizes, own), NUMBERS * number * queries
+        for r in range(rows):
+            partial[ty + r * side, tx] = zero
+        load_rows(numbers_here, numbers, numbers_at, first_query, queries, thread)
+        cuda.syncthreads()
+        begin, end = keys_of_queries(head, first_query, min(queries, first_query + tile) - 1, tile)
+        for first_key in range(begin, end, tile):
+            differentiate(
+                weights_here, grads_here, left, right, numbers_here, query, key, value, mask, keep, grad_out,
+                offsets, steps, sizes, head, number, first_query, first_key, scale, seed_low, seed_high, keep_scale,
+            )  # fmt: skip
+            for r in range(rows):
+                for c in range(rows):
+                    apart = real(first_query + ty + r * side - (first_key + tx + c * side))
+                    partial[ty + r * side, tx] -= grads_here[r, c] * abs(head.offset + apart)
+        cuda.syncthreads()
+        for i in range(thread, min(tile, queries - first_query), side * side):
+            total = zero
+            for other in range(side):
+                total += partial[i, other]
+            result[number * queries + first_query + i] = total
 
     return kernel

@@ -18,7 +18,7 @@ from fastattn.cuda.kernels.elements import device, mask_loader, real_of
 from fastattn.cuda.kernels.plan import BOUND_FIRST, BOUND_KEYS, BOUND_LAST, BOUNDS, KEEP, MASK, OWN, QUERIES, SIZES
 from fastattn.cuda.kernels.tiles import Tiles
 
-SOFTCAP, OFFSET, SLOPE = map(OWN.index, ("softcap", "offset", "slope"))
+SOFTCAP, OFFSET, SLOPE, SINK = map(OWN.index, ("softcap", "offset", "slope", "sink"))
 
 
 class Head(NamedTuple):
@@ -38,6 +38,8 @@ class Head(NamedTuple):
         In the base that scores are in; 0 if there is none.
     offset, slope
         The position of query 0, and what is subtracted from a score for each key between its query and key.
+    sink
+        One more score of each query, which has no key; -inf if there is none.
     """
 
     queries: int
@@ -53,6 +55,7 @@ class Head(NamedTuple):
     softcap: float
     offset: float
     slope: float
+    sink: float
 
 
 def is_floating(mask_kind: str) -> bool:
@@ -86,6 +89,7 @@ def head_of(slice_, offsets, steps, sizes, own):
         own[slice_, SOFTCAP],
         own[slice_, OFFSET],
         own[slice_, SLOPE],
+        own[slice_, SINK],
     )
 
 
