@@ -15,6 +15,7 @@ from fastattn.reference.forward import (
     evaluate,
     summarise,
 )
+from fastattn.reference.merge import merge
 
 __all__ = [
     "AttentionSummary",
@@ -27,6 +28,7 @@ __all__ = [
     "differentiate",
     "evaluate",
     "keep_mask",
+    "merge",
     "philox",
     "summarise",
 ]
