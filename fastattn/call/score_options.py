@@ -16,7 +16,7 @@ from fastattn.call.options import check_causal, check_scale, finite_real
 from fastattn.call.problem import Array, Shape
 from fastattn.call.scores import FARTHEST, Scores
 
-__all__ = ["FurtherOptions", "ScoreOptions", "check_names", "scores_from"]
+__all__ = ["FurtherOptions", "PieceOptions", "ScoreOptions", "check_names", "scores_from"]
 
 
 class FurtherOptions(TypedDict, total=False):
@@ -29,7 +29,13 @@ class FurtherOptions(TypedDict, total=False):
     alibi_slopes: ArrayLike | None
 
 
-class ScoreOptions(FurtherOptions, total=False):
+class PieceOptions(FurtherOptions, total=False):
+    """And what the package itself says of a call that is a piece of another."""
+
+    first_batch: int  # the number of its first row of the batch there
+
+
+class ScoreOptions(PieceOptions, total=False):
     """What a user may say of scores, besides masks, by the names of arguments."""
 
     is_causal: bool | str
@@ -90,6 +96,7 @@ def scores_from(
         right=right,
         offset=offset,
         own=tuple(own),
+        first_batch=options.get("first_batch", 0),
     )
     if not own:
         return scores, None
@@ -108,7 +115,7 @@ def check_names(options: Mapping[str, object]) -> None:
         With the name of one.
     """
     for name in options:
-        if name not in FurtherOptions.__annotations__:
+        if name not in PieceOptions.__annotations__:
             raise TypeError(f"{name}: no such option; expected one of {', '.join(FurtherOptions.__annotations__)}")
 
 

@@ -77,6 +77,9 @@ class Scores:
         The position of query 0 among the keys.
     own : tuple of str
         Which fields of `HEAD` each head has of its own, in the operand `heads`.
+    first_batch : int
+        The number of the first row of the batch, where a call is a piece of another: what depends on numbers of rows is
+        that of the whole.
     """
 
     scale: float = 1.0
@@ -87,6 +90,7 @@ class Scores:
     right: int | None = None
     offset: int = 0
     own: tuple[str, ...] = ()
+    first_batch: int = 0
 
     @property
     def adds(self) -> bool:

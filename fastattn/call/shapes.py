@@ -15,7 +15,7 @@ import numpy as np
 from fastattn.call.broadcasting import check_broadcasts
 from fastattn.call.options import check_dropout, check_flag
 from fastattn.call.problem import FLOAT32, Array, Mask, Operands, Problem, Shape
-from fastattn.call.score_options import FurtherOptions, ScoreOptions, check_names, scores_from
+from fastattn.call.score_options import FurtherOptions, PieceOptions, ScoreOptions, check_names, scores_from
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -33,7 +33,7 @@ def describe(
     is_causal: bool | str = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-    **options: Unpack[FurtherOptions],
+    **options: Unpack[PieceOptions],
 ) -> tuple[Problem, Operands]:
     """Work out what a call computes, and views of its arrays that all have the same axes.
 

@@ -61,7 +61,7 @@ def backward(
     cuts = np.array([_cut(problem, length, blocking) for length in lengths], np.int64)
     _note(given, grad_weight=parts, sums=sums, turns=turns, cuts=cuts if lengths else None)
     given["precise"], given["slack"] = limit_of(dtype, upstream.rounded), slack(upstream.rounded, problem.head_dim)
-    session.current.run(plan, (*operands, given, lse, weight, None, None))
+    session.current.run(plan, (*operands, given, lse, weight, None, None, 0))
     with np.errstate(all="ignore"):
         return grad_query, grad_key, grad_value, parts.sum(axis=0, dtype=np.float64).astype(dtype)
 

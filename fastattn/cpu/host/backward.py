@@ -83,9 +83,10 @@ def attention_backward(
     arrays["lse"] = lse = np.ascontiguousarray(upstream.lse)
     arrays["grad_lse"] = None if upstream.grad_lse is None else np.ascontiguousarray(upstream.grad_lse)
     arrays["deltas"] = np.empty((3, lse.size), dtype)
-    _run(*_planned(_by_keys, problem, arrays, upstream.rounded, own, threads), arrays, seed)
+    numbers = {"seed": seed, "first_batch": problem.scores.first_batch}
+    _run(*_planned(_by_keys, problem, arrays, upstream.rounded, own, threads), arrays, numbers)
     if grad_mask is not None:
-        _run(*_planned(_by_rectangles, problem, arrays, upstream.rounded, mask_axes, threads), arrays, seed)
+        _run(*_planned(_by_rectangles, problem, arrays, upstream.rounded, mask_axes, threads), arrays, numbers)
     return grad_query, grad_key, grad_value, grad_mask
 
 
@@ -96,8 +97,8 @@ def _own_axes(problem: Problem, *splits: Shape) -> list[int]:
     return sorted(found)
 
 
-def _run(plan: Plan, counters: int, arrays: Arrays, seed: int) -> None:
-    objects: dict[str, Any] = {**arrays, "turns": np.zeros(counters, np.int64), "seed": seed}
+def _run(plan: Plan, counters: int, arrays: Arrays, numbers: dict[str, int]) -> None:
+    objects: dict[str, Any] = {**arrays, "turns": np.zeros(counters, np.int64), **numbers}
     session.current.run(plan, tuple(objects.get(name) for name in CALL_NAMES))
 
 

@@ -56,7 +56,7 @@ def evaluate(
         session.current.plans.keep(asked, plan)
     # first: out may be the query
     matrix = weights(problem, operands, target, seed, threads, weight, score) if return_weights else None
-    result = attention(plan, *operands, target, return_lse, seed, weight)
+    result = attention(plan, *operands, target, return_lse, seed, weight, problem.scores.first_batch)
     if matrix is not None:
         result = (*(result if return_lse else (result,)), matrix)
     return delivered(result, target, out)
@@ -91,6 +91,7 @@ def attention(
     return_lse: bool,
     seed: int | None = None,
     weight: Array | None = None,
+    first_batch: int = 0,
 ) -> Any:
     """Run a planned call; the results asked for, as `fastattn.attention` returns them.
 
@@ -105,9 +106,13 @@ def attention(
     here = session.current
     if plan.is_small:  # as `Session.run` does, without a microsecond's tenth for that
         held = here.memory.of(plan.memory_bytes)[1]
-        plan.calls.quick(held, plan.record, query, key, value, bias, keep, heads, out, lse, weight, None, seed)
+        # fmt: off
+        plan.calls.quick(
+            held, plan.record, query, key, value, bias, keep, heads, out, lse, weight, None, seed, first_batch
+        )
+        # fmt: on
     else:
-        here.run(plan, (query, key, value, bias, keep, heads, out, lse, weight, None, seed))
+        here.run(plan, (query, key, value, bias, keep, heads, out, lse, weight, None, seed, first_batch))
     return out if lse is None else (out, lse)
 
 
@@ -124,5 +129,6 @@ def weights(
     matrix = np.empty(problem.weights_shape, problem.storage)
     plan = _plan("weights", problem, operands, out, threads, score)
     query, key, _, *others = operands
-    session.current.run(plan, (query, key, None, *others, None, None, weight, matrix, seed))
+    first_batch = problem.scores.first_batch
+    session.current.run(plan, (query, key, None, *others, None, None, weight, matrix, seed, first_batch))
     return matrix

@@ -79,7 +79,7 @@ def _record(top_k: int = 0, **arrays: Array) -> Array:
 
 def _run(plan: Plan, operands: Operands, record: Array, weights: Array | None = None) -> None:
     query, key, _, *others = operands
-    session.current.run(plan, (query, key, None, *others, record, None, None, weights, None))
+    session.current.run(plan, (query, key, None, *others, record, None, None, weights, None, 0))
 
 
 def _draft(work: str, problem: Problem, operands: Operands, threads: int) -> Draft:

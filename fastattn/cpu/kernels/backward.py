@@ -188,7 +188,7 @@ def weigh(kernel, call, plan, head, s, first_query, first_key, offset, lost, scr
     product_along(tile, grad_begin, count, values, plan.panel, grad_lanes, plan.value_dim, grads)
     dropping = "dropout" in kernel.steps and plan.drop_below > 0
     if dropping:
-        drop(tile, plan, call.seed, grads, count, head.number, first_query, first_key + part.begin)
+        drop(tile, plan, call, grads, count, head.number, first_query, first_key + part.begin)
     if "softcap" in kernel.steps:
         cap_block(kernel, plan, weights, grads, count, delta)
     hide_keys(kernel, plan, head, weights - before, part, first_query, first_key, scratch)
@@ -207,7 +207,7 @@ def weigh(kernel, call, plan, head, s, first_query, first_key, offset, lost, scr
     at = full * tile.row_bytes
     differentiate(kernel, plan, weights + at, grads + at, full_end - full, False, late, start, delta)
     if dropping:
-        drop(tile, plan, call.seed, weights, count, head.number, first_query, first_key + part.begin)
+        drop(tile, plan, call, weights, count, head.number, first_query, first_key + part.begin)
     behind = whole_tiles(tile, count) - count
     clear(tile, weights + count * tile.row_bytes, behind)
     clear(tile, grads + count * tile.row_bytes, behind)

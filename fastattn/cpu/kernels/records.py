@@ -86,6 +86,7 @@ CALL = np.dtype(
         ("weight", i8),  # of the features, contiguous: additive attention only
         ("weights", i8),
         ("seed", i8),
+        ("first_batch", i8),  # the number of the first row of the batch in the call that this may be a piece of
     ]
 )
 
@@ -190,6 +191,7 @@ GRADIENT_CALL = np.dtype(
         # each group of keys of each head of keys, the parts of the queries that have been there.
         ("turns", i8),
         ("seed", i8),
+        ("first_batch", i8),
     ]
 )
 
