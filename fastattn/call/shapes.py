@@ -103,7 +103,7 @@ def describe_additive(
         As `describe`, and where `weight` has another shape than (D,).
     """
     check_names(options)
-    scores: ScoreOptions = {"is_causal": is_causal, "scale": 1.0, **options}
+    scores: ScoreOptions = {"is_causal": is_causal, "scale": 1.0, **options}  # type: ignore[typeddict-item]
     described = _describe(query, key, value, attn_mask, 0.0, None, scores)
     if weight.shape != query.shape[-1:]:
         raise ValueError(

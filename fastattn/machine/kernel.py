@@ -19,8 +19,8 @@ class Kernel:
     work : str
         What its tasks do: "forward", "weights" (the matrix of weights), "known_weights" (the same where the sums are
         known), "summary" (what is said of the weights of each query, and of each key), "backward", "mask_gradient",
-        "additive_backward"; "peak" is the micro-kernel alone. "schedule" and "signature" are compiled functions around
-        all of these.
+        "additive_backward"; "several" are calls of these as one. "peak" is the micro-kernel alone. "schedule" and
+        "signature" are compiled functions around all of these.
     row : Isa
         The row of the ISA table to generate code for.
     tile : TileShape

@@ -16,6 +16,7 @@ from fastattn.reference.forward import (
     summarise,
 )
 from fastattn.reference.merge import merge
+from fastattn.reference.varlen import attention_varlen
 
 __all__ = [
     "AttentionSummary",
@@ -24,6 +25,7 @@ __all__ = [
     "attention",
     "attention_backward",
     "attention_summary",
+    "attention_varlen",
     "attention_weights",
     "differentiate",
     "evaluate",

@@ -42,6 +42,7 @@ def every_kernel(row: Isa) -> Iterator[Kernel]:
     """All kernels that calls run on a machine."""
     yield Kernel("schedule", row)
     yield Kernel("signature", row)
+    yield Kernel("several", row)
     for dtype in ("float32", "float64"):
         tile = row.tile(dtype)
         for shape in (tile, row.tall_tile(dtype)):

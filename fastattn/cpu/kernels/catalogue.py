@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from fastattn.cpu.kernels import additive_backward, backward, mask_gradient, schedule
+from fastattn.cpu.kernels import additive_backward, backward, mask_gradient, schedule, several
 from fastattn.cpu.kernels.entry import in_default_mode, note, overlaps, quick_function, shared, signature
 from fastattn.cpu.kernels.forward import forward_group
 from fastattn.cpu.kernels.key_weights import sum_weights
@@ -71,6 +71,7 @@ FUNCTIONS: dict[str, Callable[[Kernel], dict[str, Any]]] = {
     "backward": partial(_gradients, backward),
     "mask_gradient": partial(_gradients, mask_gradient),
     "additive_backward": partial(_gradients, additive_backward),
+    "several": lambda kernel: _tasks(several.task),
     "peak": _peak,
     "schedule": lambda kernel: vars(schedule),
     "signature": lambda kernel: {"signature": signature, "overlaps": overlaps, "in_default_mode": in_default_mode},

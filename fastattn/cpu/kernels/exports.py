@@ -15,6 +15,7 @@ EXPORTS: dict[str, dict[str, int]] = {
     "backward": _TASKS,
     "mask_gradient": _TASKS,
     "additive_backward": _TASKS,
+    "several": _TASKS,
     "peak": {"run": 5},
     "schedule": {"start": 6, "take_part": 2, "cancel": 2, "work": 3},
     "signature": {"signature": 3, "overlaps": 3, "in_default_mode": 3},

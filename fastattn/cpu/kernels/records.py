@@ -12,14 +12,15 @@ from fastattn.call.scores import HEAD
 i8, f8 = np.int64, np.float64
 
 # What every plan begins with: how its tasks are run, and what its heads have.
-SCHEDULE = [
+_SCHEDULE = [
     ("tasks", i8),
     ("workers", i8),  # that may take part besides the caller
     ("turn", i8),  # tasks that the caller does between two looks at Python's signals
     ("scratch_bytes", i8),  # working memory of one thread
     *(("own_" + name, HEAD[name].type) for name in HEAD.names or ()),  # what a head has that has nothing of its own
 ]
-OWN_AT = np.dtype(SCHEDULE).itemsize - HEAD.itemsize
+SCHEDULE = np.dtype(_SCHEDULE)
+OWN_AT = SCHEDULE.itemsize - HEAD.itemsize
 _PARTS = [
     ("queries", i8),
     ("keys", i8),
@@ -66,7 +67,7 @@ _PARTS = [
     ("key_step", i8),  # from row to row as the micro-kernel finds them, in place or copied
     ("value_step", i8),
 ]
-PLAN = np.dtype([*SCHEDULE, *_PARTS])
+PLAN = np.dtype([*_SCHEDULE, *_PARTS])
 
 AXIS = np.dtype([(name, i8) for name in ("size", "query", "key", "value", "bias", "keep", "out")])
 
@@ -87,6 +88,17 @@ CALL = np.dtype(
         ("weights", i8),
         ("seed", i8),
         ("first_batch", i8),  # the number of the first row of the batch in the call that this may be a piece of
+    ]
+)
+
+# The record of several calls that are run as one (their plan is `SCHEDULE` alone), and of some tasks of one of them.
+SEVERAL = np.dtype([("plan", i8), ("scratch", i8), ("runs", i8)])
+RUN = np.dtype(
+    [
+        ("task", i8),  # the address of the kernel's function
+        ("call", i8),  # and of the record of the call
+        ("first", i8),  # the first of its tasks, and where they end
+        ("end", i8),
     ]
 )
 
@@ -151,7 +163,7 @@ GRADIENT_PARTS = (
 )
 GRADIENT_PLAN = np.dtype(
     [
-        *SCHEDULE,
+        *_SCHEDULE,
         ("grad_out_row", i8),
         ("grad_out_column", i8),
         ("grad_query_row", i8),
