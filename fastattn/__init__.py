@@ -4,7 +4,7 @@ from fastattn.api.additive import additive_attention
 from fastattn.api.attention import attention
 from fastattn.api.backward import additive_attention_backward, attention_backward
 from fastattn.api.merge import merge
-from fastattn.api.varlen import attention_varlen
+from fastattn.api.varlen import attention_varlen, attention_varlen_backward
 from fastattn.api.weights import AttentionSummary, attention_summary, attention_weights
 from fastattn.cpu.host.threads import get_num_threads, num_threads, set_num_threads
 from fastattn.cpu.host.warmup import warmup
@@ -21,6 +21,7 @@ __all__ = [
     "attention_backward",
     "attention_summary",
     "attention_varlen",
+    "attention_varlen_backward",
     "attention_weights",
     "get_num_threads",
     "merge",

@@ -1,4 +1,4 @@
-"""`attention_varlen`: packed sequences to a `Packed`, that to a backend."""
+"""`attention_varlen` and its gradients: packed sequences to a `Packed`, that to a backend."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from fastattn.call.out import check_out
 from fastattn.call.packed import describe_packed
 from fastattn.call.score_options import FurtherOptions
 from fastattn.call.seeds import Rng, seed_from
-from fastattn.call.widening import exceeds_float32, in_float64, scale_in_float64
+from fastattn.call.upstream import arrived, own_dtype, seed_of_forward
+from fastattn.call.widening import exceeds_float32, in_float64, narrowed, scale_in_float64
 from fastattn.cpu.host import varlen as cpu
 from fastattn.cpu.host.builtin import in_default_mode
 from fastattn.cpu.host.threads import get_num_threads
 
-__all__ = ["attention_varlen"]
+__all__ = ["attention_varlen", "attention_varlen_backward"]
 
 
 def attention_varlen(
@@ -144,3 +145,105 @@ def _on_cpu(
     wide = in_float64(*arrays, mask=None)[:3]
     results = _on_cpu((*wide, *lengths), options | {"scale": scale_in_float64(problem)}, True, seed, None)
     return rounded(*results, target=target, return_lse=return_lse)
+
+
+def attention_varlen_backward(
+    grad_out: ArrayLike,
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    out: ArrayLike,
+    lse: ArrayLike,
+    cu_seqlens_q: ArrayLike,
+    cu_seqlens_k: ArrayLike | None = None,
+    *,
+    dropout_p: float = 0.0,
+    is_causal: bool | str = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    query_offset: ArrayLike | None = None,
+    softcap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    rng: Rng | None = None,
+    grad_lse: ArrayLike | None = None,
+    backend: str | None = None,
+) -> tuple[NDArray[Any], ...]:
+    """Gradients of `fastattn.attention_varlen` by its arguments.
+
+    Parameters
+    ----------
+    grad_out : array_like, shape (T, Hq, Dv)
+        The gradient of a number, usually a loss, by the result.
+    query, key, value, cu_seqlens_q, cu_seqlens_k : array_like
+        What `attention_varlen` was given; so are dropout_p, is_causal, scale, enable_gqa, window, query_offset, softcap
+        and alibi_slopes.
+    out : array_like, shape (T, Hq, Dv)
+        What it returned.
+    lse : array_like, shape (T, Hq)
+        What it returned with ``return_lse=True``.
+    rng : int or numpy.random.Generator, optional
+        What it was given: the seed, or a Generator in the state that it had then. Needed with dropout alone.
+    grad_lse : array_like, shape (T, Hq), optional
+        The gradient by the log-sum-exp, where the loss depends on that as well.
+    backend : {None, "cpu", "cuda", "reference"}
+        As in `attention`.
+
+    Returns
+    -------
+    grad_query, grad_key, grad_value : ndarray
+        Each with the shape and, if that is floating, the dtype of its argument.
+
+    Raises
+    ------
+    TypeError
+        If an argument is of a kind or dtype that has no meaning here.
+    ValueError
+        If shapes or lengths do not go together, or a number is out of range. The message names the argument.
+
+    Notes
+    -----
+    The gradients of a sequence are those of `attention_backward` of the same sequence alone, to the bit.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn
+    >>> rng = np.random.default_rng(0)
+    >>> query, key, value, grad_out = rng.standard_normal((4, 12, 8, 64), dtype=np.float32)
+    >>> out, lse = fastattn.attention_varlen(query, key, value, [0, 5, 12], return_lse=True)
+    >>> grads = fastattn.attention_varlen_backward(grad_out, query, key, value, out, lse, [0, 5, 12])
+    >>> [grad.shape for grad in grads]
+    [(12, 8, 64), (12, 8, 64), (12, 8, 64)]
+    """
+    further: FurtherOptions = {
+        "window": window,
+        "query_offset": query_offset,
+        "softcap": softcap,
+        "alibi_slopes": alibi_slopes,
+    }
+    backend = backend_of_attention(backend, grad_out, query, key, value, out, lse, grad_lse)
+    call = (grad_out, query, key, value, out, lse, cu_seqlens_q, cu_seqlens_k)
+    options: Any = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+    if backend == "reference":
+        return reference.attention_varlen_backward(*call, **options | {"rng": rng, "grad_lse": grad_lse} | further)
+    return _backward_on_cpu(call, options | {"further": further}, rng, grad_lse)
+
+
+@in_default_mode
+def _backward_on_cpu(
+    call: tuple[Any, ...], options: dict[str, Any], rng: Rng | None, grad_lse: ArrayLike | None
+) -> tuple[NDArray[Any], ...]:
+    grad_out, query, key, value, out, lse, *lengths = call
+    arrays = as_operands(query, key, value)[:3]
+    packed = describe_packed(*arrays, *lengths, **options)
+    problem = packed.problem
+    upstream = arrived(problem, grad_out, out, lse, grad_lse)
+    seed = seed_of_forward(rng, problem)
+    if exceeds_float32(problem):
+        wide = (grad_out, *in_float64(*arrays, mask=None)[:3], out, upstream.lse, *lengths)
+        in_wide = _backward_on_cpu(wide, options | {"scale": scale_in_float64(problem)}, seed, grad_lse)
+        return tuple(map(narrowed, in_wide))
+    found = cpu.backward(packed, upstream, seed, get_num_threads())
+    arguments = zip(found, (query, key, value), strict=True)
+    return tuple(own_dtype(gradient, argument, problem.real) for gradient, argument in arguments)

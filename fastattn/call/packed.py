@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike
 from fastattn.call.arrays import as_array
 from fastattn.call.problem import Array, Operands, Problem, Shape
 from fastattn.call.shapes import describe
+from fastattn.call.upstream import Upstream, split_upstream
 
 __all__ = ["Packed", "describe_packed", "heads_first"]
 
@@ -58,6 +59,17 @@ class Packed:
         arrays = heads_first(self.query[queries]), heads_first(self.key[keys]), heads_first(self.value[keys])
         options = self.options | {name: rows[number] for name, rows in self.own.items()}
         return describe(*arrays, None, **options, first_batch=number)
+
+    def upstream(self, number: int, of_all: Upstream) -> Upstream:
+        """Return what arrives at a sequence of what arrives at all of them."""
+        queries, grad_lse = self.queries[number], of_all.grad_lse
+        own = of_all._replace(
+            grad_out=heads_first(of_all.grad_out[queries]),
+            out=heads_first(of_all.out[queries]),
+            lse=heads_first(of_all.lse[queries]),
+            grad_lse=None if grad_lse is None else heads_first(grad_lse[queries]),
+        )
+        return split_upstream(replace(self.problem, queries=queries.stop - queries.start), own)
 
     def kinds(self) -> list[list[int]]:
         """Return the numbers of the sequences, those together that differ by their number, and place, alone."""

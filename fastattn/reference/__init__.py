@@ -16,7 +16,7 @@ from fastattn.reference.forward import (
     summarise,
 )
 from fastattn.reference.merge import merge
-from fastattn.reference.varlen import attention_varlen
+from fastattn.reference.varlen import attention_varlen, attention_varlen_backward
 
 __all__ = [
     "AttentionSummary",
@@ -26,6 +26,7 @@ __all__ = [
     "attention_backward",
     "attention_summary",
     "attention_varlen",
+    "attention_varlen_backward",
     "attention_weights",
     "differentiate",
     "evaluate",

@@ -63,7 +63,7 @@ def attention_backward(
         With 1 for the axes that the mask does not have.
     """
     lead, dtype = problem.rows_shape, problem.real
-    own = _own_axes(problem, *(split_shape(shape, problem, shared=True) for shape in shapes))
+    own = own_axes(problem, *(split_shape(shape, problem, shared=True) for shape in shapes))
     summed = tuple(size if axis in own else 1 for axis, size in enumerate(lead))
     arrays: Arrays = dict.fromkeys(GRADIENT_ARRAYS)
     arrays |= operands._asdict()
@@ -74,7 +74,7 @@ def attention_backward(
     grad_mask = None
     if mask_shape is not None:
         split = split_shape(mask_shape, problem)
-        mask_axes = _own_axes(problem, split)
+        mask_axes = own_axes(problem, split)
         grad_mask = np.zeros((*(n if axis in mask_axes else 1 for axis, n in enumerate(lead)), *split[-2:]), dtype)
         arrays["grad_bias"] = grad_mask
     if not problem.keys or not problem.queries or 0 in lead:
@@ -84,13 +84,13 @@ def attention_backward(
     arrays["grad_lse"] = None if upstream.grad_lse is None else np.ascontiguousarray(upstream.grad_lse)
     arrays["deltas"] = np.empty((3, lse.size), dtype)
     numbers = {"seed": seed, "first_batch": problem.scores.first_batch}
-    _run(*_planned(_by_keys, problem, arrays, upstream.rounded, own, threads), arrays, numbers)
+    _run(*planned(by_keys, problem, arrays, upstream.rounded, own, threads), arrays, numbers)
     if grad_mask is not None:
-        _run(*_planned(_by_rectangles, problem, arrays, upstream.rounded, mask_axes, threads), arrays, numbers)
+        _run(*planned(_by_rectangles, problem, arrays, upstream.rounded, mask_axes, threads), arrays, numbers)
     return grad_query, grad_key, grad_value, grad_mask
 
 
-def _own_axes(problem: Problem, *splits: Shape) -> list[int]:
+def own_axes(problem: Problem, *splits: Shape) -> list[int]:
     """Return the leading axes that one of these arguments has, and is not broadcast along."""
     rank = len(problem.rows_shape)
     found = {rank - i for split in splits for i, size in enumerate(reversed(split[:-2]), 1) if size != 1}
@@ -102,7 +102,7 @@ def _run(plan: Plan, counters: int, arrays: Arrays, numbers: dict[str, int]) -> 
     session.current.run(plan, tuple(objects.get(name) for name in CALL_NAMES))
 
 
-def _planned(
+def planned(
     make: Callable[..., tuple[Plan, int]],
     problem: Problem,
     arrays: Arrays,
@@ -126,9 +126,7 @@ def _planned(
     return session.current.plans.of(key, lambda: make(problem, arrays, rounded, own, threads))
 
 
-def _by_keys(
-    problem: Problem, arrays: Arrays, rounded: np.dtype[Any], own: list[int], threads: int
-) -> tuple[Plan, int]:
+def by_keys(problem: Problem, arrays: Arrays, rounded: np.dtype[Any], own: list[int], threads: int) -> tuple[Plan, int]:
     """Plan the backward pass: its tasks own keys of one head, of which some leading axes make one each."""
     draft = _draft("backward", problem, arrays, rounded, own)
     fields, tile, blocking = draft.fields, draft.kernel.tile, draft.kernel.row.blocking

@@ -50,11 +50,13 @@ def alike(plan: Plan, objects: Mapping[str, Any], names: Sequence[str], moves: A
     names : sequence of str
         Those of the record behind the plan and the working memory.
     moves : ndarray of int64, shape (calls, len(names))
-        What is added to the numbers of the first.
+        What is added to the numbers of the first; what is None there stays 0.
     """
     records = np.zeros((len(moves), 2 + len(names)), np.uint64)
-    first = np.array([number_of(objects.get(name)) for name in names], np.uint64)
-    records[:, 2:] = first + moves.view(np.uint64)  # modulo 2**64
+    for at, name in enumerate(names, 2):
+        if objects.get(name) is not None:
+            records[:, at] = number_of(objects[name])
+            records[:, at] += moves[:, at - 2].view(np.uint64)  # modulo 2**64
     return Alike(plan, records, objects)
 
 
