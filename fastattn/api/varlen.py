@@ -123,6 +123,10 @@ def attention_varlen(
     backend = backend_of_attention(backend, query, key, value, out)
     call = (query, key, value, cu_seqlens_q, cu_seqlens_k)
     options: Any = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+    if backend == "cuda":
+        from fastattn.cuda.host import varlen as cuda  # imports numba-cuda, which nothing else needs
+
+        return cuda.attention(call[:3], call[3:], options | {"further": further}, return_lse, rng, out)
     if backend == "reference":
         wanted: Any = {"return_lse": return_lse, "rng": rng, "out": out}
         return reference.attention_varlen(*call, **options | wanted | further)
@@ -225,6 +229,11 @@ def attention_varlen_backward(
     backend = backend_of_attention(backend, grad_out, query, key, value, out, lse, grad_lse)
     call = (grad_out, query, key, value, out, lse, cu_seqlens_q, cu_seqlens_k)
     options: Any = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+    if backend == "cuda":
+        from fastattn.cuda.host import varlen as cuda  # imports numba-cuda, which nothing else needs
+
+        upstream = {"grad_out": grad_out, "out": out, "lse": lse, "grad_lse": grad_lse}
+        return cuda.backward(call[1:4], upstream, call[6:], options | {"further": further}, rng)
     if backend == "reference":
         return reference.attention_varlen_backward(*call, **options | {"rng": rng, "grad_lse": grad_lse} | further)
     return _backward_on_cpu(call, options | {"further": further}, rng, grad_lse)

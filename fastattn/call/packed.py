@@ -53,12 +53,12 @@ class Packed:
     options: dict[str, Any]
     own: dict[str, Array]
 
-    def sequence(self, number: int) -> tuple[Problem, Operands]:
-        """Return a sequence, as a call of its own."""
+    def sequence(self, number: int, numbered: bool = True) -> tuple[Problem, Operands]:
+        """Return a sequence, as a call of its own: one that knows its number, or else one like others of its kind."""
         queries, keys = self.queries[number], self.keys[number]
         arrays = heads_first(self.query[queries]), heads_first(self.key[keys]), heads_first(self.value[keys])
         options = self.options | {name: rows[number] for name, rows in self.own.items()}
-        return describe(*arrays, None, **options, first_batch=number)
+        return describe(*arrays, None, **options, first_batch=number if numbered else 0)
 
     def upstream(self, number: int, of_all: Upstream) -> Upstream:
         """Return what arrives at a sequence of what arrives at all of them."""

@@ -43,7 +43,7 @@ def attention(packed: Packed, out: Array | None, return_lse: bool, seed: int, th
     }
     calls = []
     for numbers in packed.kinds():
-        one, operands = packed.sequence(numbers[0])
+        one, operands = packed.sequence(numbers[0], numbered=False)
         queries = packed.queries[numbers[0]]
         rows = heads_first(target[queries])
         plan = plan_forward(one, operands, rows, threads)
@@ -79,7 +79,7 @@ def backward(packed: Packed, upstream: Upstream, seed: int, threads: int) -> tup
     }
     calls = []
     for numbers in packed.kinds():
-        one, operands = packed.sequence(numbers[0])
+        one, operands = packed.sequence(numbers[0], numbered=False)
         if not one.keys or not one.queries or 0 in lead:
             continue
         queries, keys = packed.queries[numbers[0]], packed.keys[numbers[0]]

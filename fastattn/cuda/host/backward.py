@@ -175,12 +175,12 @@ def _of_host_arrays(
         found = differentiate(call, others, seed, with_mask)
         gradients = [place.deliver(gradient) for gradient in found]
     return tuple(
-        _own_dtype(gradient, argument, problem.real)
+        own_dtype(gradient, argument, problem.real)
         for gradient, argument in zip(gradients, given.values(), strict=False)
     )
 
 
-def _own_dtype(gradient: NDArray[Any], argument: Any, dtype: np.dtype[Any]) -> NDArray[Any]:
+def own_dtype(gradient: NDArray[Any], argument: Any, dtype: np.dtype[Any]) -> NDArray[Any]:
     """Return a gradient in the dtype of its argument, if that is floating, else in that of the arithmetic."""
     own = np.asarray(argument).dtype
     with np.errstate(all="ignore"):
