@@ -131,7 +131,7 @@ class MultiHeadAttention(Layer):
     ((2, 4, 10, 10), False)
     """
 
-    arguments = ("embed_dim", "num_heads", "num_kv_heads", "kdim", "vdim", "bias", "bias_kv")
+    arguments: tuple[str, ...] = ("embed_dim", "num_heads", "num_kv_heads", "kdim", "vdim", "bias")
 
     in_proj_weight: Any = None
     q_proj_weight: Any = None
@@ -163,6 +163,8 @@ class MultiHeadAttention(Layer):
         self.vdim = self.embed_dim if vdim is None else check_size("vdim", vdim)
         self.bias = check_flag("bias", bias)
         self.bias_kv = check_flag("bias_kv", bias_kv)
+        if self.bias_kv:  # of the others nothing is said
+            self.arguments = (*self.arguments, "bias_kv")
         if self.embed_dim % self.num_heads:
             raise ValueError(f"embed_dim: {embed_dim}; expected a multiple of num_heads, which is {num_heads}")
         if self.num_heads % self.num_kv_heads:
