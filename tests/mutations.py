@@ -861,6 +861,13 @@ MUTATIONS = (
         ("cuda/test_varlen.py", "test_packed_sequences_are_the_reference and dropout"),
     ),
     Mutation(
+        "CUDA: dropout of few queries counts the rows of a piece of a call from 0",
+        "cuda/kernels/elements.py",
+        "sizes[FIRST_BATCH] + slice_number // sizes[HEADS]",
+        "slice_number // sizes[HEADS]",
+        ("cuda/test_varlen.py", "test_packed_sequences_are_the_reference and dropout"),
+    ),
+    Mutation(
         "of several calls that are run as one, the last task of each run is left out",
         "cpu/kernels/several.py",
         "range(run.first, run.end)",

@@ -18,7 +18,7 @@ from numba import cuda
 attention_varlen = partial(fastattn.attention_varlen, backend="cuda")
 attention_varlen_backward = partial(fastattn.attention_varlen_backward, backend="cuda")
 
-QUERIES, KEYS = [0, 3, 3, 8, 9, 11], [0, 5, 6, 6, 11, 13]
+QUERIES, KEYS = [0, 3, 3, 8, 9, 19], [0, 5, 6, 6, 11, 18]
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "causal": {"is_causal": "bottom-right"},
@@ -112,8 +112,8 @@ def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match="cu_seqlens_q: from 0 to 9"):
         attention_varlen(query, key, value, QUERIES[:-1], KEYS[:-1], enable_gqa=True)
     given = on_device(query, key, value)
-    with pytest.raises(ValueError, match=r"lse: shape \(4, 11\); expected \(11, 4\)"):
+    with pytest.raises(ValueError, match=r"lse: shape \(4, 19\); expected \(19, 4\)"):
         attention_varlen_backward(
-            *on_device(query[..., :3].copy()), *given, *on_device(query[..., :3].copy(), np.ones((4, 11), np.float32)),
+            *on_device(query[..., :3].copy()), *given, *on_device(query[..., :3].copy(), np.ones((4, 19), np.float32)),
             QUERIES, KEYS, enable_gqa=True,
         )  # fmt: skip
