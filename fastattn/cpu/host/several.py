@@ -50,13 +50,11 @@ def alike(plan: Plan, objects: Mapping[str, Any], names: Sequence[str], moves: A
     names : sequence of str
         Those of the record behind the plan and the working memory.
     moves : ndarray of int64, shape (calls, len(names))
-        What is added to the numbers of the first; what is None there stays 0.
+        What is added to the numbers of the first.
     """
     records = np.zeros((len(moves), 2 + len(names)), np.uint64)
-    for at, name in enumerate(names, 2):
-        if objects.get(name) is not None:
-            records[:, at] = number_of(objects[name])
-            records[:, at] += moves[:, at - 2].view(np.uint64)  # modulo 2**64
+    first = np.array([number_of(objects.get(name)) for name in names], np.uint64)
+    np.add(first, moves.view(np.uint64), out=records[:, 2:])  # modulo 2**64
     return Alike(plan, records, objects)
 
 
@@ -74,7 +72,7 @@ def run(calls: Sequence[Alike], threads: int) -> None:
         each.records[:, 0] = address_of(plan)
         runs.append(_runs(each))
         longest = max(longest, each.plan.flops / runs[-1].shape[1])
-    table = np.concatenate([rows.ravel() for rows in runs])
+    table = np.concatenate([rows.reshape(-1, len(RUN)) for rows in runs])
     flops = sum(each.plan.flops * len(each.records) for each in calls)
     threads, turn = concurrency(len(table), flops, threads), tasks_at_a_time(1, longest)
     fields = {"tasks": len(table), "workers": threads - 1, "turn": turn, "scratch_bytes": scratch_bytes}
@@ -97,12 +95,12 @@ def run(calls: Sequence[Alike], threads: int) -> None:
 
 
 def _runs(calls: Alike) -> Array:
-    """Return the tasks of calls, shape (calls, runs of one)."""
+    """Return the tasks of calls, shape (calls, runs of one, `RUN`)."""
     plan, records = calls.plan, calls.records
     together = max(1, int(RUN_FLOPS * plan.tasks / max(1.0, plan.flops)))
     first = np.arange(0, plan.tasks, together)
-    runs = np.empty((len(records), len(first)), RUN)
-    runs["task"] = plan.calls.kernel.addresses["task"]
-    runs["call"] = (address_of(records) + records.strides[0] * np.arange(len(records)))[:, None]
-    runs["first"], runs["end"] = first, np.minimum(first + together, plan.tasks)
+    runs = np.empty((len(records), len(first), len(RUN)), np.int64)
+    runs[..., RUN.index("task")] = plan.calls.kernel.addresses["task"]
+    runs[..., RUN.index("call")] = (address_of(records) + records.strides[0] * np.arange(len(records)))[:, None]
+    runs[..., RUN.index("first")], runs[..., RUN.index("end")] = first, np.minimum(first + together, plan.tasks)
     return runs

@@ -7,7 +7,7 @@ differ in is computed at once for all of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -20,6 +20,7 @@ from fastattn.call.upstream import Upstream, folded
 from fastattn.cpu.host import several
 from fastattn.cpu.host.backward import CALL_NAMES as GRADIENT_NAMES
 from fastattn.cpu.host.backward import Arrays, by_keys, own_axes, planned
+from fastattn.cpu.host.calls import Plan
 from fastattn.cpu.host.forward import plan_forward
 from fastattn.cpu.kernels.records import CALL, GRADIENT_ARRAYS
 
@@ -49,7 +50,7 @@ def attention(packed: Packed, out: Array | None, return_lse: bool, seed: int, th
         plan = plan_forward(one, operands, rows, threads)
         lse = None if sums is None else sums[queries.start * problem.heads :]
         objects = {**operands._asdict(), "out": rows, "lse": lse, "seed": seed, "first_batch": numbers[0]}
-        calls.append(several.alike(plan, objects, CALL_NAMES, _moves(packed, numbers, CALL_NAMES, steps)))
+        calls.append(_alike(packed, numbers, plan, objects, CALL_NAMES, steps))
     several.run(calls, threads)
     result = delivered(target, target, out)
     return result if sums is None else (result, sums[_places(packed)])
@@ -98,9 +99,9 @@ def backward(packed: Packed, upstream: Upstream, seed: int, threads: int) -> tup
         }
         plan, counters = planned(by_keys, one, arrays, upstream.rounded, own, threads)
         turns = np.zeros((len(numbers), counters), np.int64)
-        moves = _moves(packed, numbers, GRADIENT_NAMES, {**steps, "turns": (0, 0, 0, turns.strides[0])})
         objects = {**arrays, "turns": turns, "seed": seed, "first_batch": numbers[0]}
-        calls.append(several.alike(plan, objects, GRADIENT_NAMES, moves))
+        of_kind = {**steps, "turns": (0, 0, 0, turns.strides[0])}
+        calls.append(_alike(packed, numbers, plan, objects, GRADIENT_NAMES, of_kind))
     several.run(calls, threads)
     return (
         _folded(packed, grad_query, packed.query, packed.queries, lead, False),
@@ -117,11 +118,15 @@ def _by_key(**arrays: Array) -> Steps:
     return {name: (0, array.strides[0], 0, 0) for name, array in arrays.items()}
 
 
-def _moves(packed: Packed, numbers: list[int], names: Sequence[str], steps: Mapping[str, Any]) -> Array:
-    """Return how far what records have, by their names, moves from the first of some sequences to each of them."""
+def _alike(
+    packed: Packed, numbers: list[int], plan: Plan, objects: dict[str, Any], names: Sequence[str], steps: Steps
+) -> several.Alike:
+    """Describe the calls of sequences of one kind, where `objects` are those of the first."""
     starts = [(packed.queries[n].start, packed.keys[n].start, n, rank) for rank, n in enumerate(numbers)]
     between = np.array(starts, np.int64)
-    return (between - between[0]) @ np.array([steps.get(name, (0, 0, 0, 0)) for name in names], np.int64).T
+    none = (0, 0, 0, 0)
+    by_name = [none if objects.get(name) is None else steps.get(name, none) for name in names]
+    return several.alike(plan, objects, names, (between - between[0]) @ np.array(by_name, np.int64).T)
 
 
 def _places(packed: Packed) -> Array:

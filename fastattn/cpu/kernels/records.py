@@ -93,14 +93,8 @@ CALL = np.dtype(
 
 # The record of several calls that are run as one (their plan is `SCHEDULE` alone), and of some tasks of one of them.
 SEVERAL = np.dtype([("plan", i8), ("scratch", i8), ("runs", i8)])
-RUN = np.dtype(
-    [
-        ("task", i8),  # the address of the kernel's function
-        ("call", i8),  # and of the record of the call
-        ("first", i8),  # the first of its tasks, and where they end
-        ("end", i8),
-    ]
-)
+# Of these: the address of the kernel's function, that of the record of the call, the first task, and where they end.
+RUN = ("task", "call", "first", "end")
 
 # What a compiled function that Python calls as a builtin is bound to.
 LINK = np.dtype(

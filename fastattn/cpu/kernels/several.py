@@ -3,11 +3,14 @@
 All have the same working memory, in pieces that are large enough for any of them: that of whom runs the task.
 """
 
+import numpy as np
+
 from fastattn.cpu.kernels.records import CALL, RUN, SEVERAL
 from fastattn.simd import call_compiled, jit, record_view, store_i64
 
-several_view, run_view = record_view(SEVERAL), record_view(RUN)
-RUN_BYTES = RUN.itemsize
+RUN_RECORD = np.dtype([(name, np.int64) for name in RUN])
+several_view, run_view = record_view(SEVERAL), record_view(RUN_RECORD)
+RUN_BYTES = RUN_RECORD.itemsize
 SCRATCH_AT = CALL.fields["scratch"][1]  # type: ignore[index]
 
 
