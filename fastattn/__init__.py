@@ -3,6 +3,8 @@
 from fastattn.api.additive import additive_attention
 from fastattn.api.attention import attention
 from fastattn.api.backward import additive_attention_backward, attention_backward
+from fastattn.api.merge import merge
+from fastattn.api.varlen import attention_varlen, attention_varlen_backward
 from fastattn.api.weights import AttentionSummary, attention_summary, attention_weights
 from fastattn.cpu.host.threads import get_num_threads, num_threads, set_num_threads
 from fastattn.cpu.host.warmup import warmup
@@ -18,8 +20,11 @@ __all__ = [
     "attention",
     "attention_backward",
     "attention_summary",
+    "attention_varlen",
+    "attention_varlen_backward",
     "attention_weights",
     "get_num_threads",
+    "merge",
     "num_threads",
     "rotary",
     "set_num_threads",

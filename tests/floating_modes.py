@@ -135,6 +135,18 @@ class Calls:
             )
         return found
 
+    def varlen(self) -> Any:
+        query, key, value = (array[0].swapaxes(0, 1) for array in (self.query, self.key, self.value))
+        lengths = [0, 5, 37], [0, 50, 70]
+        out, lse = fastattn.attention_varlen(query, key, value, *lengths, **self.options, return_lse=True)
+        grad_out = self.grad_out[0].swapaxes(0, 1)
+        call = grad_out, query, key, value, out, lse, *lengths
+        return [out, lse, *fastattn.attention_varlen_backward(*call, **self.options)]
+
+    def merge(self) -> Any:
+        out, lse = self.attention()
+        return fastattn.merge([out, out[..., ::-1], self.grad_out], [lse, lse[..., ::-1], lse[:, ::-1]])
+
     def chosen(self) -> Any:
         lse = fastattn.attention(self.query, self.key, self.value, **self.options, return_lse=True)[1]
         rows = {"rows": [0, 5, 36], "columns": slice(3, 60)}

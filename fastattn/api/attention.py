@@ -225,12 +225,12 @@ def _on_cpu(
         wide = (*in_float64(*arrays[:3], mask=arrays[3]), dropout_p, is_causal, scale, enable_gqa)
         wanted: Any = {"return_lse": True, "return_weights": return_weights, "rng": seed, "backend": "cpu"}
         results = attention(*wide, **wanted, **further)
-        return _rounded(*results, target=target, return_lse=return_lse)
+        return rounded(*results, target=target, return_lse=return_lse)
     made, given = (*arrays[:3], *masks_in(arrays[3])), (query, key, value, *masks_in(attn_mask))
     return cpu.evaluate(asked, problem, operands, made, given, checked, return_lse, return_weights, seed)
 
 
-def _rounded(out: Any, lse: Any, *weights: Any, target: NDArray[Any], return_lse: bool) -> Any:
+def rounded(out: Any, lse: Any, *weights: Any, target: NDArray[Any], return_lse: bool) -> Any:
     """Return in float32 what a call in float64 gave, the result in `target`."""
     with np.errstate(all="ignore"):
         np.copyto(target, out, casting="same_kind")

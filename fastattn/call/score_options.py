@@ -17,7 +17,7 @@ from fastattn.call.problem import Array, Captures, Shape
 from fastattn.call.scores import FARTHEST, Scores
 from fastattn.functions.function import Function, described
 
-__all__ = ["FurtherOptions", "ScoreOptions", "check_names", "scores_from"]
+__all__ = ["FurtherOptions", "PieceOptions", "ScoreOptions", "check_names", "scores_from"]
 
 
 #: A function of (score, batch, head, query, key), and one of (batch, head, query, key) that says which keys are seen.
@@ -38,7 +38,13 @@ class FurtherOptions(TypedDict, total=False):
     mask_mod: MaskMod | None
 
 
-class ScoreOptions(FurtherOptions, total=False):
+class PieceOptions(FurtherOptions, total=False):
+    """And what the package itself says of a call that is a piece of another."""
+
+    first_batch: int  # the number of its first row of the batch there
+
+
+class ScoreOptions(PieceOptions, total=False):
     """What a user may say of scores, besides masks, by the names of arguments."""
 
     is_causal: bool | str
@@ -104,6 +110,7 @@ def scores_from(
         own=tuple(own),
         score_mod=score_mod,
         mask_mod=mask_mod,
+        first_batch=options.get("first_batch", 0),
     )
     if not own:
         return scores, None, captured
@@ -138,7 +145,7 @@ def check_names(options: Mapping[str, object]) -> None:
         With the name of one.
     """
     for name in options:
-        if name not in FurtherOptions.__annotations__:
+        if name not in PieceOptions.__annotations__:
             raise TypeError(f"{name}: no such option; expected one of {', '.join(FurtherOptions.__annotations__)}")
 
 

@@ -84,6 +84,9 @@ class Scores:
         Which fields of `HEAD` each head has of its own, in the operand `heads`.
     score_mod, mask_mod : Function or None
         The user's functions; what they capture is in the operand `captured`.
+    first_batch : int
+        The number of the first row of the batch, where a call is a piece of another: what depends on numbers of rows is
+        that of the whole.
     """
 
     scale: float = 1.0
@@ -96,6 +99,7 @@ class Scores:
     own: tuple[str, ...] = ()
     score_mod: Function | None = None
     mask_mod: Function | None = None
+    first_batch: int = 0
 
     @property
     def adds(self) -> bool:

@@ -16,7 +16,7 @@ from fastattn.call.broadcasting import check_broadcasts
 from fastattn.call.options import check_dropout, check_flag
 from fastattn.call.problem import FLOAT32, Array, Mask, Operands, Problem, Shape
 from fastattn.call.rounding import saturated
-from fastattn.call.score_options import FurtherOptions, ScoreOptions, check_names, scores_from
+from fastattn.call.score_options import FurtherOptions, PieceOptions, ScoreOptions, check_names, scores_from
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -34,7 +34,7 @@ def describe(
     is_causal: bool | str = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-    **options: Unpack[FurtherOptions],
+    **options: Unpack[PieceOptions],
 ) -> tuple[Problem, Operands]:
     """Work out what a call computes, and views of its arrays that all have the same axes.
 
@@ -104,7 +104,7 @@ def describe_additive(
         As `describe`, and where `weight` has another shape than (D,).
     """
     check_names(options)
-    scores: ScoreOptions = {"is_causal": is_causal, "scale": 1.0, **options}
+    scores: ScoreOptions = {"is_causal": is_causal, "scale": 1.0, **options}  # type: ignore[typeddict-item]
     described = _describe(query, key, value, attn_mask, 0.0, None, scores)
     if weight.shape != query.shape[-1:]:
         raise ValueError(

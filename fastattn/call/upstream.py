@@ -24,8 +24,10 @@ from fastattn.call.shapes import masks_of, split_shape
 
 __all__ = [
     "OF_HEADS",
+    "SHARED",
     "Names",
     "Upstream",
+    "arrived",
     "as_given",
     "bias_of",
     "check_grads",
@@ -34,6 +36,7 @@ __all__ = [
     "own_dtype",
     "seed_of_forward",
     "sources_of",
+    "split_upstream",
     "summed_to",
     "wanted_gradients",
 ]
@@ -74,20 +77,42 @@ def describe_upstream(
 
     Raises
     ------
+    TypeError, ValueError
+        As `arrived`.
+    """
+    return split_upstream(problem, arrived(problem, grad_out, out, lse, grad_lse))
+
+
+def split_upstream(problem: Problem, upstream: Upstream) -> Upstream:
+    """Return what arrives, which has the axes of the results, with those of the operands."""
+    rows = *problem.rows_shape, problem.queries
+    grad_lse = upstream.grad_lse
+    return upstream._replace(
+        grad_out=upstream.grad_out.reshape(*rows, problem.value_dim),
+        out=upstream.out.reshape(*rows, problem.value_dim),
+        lse=upstream.lse.reshape(rows),
+        grad_lse=None if grad_lse is None else grad_lse.reshape(rows),
+    )
+
+
+def arrived(
+    problem: Problem, grad_out: ArrayLike, out: ArrayLike, lse: ArrayLike, grad_lse: ArrayLike | None = None
+) -> Upstream:
+    """Return what arrives at a backward pass, checked, with the axes of the results.
+
+    Raises
+    ------
     TypeError
         If one is no floating array, or an integer one.
     ValueError
         If one has another shape than the result, or the log-sum-exp, that it belongs to.
     """
-    rows, queries = problem.rows_shape, problem.queries
 
     def result(name: str, given: ArrayLike) -> Array:
-        array = as_upstream(name, given, problem.real, problem.out_shape)
-        return array.reshape(*rows, queries, problem.value_dim)
+        return as_upstream(name, given, problem.real, problem.out_shape)
 
     def sums(name: str, given: ArrayLike) -> Array:
-        array = as_upstream(name, given, problem.real, problem.lse_shape, "the log-sum-exp")
-        return array.reshape(*rows, queries)
+        return as_upstream(name, given, problem.real, problem.lse_shape, "the log-sum-exp")
 
     upstream = Upstream(
         result("grad_out", grad_out),

@@ -15,12 +15,14 @@ from transformers.masking_utils import (
     bidirectional_mask_function,
     causal_mask_function,
     chunked_overlay,
+    packed_sequence_mask_function,
     prepare_padding_mask,
+    remap_positions_for_packed_sequence,
     sliding_window_bidirectional_overlay,
     sliding_window_overlay,
 )
 
-__all__ = ["padding", "reach"]
+__all__ = ["packed", "padding", "reach"]
 
 Tensor: TypeAlias = Any  # PyTorch's types are not known where it is not installed
 Reach: TypeAlias = "tuple[int | None, int | None]"
@@ -29,6 +31,8 @@ BOTH = and_masks().__code__
 SLIDING = sliding_window_overlay(1).__code__
 SLIDING_BOTH_WAYS = sliding_window_bidirectional_overlay(1).__code__
 CHUNKED = chunked_overlay(1, None).__code__
+OF_ONE_SEQUENCE = packed_sequence_mask_function(None).__code__
+BY_POSITIONS = remap_positions_for_packed_sequence(None, None).__code__
 
 
 def reach(function: Any, positions: int) -> Reach | None:
@@ -62,6 +66,24 @@ def reach(function: Any, positions: int) -> Reach | None:
     if code is CHUNKED and positions <= _inside(function, "chunk_size"):
         return None, None  # all are in the first chunk, or are padding before it
     return None
+
+
+def packed(function: Any) -> tuple[Tensor, Reach] | None:
+    """Return the number of each token's sequence, and how many keys of that a query may look at before and behind it.
+
+    Several sequences lie in one where the positions that a model is given begin anew. None if that is not all that the
+    function says.
+    """
+    if getattr(function, "__code__", None) is not BOTH:
+        return None
+    parts = _inside(function, "mask_functions")
+    if [getattr(part, "__code__", None) for part in parts] != [BY_POSITIONS, OF_ONE_SEQUENCE]:
+        return None
+    positions, numbers = _inside(parts[0], "position_ids"), _inside(parts[1], "packed_sequence_mask")
+    if bool((positions < 0).any()):
+        return None
+    found = reach(_inside(parts[0], "mask_function"), int(positions.max()) + 1)
+    return None if found is None else (numbers, found)
 
 
 def _inside(function: Any, name: str) -> Any:

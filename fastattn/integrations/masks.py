@@ -42,18 +42,31 @@ class Visible:
     lengths : torch.Tensor of int64, shape (B,), or None
         How many keys each row of the batch has.
     kept : torch.Tensor of bool, broadcasting to (B, Hq, Lq, Lk), or None
+    sequences : torch.Tensor of int64, shape (B, L), or None
+        Of as many queries as keys, the number of the sequence that each is of, in rising order.
     """
 
     interval: Scores = ANY
     lengths: Tensor | None = None
     kept: Tensor | None = None
+    sequences: Tensor | None = None
 
     def matrix(self, queries: int, keys: int, device: Any) -> Tensor:
         """Return a boolean for each query and key, which broadcasts to (B, Hq, Lq, Lk)."""
         ends = keys if self.lengths is None else self.lengths[:, None, None, None]
         query, key = (torch.arange(length, device=device) for length in (queries, keys))
         visible = self.interval.sees(query[:, None], key, ends)
+        if self.sequences is not None:
+            visible = visible & (self.sequences[:, None, :, None] == self.sequences[:, None, None, :])
         return visible if self.kept is None else visible & self.kept
+
+    def cu_seqlens(self) -> Tensor:
+        """Return the cumulative lengths of the sequences, the rows of the batch one behind the other."""
+        assert self.sequences is not None
+        begins = torch.ones_like(self.sequences, dtype=torch.bool)
+        begins[:, 1:] = self.sequences[:, 1:] != self.sequences[:, :-1]
+        starts = begins.flatten().nonzero()[:, 0]
+        return torch.cat((starts, starts.new_tensor([begins.numel()])))
 
     def options(self) -> dict[str, Any]:
         """Return what `fastattn.integrations.torch.attention_with_lse` is to be told, besides of the mask."""

@@ -18,11 +18,12 @@ from fastattn.call.score_options import FurtherOptions
 from fastattn.integrations import eager
 from fastattn.integrations.keywords import flattened
 from fastattn.integrations.tensors import check_mask, check_operands, is_bias
+from fastattn.integrations.varlen import attention_varlen
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["additive_attention", "attention_with_lse", "scaled_dot_product_attention"]
+__all__ = ["additive_attention", "attention_varlen", "attention_with_lse", "scaled_dot_product_attention"]
 
 Tensor = Any  # PyTorch's types are not known where it is not installed
 

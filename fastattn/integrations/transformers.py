@@ -33,7 +33,7 @@ from fastattn.call.scores import Scores
 from fastattn.integrations import intervals, masks
 from fastattn.integrations.masks import EVERYTHING, Visible
 from fastattn.integrations.model_code import refusal
-from fastattn.integrations.torch import attention_with_lse
+from fastattn.integrations.torch import attention_varlen, attention_with_lse
 
 __all__ = ["attention", "padding_mask", "register"]
 
@@ -58,7 +58,7 @@ HARMLESS = frozenset(
         "num_items_in_batch",
         "output_hidden_states",
         "output_router_logits",
-        "position_ids",  # sequences packed into one have a mask of their own
+        "position_ids",  # where they begin anew, so do sequences: the mask says so
         "return_dict",
         "use_cache",
     )
@@ -199,10 +199,13 @@ def attention(
     if output_attentions or _captured():
         out, weights = _with_weights(scores(), value, visible, dropout, s_aux)
         return out.transpose(1, 2).contiguous(), weights
-    mask = visible.kept if bias is None else (bias, visible.kept)
     grouped = query.shape[1] != key.shape[1]
     options = {"scale": scaling, "enable_gqa": grouped, "softcap": softcap, "sinks": s_aux, **visible.options()}
-    out, lse = attention_with_lse(query, key, value, mask, dropout, **options)
+    if visible.sequences is not None and bias is None:
+        out, lse = _packed(query, key, value, visible, dropout, options)
+    else:
+        kept = visible.kept if visible.sequences is None else visible.matrix(query.shape[2], key.shape[2], query.device)
+        out, lse = attention_with_lse(query, key, value, kept if bias is None else (bias, kept), dropout, **options)
     if attention_mask is not None and s_aux is None:  # to a sink, a query that may look at no key gives all
         out = _as_eager(out, lse, value, scores)
     return out.transpose(1, 2).contiguous(), None
@@ -251,6 +254,10 @@ allow_is_causal_skip, allow_is_bidirectional_skip, device, **others
     if is_tracing(attention_mask) or not isinstance(q_offset, int):
         return eager_mask(**given, **others)
     shape, dtype = (batch_size, 1, q_length, kv_length), others.get("dtype", torch.float32)
+    packed = intervals.packed(mask_function)
+    if packed is not None and q_length == kv_length and q_offset == kv_offset and attention_mask is None:
+        numbers, (left, right) = packed
+        return masks.compact(Visible(Scores(left=left, right=right), sequences=numbers), shape, dtype, device)
     reach = intervals.reach(mask_function, max(q_offset + q_length, kv_offset + kv_length))
     if reach is None:
         matrix = sdpa_mask(**given, allow_is_causal_skip=False, **others)
@@ -287,7 +294,7 @@ def _refuse(
     packed = [others.pop(name, None) for name in ("cu_seq_lens_q", "cu_seq_lens_k")]
     numbered = others.pop("seq_idx", None)
     whole = any(mask is not None and mask.shape[-2] == query.shape[2] for mask in (bias, visible.kept))
-    if not whole:
+    if not whole and visible.sequences is None:
         several = any(ends is not None and ends.numel() > 2 for ends in packed)
         if several or (numbered is not None and bool((numbered != numbered.flatten()[0]).any())):
             raise ValueError(
@@ -323,6 +330,19 @@ def _scores(
     if bias is None:
         return scores
     return scores + (bias if bias.shape[-2] == 1 else bias[..., rows, :])
+
+
+def _packed(
+    query: Tensor, key: Tensor, value: Tensor, visible: Visible, dropout: float, options: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Compute attention of several sequences in one, without a matrix that keeps them apart."""
+    batch, _, length, _ = query.shape
+    q, k, v = (
+        tensor[0].transpose(0, 1) if batch == 1 else tensor.transpose(1, 2).flatten(0, 1)
+        for tensor in (query, key, value)
+    )
+    out, lse = attention_varlen(q, k, v, visible.cu_seqlens(), dropout_p=dropout, **options)
+    return out.unflatten(0, (batch, length)).transpose(1, 2), lse.unflatten(0, (batch, length)).transpose(1, 2)
 
 
 def _as_eager(out: Tensor, lse: Tensor, value: Tensor, scores: Callable[..., Tensor]) -> Tensor:

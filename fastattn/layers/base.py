@@ -10,7 +10,7 @@ import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -53,7 +53,7 @@ class Layer(ABC):
     """
 
     #: Names of the constructor's arguments but for rng and dtype: with them a layer of the same shapes can be made.
-    arguments: ClassVar[tuple[str, ...]]
+    arguments: tuple[str, ...]
     dtype: np.dtype[Any]
     # name of the attribute -> name in a state dict, and shape
     _parameters: dict[str, tuple[str, Shape]]

@@ -18,6 +18,7 @@ from fastattn.call.options import check_flag
 from fastattn.call.problem import Array, Mask, Shape
 from fastattn.call.score_options import FurtherOptions
 from fastattn.call.seeds import Rng
+from fastattn.layers import extra_key
 from fastattn.layers.backward import (
     Saved,
     bias_gradient,
@@ -75,6 +76,9 @@ class MultiHeadAttention(Layer):
         Features of a key and of a value before they are projected, E unless given.
     bias : bool
         Whether the projections add a bias.
+    bias_kv : bool
+        Whether there is one more key and value, both learned, behind those of the sequence, which every query looks at,
+        whatever masks, positions and lengths say: PyTorch's ``add_bias_kv``.
     rng : int, numpy.random.Generator or RandomState, or None
         What the parameters are drawn from; the same number gives the same layer.
     dtype : dtype_like
@@ -88,6 +92,8 @@ class MultiHeadAttention(Layer):
         The projections where `kdim` or `vdim` is not E, or Hk is not H; else None.
     in_proj_bias : ndarray, shape (E + 2·Hk·D,)
         The biases of query, key and value; None without bias.
+    bias_k, bias_v : ndarray, shape (1, 1, Hk·D)
+        The key and the value that come on top, behind the projection; None without `bias_kv`.
     out_proj_weight, out_proj_bias : ndarray, shapes (E, E), (E,)
         The last projection: ``out_proj.weight`` and ``out_proj.bias`` of a state dict.
 
@@ -125,13 +131,15 @@ class MultiHeadAttention(Layer):
     ((2, 4, 10, 10), False)
     """
 
-    arguments = ("embed_dim", "num_heads", "num_kv_heads", "kdim", "vdim", "bias")
+    arguments: tuple[str, ...] = ("embed_dim", "num_heads", "num_kv_heads", "kdim", "vdim", "bias")
 
     in_proj_weight: Any = None
     q_proj_weight: Any = None
     k_proj_weight: Any = None
     v_proj_weight: Any = None
     in_proj_bias: Any = None
+    bias_k: Any = None
+    bias_v: Any = None
     out_proj_weight: Array
     out_proj_bias: Any = None
 
@@ -144,6 +152,7 @@ class MultiHeadAttention(Layer):
         kdim: int | None = None,
         vdim: int | None = None,
         bias: bool = True,
+        bias_kv: bool = False,
         rng: Rng | None = None,
         dtype: DTypeLike = np.float32,
     ) -> None:
@@ -153,6 +162,9 @@ class MultiHeadAttention(Layer):
         self.kdim = self.embed_dim if kdim is None else check_size("kdim", kdim)
         self.vdim = self.embed_dim if vdim is None else check_size("vdim", vdim)
         self.bias = check_flag("bias", bias)
+        self.bias_kv = check_flag("bias_kv", bias_kv)
+        if self.bias_kv:  # of the others nothing is said
+            self.arguments = (*self.arguments, "bias_kv")
         if self.embed_dim % self.num_heads:
             raise ValueError(f"embed_dim: {embed_dim}; expected a multiple of num_heads, which is {num_heads}")
         if self.num_heads % self.num_kv_heads:
@@ -174,6 +186,8 @@ class MultiHeadAttention(Layer):
             }
         if self.bias:
             shapes["in_proj_bias"] = (embed + 2 * kv,)
+        if self.bias_kv:
+            shapes |= {"bias_k": (1, 1, kv), "bias_v": (1, 1, kv)}
         shapes["out_proj.weight"] = (embed, embed)
         if self.bias:
             shapes["out_proj.bias"] = (embed,)
@@ -181,6 +195,8 @@ class MultiHeadAttention(Layer):
 
     def initial(self, name: str, shape: Shape, generator: np.random.Generator) -> Array:
         """Return what a parameter is before it has been trained."""
+        if name in ("bias_k", "bias_v"):
+            return generator.normal(0.0, 1 / math.sqrt(shape[-1]), shape)
         if name.endswith("bias"):
             return np.zeros(shape)
         if name == "out_proj.weight":
@@ -234,7 +250,7 @@ class MultiHeadAttention(Layer):
             In the common dtype of the arguments and the parameters. A query that may look at no key has context 0 in
             all heads: its result is `out_proj_bias`.
         weights : ndarray, shape (..., H, Lq, Lk)
-            If `return_weights`.
+            If `return_weights`; with `bias_kv` (..., H, Lq, Lk + 1), that of the key on top last.
         saved : Saved
             If `return_saved`: see `backward`.
 
@@ -324,6 +340,14 @@ class MultiHeadAttention(Layer):
         mask: Any = saved.mask
         grad_result, result = grad_context.reshape(saved.context.shape).swapaxes(-2, -3), saved.context.swapaxes(-2, -3)
         grad_heads = attention_backward(grad_result, *saved.heads, result, saved.lse, mask, **saved.options)
+        if self.bias_kv:
+            own = self._extra(saved.options)
+            arguments = grad_result, saved.heads[0], *own[:2], result, saved.lse, *own[2:]
+            grad_query, grad_key, grad_value = extra_key.attend_backward(*arguments)
+            grad_heads = (grad_heads[0] + grad_query, *grad_heads[1:])
+            gradients["bias_k"], gradients["bias_v"] = (
+                grad.reshape(self.bias_k.shape) for grad in (grad_key, grad_value)
+            )
         grad_inputs = self._project_backward(grad_heads, saved, gradients)
         return grad_inputs, self.as_gradients(gradients)
 
@@ -357,18 +381,28 @@ class MultiHeadAttention(Layer):
         grouped = self.num_kv_heads != self.num_heads
         told: dict[str, Any] = {"is_causal": is_causal, **options}
         wanted: Any = {"return_lse": True, "return_weights": return_weights, "out": context.swapaxes(-2, -3)}
-        _, lse, *weights = attention(q, k, v, mask, enable_gqa=grouped, **told, **wanted)
+        told["enable_gqa"] = grouped
+        _, lse, *found = attention(q, k, v, mask, **told, **wanted)
+        weights = found[0] if found else None
+        if self.bias_kv:
+            own = self._extra(told)
+            lse, weights = extra_key.attend(q, *own[:2], wanted["out"], lse, weights, *own[2:])
         return _Attended(
             layer=self,
             inputs=given,
             arrays=arrays,
             heads=(q, k, v),
             mask=mask,
-            options={**told, "enable_gqa": grouped},
+            options=told,
             context=context,
             lse=lse,
-            weights=weights[0] if weights else None,
+            weights=weights,
         )
+
+    def _extra(self, told: dict[str, Any]) -> tuple[Array, Array, float | None, bool]:
+        """Return the key and the value on top, shape (Hk, 1, D), and what attention to them is told."""
+        key, value = (each.reshape(self.num_kv_heads, 1, self.head_dim) for each in (self.bias_k, self.bias_v))
+        return key, value, told.get("softcap"), told["enable_gqa"]
 
     def _ends(self) -> tuple[int, int, int, int]:
         """Return where the features of the heads of query, key and value begin and end, one after the other."""

@@ -63,7 +63,15 @@ def sinusoidal_positions(length: int, dim: int, *, dtype: DTypeLike = np.float64
     return result
 
 
-def rotary(x: ArrayLike, positions: ArrayLike, *, base: float = BASE, interleaved: bool = False) -> NDArray[Any]:
+def rotary(
+    x: ArrayLike,
+    positions: ArrayLike | None = None,
+    *,
+    base: float = BASE,
+    interleaved: bool = False,
+    rotary_dim: int | None = None,
+    angles: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None,
+) -> NDArray[Any]:
     """Rotate pairs of features by angles that grow with the position [1]_.
 
     The product of a query and a key that have been rotated depends on how far they are apart, and not on where.
@@ -71,14 +79,21 @@ def rotary(x: ArrayLike, positions: ArrayLike, *, base: float = BASE, interleave
     Parameters
     ----------
     x : array_like, shape (..., L, D)
-        Queries or keys; D is even. float32, float64, or integers, which compute in float64.
+        Queries or keys. float32, float64, or integers, which compute in float64.
     positions : array_like, broadcasting to (..., L)
         Where each row stands: whole or real finite numbers.
     base : float
-        Pair i turns by position / base^(2i / D).
+        Pair i turns by position / base^(2i / R).
     interleaved : bool
         Which features are a pair: 2i and 2i + 1, as in the paper, GPT-J and Cohere's models; or, by default, i and
-        i + D/2, as in GPT-NeoX, Llama and most others.
+        i + R/2, as in GPT-NeoX, Llama and most others.
+    rotary_dim : int, optional
+        R, how many features turn, the first ones of x; the others stay as they are, as in GPT-J, GPT-NeoX and Phi. It
+        is even, and D unless given.
+    angles : array_like, broadcasting to (..., L, R/2), or a tuple of two, optional
+        Given in place of positions: by which angle each pair of each row turns; or (cosine, sine) of that, which may
+        have a factor in them. These say R as well. Those of a batch, (B, L, R/2), are ``angles[:, None]`` where x has
+        an axis of heads.
 
     Returns
     -------
@@ -90,7 +105,13 @@ def rotary(x: ArrayLike, positions: ArrayLike, *, base: float = BASE, interleave
     TypeError
         If an argument is of a kind or dtype that has no meaning here.
     ValueError
-        If D is odd, the positions do not broadcast or are not finite, or `base` is not a positive finite number.
+        If the number of features that turn is odd, or above D; positions or angles do not broadcast, are not finite, or
+        both are given; or `base` is not a positive finite number.
+
+    Notes
+    -----
+    A rotation is undone, and a gradient taken back through it, by the same call with ``-positions``, ``-angles`` or
+    ``(cosine, -sine)``.
 
     References
     ----------
@@ -107,24 +128,68 @@ def rotary(x: ArrayLike, positions: ArrayLike, *, base: float = BASE, interleave
     >>> near, far = (rotary(query, [at + 3]) @ rotary(key, [at]).T for at in (0, 1000))
     >>> np.allclose(near, far)
     True
+    >>> rotary(np.array([[1.0, 0.0, 5.0]]), angles=[[np.pi / 2]]).round(6)
+    array([[0., 1., 5.]])
     """
     (rows,) = as_common({"x": x})
-    dim = rows.shape[-1] if rows.ndim else 0
-    if rows.ndim < 2 or dim % 2:
-        raise ValueError(f"x: shape {rows.shape}; expected (..., length, features), with an even number of features")
-    where = as_positions(positions, rows.shape[:-1])
+    if rows.ndim < 2:
+        raise ValueError(f"x: shape {rows.shape}; expected (..., length, features)")
+    turning = _turning(rows.shape, rotary_dim, angles)
     base = finite_real("base", base, "expected a positive finite number", above=0.0)
-    first: Any = np.s_[..., : dim // 2]
-    second: Any = np.s_[..., dim // 2 :]
-    if check_flag("interleaved", interleaved):
-        first, second = np.s_[..., 0::2], np.s_[..., 1::2]
     result = np.empty(rows.shape, rows.dtype)
     with np.errstate(all="ignore"):
-        angles = _angles(where, dim, base)
-        cosine, sine = np.cos(angles).astype(rows.dtype), np.sin(angles).astype(rows.dtype)
+        if angles is None:
+            if positions is None:
+                raise TypeError("positions: None without angles; expected where each row stands")
+            turns = _angles(as_positions(positions, rows.shape[:-1]), turning, base)
+            cosine, sine = np.cos(turns), np.sin(turns)
+        elif positions is not None:
+            raise ValueError("angles: given together with positions; expected one of them")
+        else:
+            cosine, sine = _as_turns(angles, (*rows.shape[:-1], turning // 2))
+        cosine, sine = cosine.astype(rows.dtype), sine.astype(rows.dtype)
+        first: Any = np.s_[..., : turning // 2]
+        second: Any = np.s_[..., turning // 2 : turning]
+        if check_flag("interleaved", interleaved):
+            first, second = np.s_[..., 0:turning:2], np.s_[..., 1:turning:2]
         result[first] = rows[first] * cosine - rows[second] * sine
         result[second] = rows[first] * sine + rows[second] * cosine
+        result[..., turning:] = rows[..., turning:]
     return result
+
+
+def _turning(shape: Shape, rotary_dim: int | None, angles: Any) -> int:
+    """Return how many features of rows turn."""
+    dim = shape[-1]
+    turning: int
+    if rotary_dim is not None:
+        turning = check_size("rotary_dim", rotary_dim, least=0)
+        if turning % 2 or turning > dim:
+            raise ValueError(f"rotary_dim: {rotary_dim}; expected an even number up to {dim}, the features of x")
+        return turning
+    if angles is not None:
+        one = angles[0] if isinstance(angles, tuple) and len(angles) == 2 else angles
+        turning = 2 * (np.shape(one) or (0,))[-1]
+        if turning <= dim:
+            return turning
+        raise ValueError(f"angles: shape {np.shape(one)}; expected up to {dim // 2} for each row, the pairs of x")
+    if dim % 2:
+        raise ValueError(
+            f"x: shape {shape}; expected (..., length, features), with an even number of features, or rotary_dim"
+        )
+    return dim
+
+
+def _as_turns(angles: Any, pairs: Shape) -> tuple[Array, Array]:
+    """Return the cosine and the sine of what was given as angles, or what was given as these."""
+    both = isinstance(angles, tuple) and len(angles) == 2
+    named = {"angles[0]": angles[0], "angles[1]": angles[1]} if both else {"angles": angles}
+    found = as_common(named, also=FLOAT64)
+    for name, array in zip(named, found, strict=True):
+        check_broadcasts(name, array.shape, pairs, "the pairs of x")
+        if not np.isfinite(array).all():
+            raise ValueError(f"{name}: some are NaN or infinite; expected finite numbers")
+    return (found[0], found[1]) if both else (np.cos(found[0]), np.sin(found[0]))
 
 
 def as_positions(given: ArrayLike, rows: Shape) -> Array:

@@ -22,6 +22,7 @@ from fastattn.layers.masks import as_key_mask, changed, combine, mask_of_scores
 from fastattn.layers.multihead import MultiHeadAttention
 from fastattn.layers.scores import one_head
 from fastattn.reference.forward import evaluate, scores_of, softmax, visibility, weighted_sum
+from fastattn.reference.merge import merged
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -52,7 +53,7 @@ def multi_head_attention(
     Returns
     -------
     out : ndarray, shape (..., Lq, E)
-    weights : ndarray, shape (..., H, Lq, Lk)
+    weights : ndarray, shape (..., H, Lq, Lk), or one more with `bias_kv`
     """
     key = query if key is None else key
     value = key if value is None else value
@@ -73,10 +74,22 @@ def multi_head_attention(
     grouped = layer.num_heads != layer.num_kv_heads
     q, k, v = heads
     problem, operands = describe(q, k, v, mask, is_causal=is_causal, enable_gqa=grouped, **options)
-    context, _, weights = evaluate(replace(problem, real=real), operands)
+    context, lse, weights = evaluate(replace(problem, real=real), operands)
+    if layer.bias_kv:
+        k, v = (state[name].reshape(layer.num_kv_heads, 1, layer.head_dim) for name in ("bias_k", "bias_v"))
+        problem, operands = describe(q, k, v, enable_gqa=grouped, softcap=options.get("softcap"))
+        context, weights = _with_extra_key(context, lse, weights, *evaluate(replace(problem, real=real), operands)[:2])
     context = context.swapaxes(-2, -3)  # (B, L, H, D)
     out = context.reshape(*context.shape[:-2], embed) @ state["out_proj.weight"].T
     return out + state.get("out_proj.bias", 0), weights
+
+
+def _with_extra_key(context: Array, lse: Array, weights: Array, own: Array, own_lse: Array) -> tuple[Array, Array]:
+    """Merge what attention to one more key is."""
+    own, own_lse = np.broadcast_to(own, context.shape), np.broadcast_to(own_lse, lse.shape)
+    merged_context, merged_lse = merged([(context, lse), (own, own_lse)])
+    shares = [np.exp(piece - merged_lse)[..., None] for piece in (lse, own_lse)]
+    return merged_context.astype(context.dtype), np.concatenate([weights * shares[0], shares[1]], axis=-1)
 
 
 @np.errstate(all="ignore")

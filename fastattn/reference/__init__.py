@@ -15,6 +15,8 @@ from fastattn.reference.forward import (
     evaluate,
     summarise,
 )
+from fastattn.reference.merge import merge
+from fastattn.reference.varlen import attention_varlen, attention_varlen_backward
 
 __all__ = [
     "AttentionSummary",
@@ -23,10 +25,13 @@ __all__ = [
     "attention",
     "attention_backward",
     "attention_summary",
+    "attention_varlen",
+    "attention_varlen_backward",
     "attention_weights",
     "differentiate",
     "evaluate",
     "keep_mask",
+    "merge",
     "philox",
     "summarise",
 ]

@@ -12,7 +12,7 @@ __all__ = ["keep_mask", "kept_weights", "philox"]
 
 def kept_weights(problem: Problem, seed: int) -> NDArray[np.bool_]:
     """Say which weights dropout keeps, shape (..., Lq, Lk)."""
-    batch = np.arange(int(np.prod(problem.batch)))[:, None]
+    batch = problem.scores.first_batch + np.arange(int(np.prod(problem.batch)))[:, None]
     head = np.arange(problem.heads)
     kept = keep_mask(seed, batch, head, problem.queries, problem.keys, problem.dropout_p)
     return kept.reshape(*problem.rows_shape, problem.queries, problem.keys)

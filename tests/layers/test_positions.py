@@ -81,6 +81,75 @@ def test_rotary_positions_broadcast() -> None:
         assert np.isnan(rotary(np.full((1, 2), np.inf, np.float32), [1])).any()
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_part_of_the_features_turns_and_the_rest_stays(interleaved: bool, dtype: Any) -> None:
+    x = np.random.default_rng(0).standard_normal((2, 3, 5, 9)).astype(dtype)
+    before = x.copy()
+    for turning in (0, 2, 6, 8):
+        result = rotary(x, np.arange(5), rotary_dim=turning, interleaved=interleaved)
+        own = rotary(x[..., :turning], np.arange(5), interleaved=interleaved)
+        assert np.array_equal(result, np.concatenate([own, x[..., turning:]], axis=-1))
+    assert np.array_equal(x, before)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_angles_may_be_given_in_place_of_positions(interleaved: bool) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, 3, 5, 8))
+    angles = np.arange(5)[:, None] * 10000.0 ** (-np.arange(0, 6, 2) / 6)
+    wanted = rotary(x, np.arange(5), rotary_dim=6, interleaved=interleaved)
+    close = np.finfo(float).eps * 20
+    for given in (angles, angles.tolist(), (np.cos(angles), np.sin(angles))):
+        for turning in (None, 6):
+            result = rotary(x, angles=given, rotary_dim=turning, interleaved=interleaved)
+            assert np.abs(result - wanted).max() <= close
+    each = rng.standard_normal((2, 5, 3))  # those of a batch
+    result = rotary(x, angles=each[:, None], interleaved=interleaved)
+    for b in range(2):
+        assert np.array_equal(result[b], rotary(x[b], angles=each[b], interleaved=interleaved))
+    doubled = rotary(x, angles=(2 * np.cos(angles), 2 * np.sin(angles)), interleaved=interleaved)
+    assert np.abs(doubled[..., :6] - 2 * wanted[..., :6]).max() <= 4 * close
+
+
+def test_rotary_is_that_of_gptj_and_gpt_neox() -> None:
+    torch = pytest.importorskip("torch")
+    gptj = pytest.importorskip("transformers.models.gptj.modeling_gptj")
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, 7, 3, 12))  # (batch, length, heads, features)
+    angles = np.arange(7)[:, None] * 10000.0 ** (-np.arange(0, 8, 2) / 8)
+    sine, cosine = (torch.from_numpy(np.broadcast_to(of, (2, 7, 4)).copy()) for of in (np.sin(angles), np.cos(angles)))
+    turned = gptj.apply_rotary_pos_emb(torch.from_numpy(x[..., :8].copy()), sine, cosine)
+    wanted = np.concatenate([turned.numpy(), x[..., 8:]], axis=-1).swapaxes(1, 2)
+    found = rotary(x.swapaxes(1, 2), np.arange(7), rotary_dim=8, interleaved=True)
+    assert np.abs(found - wanted).max() <= 100 * np.finfo(float).eps
+    neox = pytest.importorskip("transformers.models.gpt_neox.modeling_gpt_neox")
+    query = torch.from_numpy(x.swapaxes(1, 2).copy())
+    both = torch.cat([cosine, cosine], -1), torch.cat([sine, sine], -1)
+    theirs = neox.apply_rotary_pos_emb(query, query, *both)[0].numpy()
+    found = rotary(x.swapaxes(1, 2), np.arange(7), rotary_dim=8)
+    assert np.abs(found - theirs).max() <= 100 * np.finfo(float).eps
+
+
+@pytest.mark.parametrize("turns", ["positions", "angles", "cosine and sine"])
+def test_a_gradient_goes_back_through_the_opposite_rotation(turns: str) -> None:
+    rng = np.random.default_rng(0)
+    x, grad = rng.standard_normal((2, 4, 7))
+    angles = rng.standard_normal((4, 3))
+    there, back = {
+        "positions": ({"positions": np.arange(4), "rotary_dim": 6}, {"positions": -np.arange(4), "rotary_dim": 6}),
+        "angles": ({"angles": angles}, {"angles": -angles}),
+        "cosine and sine": (
+            {"angles": (np.cos(angles), np.sin(angles))},
+            {"angles": (np.cos(angles), -np.sin(angles))},
+        ),
+    }[turns]
+    step = 1e-6 * rng.standard_normal(x.shape)
+    change = (grad * (rotary(x + step, **there) - rotary(x - step, **there)) / 2).sum()
+    assert abs(change - (rotary(grad, **back) * step).sum()) <= 1e-12
+    assert np.abs(rotary(rotary(x, **there), **back) - x).max() <= 1e-14
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
@@ -99,6 +168,17 @@ def test_rotary_positions_broadcast() -> None:
         (lambda: rotary(np.ones((2, 4)), [0, 1], base=10**400), ValueError, "base: 1000.* positive finite"),
         (lambda: rotary(np.ones((2, 4)), [0, 1], base="10"), TypeError, "base: '10'"),
         (lambda: rotary(np.ones((2, 4)), [0, 1], interleaved=1), TypeError, "interleaved: 1"),
+        (lambda: rotary(np.ones((2, 4)), [0, 1], rotary_dim=3), ValueError, "rotary_dim: 3; expected an even number"),
+        (lambda: rotary(np.ones((2, 4)), [0, 1], rotary_dim=6), ValueError, "rotary_dim: 6; expected .* up to 4"),
+        (lambda: rotary(np.ones((2, 4)), [0, 1], rotary_dim=2.0), TypeError, "rotary_dim: 2.0"),
+        (lambda: rotary(np.ones((2, 4))), TypeError, "positions: None without angles"),
+        (lambda: rotary(np.ones((2, 4)), [0, 1], angles=np.ones((2, 2))), ValueError, "angles: given together"),
+        (lambda: rotary(np.ones((2, 4)), angles=np.ones((2, 3))), ValueError, "angles: shape .2, 3.; .* up to 2"),
+        (lambda: rotary(np.ones((2, 4)), angles=np.ones((3, 2))), ValueError, "angles: shape .3, 2."),
+        (lambda: rotary(np.ones((2, 8)), angles=np.ones((2, 3)), rotary_dim=4), ValueError, "angles: shape .2, 3."),
+        (lambda: rotary(np.ones((2, 4)), angles=(np.ones((2, 2)), np.ones((3, 2)))), ValueError, r"angles.1.: shape"),
+        (lambda: rotary(np.ones((2, 4)), angles=[[np.inf, 0]]), ValueError, "angles: some are NaN or infinite"),
+        (lambda: rotary(np.ones((2, 4)), angles=np.ones((2, 2), complex)), TypeError, "angles: dtype complex128"),
     ],
 )
 def test_bad_positions_are_refused(make: Any, error: type[Exception], message: str) -> None:

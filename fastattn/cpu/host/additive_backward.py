@@ -93,7 +93,7 @@ def _run(
     _note(given, grad_weight=parts, sums=sums, turns=turns, cuts=cuts if lengths else None)
     given["precise"], given["slack"] = limit_of(dtype, upstream.rounded), slack(upstream.rounded, problem.head_dim)
     with prepared(problem, operands, session.current.row.tile(dtype.type.__name__)) as ready:
-        session.current.run(plan, (*ready, given, arrays["lse"], weight, None, None))
+        session.current.run(plan, (*ready, given, arrays["lse"], weight, None, None, 0))
     with np.errstate(all="ignore"):
         summed: Array = parts.sum(axis=0, dtype=np.float64).astype(dtype)
     return summed

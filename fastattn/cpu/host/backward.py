@@ -69,7 +69,7 @@ def attention_backward(
         - arrays that the function of scores captures: of their shapes, float64
     """
     lead, dtype = problem.rows_shape, problem.real
-    own = _own_axes(problem, *(split_shape(shapes[name], problem, shared=True) for name in ("key", "value")))
+    own = own_axes(problem, *(split_shape(shapes[name], problem, shared=True) for name in ("key", "value")))
     summed = tuple(size if axis in own else 1 for axis, size in enumerate(lead))
     arrays: Arrays = dict.fromkeys(GRADIENT_ARRAYS)
     arrays |= operands._asdict()
@@ -81,7 +81,7 @@ def attention_backward(
     found = {"query": grad_query, "key": grad_key, "value": grad_value}
     if "attn_mask" in names:
         split = split_shape(shapes["attn_mask"], problem)
-        mask_axes = _own_axes(problem, split)
+        mask_axes = own_axes(problem, split)
         found["attn_mask"] = arrays["grad_bias"] = np.zeros(
             (*(n if axis in mask_axes else 1 for axis, n in enumerate(lead)), *split[-2:]), dtype
         )
@@ -91,17 +91,18 @@ def attention_backward(
     arrays["deltas"] = np.empty((3, lse.size), dtype)
     arrays["sink_weights"] = weights = np.full_like(lse, np.nan) if "sinks" in names else None
     arrays["slope_sums"] = sums = np.zeros_like(lse) if "alibi_slopes" in names else None
+    numbers = {"seed": seed, "first_batch": problem.scores.first_batch}
     factor = _factor_of_scores(problem, names)
     rows_suffice = set(names) == {"sinks"} and is_precise(lse, limit_of(dtype, upstream.rounded)).all()
     if problem.keys and lse.size and not rows_suffice:
-        plans = [_planned(_by_keys, problem, arrays, upstream.rounded, own, factor, threads)]
+        plans = [planned(by_keys, problem, arrays, upstream.rounded, own, factor, threads)]
         if "attn_mask" in names:
-            plans.append(_planned(_by_rectangles, problem, arrays, upstream.rounded, mask_axes, factor, threads))
+            plans.append(planned(_by_rectangles, problem, arrays, upstream.rounded, mask_axes, factor, threads))
         if parts.names:
-            plans.append(_planned(_by_parts, problem, arrays, upstream.rounded, own, factor, threads, parts.number))
+            plans.append(planned(_by_parts, problem, arrays, upstream.rounded, own, factor, threads, parts.number))
         with prepared(problem, operands, _tile(problem), parts) as ready:
             for plan, counters in plans:
-                _run(plan, counters, {**arrays, "functions": ready.captured}, seed)
+                _run(plan, counters, {**arrays, "functions": ready.captured}, numbers)
     with np.errstate(all="ignore"):
         if factor != problem.scores.scale:
             grad_query *= problem.scores.scale
@@ -120,19 +121,19 @@ def _factor_of_scores(problem: Problem, names: Sequence[str]) -> float:
     return 1.0 if "alibi_slopes" in names and abs(scale) < LEAST_FACTOR else scale
 
 
-def _own_axes(problem: Problem, *splits: Shape) -> list[int]:
+def own_axes(problem: Problem, *splits: Shape) -> list[int]:
     """Return the leading axes that one of these arguments has, and is not broadcast along."""
     rank = len(problem.rows_shape)
     found = {rank - i for split in splits for i, size in enumerate(reversed(split[:-2]), 1) if size != 1}
     return sorted(found)
 
 
-def _run(plan: Plan, counters: int, arrays: Mapping[str, Any], seed: int) -> None:
-    objects: dict[str, Any] = {**arrays, "turns": np.zeros(counters, np.int64), "seed": seed}
+def _run(plan: Plan, counters: int, arrays: Mapping[str, Any], numbers: Mapping[str, int]) -> None:
+    objects: dict[str, Any] = {**arrays, "turns": np.zeros(counters, np.int64), **numbers}
     session.current.run(plan, tuple(objects.get(name) for name in CALL_NAMES))
 
 
-def _planned(
+def planned(
     make: Callable[..., tuple[Plan, int]],
     problem: Problem,
     arrays: Arrays,
@@ -160,7 +161,7 @@ def _planned(
     return session.current.plans.of(key, lambda: make(problem, arrays, rounded, own, factor, threads, *further))
 
 
-def _by_keys(
+def by_keys(
     problem: Problem, arrays: Arrays, rounded: np.dtype[Any], own: list[int], factor: float, threads: int
 ) -> tuple[Plan, int]:
     """Plan the backward pass: its tasks own keys of one head, of which some leading axes make one each."""

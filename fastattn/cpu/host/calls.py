@@ -57,13 +57,14 @@ def calls_of(kernel: Library) -> Calls:
 def _note(held: Array, record: Array, *objects: Any) -> int:
     """Write the record of a call at the beginning of its working memory; return where that is."""
     at = _aligned(address_of(held))
-    numbers = [address_of(record), at + RECORD_BYTES, *map(_number, objects)]
+    numbers = [address_of(record), at + RECORD_BYTES, *map(number_of, objects)]
     place = at - address_of(held)
     held[place : place + 8 * len(numbers)].view(np.uint64)[:] = numbers
     return at
 
 
-def _number(thing: Any) -> int:
+def number_of(thing: Any) -> int:
+    """What a record has of an object: the address of an array's first element, an integer, or 0 for None."""
     if thing is None:
         return 0
     return thing % 2**64 if isinstance(thing, int) else address_of(thing)

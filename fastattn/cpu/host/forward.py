@@ -58,7 +58,7 @@ def evaluate(
     with prepared(problem, operands, choose_tile(session.current.row, problem.real, problem.queries)) as ready:
         # first: out may be the query
         matrix = weights(problem, ready, target, seed, threads, weight, score) if return_weights else None
-        result = attention(plan, *ready, target, return_lse, seed, weight)
+        result = attention(plan, *ready, target, return_lse, seed, weight, problem.scores.first_batch)
     if matrix is not None:
         result = (*(result if return_lse else (result,)), matrix)
     return delivered(result, target, out)
@@ -94,6 +94,7 @@ def attention(
     return_lse: bool,
     seed: int | None = None,
     weight: Array | None = None,
+    first_batch: int = 0,
 ) -> Any:
     """Run a planned call; the results asked for, as `fastattn.attention` returns them.
 
@@ -108,11 +109,13 @@ def attention(
     here = session.current
     if plan.is_small:  # as `Session.run` does, without a microsecond's tenth for that
         held = here.memory.of(plan.memory_bytes)[1]
+        # fmt: off
         plan.calls.quick(
-            held, plan.record, query, key, value, bias, keep, heads, functions, out, lse, weight, None, seed
+            held, plan.record, query, key, value, bias, keep, heads, functions, out, lse, weight, None, seed, first_batch
         )
+        # fmt: on
     else:
-        here.run(plan, (query, key, value, bias, keep, heads, functions, out, lse, weight, None, seed))
+        here.run(plan, (query, key, value, bias, keep, heads, functions, out, lse, weight, None, seed, first_batch))
     return out if lse is None else (out, lse)
 
 
@@ -129,5 +132,6 @@ def weights(
     matrix = np.empty(problem.weights_shape, problem.storage)
     plan = _plan("weights", problem, operands, out, threads, score)
     query, key, _, *others = operands
-    session.current.run(plan, (query, key, None, *others, None, None, weight, matrix, seed))
+    first_batch = problem.scores.first_batch
+    session.current.run(plan, (query, key, None, *others, None, None, weight, matrix, seed, first_batch))
     return matrix

@@ -82,7 +82,7 @@ def prepared(problem: Problem, operands: Operands, tile: TileShape, parts: Parts
         return
     scores, given = problem.scores, operands.captured
     record = np.zeros(1, FUNCTIONS)
-    record["heads"] = max(1, problem.heads)
+    record["heads"], record["first_row"] = max(1, problem.heads), scores.first_batch
     held: list[Array] = []
     if scores.score_mod is not None:
         library = compiled("score_function", scores.score_mod, tile)
@@ -136,11 +136,12 @@ def kinds_of_blocks(
     if operands.heads is not None and "offset" in problem.scores.own:
         offsets = operands.heads["offset"].reshape(batches, -1)[:, 0]
     assert operands.captured is not None
+    first_row = problem.scores.first_batch if "batch" in function.reads else 0
     rows = batches if "batch" in function.reads or len(offsets) > 1 else 1
     heads = problem.heads if "head" in function.reads else 1
     key = (
         "kinds", function, contents(operands.captured.seen), rows, heads, bytes(np.asarray(offsets, np.int64)),
-        problem.queries, problem.keys,
+        problem.queries, problem.keys, first_row,
     )  # fmt: skip
 
     def find() -> Array:
@@ -152,7 +153,7 @@ def kinds_of_blocks(
                 for block in range(blocks[0]):
                     first = block * KIND_QUERIES
                     count = min(KIND_QUERIES, problem.queries - first)
-                    where = (address_of(kinds[row, head, block]), row, head, first, count, offset)
+                    where = (address_of(kinds[row, head, block]), first_row + row, head, first, count, offset)
                     library.look(*where, problem.keys, KIND_KEYS, address_of(record))
         return kinds
 

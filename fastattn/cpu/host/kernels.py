@@ -45,6 +45,7 @@ def every_kernel(row: Isa) -> Iterator[Kernel]:
     yield Kernel("schedule", row)
     yield Kernel("signature", row)
     yield Kernel("overlaps", row)
+    yield Kernel("several", row)
     for dtype in ("float32", "float64"):
         tile = row.tile(dtype)
         for shape in (tile, row.tall_tile(dtype)):

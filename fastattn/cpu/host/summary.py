@@ -82,7 +82,7 @@ def _run(draft: Draft, operands: Operands, threads: int, record: Array, weights:
     plan = draft.finish(threads)
     with prepared(draft.problem, operands, draft.kernel.tile) as ready:
         query, key, _, *others = ready
-        session.current.run(plan, (query, key, None, *others, record, None, None, weights, None))
+        session.current.run(plan, (query, key, None, *others, record, None, None, weights, None, 0))
 
 
 def _draft(work: str, problem: Problem, operands: Operands, threads: int) -> Draft:

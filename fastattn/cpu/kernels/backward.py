@@ -259,7 +259,7 @@ def weigh(kernel, call, plan, head, s, first_query, first_key, offset, lost, scr
     product_along(tile, grad_begin, count, values, plan.panel, grad_lanes, plan.value_dim, grads)
     dropping = "dropout" in kernel.steps and plan.drop_below > 0
     if dropping:
-        drop(tile, plan, call.seed, grads, count, head.number, first_query, first_key + part.begin)
+        drop(tile, plan, call, grads, count, head.number, first_query, first_key + part.begin)
     with_slopes = "mask" in kernel.steps and kernel.work == "backward" and call.slope_sums != 0
     bare = grads
     if "softcap" in kernel.steps:
@@ -287,7 +287,7 @@ def weigh(kernel, call, plan, head, s, first_query, first_key, offset, lost, scr
     if with_slopes:
         add_distances(kernel, plan, head, weights, grads, bare, count, first_query, first_key + part.begin, s, scratch)
     if dropping:
-        drop(tile, plan, call.seed, weights, count, head.number, first_query, first_key + part.begin)
+        drop(tile, plan, call, weights, count, head.number, first_query, first_key + part.begin)
     behind = whole_tiles(tile, count) - count
     clear(tile, weights + count * tile.row_bytes, behind)
     clear(tile, grads + count * tile.row_bytes, behind)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from fastattn.cpu.kernels import additive_backward, backward, captured_gradient, mask_gradient, schedule
+from fastattn.cpu.kernels import additive_backward, backward, captured_gradient, mask_gradient, schedule, several
 from fastattn.cpu.kernels.entry import in_default_mode, note, overlaps, quick_function, shared, signature
 from fastattn.cpu.kernels.forward import forward_group
 from fastattn.cpu.kernels.key_weights import sum_weights
@@ -77,6 +77,7 @@ FUNCTIONS: dict[str, Callable[[Kernel], dict[str, Any]]] = {
     "score_function": score_functions,
     "captured_function": captured_functions,
     "seen_function": seen_functions,
+    "several": lambda kernel: _tasks(several.task),
     "peak": _peak,
     "schedule": lambda kernel: vars(schedule),
     "signature": lambda kernel: {"signature": signature, "in_default_mode": in_default_mode},

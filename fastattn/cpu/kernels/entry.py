@@ -5,8 +5,6 @@ the address of the arguments' own addresses, and their number; or METH_VARARGS |
 a dictionary. `fastattn.cpu.host.builtin` makes builtins of them.
 """
 
-import numpy as np
-
 from fastattn.cpu.kernels.records import ALIGNMENT, LINK, RECORD_BYTES, SCHEDULE, START
 from fastattn.machine.objects import (
     ARRAY_DIMENSIONS,
@@ -24,7 +22,7 @@ WORD = 8
 NONE, TRUE, FALSE, FLOAT, INT = -1, -2, -3, -4, -5  # in a signature, in the place of an array's rank
 ITEMSIZE = 8  # of an element, at most
 
-link_view, schedule_view = record_view(LINK), record_view(np.dtype(SCHEDULE))
+link_view, schedule_view = record_view(LINK), record_view(SCHEDULE)
 signature_memory = stack_memory((MOST_ARRAYS * (2 + 2 * MOST_AXES) + 2 * MOST_OBJECTS) * WORD)
 overflow_memory = stack_memory(WORD)
 

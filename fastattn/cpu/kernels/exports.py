@@ -19,6 +19,7 @@ EXPORTS: dict[str, dict[str, int]] = {
     "score_function": {"value": 8, "slope": 9, "along": 7, "marks": 3},
     "captured_function": {"add": 10},
     "seen_function": {"hide": 8, "look": 9, "marks": 3},
+    "several": _TASKS,
     "peak": {"run": 5},
     "schedule": {"start": 6, "take_part": 2, "cancel": 2, "work": 3},
     "signature": {"signature": 3, "in_default_mode": 3},

@@ -91,7 +91,7 @@ def attend(kernel, call, plan, head, number, state, room, part, first, first_key
     absorb(kernel, scores, count, top, relative, to_base_2, m, m + tile.row_bytes, block, plan.value_dim)
     first_key += part.begin
     if "dropout" in kernel.steps and plan.drop_below > 0:
-        drop(tile, plan, call.seed, scores, count, number, first, first_key)
+        drop(tile, plan, call, scores, count, number, first, first_key)
     _, row, _ = value_steps(kernel, plan)
     values += part.begin * row
     if not finite and (part.begin < part.full or part.full_end < part.end):

@@ -12,14 +12,15 @@ from fastattn.call.scores import HEAD
 i8, f8 = np.int64, np.float64
 
 # What every plan begins with: how its tasks are run, and what its heads have.
-SCHEDULE = [
+_SCHEDULE = [
     ("tasks", i8),
     ("workers", i8),  # that may take part besides the caller
     ("turn", i8),  # tasks that the caller does between two looks at Python's signals
     ("scratch_bytes", i8),  # working memory of one thread
     *(("own_" + name, HEAD[name].type) for name in HEAD.names or ()),  # what a head has that has nothing of its own
 ]
-OWN_AT = np.dtype(SCHEDULE).itemsize - HEAD.itemsize
+SCHEDULE = np.dtype(_SCHEDULE)
+OWN_AT = SCHEDULE.itemsize - HEAD.itemsize
 _PARTS = [
     ("queries", i8),
     ("keys", i8),
@@ -66,7 +67,7 @@ _PARTS = [
     ("key_step", i8),  # from row to row as the micro-kernel finds them, in place or copied
     ("value_step", i8),
 ]
-PLAN = np.dtype([*SCHEDULE, *_PARTS])
+PLAN = np.dtype([*_SCHEDULE, *_PARTS])
 
 AXIS = np.dtype([(name, i8) for name in ("size", "query", "key", "value", "bias", "keep", "out")])
 
@@ -87,8 +88,14 @@ CALL = np.dtype(
         ("weight", i8),  # of the features, contiguous: additive attention only
         ("weights", i8),
         ("seed", i8),
+        ("first_batch", i8),  # the number of the first row of the batch in the call that this may be a piece of
     ]
 )
+
+# The record of several calls that are run as one (their plan is `SCHEDULE` alone), and of some tasks of one of them.
+SEVERAL = np.dtype([("plan", i8), ("scratch", i8), ("runs", i8)])
+# Of these: the address of the kernel's function, that of the record of the call, the first task, and where they end.
+RUN = ("task", "call", "first", "end")
 
 # What a compiled function that Python calls as a builtin is bound to.
 LINK = np.dtype(
@@ -154,7 +161,7 @@ GRADIENT_PARTS = (
 )
 GRADIENT_PLAN = np.dtype(
     [
-        *SCHEDULE,
+        *_SCHEDULE,
         ("grad_out_row", i8),
         ("grad_out_column", i8),
         ("grad_query_row", i8),
@@ -197,6 +204,7 @@ GRADIENT_CALL = np.dtype(
         # each group of keys of each head of keys, the parts of the queries that have been there.
         ("turns", i8),
         ("seed", i8),
+        ("first_batch", i8),
     ]
 )
 

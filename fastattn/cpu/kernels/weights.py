@@ -68,7 +68,7 @@ def weigh_block(kernel, call, plan, head, number, first_query, scratch):
                 continue
             exponentials(kernel, rows, count, tile_load(tile.single, m, 0), plan.to_base_2, zero)
             if plan.drop_below > 0:
-                drop(tile, plan, call.seed, rows, count, number, first_query, first_key + part.begin)
+                drop(tile, plan, call, rows, count, number, first_query, first_key + part.begin)
             sums = tile_load(tile.single, total, 0)
             write_weights(tile, plan, scores, part, sums, factors, weights, first_key, present)
 

@@ -188,7 +188,7 @@ def _of_host_arrays(
         others = {name: place.move(name, array) for name, array in upstream.items()}
         found = differentiate(call, others, seed, names, options)
         gradients = {name: place.deliver(found[name]) for name in names}
-    return tuple(_own_dtype(gradient, sources[name], problem.real) for name, gradient in gradients.items())
+    return tuple(own_dtype(gradient, sources[name], problem.real) for name, gradient in gradients.items())
 
 
 def _sources(given: dict[str, Any], options: Options) -> dict[str, Any]:
@@ -197,7 +197,7 @@ def _sources(given: dict[str, Any], options: Options) -> dict[str, Any]:
     return sources_of(given["query"], given["key"], given["value"], first, cast("FurtherOptions", options))
 
 
-def _own_dtype(gradient: NDArray[Any], argument: Any, dtype: np.dtype[Any]) -> NDArray[Any]:
+def own_dtype(gradient: NDArray[Any], argument: Any, dtype: np.dtype[Any]) -> NDArray[Any]:
     """Return a gradient in the dtype of its argument, if that is floating, else in that of the arithmetic."""
     own = np.asarray(argument).dtype
     with np.errstate(all="ignore"):

@@ -17,12 +17,12 @@ from fastattn.cuda.kernels.plan import (
     BOUND_KEYS,
     BOUND_LAST,
     BOUNDS,
-    DROP_BELOW,
     OPERANDS,
     OUT,
     OWN,
     QUERIES,
     QUERY,
+    SIZES,
     SLICES,
     VALUE_DIM,
 )
@@ -68,7 +68,7 @@ def sizes_of(problem: Problem, heads: Array | None = None) -> NDArray[np.int64]:
     causal_offset = keys if scores.right is None else min(max(scores.offset + scores.right, -queries), keys)
     sizes = (queries, keys, problem.head_dim, problem.value_dim, problem.heads, slices_of(problem), causal_offset)
     bounds = bounds_of(problem, heads)
-    return np.concatenate([np.array([*sizes, problem.drop_threshold], np.int64), bounds.ravel()])
+    return np.concatenate([np.array([*sizes, problem.drop_threshold, scores.first_batch], np.int64), bounds.ravel()])
 
 
 def bounds_of(problem: Problem, heads: Array | None) -> NDArray[np.int64]:
@@ -160,7 +160,7 @@ def copy_table(
     for row, (strides, first) in ((QUERY, source), (OUT, target)):
         offsets[row] = first + offsets_of(tuple(rows), strides[:-2])
         steps[row] = strides[-2:]
-    sizes = np.zeros(DROP_BELOW + 1, np.int64)
+    sizes = np.zeros(SIZES, np.int64)
     sizes[[QUERIES, VALUE_DIM, SLICES]] = queries, columns, offsets.shape[1]
     return Table(offsets, steps, sizes)
 

@@ -13,7 +13,7 @@ import math
 from typing import Any, NamedTuple
 
 from fastattn.cuda.kernels.elements import device, keeps, loader
-from fastattn.cuda.kernels.plan import DELTA, DROP_BELOW, HEADS, NUMBERS, REST, SHIFT
+from fastattn.cuda.kernels.plan import DELTA, NUMBERS, REST, SHIFT
 from fastattn.cuda.kernels.scores import score_functions
 
 __all__ = ["Tiles", "Tiling", "make_tiles"]
@@ -185,7 +185,7 @@ def _make_weights(
                     weight, grad = share, grads[r, c]
                     if dropout:
                         factor = zero
-                        if keeps(number, sizes[HEADS], i, j, seed_low, seed_high, sizes[DROP_BELOW]):
+                        if keeps(number, sizes, i, j, seed_low, seed_high):
                             factor = keep_scale
                         weight, grad = share * factor, grad * factor
                     grad = share * (grad - delta)

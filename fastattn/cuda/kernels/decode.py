@@ -35,9 +35,7 @@ from numba import cuda
 from fastattn.cuda.kernels.elements import device, keeps, loader, mask_loader, real_of, storer
 from fastattn.cuda.kernels.plan import (
     CAUSAL_OFFSET,
-    DROP_BELOW,
     HEAD_DIM,
-    HEADS,
     KEY,
     KEYS,
     MASK,
@@ -329,7 +327,7 @@ def _make_softmax(spec: Decode) -> tuple[Any, Any, Any]:
     def dropped(weight, keep_scale, number, sizes, i, j, seed_low, seed_high):
         """The weight times what dropout leaves of it."""
         factor = zero
-        if keeps(number, sizes[HEADS], i, j, seed_low, seed_high, sizes[DROP_BELOW]):
+        if keeps(number, sizes, i, j, seed_low, seed_high):
             factor = keep_scale
         return weight * factor
 

@@ -14,6 +14,7 @@ import numpy as np
 from numba import cuda
 
 from fastattn.cuda.available import SIMULATED
+from fastattn.cuda.kernels.plan import DROP_BELOW, FIRST_BATCH, HEADS
 
 #: The types that operands are stored in, and the NumPy types of the arrays in which a kernel sees them.
 STORAGE = {
@@ -160,9 +161,10 @@ def philox(group, query, head, batch, seed_low, seed_high):
 
 
 @device
-def keeps(slice_number, heads, query, key, seed_low, seed_high, drop_below):
+def keeps(slice_number, sizes, query, key, seed_low, seed_high):
     """Whether dropout keeps one weight, of a slice as `fastattn.cuda.kernels.plan` counts them."""
-    w0, w1, w2, w3 = philox(key // 4, query, slice_number % heads, slice_number // heads, seed_low, seed_high)
+    batch, head = sizes[FIRST_BATCH] + slice_number // sizes[HEADS], slice_number % sizes[HEADS]
+    w0, w1, w2, w3 = philox(key // 4, query, head, batch, seed_low, seed_high)
     place, word = key % 4, w0
     if place == 1:
         word = w1
@@ -170,4 +172,4 @@ def keeps(slice_number, heads, query, key, seed_low, seed_high, drop_below):
         word = w2
     elif place == 3:
         word = w3
-    return word >= np.uint64(drop_below)
+    return word >= np.uint64(sizes[DROP_BELOW])

@@ -26,8 +26,8 @@ SHIFT, REST, DELTA = range(3)
 NUMBERS = 3
 
 #: Places in the vector of sizes.
-QUERIES, KEYS, HEAD_DIM, VALUE_DIM, HEADS, SLICES, CAUSAL_OFFSET, DROP_BELOW = range(8)
-SIZES = 8
+QUERIES, KEYS, HEAD_DIM, VALUE_DIM, HEADS, SLICES, CAUSAL_OFFSET, DROP_BELOW, FIRST_BATCH = range(9)
+SIZES = 9
 
 #: Behind the sizes, three numbers for each slice: query i looks at the keys from i + BOUND_FIRST to i + BOUND_LAST,
 #: both included, of the first BOUND_KEYS. Kernels that know CAUSAL_OFFSET alone do not look at these.

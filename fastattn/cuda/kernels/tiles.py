@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastattn.cuda.kernels.elements import LOG2_E, device, exp2, minus_zero_test, philox
-from fastattn.cuda.kernels.plan import DROP_BELOW, HEADS
+from fastattn.cuda.kernels.plan import DROP_BELOW, FIRST_BATCH, HEADS
 
 
 class Tiles(NamedTuple):
@@ -149,7 +149,8 @@ def dropping(tiles: Tiles, real: Any) -> Any:
     @device
     def drop(weights_tile, slice_, first_query, first_key, sizes, seed_low, seed_high, thread):
         """Set to 0 what dropout takes from a block of weights; first_key is a multiple of 4."""
-        batch, head, below = slice_ // sizes[HEADS], slice_ % sizes[HEADS], np.uint64(sizes[DROP_BELOW])
+        batch, head = sizes[FIRST_BATCH] + slice_ // sizes[HEADS], slice_ % sizes[HEADS]
+        below = np.uint64(sizes[DROP_BELOW])
         for e in range(thread, block_q * groups, threads):
             i = e // groups
             at = i * pitch + (e - i * groups) * 4

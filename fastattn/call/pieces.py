@@ -1,0 +1,58 @@
+"""Results over pieces of the keys, from what was given to arrays of one dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from fastattn.call.advice import said
+from fastattn.call.arrays import as_common
+from fastattn.call.problem import FLOAT32, Array
+
+__all__ = ["as_pieces"]
+
+
+def as_pieces(outs: Iterable[ArrayLike], lses: Iterable[ArrayLike]) -> list[tuple[Array, Array]]:
+    """Return each result and its log-sum-exp, all of the dtype that they promote to, or that is accumulated in.
+
+    Parameters
+    ----------
+    outs : iterable of array_like, shape (..., Dv)
+        At least one.
+    lses : iterable of array_like, shape (...)
+        As many.
+
+    Raises
+    ------
+    TypeError
+        If one of the two is no iterable, or an element of it no array of a dtype that has a meaning here.
+    ValueError
+        If there is none, or not as many of both, or the shapes are not alike. The message names the element.
+    """
+    results, sums = _listed("outs", outs), _listed("lses", lses)
+    if not results:
+        raise ValueError("outs: nothing in it; expected at least one result")
+    if len(sums) != len(results):
+        raise ValueError(f"lses: {len(sums)} in it; expected {len(results)}, one for each of outs")
+    named = {f"outs[{i}]": each for i, each in enumerate(results)} | {f"lses[{i}]": each for i, each in enumerate(sums)}
+    arrays = as_common(named, half=True)
+    shape = arrays[0].shape
+    if not shape:
+        raise ValueError("outs[0]: shape (); expected (..., Lq, Dv)")
+    for name, array in zip(named, arrays, strict=True):
+        expected, of = (shape, "outs[0]") if name.startswith("outs") else (shape[:-1], "outs[0] less its last axis")
+        if array.shape != expected:
+            raise ValueError(f"{name}: shape {array.shape}; expected {expected}, the shape of {of}")
+    dtype = np.result_type(arrays[0], FLOAT32)
+    with np.errstate(all="ignore"):
+        arrays = [array.astype(dtype, copy=False) for array in arrays]
+    return list(zip(arrays[: len(results)], arrays[len(results) :], strict=True))
+
+
+def _listed(name: str, given: object) -> list[ArrayLike]:
+    try:
+        return list(given)  # type: ignore[call-overload, no-any-return]
+    except TypeError:
+        raise TypeError(f"{name}: {said(given)}; expected an iterable of array_like") from None

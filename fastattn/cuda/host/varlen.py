@@ -1,0 +1,172 @@
+"""Packed sequences on the device: a call for each of them, on views of what lies there."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastattn.call.arrays import as_operands, as_upstream
+from fastattn.call.options import check_flag
+from fastattn.call.out import check_out
+from fastattn.call.packed import Packed, describe_packed
+from fastattn.call.problem import Array
+from fastattn.call.seeds import seed_from
+from fastattn.call.upstream import arrived as describe_arrived
+from fastattn.call.upstream import seed_of_forward
+from fastattn.cuda.host.arguments import carriers_of, common_storage, read_arrays
+from fastattn.cuda.host.arrays import Given, HostPlace, Place, check_together, on_host, place_of, read, settle
+from fastattn.cuda.host.attention import Call, check_device_out, copy, evaluate, overlap
+from fastattn.cuda.host.backward import differentiate, own_dtype
+from fastattn.cuda.kernels.elements import real_of
+
+
+class Whole(NamedTuple):
+    """A call of packed sequences, checked, whose arrays are on the device or about to be moved there.
+
+    Attributes
+    ----------
+    packed : Packed
+        Of views without memory.
+    storage : str
+    arrays : dict of str to (ndarray or Given)
+        By the names of the arguments.
+    on_device : bool
+    """
+
+    packed: Packed
+    storage: str
+    arrays: dict[str, Any]
+    on_device: bool
+
+    def moved(self, others: dict[str, Any]) -> tuple[Packed, Place, dict[str, Given]]:
+        """The call as it lies on the device, where its results come to be, and all arrays there, others as well."""
+        arrays = {**self.arrays, **others}
+        if self.on_device:
+            return self.packed, place_of(arrays), arrays
+        place = HostPlace({array.dtype.name: array.dtype for array in arrays.values()})
+        with place.active():
+            givens = {name: place.move(name, array) for name, array in arrays.items()}
+        carriers = carriers_of({name: givens[name] for name in self.arrays}, self.storage)
+        return replace(self.packed, **carriers), place, givens
+
+
+def described(
+    arrays: tuple[Any, ...], lengths: tuple[Any, ...], options: dict[str, Any], others: dict[str, Any]
+) -> Whole:
+    """Read and check the arguments of a call; `others` are arrays that have to be where these are."""
+    given = dict(zip(("query", "key", "value"), arrays, strict=True))
+    on_device = check_together({**given, **others})
+    further = {name: on_host(option) for name, option in options["further"].items()}
+    if on_device:
+        givens: Any = read_arrays(given)
+        storage = common_storage(givens)
+        carriers = carriers_of(givens, storage)
+    else:
+        givens = dict(zip(given, as_operands(arrays[0], arrays[1], arrays[2], half=True)[:3], strict=True))
+        storage = givens["query"].dtype.name
+        real = real_of(storage)
+        carriers = {name: np.broadcast_to(np.empty((), real), array.shape) for name, array in givens.items()}
+    packed = describe_packed(*carriers.values(), *map(on_host, lengths), **options | {"further": further})
+    return Whole(packed, storage, givens, on_device)
+
+
+def attention(
+    arrays: tuple[Any, ...], lengths: tuple[Any, ...], options: dict[str, Any], return_lse: bool, rng: Any, out: Any
+) -> Any:
+    """Compute what `fastattn.attention_varlen` is asked for, on the device; the arguments are the user's."""
+    call = described(arrays, lengths, options, {"out": out})
+    problem = call.packed.problem
+    return_lse, seed = check_flag("return_lse", return_lse), seed_from(rng, problem.dropout_p > 0)
+    target: Any = None
+    if out is not None and call.on_device:
+        target = check_device_out(out, problem, call.storage, call.arrays["query"])
+    elif out is not None:
+        check_out(out, replace(problem, storage=call.arrays["query"].dtype))
+    packed, place, givens = call.moved({} if target is None else {"out": target})
+    with place.active():
+        apart = target is None or any(overlap(target, givens[name]) for name in ("query", "key", "value"))
+        result = place.new("out", problem.out_shape, call.storage) if apart else target
+        lse = place.new("lse", problem.lse_shape, problem.real.name)
+        for number, queries in enumerate(packed.queries):
+            one = sequence(packed, number, call.storage, place, givens)
+            _, sums, _ = evaluate(one, seed, part(result, queries), False)
+            copy(sums, part(lse, queries), place)
+        if target is not None and apart:
+            copy(result, target, place)
+        settle(givens, place)
+        first = place.deliver(result) if target is None else out
+        if out is not None and target is None:
+            np.copyto(out, first)
+            first = out
+        return (first, place.deliver(lse)) if return_lse else first
+
+
+def backward(
+    arrays: tuple[Any, ...],
+    arrived: dict[str, Any],
+    lengths: tuple[Any, ...],
+    options: dict[str, Any],
+    rng: Any,
+) -> tuple[Any, ...]:
+    """Compute what `fastattn.attention_varlen_backward` is asked for, on the device; the arguments are the user's."""
+    arrived = {name: array for name, array in arrived.items() if array is not None}
+    call = described(arrays, lengths, options, arrived)
+    problem = call.packed.problem
+    seed = seed_of_forward(rng, problem)
+    packed, place, givens = call.moved(_upstream(call, arrived))
+    with place.active():
+        results = {name: place.new(f"gradient of {name}", givens[name].shape, call.storage) for name in call.arrays}
+        for number, (queries, keys) in enumerate(zip(packed.queries, packed.keys, strict=True)):
+            others = {name: part(givens[name], queries) for name in arrived}
+            one = sequence(packed, number, call.storage, place, givens)
+            found = differentiate(one, others, seed, False)
+            for target, rows, gradient in zip(results.values(), (queries, keys, keys), found, strict=True):
+                copy(gradient, part(target, rows), place)
+        settle(givens, place)
+        gradients = [place.deliver(result) for result in results.values()]
+    if call.on_device:
+        return tuple(gradients)
+    return tuple(own_dtype(each, argument, problem.real) for each, argument in zip(gradients, arrays, strict=True))
+
+
+def _upstream(call: Whole, arrived: dict[str, Any]) -> dict[str, Any]:
+    """What arrives at the backward pass, checked."""
+    problem = call.packed.problem
+    if not call.on_device:
+        dtype = call.arrays["query"].dtype
+        made: dict[str, Array] = {}
+        for name, array in arrived.items():
+            of_result = name in ("grad_out", "out")
+            shape, of = (problem.out_shape, "the result") if of_result else (problem.lse_shape, "the log-sum-exp")
+            made[name] = as_upstream(name, array, dtype if of_result else problem.real, shape, of, half=True)
+        return made
+    givens = {name: read(name, array) for name, array in arrived.items()}
+    for name, given in givens.items():
+        wanted = call.storage if name in ("grad_out", "out") else problem.real.name
+        if given.storage != wanted:
+            raise TypeError(f"{name}: dtype {given.storage}; expected {wanted}, with a query of dtype {call.storage}")
+    carriers: dict[str, NDArray[Any]] = {name: given.carrier(problem.real) for name, given in givens.items()}
+    describe_arrived(problem, **carriers)  # for shapes that do not fit
+    return givens
+
+
+def sequence(packed: Packed, number: int, storage: str, place: Place, givens: dict[str, Given]) -> Call:
+    """A sequence, as a call of its own."""
+    problem, operands = packed.sequence(number, numbered=packed.problem.dropout_p > 0)
+    queries, keys = packed.queries[number], packed.keys[number]
+    parts = {"query": queries, "key": keys, "value": keys}
+    return Call(problem, place, storage, operands, {name: part(givens[name], parts[name]) for name in parts})
+
+
+def part(given: Given, rows: slice) -> Given:
+    """A sequence of a packed array, with the axes of attention's."""
+    _, heads, *features = given.shape
+    step, across, *along = given.strides
+    return given._replace(
+        address=given.address + rows.start * step * given.itemsize,
+        shape=(heads, rows.stop - rows.start, *features),
+        strides=(across, step, *along),
+    )

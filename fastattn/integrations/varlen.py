@@ -1,0 +1,176 @@
+"""Packed sequences of PyTorch's: the operator ``fastattn::attention_varlen``, its derivative, and a function for both.
+
+What is said in `fastattn.integrations.operators` of operators holds here. Arrays are packed, and there is no mask.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import torch
+
+import fastattn
+from fastattn.call.options import check_causal, check_dropout, check_flag, check_scale
+from fastattn.call.score_options import FurtherOptions
+from fastattn.cpu.host.threads import threads_of_call
+from fastattn.integrations import keywords
+from fastattn.integrations.operators import CAUSAL, refuse, save_nothing
+from fastattn.integrations.tensors import array_of, check_integers, check_operands
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["attention_varlen"]
+
+Tensor: TypeAlias = Any  # PyTorch's types are not known where it is not installed
+
+LENGTHS = "Tensor cu_seqlens_q, Tensor? cu_seqlens_k"
+OPTIONS = f"float dropout_p, str causal, float? scale, bool enable_gqa, Tensor? seed, {keywords.SCHEMA}"
+OPERANDS = "Tensor query, Tensor key, Tensor value"
+SCHEMAS = {
+    "attention_varlen": f"({OPERANDS}, {LENGTHS}, {OPTIONS}) -> (Tensor out, Tensor lse)",
+    "attention_varlen_backward": f"(Tensor grad_out, Tensor grad_lse, {OPERANDS}, Tensor out, Tensor lse, {LENGTHS}, "
+    f"{OPTIONS}) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
+}
+
+
+def attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    is_causal: bool | str = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    **options: Unpack[FurtherOptions],
+) -> tuple[Tensor, Tensor]:
+    """Attention of packed sequences on tensors, and the log-sum-exp: `fastattn.attention_varlen`.
+
+    Differentiable once in query, key and value, through both results. What each argument means, and what is promised of
+    the results, is as in `fastattn.attention_varlen`.
+
+    Parameters
+    ----------
+    query : torch.Tensor, shape (T, Hq, D)
+        float32 or float64, on the CPU. The tensor's memory is read where it lies, whatever its strides.
+    key : torch.Tensor, shape (S, Hk, D)
+    value : torch.Tensor, shape (S, Hk, Dv)
+    cu_seqlens_q, cu_seqlens_k : torch.Tensor of integers, shape (B + 1,)
+        Cumulative lengths, those of the keys unless they are the same.
+    dropout_p : float
+        Probability that a weight is dropped. Which ones, ``torch.manual_seed`` determines.
+    is_causal, scale, enable_gqa
+        As in `scaled_dot_product_attention`.
+    **options
+        window, query_offset, softcap and what else `fastattn.attention_varlen` takes by keyword.
+
+    Returns
+    -------
+    out : torch.Tensor, shape (T, Hq, Dv)
+    lse : torch.Tensor, shape (T, Hq)
+
+    Raises
+    ------
+    TypeError, ValueError, NotImplementedError
+        As `scaled_dot_product_attention`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from fastattn.integrations.torch import attention_varlen
+    >>> query, key, value = (torch.randn(12, 8, 64, requires_grad=True) for _ in range(3))
+    >>> out, lse = attention_varlen(query, key, value, torch.tensor([0, 5, 12]), is_causal=True)
+    >>> out.sum().backward()
+    >>> query.grad.shape
+    torch.Size([12, 8, 64])
+    """
+    if torch.is_autocast_enabled("cpu"):
+        query, key, value = (
+            tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+            for tensor in (query, key, value)
+        )
+    check_operands(query=query, key=key, value=value)
+    check_integers("cu_seqlens_q", cu_seqlens_q)
+    if cu_seqlens_k is not None:
+        check_integers("cu_seqlens_k", cu_seqlens_k)
+    if options.get("key_lengths") is not None:
+        raise TypeError("key_lengths: given for packed sequences, whose lengths cu_seqlens_k says; expected None")
+    for name, option in options.items():
+        if isinstance(option, torch.Tensor) and option.requires_grad and torch.is_grad_enabled():
+            raise NotImplementedError(f"{name}: requires grad; expected one that does not: packed, it has no gradient")
+    dropout_p, causal = check_dropout(dropout_p), check_causal(is_causal)
+    scale, enable_gqa = check_scale(scale), check_flag("enable_gqa", enable_gqa)
+    seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu") if dropout_p > 0 else None
+    numbers = (dropout_p, causal, scale, enable_gqa, seed)
+    operator = torch.ops.fastattn.attention_varlen.default
+    results: tuple[Tensor, Tensor] = operator(
+        query, key, value, cu_seqlens_q, cu_seqlens_k, *numbers, *keywords.flattened(options)
+    )
+    return results
+
+
+def _call(name: str, args: tuple[Any, ...], **options: Any) -> Any:
+    """Call fastattn's function with the arguments of an operator, and no more threads than PyTorch may use."""
+    for argument, given in zip(_ARGUMENTS[name], args, strict=False):
+        if given is not None:
+            options[argument] = array_of(argument, given) if isinstance(given, torch.Tensor) else given
+    options["is_causal"] = CAUSAL[options.pop("causal")]
+    if "seed" in options:
+        options["rng"] = int(options.pop("seed"))
+    keywords.restore(options)
+    with fastattn.num_threads(min(torch.get_num_threads(), threads_of_call())):
+        return getattr(fastattn, name)(**options)
+
+
+def _forward(*args: Any) -> tuple[Tensor, Tensor]:
+    out, lse = _call("attention_varlen", args, return_lse=True)
+    return torch.from_numpy(out), torch.from_numpy(lse)
+
+
+def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    heads = query.size(1)
+    if heads == 1:
+        heads = value.size(1) if key.size(1) == 1 else key.size(1)
+    return query.new_empty((query.size(0), heads, value.size(-1))), query.new_empty((query.size(0), heads))
+
+
+def _backward(*args: Any) -> tuple[Tensor, ...]:
+    found = _call("attention_varlen_backward", args)
+    return tuple(torch.from_numpy(np.ascontiguousarray(gradient)) for gradient in found)
+
+
+def _backward_fake(grad_out: Tensor, grad_lse: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    return tuple(tensor.new_empty(tensor.shape) for tensor in others[:3])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Keep for the backward pass the results, and what the operator was given, tensors as such."""
+    ctx.save_for_backward(*output, *(given if isinstance(given, torch.Tensor) else None for given in inputs))
+    ctx.others = tuple(None if isinstance(given, torch.Tensor) else given for given in inputs)
+
+
+def _differentiate(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    out, lse, *tensors = ctx.saved_tensors
+    inputs = [other if tensor is None else tensor for tensor, other in zip(tensors, ctx.others, strict=True)]
+    operator = torch.ops.fastattn.attention_varlen_backward.default
+    found = operator(grad_out, grad_lse, *inputs[:3], out, lse, *inputs[3:])
+    return (*found, *[None] * (len(inputs) - 3))
+
+
+for _name, _kernel, _fake in (
+    ("attention_varlen", _forward, _forward_fake),
+    ("attention_varlen_backward", _backward, _backward_fake),
+):
+    torch.library.define(f"fastattn::{_name}", SCHEMAS[_name])
+    torch.library.impl(f"fastattn::{_name}", "CPU", _kernel)
+    torch.library.register_fake(f"fastattn::{_name}", _fake)
+torch.library.register_autograd("fastattn::attention_varlen", _differentiate, setup_context=_save)
+torch.library.register_autograd("fastattn::attention_varlen_backward", refuse, setup_context=save_nothing)
+_ARGUMENTS = {
+    name: [argument.name for argument in getattr(torch.ops.fastattn, name).default._schema.arguments]
+    for name in SCHEMAS
+}

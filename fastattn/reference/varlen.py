@@ -1,0 +1,113 @@
+"""Attention of packed sequences: that of each of them alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fastattn.call.arrays import as_operands
+from fastattn.call.options import check_flag
+from fastattn.call.out import check_out
+from fastattn.call.packed import describe_packed, heads_first
+from fastattn.call.score_options import FurtherOptions
+from fastattn.call.seeds import Rng, seed_from
+from fastattn.call.upstream import SHARED, arrived, folded, own_dtype, seed_of_forward
+from fastattn.reference.backward import differentiate
+from fastattn.reference.forward import evaluate
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["attention_varlen", "attention_varlen_backward"]
+
+
+def attention_varlen(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    cu_seqlens_q: ArrayLike,
+    cu_seqlens_k: ArrayLike | None = None,
+    *,
+    dropout_p: float = 0.0,
+    is_causal: bool | str = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    return_lse: bool = False,
+    rng: Rng | None = None,
+    out: NDArray[Any] | None = None,
+    **options: Unpack[FurtherOptions],
+) -> Any:
+    """Return attention of packed sequences: `fastattn.attention_varlen`, one sequence after the other.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastattn import reference
+    >>> query = key = np.zeros((3, 1, 2))  # a sequence of length 2, and one of length 1
+    >>> value = np.array([1.0, 2.0, 5.0])[:, None, None]
+    >>> reference.attention_varlen(query, key, value, [0, 2, 3]).ravel()
+    array([1.5, 1.5, 5. ])
+    """
+    arrays = as_operands(query, key, value)[:3]
+    packed = describe_packed(*arrays, cu_seqlens_q, cu_seqlens_k, dropout_p, is_causal, scale, enable_gqa, options)
+    problem = packed.problem
+    out = check_out(out, problem)
+    return_lse = check_flag("return_lse", return_lse)
+    seed = seed_from(rng, draw=problem.dropout_p > 0)
+    result, lse = np.empty(problem.out_shape, problem.real), np.empty(problem.lse_shape, problem.real)
+    for number, queries in enumerate(packed.queries):
+        of_sequence = evaluate(*packed.sequence(number), seed)
+        with np.errstate(all="ignore"):
+            result[queries], lse[queries] = map(heads_first, of_sequence[:2])
+    if out is not None:
+        out[...] = result
+        result = out
+    return (result, lse) if return_lse else result
+
+
+def attention_varlen_backward(
+    grad_out: ArrayLike,
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    out: ArrayLike,
+    lse: ArrayLike,
+    cu_seqlens_q: ArrayLike,
+    cu_seqlens_k: ArrayLike | None = None,
+    *,
+    dropout_p: float = 0.0,
+    is_causal: bool | str = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    rng: Rng | None = None,
+    grad_lse: ArrayLike | None = None,
+    **options: Unpack[FurtherOptions],
+) -> tuple[NDArray[Any], ...]:
+    """Return the gradients of query, key and value: `fastattn.attention_varlen_backward`, sequence after sequence.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastattn import reference
+    >>> query = key = np.zeros((3, 1, 2))
+    >>> value = np.array([1.0, 2.0, 5.0])[:, None, None]
+    >>> out, lse = reference.attention_varlen(query, key, value, [0, 2, 3], return_lse=True)
+    >>> reference.attention_varlen_backward(np.ones((3, 1, 1)), query, key, value, out, lse, [0, 2, 3])[2].ravel()
+    array([1., 1., 1.])
+    """
+    arrays = as_operands(query, key, value)[:3]
+    packed = describe_packed(*arrays, cu_seqlens_q, cu_seqlens_k, dropout_p, is_causal, scale, enable_gqa, options)
+    upstream = arrived(packed.problem, grad_out, out, lse, grad_lse)
+    seed = seed_of_forward(rng, packed.problem)
+    found = [np.zeros(array.shape, packed.problem.real) for array in arrays]
+    for number, (queries, keys) in enumerate(zip(packed.queries, packed.keys, strict=True)):
+        problem, operands = packed.sequence(number)
+        gradients = differentiate(problem, operands, packed.upstream(number, upstream), seed)[:3]
+        for total, gradient, part, shared in zip(found, gradients, (queries, keys, keys), SHARED, strict=False):
+            own = heads_first(total[part])
+            with np.errstate(all="ignore"):
+                own[...] = folded(gradient, own.shape, problem, shared)
+    of_call = zip(found, (query, key, value), strict=True)
+    return tuple(own_dtype(gradient, argument, packed.problem.real) for gradient, argument in of_call)

@@ -1,0 +1,153 @@
+"""Packed sequences of PyTorch's tensors: results, gradients, compiled, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import fastattn  # noqa: E402
+from fastattn.integrations.torch import attention_varlen, attention_with_lse  # noqa: E402
+
+QUERIES, KEYS = [0, 5, 5, 20], [0, 9, 12, 30]
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {},
+    {"is_causal": "bottom-right"},
+    {"window": (4, 1), "softcap": 2.0, "scale": 0.5},
+    {"is_causal": True, "query_offset": torch.tensor([1, 0, -2])},
+    {"alibi_slopes": torch.tensor([0.5, 0.25, 1.0, 0.0])},
+)
+
+
+def tensors(dtype: Any = torch.float64, **options: Any) -> list[Any]:
+    """Return query, key and value of three sequences."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (QUERIES[-1], 4, 8), (KEYS[-1], 2, 8), (KEYS[-1], 2, 6)
+    return [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_(**options) for shape in shapes]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_each_sequence_is_what_it_is_alone_and_so_are_its_gradients(options: dict[str, Any]) -> None:
+    packed, alone = tensors(), tensors()
+    lengths = torch.tensor(QUERIES), torch.tensor(KEYS, dtype=torch.int32)
+    out, lse = attention_varlen(*packed, *lengths, enable_gqa=True, **options)
+    assert out.shape == (20, 4, 6)
+    assert lse.shape == (20, 4)
+    parts = []
+    for row in range(3):
+        own, others = slice(*QUERIES[row : row + 2]), slice(*KEYS[row : row + 2])
+        given = [tensor[part].transpose(0, 1) for tensor, part in zip(alone, (own, others, others), strict=True)]
+        told = {**options, "query_offset": options["query_offset"][row]} if "query_offset" in options else options
+        parts.append(attention_with_lse(*given, enable_gqa=True, **told))
+    wanted = [torch.cat([part.transpose(0, 1) for part in each]) for each in zip(*parts, strict=True)]
+    assert torch.equal(out, wanted[0])
+    assert torch.equal(lse, wanted[1])
+    for results in ((out, lse), wanted):
+        (results[0].sin().sum() + results[1].cos().sum()).backward()
+    for one, other in zip(packed, alone, strict=True):
+        assert torch.allclose(one.grad, other.grad, rtol=0, atol=1e-12)
+
+
+def test_gradients_are_those_of_small_steps() -> None:
+    lengths = torch.tensor(QUERIES), torch.tensor(KEYS)
+
+    def call(*packed: Any) -> Any:
+        return attention_varlen(*packed, *lengths, enable_gqa=True, is_causal="bottom-right", window=(6, None))
+
+    assert torch.autograd.gradcheck(call, tensors())
+
+
+def test_dropout_goes_by_the_seed_of_torch() -> None:
+    lengths = torch.tensor(QUERIES), torch.tensor(KEYS)
+    found = []
+    for seed in (1, 1, 2):
+        packed = tensors()
+        torch.manual_seed(seed)
+        out, _ = attention_varlen(*packed, *lengths, enable_gqa=True, dropout_p=0.5)
+        out.sum().backward()
+        found.append((out, packed[2].grad))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+    assert not torch.equal(found[0][0], found[2][0])
+
+
+def test_one_result_alone_has_a_gradient_as_well() -> None:
+    for which in range(2):
+        packed = tensors()
+        results = attention_varlen(*packed, torch.tensor(QUERIES), torch.tensor(KEYS), enable_gqa=True)
+        results[which].sum().backward()
+        assert packed[0].grad.isfinite().all()
+        assert packed[0].grad.abs().sum() > 0
+
+
+def test_operators_are_what_pytorch_expects_of_them() -> None:
+    packed, lengths = tensors(), (torch.tensor(QUERIES), torch.tensor(KEYS))
+    numbers = (0.0, "no", None, True, None)
+    torch.library.opcheck(torch.ops.fastattn.attention_varlen.default, (*packed, *lengths, *numbers))
+
+
+def test_a_compiled_function_computes_the_same() -> None:
+    packed, lengths = tensors(), (torch.tensor(QUERIES), torch.tensor(KEYS))
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def call(query: Any, key: Any, value: Any) -> Any:
+        out, _ = attention_varlen(query, key, value, *lengths, enable_gqa=True, is_causal=True)
+        return (out * out).sum()
+
+    call(*packed).backward()
+    again = tensors()
+    out, _ = attention_varlen(*again, *lengths, enable_gqa=True, is_causal=True)
+    (out * out).sum().backward()
+    for one, other in zip(packed, again, strict=True):
+        assert torch.allclose(one.grad, other.grad, rtol=0, atol=1e-12)
+
+
+def test_autocast_computes_in_float32() -> None:
+    packed = [tensor.detach().bfloat16() for tensor in tensors(torch.float32)]
+    with torch.autocast("cpu", torch.bfloat16):
+        out, _ = attention_varlen(*packed, torch.tensor(QUERIES), torch.tensor(KEYS), enable_gqa=True)
+    assert out.dtype == torch.float32
+
+
+def test_arrays_of_numpy_have_the_same_bits() -> None:
+    packed = [tensor.detach() for tensor in tensors(torch.float32)]
+    out, lse = attention_varlen(*packed, torch.tensor(QUERIES), torch.tensor(KEYS), enable_gqa=True)
+    arrays: Any = [tensor.numpy() for tensor in packed]
+    wanted = fastattn.attention_varlen(*arrays, QUERIES, KEYS, enable_gqa=True, return_lse=True)
+    np.testing.assert_array_equal(out.numpy(), wanted[0])
+    np.testing.assert_array_equal(lse.numpy(), wanted[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"query": np.ones((20, 4, 8))}, TypeError, "query: ndarray; expected a torch.Tensor"),
+        ({"query": torch.ones(20, 4, 8, dtype=torch.float16)}, TypeError, "query: dtype torch.float16"),
+        ({"cu_seqlens_q": QUERIES}, TypeError, "cu_seqlens_q: list; expected a torch.Tensor"),
+        ({"cu_seqlens_k": torch.tensor([0.0, 30.0])}, TypeError, "cu_seqlens_k: dtype torch.float32"),
+        ({"cu_seqlens_k": torch.tensor([0, 9, 30])}, ValueError, "cu_seqlens_k: 3 numbers; expected 4"),
+        ({"key_lengths": torch.tensor([1])}, TypeError, "key_lengths: given for packed sequences"),
+        ({"alibi_slopes": torch.ones(4, requires_grad=True)}, NotImplementedError, "alibi_slopes: requires grad"),
+        ({"dropout_p": 2}, ValueError, "dropout_p"),
+        ({"is_causal": "yes"}, ValueError, "is_causal"),
+        ({"windows": 1}, TypeError, "windows: no such option"),
+    ],
+    ids=str,
+)
+def test_what_is_refused(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    query, key, value = tensors(torch.float32)
+    call = {"query": query, "key": key, "value": value, "enable_gqa": True}
+    call |= {"cu_seqlens_q": torch.tensor(QUERIES), "cu_seqlens_k": torch.tensor(KEYS)}
+    with pytest.raises(error, match=message):
+        attention_varlen(**(call | change))
+
+
+def test_a_second_derivative_is_refused() -> None:
+    packed = tensors()
+    out, _ = attention_varlen(*packed, torch.tensor(QUERIES), torch.tensor(KEYS), enable_gqa=True)
+    (grad,) = torch.autograd.grad(out.sum(), packed[:1], create_graph=True)
+    with pytest.raises(NotImplementedError, match="first derivative only"):
+        grad.sum().backward()
