@@ -251,13 +251,8 @@ def _term(array: Array | None, captured: dict[str, Any]) -> str:
     assert array is not None
     array = in_wider_type(array)
     if array.size == 1:
-        number = array.item()
-        if isinstance(number, bool) or not math.isfinite(number):
-            return (
-                f"(-np.{-number})" if number == -math.inf else f"np.{number}" if number != number or number else "False"
-            )
         name = f"number{len(captured)}"
-        captured[name] = number
+        captured[name] = array.item()
         return name
     shape = (1,) * (len(PLACES) - array.ndim) + array.shape
     axes = [axis for axis, length in enumerate(shape) if length != 1]
