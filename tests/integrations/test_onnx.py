@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tracemalloc
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -15,15 +16,17 @@ from numpy.typing import NDArray
 onnx = pytest.importorskip("onnx", minversion="1.23", reason="ONNX is not installed, or is older than 1.23")
 
 import ml_dtypes  # noqa: E402
-from onnx.backend.test.case.node import _NodeTestCases, attention, flexattention  # noqa: E402, F401
+from onnx.backend.test.case import node as node_tests  # noqa: E402
+from onnx.backend.test.case.node import attention, flexattention  # noqa: E402, F401
 from onnx.backend.test.runner import Runner  # noqa: E402
+from onnx.inliner import inline_local_functions  # noqa: E402
 from onnx.reference import ReferenceEvaluator  # noqa: E402
 
 import fastattn  # noqa: E402
 from fastattn.integrations.onnx import Attention, FlexAttention  # noqa: E402
 
 Array = NDArray[Any]
-NODE_TESTS = {case.name: case for case in _NodeTestCases if "_expanded" not in case.name}
+NODE_TESTS = {case.name: case for case in node_tests._NodeTestCases if "_expanded" not in case.name}
 INPUTS = ("Q", "K", "V", "attn_mask", "past_key", "past_value", "nonpad_kv_seqlen")
 OUTPUTS = ("Y", "present_key", "present_value", "qk_matmul_output")
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -39,7 +42,8 @@ def model_of(
 ) -> Any:
     """Return a model of one node, with those of the inputs that are given."""
     op_type, domain = operator
-    names = [name if name in inputs else "" for name in INPUTS]
+    last = max(map(INPUTS.index, inputs))
+    names = [name if name in inputs else "" for name in INPUTS[: last + 1]]
     node = onnx.helper.make_node(op_type, names, [*outputs], domain=domain, **attributes)
     types = {name: onnx.helper.np_dtype_to_tensor_dtype(array.dtype) for name, array in inputs.items()}
     given = [onnx.helper.make_tensor_value_info(name, types[name], None) for name in inputs]
@@ -127,7 +131,10 @@ def nodes(draw: st.DrawFn) -> tuple[int, dict[str, Any], dict[str, Array], Any]:
     batch, kv_heads, group = (draw(st.integers(1, 3)) for _ in range(3))
     queries, keys, features, width = (draw(st.integers(1, 9)) for _ in range(4))
     heads = kv_heads * group
-    attributes: dict[str, Any] = {"is_causal": draw(st.integers(0, 1)), "qk_matmul_output_mode": draw(st.integers(0, 3))}
+    attributes: dict[str, Any] = {
+        "is_causal": draw(st.integers(0, 1)),
+        "qk_matmul_output_mode": draw(st.integers(0, 3)),
+    }
 
     def normal(*shape: int) -> Array:
         return rng.standard_normal(shape).astype(dtype)
@@ -193,3 +200,234 @@ def test_random_nodes(node: tuple[int, dict[str, Any], dict[str, Array], Any]) -
     for present, whole in zip(found[1:3], exact[1:3], strict=True):
         np.testing.assert_array_equal(present, whole.astype(dtype))
     check(found[3], exact[3], dtype, size, 1.0)
+
+
+# -- what nodes ask for ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [np.float16, BFLOAT16, np.float32, np.float64])
+def test_results_have_the_type_of_the_query(dtype: Any) -> None:
+    inputs = arrays((1, 4, 5, 8), (1, 2, 7, 8), (1, 2, 7, 3), dtype=dtype)
+    inputs |= {f"past_{name}": inputs[short][:, :, :2] for name, short in (("key", "K"), ("value", "V"))}
+    model = model_of({"qk_matmul_output_mode": 3, "softmax_precision": PRECISION["DOUBLE"]}, inputs)
+    assert [array.dtype for array in ours(model, inputs)] == [np.dtype(dtype)] * 4
+
+
+def test_double_precision_of_the_softmax_is_that_of_all() -> None:
+    inputs = arrays((1, 4, 5, 8), (1, 4, 7, 8), (1, 4, 7, 3))
+    out = ours(model_of({"softmax_precision": PRECISION["DOUBLE"]}, inputs), inputs)[0]
+    exact = fastattn.attention(*(array.astype(np.float64) for array in inputs.values()))
+    np.testing.assert_array_equal(out, exact.astype(np.float32))
+
+
+def test_what_is_not_asked_for_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Causality, windows, a past, lengths and masks of few keys or queries take no matrix of all scores."""
+    length = 2048
+    asked = Mock(wraps=fastattn.attention)
+    monkeypatch.setattr(fastattn, "attention", asked)
+    operands = arrays((2, 1, length, 8), (2, 1, length, 8), (2, 1, length, 8))
+    past = {f"past_{name}": operands[short][:, :, :100] for name, short in (("key", "K"), ("value", "V"))}
+    mask = {"attn_mask": np.arange(length - 10) % 7 > 0}
+    lengths = {"nonpad_kv_seqlen": np.array([length, 1500])}
+    for further in ({}, past, lengths, mask, {**lengths, **mask}):
+        inputs = {**operands, **further}
+        model = model_of({"is_causal": 1, "left_window_size": 300, "softcap": 5.0}, inputs, OUTPUTS[:1])
+        evaluator = ReferenceEvaluator(model, new_ops=[Attention])
+        evaluator.run(None, inputs)
+        tracemalloc.start()
+        evaluator.run(None, inputs)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < length * length
+        assert not asked.call_args.kwargs["return_weights"]
+
+
+def test_a_query_that_may_look_at_no_key_gives_zeros() -> None:
+    inputs = arrays((2, 1, 4, 8), (2, 1, 6, 8), (2, 1, 6, 3))
+    inputs["V"][:] = np.nan
+    inputs["nonpad_kv_seqlen"] = np.array([0, 0])
+    out, _, _, weights = ours(model_of({"qk_matmul_output_mode": 3}, inputs), inputs)
+    assert (out == 0).all()
+    assert (weights == 0).all()
+    inputs = arrays((2, 1, 4, 8), (2, 1, 0, 8), (2, 1, 0, 3))
+    assert (ours(model_of({}, inputs), inputs)[0] == 0).all()
+
+
+def test_a_mask_of_one_key_is_repeated_in_opset_23_and_hides_the_others_later() -> None:
+    inputs = {**arrays((1, 1, 4, 8), (1, 1, 6, 8), (1, 1, 6, 3)), "attn_mask": np.ones((4, 1), np.float32)}
+    repeated, first = (ours(model_of({}, inputs, opset=opset), inputs)[0] for opset in (23, 24))
+    np.testing.assert_allclose(repeated, fastattn.attention(*(inputs[name] for name in "QKV")), atol=1e-6)
+    np.testing.assert_allclose(first, np.broadcast_to(inputs["V"][:, :, :1], first.shape), atol=1e-6)
+
+
+@pytest.mark.parametrize("causal", [0, 1])
+def test_a_mask_of_integers_is_added(causal: int) -> None:
+    inputs = {**arrays((1, 1, 4, 8), (1, 1, 6, 8), (1, 1, 6, 3)), "attn_mask": np.arange(24).reshape(4, 6) % 5}
+    floating = {**inputs, "attn_mask": inputs["attn_mask"].astype(np.float32)}
+    out = ours(model_of({"is_causal": causal}, inputs), inputs)[0]
+    np.testing.assert_allclose(out, theirs(model_of({"is_causal": causal}, floating), floating)[0], atol=1e-6)
+
+
+def test_a_negative_scale_is_one() -> None:
+    """ONNX's own evaluator takes its root."""
+    inputs = arrays((1, 1, 4, 8), (1, 1, 6, 8), (1, 1, 6, 3))
+    out = ours(model_of({"scale": -0.5}, inputs), inputs)[0]
+    np.testing.assert_array_equal(out, fastattn.attention(*inputs.values(), scale=-0.5))
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+OPERANDS = arrays((2, 4, 5, 8), (2, 2, 7, 8), (2, 2, 7, 3))
+FLAT = {name: array.swapaxes(1, 2).reshape(2, array.shape[2], -1) for name, array in OPERANDS.items()}
+PAST = {"past_key": np.zeros((2, 2, 3, 8), np.float32), "past_value": np.zeros((2, 2, 3, 3), np.float32)}
+WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "is_causal": ({"is_causal": 2}, OPERANDS, "is_causal: 2; expected 0 or 1"),
+    "mode": ({"qk_matmul_output_mode": 4}, OPERANDS, "qk_matmul_output_mode: 4; expected 0, 1, 2 or 3"),
+    "precision": ({"softmax_precision": 7}, OPERANDS, r"softmax_precision: 7; expected 1 \(FLOAT\), 10 "),
+    "window": ({"left_window_size": -2}, OPERANDS, "left_window_size: -2; expected a number of keys, or -1"),
+    "softcap": ({"softcap": -1.0}, OPERANDS, "softcap: -1.0; expected a finite number, 0 for none"),
+    "scale": ({"scale": np.inf}, OPERANDS, "scale: inf; expected a finite number"),
+    "heads of rank 4": ({"q_num_heads": 2}, OPERANDS, "q_num_heads: 2; expected 4, the heads of Q, or none"),
+    "no heads of rank 3": ({}, FLAT, "q_num_heads: None; expected the number of heads in 32, the last axis of Q"),
+    "heads that do not divide": ({"q_num_heads": 4, "kv_num_heads": 5}, FLAT, "kv_num_heads: 5; .* in 16, .* of K"),
+    "rank": ({}, {**OPERANDS, "Q": OPERANDS["Q"][0, 0]}, r"Q: rank 2, shape \(5, 8\); expected 3 or 4"),
+    "ranks": ({}, {**OPERANDS, "V": FLAT["V"]}, "V: rank 3; expected 4, that of Q"),
+    "dtype": ({}, {**OPERANDS, "K": OPERANDS["K"].astype(np.int32)}, "K: dtype int32; expected one of float16"),
+    "features": ({}, {**OPERANDS, "K": OPERANDS["V"]}, r"K: shape \(2, 2, 7, 3\), .* expected \(2, heads, keys, 8\)"),
+    "keys": ({}, {**OPERANDS, "V": OPERANDS["V"][:, :, 1:]}, r"V: shape \(2, 2, 6, 3\), .* expected \(2, 2, 7, "),
+    "groups": ({}, {**OPERANDS, "Q": OPERANDS["Q"][:, 1:]}, "K: 2 heads; expected a number that divides 3"),
+    "past alone": ({}, {**OPERANDS, "past_key": PAST["past_key"]}, "past_value: missing; expected past_key and"),
+    "past": ({}, {**OPERANDS, **PAST, "past_value": PAST["past_key"]}, r"past_value: shape \(2, 2, 3, 8\)"),
+    "past and lengths": (
+        {},
+        {**OPERANDS, **PAST, "nonpad_kv_seqlen": np.array([1, 1])},
+        "nonpad_kv_seqlen: given together with a past",
+    ),
+    "lengths": ({}, {**OPERANDS, "nonpad_kv_seqlen": np.array([1])}, r"nonpad_kv_seqlen: shape \(1,\)"),
+    "long lengths": (
+        {},
+        {**OPERANDS, "nonpad_kv_seqlen": np.array([8, 1])},
+        "nonpad_kv_seqlen: 1 to 8; expected 0 to 7",
+    ),
+    "mask": ({}, {**OPERANDS, "attn_mask": np.ones((3, 7), bool)}, r"attn_mask: shape \(3, 7\); expected one that"),
+    "wide mask": (
+        {},
+        {**OPERANDS, "attn_mask": np.ones((5, 8), bool)},
+        r"attn_mask: shape \(5, 8\); expected one that",
+    ),
+    "complex mask": ({}, {**OPERANDS, "attn_mask": np.ones((5, 7), np.complex64)}, "attn_mask: dtype complex64"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_is_refused_by_name(name: str) -> None:
+    attributes, inputs, message = WRONG[name]
+    with pytest.raises(ValueError, match=message):
+        ours(model_of(attributes, inputs), inputs)
+
+
+# -- a whole model -----------------------------------------------------------------------------------------------------
+
+VOCABULARY, WIDTH, HEADS, KV_HEADS, LAYERS = 50, 32, 4, 2, 2
+
+
+def block(layer: int, weights: dict[str, Array]) -> list[Any]:
+    """Return the nodes of a transformer's block, whose input is ``x{layer}``; its weights are added to `weights`."""
+    rng = np.random.default_rng(layer)
+    narrow = WIDTH // HEADS * KV_HEADS
+    shapes = {"q": (WIDTH, WIDTH), "k": (WIDTH, narrow), "v": (WIDTH, narrow), "o": (WIDTH, WIDTH)}
+    shapes |= {"up": (WIDTH, 4 * WIDTH), "down": (4 * WIDTH, WIDTH)}
+    own = {f"{name}{layer}": rng.standard_normal(shape) / np.sqrt(shape[0]) for name, shape in shapes.items()}
+    own |= {f"norm{layer}_{i}": rng.uniform(0.5, 1.5, WIDTH) for i in range(2)}
+    weights.update({name: array.astype(np.float32) for name, array in own.items()})
+
+    def node(op_type: str, inputs: str, outputs: str, **attributes: Any) -> Any:
+        names = [[name.format(layer) for name in text.split(" ")] for text in (inputs, outputs)]
+        return onnx.helper.make_node(op_type, *names, **attributes)
+
+    return [
+        node("LayerNormalization", "x{0} norm{0}_0", "normed{0}"),
+        *(node("MatMul", f"normed{{0}} {name}{{0}}", f"{name}_of{{0}}") for name in "qkv"),
+        node(
+            "Attention",
+            "q_of{0} k_of{0} v_of{0}  past_key{0} past_value{0}",
+            "mixed{0} present_key{0} present_value{0}",
+            q_num_heads=HEADS,
+            kv_num_heads=KV_HEADS,
+            is_causal=1,
+            left_window_size=-1 if layer else 5,
+            softcap=float(layer),
+        ),
+        node("MatMul", "mixed{0} o{0}", "attended{0}"),
+        node("Add", "x{0} attended{0}", "between{0}"),
+        node("LayerNormalization", "between{0} norm{0}_1", "normed_between{0}"),
+        node("MatMul", "normed_between{0} up{0}", "wide{0}"),
+        node("Gelu", "wide{0}", "bent{0}"),
+        node("MatMul", "bent{0} down{0}", "fed{0}"),
+        onnx.helper.make_node("Add", [f"between{layer}", f"fed{layer}"], [f"x{layer + 1}"]),
+    ]
+
+
+def transformer() -> Any:
+    """Return a small language model with a cache: from tokens, and what was kept, to logits and what to keep."""
+    rng = np.random.default_rng(7)
+    weights = {"embedding": rng.standard_normal((VOCABULARY, WIDTH)).astype(np.float32)}
+    nodes = [onnx.helper.make_node("Gather", ["embedding", "tokens"], ["x0"])]
+    for layer in range(LAYERS):
+        nodes += block(layer, weights)
+    weights["head"] = weights["embedding"].T.copy()
+    nodes.append(onnx.helper.make_node("MatMul", [f"x{LAYERS}", "head"], ["logits"]))
+
+    def info(name: str, axes: int, dtype: int = onnx.TensorProto.FLOAT) -> Any:
+        return onnx.helper.make_tensor_value_info(name, dtype, [None] * axes)
+
+    kept = [f"{name}{layer}" for layer in range(LAYERS) for name in ("key", "value")]
+    graph = onnx.helper.make_graph(
+        nodes,
+        "transformer",
+        [info("tokens", 2, onnx.TensorProto.INT64), *(info(f"past_{name}", 4) for name in kept)],
+        [info("logits", 3), *(info(f"present_{name}", 4) for name in kept)],
+        [onnx.numpy_helper.from_array(array, name) for name, array in weights.items()],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 25)])
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def test_a_whole_model_and_its_cache() -> None:
+    """A prompt, and token by token what follows it, as ONNX's own evaluator has it, and as the whole text at once."""
+    model = transformer()
+    tokens = np.random.default_rng(0).integers(0, VOCABULARY, (2, 12))
+    names = [f"past_{name}{layer}" for layer in range(LAYERS) for name in ("key", "value")]
+    empty = dict.fromkeys(names, np.zeros((2, KV_HEADS, 0, WIDTH // HEADS), np.float32))
+    logits = []
+    for evaluator in (ReferenceEvaluator(model), ReferenceEvaluator(model, new_ops=[Attention])):
+        whole = evaluator.run(None, {"tokens": tokens, **empty})[0]
+        kept, steps = empty, []
+        for part in (tokens[:, :8], *np.split(tokens[:, 8:], 4, axis=1)):
+            step, *presents = evaluator.run(None, {"tokens": part, **kept})
+            kept = dict(zip(names, presents, strict=True))
+            steps.append(step)
+        np.testing.assert_allclose(np.concatenate(steps, axis=1), whole, atol=1e-5 * np.abs(whole).max())
+        logits.append(whole)
+    assert [type(node) for node in evaluator.rt_nodes_].count(Attention) == LAYERS
+    np.testing.assert_allclose(*logits, rtol=0, atol=1e-5 * np.abs(logits[0]).max())
+
+
+def test_functions_of_a_model() -> None:
+    """ONNX's evaluator has its own operators in these: they are to be inlined, or run by themselves."""
+    node = onnx.helper.make_node("Attention", ["q", "k", "v"], ["y"])
+    node.attribute.append(onnx.AttributeProto(name="is_causal", type=onnx.AttributeProto.INT, ref_attr_name="causal"))
+    opset = onnx.helper.make_opsetid("", 25)
+    function = onnx.helper.make_function("own", "Attend", ["q", "k", "v"], ["y"], [node], [opset], ["causal"])
+    inputs = arrays((1, 1, 4, 8), (1, 1, 4, 8), (1, 1, 4, 3))
+    for causal in (0, 1):
+        expected = fastattn.attention(*inputs.values(), is_causal=bool(causal))
+        alone = ReferenceEvaluator(function, new_ops=[Attention])
+        operands = dict(zip("qkv", inputs.values(), strict=True))
+        np.testing.assert_array_equal(alone.run(None, operands, attributes={"causal": causal})[0], expected)
+
+        model = model_of({"causal": causal}, inputs, OUTPUTS[:1], operator=("Attend", "own"))
+        model.functions.append(function)
+        model.opset_import.append(onnx.helper.make_opsetid("own", 1))
+        np.testing.assert_array_equal(ours(inline_local_functions(model), inputs)[0], expected)
