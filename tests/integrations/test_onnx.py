@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
@@ -431,3 +432,14 @@ def test_functions_of_a_model() -> None:
         model.functions.append(function)
         model.opset_import.append(onnx.helper.make_opsetid("own", 1))
         np.testing.assert_array_equal(ours(inline_local_functions(model), inputs)[0], expected)
+
+
+def test_the_example_of_the_documentation_runs() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "integrations.md").read_text("utf-8")
+    _, _, section = page.partition("\n## ONNX\n")
+    code = section.partition("```py\n")[2].partition("```")[0]
+    names: dict[str, Any] = {}
+    exec(code, names)
+    by_heads = (names[name].reshape(2, 1000, 8, 8).swapaxes(1, 2) for name in ("query", "key", "value"))
+    expected = fastattn.attention(*by_heads, is_causal=True, window=(511, 0))
+    np.testing.assert_array_equal(names["out"], expected.swapaxes(1, 2).reshape(2, 1000, 64))
