@@ -8,6 +8,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
+import processes
 import pytest
 import tolerances
 from hypothesis import given
@@ -432,6 +433,23 @@ def test_functions_of_a_model() -> None:
         model.functions.append(function)
         model.opset_import.append(onnx.helper.make_opsetid("own", 1))
         np.testing.assert_array_equal(ours(inline_local_functions(model), inputs)[0], expected)
+
+
+def test_importing_fastattn_does_not_import_onnx() -> None:
+    code = "import sys, fastattn, fastattn.integrations\nprint({'onnx', 'ml_dtypes'} & set(sys.modules))"
+    assert processes.run(code) == "set()\n"
+
+
+def test_without_onnx_the_module_says_what_it_needs() -> None:
+    code = """
+import sys
+sys.modules["onnx"] = None
+try:
+    import fastattn.integrations.onnx
+except ImportError as error:
+    print(error)
+"""
+    assert "needs ONNX: pip install onnx, or fastattn[onnx]" in processes.run(code)
 
 
 def test_the_example_of_the_documentation_runs() -> None:
