@@ -45,7 +45,7 @@ FORMULAS = {
     "Greater": "{0} > {1}",
     "GreaterOrEqual": "{0} >= {1}",
     "Identity": "{0}",
-    "IsNaN": "np.isnan({0})",
+    "IsNaN": "{0} != {0}",
     "Less": "{0} < {1}",
     "LessOrEqual": "{0} <= {1}",
     "Log": "np.log({0})",
@@ -284,7 +284,7 @@ def _formula(node: Any, inputs: list[Value | None]) -> str | None:
     if node.op_type == "Div" and kind in "iu":
         return TRUNCATED
     if node.op_type == "Mod" and node.fmod:
-        return "np.fmod({0}, {1})"
+        return "np.sign({0}) * (np.abs({0}) % np.abs({1}))"
     if node.op_type in VARIADIC:
         pair = FORMULAS[node.op_type]
         return reduce(lambda left, i: pair.format(left, f"{{{i}}}"), range(1, len(given)), "{0}")
