@@ -262,6 +262,13 @@ def test_a_mask_of_one_key_is_repeated_in_opset_23_and_hides_the_others_later() 
     np.testing.assert_allclose(first, np.broadcast_to(inputs["V"][:, :, :1], first.shape), atol=1e-6)
 
 
+@pytest.mark.parametrize("mode", range(4))
+def test_matrices_have_columns_for_the_keys_that_a_mask_leaves_out(mode: int) -> None:
+    inputs = {**arrays((1, 1, 4, 8), (1, 1, 6, 8), (1, 1, 6, 3)), "attn_mask": np.ones((4, 5), np.float32)}
+    model = model_of({"qk_matmul_output_mode": mode}, inputs)
+    np.testing.assert_allclose(ours(model, inputs)[3], theirs(model, inputs)[3], atol=1e-6)
+
+
 @pytest.mark.parametrize("causal", [0, 1])
 def test_a_mask_of_integers_is_added(causal: int) -> None:
     inputs = {**arrays((1, 1, 4, 8), (1, 1, 6, 8), (1, 1, 6, 3)), "attn_mask": np.arange(24).reshape(4, 6) % 5}

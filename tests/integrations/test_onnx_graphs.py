@@ -15,6 +15,7 @@ onnx = pytest.importorskip("onnx", minversion="1.23", reason="ONNX is not instal
 
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 from onnx.reference import ReferenceEvaluator  # noqa: E402
+from onnx.reference.op_run import OpRun  # noqa: E402
 
 import fastattn  # noqa: E402
 from fastattn.integrations import onnx as ours  # noqa: E402
@@ -194,14 +195,16 @@ def test_conversions(dtype: Any) -> None:
     lines = f"""
         large = Mul(x, ten)
         whole = Cast(large) to={TensorProto.INT64}
-        quotient = Div(whole, three)
+        positive = Greater(x, half)
+        some = Where(positive, three, whole)
+        quotient = Div(some, three)
         rest = Mod(whole, three)
         both = Mul(quotient, rest)
         back = CastLike(both, x)
         double = Cast(x) to={TensorProto.DOUBLE}
         single = Cast(double) to={real}
         result = Add(back, single)"""
-    check(graph_of(chain(lines), {"ten": 10, "three": np.array(3)}, dtype=real), dtype)
+    check(graph_of(chain(lines), {"ten": 10, "half": 0.5, "three": np.array(3)}, dtype=real), dtype)
 
 
 def test_positions_are_arguments_and_no_matrix() -> None:
@@ -217,6 +220,17 @@ def test_positions_are_arguments_and_no_matrix() -> None:
     assert function(1.0, 0, 0, 10**9, 3) == -np.inf
     captured = [cell.cell_contents for cell in function.__closure__ or ()]
     assert not any(isinstance(value, np.ndarray) for value in captured)
+
+
+def test_integers_that_are_no_positions() -> None:
+    """Documents: a query looks at those keys that are of its own, or of the next one."""
+    known = {"of_query": np.arange(L)[:, None] // 2, "of_key": np.arange(S), "next": np.arange(1, S + 1)}
+    lines = """
+        own = Equal(of_query, of_key)
+        following = Equal(of_query, next)
+        seen = Or(own, following)
+        result = Where(seen, x, low)"""
+    check(graph_of(chain(lines), {**known, "low": -np.inf}))
 
 
 def test_tables_are_captured_with_the_axes_that_they_have() -> None:
@@ -401,6 +415,19 @@ def test_what_is_no_function_of_an_element_is_refused(name: str) -> None:
     known = {"long": np.ones(7, np.float32), "deep": np.ones((1, 1, 1, 1, 1), np.float32)}
     with pytest.raises(ValueError, match=message):
         ran(*flex(operands(), score_mod=graph_of(chain(lines), known)))
+
+
+def test_an_operator_of_another_domain_is_another_operator() -> None:
+    class Tanh(OpRun):  # type: ignore[misc]
+        op_domain = "own"
+
+        def _run(self, x: Array) -> tuple[Array]:
+            return (x[::-1],)
+
+    graph = graph_of([helper.make_node("Tanh", ["x"], ["result"], domain="own")], {})
+    evaluator = ReferenceEvaluator(graph, opsets={**OPSETS, "own": 1}, new_ops=[Tanh])
+    with pytest.raises(ValueError, match="score_mod: operator Tanh"):
+        function_of("score_mod", evaluator, SHAPE, np.dtype(np.float32), {})
 
 
 def test_a_graph_of_two_inputs_is_refused() -> None:
