@@ -40,16 +40,24 @@ WORDS: dict[str, tuple[set[int | None], str]] = {
         f"{FLOAT} (FLOAT), {FLOAT16} (FLOAT16), {DOUBLE} (DOUBLE) or {BFLOAT16} (BFLOAT16)",
     ),
 }
+ATTRIBUTES = (
+    *WORDS,
+    *("q_num_heads", "kv_num_heads", "scale", "softcap", "left_window_size", "right_window_size"),
+    *("score_mod", "prob_mod"),
+)
 
 
 def check_attributes(attributes: Mapping[str, Any]) -> None:
-    """Check what is no number of heads.
+    """Check the attributes of a node; numbers of heads are checked with the arrays.
 
     Raises
     ------
     ValueError
-        If an attribute is none that has a meaning.
+        If there is no such attribute, or it has no such value.
     """
+    for name in attributes:
+        if name not in ATTRIBUTES:
+            raise ValueError(f"{name}: no such attribute; expected one of {', '.join(ATTRIBUTES)}")
     for name, (meant, expected) in WORDS.items():
         if name in attributes and attributes[name] not in meant:
             raise ValueError(f"{name}: {attributes[name]}; expected {expected}")

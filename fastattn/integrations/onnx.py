@@ -83,6 +83,7 @@ class Attention(OpRun):  # type: ignore[misc]
         nonpad_kv_seqlen: Array | None = None,
         **attributes: Any,
     ) -> tuple[Array, ...]:
+        """Return Y, present_key, present_value and, if the node has it, qk_matmul_output."""
         nodes.check_attributes(attributes)
         nodes.check_arrays((3, 4), Q=Q, K=K, V=V)
         query = nodes.heads_first("Q", Q, "q_num_heads", attributes["q_num_heads"])
@@ -152,9 +153,12 @@ class FlexAttention(OpRun):  # type: ignore[misc]
         prob_mod: Any = None,
         softmax_precision: int | None = None,
         context: dict[str, Any] | None = None,
-        **_: Any,
+        attributes: Any = None,
+        bindings: Any = None,
+        **others: Any,
     ) -> tuple[Array, ...]:
-        nodes.check_attributes({"scale": scale, "softmax_precision": softmax_precision})
+        """Return Y; `attributes` and `bindings` are what the evaluator gives to nodes that run their graphs."""
+        nodes.check_attributes({"scale": scale, "softmax_precision": softmax_precision, **others})
         nodes.check_arrays((4,), Q=Q, K=K, V=V)
         nodes.check_shapes(Q, K, V)
         double = softmax_precision == nodes.DOUBLE

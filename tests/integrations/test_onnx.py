@@ -290,6 +290,7 @@ OPERANDS = arrays((2, 4, 5, 8), (2, 2, 7, 8), (2, 2, 7, 3))
 FLAT = {name: array.swapaxes(1, 2).reshape(2, array.shape[2], -1) for name, array in OPERANDS.items()}
 PAST = {"past_key": np.zeros((2, 2, 3, 8), np.float32), "past_value": np.zeros((2, 2, 3, 3), np.float32)}
 WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "name": ({"causal": 1}, OPERANDS, "causal: no such attribute; expected one of is_causal, "),
     "is_causal": ({"is_causal": 2}, OPERANDS, "is_causal: 2; expected 0 or 1"),
     "mode": ({"qk_matmul_output_mode": 4}, OPERANDS, "qk_matmul_output_mode: 4; expected 0, 1, 2 or 3"),
     "precision": ({"softmax_precision": 7}, OPERANDS, r"softmax_precision: 7; expected 1 \(FLOAT\), 10 "),

@@ -442,5 +442,7 @@ def test_what_is_wrong_is_refused_by_name() -> None:
         ran(*flex([query[0], key[0], value[0]]))
     with pytest.raises(ValueError, match="softmax_precision: 2; expected 1"):
         ran(*flex([query, key, value], softmax_precision=2))
+    with pytest.raises(ValueError, match="mask_mod: no such attribute; expected one of "):
+        ran(*flex([query, key, value], mask_mod=graph_of(chain("result = Abs(x)"), {})))
     with pytest.raises(ValueError, match=r"V: shape \(2, 2, 5, 3\)"):
         ran(*flex([query, key, value[:, :, 1:]]))
