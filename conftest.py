@@ -19,6 +19,8 @@ NEEDS = {
     "torch": ["torch"],
     "transformers": ["torch", "transformers"],
     "jax": ["jax"],
+    "graphs": ["onnx"],
+    "onnx": ["onnx"],
 }
 collect_ignore = [
     f"fastattn/integrations/{module}.py"

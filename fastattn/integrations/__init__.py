@@ -1,4 +1,5 @@
-"""fastattn inside the libraries people train with: a module for each, which imports that library when it is imported.
+"""fastattn inside other libraries: a module for each, which imports that library when it is imported.
 
-``fastattn.integrations.torch``, ``fastattn.integrations.transformers`` and ``fastattn.integrations.jax``.
+``fastattn.integrations.torch``, ``fastattn.integrations.transformers``, ``fastattn.integrations.jax`` and
+``fastattn.integrations.onnx``.
 """
