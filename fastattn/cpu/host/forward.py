@@ -111,7 +111,8 @@ def attention(
         held = here.memory.of(plan.memory_bytes)[1]
         # fmt: off
         plan.calls.quick(
-            held, plan.record, query, key, value, bias, keep, heads, functions, out, lse, weight, None, seed, first_batch
+            held, plan.record, query, key, value, bias, keep, heads, functions, out, lse, weight, None, seed,
+            first_batch,
         )
         # fmt: on
     else:

@@ -122,9 +122,9 @@ def backward(
         for number, (queries, keys) in enumerate(zip(packed.queries, packed.keys, strict=True)):
             others = {name: part(givens[name], queries) for name in arrived}
             one = sequence(packed, number, call.storage, place, givens)
-            found = differentiate(one, others, seed, False)
-            for target, rows, gradient in zip(results.values(), (queries, keys, keys), found, strict=True):
-                copy(gradient, part(target, rows), place)
+            found = differentiate(one, others, seed, (), {})
+            for name, rows in (("query", queries), ("key", keys), ("value", keys)):
+                copy(found[name], part(results[name], rows), place)
         settle(givens, place)
         gradients = [place.deliver(result) for result in results.values()]
     if call.on_device:
