@@ -18,6 +18,7 @@ NEEDS = {
     "operators": ["torch"],
     "torch": ["torch"],
     "transformers": ["torch", "transformers"],
+    "varlen": ["torch"],
     "jax": ["jax"],
     "graphs": ["onnx"],
     "onnx": ["onnx"],

@@ -103,7 +103,7 @@ def store_sums(kernel, plan, given, head, places, lse, queries, sums, sink_weigh
             logarithm = math.log(own) if own != 0.0 else MINUS_INFINITY
             whole = m + logarithm
             if sink != MINUS_INFINITY:
-                term = math.exp(sink - m) if own != 0.0 else 0.0
+                term = math.exp(sink - m) + own * 0.0 if own != 0.0 else 0.0
                 whole = sink if own == 0.0 or term == INFINITY else m + math.log(own + term)
                 logarithm = sink - m if own == 0.0 or term == INFINITY else math.log(own + term)
                 if sink_weights != 0 and whole - total >= -given.slack * abs(total):

@@ -28,8 +28,10 @@ def reference_of(plan, m):
 
 @jit
 def term_of(plan, sink, m, total):
-    """What a sink adds to the sum of a row's weights; nothing where no key has any."""
-    return math.exp(sink - reference_of(plan, m)) if sink != MINUS_INFINITY and total != 0.0 else 0.0
+    """What a sink adds to the sum of a row's weights: nothing where no key has any, NaN to a sum that is NaN."""
+    if sink == MINUS_INFINITY or total == 0.0:
+        return 0.0
+    return math.exp(sink - reference_of(plan, m)) + total * 0.0
 
 
 @jit
