@@ -73,13 +73,16 @@ def _word_at(builder, address, number):
     return read_only(builder, builder.load(pointer, align=8))
 
 
-def captured(each, place, chosen=False):
-    """An intrinsic that finds one of `fastattn.functions.function.Captured`, whose words begin at `place`."""
+def captured(each, place, real, chosen=False):
+    """An intrinsic that finds one of `fastattn.functions.function.Captured`, whose words begin at `place`.
+
+    A floating number is, like one that is written in the code, of the dtype `real` of the call.
+    """
 
     @intrinsic
     def find(typingctx, record, flag):
         if each.axes < 0:
-            ty = {"int": types.int64, "bool": types.boolean, "float": types.float64}[each.kind]
+            ty = {"int": types.int64, "bool": types.boolean, "float": real}[each.kind]
         else:
             ty = ArrayType(each.kind, each.axes, chosen)
 
@@ -88,7 +91,9 @@ def captured(each, place, chosen=False):
             if each.kind == "bool" and each.axes < 0:
                 return builder.icmp_signed("!=", word, ir.Constant(_WORD, 0))
             if each.axes < 0:
-                return builder.bitcast(word, ir.DoubleType()) if each.kind == "float" else word
+                if each.kind == "int":
+                    return word
+                return context.cast(builder, builder.bitcast(word, ir.DoubleType()), types.float64, real)
             array = cgutils.create_struct_proxy(ty)(context, builder)
             array.at, array.number = word, ir.Constant(_WORD, 0)
             array.shape = builder.add(values[0], ir.Constant(_WORD, 8 * (place + 1)))

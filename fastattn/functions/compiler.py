@@ -24,6 +24,7 @@ from numba.extending import intrinsic
 
 from fastattn.functions import names
 from fastattn.functions.captured import ArrayType, captured, item_at, length
+from fastattn.functions.function import is_of_module
 from fastattn.functions.operations import Operations
 
 __all__ = ["compiled"]
@@ -95,6 +96,7 @@ class _Rewriter:
         self.operations = meaning.operations
         self.temporaries = 0
         self.several = {}  # by variables: functions that are several operations
+        self.methods = {}  # and methods of numbers: the name, and the variable with the number
 
     def add_arguments(self):
         """Two arguments more than the user's: where what is captured is, and a flag."""
@@ -108,9 +110,16 @@ class _Rewriter:
             first.body.insert(0, ir.Assign(ir.Arg(name, index, function.loc), variable, function.loc))
 
     def rewritten(self, statement):
-        """The statements that one becomes."""
+        """The statements that one becomes; what variables are defined as is kept up to date."""
         if not isinstance(statement, ir.Assign):
             return [statement]
+        before, made = statement.value, self._assigned(statement)
+        for each in made:
+            known = self.function._definitions[each.target.name]
+            known[:] = [*(one for one in known if one is not before and one is not each.value), each.value]
+        return made
+
+    def _assigned(self, statement):
         value = statement.value
         if isinstance(value, ir.Const):
             return [self._constant(statement)]
@@ -132,23 +141,15 @@ class _Rewriter:
         """A variable around the function: a module, a function, or what is captured."""
         if isinstance(value, ModuleType) or value is None or isinstance(value, str):
             return [statement]
-        if isinstance(value, FunctionType) and not _is_of_module(value):
+        if isinstance(value, FunctionType) and not is_of_module(value):
             statement.value = ir.Global(name, helper(value, self.meaning), statement.loc)
             return [statement]
         if callable(value):
             return [self._meant(statement, getattr(value, "__name__", name), value)]
-        own = next(each for each in self._own_names(name, value))
+        own = self.meaning.function.names[self.python, name]
         each = next(one for one in self.meaning.function.captured if one.name == own)
-        found = captured(each, self.meaning.function.place_of(own), own == self.meaning.chosen)
+        found = captured(each, self.meaning.function.place_of(own), self.meaning.real, own == self.meaning.chosen)
         return self._call(statement, found, [self._variable(RECORD), self._variable(FLAG_NAME)])
-
-    def _own_names(self, name, value):
-        """A helper may capture another variable of the same name."""
-        captured_names = {each.name for each in self.meaning.function.captured}
-        own = f"{name} of {self.python.__name__}"
-        if own in captured_names:
-            yield own
-        yield name
 
     def _meant(self, statement, name, value):
         """A function of a module or of Python's own."""
@@ -174,6 +175,8 @@ class _Rewriter:
             return operations.binary(what)
         if kind == "unary":
             return operations.unary(what)
+        if kind == "logical":
+            return operations.logical(what)
         if kind == "extreme":
             return operations.extreme(what)
         if kind == "conversion":
@@ -218,15 +221,14 @@ class _Rewriter:
     def _attribute(self, statement, value):
         owner = guard(get_definition, self.function, value.value)
         module = getattr(owner, "value", None) if isinstance(owner, (ir.Global, ir.FreeVar)) else None
-        if isinstance(owner, ir.Expr) and owner.op == "getattr":  # torch.nn.functional
-            module = getattr(owner, "module", None)
         if not isinstance(module, ModuleType):
             if value.attr == "shape":
                 return self._call(statement, _shape, [value.value])
+            self.methods[statement.target.name] = value.attr, value.value
+            statement.value = ir.Const(None, statement.loc)
             return [statement]
         found = getattr(module, value.attr, None)
         if isinstance(found, ModuleType):
-            value.module = found
             statement.value = ir.Global(value.attr, found, statement.loc)
             return [statement]
         if value.attr in names.CONSTANTS:
@@ -246,8 +248,13 @@ class _Rewriter:
     def _called(self, statement, value):
         function = guard(get_definition, self.function, value.func)
         target = getattr(function, "value", None)
+        if value.func.name in self.methods:
+            return self._method(statement, *self.methods[value.func.name], value)
         if value.func.name in self.several:
             return self._special(statement, self.several[value.func.name], value)
+        if target is self._operation("conversion", "real", statement.loc) and self._text(value.args):
+            statement.value = ir.Const(float(self._text(value.args)), statement.loc)  # float("inf")
+            return [self._constant(statement)]
         if value.kws:
             raise CannotCompile(f"arguments by keyword: {', '.join(name for name, _ in value.kws)}", statement.loc)
         if getattr(target, "is_helper", False):
@@ -259,9 +266,34 @@ class _Rewriter:
             return self._folded(statement, [(target, other) for other in value.args[1:]], value.args[0])
         return [statement]
 
+    def _text(self, arguments):
+        """The string that an only argument is."""
+        text = guard(get_definition, self.function, arguments[0]) if len(arguments) == 1 else None
+        return text.value if isinstance(text, ir.Const) and isinstance(text.value, str) else None
+
+    def _method(self, statement, name, owner, value):
+        """A method of a number is the function of that name, or makes the number one of another dtype."""
+        given = [*value.args, *(argument for _, argument in value.kws)]
+        if name in names.KEEPING:
+            conversions = {self._operation("conversion", kind, statement.loc) for kind in ("real", "int", "bool")}
+            for argument in given:
+                dtype = getattr(guard(get_definition, self.function, argument), "value", None)
+                if dtype in conversions:
+                    return self._call(statement, dtype, [owner])
+            statement.value = owner
+            return [statement]
+        value.args = [owner, *value.args]
+        variable = self._temporary(statement)
+        function = self._meant(ir.Assign(ir.Const(None, statement.loc), variable, statement.loc), name, None)
+        self.function._definitions[variable.name] = [function.value]
+        value.func = variable
+        return [function, *self._called(statement, value)]
+
     def _special(self, statement, name, value):
         """Functions that are several operations."""
         given = {**dict(zip(("x", "min", "max"), value.args, strict=False)), **dict(value.kws)}
+        if name == "masked_fill":
+            return self._call(statement, self.operations.where, [given["min"], given["max"], given["x"]])
         if name == "clip":
             low = given.get("min", given.get("a_min"))
             high = given.get("max", given.get("a_max"))
@@ -327,10 +359,6 @@ def _shape(typingctx, array):
         return context.make_tuple(builder, ty, sizes)
 
     return signature(ty, array), codegen
-
-
-def _is_of_module(value):
-    return (value.__module__ or "").partition(".")[0] in ("numpy", "torch", "jax", "math", "builtins")
 
 
 class _Compiler(CompilerBase):

@@ -11,10 +11,10 @@ from __future__ import annotations
 import builtins
 import dis
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
-from types import CodeType, FunctionType, ModuleType
+from types import CellType, CodeType, FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,18 @@ from numpy.typing import NDArray
 
 from fastattn.machine.digest import written
 
-__all__ = ["MODULES", "SCORE", "SEEN", "Captured", "Function", "captured_by", "described", "record_of"]
+__all__ = [
+    "MODULES",
+    "SCORE",
+    "SEEN",
+    "Captured",
+    "Function",
+    "captured_by",
+    "described",
+    "is_of_module",
+    "rebuilt",
+    "record_of",
+]
 
 #: The arguments of a function of a score, and of one that says which keys are seen.
 SCORE = ("score", "batch", "head", "query", "key")
@@ -75,6 +86,8 @@ class Function:
         In how many places it indexes something, those of functions that it calls included.
     python : function
         Its code with what stands around it. It is not compared: functions of one identity are the same.
+    names : dict
+        What variables are called in `captured`, by functions and their names there.
     """
 
     role: str
@@ -83,6 +96,7 @@ class Function:
     reads: frozenset[str] = field(compare=False, repr=False)
     places: int = field(compare=False, repr=False)
     python: FunctionType = field(compare=False, repr=False)
+    names: dict[tuple[FunctionType, str], str] = field(compare=False, repr=False)
 
     @property
     def arguments(self) -> tuple[str, ...]:
@@ -122,18 +136,18 @@ def described(role: str, given: Any) -> tuple[Function, tuple[Any, ...]]:
             f"{role}: {given.__name__} takes ({', '.join(code.co_varnames[: code.co_argcount])}); "
             f"expected {len(arguments)} arguments, ({', '.join(arguments)})"
         )
-    found: dict[str, tuple[Captured, Any]] = {}
-    codes: dict[CodeType, None] = {}
-    words = _words(role, given, found, codes, ())
-    captured = tuple(each for each, _ in found.values())
+    walk = _Walk(role)
+    words = walk.words(given, ())
+    captured = tuple(each for each, _ in walk.found.values())
     identity = _hash_of((role, words, captured))
     reads = frozenset(
         argument
         for argument, name in zip(arguments, code.co_varnames, strict=False)
         if name in code.co_cellvars or name in _locals_read_by(code)
     )
-    places = sum(map(_subscripts, codes))
-    return Function(role, identity, captured, reads, places, given), tuple(value for _, value in found.values())
+    places = sum(map(_subscripts, walk.codes))
+    function = Function(role, identity, captured, reads, places, given, walk.names)
+    return function, tuple(value for _, value in walk.found.values())
 
 
 @lru_cache(maxsize=256)
@@ -144,32 +158,71 @@ def _hash_of(words: Any) -> str:
 _written = lru_cache(maxsize=256)(written)
 
 
-def _words(
-    role: str,
-    function: FunctionType,
-    found: dict[str, tuple[Captured, Any]],
-    codes: dict[CodeType, None],
-    above: tuple[Any, ...],
-) -> Any:
-    """What a function's code depends on, in words; what it captures is added to `found`, its code to `codes`."""
-    codes[function.__code__] = None
-    if function in above:
-        raise TypeError(f"{role}: {function.__name__} calls itself, which cannot be compiled")
-    words: list[Any] = [_written(function.__code__)]
-    for name, value in captured_by(function):
-        if isinstance(value, ModuleType):
-            words.append((name, name_of_module(role, name, value)))
-        elif isinstance(value, FunctionType) and value.__module__.partition(".")[0] not in ("numpy", "torch", "jax"):
-            words.append((name, _words(role, value, found, codes, (*above, function))))
-        elif callable(value):
-            words.append((name, repr(getattr(value, "__name__", value))))
-        elif value is None or isinstance(value, str):
-            words.append((name, value))
-        else:
-            own = f"{name} of {function.__name__}" if name in found and found[name][1] is not value else name
-            found[own] = _captured(role, own, value)
-            words.append((name, own))
-    return tuple(words)
+class _Walk:
+    """Goes through a function, and those that it calls.
+
+    Attributes
+    ----------
+    found : dict
+        From the names of what is captured to descriptions and values.
+    names : dict
+        From a function, and the name of a variable there, to the name in `found`. Two functions may have a variable of
+        one name, as when a function that makes functions has been called twice.
+    codes : dict
+        The code objects, in order.
+    """
+
+    def __init__(self, role: str) -> None:
+        self.role = role
+        self.found: dict[str, tuple[Captured, Any]] = {}
+        self.names: dict[tuple[FunctionType, str], str] = {}
+        self.codes: dict[CodeType, None] = {}
+        self._variables: dict[Any, str] = {}
+
+    def words(self, function: FunctionType, above: tuple[Any, ...]) -> Any:
+        """What a function's code depends on, in words."""
+        self.codes[function.__code__] = None
+        if function in above:
+            raise TypeError(f"{self.role}: {function.__name__} calls itself, which cannot be compiled")
+        words: list[Any] = [_written(function.__code__)]
+        for name, value in captured_by(function):
+            if isinstance(value, ModuleType):
+                words.append((name, name_of_module(self.role, name, value)))
+            elif isinstance(value, FunctionType) and not is_of_module(value):
+                words.append((name, self.words(value, (*above, function))))
+            elif callable(value):
+                words.append((name, repr(getattr(value, "__name__", value))))
+            elif value is None or isinstance(value, str):
+                words.append((name, value))
+            else:
+                words.append((name, self._own_name(function, name, value)))
+        return tuple(words)
+
+    def _own_name(self, function: FunctionType, name: str, value: Any) -> str:
+        """The name of a variable among all that are captured."""
+        variable = _variable_of(function, name)
+        own = self._variables.get(variable)
+        if own is None:
+            count, own = 1, name
+            while own in self.found:
+                own = f"{name} of {function.__name__}" + (f" {count}" if count > 1 else "")
+                count += 1
+            self._variables[variable] = own
+            self.found[own] = _captured(self.role, own, value)
+        self.names[function, name] = own
+        return own
+
+
+def _variable_of(function: FunctionType, name: str) -> Any:
+    """What two variables have in common if they are one."""
+    if name in function.__code__.co_freevars:
+        return id((function.__closure__ or ())[function.__code__.co_freevars.index(name)])
+    return id(function.__globals__), name
+
+
+def is_of_module(function: Any) -> bool:
+    """Whether a function is one of a module whose functions are known by their names."""
+    return (function.__module__ or "").partition(".")[0] in ("numpy", "torch", "jax", "math", "builtins")
 
 
 def _captured(role: str, name: str, value: Any) -> tuple[Captured, Any]:
@@ -188,6 +241,8 @@ def _captured(role: str, name: str, value: Any) -> tuple[Captured, Any]:
         raise TypeError(
             f"{role}: captures {name}, of dtype {array.dtype}; expected booleans, integers or real floating numbers"
         )
+    if array.ndim == 0:
+        return _captured(role, name, array.item() if array.dtype.kind in "biuf" else float(array))
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
     return Captured(name, array.dtype.name, array.ndim), array
@@ -213,6 +268,39 @@ def captured_by(function: FunctionType) -> Iterator[tuple[str, Any]]:
             yield name, function.__globals__[name]
         elif not hasattr(builtins, name):
             raise TypeError(f"{function.__name__} reads {name}, which is not defined")
+
+
+def rebuilt(given: FunctionType, change: Callable[[str, Any], Any]) -> FunctionType:
+    """Return a function with others in place of what it and the functions that it calls capture.
+
+    Parameters
+    ----------
+    given : function
+    change : callable
+        From the name and the value of a variable, which may be a function, to what takes its place.
+    """
+    copies: dict[FunctionType, FunctionType] = {}
+    cells: dict[int, CellType] = {}
+    scopes: dict[int, dict[str, Any]] = {}
+
+    def copy(function: FunctionType) -> FunctionType:
+        if function in copies:
+            return copies[function]
+        code, around = function.__code__, function.__globals__
+        scope = scopes.setdefault(id(around), {"__name__": around.get("__name__"), "__builtins__": builtins})
+        closure = tuple(cells.setdefault(id(cell), CellType()) for cell in function.__closure__ or ())
+        made = copies[function] = FunctionType(code, scope, function.__name__, function.__defaults__, closure)
+        for name, value in captured_by(function):
+            new = change(name, value)
+            if isinstance(new, FunctionType) and not is_of_module(new):
+                new = copy(new)
+            if name in code.co_freevars:
+                closure[code.co_freevars.index(name)].cell_contents = new
+            else:
+                scope[name] = new
+        return made
+
+    return copy(given)
 
 
 @lru_cache(maxsize=256)

@@ -12,7 +12,8 @@ FUNCTIONS = {
     **dict.fromkeys(("abs", "absolute", "fabs"), "abs"),
     **dict.fromkeys(("sigmoid", "expit"), "sigmoid"),
     **dict.fromkeys(("negative", "neg"), "negative"),
-    **dict.fromkeys(("round", "fix"), "rint"),
+    "round": "rint",
+    "fix": "trunc",
     "positive": "positive",
 }
 #: Functions of two numbers that are operators.
@@ -30,20 +31,26 @@ OPERATORS = {
     **dict.fromkeys(("greater_equal", "ge"), operator.ge),
     **dict.fromkeys(("equal", "eq"), operator.eq),
     **dict.fromkeys(("not_equal", "ne"), operator.ne),
-    **dict.fromkeys(("logical_and", "bitwise_and"), operator.and_),
-    **dict.fromkeys(("logical_or", "bitwise_or"), operator.or_),
-    **dict.fromkeys(("logical_xor", "bitwise_xor"), operator.xor),
+    "bitwise_and": operator.and_,
+    "bitwise_or": operator.or_,
+    "bitwise_xor": operator.xor,
 }
+#: The same of truths.
+LOGICAL = {"logical_and": operator.and_, "logical_or": operator.or_, "logical_xor": operator.xor}
+UNARY = {"logical_not": operator.not_, **dict.fromkeys(("bitwise_not", "invert"), operator.invert)}
 EXTREMES = {
     **dict.fromkeys(("maximum", "max", "fmax"), ">"),
     **dict.fromkeys(("minimum", "min", "fmin"), "<"),
 }
 CONSTANTS = {"pi": math.pi, "e": math.e, "inf": math.inf, "nan": math.nan}
 CONVERSIONS = {
-    **dict.fromkeys(("float", "float32", "float64", "asarray", "tensor", "scalar_tensor"), "real"),
-    **dict.fromkeys(("int", "int32", "int64", "intp"), "int"),
+    **dict.fromkeys(("float", "float16", "float32", "float64", "bfloat16", "half", "double"), "real"),
+    **dict.fromkeys(("asarray", "tensor", "scalar_tensor"), "real"),
+    **dict.fromkeys(("int", "int16", "int32", "int64", "intp", "short", "long"), "int"),
     **dict.fromkeys(("bool", "bool_"), "bool"),
 }
+#: Methods that leave a number what it is, unless one of their arguments is a dtype.
+KEEPING = frozenset(("to", "type", "astype", "item", "clone", "contiguous"))
 
 
 def meaning(name):
@@ -51,6 +58,8 @@ def meaning(name):
     tables = {
         "function": FUNCTIONS,
         "operator": OPERATORS,
+        "logical": LOGICAL,
+        "unary": UNARY,
         "extreme": EXTREMES,
         "constant": CONSTANTS,
         "conversion": CONVERSIONS,
@@ -58,8 +67,6 @@ def meaning(name):
     for kind, table in tables.items():
         if name in table:
             return kind, table[name]
-    if name == "logical_not":
-        return "unary", operator.not_
-    if name in ("where", "clip", "clamp", "full_like", "zeros_like", "ones_like"):
+    if name in ("where", "masked_fill", "clip", "clamp", "full_like", "zeros_like", "ones_like"):
         return "special", "clip" if name == "clamp" else name
     return None

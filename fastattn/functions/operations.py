@@ -185,6 +185,23 @@ class Operations:
         return operation
 
     @cache
+    def logical(self, function):
+        """The same of truths: a number is true if it is not 0."""
+
+        @intrinsic
+        def operation(typingctx, a, b):
+            if not (is_number(a) and is_number(b)):
+                return None
+
+            def codegen(context, builder, sig, values):
+                one, other = (_truth(context, builder, ty, given) for ty, given in zip((a, b), values, strict=True))
+                return getattr(builder, BITS[function])(one, other)
+
+            return signature(types.boolean, a, b), codegen
+
+        return operation
+
+    @cache
     def unary(self, function):
         """Python's operator of one number."""
         if function is operator.neg:
@@ -206,9 +223,7 @@ class Operations:
                 return None
 
             def codegen(context, builder, sig, values):
-                value, _ = parts_of(context, builder, a, values[0])
-                truth = context.cast(builder, value, a.real if isinstance(a, DualType) else a, types.boolean)
-                return builder.not_(truth)
+                return builder.not_(_truth(context, builder, a, values[0]))
 
             return signature(types.boolean, a), codegen
 
@@ -320,6 +335,12 @@ class Operations:
             return signature(ty, a), codegen
 
         return operation
+
+
+def _truth(context, builder, ty, given):
+    """Whether a number is not 0."""
+    value, _ = parts_of(context, builder, ty, given)
+    return context.cast(builder, value, ty.real if isinstance(ty, DualType) else ty, types.boolean)
 
 
 def _whole_division(builder, a, b, rest):
