@@ -3,6 +3,7 @@
 from fastattn.api.additive import additive_attention
 from fastattn.api.attention import attention
 from fastattn.api.backward import additive_attention_backward, attention_backward
+from fastattn.api.block_mask import BlockMask
 from fastattn.api.weights import AttentionSummary, attention_summary, attention_weights
 from fastattn.cpu.host.threads import get_num_threads, num_threads, set_num_threads
 from fastattn.cpu.host.warmup import warmup
@@ -11,6 +12,7 @@ from fastattn.layers import BahdanauAttention, LuongAttention, MultiHeadAttentio
 __all__ = [
     "AttentionSummary",
     "BahdanauAttention",
+    "BlockMask",
     "LuongAttention",
     "MultiHeadAttention",
     "additive_attention",

@@ -12,6 +12,7 @@ from fastattn import reference
 from fastattn.api.asked import ends_of, key_of_others, masks_in
 from fastattn.api.backends import BACKENDS
 from fastattn.call.arrays import as_additive_operands
+from fastattn.call.blocks import Blocks
 from fastattn.call.options import check_backend, check_flag
 from fastattn.call.out import check_out
 from fastattn.call.score_options import FurtherOptions, MaskMod, ScoreMod
@@ -39,6 +40,7 @@ def additive_attention(
     alibi_slopes: ArrayLike | None = None,
     score_mod: ScoreMod | None = None,
     mask_mod: MaskMod | None = None,
+    block_mask: Blocks | None = None,
     return_lse: bool = False,
     return_weights: bool = False,
     out: NDArray[Any] | None = None,
@@ -118,6 +120,7 @@ def additive_attention(
         and alibi_slopes is None
         and score_mod is None
         and mask_mod is None
+        and block_mask is None
         and (query_offset is None or not isinstance(query_offset, np.ndarray))
     ):
         mask, keep = masks_in(attn_mask) if isinstance(attn_mask, tuple) else (attn_mask, None)
@@ -140,6 +143,7 @@ def additive_attention(
         "alibi_slopes": alibi_slopes,
         "score_mod": score_mod,
         "mask_mod": mask_mod,
+        "block_mask": block_mask,
     }
     call = (query, key, value, weight, attn_mask, is_causal)
     check_backend(backend, BACKENDS)

@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from fastattn import reference
 from fastattn.api.backends import BACKENDS, backend_of_attention
 from fastattn.call.arrays import as_additive_operands, as_operands
+from fastattn.call.blocks import Blocks
 from fastattn.call.options import check_backend
 from fastattn.call.score_options import FurtherOptions, MaskMod, ScoreMod
 from fastattn.call.seeds import Rng
@@ -44,6 +45,7 @@ def attention_backward(
     alibi_slopes: ArrayLike | None = None,
     score_mod: ScoreMod | None = None,
     mask_mod: MaskMod | None = None,
+    block_mask: Blocks | None = None,
     rng: Rng | None = None,
     grad_lse: ArrayLike | None = None,
     grad_mask: bool = False,
@@ -120,6 +122,7 @@ def attention_backward(
         "alibi_slopes": alibi_slopes,
         "score_mod": score_mod,
         "mask_mod": mask_mod,
+        "block_mask": block_mask,
     }
     backend = backend_of_attention(backend, grad_out, query, key, value, out, lse, attn_mask, grad_lse)
     call = (grad_out, query, key, value, out, lse, attn_mask, dropout_p, is_causal, scale, enable_gqa)
@@ -187,6 +190,7 @@ def additive_attention_backward(
     alibi_slopes: ArrayLike | None = None,
     score_mod: ScoreMod | None = None,
     mask_mod: MaskMod | None = None,
+    block_mask: Blocks | None = None,
     backend: str | None = None,
 ) -> tuple[NDArray[Any], ...]:
     """Gradients of `fastattn.additive_attention` by its arguments.
@@ -248,6 +252,7 @@ def additive_attention_backward(
         "alibi_slopes": alibi_slopes,
         "score_mod": score_mod,
         "mask_mod": mask_mod,
+        "block_mask": block_mask,
     }
     call = (grad_out, query, key, value, weight, out, lse, attn_mask, is_causal)
     check_backend(backend, BACKENDS)

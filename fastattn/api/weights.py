@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from fastattn import reference
 from fastattn.api.backends import BACKENDS
+from fastattn.call.blocks import Blocks
 from fastattn.call.options import check_backend
 from fastattn.call.problem import Operands, Problem
 from fastattn.call.rounding import coarser, is_of_these_keys, is_precise, limit_of, saturated, slack
@@ -53,6 +54,7 @@ def attention_weights(
     alibi_slopes: ArrayLike | None = None,
     score_mod: ScoreMod | None = None,
     mask_mod: MaskMod | None = None,
+    block_mask: Blocks | None = None,
     rows: Choice = None,
     columns: Choice = None,
     lse: ArrayLike | None = None,
@@ -118,6 +120,7 @@ def attention_weights(
         "alibi_slopes": alibi_slopes,
         "score_mod": score_mod,
         "mask_mod": mask_mod,
+        "block_mask": block_mask,
     }
     call = (query, key, attn_mask, is_causal, scale, enable_gqa)
     check_backend(backend, BACKENDS)
@@ -211,6 +214,7 @@ def attention_summary(
     alibi_slopes: ArrayLike | None = None,
     score_mod: ScoreMod | None = None,
     mask_mod: MaskMod | None = None,
+    block_mask: Blocks | None = None,
     top_k: int = 8,
     backend: str | None = None,
 ) -> AttentionSummary:
@@ -278,6 +282,7 @@ def attention_summary(
         "alibi_slopes": alibi_slopes,
         "score_mod": score_mod,
         "mask_mod": mask_mod,
+        "block_mask": block_mask,
     }
     call = (query, key, attn_mask, is_causal, scale, enable_gqa)
     check_backend(backend, BACKENDS)
