@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-__all__ = ["all_but", "asked_for", "asked_further", "asked_nearer", "both", "either", "everything", "listed", "within"]
+__all__ = ["all_but", "asked_for", "asked_further", "asked_nearer", "both", "either", "everything", "in_blocks", "listed", "within"]
 
 MaskMod: TypeAlias = Callable[..., Any]
 
@@ -61,6 +61,19 @@ def within(begin: Any, end: Any) -> MaskMod:
         return (key >= begin[batch, head, query]) & (key < end[batch, head, query])
 
     return is_within
+
+
+def in_blocks(kinds: Any, queries: int, keys: int, mask: MaskMod) -> MaskMod:
+    """What a function says yes to in blocks of so many queries and keys that are of kind 1, and all in those of kind 2.
+
+    `kinds` are integers of shape (B, H, blocks of queries, blocks of keys), 0 where nothing is seen.
+    """
+
+    def seen_in_block(batch: Any, head: Any, query: Any, key: Any) -> Any:
+        kind = kinds[batch, head, query // queries, key // keys]
+        return mask(batch, head, query, key) if kind == 1 else kind == 2
+
+    return seen_in_block
 
 
 def asked_for(mask: MaskMod, rows: bool, heads: bool) -> MaskMod:

@@ -75,8 +75,15 @@ def _operate(name: str, args: tuple[Any, ...]) -> Any:
     ------
     TypeError
         With the name of the argument, if a subclass of ``torch.Tensor`` does not let it be called.
+    NotImplementedError
+        If there are functions of the user's, which no operator takes.
     """
     operator = getattr(torch.ops.fastattn, name).default
+    if len(args) > len(operator._schema.arguments):
+        raise NotImplementedError(
+            "score_mod, mask_mod, block_mask: given with tensors of a subclass, or under vmap, a tracer or a mode of "
+            "PyTorch's, which see an operator, and no function; expected plain tensors in memory"
+        )
     try:
         return operator(*args)
     except (TypeError, RuntimeError, AssertionError) as error:
