@@ -8,7 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-__all__ = ["all_but", "asked_for", "asked_further", "asked_nearer", "both", "either", "everything", "in_blocks", "listed", "within"]
+__all__ = [
+    "all_but",
+    "asked_for",
+    "asked_further",
+    "asked_nearer",
+    "both",
+    "either",
+    "everything",
+    "in_blocks",
+    "listed",
+    "within",
+]
 
 MaskMod: TypeAlias = Callable[..., Any]
 

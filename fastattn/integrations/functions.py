@@ -137,23 +137,21 @@ def _of_theirs(given: Any) -> BlockMask:
     mask = _on_arrays("block_mask", given.mask_mod)
     queries, keys = given.seq_lengths
     rows, heads = (None if size == 1 else size for size in kinds.shape[:2])
-    mask = masks.in_blocks(kinds.numpy(), *given.BLOCK_SIZE, mask)
+    mask = masks.in_blocks(kinds.numpy(), given.BLOCK_SIZE[0], given.BLOCK_SIZE[1], mask)
     found = _known[given] = BlockMask.from_function(mask, queries, keys, rows, heads)
     return found
 
 
 def _kinds_of_theirs(given: Any) -> Tensor:
     """Of which kind its blocks are: 0 for those that are not listed, 1 where its function is asked, 2 for full ones."""
-    partial_blocks, full_blocks = (
-        _listed(*pair) for pair in ((given.kv_num_blocks, given.kv_indices), (given.full_kv_num_blocks, given.full_kv_indices))
-    )  # fmt: skip
-    return partial_blocks if full_blocks is None else torch.maximum(partial_blocks, 2 * full_blocks)
+    some = _listed(given.kv_num_blocks, given.kv_indices)
+    if given.full_kv_num_blocks is None:
+        return some
+    return torch.maximum(some, 2 * _listed(given.full_kv_num_blocks, given.full_kv_indices))
 
 
-def _listed(counts: Tensor | None, indices: Tensor | None) -> Tensor | None:
+def _listed(counts: Tensor, indices: Tensor) -> Tensor:
     """Return 1 for each block that is in a list, of which the first so many elements count."""
-    if counts is None or indices is None:
-        return None
     check_memory("block_mask", counts)
     columns = indices.size(-1)
     counted = torch.arange(columns) < counts[..., None]

@@ -91,7 +91,7 @@ def flattened(options: FurtherOptions) -> tuple[Any, ...]:
 
 
 def restore(options: dict[str, Any]) -> None:
-    """Make again of the operator's arguments, those that are given, what the user gave: all are the options but some."""
+    """Make again of the operator's arguments, of those that are given, what the user gave: most are that already."""
     if "functions" in options:
         options.update(options.pop("functions").options)
     if "left" in options or "right" in options:

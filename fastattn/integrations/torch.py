@@ -258,9 +258,8 @@ def flex_attention(
     value : torch.Tensor, shape (..., Hk, Lk, Dv)
     score_mod : function, optional
         Of (score, batch, head, query, key), which returns what becomes of a score. It is compiled, not run: ordinary
-        Python on numbers, with functions of ``torch``, ``numpy`` or ``math``, and methods such as ``score.tanh()``. What
-        it captures may be tensors of any dtype, as they are in each call, and numbers. It is not to be compiled by
-        ``torch.compile``, nor does it have to.
+        Python on numbers, with functions of ``torch``, ``numpy`` or ``math``, and methods such as ``score.tanh()``.
+        What it captures may be numbers, and tensors of any real dtype, as they are at the time of the call.
     block_mask : BlockMask, optional
         PyTorch's, or `fastattn.BlockMask`. Of PyTorch's, what it and its function say when it first comes here.
     scale : float, optional
