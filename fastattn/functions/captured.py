@@ -106,14 +106,19 @@ def captured(each, place, real, chosen=False):
     return find
 
 
-def item_at(real, is_chosen):
+def item_at(real, is_chosen, constant=None):
     """An intrinsic that reads an element of a captured array, or what is left of it where it has more axes.
 
     `is_chosen`: at this place in the function what is read of a chosen array is a dual number of the dtype `real`.
+    With a `constant` index it reads tuples as well.
     """
 
     @intrinsic
     def item(typingctx, array, index):
+        if isinstance(array, types.BaseTuple) and isinstance(constant, int):
+            place = constant % len(array)
+            element = signature(array.types[place], array, index)
+            return element, lambda context, builder, sig, values: builder.extract_value(values[0], place)
         if not isinstance(array, ArrayType):
             return None
         numbers = tuple(index) if isinstance(index, types.BaseTuple) else (index,)

@@ -50,10 +50,10 @@ class Meaning:
         self.operations = operations_of(real)
         self._places = {}
 
-    def item(self, python, statement):
+    def item(self, python, statement, constant=None):
         """What indexes a captured array, at this place in a function."""
         number = self._places.setdefault((python, statement.target.name), len(self._places))
-        return item_at(self.real, number == self.place)
+        return item_at(self.real, number == self.place, constant)
 
 
 @cache
@@ -237,13 +237,12 @@ class _Rewriter:
         return [self._meant(statement, value.attr, found)]
 
     def _static_item(self, statement, value):
-        if value.index_var is not None:
-            return self._call(statement, self.meaning.item(self.python, statement), [value.value, value.index_var])
+        item, index = self.meaning.item(self.python, statement, value.index), value.index_var
+        if index is not None:
+            return self._call(statement, item, [value.value, index])
         variable = self._temporary(statement)
-        return [
-            ir.Assign(ir.Const(value.index, statement.loc), variable, statement.loc),
-            *self._call(statement, self.meaning.item(self.python, statement), [value.value, variable]),
-        ]
+        constant = ir.Assign(ir.Const(value.index, statement.loc), variable, statement.loc)
+        return [constant, *self._call(statement, item, [value.value, variable])]
 
     def _called(self, statement, value):
         function = guard(get_definition, self.function, value.func)

@@ -257,8 +257,13 @@ REFUSED: list[tuple[Any, str, Callable[[], Any]]] = [
     (TypeError, "end: dtype float64; expected integers", lambda: BlockMask.from_intervals([1, 2], [1.0, 2.0], 3)),
     (ValueError, r"end: shape \(3,\); expected one", lambda: BlockMask.from_intervals([1, 2], [1, 2, 3], 3)),
     (ValueError, "begin: a single number", lambda: BlockMask.from_intervals(1, 2, 3)),
-    (TypeError, "block_mask: .*; expected a fastattn.BlockMask", lambda: fastattn.attention(*operands()[:3], block_mask=True)),  # type: ignore[arg-type]
 ]  # fmt: skip
+
+
+def test_what_is_no_mask() -> None:
+    for given in (True, booleans(), near(3)):
+        with pytest.raises(TypeError, match=r"block_mask: .*; expected a fastattn.BlockMask, or None"):
+            fastattn.attention(*operands()[:3], block_mask=given)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("kind", "message", "call"), REFUSED, ids=[message[:25] for _, message, _ in REFUSED])
