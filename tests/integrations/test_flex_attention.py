@@ -55,7 +55,7 @@ def causal(batch: Any, head: Any, query: Any, key: Any) -> Any:
 
 def relative_position(xp: Any, array: Any) -> Any:
     def score_mod(score: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
-        return score + (query - key) / 20
+        return score + (query - key) / 16
 
     return score_mod, None
 
@@ -314,7 +314,9 @@ def test_methods_of_numbers() -> None:
     torch.testing.assert_close(flex_attention(*tensors, by_functions), theirs.flex_attention(*tensors, by_functions))
 
 
-@pytest.mark.parametrize("dtype", ["bool", "uint8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize(
+    "dtype", ["bool", "uint8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64"]
+)
 def test_captured_tensors_of_any_dtype(dtype: str) -> None:
     table = torch.arange(HEADS * LENGTH).reshape(HEADS, LENGTH).remainder(7).to(getattr(torch, dtype))
     one = torch.tensor(2).to(getattr(torch, dtype))
