@@ -119,10 +119,10 @@ def item_at(real, is_chosen):
         if not isinstance(array, ArrayType):
             return None
         numbers = tuple(index) if isinstance(index, types.BaseTuple) else (index,)
-        if not 0 < len(numbers) <= array.axes or not all(isinstance(ty, types.Integer) for ty in numbers):
+        if len(numbers) > array.axes or not all(isinstance(ty, types.Integer) for ty in numbers):
             return None
         rest = array.axes - len(numbers)
-        ty = ArrayType(array.kind, rest, array.chosen) if rest else array.element
+        ty = ArrayType(array.kind, rest, array.chosen) if rest else at_least(array.element, real)
         dual = DualType(real) if is_chosen and array.chosen and not rest else None
 
         def codegen(context, builder, sig, values):
@@ -136,7 +136,7 @@ def item_at(real, is_chosen):
                 step = ir.Constant(_WORD, 8 * len(numbers))
                 left.shape, left.strides = builder.add(given.shape, step), builder.add(given.strides, step)
                 return left._getvalue()
-            element = _element(context, builder, array, found.pointer)
+            element = context.cast(builder, _element(context, builder, array, found.pointer), array.element, ty)
             if dual is None:
                 return element
             _note(builder, given.flag, found.number)
@@ -146,6 +146,11 @@ def item_at(real, is_chosen):
         return signature(dual or ty, array, index), codegen
 
     return item
+
+
+def at_least(element, real):
+    """The type that an element is read as: a floating one as wide as what the call computes in, or wider."""
+    return real if isinstance(element, types.Float) and element.bitwidth < real.bitwidth else element
 
 
 def _item_of_tuple(array, index):

@@ -194,7 +194,15 @@ class _Rewriter:
         each = next(one for one in self.meaning.function.captured if one.name == own)
         place = self.meaning.function.place_of(own)
         found = captured(each, place, self.meaning.real, own == self.meaning.chosen)
-        return self._call(statement, found, [self._variable(RECORD), self._variable(FLAG_NAME)])
+        where = [self._variable(RECORD), self._variable(FLAG_NAME)]
+        if each.axes != 0:
+            return self._call(statement, found, where)
+        array, nowhere = self._temporary(statement), self._temporary(statement)
+        return [
+            *self._call(ir.Assign(array, array, statement.loc), found, where),
+            ir.Assign(ir.Expr.build_tuple([], statement.loc), nowhere, statement.loc),
+            *self._call(statement, self.meaning.item(self.python, statement), [array, nowhere]),
+        ]
 
     def _meant(self, statement, name, found):
         """A function of a module or of Python's own."""

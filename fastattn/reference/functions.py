@@ -195,7 +195,7 @@ def _python_names(wide: Any) -> dict[str, Any]:
 
 def _whole(number: Any) -> Any:
     """Return a number without its fraction; the least of all whole ones where there is none of 64 bits."""
-    return np.int64(int(number)) if abs(number) < 2**63 else np.int64(-(2**63))
+    return np.int64(int(number)) if np.abs(number) < 2.0**63 else np.int64(-(2**63))
 
 
 def _rounded(number: Any) -> Any:
