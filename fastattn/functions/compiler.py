@@ -170,7 +170,9 @@ class _Rewriter:
         for number in numbers:
             if not (number is None or isinstance(number, (bool, int, float))):
                 word = type(number).__name__
-                raise CannotCompile(f"{WORDS.get(word, f'a constant of type {word}')} has no meaning here", statement.loc)
+                raise CannotCompile(
+                    f"{WORDS.get(word, f'a constant of type {word}')} has no meaning here", statement.loc
+                )
             if isinstance(number, int) and not -(2**63) <= number < 2**63:
                 raise CannotCompile(f"{number} is no whole number of 64 bits", statement.loc)
         if isinstance(value, float):
@@ -283,7 +285,9 @@ class _Rewriter:
         found = getattr(module, value.attr, None)
         if isinstance(found, ModuleType):
             if not names.module_of(found.__name__):
-                raise CannotCompile(f"the module {found.__name__} has no meaning in a function of scores", statement.loc)
+                raise CannotCompile(
+                    f"the module {found.__name__} has no meaning in a function of scores", statement.loc
+                )
             return [self._defined(statement, ir.Global(value.attr, found, statement.loc))]
         if value.attr in names.CONSTANTS and isinstance(found, float):
             statement.value = ir.Const(found, statement.loc)
@@ -315,7 +319,10 @@ class _Rewriter:
             step = guard(get_definition, self.function, value.args[2])
             if not (isinstance(step, ir.Const) and step.value):
                 raise CannotCompile("a range with a step that is no constant, or 0, has no meaning here", statement.loc)
-        if len(value.args) > 2 and target in (self.operations.extreme("first", ">"), self.operations.extreme("first", "<")):
+        if len(value.args) > 2 and target in (
+            self.operations.extreme("first", ">"),
+            self.operations.extreme("first", "<"),
+        ):
             return self._folded(statement, [(target, other) for other in value.args[1:]], value.args[0])
         return [statement]
 
@@ -343,7 +350,9 @@ class _Rewriter:
             raise CannotCompile(f"{name} with {len(given)} arguments has no meaning here", statement.loc)
         if name == "clip":
             extreme = self.operations.extreme
-            steps = [(extreme("nan", sign), given[bound]) for bound, sign in (("min", ">"), ("max", "<")) if bound in given]
+            steps = [
+                (extreme("nan", sign), given[bound]) for bound, sign in (("min", ">"), ("max", "<")) if bound in given
+            ]
             return self._folded(statement, [step for step in steps if not self._is_none(step[1])], given["x"])
         number = given["fill_value"] if name == "full_like" else 0.0 if name == "zeros_like" else 1.0
         statement.value = number if isinstance(number, ir.Var) else ir.Const(number, statement.loc)

@@ -424,9 +424,7 @@ def whole_number(term):
     """A floating number without its fraction, as int64; the least of these where there is none, for NaN as well."""
     builder, word, limit = term.builder, ir.IntType(64), 2.0**63
     fits = builder.and_(term.compare(">=", -limit), term.compare("<", limit))
-    return builder.select(
-        fits, builder.fptosi(choose(fits, term, 0.0).value, word), ir.Constant(word, -(2**63))
-    )
+    return builder.select(fits, builder.fptosi(choose(fits, term, 0.0).value, word), ir.Constant(word, -(2**63)))
 
 
 def _division(a, b):
