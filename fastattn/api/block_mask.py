@@ -94,7 +94,7 @@ class BlockMask(Blocks):
             _check_size(name, size, optional=name in ("batch", "heads"))
         if isinstance(query_offset, bool) or not isinstance(query_offset, (int, np.integer)):
             raise TypeError(f"query_offset: {said(query_offset)}; expected an int")
-        kept = rebuilt(mask_mod, lambda name, value: _copied(value))  # type: ignore[arg-type]
+        kept = rebuilt("mask_mod", mask_mod, lambda name, value: _copied(value))  # type: ignore[arg-type]
         shape = (1 if batch is None else int(batch), 1 if heads is None else int(heads), int(queries), int(keys))
         return cls._of(masks.asked_further(kept, int(query_offset)), shape)
 

@@ -53,7 +53,7 @@ class Functions:
         self.tensors: list[Tensor] = []
         score_mod = self._given.get("score_mod")
         if isinstance(score_mod, FunctionType):
-            rebuilt(score_mod, self._collect)
+            rebuilt("score_mod", score_mod, self._collect)
 
     def _collect(self, name: str, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -104,7 +104,7 @@ def _on_arrays(role: str, given: Any) -> Any:
         # those of bfloat16 are no arrays of NumPy's
         return array_of(f"{role}: captures {name}", tensor.float() if tensor.dtype is torch.bfloat16 else tensor)
 
-    return rebuilt(_known_function(given), change)
+    return rebuilt(role, _known_function(given), change)
 
 
 def _known_function(function: FunctionType) -> FunctionType:

@@ -41,8 +41,9 @@ class Parts:
     def __init__(self, problem: Problem, operands: Operands, names: tuple[str, ...]):
         self.names = names
         function, captured = problem.scores.score_mod, operands.captured
-        assert not names or (function is not None and captured is not None)
-        values = {} if not names else dict(zip((e.name for e in function.captured), captured.score, strict=True))
+        values: dict[str, Any] = {}
+        if function is not None and captured is not None:
+            values = {each.name: value for each, value in zip(function.captured, captured.score, strict=True)}
         shapes = [values[name].shape for name in names]
         elements = max(1, sum(map(math.prod, shapes)))
         self.number = max(2, min(MOST_PARTS, MOST_ELEMENTS // elements))
@@ -58,9 +59,7 @@ class Parts:
 
 
 @contextmanager
-def prepared(
-    problem: Problem, operands: Operands, tile: TileShape, parts: Parts | None = None
-) -> Iterator[Operands]:
+def prepared(problem: Problem, operands: Operands, tile: TileShape, parts: Parts | None = None) -> Iterator[Operands]:
     """The operands as kernels of a tile take them: with a record of the user's functions in place of what they capture.
 
     `parts` are where gradients of captured arrays go.
@@ -75,7 +74,7 @@ def prepared(
         return
     scores, given = problem.scores, operands.captured
     record = np.zeros(1, FUNCTIONS)
-    record["heads"] = max(1, problem.heads)
+    record["heads"], record["first_key"] = max(1, problem.heads), scores.first_key
     held: list[Array] = []
     if scores.score_mod is not None:
         library = compiled("score_function", scores.score_mod, tile)
@@ -98,7 +97,7 @@ def prepared(
             held.append(kinds)
             record["kinds"] = address_of(kinds)
             steps = (step if size > 1 else 0 for step, size in zip(kinds.strides, kinds.shape, strict=True))
-            record["kinds_batch"], record["kinds_head"], record["kinds_row"] = list(steps)[:2] + [kinds.strides[2]]
+            record["kinds_batch"], record["kinds_head"], record["kinds_row"] = [*list(steps)[:2], kinds.strides[2]]
     yield operands._replace(captured=record)  # type: ignore[arg-type]
     if record["repeated"]:
         raise ValueError(
@@ -123,9 +122,10 @@ def kinds_of_blocks(
     What has been found out is remembered, for the same function and values of what it captures.
     """
     assert operands.captured is not None
-    if operands.captured.blocks is not None:
-        return operands.captured.blocks.kinds
-    if problem.queries < WORTH_LOOKING or problem.keys < WORTH_LOOKING:
+    blocks = operands.captured.blocks
+    if blocks is not None and blocks.shape[2:] == (problem.queries, problem.keys):
+        return blocks.kinds
+    if problem.queries < WORTH_LOOKING or problem.keys < WORTH_LOOKING or problem.scores.first_key:
         return None
     batches = int(np.prod(problem.batch, dtype=np.int64)) or 1
     offsets: Any = [problem.scores.offset]
@@ -170,7 +170,7 @@ def _library_to_look(function: Function) -> Library:
 def contents(values: tuple[Any, ...]) -> tuple[Any, ...]:
     """What captured values are known by: numbers, and hashes of arrays."""
     return tuple(
-        (value.shape, hashlib.blake2b(np.ascontiguousarray(value).view(np.uint8), digest_size=16).digest())
+        (value.shape, hashlib.blake2b(value.tobytes(), digest_size=16).digest())
         if isinstance(value, np.ndarray)
         else value
         for value in values

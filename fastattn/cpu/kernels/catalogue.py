@@ -7,8 +7,8 @@ from typing import Any
 from fastattn.cpu.kernels import additive_backward, backward, captured_gradient, mask_gradient, schedule
 from fastattn.cpu.kernels.entry import in_default_mode, note, overlaps, quick_function, shared, signature
 from fastattn.cpu.kernels.forward import forward_group
-from fastattn.cpu.kernels.lanes import captured_functions, score_functions, seen_functions
 from fastattn.cpu.kernels.key_weights import sum_weights
+from fastattn.cpu.kernels.lanes import captured_functions, score_functions, seen_functions
 from fastattn.cpu.kernels.summary import summarise_group, weigh_known_group
 from fastattn.cpu.kernels.tasks import task_function
 from fastattn.cpu.kernels.tiles import unrolled_product

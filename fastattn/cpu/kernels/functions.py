@@ -4,7 +4,7 @@ from fastattn.cpu.kernels.records import EMPTY, FULL, FUNCTIONS, KIND_KEYS, KIND
 from fastattn.simd import call_compiled, jit, load_u8, record_view, store_i64
 
 functions_view = record_view(FUNCTIONS)
-OUT_OF_RANGE, REPEATED = (FUNCTIONS.fields[name][1] for name in ("out_of_range", "repeated"))
+OUT_OF_RANGE, REPEATED = map((FUNCTIONS.names or ()).index, ("out_of_range", "repeated"))
 
 
 @jit
@@ -23,7 +23,8 @@ def apply_function(plan, head, scores, grads, count, first_query, first_key):
     if functions.value == 0:
         return True
     batch, number = functions.first_row + head.number // functions.heads, head.number % functions.heads
-    query, last = head.offset + first_query, head.offset + plan.queries - 1
+    query, last = functions.first_key + head.offset + first_query, functions.first_key + head.offset + plan.queries - 1
+    first_key += functions.first_key
     captured = functions.score_captured
     if grads == 0:
         given = (scores, count, batch, number, query, first_key, last, captured)
@@ -39,7 +40,8 @@ def hide_unseen(plan, head, scores, count, first_query, first_key):
     if functions.hide == 0:
         return True
     batch, number = functions.first_row + head.number // functions.heads, head.number % functions.heads
-    query, last = head.offset + first_query, head.offset + plan.queries - 1
+    query, last = functions.first_key + head.offset + first_query, functions.first_key + head.offset + plan.queries - 1
+    first_key += functions.first_key
     given = (scores, count, batch, number, query, first_key, last, functions.seen_captured)
     return call_compiled(functions.hide, given) != 0
 
@@ -50,7 +52,7 @@ def note_marks(tile, plan, head, scores, count, first_query):
     functions = functions_view(head.functions)
     present = min(tile.width, plan.queries - first_query)
     if call_compiled(functions.marks, (scores, count, present)) != 0:
-        store_i64(head.functions + OUT_OF_RANGE, 1)
+        store_i64(head.functions + 8 * OUT_OF_RANGE, 1)
 
 
 @jit
@@ -87,7 +89,8 @@ def add_to_captured(plan, head, part, scores, grads, count, present, first_query
     functions = functions_view(head.functions)
     batch, number = functions.first_row + head.number // functions.heads, head.number % functions.heads
     targets = functions.targets + part * functions.arrays * 8
-    query = head.offset + first_query
+    query = functions.first_key + head.offset + first_query
+    first_key += functions.first_key
     given = (scores, grads, count, present, batch, number, query, first_key, functions.score_captured, targets)
     if call_compiled(functions.add, given) != 0:
-        store_i64(head.functions + REPEATED, 1)
+        store_i64(head.functions + 8 * REPEATED, 1)

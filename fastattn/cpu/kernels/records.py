@@ -202,6 +202,7 @@ FUNCTIONS = np.dtype(
     [
         ("heads", i8),  # query heads of one row of the batch
         ("first_row", i8),  # the number of the first row of the batch
+        ("first_key", i8),  # that of the first key, which positions of queries count from as well
         ("value", i8),  # of a score
         ("slope", i8),
         ("score_captured", i8),
@@ -212,7 +213,10 @@ FUNCTIONS = np.dtype(
         ("targets", i8),  # their addresses: for each part of the work one of each array
         ("arrays", i8),  # how many there are
         ("repeated", i8),  # set to 1 where an element was read in a loop
-        ("kinds", i8),  # a byte for each block of queries and keys, for all rows of the batch and heads or some: EMPTY, ...
+        (
+            "kinds",
+            i8,
+        ),  # a byte for each block of queries and keys, for all rows of the batch and heads or some: EMPTY, ...
         ("kinds_batch", i8),  # strides; 0: the same for all
         ("kinds_head", i8),
         ("kinds_row", i8),
