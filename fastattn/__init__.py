@@ -3,6 +3,7 @@
 from fastattn.api.additive import additive_attention
 from fastattn.api.attention import attention
 from fastattn.api.backward import additive_attention_backward, attention_backward
+from fastattn.api.block_mask import BlockMask
 from fastattn.api.merge import merge
 from fastattn.api.varlen import attention_varlen, attention_varlen_backward
 from fastattn.api.weights import AttentionSummary, attention_summary, attention_weights
@@ -13,6 +14,7 @@ from fastattn.layers import BahdanauAttention, LuongAttention, MultiHeadAttentio
 __all__ = [
     "AttentionSummary",
     "BahdanauAttention",
+    "BlockMask",
     "LuongAttention",
     "MultiHeadAttention",
     "additive_attention",

@@ -12,6 +12,7 @@ from fastattn import reference
 from fastattn.api.asked import ends_of, key_of_others, masks_in
 from fastattn.api.backends import BACKENDS
 from fastattn.call.arrays import as_additive_operands
+from fastattn.call.blocks import Blocks
 from fastattn.call.options import check_backend, check_flag
 from fastattn.call.out import check_out
 from fastattn.call.score_options import FurtherOptions, MaskMod, ScoreMod
@@ -40,6 +41,7 @@ def additive_attention(
     sinks: ArrayLike | None = None,
     score_mod: ScoreMod | None = None,
     mask_mod: MaskMod | None = None,
+    block_mask: Blocks | None = None,
     return_lse: bool = False,
     return_weights: bool = False,
     out: NDArray[Any] | None = None,
@@ -115,7 +117,7 @@ def additive_attention(
     if (
         return_weights is False
         and (backend is None or backend == "cpu")
-        and key_lengths is alibi_slopes is sinks is score_mod is mask_mod is None  # type: ignore[comparison-overlap]
+        and key_lengths is alibi_slopes is sinks is score_mod is mask_mod is block_mask is None  # type: ignore[comparison-overlap]
         and (query_offset is None or not isinstance(query_offset, np.ndarray))
     ):
         mask, keep = masks_in(attn_mask) if isinstance(attn_mask, tuple) else (attn_mask, None)
@@ -133,6 +135,7 @@ def additive_attention(
     further: FurtherOptions = {
         "window": window, "query_offset": query_offset, "key_lengths": key_lengths, "softcap": softcap,
         "alibi_slopes": alibi_slopes, "sinks": sinks, "score_mod": score_mod, "mask_mod": mask_mod,
+        "block_mask": block_mask,
     }  # fmt: skip
     call = (query, key, value, weight, attn_mask, is_causal)
     check_backend(backend, BACKENDS)

@@ -12,6 +12,7 @@ from fastattn import reference
 from fastattn.api.asked import ends_of, key_of_others, masks_in
 from fastattn.api.backends import backend_of_attention
 from fastattn.call.arrays import as_operands
+from fastattn.call.blocks import Blocks
 from fastattn.call.options import check_flag
 from fastattn.call.out import check_out
 from fastattn.call.score_options import FurtherOptions, MaskMod, ScoreMod
@@ -42,6 +43,7 @@ def attention(
     sinks: ArrayLike | None = None,
     score_mod: ScoreMod | None = None,
     mask_mod: MaskMod | None = None,
+    block_mask: Blocks | None = None,
     return_lse: bool = False,
     return_weights: bool = False,
     rng: Rng | None = None,
@@ -151,7 +153,7 @@ def attention(
     if (
         return_weights is False
         and (backend is None or backend == "cpu")
-        and key_lengths is alibi_slopes is sinks is score_mod is mask_mod is None  # type: ignore[comparison-overlap]
+        and key_lengths is alibi_slopes is sinks is score_mod is mask_mod is block_mask is None  # type: ignore[comparison-overlap]
         and (query_offset is None or not isinstance(query_offset, np.ndarray))
     ):
         mask, keep = masks_in(attn_mask) if isinstance(attn_mask, tuple) else (attn_mask, None)
@@ -175,6 +177,7 @@ def attention(
     further: FurtherOptions = {
         "window": window, "query_offset": query_offset, "key_lengths": key_lengths, "softcap": softcap,
         "alibi_slopes": alibi_slopes, "sinks": sinks, "score_mod": score_mod, "mask_mod": mask_mod,
+        "block_mask": block_mask,
     }  # fmt: skip
     call = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     wanted: Any = {"return_lse": return_lse, "return_weights": return_weights, "rng": rng, "out": out}

@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from fastattn import reference
 from fastattn.api.backends import BACKENDS, backend_of_attention
 from fastattn.call.arrays import as_additive_operands, as_operands
+from fastattn.call.blocks import Blocks
 from fastattn.call.options import check_backend
 from fastattn.call.score_options import FurtherOptions, MaskMod, ScoreMod
 from fastattn.call.seeds import Rng
@@ -53,6 +54,7 @@ def attention_backward(
     sinks: ArrayLike | None = None,
     score_mod: ScoreMod | None = None,
     mask_mod: MaskMod | None = None,
+    block_mask: Blocks | None = None,
     rng: Rng | None = None,
     grad_lse: ArrayLike | None = None,
     grad_mask: bool = False,
@@ -130,6 +132,7 @@ def attention_backward(
     further: FurtherOptions = {
         "window": window, "query_offset": query_offset, "key_lengths": key_lengths, "softcap": softcap,
         "alibi_slopes": alibi_slopes, "sinks": sinks, "score_mod": score_mod, "mask_mod": mask_mod,
+        "block_mask": block_mask,
     }  # fmt: skip
     backend = backend_of_attention(backend, grad_out, query, key, value, out, lse, attn_mask, grad_lse)
     call = (grad_out, query, key, value, out, lse, attn_mask, dropout_p, is_causal, scale, enable_gqa)
@@ -202,6 +205,7 @@ def additive_attention_backward(
     grads: Names = None,
     score_mod: ScoreMod | None = None,
     mask_mod: MaskMod | None = None,
+    block_mask: Blocks | None = None,
     backend: str | None = None,
 ) -> tuple[NDArray[Any], ...]:
     """Gradients of `fastattn.additive_attention` by its arguments.
@@ -261,6 +265,7 @@ def additive_attention_backward(
     further: FurtherOptions = {
         "window": window, "query_offset": query_offset, "key_lengths": key_lengths, "softcap": softcap,
         "alibi_slopes": alibi_slopes, "sinks": sinks, "score_mod": score_mod, "mask_mod": mask_mod,
+        "block_mask": block_mask,
     }  # fmt: skip
     call = (grad_out, query, key, value, weight, out, lse, attn_mask, is_causal)
     check_backend(backend, BACKENDS)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastattn.call.scores import Scores
+
+if TYPE_CHECKING:
+    from fastattn.call.blocks import Blocks
 
 Array: TypeAlias = NDArray[Any]
 Shape: TypeAlias = tuple[int, ...]
@@ -97,10 +100,13 @@ class Captures(NamedTuple):
     ----------
     score, seen : tuple
         Arrays, and numbers.
+    blocks : Blocks or None
+        Knows of which kind blocks of keys are, for exactly the queries and keys of the call.
     """
 
     score: tuple[Any, ...]
     seen: tuple[Any, ...]
+    blocks: Blocks | None = None
 
 
 class Operands(NamedTuple):

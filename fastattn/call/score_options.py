@@ -11,11 +11,13 @@ from numpy.typing import ArrayLike
 
 from fastattn.call.advice import said, to_convert
 from fastattn.call.arrays import as_array
+from fastattn.call.blocks import Blocks, check_blocks
 from fastattn.call.broadcasting import check_broadcasts
 from fastattn.call.options import check_causal, check_scale, finite_real
 from fastattn.call.problem import Array, Captures, Shape
 from fastattn.call.scores import FARTHEST, Scores
 from fastattn.functions.function import Function, described
+from fastattn.functions.masks import asked_nearer, both
 
 __all__ = ["FurtherOptions", "PieceOptions", "ScoreOptions", "check_names", "scores_from"]
 
@@ -36,6 +38,7 @@ class FurtherOptions(TypedDict, total=False):
     sinks: ArrayLike | None
     score_mod: ScoreMod | None
     mask_mod: MaskMod | None
+    block_mask: Blocks | None
 
 
 class PieceOptions(FurtherOptions, total=False):
@@ -94,7 +97,10 @@ def scores_from(
     first, offset = offset, held(offset)
     left = None if left is None else offset - held(first - left)
     right = None if right is None else held(first + right) - offset
-    (score_mod, mask_mod), captured = functions_in(options)
+    blocks = options.get("block_mask")
+    if blocks is not None:
+        blocks = check_blocks(blocks, batch, heads, queries, keys)
+    (score_mod, mask_mod), captured = functions_in(options, blocks, offset, offsets)
     if left is None and right is None and slopes is None and captured is None:  # nothing depends on positions
         offset, offsets = 0, None
     given = {"offset": offsets, "keys": lengths, "slope": slopes, "sink": sinks}
@@ -120,8 +126,12 @@ def scores_from(
     return scores, table.reshape(-1), captured
 
 
-def functions_in(options: ScoreOptions) -> tuple[tuple[Function | None, Function | None], Captures | None]:
+def functions_in(
+    options: ScoreOptions, blocks: Blocks | None, offset: int, offsets: Array | None
+) -> tuple[tuple[Function | None, Function | None], Captures | None]:
     """Return the user's functions, described, and what they capture, if there are any.
+
+    Of a function and a block mask, which speaks of the numbers of queries, one function is made of positions.
 
     Raises
     ------
@@ -129,11 +139,20 @@ def functions_in(options: ScoreOptions) -> tuple[tuple[Function | None, Function
         If one is no Python function of the right arguments, or captures what has no meaning in compiled code.
     """
     score, seen = options.get("score_mod"), options.get("mask_mod")
-    if score is None and seen is None:
+    if score is None and seen is None and blocks is None:
         return (None, None), None
     score_mod, of_score = (None, ()) if score is None else described("score_mod", score)
     mask_mod, of_seen = (None, ()) if seen is None else described("mask_mod", seen)
-    return (score_mod, mask_mod), Captures(of_score, of_seen)
+    if blocks is None:
+        return (score_mod, mask_mod), Captures(of_score, of_seen)
+    own: Any = asked_nearer(blocks.function.python, offset, None if offsets is None else offsets[:, 0])
+    if mask_mod is not None:
+        mask_mod, of_seen = described("mask_mod", both(own, mask_mod.python))
+        return (score_mod, mask_mod), Captures(of_score, of_seen)
+    if own is blocks.function.python:
+        return (score_mod, blocks.function), Captures(of_score, blocks.captured, blocks)
+    mask_mod, of_seen = described("mask_mod", own)
+    return (score_mod, mask_mod), Captures(of_score, of_seen, blocks)
 
 
 def check_names(options: Mapping[str, object]) -> None:

@@ -87,6 +87,8 @@ class Scores:
     first_batch : int
         The number of the first row of the batch, where a call is a piece of another: what depends on numbers of rows is
         that of the whole.
+    first_key : int
+        The number that key 0 has for these: not 0 in a part of a call. Positions count from there as well.
     """
 
     scale: float = 1.0
@@ -100,6 +102,7 @@ class Scores:
     score_mod: Function | None = None
     mask_mod: Function | None = None
     first_batch: int = 0
+    first_key: int = 0
 
     @property
     def adds(self) -> bool:

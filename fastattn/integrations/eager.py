@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 import torch
 from torch.autograd import forward_ad
 
+from fastattn.integrations.functions import Functions
 from fastattn.integrations.operators import OPERATORS, Operator, refuse, save_nothing
 from fastattn.integrations.tensors import PLAIN
 
@@ -75,6 +76,8 @@ def _operate(name: str, args: tuple[Any, ...]) -> Any:
     ------
     TypeError
         With the name of the argument, if a subclass of ``torch.Tensor`` does not let it be called.
+    NotImplementedError
+        If there are functions of the user's, which no operator takes.
     """
     operator = getattr(torch.ops.fastattn, name).default
     try:
@@ -85,7 +88,14 @@ def _operate(name: str, args: tuple[Any, ...]) -> Any:
 
 
 def _blame(operator: Any, args: tuple[Any, ...], error: Exception) -> None:
-    """Raise a TypeError if it is a subclass of ``torch.Tensor`` that did not let an operator be called."""
+    """Say why an operator could not be called, if it is a subclass of ``torch.Tensor`` that did not let it, or if there
+    are functions among the arguments.
+    """
+    if any(isinstance(given, Functions) for given in args):
+        raise NotImplementedError(
+            "score_mod, mask_mod, block_mask: given with tensors of a subclass, or under vmap, a tracer or a mode of "
+            "PyTorch's, which see an operator, and no function; expected plain tensors in memory"
+        ) from error
     if _moded():
         return  # what is raised under a mode may be meant for the mode
     for argument, given in zip(operator._schema.arguments, args, strict=False):

@@ -3,6 +3,9 @@
 An operator takes tensors and numbers, and no pairs or lists of either. An option becomes arguments of this kind, which
 are None where it is not given, and is itself again where the operator's kernel calls fastattn. What else
 `fastattn.attention` may be told by keyword is one entry more in `KEYWORDS`.
+
+Functions of the user's, and masks that are made of them, are no arguments of an operator's. They come behind all of
+these, as `fastattn.integrations.functions` makes them, to the kernel alone.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import torch
 
 from fastattn.call.score_options import FurtherOptions, check_names, check_softcap, check_window
 from fastattn.call.scores import FARTHEST
+from fastattn.integrations.functions import FUNCTIONS, adapted, has_functions
 from fastattn.integrations.tensors import check_integers, check_memory
 
 __all__ = ["KEYWORDS", "SCHEMA", "flattened", "restore"]
@@ -58,6 +62,7 @@ KEYWORDS: dict[str, Keyword] = {
     "softcap": Keyword(("float? softcap",), check_softcap),
     "alibi_slopes": Keyword(("Tensor? alibi_slopes",), partial(_of_heads, "alibi_slopes")),
     "sinks": Keyword(("Tensor? sinks",), partial(_of_heads, "sinks")),
+    **{name: Keyword((), lambda given: ()) for name in FUNCTIONS},
 }
 
 #: The operators' arguments of all of them.
@@ -78,10 +83,12 @@ def flattened(options: FurtherOptions) -> tuple[Any, ...]:
         given = options.get(name)
         found = (None,) * len(own) if given is None else flat(given)
         arguments += found if isinstance(found, tuple) else (found,)
-    return tuple(arguments)
+    return (*arguments, *adapted(options)) if has_functions(options) else tuple(arguments)
 
 
 def restore(options: dict[str, Any]) -> None:
-    """Make again of the operator's arguments, those that are given, what the user gave: all are the options but two."""
+    """Make again of the operator's arguments, of those that are given, what the user gave: most are that already."""
+    if "functions" in options:
+        options.update(options.pop("functions").options)
     if "left" in options or "right" in options:
         options["window"] = (options.pop("left", None), options.pop("right", None))

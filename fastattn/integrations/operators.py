@@ -8,7 +8,7 @@ is an operator, too; and a rule for ``vmap``. Arguments have been checked before
 An operator's arguments are called as those of the function that its kernel calls, but for these. `causal`, whether
 causality is wanted, is one of the words that `fastattn.call.options.check_causal` returns. A `seed` is a tensor, not an
 int, so that a compiled program can draw it. Last come arguments that may be left out: `keep`, the boolean one of two
-masks, and those of `fastattn.integrations.keywords`.
+masks, and those of `fastattn.integrations.keywords`. Kernels, but not operators, take `functions` behind them.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Operator:
             torch.library.register_fake(f"fastattn::{operator}", fake)
             torch.library.register_vmap(f"fastattn::{operator}", partial(_one_by_one, operator))
             schema = getattr(torch.ops.fastattn, operator).default._schema
-            self._arguments[operator] = [argument.name for argument in schema.arguments]
+            self._arguments[operator] = [*(argument.name for argument in schema.arguments), "functions"]
         self._required = self._arguments[name].index("keep")  # how many no call leaves out
         torch.library.register_autograd(f"fastattn::{name}", self.differentiate, setup_context=self.save)
         torch.library.register_autograd(f"fastattn::{self.derivative}", refuse, setup_context=save_nothing)

@@ -14,16 +14,25 @@ except ImportError as error:
     raise ImportError("fastattn.integrations.torch needs PyTorch: pip install torch, or fastattn[torch]") from error
 
 from fastattn.call.options import check_causal, check_dropout, check_flag, check_scale
-from fastattn.call.score_options import FurtherOptions
+from fastattn.call.score_options import FurtherOptions, ScoreMod
 from fastattn.integrations import eager
+from fastattn.integrations.functions import has_functions
 from fastattn.integrations.keywords import flattened
 from fastattn.integrations.tensors import check_mask, check_operands, is_bias
 from fastattn.integrations.varlen import attention_varlen
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from typing_extensions import Unpack
 
-__all__ = ["additive_attention", "attention_varlen", "attention_with_lse", "scaled_dot_product_attention"]
+__all__ = [
+    "additive_attention",
+    "attention_varlen",
+    "attention_with_lse",
+    "flex_attention",
+    "scaled_dot_product_attention",
+]
 
 Tensor = Any  # PyTorch's types are not known where it is not installed
 
@@ -64,8 +73,8 @@ def scaled_dot_product_attention(
         Grouped queries: Hq is a multiple of Hk, and query head h reads key head h // (Hq / Hk).
     **options
         What `fastattn.attention` takes by keyword: ``window=(left, right)``, ``query_offset``, an int or a tensor of
-        integers, ``key_lengths``, a tensor of integers, ``softcap``, and ``alibi_slopes`` and ``sinks``, tensors that
-        have gradients.
+        integers, ``key_lengths``, a tensor of integers, ``softcap``, ``alibi_slopes`` and ``sinks``, tensors that have
+        gradients, and ``score_mod``, ``mask_mod`` and ``block_mask``, see `flex_attention`.
 
     Returns
     -------
@@ -144,6 +153,10 @@ def attention_with_lse(
     >>> out * share + other * (1 - share)
     tensor([[2.]])
     """
+    if torch.compiler.is_compiling() and has_functions(options):
+        numbers = (dropout_p, is_causal, scale, enable_gqa)
+        apart: tuple[Tensor, Tensor] = _apart(attention_with_lse, query, key, value, attn_mask, *numbers, **options)
+        return apart
     if torch.is_autocast_enabled("cpu"):
         query, key, value, attn_mask = map(_autocast, (query, key, value, attn_mask))
     check_operands(query=query, key=key, value=value)
@@ -151,8 +164,8 @@ def attention_with_lse(
     dropout_p, scale, enable_gqa = check_dropout(dropout_p), check_scale(scale), check_flag("enable_gqa", enable_gqa)
     seed = _draw_seed() if dropout_p > 0 else None
     further = (keep, *flattened(options)) if options or keep is not None else ()
-    numbers = (dropout_p, causal, scale, enable_gqa)
-    results: tuple[Tensor, Tensor] = eager.call("attention", query, key, value, mask, *numbers, seed, *further)
+    told = (dropout_p, causal, scale, enable_gqa)
+    results: tuple[Tensor, Tensor] = eager.call("attention", query, key, value, mask, *told, seed, *further)
     return results
 
 
@@ -212,6 +225,8 @@ def additive_attention(
     >>> weight.grad.shape
     torch.Size([64])
     """
+    if torch.compiler.is_compiling() and has_functions(options):
+        return _apart(additive_attention, query, key, value, weight, attn_mask, is_causal, **options)
     if torch.is_autocast_enabled("cpu"):
         query, key, value, weight, attn_mask = map(_autocast, (query, key, value, weight, attn_mask))
     check_operands(query=query, key=key, value=value, weight=weight)
@@ -222,6 +237,99 @@ def additive_attention(
         )
     further = (keep, *flattened(options)) if options or keep is not None else ()
     return eager.call("additive_attention", query, key, value, weight, mask, causal, *further)[0]
+
+
+def flex_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score_mod: ScoreMod | None = None,
+    block_mask: Any = None,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    return_lse: bool = False,
+    kernel_options: Mapping[str, Any] | None = None,
+    *,
+    return_aux: Any = None,
+) -> Any:
+    """``torch.nn.attention.flex_attention.flex_attention`` by fastattn, on the CPU, with a backward pass.
+
+    Parameters
+    ----------
+    query : torch.Tensor, shape (..., Hq, Lq, D)
+        This, key, value, scale and enable_gqa as in `scaled_dot_product_attention`.
+    key : torch.Tensor, shape (..., Hk, Lk, D)
+    value : torch.Tensor, shape (..., Hk, Lk, Dv)
+    score_mod : function, optional
+        Of (score, batch, head, query, key), which returns what becomes of a score. It is compiled, not run: ordinary
+        Python on numbers, with functions of ``torch``, ``numpy`` or ``math``, and methods such as ``score.tanh()``.
+        What it captures may be numbers, and tensors of any real dtype, as they are at the time of the call.
+    block_mask : BlockMask, optional
+        PyTorch's, or `fastattn.BlockMask`. Of PyTorch's, what it and its function say when it first comes here.
+    scale : float, optional
+    enable_gqa : bool
+    return_lse : bool
+        Return the log-sum-exp of the scores as well.
+    kernel_options : dict, optional
+        Ignored: these choose among Triton's kernels.
+    return_aux : AuxRequest, optional
+        ``AuxRequest(lse=True)`` returns the log-sum-exp in an ``AuxOutput``.
+
+    Returns
+    -------
+    out : torch.Tensor, shape (..., Hq, Lq, Dv)
+    lse : torch.Tensor, shape (..., Hq, Lq)
+        If `return_lse`; or an ``AuxOutput`` that has it, if `return_aux`.
+
+    Raises
+    ------
+    TypeError
+        If an argument is of a kind that has no meaning here, or a function uses something that cannot be compiled.
+    ValueError
+        If shapes do not go together, or if a block mask was made for other lengths. The message names the argument.
+    IndexError
+        If a function reads a tensor out of range, for a key that the query may look at.
+    NotImplementedError
+        If a captured tensor requires its gradient, if ``max_scores`` are asked for, if a second derivative is, or one
+        in forward mode, and under ``vmap``.
+
+    Notes
+    -----
+    Differentiable once, in query, key and value. A program that is compiled by ``torch.compile`` is interrupted here.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch.nn.attention.flex_attention import create_block_mask
+    >>> from fastattn.integrations.torch import flex_attention
+    >>> query, key, value = (torch.randn(1, 4, 256, 32, requires_grad=True) for _ in range(3))
+    >>> document = torch.arange(256) // 100
+    >>> def same_document(batch, head, query, key):
+    ...     return document[query] == document[key]
+    >>> def softcap(score, batch, head, query, key):
+    ...     return 20 * torch.tanh(score / 20)
+    >>> block_mask = create_block_mask(same_document, None, None, 256, 256, device="cpu")
+    >>> flex_attention(query, key, value, softcap, block_mask).sum().backward()
+    >>> query.grad.shape
+    torch.Size([1, 4, 256, 32])
+    """
+    if return_lse and return_aux is not None:
+        raise ValueError("return_lse: given together with return_aux; expected one of them")
+    if return_aux is not None and return_aux.max_scores:
+        raise NotImplementedError("return_aux: max_scores=True, which is not computed; expected AuxRequest(lse=True)")
+    functions: FurtherOptions = {"score_mod": score_mod, "block_mask": block_mask}
+    out, lse = attention_with_lse(query, key, value, scale=scale, enable_gqa=enable_gqa, **functions)
+    if return_aux is not None:
+        from torch.nn.attention.flex_attention import AuxOutput
+
+        return out, AuxOutput(lse=lse if return_aux.lse else None)
+    return (out, lse) if return_lse else out
+
+
+@torch.compiler.disable(reason="fastattn compiles functions of scores itself")  # type: ignore[untyped-decorator]
+def _apart(function: Any, *args: Any, **options: Any) -> Any:
+    """Call a function between the parts of a program that PyTorch compiles."""
+    return function(*args, **options)
 
 
 # -- masks -------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import Colormap
 
-__all__ = ["heads", "heatmap"]
+__all__ = ["cells", "heads", "heatmap"]
 
 #: The largest cell, and the longest side of a map, in inches.
 CELL, LONGEST = 0.3, 7.0
@@ -105,7 +105,7 @@ def heatmap(
     colormap = canvas.as_colormap(cmap)
     check_flag("colorbar", colorbar)
 
-    square, cell_x, cell_y = _cells(one.queries, one.keys)
+    square, cell_x, cell_y = cells(one.queries, one.keys)
     if ax is None:
         drawn = canvas.new_axes(one.keys * cell_x, one.queries * cell_y)
     else:
@@ -244,7 +244,7 @@ def _layers(given: Any) -> list[Weights]:
     return [layer if layer.lead else layer.at((np.newaxis, ...)) for layer in layers]
 
 
-def _cells(queries: int, keys: int) -> tuple[bool, float, float]:
+def cells(queries: int, keys: int) -> tuple[bool, float, float]:
     """Whether cells are square, and their width and height in inches, so that a figure is neither tiny nor huge."""
     width, height = min(CELL, LONGEST / keys), min(CELL, LONGEST / queries)
     cell = min(width, height)

@@ -5,8 +5,9 @@ factors Z of dropout (1 without), out = (P · Z) value, and the gradient dO of t
 
     dvalue  = (P · Z)ᵀ dO
     dP      = Z · (dO valueᵀ)
-    dscores = P · (dP - Σ_j P dP) = P · (dP - rowsum(dO · out))          dmask = dscores
-    draw    = dscores · slope                                            1, or what a softcap's derivative is there
+    dscores = P · (dP - Σ_j P dP) = P · (dP - rowsum(dO · out))
+    dmask   = dscores · slope                                            1, or that of a user's function
+    draw    = dmask · slope                                              1, or what a softcap's derivative is there
     dquery  = scale · draw key          dkey = scale · drawᵀ query
     dalibi  = -Σ_ij dscores · |position - j|
     dsink   = -Σ_i exp(sink - lse) · rowsum(dO · out)                    a key whose value is 0, and of which dP is 0
@@ -41,8 +42,8 @@ from fastattn.reference.dropout import kept_weights
 from fastattn.reference.forward import (
     SUM_ELEMENTS,
     raw_scores,
-    value_of,
-    visibility,
+    seen_scores,
+    slope_of,
     weighted_sum,
     weights_from,
     with_sinks,
@@ -63,7 +64,7 @@ class Gradients(NamedTuple):
     key : ndarray, shape (*batch, Hk, G, Lk, D)
     value : ndarray, shape (*batch, Hk, G, Lk, Dv)
     scores : ndarray, shape (*batch, Hk, G, Lq, Lk)
-        That of a floating mask.
+        That of a floating mask, which a user's function comes after.
     slopes, sinks : ndarray, shape (*batch, Hk, G), or None
         Where heads have some.
     weight : ndarray, shape (D,), or None
@@ -185,9 +186,8 @@ def differentiate(
     weight : ndarray, shape (D,), optional
         Given, the score is that of additive attention.
     """
-    visible = visibility(problem, operands)
     raw = raw_scores(problem, operands, weight)
-    scores = np.where(visible, value_of(problem, operands, raw), -np.inf)
+    scores, visible = seen_scores(problem, operands, raw)
     wide = scores.dtype
     grad_out, out, lse = (array.astype(wide) for array in upstream[:3])
     visible = visible & (lse != -np.inf)[..., None]
@@ -201,8 +201,9 @@ def differentiate(
     query, key, value = (array.astype(wide) for array in operands[:3])
     grad_value = weighted_sum((weights * kept).swapaxes(-1, -2), grad_out, visible.swapaxes(-1, -2))
     grad_weights = (grad_out @ value.swapaxes(-1, -2)) * kept
-    grad_scores = np.where(visible, weights * (grad_weights - row_sums[..., None]), 0)
-    grad_raw = np.where(visible, grad_scores * problem.scores.slope(raw), 0)
+    by_added, by_raw = slope_of(problem, operands, raw)
+    grad_scores = np.where(visible, weights * (grad_weights - row_sums[..., None]) * by_added, 0)
+    grad_raw = np.where(visible, grad_scores * by_raw, 0)
     of_heads = _of_slopes(problem, operands, grad_scores), _of_sinks(problem, operands, of_sinks, row_sums)
     if weight is not None:
         grad_query, grad_key, grad_weight = _through_tanh(query, key, weight.astype(wide), grad_raw)

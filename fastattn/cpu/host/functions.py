@@ -15,7 +15,7 @@ from fastattn.call.problem import Operands, Problem
 from fastattn.call.upstream import ARGUMENTS
 from fastattn.cpu.host import session
 from fastattn.cpu.host.kernels import load
-from fastattn.cpu.kernels.records import FUNCTIONS, KIND_KEYS, KIND_QUERIES
+from fastattn.cpu.kernels.records import FULL, FUNCTIONS, KIND_KEYS, KIND_QUERIES
 from fastattn.functions.function import Function, record_of
 from fastattn.machine.kernel import Kernel
 from fastattn.machine.libraries import Library
@@ -82,7 +82,8 @@ def prepared(problem: Problem, operands: Operands, tile: TileShape, parts: Parts
         return
     scores, given = problem.scores, operands.captured
     record = np.zeros(1, FUNCTIONS)
-    record["heads"], record["first_row"] = max(1, problem.heads), scores.first_batch
+    record["heads"] = max(1, problem.heads)
+    record["first_row"], record["first_key"] = scores.first_batch, scores.first_key
     held: list[Array] = []
     if scores.score_mod is not None:
         library = compiled("score_function", scores.score_mod, tile)
@@ -129,7 +130,11 @@ def kinds_of_blocks(
 
     What has been found out is remembered, for the same function and values of what it captures.
     """
-    if problem.queries < WORTH_LOOKING or problem.keys < WORTH_LOOKING:
+    assert operands.captured is not None
+    blocks = operands.captured.blocks
+    if blocks is not None and blocks.shape[2:] == (problem.queries, problem.keys):
+        return blocks.kinds
+    if problem.queries < WORTH_LOOKING or problem.keys < WORTH_LOOKING or problem.scores.first_key:
         return None
     batches = int(np.prod(problem.batch, dtype=np.int64)) or 1
     offsets: Any = [problem.scores.offset]
@@ -139,25 +144,41 @@ def kinds_of_blocks(
     first_row = problem.scores.first_batch if "batch" in function.reads else 0
     rows = batches if "batch" in function.reads or len(offsets) > 1 else 1
     heads = problem.heads if "head" in function.reads else 1
-    key = (
-        "kinds", function, contents(operands.captured.seen), rows, heads, bytes(np.asarray(offsets, np.int64)),
-        problem.queries, problem.keys, first_row,
-    )  # fmt: skip
+    shape = (rows, heads, problem.queries, problem.keys)
+    of_rows = bytes(np.asarray(offsets, np.int64))
+    key = ("kinds", function, contents(operands.captured.seen), of_rows, first_row, shape)
+    return session.current.plans.of(key, lambda: kinds_found(library, record, shape, offsets, first_row))
 
-    def find() -> Array:
-        blocks = -(-problem.queries // KIND_QUERIES), -(-problem.keys // KIND_KEYS)
-        kinds = np.empty((rows, heads, *blocks), np.uint8)
-        for row in range(rows):
-            offset = int(offsets[row % len(offsets)])
-            for head in range(heads):
-                for block in range(blocks[0]):
-                    first = block * KIND_QUERIES
-                    count = min(KIND_QUERIES, problem.queries - first)
-                    where = (address_of(kinds[row, head, block]), first_row + row, head, first, count, offset)
-                    library.look(*where, problem.keys, KIND_KEYS, address_of(record))
-        return kinds
 
-    return session.current.plans.of(key, find)
+def kinds_found(
+    library: Library, record: Array, shape: tuple[int, int, int, int], offsets: Any = (0,), first_row: int = 0
+) -> Array:
+    """Look at all blocks, for so many rows, heads, queries and keys; `offsets` are of each row, or one for all."""
+    rows, heads, queries, keys = shape
+    kinds = np.empty((rows, heads, -(-queries // KIND_QUERIES), -(-keys // KIND_KEYS)), np.uint8)
+    for row, head, block in np.ndindex(kinds.shape[:3]):
+        first, offset = block * KIND_QUERIES, int(offsets[row % len(offsets)])
+        where = (first_row + row, head, first, min(KIND_QUERIES, queries - first), offset, keys, KIND_KEYS)
+        library.look(address_of(kinds[row, head, block]), *where, address_of(record))
+    return kinds
+
+
+def look_at(function: Function, captured: tuple[Any, ...], shape: tuple[int, int, int, int]) -> Array:
+    """Of which kind each block is that a function speaks of, for so many rows, heads, queries and keys."""
+    return kinds_found(_library_to_look(function), record_of(function, captured), shape)
+
+
+def seen(function: Function, captured: tuple[Any, ...], shape: tuple[int, int, int, int]) -> Array:
+    """Which single keys a function says yes to."""
+    library, record = _library_to_look(function), record_of(function, captured)
+    kinds = np.empty(shape, np.uint8)
+    for row, head, query in np.ndindex(shape[:3]):
+        library.look(address_of(kinds[row, head, query]), row, head, query, 1, 0, shape[3], 1, address_of(record))
+    return kinds == FULL
+
+
+def _library_to_look(function: Function) -> Library:
+    return compiled("seen_function", function, session.current.row.tile("float32"))
 
 
 def contents(values: tuple[Any, ...]) -> tuple[Any, ...]:
