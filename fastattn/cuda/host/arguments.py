@@ -33,16 +33,7 @@ def named(query: Any, key: Any, value: Any, attn_mask: Any) -> dict[str, Any]:
 def options_of(
     dropout_p: float, is_causal: bool | str, scale: float | None, enable_gqa: bool, further: dict[str, Any]
 ) -> Options:
-    """What `fastattn.call.shapes.describe` is told besides arrays; offsets and lengths come from wherever they are.
-
-    Raises
-    ------
-    ValueError
-        If there is a function of the user's, which kernels here do not take.
-    """
-    for name in ("score_mod", "mask_mod"):
-        if further.get(name) is not None:
-            raise ValueError(f"{name}: a function; expected None, as the CUDA backend takes none")
+    """What `fastattn.call.shapes.describe` is told besides arrays; offsets and lengths come from wherever they are."""
     own = {name: on_host(option) for name, option in further.items()}
     return {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa, **own}
 

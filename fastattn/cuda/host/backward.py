@@ -30,6 +30,7 @@ from fastattn.cuda.host.attention import (
     ALIGNMENT,
     REMEMBERED,
     Call,
+    captured_of,
     copied,
     has_rows,
     keep_of,
@@ -45,6 +46,7 @@ from fastattn.cuda.host.attention import (
 )
 from fastattn.cuda.host.choice import kind_of, wants_rows
 from fastattn.cuda.host.compile import kernel, launch, table
+from fastattn.cuda.host.functions import captured
 from fastattn.cuda.host.plan import is_extreme, make_table, own_of, slices_of
 from fastattn.cuda.host.tensor_cores import block_of, grid_of
 from fastattn.cuda.kernels import portable_backward as portable
@@ -146,8 +148,8 @@ def attention_backward(
     with_mask = wants_mask(grad_mask, (operands.bias, operands.keep))
     seed = seed_of_forward(rng, problem)
     place = place_of({**givens, **others})
-    with place.active():
-        call = Call(problem, place, storage, operands, givens)
+    with place.active(), captured(problem, operands.captured, place) as words:
+        call = Call(problem, place, storage, operands, givens, words)
         found = differentiate(call, others, seed, with_mask)
         settle({**givens, **others}, place)
         return tuple(map(place.deliver, found))
@@ -172,7 +174,8 @@ def _of_host_arrays(
     with place.active():
         call = moved(arrays, options, place)
         others = {name: place.move(name, array) for name, array in upstream.items()}
-        found = differentiate(call, others, seed, with_mask)
+        with captured(call.problem, call.operands.captured, place) as words:
+            found = differentiate(call._replace(captured=words), others, seed, with_mask)
         gradients = [place.deliver(gradient) for gradient in found]
     return tuple(
         _own_dtype(gradient, argument, problem.real)
@@ -256,7 +259,7 @@ def _common(
     arrays = (*(givens[operand].memory() for operand in ("query", "key", "value")), mask_of(call))
     arrived = (others["grad_out"].memory(), numbers.memory())
     options = (scale_of(call), np.uint32(seed & 0xFFFFFFFF), np.uint32(seed >> 32), call.real(problem.keep_scale))
-    return spec, (*arrays, *arrived, *plan.tables, plan.members[name], *options, keep_of(call), plan.own)
+    return spec, (*arrays, *arrived, *plan.tables, plan.members[name], *options, keep_of(call), plan.own, captured_of(call))
 
 
 def queue_portable(
