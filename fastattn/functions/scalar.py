@@ -8,8 +8,10 @@ from functools import lru_cache
 
 from numba.core import types
 from numba.core.codegen import JITCodeLibrary, JITCPUCodegen
+from numba.core.compiler import Flags
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.registry import cpu_target
+from numba.core.targetconfig import ConfigStack
 from numba.core.typing.templates import signature
 from numba.extending import intrinsic
 
@@ -18,7 +20,7 @@ from fastattn.functions.dual import DualType, parts_of
 from fastattn.functions.rows import is_set, is_true, new_flag, slope_of, with_slope
 from fastattn.simd import jit
 
-__all__ = ["in_llvm", "scalar"]
+__all__ = ["in_llvm", "refresh", "scalar"]
 
 WORD = types.int64
 
@@ -108,6 +110,12 @@ class _Codegen(JITCPUCodegen):
         pass
 
 
+def refresh():
+    """Have Numba know all that there is for CPUs: its compiler of GPUs takes over what it finds, if it is found late."""
+    cpu_target.typing_context.refresh()
+    cpu_target.target_context.refresh()
+
+
 @lru_cache(maxsize=256)
 def in_llvm(function, dtype, sloping=False):
     """LLVM IR of `scalar`: its modules, the name of the function, and LLVM's type of it.
@@ -116,9 +124,9 @@ def in_llvm(function, dtype, sloping=False):
     and the arguments.
     """
     context = cpu_target.target_context
-    with global_compiler_lock:
-        cpu_target.typing_context.refresh()
-        context.refresh()
+    # the options of the kernel that is being compiled are no options of a CPU's
+    with global_compiler_lock, ConfigStack().enter(Flags()):
+        refresh()
         before = context._internal_codegen, context.cached_internal_func
         context._internal_codegen, context.cached_internal_func = _Codegen("fastattn scalar"), {}
         try:

@@ -14,7 +14,7 @@ from numba import njit
 
 from fastattn.cuda.available import SIMULATED
 from fastattn.functions.function import Function
-from fastattn.functions.scalar import in_llvm, scalar
+from fastattn.functions.scalar import in_llvm, refresh, scalar
 
 __all__ = ["calling"]
 
@@ -76,6 +76,7 @@ else:
         made = []
         for module in in_llvm(function, dtype, sloping).modules:
             module.triple, module.data_layout = "nvptx64-nvidia-cuda", nvvm.NVVM().data_layout
+            nvvm.add_ir_version(module)
             for each in module.functions:
                 if not each.is_declaration:
                     each.linkage = "linkonce_odr"
@@ -87,7 +88,8 @@ else:
         return tuple(made)
 
     def _calling(function: Function, dtype: str, sloping: bool) -> Any:
-        """An intrinsic."""
+        """An intrinsic, which compiles the function when a kernel is compiled that calls it."""
+        refresh()
 
         @intrinsic
         def call(typingctx, given, captured, place):
@@ -98,10 +100,14 @@ else:
             wanted = [real] * (len(given) - 4) + [types.int64] * 4
 
             def codegen(context, builder, sig, values):
-                for text in _texts(function, dtype, sloping):
-                    library = CUDACodeLibrary(context.codegen(), name)
-                    library._module, library._finalized = _Module(text), True
-                    context.active_code_library.add_linking_library(library)
+                library = None
+                for text in reversed(_texts(function, dtype, sloping)):  # what is called has to come behind its caller
+                    called, library = library, CUDACodeLibrary(context.codegen(), name)
+                    library.add_ir_module(_Module(text))
+                    if called is not None:
+                        library.add_linking_library(called)
+                    library.finalize()
+                context.active_code_library.add_linking_library(library)
                 arguments = [
                     context.cast(builder, value, ty, target)
                     for value, ty, target in zip(cgutils.unpack_tuple(builder, values[0]), given, wanted, strict=True)
