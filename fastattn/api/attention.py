@@ -146,10 +146,7 @@ def attention(
     if (
         return_weights is False
         and (backend is None or backend == "cpu")
-        and key_lengths is None  # a signature has no numbers of an array
-        and alibi_slopes is None
-        and score_mod is None
-        and mask_mod is None
+        and key_lengths is alibi_slopes is score_mod is mask_mod is None  # type: ignore[comparison-overlap] # no signature has these
         and (query_offset is None or not isinstance(query_offset, np.ndarray))
     ):
         mask, keep = masks_in(attn_mask) if isinstance(attn_mask, tuple) else (attn_mask, None)

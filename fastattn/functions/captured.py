@@ -3,7 +3,12 @@
 An index that is out of range reads the first element, and clears a flag that the caller has set: whether that is an
 error depends on whether the query may look at the key. Loads are told to be of memory that no kernel writes to, so that
 LLVM may gather a vector of them.
+
+To differentiate by the elements of an array, one place in the function where it is indexed is chosen at a time: what is
+read there is a dual number of slope 1, and behind the flag is noted which element it was, and how often that happened.
 """
+
+from collections import namedtuple
 
 import numpy as np
 from llvmlite import ir
@@ -12,7 +17,9 @@ from numba.core.typing.templates import signature
 from numba.extending import intrinsic, models, register_model
 from numba.np.numpy_support import from_dtype
 
-__all__ = ["FLAG", "ArrayType", "captured", "item", "length"]
+from fastattn.functions.dual import DualType, make_dual
+
+__all__ = ["FLAG", "ArrayType", "captured", "item_at", "length"]
 
 FLAG = types.CPointer(types.int8)
 _WORD = ir.IntType(64)
@@ -20,11 +27,11 @@ _BYTES = ir.IntType(8).as_pointer()
 
 
 class ArrayType(types.Type):
-    """A captured array, or what an index has left of one."""
+    """A captured array, or what an index has left of one; `chosen`, if it is differentiated by its elements."""
 
-    def __init__(self, kind, axes):
-        self.kind, self.axes = kind, axes
-        super().__init__(f"Captured({kind}, {axes})")
+    def __init__(self, kind, axes, chosen=False):
+        self.kind, self.axes, self.chosen = kind, axes, chosen
+        super().__init__(f"Captured({kind}, {axes}, {chosen})")
 
     @property
     def element(self):
@@ -36,12 +43,11 @@ class ArrayType(types.Type):
 
 @register_model(ArrayType)
 class _ArrayModel(models.StructModel):
-    """Where the first element is, and where the shape of what is left begins, which strides stand behind."""
+    """Where the first element is, and its number; where the shape of what is left begins, and its strides; a flag."""
 
     def __init__(self, dmm, fe_type):
-        super().__init__(
-            dmm, fe_type, [("at", types.intp), ("shape", types.intp), ("strides", types.intp), ("flag", FLAG)]
-        )
+        members = [(name, types.intp) for name in ("at", "number", "shape", "strides")]
+        super().__init__(dmm, fe_type, [*members, ("flag", FLAG)])
 
 
 def read_only(builder, instruction):
@@ -67,7 +73,7 @@ def _word_at(builder, address, number):
     return read_only(builder, builder.load(pointer, align=8))
 
 
-def captured(each, place):
+def captured(each, place, chosen=False):
     """An intrinsic that finds one of `fastattn.functions.function.Captured`, whose words begin at `place`."""
 
     @intrinsic
@@ -75,7 +81,7 @@ def captured(each, place):
         if each.axes < 0:
             ty = {"int": types.int64, "bool": types.boolean, "float": types.float64}[each.kind]
         else:
-            ty = ArrayType(each.kind, each.axes)
+            ty = ArrayType(each.kind, each.axes, chosen)
 
         def codegen(context, builder, sig, values):
             word = _word_at(builder, values[0], place)
@@ -84,7 +90,7 @@ def captured(each, place):
             if each.axes < 0:
                 return builder.bitcast(word, ir.DoubleType()) if each.kind == "float" else word
             array = cgutils.create_struct_proxy(ty)(context, builder)
-            array.at = word
+            array.at, array.number = word, ir.Constant(_WORD, 0)
             array.shape = builder.add(values[0], ir.Constant(_WORD, 8 * (place + 1)))
             array.strides = builder.add(values[0], ir.Constant(_WORD, 8 * (place + 1 + each.axes)))
             array.flag = values[1]
@@ -95,44 +101,74 @@ def captured(each, place):
     return find
 
 
-@intrinsic
-def item(typingctx, array, index):
-    """An element of a captured array, or what is left of it where it has more axes than are given."""
-    if not isinstance(array, ArrayType):
-        return None
-    numbers = tuple(index) if isinstance(index, types.BaseTuple) else (index,)
-    if len(numbers) > array.axes or not all(isinstance(ty, (types.Integer, types.Boolean)) for ty in numbers):
-        return None
-    rest = array.axes - len(numbers)
-    ty = ArrayType(array.kind, rest) if rest else array.element
+def item_at(real, is_chosen):
+    """An intrinsic that reads an element of a captured array, or what is left of it where it has more axes.
 
-    def codegen(context, builder, sig, values):
-        given = cgutils.create_struct_proxy(array)(context, builder, values[0])
-        indices = cgutils.unpack_tuple(builder, values[1]) if isinstance(index, types.BaseTuple) else [values[1]]
-        offset, inside = ir.Constant(_WORD, 0), ir.Constant(ir.IntType(1), 1)
-        for axis, (number, kind) in enumerate(zip(indices, numbers, strict=True)):
-            number = context.cast(builder, number, kind, types.int64)
-            size = _word_at(builder, given.shape, axis)
-            number = builder.select(
-                builder.icmp_signed("<", number, ir.Constant(_WORD, 0)), builder.add(number, size), number
-            )
-            valid = builder.icmp_unsigned("<", number, size)
-            number = builder.select(valid, number, ir.Constant(_WORD, 0))
-            offset = builder.add(offset, builder.mul(number, _word_at(builder, given.strides, axis)))
-            inside = builder.and_(inside, valid)
-        kept = builder.and_(builder.load(given.flag), builder.zext(inside, ir.IntType(8)))
-        builder.store(kept, given.flag)
-        if rest:
-            left = cgutils.create_struct_proxy(ty)(context, builder)
-            left.at = builder.add(given.at, offset)
-            step = ir.Constant(_WORD, 8 * len(numbers))
-            left.shape, left.strides = builder.add(given.shape, step), builder.add(given.strides, step)
-            left.flag = given.flag
-            return left._getvalue()
-        base = builder.inttoptr(given.at, _BYTES)
-        return _element(context, builder, array, builder.gep(base, [offset]))
+    `is_chosen`: at this place in the function what is read of a chosen array is a dual number of the dtype `real`.
+    """
 
-    return signature(ty, array, index), codegen
+    @intrinsic
+    def item(typingctx, array, index):
+        if not isinstance(array, ArrayType):
+            return None
+        numbers = tuple(index) if isinstance(index, types.BaseTuple) else (index,)
+        if len(numbers) > array.axes or not all(isinstance(ty, (types.Integer, types.Boolean)) for ty in numbers):
+            return None
+        rest = array.axes - len(numbers)
+        ty = ArrayType(array.kind, rest, array.chosen) if rest else array.element
+        dual = DualType(real) if is_chosen and array.chosen and not rest else None
+
+        def codegen(context, builder, sig, values):
+            given = cgutils.create_struct_proxy(array)(context, builder, values[0])
+            indices = cgutils.unpack_tuple(builder, values[1]) if isinstance(index, types.BaseTuple) else [values[1]]
+            indices = [context.cast(builder, *pair, types.int64) for pair in zip(indices, numbers, strict=True)]
+            found = _found(builder, given, indices)
+            if rest:
+                left = cgutils.create_struct_proxy(ty)(context, builder)
+                left.at, left.number, left.flag = found.at, found.number, given.flag
+                step = ir.Constant(_WORD, 8 * len(numbers))
+                left.shape, left.strides = builder.add(given.shape, step), builder.add(given.strides, step)
+                return left._getvalue()
+            element = _element(context, builder, array, found.pointer)
+            if dual is None:
+                return element
+            _note(builder, given.flag, found.number)
+            value = context.cast(builder, element, ty, real)
+            return make_dual(context, builder, dual, value, context.get_constant(real, 1.0))
+
+        return signature(dual or ty, array, index), codegen
+
+    return item
+
+
+# Where an element is, as an address and as a pointer, and its number in an array without gaps.
+_Found = namedtuple("_Found", "at pointer number")
+
+
+def _found(builder, array, indices):
+    """Find an element, or the first of what is left; clear the flag where an index is out of range."""
+    offset, number, inside = ir.Constant(_WORD, 0), array.number, ir.Constant(ir.IntType(1), 1)
+    for axis, index in enumerate(indices):
+        size = _word_at(builder, array.shape, axis)
+        below = builder.icmp_signed("<", index, ir.Constant(_WORD, 0))
+        index = builder.select(below, builder.add(index, size), index)
+        valid = builder.icmp_unsigned("<", index, size)
+        index = builder.select(valid, index, ir.Constant(_WORD, 0))
+        offset = builder.add(offset, builder.mul(index, _word_at(builder, array.strides, axis)))
+        number = builder.add(builder.mul(number, size), index)
+        inside = builder.and_(inside, valid)
+    kept = builder.and_(builder.load(array.flag), builder.zext(inside, ir.IntType(8)))
+    builder.store(kept, array.flag)
+    pointer = builder.gep(builder.inttoptr(array.at, _BYTES), [offset])
+    return _Found(builder.add(array.at, offset), pointer, number)
+
+
+def _note(builder, flag, number):
+    """Note behind the flag which element was read, and that it was once more."""
+    words = builder.bitcast(flag, _WORD.as_pointer())
+    builder.store(number, builder.gep(words, [ir.Constant(_WORD, 1)]))
+    times = builder.gep(words, [ir.Constant(_WORD, 2)])
+    builder.store(builder.add(builder.load(times), ir.Constant(_WORD, 1)), times)
 
 
 def _element(context, builder, array, pointer):

@@ -23,7 +23,7 @@ from numba.core.untyped_passes import FixupArgs, IRProcessing, ReconstructSSA, T
 from numba.extending import intrinsic
 
 from fastattn.functions import names
-from fastattn.functions.captured import FLAG, ArrayType, captured, item, length
+from fastattn.functions.captured import ArrayType, captured, item_at, length
 from fastattn.functions.operations import Operations
 
 __all__ = ["compiled"]
@@ -36,12 +36,23 @@ class CannotCompile(Exception):
 
 
 class Meaning:
-    """What the words of one function mean, where calls compute in one dtype."""
+    """What the words of one function mean, where calls compute in one dtype.
 
-    def __init__(self, function, real):
+    `chosen` is an array that the function is differentiated by, and `place` which of the places where something is
+    indexed, in the order in which they are compiled, is looked at.
+    """
+
+    def __init__(self, function, real, chosen=None, place=-1):
         self.function = function
         self.real = real
+        self.chosen, self.place = chosen, place
         self.operations = operations_of(real)
+        self._places = {}
+
+    def item(self, python, statement):
+        """What indexes a captured array, at this place in a function."""
+        number = self._places.setdefault((python, statement.target.name), len(self._places))
+        return item_at(self.real, number == self.place)
 
 
 @cache
@@ -128,7 +139,7 @@ class _Rewriter:
             return [self._meant(statement, getattr(value, "__name__", name), value)]
         own = next(each for each in self._own_names(name, value))
         each = next(one for one in self.meaning.function.captured if one.name == own)
-        found = captured(each, self.meaning.function.place_of(own))
+        found = captured(each, self.meaning.function.place_of(own), own == self.meaning.chosen)
         return self._call(statement, found, [self._variable(RECORD), self._variable(FLAG_NAME)])
 
     def _own_names(self, name, value):
@@ -179,7 +190,7 @@ class _Rewriter:
             operation = self.operations.unary(value.fn)
             return [statement] if operation is None else self._call(statement, operation, [value.value])
         if value.op == "getitem":
-            return self._call(statement, item, [value.value, value.index])
+            return self._call(statement, self.meaning.item(self.python, statement), [value.value, value.index])
         if value.op == "static_getitem":
             return self._static_item(statement, value)
         if value.op == "call":
@@ -225,11 +236,11 @@ class _Rewriter:
 
     def _static_item(self, statement, value):
         if value.index_var is not None:
-            return self._call(statement, item, [value.value, value.index_var])
+            return self._call(statement, self.meaning.item(self.python, statement), [value.value, value.index_var])
         variable = self._temporary(statement)
         return [
             ir.Assign(ir.Const(value.index, statement.loc), variable, statement.loc),
-            *self._call(statement, item, [value.value, variable]),
+            *self._call(statement, self.meaning.item(self.python, statement), [value.value, variable]),
         ]
 
     def _called(self, statement, value):
@@ -378,10 +389,11 @@ def _compile(python, meaning, arguments):
             _meanings[python] = before
 
 
-def compiled(function, dtype):
+def compiled(function, dtype, chosen=None, place=-1):
     """A function of a tuple for kernels: the user's arguments, where what is captured is, and a flag.
 
-    Scores are of a dtype, or dual numbers of it; a score of any type is returned as that of the argument.
+    Scores are of a dtype, or dual numbers of it. With the name of a captured array, and one of the places where the
+    function indexes something, what is returned is a dual number if that array was read there.
     """
     real = types.float32 if dtype == "float32" else types.float64
-    return helper(function.python, Meaning(function, real))
+    return helper(function.python, Meaning(function, real, chosen, place))

@@ -72,6 +72,8 @@ class Function:
     captured : tuple of Captured
     reads : frozenset of str
         Which of its arguments it uses.
+    places : int
+        In how many places it indexes something, those of functions that it calls included.
     python : function
         Its code with what stands around it. It is not compared: functions of one identity are the same.
     """
@@ -80,6 +82,7 @@ class Function:
     identity: str
     captured: tuple[Captured, ...]
     reads: frozenset[str] = field(compare=False, repr=False)
+    places: int = field(compare=False, repr=False)
     python: FunctionType = field(compare=False, repr=False)
 
     @property
@@ -126,7 +129,8 @@ def described(role: str, given: Any) -> tuple[Function, tuple[Any, ...]]:
             f"expected {len(arguments)} arguments, ({', '.join(arguments)})"
         )
     found: dict[str, tuple[Captured, Any]] = {}
-    words = _words(role, given, found, ())
+    codes: dict[CodeType, None] = {}
+    words = _words(role, given, found, codes, ())
     captured = tuple(each for each, _ in found.values())
     identity = _hash_of((role, words, captured))
     reads = frozenset(
@@ -134,7 +138,8 @@ def described(role: str, given: Any) -> tuple[Function, tuple[Any, ...]]:
         for argument, name in zip(arguments, code.co_varnames, strict=False)
         if name in code.co_cellvars or name in _locals_read_by(code)
     )
-    return Function(role, identity, captured, reads, given), tuple(value for _, value in found.values())
+    places = sum(map(_subscripts, codes))
+    return Function(role, identity, captured, reads, places, given), tuple(value for _, value in found.values())
 
 
 @lru_cache(maxsize=256)
@@ -145,8 +150,15 @@ def _hash_of(words: Any) -> str:
 _written = lru_cache(maxsize=256)(written)
 
 
-def _words(role: str, function: FunctionType, found: dict[str, tuple[Captured, Any]], above: tuple[Any, ...]) -> Any:
-    """What a function's code depends on, in words; what it captures is added to `found`."""
+def _words(
+    role: str,
+    function: FunctionType,
+    found: dict[str, tuple[Captured, Any]],
+    codes: dict[CodeType, None],
+    above: tuple[Any, ...],
+) -> Any:
+    """What a function's code depends on, in words; what it captures is added to `found`, its code to `codes`."""
+    codes[function.__code__] = None
     if function in above:
         raise TypeError(f"{role}: {function.__name__} calls itself, which cannot be compiled")
     words: list[Any] = [_written(function.__code__)]
@@ -154,7 +166,7 @@ def _words(role: str, function: FunctionType, found: dict[str, tuple[Captured, A
         if isinstance(value, ModuleType):
             words.append((name, name_of_module(role, name, value)))
         elif isinstance(value, FunctionType) and value.__module__.partition(".")[0] not in ("numpy", "torch", "jax"):
-            words.append((name, _words(role, value, found, (*above, function))))
+            words.append((name, _words(role, value, found, codes, (*above, function))))
         elif callable(value):
             words.append((name, repr(getattr(value, "__name__", value))))
         elif value is None or isinstance(value, str):
@@ -218,6 +230,13 @@ def _locals_read_by(code: CodeType) -> frozenset[str]:
         if step.opname.startswith("LOAD_FAST")
         for name in (step.argval if isinstance(step.argval, tuple) else (step.argval,))
     )
+
+
+@lru_cache(maxsize=256)
+def _subscripts(code: CodeType) -> int:
+    """In how many places a code object indexes something."""
+    steps = dis.get_instructions(code)
+    return sum("SUBSCR" in step.opname or (step.opname == "BINARY_OP" and step.argrepr == "[]") for step in steps)
 
 
 @lru_cache(maxsize=256)

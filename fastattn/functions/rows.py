@@ -18,6 +18,8 @@ __all__ = [
     "is_true",
     "marked",
     "new_flag",
+    "new_note",
+    "noted",
     "put_score",
     "row_at",
     "score_in",
@@ -137,6 +139,32 @@ def new_flag(typingctx):
         return flag
 
     return signature(FLAG), codegen
+
+
+@intrinsic
+def new_note(typingctx):
+    """A flag that is set, with room behind it for which element of a chosen array was read, and how often."""
+
+    def codegen(context, builder, sig, values):
+        words = cgutils.alloca_once(builder, ir.IntType(64), size=3)
+        for number, value in ((0, 1), (2, 0)):
+            builder.store(ir.Constant(ir.IntType(64), value), builder.gep(words, [ir.Constant(ir.IntType(64), number)]))
+        return builder.bitcast(words, ir.IntType(8).as_pointer())
+
+    return signature(FLAG), codegen
+
+
+@intrinsic
+def noted(typingctx, flag):
+    """The number of the element of a chosen array that was read, and how often one was."""
+    pair = types.UniTuple(types.int64, 2)
+
+    def codegen(context, builder, sig, values):
+        words = builder.bitcast(values[0], ir.IntType(64).as_pointer())
+        found = [builder.load(builder.gep(words, [ir.Constant(ir.IntType(64), number)])) for number in (1, 2)]
+        return context.make_tuple(builder, pair, found)
+
+    return signature(pair, flag), codegen
 
 
 @intrinsic

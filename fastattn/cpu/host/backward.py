@@ -14,7 +14,7 @@ from fastattn.call.shapes import split_shape
 from fastattn.call.upstream import Upstream
 from fastattn.cpu.host import session
 from fastattn.cpu.host.calls import Plan
-from fastattn.cpu.host.functions import prepared
+from fastattn.cpu.host.functions import Parts, prepared
 from fastattn.cpu.host.kernels import describe, steps_of
 from fastattn.cpu.host.plan import (
     TASK_FLOPS,
@@ -40,7 +40,8 @@ def attention_backward(
     mask_shape: Shape | None,
     seed: int,
     threads: int,
-) -> tuple[Array, Array, Array, Array | None]:
+    captured: tuple[str, ...] = (),
+) -> tuple[Any, ...]:
     """Return the gradients of the operands, summed over axes that they are broadcast along, where it is for the best.
 
     Parameters
@@ -54,6 +55,8 @@ def attention_backward(
         That of the argument attn_mask, if its gradient is wanted.
     seed : int
     threads : int
+    captured : tuple of str
+        Names of arrays that the call's function of scores captures, of which the gradients are wanted.
 
     Returns
     -------
@@ -62,6 +65,8 @@ def attention_backward(
         (*batch, Hk, G, Lk, D) and so on, with 1 for the axes that neither key nor value has.
     grad_mask : ndarray, or None
         With 1 for the axes that the mask does not have.
+    *grad_captured : ndarray of float64
+        Of each array.
     """
     lead, dtype = problem.rows_shape, problem.real
     own = _own_axes(problem, *(split_shape(shape, problem, shared=True) for shape in shapes))
@@ -79,8 +84,9 @@ def attention_backward(
         mask_axes = _own_axes(problem, split)
         grad_mask = np.zeros((*(n if axis in mask_axes else 1 for axis, n in enumerate(lead)), *split[-2:]), dtype)
         arrays["grad_bias"] = grad_mask
+    parts = Parts(problem, operands, captured)
     if not problem.keys or not problem.queries or 0 in lead:
-        return grad_query, grad_key, grad_value, grad_mask
+        return grad_query, grad_key, grad_value, grad_mask, *parts.sums()
 
     arrays["lse"] = lse = np.ascontiguousarray(upstream.lse)
     arrays["grad_lse"] = None if upstream.grad_lse is None else np.ascontiguousarray(upstream.grad_lse)
@@ -88,10 +94,12 @@ def attention_backward(
     plans = [_planned(_by_keys, problem, arrays, upstream.rounded, own, threads)]
     if grad_mask is not None:
         plans.append(_planned(_by_rectangles, problem, arrays, upstream.rounded, mask_axes, threads))
-    with prepared(problem, operands, _tile(problem)) as ready:
+    if captured:
+        plans.append(_planned(_by_parts, problem, arrays, upstream.rounded, own, threads, parts.number))
+    with prepared(problem, operands, _tile(problem), parts) as ready:
         for plan, counters in plans:
             _run(plan, counters, {**arrays, "functions": ready.captured}, seed)
-    return grad_query, grad_key, grad_value, grad_mask
+    return grad_query, grad_key, grad_value, grad_mask, *parts.sums()
 
 
 def _own_axes(problem: Problem, *splits: Shape) -> list[int]:
@@ -113,6 +121,7 @@ def _planned(
     rounded: np.dtype[Any],
     own: list[int],
     threads: int,
+    *further: int,
 ) -> tuple[Plan, int]:
     """Return a call's plan, which all calls share that agree in all but addresses, and how many counters it has."""
     grad_bias = arrays["grad_bias"]
@@ -126,8 +135,9 @@ def _planned(
         None if grad_bias is None else grad_bias.shape,
         threads,
         TASK_FLOPS,
+        further,
     )
-    return session.current.plans.of(key, lambda: make(problem, arrays, rounded, own, threads))
+    return session.current.plans.of(key, lambda: make(problem, arrays, rounded, own, threads, *further))
 
 
 def _by_keys(
@@ -160,6 +170,16 @@ def _by_rectangles(
     draft.flops /= 2.5
     # a task goes through the heads that share the mask
     _split(draft, fields["outer"], group=1, groups=groups, part=1, parts=parts)
+    return draft.finish(threads), 0
+
+
+def _by_parts(
+    problem: Problem, arrays: Arrays, rounded: np.dtype[Any], own: list[int], threads: int, parts: int
+) -> tuple[Plan, int]:
+    """Plan the gradients of captured arrays: so many parts of the work, whatever number of threads there is."""
+    draft = _draft("captured_gradient", problem, arrays, rounded, own)
+    draft.flops /= 2.5
+    _split(draft, parts, group=1, groups=1, part=1, parts=1)
     return draft.finish(threads), 0
 
 
@@ -245,6 +265,7 @@ def _split(draft: Draft, heads: int, *, group: int, groups: int, part: int, part
         "score_grads": subs * score_panel,
         "clean_keys": keys * score_panel,
         "outs": values * query_panel,
+        "raws": score_panel if draft.kernel.work == "captured_gradient" else 0,
     }
     at = 0
     for name in GRADIENT_PARTS:

@@ -108,7 +108,9 @@ def attention(
     here = session.current
     if plan.is_small:  # as `Session.run` does, without a microsecond's tenth for that
         held = here.memory.of(plan.memory_bytes)[1]
-        plan.calls.quick(held, plan.record, query, key, value, bias, keep, heads, functions, out, lse, weight, None, seed)
+        plan.calls.quick(
+            held, plan.record, query, key, value, bias, keep, heads, functions, out, lse, weight, None, seed
+        )
     else:
         here.run(plan, (query, key, value, bias, keep, heads, functions, out, lse, weight, None, seed))
     return out if lse is None else (out, lse)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,12 +23,46 @@ from fastattn.machine.tile import TileShape
 
 Array = NDArray[Any]
 
+MOST_PARTS, MOST_ELEMENTS = 16, 1 << 22  # of the work on gradients of captured arrays, and of their sums together
 WORTH_LOOKING = 2 * KIND_QUERIES  # queries and keys from which on blocks are looked at
 
 
+class Parts:
+    """The gradients of captured arrays, one for each part of the work: as many parts whatever number of threads.
+
+    Attributes
+    ----------
+    names : tuple of str
+        Of the arrays.
+    number : int
+        How many parts there are: fewer where the arrays are large.
+    """
+
+    def __init__(self, problem: Problem, operands: Operands, names: tuple[str, ...]):
+        self.names = names
+        function, captured = problem.scores.score_mod, operands.captured
+        values: dict[str, Any] = {}
+        if function is not None and captured is not None:
+            values = {each.name: value for each, value in zip(function.captured, captured.score, strict=True)}
+        shapes = [values[name].shape for name in names]
+        elements = max(1, sum(map(math.prod, shapes)))
+        self.number = max(2, min(MOST_PARTS, MOST_ELEMENTS // elements))
+        self.arrays = [np.zeros((self.number, *shape)) for shape in shapes]
+
+    def addresses(self) -> Array:
+        """Where the array of each part and name is."""
+        return np.array([[address_of(array[part, ...]) for array in self.arrays] for part in range(self.number)])
+
+    def sums(self) -> list[Array]:
+        """The gradients."""
+        return [array.sum(axis=0) for array in self.arrays]
+
+
 @contextmanager
-def prepared(problem: Problem, operands: Operands, tile: TileShape) -> Iterator[Operands]:
+def prepared(problem: Problem, operands: Operands, tile: TileShape, parts: Parts | None = None) -> Iterator[Operands]:
     """The operands as kernels of a tile take them: with a record of the user's functions in place of what they capture.
+
+    `parts` are where gradients of captured arrays go.
 
     Raises
     ------
@@ -47,6 +82,11 @@ def prepared(problem: Problem, operands: Operands, tile: TileShape) -> Iterator[
         record["score_captured"] = address_of(held[-1])
         record["value"], record["slope"] = library.addresses["value"], library.addresses["slope"]
         record["marks"] = library.addresses["marks"]
+        if parts is not None and parts.names:
+            adding = compiled("captured_function", scores.score_mod, tile, parts.names)
+            held.append(parts.addresses())
+            record["add"], record["arrays"] = adding.addresses["add"], len(parts.names)
+            record["targets"] = address_of(held[-1])
     if scores.mask_mod is not None:
         library = compiled("seen_function", scores.mask_mod, tile)
         held.append(record_of(scores.mask_mod, given.seen))
@@ -57,16 +97,21 @@ def prepared(problem: Problem, operands: Operands, tile: TileShape) -> Iterator[
             held.append(kinds)
             record["kinds"] = address_of(kinds)
             steps = (step if size > 1 else 0 for step, size in zip(kinds.strides, kinds.shape, strict=True))
-            record["kinds_batch"], record["kinds_head"], record["kinds_row"] = list(steps)[:2] + [kinds.strides[2]]
+            record["kinds_batch"], record["kinds_head"], record["kinds_row"] = [*list(steps)[:2], kinds.strides[2]]
     yield operands._replace(captured=record)  # type: ignore[arg-type]
+    if record["repeated"]:
+        raise ValueError(
+            f"grads: {scores.score_mod.label if scores.score_mod else ''} reads an array more than once at one place, "
+            "in a loop or a function called twice; there is no gradient of that"
+        )
     if record["out_of_range"]:
         names = [function.label for function in (scores.score_mod, scores.mask_mod) if function is not None]
         raise IndexError(f"{', '.join(names)}: an index was out of range, for a key that the query may look at")
 
 
-def compiled(work: str, function: Function, tile: TileShape) -> Library:
+def compiled(work: str, function: Function, tile: TileShape, names: tuple[str, ...] = ()) -> Library:
     """A function's library, for blocks as wide as a tile."""
-    return load(Kernel(work, session.current.row, tile, function=function))
+    return load(Kernel(work, session.current.row, tile, steps=names, function=function))
 
 
 def kinds_of_blocks(
@@ -109,7 +154,7 @@ def kinds_of_blocks(
 def contents(values: tuple[Any, ...]) -> tuple[Any, ...]:
     """What captured values are known by: numbers, and hashes of arrays."""
     return tuple(
-        (value.shape, hashlib.blake2b(np.ascontiguousarray(value).view(np.uint8), digest_size=16).digest())
+        (value.shape, hashlib.blake2b(value.tobytes(), digest_size=16).digest())
         if isinstance(value, np.ndarray)
         else value
         for value in values

@@ -143,7 +143,7 @@ def hide_from_empty(kernel, plan, scores, count, start):
 def cap_block(kernel, plan, scores, grads, count, delta):
     """Cap a block of scores; what is beside them becomes the gradient of a weight, times the slope of the score.
 
-    The gradient of a mask, which is added behind the softcap, does without the slope.
+    The gradients of a mask, and of what a user's function captures, which come behind the softcap, do without.
     """
     tile = kernel.tile
     if plan.drop_below > 0:
@@ -152,7 +152,7 @@ def cap_block(kernel, plan, scores, grads, count, delta):
             tile_store(grad, grads + offset, 0)
     if plan.softcap == 0.0:
         return
-    if kernel.work == "mask_gradient":
+    if kernel.work != "backward":
         cap(tile, plan, scores, count, tile_fill(tile.single, MINUS_INFINITY))
     else:
         cap_with_slope(tile, plan, scores, grads, count)
@@ -193,7 +193,8 @@ def weigh(kernel, call, plan, head, s, first_query, first_key, offset, lost, scr
         drop(tile, plan, call.seed, grads, count, head.number, first_query, first_key + part.begin)
     if "softcap" in kernel.steps:
         cap_block(kernel, plan, weights, grads, count, delta)
-    hide_keys(kernel, plan, head, weights - before, grads - before, part, first_query, first_key, scratch)
+    beside = scratch + plan.raws_at if kernel.work == "captured_gradient" else grads - before
+    hide_keys(kernel, plan, head, weights - before, beside, part, first_query, first_key, scratch)
     full, full_end = part.full - part.begin, part.full_end - part.begin
     if not all_finite(start):
         hide_from_empty(kernel, plan, weights, count, start)

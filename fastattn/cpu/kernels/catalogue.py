@@ -4,11 +4,11 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from fastattn.cpu.kernels import additive_backward, backward, mask_gradient, schedule
+from fastattn.cpu.kernels import additive_backward, backward, captured_gradient, mask_gradient, schedule
 from fastattn.cpu.kernels.entry import in_default_mode, note, overlaps, quick_function, shared, signature
 from fastattn.cpu.kernels.forward import forward_group
-from fastattn.cpu.kernels.lanes import score_functions, seen_functions
 from fastattn.cpu.kernels.key_weights import sum_weights
+from fastattn.cpu.kernels.lanes import captured_functions, score_functions, seen_functions
 from fastattn.cpu.kernels.summary import summarise_group, weigh_known_group
 from fastattn.cpu.kernels.tasks import task_function
 from fastattn.cpu.kernels.tiles import unrolled_product
@@ -72,8 +72,10 @@ FUNCTIONS: dict[str, Callable[[Kernel], dict[str, Any]]] = {
     "summary": partial(_attention, summarise_group, on_keys=sum_weights),
     "backward": partial(_gradients, backward),
     "mask_gradient": partial(_gradients, mask_gradient),
+    "captured_gradient": partial(_gradients, captured_gradient),
     "additive_backward": partial(_gradients, additive_backward),
     "score_function": score_functions,
+    "captured_function": captured_functions,
     "seen_function": seen_functions,
     "peak": _peak,
     "schedule": lambda kernel: vars(schedule),

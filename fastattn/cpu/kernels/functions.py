@@ -4,7 +4,7 @@ from fastattn.cpu.kernels.records import EMPTY, FULL, FUNCTIONS, KIND_KEYS, KIND
 from fastattn.simd import call_compiled, jit, load_u8, record_view, store_i64
 
 functions_view = record_view(FUNCTIONS)
-OUT_OF_RANGE = FUNCTIONS.fields["out_of_range"][1]
+OUT_OF_RANGE, REPEATED = map((FUNCTIONS.names or ()).index, ("out_of_range", "repeated"))
 
 
 @jit
@@ -50,7 +50,7 @@ def note_marks(tile, plan, head, scores, count, first_query):
     functions = functions_view(head.functions)
     present = min(tile.width, plan.queries - first_query)
     if call_compiled(functions.marks, (scores, count, present)) != 0:
-        store_i64(head.functions + OUT_OF_RANGE, 1)
+        store_i64(head.functions + 8 * OUT_OF_RANGE, 1)
 
 
 @jit
@@ -79,3 +79,15 @@ def seen_part(tile, plan, head, first_query, first_key, begin, end):
             whole = whole and load_u8(rows + row * functions.kinds_row + column) == FULL
     begin, end = max(begin, some_first * KIND_KEYS - first_key), min(end, (some_last + 1) * KIND_KEYS - first_key)
     return begin, end, whole
+
+
+@jit
+def add_to_captured(plan, head, part, scores, grads, count, present, first_query, first_key):
+    """Add what a block contributes to the gradients of captured arrays, to those that a part of the work has."""
+    functions = functions_view(head.functions)
+    batch, number = functions.first_row + head.number // functions.heads, head.number % functions.heads
+    targets = functions.targets + part * functions.arrays * 8
+    query = head.offset + first_query
+    given = (scores, grads, count, present, batch, number, query, first_key, functions.score_captured, targets)
+    if call_compiled(functions.add, given) != 0:
+        store_i64(head.functions + 8 * REPEATED, 1)

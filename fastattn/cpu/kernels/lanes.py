@@ -17,13 +17,15 @@ from fastattn.functions.rows import (
     is_true,
     marked,
     new_flag,
+    new_note,
+    noted,
     put_score,
     row_at,
     score_in,
     slope_of,
     with_slope,
 )
-from fastattn.simd import as_element, jit, store_u8
+from fastattn.simd import as_element, jit, load_f64, load_i64, store_f64, store_u8
 
 MINUS_INFINITY = float("-inf")
 
@@ -66,6 +68,66 @@ def score_functions(kernel):
         return inside
 
     return {"value": value, "slope": slope, "marks": marks_function(tile)}
+
+
+def captured_functions(kernel):
+    """The library of the derivatives by elements of captured arrays, whose names are the kernel's steps."""
+    tile, row_bytes = kernel.tile, kernel.tile.row_bytes
+    add_all = _one_after_the_other(
+        [
+            _adder(compiled(kernel.function, tile.dtype, name, place), 8 * number)
+            for number, name in enumerate(kernel.steps)
+            for place in range(kernel.function.places)
+        ]
+    )
+
+    @jit
+    def add(scores, grads, count, present, batch, head, query, key, captured, targets):
+        """Add grads[j][i] times the derivatives to the elements that were read.
+
+        `targets`: the addresses of arrays without gaps, of float64. Returns 1 if an element was read in a loop.
+        """
+        repeated = 0
+        for j in range(count):
+            row, beside = row_at(tile, scores + j * row_bytes), row_at(tile, grads + j * row_bytes)
+            for i in range(present):
+                grad = score_in(beside, i)
+                if grad != 0.0:  # of a hidden key it is 0
+                    score = score_in(row, i)
+                    repeated |= add_all(score, grad, batch, head, query + i, key + j, captured, targets)
+        return repeated
+
+    return {"add": add}
+
+
+def _one_after_the_other(functions):
+    """A function that calls some, and says whether any said 1."""
+    if len(functions) == 1:
+        return functions[0]
+    first, others = functions[0], _one_after_the_other(functions[1:])
+
+    @jit
+    def both(score, grad, batch, head, query, key, captured, targets):
+        one = first(score, grad, batch, head, query, key, captured, targets)
+        return others(score, grad, batch, head, query, key, captured, targets) | one
+
+    return both
+
+
+def _adder(function, word):
+    """A function that adds what one score contributes to the gradient of an array, by one place where that is read."""
+
+    @jit
+    def add_at(score, grad, batch, head, query, key, captured, targets):
+        note = new_note()
+        slope = slope_of(score, function((score, batch, head, query, key, captured, note)))
+        number, times = noted(note)
+        if times == 1:
+            at = load_i64(targets + word) + number * 8
+            store_f64(at, load_f64(at) + slope * 1.0 * grad)
+        return 1 if times > 1 else 0
+
+    return add_at
 
 
 def seen_functions(kernel):

@@ -148,6 +148,7 @@ GRADIENT_PARTS = (
     "score_grads",  # and their gradients
     "clean_keys",  # a block of keys, with 0 for what is not finite
     "outs",  # results of a block of queries
+    "raws",  # scores before the user's function; in the plan for the gradients of what that captures
 )
 GRADIENT_PLAN = np.dtype(
     [
@@ -207,7 +208,14 @@ FUNCTIONS = np.dtype(
         ("hide", i8),  # what may not be seen
         ("seen_captured", i8),
         ("marks", i8),
-        ("kinds", i8),  # a byte for each block of queries and keys, for all rows of the batch and heads or some: EMPTY, ...
+        ("add", i8),  # to the gradients of captured arrays
+        ("targets", i8),  # their addresses: for each part of the work one of each array
+        ("arrays", i8),  # how many there are
+        ("repeated", i8),  # set to 1 where an element was read in a loop
+        (
+            "kinds",
+            i8,
+        ),  # a byte for each block of queries and keys, for all rows of the batch and heads or some: EMPTY, ...
         ("kinds_batch", i8),  # strides; 0: the same for all
         ("kinds_head", i8),
         ("kinds_row", i8),

@@ -255,10 +255,17 @@ add_by_squares, hide_by_squares = by_squares(add_to_square), by_squares(hide_in_
 
 @jit
 def restrict_with_functions(kernel, plan, head, scores, grads, count, first_query, first_key, top, buffer):
-    """`restrict`, with the user's functions; what stands beside the scores, if anything, is multiplied by the slope."""
+    """`restrict`, with the user's functions; what stands beside the scores, if anything, is multiplied by the slope.
+
+    Where gradients of captured arrays are wanted, the scores before the function are kept there.
+    """
     tile = kernel.tile
     if plan.adds and (plan.bias_kind != BIAS_NONE or own_view(head.own).slope != 0.0):
         add_by_squares(kernel, plan, head, scores, count, first_query, first_key, buffer)
+    if kernel.work == "captured_gradient" and grads != 0:
+        for offset in range(0, count * tile.row_bytes, tile.row_bytes):
+            tile_store(tile_load(tile.single, scores + offset, 0), grads + offset, 0)
+        grads = 0
     inside = apply_function(plan, head, scores, grads, count, first_query, first_key)
     hide_by_squares(kernel, plan, head, scores, count, first_query, first_key, buffer)
     inside = hide_unseen(plan, head, scores, count, first_query, first_key) and inside

@@ -65,9 +65,7 @@ def hide_keys(kernel, plan, head, scores, grads, part, first_query, first_key, s
             first, count = first_key + begin, end - begin
             if "function" in kernel.steps:
                 beside = 0 if grads == 0 else grads + begin * tile.row_bytes
-                restrict_with_functions(
-                    kernel, plan, head, rows, beside, count, first_query, first, work, buffer
-                )
+                restrict_with_functions(kernel, plan, head, rows, beside, count, first_query, first, work, buffer)
             else:
                 restrict(kernel, plan, head, rows, count, first_query, first, work, buffer)
 
