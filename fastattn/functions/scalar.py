@@ -77,7 +77,7 @@ def value_of(typingctx, like, score):
 
 
 class _Library(JITCodeLibrary):
-    """The IR of one function, as it was made: the LLVM here does not see it, which writes it as only its like can read."""
+    """The IR of one function, as it was made: LLVM would write it as an older one cannot read it."""
 
     def __init__(self, codegen, name):
         super().__init__(codegen, name)
@@ -94,13 +94,13 @@ class _Library(JITCodeLibrary):
 
     def reachable(self):
         """This library and all that it calls, without Numba's for reference counts, which nothing here has."""
-        found, waiting = {}, [self]
+        found, waiting = set(), [self]
         while waiting:
             library = waiting.pop()
             if library not in found and isinstance(library, _Library):
-                found[library] = None
+                found.add(library)
+                yield library
                 waiting.extend(library._linking_libraries)
-        return list(found)
 
 
 class _Codegen(JITCPUCodegen):
@@ -111,7 +111,7 @@ class _Codegen(JITCPUCodegen):
 
 
 def refresh():
-    """Have Numba know all that there is for CPUs: its compiler of GPUs takes over what it finds, if it is found late."""
+    """Have Numba find all that there is for CPUs: what its compiler of GPUs sees come, it takes for its own."""
     cpu_target.typing_context.refresh()
     cpu_target.target_context.refresh()
 

@@ -259,7 +259,8 @@ def _common(
     arrays = (*(givens[operand].memory() for operand in ("query", "key", "value")), mask_of(call))
     arrived = (others["grad_out"].memory(), numbers.memory())
     options = (scale_of(call), np.uint32(seed & 0xFFFFFFFF), np.uint32(seed >> 32), call.real(problem.keep_scale))
-    return spec, (*arrays, *arrived, *plan.tables, plan.members[name], *options, keep_of(call), plan.own, captured_of(call))
+    last = (keep_of(call), plan.own, captured_of(call))
+    return spec, (*arrays, *arrived, *plan.tables, plan.members[name], *options, *last)
 
 
 def queue_portable(

@@ -43,7 +43,7 @@ def captured(problem: Problem, given: Captures | None, place: Place) -> Iterator
     for function, values in functions:
         words.append(_words_of(function, values, place, held))
     record = np.concatenate(words)
-    on_device = record.data if SIMULATED else cuda.to_device(record, stream=place.stream)
+    on_device: Any = record.data if SIMULATED else cuda.to_device(record, stream=place.stream)
     yield on_device
     if not any(each.axes >= 0 for function, _ in functions for each in function.captured):
         return

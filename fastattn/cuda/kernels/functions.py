@@ -87,6 +87,15 @@ else:
             made.append(text)
         return tuple(made)
 
+    def _library(context: Any, texts: tuple[str, ...]) -> Any:
+        """Numba's object for modules, each behind one that calls it: what nobody has called yet would be left out."""
+        library = CUDACodeLibrary(context.codegen(), "a user's function")
+        library.add_ir_module(_Module(texts[0]))
+        if len(texts) > 1:
+            library.add_linking_library(_library(context, texts[1:]))
+        library.finalize()
+        return library
+
     def _calling(function: Function, dtype: str, sloping: bool) -> Any:
         """An intrinsic, which compiles the function when a kernel is compiled that calls it."""
         refresh()
@@ -100,13 +109,7 @@ else:
             wanted = [real] * (len(given) - 4) + [types.int64] * 4
 
             def codegen(context, builder, sig, values):
-                library = None
-                for text in reversed(_texts(function, dtype, sloping)):  # what is called has to come behind its caller
-                    called, library = library, CUDACodeLibrary(context.codegen(), name)
-                    library.add_ir_module(_Module(text))
-                    if called is not None:
-                        library.add_linking_library(called)
-                    library.finalize()
+                library = _library(context, _texts(function, dtype, sloping))
                 context.active_code_library.add_linking_library(library)
                 arguments = [
                     context.cast(builder, value, ty, target)

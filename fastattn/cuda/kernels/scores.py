@@ -205,9 +205,9 @@ def _asking(spec: Any, real: Any, sloping: bool) -> Any:
     """The device function of a score that calls the user's functions: the score, whether it is seen, and the slope."""
     score_mod, mask_mod = spec.score_mod, spec.mask_mod
     with_score, with_mask, one, lowest = score_mod is not None, mask_mod is not None, real(1), real(-math.inf)
-    words = score_mod.words if with_score else 0
-    change = calling(score_mod, real, sloping) if with_score else None
-    look = calling(mask_mod, real) if with_mask else None
+    words = score_mod.words if score_mod is not None else 0
+    change: Any = calling(score_mod, real, sloping) if score_mod is not None else None
+    look: Any = calling(mask_mod, real) if mask_mod is not None else None
 
     @device
     def ask(score, head, query, key):
