@@ -33,19 +33,19 @@ DOCUMENTS = np.array([0, 0, 1, 1, 1, 2, 2], np.int16)
 WHOLE = RNG.integers(-3, 4, (HEADS, KEYS)).astype(np.int8)
 
 
-def _slopes(score, batch, head, query, key):
+def _slopes(score: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
     return score - SLOPES[head] * abs(query - key)
 
 
-def _relative(score, batch, head, query, key):
+def _relative(score: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
     return score + TABLE[head, query - key]
 
 
-def _cap(score, batch, head, query, key):
+def _cap(score: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
     return 2.0 * np.tanh(score / 2.0)
 
 
-def _branches(score, batch, head, query, key):
+def _branches(score: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
     if query > key:
         return score * score
     if batch == 1:
@@ -53,31 +53,31 @@ def _branches(score, batch, head, query, key):
     return score
 
 
-def _of_whole_numbers(score, batch, head, query, key):
+def _of_whole_numbers(score: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
     return score * (1 + query % 3) + WHOLE[head, key] // 2
 
 
-def _wherever(score, batch, head, query, key):
+def _wherever(score: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
     return np.where((query >= key) & (score > 0), np.log1p(score * score), score * 0.5)
 
 
-def _hides(score, batch, head, query, key):
+def _hides(score: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
     return score if query >= key else -np.inf
 
 
-def _document(batch, head, query, key):
+def _document(batch: Any, head: Any, query: Any, key: Any) -> Any:
     return DOCUMENTS[query] == DOCUMENTS[key]
 
 
-def _prefix(batch, head, query, key):
+def _prefix(batch: Any, head: Any, query: Any, key: Any) -> Any:
     return (key <= query) | (key < 2 + batch)
 
 
-def _of_head(batch, head, query, key):
+def _of_head(batch: Any, head: Any, query: Any, key: Any) -> Any:
     return head == 0 or key != 3
 
 
-def _none_for_one(batch, head, query, key):
+def _none_for_one(batch: Any, head: Any, query: Any, key: Any) -> Any:
     return query != 2 and key > batch
 
 
@@ -103,7 +103,7 @@ def operands(dtype: Any = np.float32, queries: int = QUERIES) -> list[Array]:
 def wanted(grad_out: Array, query: Array, key: Array, value: Array, **options: Any) -> Numbers:
     """The formula in float64: functions are called by Python, their derivatives are differences."""
     grad_out, query, key, value = (array.astype(np.float64) for array in (grad_out, query, key, value))
-    batch, heads, queries, _ = query.shape
+    batch = len(query)
     score_mod: Callable[..., Any] = options.get("score_mod") or (lambda score, *where: score)
     mask_mod: Callable[..., Any] = options.get("mask_mod") or (lambda *where: True)
     offsets = np.broadcast_to(options.get("query_offset", 0), batch)
@@ -177,7 +177,7 @@ def test_a_floating_mask_is_added_before_and_a_softcap_is_under_it() -> None:
     bias[:, 1, 2:] = -np.inf
     options: Any = {"softcap": 1.5, "enable_gqa": True}
 
-    def square(score, batch, head, query, key):
+    def square(score: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
         return score * score
 
     raw = query @ key.swapaxes(-1, -2) / np.sqrt(query.shape[-1])
@@ -216,10 +216,10 @@ def test_what_is_hidden_never_leaks() -> None:
     """Neither what stands in keys and values that are not seen, nor what functions make of them."""
     _, query, key, value = operands()
 
-    def odd(score, batch, head, query, key):
+    def odd(score: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
         return score if key < 4 else score * np.nan
 
-    def first(batch, head, query, key):
+    def first(batch: Any, head: Any, query: Any, key: Any) -> Any:
         return key < 4
 
     before = attention(query, key[..., :4, :], value[..., :4, :], enable_gqa=True)
@@ -232,7 +232,7 @@ def test_what_is_hidden_never_leaks() -> None:
         out = attention(query, key, value, enable_gqa=True, **options)
         np.testing.assert_allclose(out, before, rtol=1e-5, atol=1e-6)
 
-    def behind(score, batch, head, query, key):
+    def behind(score: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
         return score if key < 4 else -np.inf
 
     np.testing.assert_allclose(
@@ -243,7 +243,7 @@ def test_what_is_hidden_never_leaks() -> None:
 def test_queries_that_see_no_key() -> None:
     grad_out, query, key, value = operands()
 
-    def nothing(batch, head, query, key):
+    def nothing(batch: Any, head: Any, query: Any, key: Any) -> Any:
         return False
 
     options: Any = {"mask_mod": nothing, "enable_gqa": True}
@@ -260,7 +260,7 @@ def test_queries_that_see_no_key() -> None:
 def capturing(array: Any, number: Any) -> Callable[..., Any]:
     """Return a function that captures an array, which it indexes by keys, and a number."""
 
-    def modified(score, batch, head, query, key):
+    def modified(score: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
         return score + array[key] * number
 
     return modified
@@ -270,7 +270,7 @@ def scores_of(score_mod: Callable[..., Any], dtype: Any = np.float32) -> Array:
     """The log-sum-exp of one key at a time, all of whose scores are 0 before."""
     query, key = np.zeros((KEYS, 1, 2), dtype), np.zeros((KEYS, KEYS, 2), dtype)
 
-    def one(batch, head, query, key):
+    def one(batch: Any, head: Any, query: Any, key: Any) -> Any:
         return key == head
 
     lse: Array = attention(query, key, key, score_mod=score_mod, mask_mod=one, return_lse=True)[1]
@@ -307,10 +307,10 @@ def test_other_arrays_and_numbers_compile_nothing() -> None:
 
 
 def test_scores_stay_what_they_are() -> None:
-    """Python's numbers do not widen: 0.1 is that of float32 beside a float32 score."""
-    found = scores_of(capturing(np.ones(KEYS, np.float32), 0.1))
-    assert (found == np.float32(0.1)).all()
-    assert (scores_of(capturing(np.ones(KEYS), 0.1), np.float64) == 0.1).all()
+    """Python's numbers do not widen: 1.1 is that of float32 beside a float32 score."""
+    for dtype in (np.float32, np.float64):
+        array = np.arange(KEYS, dtype=dtype)
+        np.testing.assert_array_equal(scores_of(capturing(array, 1.1), dtype), array * dtype(1.1))
 
 
 def test_an_index_out_of_range() -> None:
@@ -321,12 +321,12 @@ def test_an_index_out_of_range() -> None:
     options: Any = {"enable_gqa": True, "score_mod": capturing(short, 1)}
     attention(query, key, value, key_lengths=[KEYS - 2, 1], **options)
 
-    def seen(batch, head, query, key):
+    def seen(batch: Any, head: Any, query: Any, key: Any) -> Any:
         return key < KEYS - 2
 
     attention(query, key, value, mask_mod=seen, **options)
 
-    def reads(batch, head, query, key):
+    def reads(batch: Any, head: Any, query: Any, key: Any) -> Any:
         return short[key] > 1
 
     with pytest.raises(IndexError, match=r"mask_mod: .*reads"):

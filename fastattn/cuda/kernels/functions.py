@@ -25,6 +25,7 @@ DIALECT = (
     (r"captures\(none\)", "nocapture"),
     (r"fneg (float|double) ", r"fsub \1 -0.0, "),
     (r", !(alias\.scope|noalias) !\d+", ""),
+    (r", align 1\b", ""),  # elements of what is captured lie at multiples of their size here
     (r'^@"_ZN08NumbaEnv.*$', ""),
 )
 
