@@ -31,7 +31,7 @@ class ArrayType(types.Type):
 
     def __init__(self, kind, axes, chosen=False):
         self.kind, self.axes, self.chosen = kind, axes, chosen
-        super().__init__(f"Captured({kind}, {axes}, {chosen})")
+        super().__init__(f"{'chosen' if chosen else 'captured'} array of {kind} with {axes} axes")
 
     @property
     def element(self):
@@ -73,13 +73,16 @@ def _word_at(builder, address, number):
     return read_only(builder, builder.load(pointer, align=8))
 
 
-def captured(each, place, chosen=False):
-    """An intrinsic that finds one of `fastattn.functions.function.Captured`, whose words begin at `place`."""
+def captured(each, place, real, chosen=False):
+    """An intrinsic that finds one of `fastattn.functions.function.Captured`, whose words begin at `place`.
+
+    A floating number is one of the dtype `real`, as are those that are written in the function.
+    """
 
     @intrinsic
     def find(typingctx, record, flag):
         if each.axes < 0:
-            ty = {"int": types.int64, "bool": types.boolean, "float": types.float64}[each.kind]
+            ty = {"int": types.int64, "bool": types.boolean, "float": real}[each.kind]
         else:
             ty = ArrayType(each.kind, each.axes, chosen)
 
@@ -88,7 +91,9 @@ def captured(each, place, chosen=False):
             if each.kind == "bool" and each.axes < 0:
                 return builder.icmp_signed("!=", word, ir.Constant(_WORD, 0))
             if each.axes < 0:
-                return builder.bitcast(word, ir.DoubleType()) if each.kind == "float" else word
+                if each.kind == "int":
+                    return word
+                return context.cast(builder, builder.bitcast(word, ir.DoubleType()), types.float64, real)
             array = cgutils.create_struct_proxy(ty)(context, builder)
             array.at, array.number = word, ir.Constant(_WORD, 0)
             array.shape = builder.add(values[0], ir.Constant(_WORD, 8 * (place + 1)))
@@ -107,15 +112,17 @@ def item_at(real, is_chosen):
     `is_chosen`: at this place in the function what is read of a chosen array is a dual number of the dtype `real`.
     """
 
-    @intrinsic
+    @intrinsic(prefer_literal=True)
     def item(typingctx, array, index):
+        if isinstance(array, types.BaseTuple):
+            return _item_of_tuple(array, index)
         if not isinstance(array, ArrayType):
             return None
         numbers = tuple(index) if isinstance(index, types.BaseTuple) else (index,)
-        if len(numbers) > array.axes or not all(isinstance(ty, (types.Integer, types.Boolean)) for ty in numbers):
+        if len(numbers) > array.axes or not all(isinstance(ty, types.Integer) for ty in numbers):
             return None
         rest = array.axes - len(numbers)
-        ty = ArrayType(array.kind, rest, array.chosen) if rest else array.element
+        ty = ArrayType(array.kind, rest, array.chosen) if rest else at_least(array.element, real)
         dual = DualType(real) if is_chosen and array.chosen and not rest else None
 
         def codegen(context, builder, sig, values):
@@ -129,7 +136,7 @@ def item_at(real, is_chosen):
                 step = ir.Constant(_WORD, 8 * len(numbers))
                 left.shape, left.strides = builder.add(given.shape, step), builder.add(given.strides, step)
                 return left._getvalue()
-            element = _element(context, builder, array, found.pointer)
+            element = context.cast(builder, _element(context, builder, array, found.pointer), array.element, ty)
             if dual is None:
                 return element
             _note(builder, given.flag, found.number)
@@ -139,6 +146,21 @@ def item_at(real, is_chosen):
         return signature(dual or ty, array, index), codegen
 
     return item
+
+
+def at_least(element, real):
+    """The type that an element is read as: a floating one as wide as what the call computes in, or wider."""
+    return real if isinstance(element, types.Float) and element.bitwidth < real.bitwidth else element
+
+
+def _item_of_tuple(array, index):
+    """The signature, and the code, of an element of a tuple, which a constant says; None if nothing does."""
+    if not isinstance(index, types.IntegerLiteral) or not -len(array) <= index.literal_value < len(array):
+        return None
+    number = index.literal_value % len(array)
+    return signature(array.types[number], array, index), lambda context, builder, sig, values: builder.extract_value(
+        values[0], number
+    )
 
 
 # Where an element is, as an address and as a pointer, and its number in an array without gaps.

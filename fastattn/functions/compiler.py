@@ -4,10 +4,11 @@ Numba makes its bytecode an intermediate representation; before types are given 
 by what it means here: names of functions, operators, and what is captured. Nothing of the function is run in Python.
 """
 
-import builtins
-import linecache
+import dis
+import inspect
 import operator
-from functools import cache, reduce
+from collections import namedtuple
+from functools import cache
 from types import FunctionType, ModuleType
 
 import numpy as np
@@ -15,7 +16,6 @@ from numba import njit
 from numba.core import cgutils, ir, types
 from numba.core.compiler import CompilerBase
 from numba.core.compiler_machinery import FunctionPass, PassManager, register_pass
-from numba.core.errors import NumbaError
 from numba.core.ir_utils import build_definitions, get_definition, guard
 from numba.core.typed_passes import NativeLowering, NoPythonBackend, NopythonTypeInference, PreLowerStripPhis
 from numba.core.typing.templates import signature
@@ -24,15 +24,25 @@ from numba.extending import intrinsic
 
 from fastattn.functions import names
 from fastattn.functions.captured import ArrayType, captured, item_at, length
-from fastattn.functions.operations import Operations
+from fastattn.functions.function import LATER
+from fastattn.functions.operations import Operations, is_number
+from fastattn.functions.refusals import WORDS, CannotCompile, Refused, refused, said_of, said_of_type
 
 __all__ = ["compiled"]
 
 RECORD, FLAG_NAME = "$captured", "$flag"  # no variables of the user's: where what is captured is, and a flag
 
 
-class CannotCompile(Exception):
-    """What the user wrote has no meaning here."""
+#: Expressions that stay what they are.
+PLAIN = ("build_tuple", "exhaust_iter", "cast", "phi", "getiter", "iternext", "pair_first", "pair_second", "null")
+#: Instructions that change what stands around a function.
+STORES = ("STORE_DEREF", "DELETE_DEREF", "STORE_GLOBAL", "DELETE_GLOBAL")
+#: What `clip` and its like take, besides a number.
+PARAMETERS = {"clip": ("min", "max"), "full_like": ("fill_value",), "zeros_like": (), "ones_like": ()}
+NOT_PLAIN = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS | LATER
+
+# A function of a module that is several operations, by its name.
+_Several = namedtuple("_Several", "name")
 
 
 class Meaning:
@@ -79,12 +89,33 @@ class GiveMeaning(FunctionPass):
         function = state.func_ir
         python = function.func_id.func
         rewriter = _Rewriter(function, _meanings[python], python)
+        rewriter.check()
         rewriter.add_arguments()
         for block in function.blocks.values():
             block.body = [new for statement in block.body for new in rewriter.rewritten(statement)]
         function._definitions = build_definitions(function.blocks)
         state.typingctx.refresh()  # for the intrinsics that were made meanwhile
         return True
+
+
+@register_pass(mutates_CFG=False, analysis_only=True)
+class FindUnassigned(FunctionPass):
+    """Refuse a variable that has no value where it is read, on some way there."""
+
+    _name = "find_unassigned"
+
+    def __init__(self):
+        FunctionPass.__init__(self)
+
+    def run_pass(self, state):
+        """The pass itself, as Numba's pass manager calls it."""
+        for block in state.func_ir.blocks.values():
+            for statement in block.body:
+                value = getattr(statement, "value", None)
+                if isinstance(value, ir.Expr) and value.op == "phi" and ir.UNDEFINED in value.incoming_values:
+                    name = statement.target.unversioned_name
+                    raise CannotCompile(f"{name} may have no value there", statement.loc)
+        return False
 
 
 class _Rewriter:
@@ -94,7 +125,18 @@ class _Rewriter:
         self.function, self.meaning, self.python = function, meaning, python
         self.operations = meaning.operations
         self.temporaries = 0
-        self.several = {}  # by variables: functions that are several operations
+
+    def check(self):
+        """Refuse what is no computation of a number, before anything else of the line is looked at."""
+        for step in dis.get_instructions(self.python):
+            if step.opname in STORES and (step.argval in self.python.__code__.co_freevars or "GLOBAL" in step.opname):
+                line = next(line for start, end, line in self.python.__code__.co_lines() if start <= step.offset < end)
+                what = f"an assignment to {step.argval}, outside of the function, has no meaning here"
+                raise CannotCompile(what, ir.Loc(self.python.__code__.co_filename, line))
+        for block in self.function.blocks.values():
+            for statement in block.body:
+                if not isinstance(statement, (ir.Assign, ir.Jump, ir.Branch, ir.Return, ir.Del)):
+                    raise CannotCompile(said_of(statement), statement.loc)
 
     def add_arguments(self):
         """Two arguments more than the user's: where what is captured is, and a flag."""
@@ -118,10 +160,19 @@ class _Rewriter:
             return self._name(statement, value.name, value.value)
         if isinstance(value, ir.Expr):
             return self._expression(statement, value)
-        return [statement]
+        if isinstance(value, (ir.Var, ir.Arg)) or value is ir.UNDEFINED:
+            return [statement]
+        raise CannotCompile(said_of(value), statement.loc)
 
     def _constant(self, statement):
         value = statement.value.value
+        numbers = value if isinstance(value, tuple) else (value,)
+        for number in numbers:
+            if not (number is None or isinstance(number, (bool, int, float))):
+                word = type(number).__name__
+                raise CannotCompile(f"{WORDS.get(word, f'a constant of type {word}')} has no meaning here", statement.loc)
+            if isinstance(number, int) and not -(2**63) <= number < 2**63:
+                raise CannotCompile(f"{number} is no whole number of 64 bits", statement.loc)
         if isinstance(value, float):
             dtype = np.float32 if self.meaning.real == types.float32 else np.float64
             with np.errstate(all="ignore"):
@@ -130,55 +181,61 @@ class _Rewriter:
 
     def _name(self, statement, name, value):
         """A variable around the function: a module, a function, or what is captured."""
-        if isinstance(value, ModuleType) or value is None or isinstance(value, str):
+        if isinstance(value, ModuleType):
             return [statement]
-        if isinstance(value, FunctionType) and not _is_of_module(value):
-            statement.value = ir.Global(name, helper(value, self.meaning), statement.loc)
-            return [statement]
+        if value is None or isinstance(value, str):
+            raise CannotCompile(f"{name} is {value!r}, which is no number here", statement.loc)
         if callable(value):
-            return [self._meant(statement, getattr(value, "__name__", name), value)]
-        own = next(each for each in self._own_names(name, value))
+            found = names.meaning(value, name)
+            if found is None and isinstance(value, FunctionType):
+                return [self._defined(statement, ir.Global(name, helper(value, self.meaning), statement.loc))]
+            return [self._meant(statement, name, found)]
+        own = self.meaning.function.own_names[self.python, name]
         each = next(one for one in self.meaning.function.captured if one.name == own)
-        found = captured(each, self.meaning.function.place_of(own), own == self.meaning.chosen)
-        return self._call(statement, found, [self._variable(RECORD), self._variable(FLAG_NAME)])
+        place = self.meaning.function.place_of(own)
+        found = captured(each, place, self.meaning.real, own == self.meaning.chosen)
+        where = [self._variable(RECORD), self._variable(FLAG_NAME)]
+        if each.axes != 0:
+            return self._call(statement, found, where)
+        array, nowhere = self._temporary(statement), self._temporary(statement)
+        return [
+            *self._call(ir.Assign(array, array, statement.loc), found, where),
+            ir.Assign(ir.Expr.build_tuple([], statement.loc), nowhere, statement.loc),
+            *self._call(statement, self.meaning.item(self.python, statement), [array, nowhere]),
+        ]
 
-    def _own_names(self, name, value):
-        """A helper may capture another variable of the same name."""
-        captured_names = {each.name for each in self.meaning.function.captured}
-        own = f"{name} of {self.python.__name__}"
-        if own in captured_names:
-            yield own
-        yield name
-
-    def _meant(self, statement, name, value):
+    def _meant(self, statement, name, found):
         """A function of a module or of Python's own."""
-        found = names.meaning(name)
         if found is None:
-            if value in (range, len, tuple):
-                statement.value = ir.Global(name, _length if value is len else value, statement.loc)
-                return statement
-            raise CannotCompile(f"{name} has no meaning in a function of scores", statement.loc)
+            raise CannotCompile(f"{WORDS.get(name, name)} has no meaning in a function of scores", statement.loc)
         kind, what = found
-        if kind == "special" and what != "where":
-            self.several[statement.target.name] = what
-            statement.value = ir.Const(None, statement.loc)
+        if kind == "special":
+            self._defined(statement, ir.Global(name, _Several(what), statement.loc))
+            statement.value = ir.Const(None, statement.loc)  # which Numba can type; nobody reads it
             return statement
-        statement.value = ir.Global(name, self._operation(kind, what, statement.loc), statement.loc)
+        # by a name of its own, as Numba looks after what Python's names stand for
+        return self._defined(statement, ir.Global(f"${name}", self._operation(kind, what), statement.loc))
+
+    def _defined(self, statement, value):
+        """The statement with another value, by which what calls it knows what is called."""
+        statement.value = value
+        self.function._definitions[statement.target.name] = [value]
         return statement
 
-    def _operation(self, kind, what, loc):
+    def _operation(self, kind, what):
         operations = self.operations
-        if kind == "function":
-            return operations.function(what)
-        if kind == "operator":
-            return operations.binary(what)
-        if kind == "unary":
-            return operations.unary(what)
-        if kind == "extreme":
-            return operations.extreme(what)
-        if kind == "conversion":
-            return operations.conversion({"real": self.meaning.real, "int": types.int64, "bool": types.boolean}[what])
-        return operations.where
+        return {
+            "function": operations.function,
+            "operator": operations.binary,
+            "logical": operations.logical,
+            "unary": operations.unary,
+            "extreme": lambda what: operations.extreme(*what),
+            "conversion": operations.conversion,
+            "whole": operations.whole,
+            "where": lambda what: operations.where,
+            "python": lambda what: what,
+            "length": lambda what: _length,
+        }[kind](what)
 
     def _expression(self, statement, value):
         if value.op == "getattr":
@@ -187,15 +244,16 @@ class _Rewriter:
             function = value.immutable_fn if value.op == "inplace_binop" else value.fn
             return self._operator(statement, function, value.lhs, value.rhs)
         if value.op == "unary":
-            operation = self.operations.unary(value.fn)
-            return [statement] if operation is None else self._call(statement, operation, [value.value])
+            return self._call(statement, self.operations.unary(value.fn), [value.value])
         if value.op == "getitem":
             return self._call(statement, self.meaning.item(self.python, statement), [value.value, value.index])
         if value.op == "static_getitem":
             return self._static_item(statement, value)
         if value.op == "call":
             return self._called(statement, value)
-        return [statement]
+        if value.op in PLAIN:
+            return [statement]
+        raise CannotCompile(said_of(value), statement.loc)
 
     def _operator(self, statement, function, lhs, rhs):
         if function is operator.pow:
@@ -218,21 +276,20 @@ class _Rewriter:
     def _attribute(self, statement, value):
         owner = guard(get_definition, self.function, value.value)
         module = getattr(owner, "value", None) if isinstance(owner, (ir.Global, ir.FreeVar)) else None
-        if isinstance(owner, ir.Expr) and owner.op == "getattr":  # torch.nn.functional
-            module = getattr(owner, "module", None)
         if not isinstance(module, ModuleType):
             if value.attr == "shape":
                 return self._call(statement, _shape, [value.value])
-            return [statement]
+            raise CannotCompile(f".{value.attr} of what is no module has no meaning here", statement.loc)
         found = getattr(module, value.attr, None)
         if isinstance(found, ModuleType):
-            value.module = found
-            statement.value = ir.Global(value.attr, found, statement.loc)
-            return [statement]
-        if value.attr in names.CONSTANTS:
-            statement.value = ir.Const(names.CONSTANTS[value.attr], statement.loc)
+            if not names.module_of(found.__name__):
+                raise CannotCompile(f"the module {found.__name__} has no meaning in a function of scores", statement.loc)
+            return [self._defined(statement, ir.Global(value.attr, found, statement.loc))]
+        if value.attr in names.CONSTANTS and isinstance(found, float):
+            statement.value = ir.Const(found, statement.loc)
             return [self._constant(statement)]
-        return [self._meant(statement, value.attr, found)]
+        name = f"{module.__name__}.{value.attr}"
+        return [self._meant(statement, name, names.meaning(found, value.attr))]
 
     def _static_item(self, statement, value):
         if value.index_var is not None:
@@ -244,32 +301,57 @@ class _Rewriter:
         ]
 
     def _called(self, statement, value):
-        function = guard(get_definition, self.function, value.func)
-        target = getattr(function, "value", None)
-        if value.func.name in self.several:
-            return self._special(statement, self.several[value.func.name], value)
+        target = getattr(guard(get_definition, self.function, value.func), "value", None)
+        if value.vararg is not None or value.varkwarg is not None:
+            raise CannotCompile("arguments by * or ** have no meaning here", statement.loc)
+        if isinstance(target, _Several):
+            return self._special(statement, target.name, value)
         if value.kws:
-            raise CannotCompile(f"arguments by keyword: {', '.join(name for name, _ in value.kws)}", statement.loc)
-        if getattr(target, "is_helper", False):
-            variable = self._temporary(statement)
-            given = [*value.args, self._variable(RECORD), self._variable(FLAG_NAME)]
-            value.args = (variable,)
-            return [ir.Assign(ir.Expr.build_tuple(given, statement.loc), variable, statement.loc), statement]
-        if len(value.args) > 2 and target in (self.operations.extreme(">"), self.operations.extreme("<")):
+            given = ", ".join(name for name, _ in value.kws)
+            raise CannotCompile(f"an argument by keyword, {given}, has no meaning here", statement.loc)
+        if hasattr(target, "python"):
+            return self._helped(statement, target.python, value)
+        if target is range and len(value.args) == 3:
+            step = guard(get_definition, self.function, value.args[2])
+            if not (isinstance(step, ir.Const) and step.value):
+                raise CannotCompile("a range with a step that is no constant, or 0, has no meaning here", statement.loc)
+        if len(value.args) > 2 and target in (self.operations.extreme("first", ">"), self.operations.extreme("first", "<")):
             return self._folded(statement, [(target, other) for other in value.args[1:]], value.args[0])
         return [statement]
 
+    def _helped(self, statement, python, value):
+        """A call of another function of the user's."""
+        code, count = python.__code__, len(value.args)
+        if code.co_argcount != count or code.co_kwonlyargcount or code.co_flags & NOT_PLAIN:
+            what = f"{python.__name__} cannot be called with {count} arguments by position, or is no plain function"
+            raise CannotCompile(what, statement.loc)
+        variable = self._temporary(statement)
+        given = [*value.args, self._variable(RECORD), self._variable(FLAG_NAME)]
+        value.args = (variable,)
+        return [ir.Assign(ir.Expr.build_tuple(given, statement.loc), variable, statement.loc), statement]
+
     def _special(self, statement, name, value):
         """Functions that are several operations."""
-        given = {**dict(zip(("x", "min", "max"), value.args, strict=False)), **dict(value.kws)}
+        allowed = ("x", *PARAMETERS[name])
+        given = dict(zip(allowed, value.args, strict=False))
+        for word, variable in value.kws:
+            known = word.removeprefix("a_")
+            if known not in allowed[1:] or known in given:
+                raise CannotCompile(f"an argument by keyword, {word}, has no meaning here", statement.loc)
+            given[known] = variable
+        if len(value.args) > len(allowed) or "x" not in given or (name == "full_like" and len(given) < 2):
+            raise CannotCompile(f"{name} with {len(given)} arguments has no meaning here", statement.loc)
         if name == "clip":
-            low = given.get("min", given.get("a_min"))
-            high = given.get("max", given.get("a_max"))
-            steps = [(self.operations.extreme(relation), bound) for bound, relation in ((low, ">"), (high, "<"))]
-            return self._folded(statement, [step for step in steps if step[1] is not None], given["x"])
-        number = given["min"] if name == "full_like" else 0.0 if name == "zeros_like" else 1.0
+            extreme = self.operations.extreme
+            steps = [(extreme("nan", sign), given[bound]) for bound, sign in (("min", ">"), ("max", "<")) if bound in given]
+            return self._folded(statement, [step for step in steps if not self._is_none(step[1])], given["x"])
+        number = given["fill_value"] if name == "full_like" else 0.0 if name == "zeros_like" else 1.0
         statement.value = number if isinstance(number, ir.Var) else ir.Const(number, statement.loc)
         return [statement if isinstance(number, ir.Var) else self._constant(statement)]
+
+    def _is_none(self, variable):
+        found = guard(get_definition, self.function, variable)
+        return isinstance(found, ir.Const) and found.value is None
 
     def _folded(self, statement, steps, total):
         """The statement with functions as its value that are called one after the other: f(f(total, other), other)."""
@@ -329,10 +411,6 @@ def _shape(typingctx, array):
     return signature(ty, array), codegen
 
 
-def _is_of_module(value):
-    return (value.__module__ or "").partition(".")[0] in ("numpy", "torch", "jax", "math", "builtins")
-
-
 class _Compiler(CompilerBase):
     def define_pipelines(self):
         """The passes, in order."""
@@ -343,6 +421,7 @@ class _Compiler(CompilerBase):
             FixupArgs,
             IRProcessing,
             ReconstructSSA,
+            FindUnassigned,
             NopythonTypeInference,
             PreLowerStripPhis,
             NativeLowering,
@@ -369,19 +448,33 @@ def helper(python, meaning):
 
         return signature(compiled.signature.return_type, arguments), codegen
 
-    call.is_helper = True
+    call.python = python
     return call
 
 
 def _compile(python, meaning, arguments):
-    """Numba's result of compiling a Python function for arguments of these types."""
+    """Numba's result of compiling a Python function for arguments of these types.
+
+    Raises
+    ------
+    Refused
+        If that cannot be done: with the line of the user's where it cannot.
+    """
     before = _meanings.get(python)
     _meanings[python] = meaning
     try:
         dispatcher = njit(
             error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, pipeline_class=_Compiler
         )(python)
-        return dispatcher._compiler._compile_core(arguments, None)
+        result = dispatcher._compiler._compile_core(arguments, None)
+        returned = result.signature.return_type
+        if python is meaning.function.python and not is_number(returned):
+            raise CannotCompile(f"it returns {said_of_type(returned)}, or does on some way; expected a number")
+        return result
+    except (Refused, MemoryError):
+        raise
+    except Exception as error:
+        raise refused(meaning.function.label, python, error) from error
     finally:
         if before is None:
             del _meanings[python]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import builtins
 import dis
 import hashlib
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -20,19 +21,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastattn.functions import names
 from fastattn.machine.digest import written
 from fastattn.machine.objects import address_of
 
-__all__ = ["MODULES", "SCORE", "SEEN", "Captured", "Function", "captured_by", "described", "record_of"]
+__all__ = ["SCORE", "SEEN", "Captured", "Function", "captured_by", "described", "record_of"]
 
 #: The arguments of a function of a score, and of one that says which keys are seen.
 SCORE = ("score", "batch", "head", "query", "key")
 SEEN = SCORE[1:]
 
-#: Modules whose functions of numbers mean the same.
-MODULES = ("numpy", "math", "torch", "jax.numpy", "torch.nn.functional", "builtins")
-
-WORD = np.dtype(np.int64)
+#: Flags of code that does not run when it is called.
+LATER = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,12 @@ class Function:
     reads : frozenset of str
         Which of its arguments it uses.
     places : int
-        In how many places it indexes something, those of functions that it calls included.
+        In how many places it indexes something, or reads an array without axes; those of functions that it calls
+        included.
     python : function
         Its code with what stands around it. It is not compared: functions of one identity are the same.
+    own_names : dict of (function, str) to str
+        What is captured by the names that the functions here, those that are called included, have for it.
     """
 
     role: str
@@ -84,6 +87,7 @@ class Function:
     reads: frozenset[str] = field(compare=False, repr=False)
     places: int = field(compare=False, repr=False)
     python: FunctionType = field(compare=False, repr=False)
+    own_names: dict[tuple[FunctionType, str], str] = field(compare=False, repr=False)
 
     @property
     def arguments(self) -> tuple[str, ...]:
@@ -121,25 +125,30 @@ def described(role: str, given: Any) -> tuple[Function, tuple[Any, ...]]:
     """
     arguments = SCORE if role == "score_mod" else SEEN
     if not isinstance(given, FunctionType):
-        raise TypeError(f"{role}: {type(given).__name__}; expected a Python function of ({', '.join(arguments)}), or None")
+        raise TypeError(
+            f"{role}: {type(given).__name__}; expected a Python function, by def or lambda, of "
+            f"({', '.join(arguments)}), or None"
+        )
     code = given.__code__
+    if code.co_flags & LATER:
+        raise TypeError(f"{role}: {given.__name__} is a generator or a coroutine; expected a function that returns a number")
     if code.co_argcount != len(arguments) or code.co_kwonlyargcount or code.co_flags & 0x0C:
         raise TypeError(
             f"{role}: {given.__name__} takes ({', '.join(code.co_varnames[: code.co_argcount])}); "
             f"expected {len(arguments)} arguments, ({', '.join(arguments)})"
         )
-    found: dict[str, tuple[Captured, Any]] = {}
-    codes: dict[CodeType, None] = {}
-    words = _words(role, given, found, codes, ())
-    captured = tuple(each for each, _ in found.values())
+    reader = _Reader(role)
+    words = reader.words_of(given, ())
+    captured = tuple(each for each, _ in reader.found.values())
     identity = _hash_of((role, words, captured))
     reads = frozenset(
         argument
         for argument, name in zip(arguments, code.co_varnames, strict=False)
         if name in code.co_cellvars or name in _locals_read_by(code)
     )
-    places = sum(map(_subscripts, codes))
-    return Function(role, identity, captured, reads, places, given), tuple(value for _, value in found.values())
+    places = sum(reader.places.values())
+    function = Function(role, identity, captured, reads, places, given, reader.own_names)
+    return function, tuple(value for _, value in reader.found.values())
 
 
 @lru_cache(maxsize=256)
@@ -150,32 +159,49 @@ def _hash_of(words: Any) -> str:
 _written = lru_cache(maxsize=256)(written)
 
 
-def _words(
-    role: str,
-    function: FunctionType,
-    found: dict[str, tuple[Captured, Any]],
-    codes: dict[CodeType, None],
-    above: tuple[Any, ...],
-) -> Any:
-    """What a function's code depends on, in words; what it captures is added to `found`, its code to `codes`."""
-    codes[function.__code__] = None
-    if function in above:
-        raise TypeError(f"{role}: {function.__name__} calls itself, which cannot be compiled")
-    words: list[Any] = [_written(function.__code__)]
-    for name, value in captured_by(function):
-        if isinstance(value, ModuleType):
-            words.append((name, name_of_module(role, name, value)))
-        elif isinstance(value, FunctionType) and value.__module__.partition(".")[0] not in ("numpy", "torch", "jax"):
-            words.append((name, _words(role, value, found, codes, (*above, function))))
-        elif callable(value):
-            words.append((name, repr(getattr(value, "__name__", value))))
-        elif value is None or isinstance(value, str):
-            words.append((name, value))
-        else:
-            own = f"{name} of {function.__name__}" if name in found and found[name][1] is not value else name
-            found[own] = _captured(role, own, value)
-            words.append((name, own))
-    return tuple(words)
+class _Reader:
+    """Goes through a function and those that it calls, for what they capture and what their code depends on."""
+
+    def __init__(self, role: str) -> None:
+        self.role = role
+        self.found: dict[str, tuple[Captured, Any]] = {}
+        self.given: dict[str, Any] = {}
+        self.places: dict[CodeType, int] = {}
+        self.own_names: dict[tuple[FunctionType, str], str] = {}
+
+    def words_of(self, function: FunctionType, above: tuple[Any, ...]) -> Any:
+        """What a function's code depends on, in words."""
+        if function in above:
+            raise TypeError(f"{self.role}: {function.__name__} calls itself, which cannot be compiled")
+        self.places[function.__code__] = _subscripts(function.__code__)
+        words: list[Any] = [_written(function.__code__)]
+        for name, value in captured_by(self.role, function):
+            if isinstance(value, ModuleType):
+                words.append((name, name_of_module(self.role, name, value)))
+            elif callable(value):
+                means = names.meaning(value, name)
+                if means is None and isinstance(value, FunctionType):
+                    words.append((name, self.words_of(value, (*above, function))))
+                else:
+                    words.append((name, repr(means)))
+            elif value is None or isinstance(value, str):
+                words.append((name, value))
+            else:
+                own = self.own_names[function, name] = self._own_name(function, name, value)
+                words.append((name, own))
+                if self.found[own][0].axes == 0:
+                    self.places[function.__code__] += _reads(function.__code__, name)
+        return tuple(words)
+
+    def _own_name(self, function: FunctionType, name: str, value: Any) -> str:
+        """What a captured value is called: as the function does, unless another one captures something else by that."""
+        own, others = name, 0
+        while own in self.found and self.given[own] is not value:
+            others += 1
+            own = f"{name} of {function.__name__}" + (f" ({others})" if others > 1 else "")
+        if own not in self.found:
+            self.found[own], self.given[own] = _captured(self.role, own, value), value
+        return own
 
 
 def _captured(role: str, name: str, value: Any) -> tuple[Captured, Any]:
@@ -183,23 +209,28 @@ def _captured(role: str, name: str, value: Any) -> tuple[Captured, Any]:
     if isinstance(value, (bool, np.bool_)):
         return Captured(name, "bool", -1), bool(value)
     if isinstance(value, (int, np.integer)):
+        if not -(2**63) <= value < 2**63:
+            raise ValueError(f"{role}: captures {name}, which is {value}; expected a whole number of 64 bits")
         return Captured(name, "int", -1), int(value)
     if isinstance(value, (float, np.floating)):
         return Captured(name, "float", -1), float(value)
+    expected = "expected a number, or an array of booleans, integers or real floating numbers"
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{role}: captures {name}, a masked array; {expected}")
     try:
         array = np.asarray(value)
     except Exception as error:
-        raise TypeError(f"{role}: captures {name}, a {type(value).__name__}, which is neither array nor number") from error
-    if array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16" or array.dtype.itemsize > 8:
-        raise TypeError(
-            f"{role}: captures {name}, of dtype {array.dtype}; expected booleans, integers or real floating numbers"
-        )
+        raise TypeError(f"{role}: captures {name}, a {type(value).__name__}; {expected}") from error
+    if (array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16") or array.dtype.itemsize > 8:
+        raise TypeError(f"{role}: captures {name}, a {type(value).__name__} of dtype {array.dtype}; {expected}")
+    if array.dtype == np.uint64 and array.max(initial=0) >= 2**63:
+        raise ValueError(f"{role}: captures {name}, in which {array.max()} is; expected whole numbers below 2**63")
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
     return Captured(name, array.dtype.name, array.ndim), array
 
 
-def captured_by(function: FunctionType) -> Iterator[tuple[str, Any]]:
+def captured_by(role: str, function: FunctionType) -> Iterator[tuple[str, Any]]:
     """Go through what a function's code reads besides its arguments: names and values.
 
     Raises
@@ -214,11 +245,11 @@ def captured_by(function: FunctionType) -> Iterator[tuple[str, Any]]:
             try:
                 yield name, cell.cell_contents
             except ValueError as error:
-                raise TypeError(f"{function.__name__} reads {name}, which has no value yet") from error
+                raise TypeError(f"{role}: {function.__name__} reads {name}, which has no value yet") from error
         elif name in function.__globals__:
             yield name, function.__globals__[name]
         elif not hasattr(builtins, name):
-            raise TypeError(f"{function.__name__} reads {name}, which is not defined")
+            raise TypeError(f"{role}: {function.__name__} reads {name}, which is not defined")
 
 
 @lru_cache(maxsize=256)
@@ -240,15 +271,21 @@ def _subscripts(code: CodeType) -> int:
 
 
 @lru_cache(maxsize=256)
+def _reads(code: CodeType, name: str) -> int:
+    """In how many places a code object reads a variable around it."""
+    return sum(step.opname.startswith("LOAD_") and step.argval == name for step in dis.get_instructions(code))
+
+
+@lru_cache(maxsize=256)
 def _read_by(code: CodeType) -> list[str]:
     """The names of variables around a code object that it reads."""
-    names: dict[str, None] = {}
+    found: dict[str, None] = {}
     for step in dis.get_instructions(code):
         if step.opname in ("LOAD_GLOBAL", "LOAD_NAME") or (
             step.opname in ("LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF") and step.argval in code.co_freevars
         ):
-            names[step.argval] = None
-    return list(names)
+            found[step.argval] = None
+    return list(found)
 
 
 def name_of_module(role: str, name: str, module: ModuleType) -> str:
@@ -259,8 +296,8 @@ def name_of_module(role: str, name: str, module: ModuleType) -> str:
     TypeError
         If it is another one.
     """
-    if module.__name__ not in MODULES:
-        raise TypeError(f"{role}: uses the module {name}; expected one of {', '.join(MODULES[:4])}")
+    if not names.module_of(module.__name__):
+        raise TypeError(f"{role}: uses the module {name}; expected one of {', '.join(names.MODULES[:4])}")
     return module.__name__
 
 
@@ -275,7 +312,7 @@ def record_of(
     for each, value in zip(function.captured, values, strict=True):
         if each.axes >= 0:
             held = value if value.size else _NOTHING
-            words += [address(held), *value.shape, *value.strides]
+            words += [address(held), *value.shape, *(value.strides if value.size else (0,) * value.ndim)]
         elif each.kind == "float":
             words.append(int(np.float64(value).view(np.int64)))
         else:

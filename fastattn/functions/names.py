@@ -1,9 +1,21 @@
-"""What names mean in a user's function: those of NumPy's functions, and of the same in other modules and in Python."""
+"""What names mean in a user's function: those of NumPy's functions, and of the same in other modules and in Python.
 
-import math
+A value means something if it is what a module here has by a name here: a function of another module that goes by the
+same name does not. Where modules differ, what is meant is that of the module.
+"""
+
 import operator
+import sys
 
-__all__ = ["CONSTANTS", "meaning"]
+__all__ = ["CONSTANTS", "MODULES", "meaning", "module_of"]
+
+#: Modules whose functions of numbers have a meaning.
+MODULES = (
+    *("numpy", "math", "torch", "jax.numpy", "torch.nn.functional", "torch.special", "jax.nn", "scipy.special"),
+    "builtins",
+)
+#: Modules that others are in.
+PACKAGES = ("torch.nn", "jax", "scipy")
 
 #: Functions of one number, by all the names that they go by.
 FUNCTIONS = {
@@ -12,7 +24,8 @@ FUNCTIONS = {
     **dict.fromkeys(("abs", "absolute", "fabs"), "abs"),
     **dict.fromkeys(("sigmoid", "expit"), "sigmoid"),
     **dict.fromkeys(("negative", "neg"), "negative"),
-    **dict.fromkeys(("round", "fix"), "rint"),
+    **dict.fromkeys(("round", "around"), "rint"),
+    "fix": "trunc",
     "positive": "positive",
 }
 #: Functions of two numbers that are operators.
@@ -30,36 +43,86 @@ OPERATORS = {
     **dict.fromkeys(("greater_equal", "ge"), operator.ge),
     **dict.fromkeys(("equal", "eq"), operator.eq),
     **dict.fromkeys(("not_equal", "ne"), operator.ne),
-    **dict.fromkeys(("logical_and", "bitwise_and"), operator.and_),
-    **dict.fromkeys(("logical_or", "bitwise_or"), operator.or_),
-    **dict.fromkeys(("logical_xor", "bitwise_xor"), operator.xor),
+    **dict.fromkeys(("bitwise_and",), operator.and_),
+    **dict.fromkeys(("bitwise_or",), operator.or_),
+    **dict.fromkeys(("bitwise_xor",), operator.xor),
 }
+LOGICAL = {"logical_and": operator.and_, "logical_or": operator.or_, "logical_xor": operator.xor}
 EXTREMES = {
-    **dict.fromkeys(("maximum", "max", "fmax"), ">"),
-    **dict.fromkeys(("minimum", "min", "fmin"), "<"),
+    "maximum": ("nan", ">"),
+    "minimum": ("nan", "<"),
+    "fmax": ("number", ">"),
+    "fmin": ("number", "<"),
 }
-CONSTANTS = {"pi": math.pi, "e": math.e, "inf": math.inf, "nan": math.nan}
+CONSTANTS = ("pi", "e", "tau", "inf", "nan")
 CONVERSIONS = {
-    **dict.fromkeys(("float", "float32", "float64", "asarray", "tensor", "scalar_tensor"), "real"),
-    **dict.fromkeys(("int", "int32", "int64", "intp"), "int"),
+    **dict.fromkeys(("float64", "double"), "float64"),
+    "float32": "float32",
+    **dict.fromkeys(("int64", "intp", "int_"), "int"),
+    "int32": "int32",
     **dict.fromkeys(("bool", "bool_"), "bool"),
+    **dict.fromkeys(("asarray", "tensor", "scalar_tensor"), "same"),
 }
+OTHERS = {
+    "logical_not": ("unary", operator.not_),
+    "where": ("where", None),
+    "clip": ("special", "clip"),
+    "clamp": ("special", "clip"),
+    **{name: ("special", name) for name in ("full_like", "zeros_like", "ones_like")},
+}
+#: What Python's own names mean, and what those of `math` do where NumPy's differ.
+PYTHON = {
+    "abs": ("function", "abs"),
+    "max": ("extreme", ("first", ">")),
+    "min": ("extreme", ("first", "<")),
+    "pow": ("operator", operator.pow),
+    "round": ("whole", "rint"),
+    "float": ("conversion", "real"),
+    "int": ("conversion", "int"),
+    "bool": ("conversion", "bool"),
+    "range": ("python", range),
+    "len": ("length", None),
+}
+MATH = {name: ("whole", name) for name in ("floor", "ceil", "trunc")}
+#: What has another meaning in a module than the name says here, or none for one number.
+REFUSED = {("math", "remainder"), ("numpy", "max"), ("numpy", "min")}
 
 
-def meaning(name):
-    """Return of what kind a name is, and what it stands for there; None if it means nothing here."""
+def meaning(value, name=""):
+    """Return of what kind something that can be called is, and what it stands for there; None if it means nothing.
+
+    `name` is what it goes by where it is called; it may have another one of its own.
+    """
+    for known in (getattr(value, "__name__", ""), name):
+        for module in MODULES:
+            if isinstance(known, str) and known and getattr(sys.modules.get(module), known, None) is value:
+                return _in_module(module, known)
+    return None
+
+
+def _in_module(module, name):
+    """Return what the name of a function means in a module."""
+    if module == "builtins":
+        return PYTHON.get(name)
+    if module == "math" and name in MATH:
+        return MATH[name]
+    if (module, name) in REFUSED:
+        return None
+    if module == "torch" and name in ("max", "min"):
+        name += "imum"
     tables = {
         "function": FUNCTIONS,
         "operator": OPERATORS,
+        "logical": LOGICAL,
         "extreme": EXTREMES,
-        "constant": CONSTANTS,
         "conversion": CONVERSIONS,
     }
     for kind, table in tables.items():
         if name in table:
             return kind, table[name]
-    if name == "logical_not":
-        return "unary", operator.not_
-    if name in ("where", "clip", "clamp", "full_like", "zeros_like", "ones_like"):
-        return "special", "clip" if name == "clamp" else name
-    return None
+    return OTHERS.get(name)
+
+
+def module_of(name):
+    """Whether names in a module may mean something, those of modules in it included."""
+    return name in MODULES or name in PACKAGES

@@ -21,7 +21,7 @@ from fastattn.layers.luong import LuongAttention
 from fastattn.layers.masks import as_key_mask, changed, combine, mask_of_scores
 from fastattn.layers.multihead import MultiHeadAttention
 from fastattn.layers.scores import one_head
-from fastattn.reference.forward import evaluate, scores_of, softmax, visibility, weighted_sum
+from fastattn.reference.forward import evaluate, raw_scores, seen_scores, softmax, visibility, weighted_sum
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -155,7 +155,9 @@ def luong_attention(
         p = np.asarray(positions)[..., None, None, :, None]
     if layer.align != "global":
         visible = visible & (np.abs(j - p) <= layer.window)
-    weights, _ = softmax(scores_of(problem, operands, visible, state.get("score_vector")))
+    raw = raw_scores(problem, operands, state.get("score_vector"))
+    scores, visible = seen_scores(problem, operands, raw, visible)
+    weights, _ = softmax(scores)
     if layer.align == "local-p":
         sigma = layer.window / 2
         weights = np.where(visible, weights * np.exp(-((j - p) ** 2) / (2 * sigma**2)), 0)

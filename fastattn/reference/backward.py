@@ -5,8 +5,9 @@ factors Z of dropout (1 without), out = (P · Z) value, and the gradient dO of t
 
     dvalue  = (P · Z)ᵀ dO
     dP      = Z · (dO valueᵀ)
-    dscores = P · (dP - Σ_j P dP) = P · (dP - rowsum(dO · out))          dmask = dscores
-    draw    = dscores · slope                                            1, or what a softcap's derivative is there
+    dscores = P · (dP - Σ_j P dP) = P · (dP - rowsum(dO · out))
+    dmask   = dscores · slope                                            1, or that of a user's function
+    draw    = dmask · slope                                              1, or what a softcap's derivative is there
     dquery  = scale · draw key          dkey = scale · drawᵀ query
 
 The derivative of lse by the scores is P, so that a gradient of lse is subtracted from the row's sum. What a query may
@@ -35,7 +36,7 @@ from fastattn.call.upstream import (
     wants_mask,
 )
 from fastattn.reference.dropout import kept_weights
-from fastattn.reference.forward import SUM_ELEMENTS, raw_scores, value_of, visibility, weighted_sum, weights_from
+from fastattn.reference.forward import SUM_ELEMENTS, raw_scores, seen_scores, slope_of, weighted_sum, weights_from
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -52,7 +53,7 @@ class Gradients(NamedTuple):
     key : ndarray, shape (*batch, Hk, G, Lk, D)
     value : ndarray, shape (*batch, Hk, G, Lk, Dv)
     scores : ndarray, shape (*batch, Hk, G, Lq, Lk)
-        That of a floating mask.
+        That of a floating mask, which a user's function comes after.
     weight : ndarray, shape (D,), or None
         Of additive attention alone.
     """
@@ -155,9 +156,8 @@ def differentiate(
     weight : ndarray, shape (D,), optional
         Given, the score is that of additive attention.
     """
-    visible = visibility(problem, operands)
     raw = raw_scores(problem, operands, weight)
-    scores = np.where(visible, value_of(problem, operands, raw), -np.inf)
+    scores, visible = seen_scores(problem, operands, raw)
     wide = scores.dtype
     grad_out, out, lse = (array.astype(wide) for array in upstream[:3])
     visible = visible & (lse != -np.inf)[..., None]
@@ -170,8 +170,9 @@ def differentiate(
     query, key, value = (array.astype(wide) for array in operands[:3])
     grad_value = weighted_sum((weights * kept).swapaxes(-1, -2), grad_out, visible.swapaxes(-1, -2))
     grad_weights = (grad_out @ value.swapaxes(-1, -2)) * kept
-    grad_scores = np.where(visible, weights * (grad_weights - row_sums[..., None]), 0)
-    grad_raw = np.where(visible, grad_scores * problem.scores.slope(raw), 0)
+    by_added, by_raw = slope_of(problem, operands, raw)
+    grad_scores = np.where(visible, weights * (grad_weights - row_sums[..., None]) * by_added, 0)
+    grad_raw = np.where(visible, grad_scores * by_raw, 0)
     if weight is not None:
         grad_query, grad_key, grad_weight = _through_tanh(query, key, weight.astype(wide), grad_raw)
         return Gradients(grad_query, grad_key, grad_value, grad_scores, grad_weight)

@@ -32,6 +32,13 @@ from fastattn.call.selection import (
 )
 from fastattn.call.shapes import describe, describe_additive
 from fastattn.reference.dropout import kept_weights
+from fastattn.reference.functions import (
+    out_of_range,
+    scores_of_function,
+    seen_by_function,
+    slopes_of_function,
+    where_all,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -228,7 +235,7 @@ def attention_weights(
         if lse is None:
             weights = evaluate(problem, operands)[2]
         else:
-            scores = scores_of(problem, operands, visibility(problem, operands)).reshape(problem.weights_shape)
+            scores = seen_scores(problem, operands, raw_scores(problem, operands))[0].reshape(problem.weights_shape)
             weights = weights_from(scores, check_lse(lse, problem), coarser(lse, problem.real), problem.head_dim)
     result: NDArray[Any] = weights.astype(problem.real)[..., positions(chosen)[:, None], positions(keys)]
     return result
@@ -299,7 +306,7 @@ def attention_summary(
 def summarise(problem: Problem, operands: Operands, top_k: int) -> AttentionSummary:
     """Read the summary off the weights in the wider type, and do not round it to the type of the call."""
     _, lse, weights = evaluate(problem, operands)
-    scores = scores_of(problem, operands, visibility(problem, operands)).reshape(weights.shape)
+    scores = seen_scores(problem, operands, raw_scores(problem, operands))[0].reshape(weights.shape)
 
     top_indices = np.full((*lse.shape, top_k), -1, np.int64)
     top_weights = np.zeros((*lse.shape, top_k), weights.dtype)
@@ -337,8 +344,8 @@ def evaluate(
         Finite ones are within the range of the type of the call.
     weights : ndarray, shape problem.weights_shape
     """
-    visible = visibility(problem, operands)
-    weights, lse = softmax(scores_of(problem, operands, visible, weight))
+    scores, visible = seen_scores(problem, operands, raw_scores(problem, operands, weight))
+    weights, lse = softmax(scores)
     empty = lse[..., None] == -np.inf
 
     if problem.dropout_p > 0:
@@ -373,18 +380,49 @@ def weights_from(scores: NDArray[Any], lse: NDArray[Any], rounded: np.dtype[Any]
     return np.where(whole[..., None], weights, taken)
 
 
-def scores_of(
-    problem: Problem, operands: Operands, visible: NDArray[np.bool_], weight: NDArray[Any] | None = None
-) -> Any:
-    """Return the scores in the wider type, shape (*problem.rows_shape, Lq, Lk), -inf where a query may not look."""
-    raw = raw_scores(problem, operands, weight)
-    return np.where(visible, value_of(problem, operands, raw), -np.inf)
-
-
 def value_of(problem: Problem, operands: Operands, raw: Any) -> Any:
-    """Return what becomes of all scores, before anything is hidden."""
+    """Return what becomes of all scores, before a user's function is asked, or anything is hidden."""
     places = places_of(problem, operands, range(problem.queries), range(problem.keys))
     return problem.scores.value(raw, operands.bias, problem.real, places)
+
+
+def seen_scores(
+    problem: Problem, operands: Operands, raw: Any, visible: NDArray[np.bool_] | None = None
+) -> tuple[Any, NDArray[np.bool_]]:
+    """Return what becomes of all scores, -inf where a query may not look, and where it may.
+
+    A user's function hides a key with a score of -inf. Its index may be out of range where a key is hidden anyway:
+    where `visible` says no, that of the call unless it is given.
+
+    Raises
+    ------
+    IndexError
+        If an index is out of range elsewhere.
+    """
+    scores = value_of(problem, operands, raw)
+    visible = visibility(problem, operands) if visible is None else visible
+    score_mod, mask_mod = problem.scores.score_mod, problem.scores.mask_mod
+    inside = np.ones(visible.shape, bool)
+    where = where_all(problem, operands.heads)
+    if mask_mod is not None:
+        seen = seen_by_function(mask_mod, where, scores.dtype.type)
+        visible, inside = visible & seen.values, seen.inside
+    if score_mod is not None:
+        found = scores_of_function(score_mod, scores, where)
+        scores, inside = found.values, inside & found.inside
+        visible = visible & ~(found.inside & (scores == -np.inf))
+    if not inside[visible].all():
+        out_of_range(score_mod, mask_mod)
+    return np.where(visible, scores, -np.inf), visible
+
+
+def slope_of(problem: Problem, operands: Operands, raw: Any) -> tuple[Any, Any]:
+    """Return the derivatives of all scores by what a mask adds to them, and of that by `raw`."""
+    by_raw = problem.scores.slope(raw)
+    if problem.scores.score_mod is None:
+        return 1.0, by_raw
+    where = where_all(problem, operands.heads)
+    return slopes_of_function(problem.scores.score_mod, value_of(problem, operands, raw), where)[0], by_raw
 
 
 def raw_scores(problem: Problem, operands: Operands, weight: NDArray[Any] | None = None) -> Any:
@@ -407,7 +445,10 @@ def _additive_scores(query: NDArray[Any], key: NDArray[Any], weight: NDArray[Any
 
 
 def visibility(problem: Problem, operands: Operands) -> NDArray[np.bool_]:
-    """Say which query may look at which key, shape (..., Lq, Lk); -inf in a floating mask is the same as False."""
+    """Say which query may look at which key, shape (..., Lq, Lk), before a user's function is asked.
+
+    -inf in a floating mask is the same as False.
+    """
     visible = np.ones((*problem.rows_shape, problem.queries, problem.keys), dtype=bool)
     visible &= in_intervals(problem, operands, range(problem.queries), range(problem.keys))
     if operands.keep is not None:

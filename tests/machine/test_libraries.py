@@ -242,7 +242,7 @@ def test_code_has_the_same_name_in_every_process(sources: Path, tmp_path: Path) 
 
 def test_code_is_known_by_what_it_does() -> None:
     def written(source: str, name: str = "a.py") -> str:
-        return digest._written(compile(source, name, "exec", dont_inherit=True))
+        return digest.written(compile(source, name, "exec", dont_inherit=True))
 
     source = "def f(x, y=-0.0):\n    return x in {'a', 'b', 'c'} and (1, 2.0, None, b'z', x[1:2])\n"
     assert written(source) == written("\n\n" + source, "elsewhere.py")
@@ -257,7 +257,7 @@ def test_code_is_known_by_what_it_does() -> None:
     ]
     found = {written(source.replace(*change)) for change in [("", ""), *others]}
     assert len(found) == 1 + len(others)
-    code = f"from fastattn.machine import digest\nprint(digest._written(compile({source!r}, 'b.py', 'exec')))"
+    code = f"from fastattn.machine import digest\nprint(digest.written(compile({source!r}, 'b.py', 'exec')))"
     assert {processes.run(code, PYTHONHASHSEED=seed) for seed in "123"} == {written(source) + "\n"}
 
 

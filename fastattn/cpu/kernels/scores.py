@@ -250,7 +250,19 @@ def by_squares(restrict_one):
     return restrict_all
 
 
-add_by_squares, hide_by_squares = by_squares(add_to_square), by_squares(hide_in_square)
+@jit
+def hide_behind_function(kernel, plan, head, square, query, key, rows, columns, buffer):
+    """`hide_in_square`, and -inf where a floating mask has it, whatever a function has made of that."""
+    square = hide_in_square(kernel, plan, head, square, query, key, rows, columns, buffer)
+    if rows > 0 and plan.bias_kind != BIAS_NONE:
+        tile, row, column = kernel.tile, plan.bias_row, plan.bias_column
+        at = head.bias + query * row + key * column
+        bias = square_of(tile, plan.bias_kind, plan.bias_itemsize, at, row, column, rows, columns, buffer)
+        square = where_greater(lowest(tile), bias, MINUS_INFINITY, square)
+    return square
+
+
+add_by_squares, hide_by_squares = by_squares(add_to_square), by_squares(hide_behind_function)
 
 
 @jit
