@@ -16,7 +16,7 @@ import fastattn
 from fastattn.call.advice import to_convert
 from fastattn.call.arrays import as_masks
 from fastattn.call.options import check_flag
-from fastattn.call.score_options import FurtherOptions, check_names
+from fastattn.call.score_options import FurtherOptions, check_names, functions_in
 from fastattn.call.shapes import shapes_of_results
 
 if TYPE_CHECKING:
@@ -71,7 +71,9 @@ def attention(
     **options
         What `fastattn.attention` takes by keyword: ``window=(left, right)``, ``query_offset``, an int or an array of
         integers, ``key_lengths``, an array of integers, ``softcap``, and ``alibi_slopes``, an array, by which there is
-        no gradient. Arrays may be traced.
+        no gradient. Arrays may be traced. ``score_mod`` and ``mask_mod`` are functions, written with ``jax.numpy`` or
+        ``numpy``, which are compiled by fastattn and never traced: what arrays and numbers they capture is read when
+        the call runs, has to have numbers by then, and gets no gradient. Under ``vmap`` each call counts its own batch.
 
     Returns
     -------
@@ -101,6 +103,7 @@ def attention(
     told = tuple((name, _hashable(option)) for name, option in given.items() if name not in varying)
     arrays = {**operands, **({} if attn_mask is None else _masks(attn_mask)), **varying}
     _check_operands(operands)
+    _check_functions(options)
     _shapes(told, arrays)
     results = _attention(2 if check_flag("return_lse", return_lse) else 1, told, arrays)
     return results if return_lse else results[0]
@@ -142,6 +145,18 @@ def _check_operands(operands: Arrays) -> None:
             plain = array.dtype in (np.float32, np.float64) or not np.can_cast(array.dtype, np.float32)
             narrow = "" if plain else to_convert(name, array.dtype, array)
             raise TypeError(f"{name}: dtype {array.dtype}; expected float32 or float64, the same for all three{narrow}")
+
+
+def _check_functions(options: FurtherOptions) -> None:
+    """Refuse functions that capture what is traced: it has no numbers for compiled code to read."""
+    try:
+        functions_in(options)
+    except TypeError as error:
+        if isinstance(error.__cause__, jax.errors.TracerArrayConversionError):
+            raise TypeError(
+                f"{error}, that is not traced: functions are not differentiated by what they capture"
+            ) from error
+        raise
 
 
 def _shapes(told: Told, arrays: Arrays) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -62,7 +62,7 @@ def _wherever(score: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
 
 
 def _hides(score: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
-    return score if query >= key else -np.inf
+    return score if query >= key else -float("inf")
 
 
 def _document(batch: Any, head: Any, query: Any, key: Any) -> Any:
