@@ -17,7 +17,7 @@ from fastattn.call.problem import Array, Captures, Shape
 from fastattn.call.scores import FARTHEST, Scores
 from fastattn.functions.function import Function, described
 
-__all__ = ["FurtherOptions", "ScoreOptions", "check_names", "functions_in", "scores_from"]
+__all__ = ["FurtherOptions", "ScoreOptions", "check_names", "scores_from"]
 
 
 #: A function of (score, batch, head, query, key), and one of (batch, head, query, key) that says which keys are seen.
@@ -111,7 +111,7 @@ def scores_from(
     return scores, table.reshape(-1), captured
 
 
-def functions_in(options: FurtherOptions) -> tuple[tuple[Function | None, Function | None], Captures | None]:
+def functions_in(options: ScoreOptions) -> tuple[tuple[Function | None, Function | None], Captures | None]:
     """Return the user's functions, described, and what they capture, if there are any.
 
     Raises

@@ -16,7 +16,7 @@ import fastattn
 from fastattn.call.advice import to_convert
 from fastattn.call.arrays import as_masks
 from fastattn.call.options import check_flag
-from fastattn.call.score_options import FurtherOptions, check_names, functions_in
+from fastattn.call.score_options import FurtherOptions, check_names
 from fastattn.call.shapes import shapes_of_results
 
 if TYPE_CHECKING:
@@ -103,8 +103,7 @@ def attention(
     told = tuple((name, _hashable(option)) for name, option in given.items() if name not in varying)
     arrays = {**operands, **({} if attn_mask is None else _masks(attn_mask)), **varying}
     _check_operands(operands)
-    _check_functions(options)
-    _shapes(told, arrays)
+    _check_shapes(told, arrays)
     results = _attention(2 if check_flag("return_lse", return_lse) else 1, told, arrays)
     return results if return_lse else results[0]
 
@@ -147,15 +146,14 @@ def _check_operands(operands: Arrays) -> None:
             raise TypeError(f"{name}: dtype {array.dtype}; expected float32 or float64, the same for all three{narrow}")
 
 
-def _check_functions(options: FurtherOptions) -> None:
-    """Refuse functions that capture what is traced: it has no numbers for compiled code to read."""
+def _check_shapes(told: Told, arrays: Arrays) -> None:
+    """Refuse what does not go together, and functions that capture what is traced: it has no numbers."""
     try:
-        functions_in(options)
+        _shapes(told, arrays)
     except TypeError as error:
         if isinstance(error.__cause__, jax.errors.TracerArrayConversionError):
-            raise TypeError(
-                f"{error}, that is not traced: functions are not differentiated by what they capture"
-            ) from error
+            said = f"{error}, that is not traced: functions are not differentiated by what they capture"
+            raise TypeError(said) from error
         raise
 
 
