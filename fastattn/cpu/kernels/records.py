@@ -204,6 +204,7 @@ FUNCTIONS = np.dtype(
         ("first_row", i8),  # the number of the first row of the batch
         ("value", i8),  # of a score
         ("slope", i8),
+        ("along", i8),
         ("score_captured", i8),
         ("hide", i8),  # what may not be seen
         ("seen_captured", i8),
