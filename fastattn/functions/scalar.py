@@ -20,7 +20,7 @@ from fastattn.functions.dual import DualType, parts_of
 from fastattn.functions.rows import is_set, is_true, new_flag, slope_of, with_slope
 from fastattn.simd import jit
 
-__all__ = ["in_llvm", "refresh", "scalar"]
+__all__ = ["arguments_of", "in_llvm", "refresh", "scalar"]
 
 WORD = types.int64
 

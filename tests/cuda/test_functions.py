@@ -62,7 +62,7 @@ def _wherever(score: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
 
 
 def _hides(score: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
-    return score if query >= key else -float("inf")
+    return score if query >= key else -np.inf
 
 
 def _document(batch: Any, head: Any, query: Any, key: Any) -> Any:
@@ -382,6 +382,16 @@ def test_bad_functions_are_refused_by_name() -> None:
             attention(query, key, value, **{name: 3})
         with pytest.raises(TypeError, match=f"{name}: .*expected"):
             attention(query, key, value, **{name: lambda score: score})
+
+
+def test_what_cannot_be_compiled_is_said_with_its_line() -> None:
+    _, query, key, value = operands()
+
+    def modified(score: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
+        return score.real
+
+    with pytest.raises(TypeError, match=r"score_mod: .*modified, line \d+ of .*test_functions.py, 'return score.real'"):
+        attention(query, key, value, enable_gqa=True, score_mod=modified)
 
 
 @pytest.mark.skipif(not SIMULATED, reason="what is compiled is told by the simulator's kernels")

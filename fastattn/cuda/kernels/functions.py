@@ -14,7 +14,7 @@ from numba import njit
 
 from fastattn.cuda.available import SIMULATED
 from fastattn.functions.function import Function
-from fastattn.functions.scalar import in_llvm, refresh, scalar
+from fastattn.functions.scalar import arguments_of, in_llvm, refresh, scalar
 
 __all__ = ["calling"]
 
@@ -44,6 +44,7 @@ if SIMULATED:
     def _calling(function: Function, dtype: str, sloping: bool) -> Any:
         """Machine code, called from Python."""
         compiled = scalar(function, dtype, sloping, njit(error_model="numpy"))
+        compiled.compile(arguments_of(function, dtype))
         real, numbers = np.dtype(dtype).type, 1 + sloping if function.role == "score_mod" else 0
 
         def call(given: Any, captured: Any, place: int) -> Any:
