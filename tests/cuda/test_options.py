@@ -39,6 +39,10 @@ def biased(score: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
     return score + TABLE[head, query - key]
 
 
+# how large its slope, what it adds and its second derivative are at most: `tolerances` asks for that
+biased.steepest, biased.largest, biased.bend = 1.0, 1.0, 0.4  # type: ignore[attr-defined]
+
+
 def dotted(batch: Any, head: Any, query: Any, key: Any) -> Any:
     """A function of the user's, of which query 2 sees nothing."""
     return (not HIDDEN[key] or head == 0) and query != 2
