@@ -55,9 +55,9 @@ def mask_of(mask: str) -> Any:
     return array(MASKS["bool" if mask == "none" else mask])
 
 
-def own_of(real: Any) -> tuple[Any, Any]:
-    """Of what the portable kernels alone are given: a boolean mask beside a floating one, and a table of numbers."""
-    return array(MASKS["bool"]), array(real, 2)
+def own_of(real: Any) -> tuple[Any, ...]:
+    """Of what the portable kernels alone are given: a boolean mask beside a floating one, a table, and words."""
+    return array(MASKS["bool"]), array(real, 2), array(np.int64)
 
 
 def attention(spec: Any, real: Any, last: Any) -> tuple[Any, ...]:

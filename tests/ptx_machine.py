@@ -24,12 +24,18 @@ KINDS: dict[str, Any] = {
     **{f"s{bits}": getattr(np, f"int{bits}") for bits in (8, 16, 32, 64)},
     **{f"b{bits}": getattr(np, f"uint{bits}") for bits in (16, 32, 64)},
     "f32": np.float32,
+    "f64": np.float64,
     "pred": np.bool_,
 }
 COMPARISONS = {
     "eq": np.equal, "ne": np.not_equal, "neu": np.not_equal,
     "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
+    # of NaN these are true
+    "ltu": lambda a, b: ~(a >= b), "gtu": lambda a, b: ~(a <= b), "leu": lambda a, b: ~(a > b),
+    "geu": lambda a, b: ~(a < b), "nan": lambda a, b: np.isnan(a) | np.isnan(b),
 }  # fmt: skip
+#: To whole numbers, by the names of ways to round.
+ROUNDED = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
 BINARY = {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide, "min": np.minimum, "max": np.fmax,
     "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
@@ -122,6 +128,8 @@ class Warp:
         """The value of an operand, its bits taken as `kind`, of as many of them as there are."""
         if text.startswith(("0f", "0F")):
             return np.full(LANES, int(text[2:], 16), np.uint32).view(np.float32)
+        if text.startswith(("0d", "0D")):
+            return np.full(LANES, int(text[2:], 16), np.uint64).view(np.float64)
         if re.fullmatch(r"-?\d+", text):
             bits = 8 * np.dtype(kind).itemsize
             whole = np.array([int(text) % (1 << bits)], np.uint64).astype(
@@ -168,7 +176,7 @@ class Warp:
         a = self.get(operands[1], kind)
         if first in BINARY:
             b = self.get(operands[2], kind)
-            if first == "div" and kind is not np.float32:
+            if first == "div" and kind not in (np.float32, np.float64):
                 result = np.trunc(a / b) if np.issubdtype(kind, np.signedinteger) else a // b
             else:
                 result = BINARY[first](a, b)
@@ -187,6 +195,7 @@ class Warp:
                 "ex2": lambda: emulated.exp2(a),
                 "lg2": lambda: emulated.log2(a),
                 "rcp": lambda: emulated.reciprocal(a),
+                "sqrt": lambda: np.sqrt(a),
                 "selp": lambda: np.where(self.registers[operands[3]], a, self.get(operands[2], kind)),
             }[first]()
         self.put(operands[0], result.astype(kind), when)
@@ -209,7 +218,8 @@ class Warp:
         elif name[-1] == "f16":
             result = emulated.from_halves(self.get(operands[1], np.uint16), "float16")
         else:
-            result = self.get(operands[1], KINDS[name[-1]]).astype(KINDS[name[-2]])
+            number = self.get(operands[1], KINDS[name[-1]])
+            result = ROUNDED.get(name[1], lambda number: number)(number).astype(KINDS[name[-2]])
         self.put(operands[0], result, when)
 
     def _bfi(self, name: list[str], operands: list[str], when: Array) -> None:

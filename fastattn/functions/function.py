@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from fastattn.functions import names
 from fastattn.machine.digest import written
+from fastattn.machine.objects import address_of
 
 __all__ = ["SCORE", "SEEN", "Captured", "Function", "captured_by", "described", "rebuilt", "record_of"]
 
@@ -98,6 +99,11 @@ class Function:
         """The function, for messages."""
         code = self.python.__code__
         return f"{self.role}: {code.co_qualname if hasattr(code, 'co_qualname') else code.co_name}"
+
+    @property
+    def words(self) -> int:
+        """How many words tell compiled code of all that it captures."""
+        return sum(each.words for each in self.captured)
 
     def place_of(self, name: str) -> int:
         """At which word what compiled code is told of one that it captures begins."""
@@ -333,13 +339,18 @@ def name_of_module(role: str, name: str, module: ModuleType) -> str:
     return module.__name__
 
 
-def record_of(function: Function, values: tuple[Any, ...]) -> NDArray[np.int64]:
-    """Write what compiled code is told of captured values; whoever runs it keeps these alive."""
+def record_of(
+    function: Function, values: tuple[Any, ...], address: Callable[[NDArray[Any]], int] = address_of
+) -> NDArray[np.int64]:
+    """Write what compiled code is told of captured values; whoever runs it keeps these alive.
+
+    `address` says where compiled code finds the elements of an array.
+    """
     words: list[int] = []
     for each, value in zip(function.captured, values, strict=True):
         if each.axes >= 0:
             held = value if value.size else _NOTHING
-            words += [held.ctypes.data, *value.shape, *(value.strides if value.size else (0,) * value.ndim)]
+            words += [address(held), *value.shape, *(value.strides if value.size else (0,) * value.ndim)]
         elif each.kind == "float":
             words.append(int(np.float64(value).view(np.int64)))
         else:

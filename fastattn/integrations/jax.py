@@ -71,7 +71,9 @@ def attention(
     **options
         What `fastattn.attention` takes by keyword: ``window=(left, right)``, ``query_offset``, an int or an array of
         integers, ``key_lengths``, an array of integers, ``softcap``, and ``alibi_slopes`` and ``sinks``, arrays that
-        have gradients. Arrays may be traced.
+        have gradients. Arrays may be traced. ``score_mod`` and ``mask_mod`` are functions, written with ``jax.numpy``
+        or ``numpy``, which are compiled by fastattn and never traced: what arrays and numbers they capture is read when
+        the call runs, has to have numbers by then, and gets no gradient. Under ``vmap`` each call counts its own batch.
 
     Returns
     -------
@@ -101,7 +103,7 @@ def attention(
     told = tuple((name, _hashable(option)) for name, option in given.items() if name not in varying)
     arrays = {**operands, **({} if attn_mask is None else _masks(attn_mask)), **varying}
     _check_operands(operands)
-    _shapes(told, arrays)
+    _check_shapes(told, arrays)
     results = _attention(2 if check_flag("return_lse", return_lse) else 1, told, arrays)
     return results if return_lse else results[0]
 
@@ -142,6 +144,17 @@ def _check_operands(operands: Arrays) -> None:
             plain = array.dtype in (np.float32, np.float64) or not np.can_cast(array.dtype, np.float32)
             narrow = "" if plain else to_convert(name, array.dtype, array)
             raise TypeError(f"{name}: dtype {array.dtype}; expected float32 or float64, the same for all three{narrow}")
+
+
+def _check_shapes(told: Told, arrays: Arrays) -> None:
+    """Refuse what does not go together, and functions that capture what is traced: it has no numbers."""
+    try:
+        _shapes(told, arrays)
+    except TypeError as error:
+        if isinstance(error.__cause__, jax.errors.TracerArrayConversionError):
+            said = f"{error}, that is not traced: functions are not differentiated by what they capture"
+            raise TypeError(said) from error
+        raise
 
 
 def _shapes(told: Told, arrays: Arrays) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -29,6 +29,25 @@ attention_backward = partial(fastattn.attention_backward, backend="cuda")
 
 FEW = max(10, settings().max_examples // 8)
 
+TABLE, HIDDEN = np.linspace(-1, 1, 34).reshape(2, 17), np.arange(9) % 4 == 3
+
+
+def biased(score: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
+    """A function of the user's, with a bias by distance, and branches."""
+    if batch == 1 and query > key:
+        score = 2 * np.tanh(score / 2)
+    return score + TABLE[head, query - key]
+
+
+# how large its slope, what it adds and its second derivative are at most: `tolerances` asks for that
+biased.steepest, biased.largest, biased.bend = 1.0, 1.0, 0.4  # type: ignore[attr-defined]
+
+
+def dotted(batch: Any, head: Any, query: Any, key: Any) -> Any:
+    """A function of the user's, of which query 2 sees nothing."""
+    return (not HIDDEN[key] or head == 0) and query != 2
+
+
 #: One of each option, and some together, for 7 queries, 9 keys and two rows of a batch: blocks of 4 and what is over.
 OPTIONS: dict[str, dict[str, Any]] = {
     "window": {"window": (2, 1)},
@@ -57,6 +76,19 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "pair": {"attn_mask": "pair"},
     "pair without bias": {"attn_mask": "keep"},
     "pair without keep": {"attn_mask": "bias"},
+    "function of scores": {"score_mod": biased},
+    "function of what is seen": {"mask_mod": dotted},
+    "functions and positions": {"score_mod": biased, "mask_mod": dotted, "query_offset": [1, -2], "is_causal": True},
+    "functions and all else": {
+        "attn_mask": "pair",
+        "softcap": 1.5,
+        "window": (4, 2),
+        "query_offset": [1, 3],
+        "key_lengths": [8, 6],
+        "alibi_slopes": [0.5, 0.1],
+        "score_mod": biased,
+        "mask_mod": dotted,
+    },
     "pair and all else": {
         "attn_mask": "pair",
         "softcap": 1.5,
@@ -130,7 +162,9 @@ def test_each_option_both_ways(dtype: Any, name: str) -> None:
     check_both(grad_out, *arrays, pair_of(options.pop("attn_mask", None)), enable_gqa=True, **options)
 
 
-@pytest.mark.parametrize("name", ["window", "offsets", "lengths", "softcap", "slopes", "pair", "pair and all else"])
+@pytest.mark.parametrize(
+    "name", ["window", "offsets", "lengths", "softcap", "slopes", "pair", "pair and all else", "functions and all else"]
+)
 def test_few_queries_and_dropout(name: str) -> None:
     options = dict(OPTIONS[name])
     grad_out, *arrays = heads(np.float32, queries=1)

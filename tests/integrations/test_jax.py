@@ -250,6 +250,72 @@ def test_a_gradient_may_be_stopped() -> None:
     assert not jax.grad(loss)(jax.numpy.array([0.5, 0.25, 0.0, 1.0])).any()
 
 
+TABLE = np.random.default_rng(2).standard_normal((4, QUERIES + KEYS)).astype(np.float32)
+
+
+def biased(score: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
+    return jax.numpy.where(query >= key, jax.numpy.tanh(score) + TABLE[head, query - key], 0.5 * score)
+
+
+def near(batch: Any, head: Any, query: Any, key: Any) -> Any:
+    return jax.numpy.logical_or(np.abs(query - key) < 3, key == batch)
+
+
+def test_functions_of_scores_written_with_either_numpy() -> None:
+    query, key, value = arrays((2, 4, QUERIES, 8), (2, 4, KEYS, 8), (2, 4, KEYS, 5))
+    options: Any = {"score_mod": biased, "mask_mod": near}
+    out, lse = jax.jit(lambda *given: attention(*given, return_lse=True, **options))(query, key, value)
+    wanted = fastattn.attention(query, key, value, return_lse=True, **options)
+    np.testing.assert_array_equal(out, wanted[0])
+    np.testing.assert_array_equal(lse, wanted[1])
+
+    def loss(*given: Any) -> Any:
+        return attention(*given, **options).sum()
+
+    by_hand = fastattn.attention_backward(np.ones_like(out), query, key, value, *wanted, **options)
+    for way in (jax.grad(loss, (0, 1, 2)), jax.jit(jax.grad(loss, (0, 1, 2)))):
+        for mine, their in zip(way(query, key, value), by_hand, strict=True):
+            np.testing.assert_array_equal(mine, their)
+
+
+def test_what_a_function_captures_is_read_when_a_call_runs() -> None:
+    query, key, value = arrays((4, QUERIES, 8), (4, KEYS, 8), (4, KEYS, 5))
+    table, slope = jax.numpy.asarray(TABLE), 0.5
+
+    def modified(score: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
+        return score + table[head, query - key] - slope * abs(query - key)
+
+    attend = jax.jit(lambda *given: attention(*given, score_mod=modified))
+    before = attend(query, key, value)
+    np.testing.assert_array_equal(before, fastattn.attention(query, key, value, score_mod=modified))
+    table, slope = table + 1.5 * jax.numpy.arange(QUERIES + KEYS), 0.25
+    after = attend(query, key, value)
+    np.testing.assert_array_equal(after, fastattn.attention(query, key, value, score_mod=modified))
+    assert (after != before).any()
+
+
+def test_each_call_of_vmap_counts_its_own_batch() -> None:
+    given = arrays((2, 4, QUERIES, 8), (2, 4, KEYS, 8), (2, 4, KEYS, 5))
+
+    def first(score: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
+        return score * (1 + batch)
+
+    mapped = jax.vmap(lambda *given: attention(*given, score_mod=first))(*given)
+    np.testing.assert_allclose(mapped, attention(*given), rtol=1e-4, atol=1e-6)
+
+
+def test_functions_capture_nothing_that_is_traced() -> None:
+    query, key, value = arrays((4, QUERIES, 8), (4, KEYS, 8), (4, KEYS, 5))
+
+    def loss(table: Any) -> Any:
+        return attention(query, key, value, score_mod=lambda score, b, head, q, k: score + table[head, q - k]).sum()
+
+    assert np.isfinite(loss(TABLE))
+    for transform in (jax.jit, jax.grad):
+        with pytest.raises(TypeError, match=r"score_mod: captures table, .* that is not traced"):
+            transform(loss)(jax.numpy.asarray(TABLE))
+
+
 REFUSED: list[tuple[Any, str, dict[str, Any]]] = [
     (TypeError, "windows", {"windows": (1, 1)}),
     (TypeError, "window: 3 of type int; expected", {"window": 3}),
@@ -267,6 +333,8 @@ REFUSED: list[tuple[Any, str, dict[str, Any]]] = [
     (TypeError, "attn_mask: str; expected a jax.Array", {"attn_mask": (np.ones(9), "keep")}),
     (TypeError, "attn_mask: dtype int32 could mean two things", {"attn_mask": np.ones(9, np.int32)}),
     (TypeError, "return_lse: 1", {"return_lse": 1}),
+    (TypeError, "score_mod: int; expected", {"score_mod": 3}),
+    (TypeError, "mask_mod: .*expected 4 arguments", {"mask_mod": lambda query, key: query > key}),
 ]
 
 

@@ -32,6 +32,7 @@ from fastattn.cuda.host.arguments import (
 from fastattn.cuda.host.arrays import Given, HostPlace, Place, check_together, nothing, place_of, read, settle
 from fastattn.cuda.host.choice import Choice, Facts, choose_forward, choose_shifts, choose_weights, wants_rows
 from fastattn.cuda.host.compile import kernel, launch, table
+from fastattn.cuda.host.functions import captured
 from fastattn.cuda.host.plan import Table, copy_table, is_extreme, make_table, own_of, sizes_of, slices_of
 from fastattn.cuda.kernels import portable, tensor_cores
 from fastattn.cuda.kernels.elements import LOG2_E, MASKS, real_of
@@ -69,6 +70,8 @@ class Call(NamedTuple):
         Views without memory, for their strides.
     givens : dict of str to Given
         By the names of the arguments.
+    captured : array or None
+        The words that tell of what the user's functions capture.
     """
 
     problem: Problem
@@ -76,6 +79,7 @@ class Call(NamedTuple):
     storage: str
     operands: Operands
     givens: dict[str, Given]
+    captured: Any = None
 
     @property
     def mask(self) -> str:
@@ -121,8 +125,8 @@ def attention(
     seed = seed_from(rng, problem.dropout_p > 0)
     target = None if out is None else check_device_out(out, problem, storage, givens["query"])
     place = place_of(givens if target is None else {**givens, "out": target})
-    with place.active():
-        call = Call(problem, place, storage, operands, givens)
+    with place.active(), captured(problem, operands.captured, place) as words:
+        call = Call(problem, place, storage, operands, givens, words)
         result, lse, weights = evaluate(call, seed, target, return_weights)
         settle(givens, place)
         first = out if target is not None else place.deliver(result)
@@ -146,7 +150,8 @@ def _of_host_arrays(
     place = HostPlace({dtype.name: dtype})
     with place.active():
         call = moved(arrays, options, place)
-        result, lse, weights = evaluate(call, seed, None, return_weights)
+        with captured(call.problem, call.operands.captured, place) as words:
+            result, lse, weights = evaluate(call._replace(captured=words), seed, None, return_weights)
         first = place.deliver(result)
         if target is not None:
             np.copyto(target, first)
@@ -246,7 +251,7 @@ def run(call: Call, kind: str, choose: Callable[[Facts], Choice], out: Given, ls
         np.uint32(seed >> 32),
     )
     if plan.choice.factory is not tensor_cores.forward:
-        arguments = (*arguments, keep_of(call), plan.own)
+        arguments = (*arguments, keep_of(call), plan.own, captured_of(call))
     launch(plan.kernel, plan.choice.grid, plan.choice.block, place.stream, arguments)
 
 
@@ -272,7 +277,7 @@ def queue_shifts(call: Call, lse: Given, numbers: Given, tables: Any, own: Any, 
     givens, choice = call.givens, choose_shifts(call.storage, call.mask, call.problem, base_2)
     arrays = (givens["query"].memory(), givens["key"].memory(), mask_of(call), lse.memory(), numbers.memory())
     if choice.grid:
-        arguments = (*arrays, *tables, scale_of(call, base_2), call.real(slack), keep_of(call), own)
+        arguments = (*arrays, *tables, scale_of(call, base_2), call.real(slack), keep_of(call), own, captured_of(call))
         launch(kernel(choice.factory, choice.spec), choice.grid, choice.block, call.place.stream, arguments)
 
 
@@ -291,6 +296,11 @@ def scale_of(call: Call, base_2: bool = False) -> Any:
 def keep_of(call: Call) -> Any:
     """The memory of the boolean mask beside a floating one, or what stands for it where there is none."""
     return call.givens[KEEP].memory() if KEEP in call.givens else nothing(MASKS["bool"])
+
+
+def captured_of(call: Call) -> Any:
+    """The words that tell of what functions capture, or what stands for them where there are no functions."""
+    return nothing(np.int64) if call.captured is None else call.captured
 
 
 def plan_of(call: Call, kind: str, choose: Callable[[Facts], Choice], out: Given) -> Plan:

@@ -40,6 +40,7 @@ from fastattn.cuda.host.attention import (
     ALIGNMENT,
     REMEMBERED,
     Call,
+    captured_of,
     copied,
     has_rows,
     keep_of,
@@ -55,6 +56,7 @@ from fastattn.cuda.host.attention import (
 )
 from fastattn.cuda.host.choice import kind_of, wants_rows
 from fastattn.cuda.host.compile import kernel, launch, table
+from fastattn.cuda.host.functions import captured
 from fastattn.cuda.host.plan import is_extreme, make_table, own_of, slices_of
 from fastattn.cuda.host.tensor_cores import block_of, grid_of
 from fastattn.cuda.kernels import head_gradients
@@ -159,8 +161,8 @@ def attention_backward(
     names = wanted_gradients(grads, _sources(given, options), grad_mask, (operands.bias, operands.keep))
     seed = seed_of_forward(rng, problem)
     place = place_of({**givens, **others})
-    with place.active():
-        call = Call(problem, place, storage, operands, givens)
+    with place.active(), captured(problem, operands.captured, place) as words:
+        call = Call(problem, place, storage, operands, givens, words)
         found = differentiate(call, others, seed, names, options)
         settle({**givens, **others}, place)
         return tuple(place.deliver(found[name]) for name in names)
@@ -186,7 +188,8 @@ def _of_host_arrays(
     with place.active():
         call = moved(arrays, options, place)
         others = {name: place.move(name, array) for name, array in upstream.items()}
-        found = differentiate(call, others, seed, names, options)
+        with captured(call.problem, call.operands.captured, place) as words:
+            found = differentiate(call._replace(captured=words), others, seed, names, options)
         gradients = {name: place.deliver(found[name]) for name in names}
     return tuple(own_dtype(gradient, sources[name], problem.real) for name, gradient in gradients.items())
 
@@ -278,7 +281,8 @@ def _common(
     arrays = (*(givens[operand].memory() for operand in ("query", "key", "value")), mask_of(call))
     arrived = (others["grad_out"].memory(), numbers.memory())
     options = (scale_of(call), np.uint32(seed & 0xFFFFFFFF), np.uint32(seed >> 32), call.real(problem.keep_scale))
-    return spec, (*arrays, *arrived, *plan.tables, plan.members[name], *options, keep_of(call), plan.own)
+    last = (keep_of(call), plan.own, captured_of(call))
+    return spec, (*arrays, *arrived, *plan.tables, plan.members[name], *options, *last)
 
 
 def queue_portable(

@@ -90,6 +90,8 @@ def kind_of(problem: Problem) -> dict[str, Any]:
         "softcap": scores.softcap is not None,
         "adds": scores.adds,
         "own": tuple(name for name in scores.own if name not in BOUNDING),
+        "score_mod": scores.score_mod,
+        "mask_mod": scores.mask_mod,
     }
 
 

@@ -22,6 +22,7 @@ import numpy as np
 from numba import cuda
 
 from fastattn.cuda.available import SIMULATED
+from fastattn.functions.function import Function
 from fastattn.machine.digest import of_modules, version
 from fastattn.machine.libraries import cache_folder, warn_not_kept
 from fastattn.machine.os_threads import RLock
@@ -29,7 +30,13 @@ from fastattn.machine.os_threads import RLock
 Factory = Callable[[Any], Any]
 
 #: What takes part in compiling.
-COMPILED = ("fastattn.call.rounding", "fastattn.call.scores", "fastattn.cuda.kernels")
+COMPILED = (
+    "fastattn.call.rounding",
+    "fastattn.call.scores",
+    "fastattn.cuda.kernels",
+    "fastattn.functions",
+    "fastattn.simd.compiler",
+)
 
 _lock = RLock()
 
@@ -61,7 +68,9 @@ def _flat(spec: Any) -> Iterator[Any]:
     for part in spec:
         if isinstance(part, tuple):
             yield from _flat(part)
-        else:
+        elif isinstance(part, Function):
+            yield part.identity
+        elif part is not None:
             yield int(part) if isinstance(part, bool) else part
 
 

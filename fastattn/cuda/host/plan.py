@@ -16,6 +16,7 @@ from fastattn.cuda.kernels.plan import (
     BOUND_FIRST,
     BOUND_KEYS,
     BOUND_LAST,
+    BOUND_OFFSET,
     BOUNDS,
     OPERANDS,
     OUT,
@@ -72,7 +73,7 @@ def sizes_of(problem: Problem, heads: Array | None = None) -> NDArray[np.int64]:
 
 
 def bounds_of(problem: Problem, heads: Array | None) -> NDArray[np.int64]:
-    """BOUND_FIRST, BOUND_LAST and BOUND_KEYS of each slice: no more than numbers of queries and keys."""
+    """The bounds of each slice; but for BOUND_OFFSET they are no more than numbers of queries and keys."""
     scores, queries, keys = problem.scores, problem.queries, problem.keys
     bounds = np.empty((slices_of(problem), BOUNDS), np.int64)
     head = scores.head(keys) if heads is None else heads
@@ -80,6 +81,7 @@ def bounds_of(problem: Problem, heads: Array | None) -> NDArray[np.int64]:
     bounds[:, BOUND_FIRST] = -queries if scores.left is None else np.clip(at - scores.left, -queries, keys)
     bounds[:, BOUND_LAST] = keys if scores.right is None else np.clip(at + scores.right, -queries, keys)
     bounds[:, BOUND_KEYS] = head["keys"]
+    bounds[:, BOUND_OFFSET] = at
     return bounds
 
 
@@ -109,6 +111,8 @@ def is_extreme(problem: Problem) -> bool:
 def for_portable_kernels(problem: Problem) -> str | None:
     """Say what there is to the scores of a call that only the portable kernels know of; None if nothing."""
     scores = problem.scores
+    if scores.has_functions:
+        return "a function of the user's"
     if scores.left is not None:
         return "a window to the left"
     if scores.own:

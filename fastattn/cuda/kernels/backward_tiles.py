@@ -75,7 +75,9 @@ def make_tiles(spec: Any, with_slope: bool = True) -> Tiles:
     tiling, real = spec.tiling, spec.real
     stage_across, stage = _make_stages(tiling, spec.storage, real)
     clear, multiply, multiply_visible = _make_sums(tiling, real)
-    load_rows, weigh = _make_weights(tiling, spec.dropout, real, score_functions(spec), with_slope and spec.softcap)
+    sloping = spec.score_mod is not None
+    functions, with_slope = score_functions(spec, sloping), with_slope and spec.softcap
+    load_rows, weigh = _make_weights(tiling, spec.dropout, real, functions, sloping, with_slope)
     return Tiles(clear, multiply, multiply_visible, stage_across, stage, load_rows, weigh)
 
 
@@ -146,7 +148,7 @@ def _make_stages(tiling: Tiling, storage: str, real: Any) -> tuple[Any, Any]:
 
 
 def _make_weights(
-    tiling: Tiling, dropout: bool, real: Any, functions: tuple[Any, Any], with_slope: bool
+    tiling: Tiling, dropout: bool, real: Any, functions: tuple[Any, Any], sloping: bool, with_slope: bool
 ) -> tuple[Any, Any]:
     side, rows, tile, threads = tiling.side, tiling.rows, tiling.tile, tiling.threads
     (value, slope), zero, hidden, lowest = functions, real(0.0), real(-0.0), real(-math.inf)
@@ -174,7 +176,7 @@ def _make_weights(
             for c in range(rows):
                 j = first_key + tx + c * side
                 raw = scores[r, c]
-                score, visible = value(raw, mask, keep, head, i, j)
+                score, visible, gain = value(raw, mask, keep, head, i, j)
                 visible = visible and shift != lowest
                 weight, grad = hidden, zero
                 if visible:
@@ -189,6 +191,8 @@ def _make_weights(
                             factor = keep_scale
                         weight, grad = share * factor, grad * factor
                     grad = share * (grad - delta)
+                    if sloping:
+                        grad *= gain
                     if with_slope:
                         grad *= slope(raw, head)
                 scores[r, c] = weight

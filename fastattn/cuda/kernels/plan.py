@@ -29,13 +29,18 @@ NUMBERS = 3
 QUERIES, KEYS, HEAD_DIM, VALUE_DIM, HEADS, SLICES, CAUSAL_OFFSET, DROP_BELOW, FIRST_BATCH = range(9)
 SIZES = 9
 
-#: Behind the sizes, three numbers for each slice: query i looks at the keys from i + BOUND_FIRST to i + BOUND_LAST,
-#: both included, of the first BOUND_KEYS. Kernels that know CAUSAL_OFFSET alone do not look at these.
-BOUND_FIRST, BOUND_LAST, BOUND_KEYS = range(3)
-BOUNDS = 3
+#: Behind the sizes, four numbers for each slice: query i looks at the keys from i + BOUND_FIRST to i + BOUND_LAST,
+#: both included, of the first BOUND_KEYS, and stands at i + BOUND_OFFSET. Kernels that know CAUSAL_OFFSET alone do not
+#: look at these.
+BOUND_FIRST, BOUND_LAST, BOUND_KEYS, BOUND_OFFSET = range(4)
+BOUNDS = 4
 #: What heads have of their own that says no more than these numbers.
 BOUNDING = ("offset", "keys")
 
 #: Columns of one more table, with a row for each slice, of numbers of the type of the arithmetic; only the portable
 #: kernels have it. The softcap is in the base that scores are in, and what heads have of their own is as it was given.
 OWN = ("softcap", *(HEAD.names or ()))
+
+#: Words that tell of what a user's functions capture: whether an index was out of range, which kernels set to 1, and
+#: those of `fastattn.functions.function.record_of`, first of score_mod.
+OUT_OF_RANGE, CAPTURED = range(2)

@@ -56,6 +56,7 @@ from fastattn.cuda.kernels.tiles import (
     softmax_functions,
     tile_loader,
 )
+from fastattn.functions.function import Function
 
 
 class Forward(NamedTuple):
@@ -78,6 +79,8 @@ class Forward(NamedTuple):
         Whether something is added to scores.
     own : tuple of str
         Which fields of `fastattn.call.scores.HEAD` heads have of their own, but for those in `BOUNDING`.
+    score_mod, mask_mod : Function or None
+        The user's functions.
     """
 
     storage: str
@@ -89,20 +92,12 @@ class Forward(NamedTuple):
     softcap: bool = False
     adds: bool = False
     own: tuple[str, ...] = ()
+    score_mod: Function | None = None
+    mask_mod: Function | None = None
 
 
-class Weights(NamedTuple):
+class Weights(Forward):
     """What a kernel of weights is compiled for."""
-
-    storage: str
-    mask: str
-    dropout: bool
-    tiles: Tiles
-    extreme: bool = False
-    keep: bool = False
-    softcap: bool = False
-    adds: bool = False
-    own: tuple[str, ...] = ()
 
 
 class Shifts(NamedTuple):
@@ -117,6 +112,8 @@ class Shifts(NamedTuple):
     softcap: bool = False
     adds: bool = False
     own: tuple[str, ...] = ()
+    score_mod: Function | None = None
+    mask_mod: Function | None = None
 
 
 class Copy(NamedTuple):
@@ -160,8 +157,9 @@ def forward(spec: Forward) -> Any:
     lowest, zero = real(-math.inf), real(0)
 
     def kernel(
-        query, key, value, mask, out, lse, offsets, steps, sizes, scale, keep_scale, seed_low, seed_high, keep, own
-    ):
+        query, key, value, mask, out, lse, offsets, steps, sizes, scale, keep_scale, seed_low, seed_high, keep, own,
+        captured,
+    ):  # fmt: skip
         query_tile = cuda.shared.array(query_size, real)
         key_tile = cuda.shared.array(key_size, real)  # after the scores: the weights
         value_tile = cuda.shared.array(value_size, real)  # before the values: what a row's threads tell each other
@@ -172,7 +170,7 @@ def forward(spec: Forward) -> Any:
         total = cuda.local.array(rows, real)  # of the weights of this thread's own keys
         x, y = cuda.threadIdx.x, cuda.threadIdx.y
         here, head_dim, value_dim = part_of(cuda.blockIdx.x, sizes), sizes[HEAD_DIM], sizes[VALUE_DIM]
-        head = head_of(here.slice, offsets, steps, sizes, own)
+        head = head_of(here.slice, offsets, steps, sizes, own, captured)
         begin, end = keys_of_queries(head, here.query, here.query + here.queries - 1, block_k)
         value_base = offsets[VALUE, here.slice] + here.value * steps[VALUE, 1]
 
@@ -352,7 +350,7 @@ def find_shifts(spec: Shifts) -> Any:
     with_sink, largest = "sink" in spec.own, real(np.finfo(real).max)
     to_base_2 = real(1.0 if base_2 else LOG2_E)
 
-    def kernel(query, key, mask, lse, numbers, offsets, steps, sizes, scale, slack, keep, own):
+    def kernel(query, key, mask, lse, numbers, offsets, steps, sizes, scale, slack, keep, own, captured):
         query_tile = cuda.shared.array(query_size, real)
         key_tile = cuda.shared.array(key_size, real)  # after the scores: exp(score - m), which nobody reads
         shared_tile = cuda.shared.array(shared_size, real)  # what a row's threads tell each other
@@ -380,7 +378,7 @@ def find_shifts(spec: Shifts) -> Any:
         if cuda.syncthreads_or(np.int32(1 if lost else 0)) == 0:
             return
 
-        head = head_of(slice_, offsets, steps, sizes, own)
+        head = head_of(slice_, offsets, steps, sizes, own, captured)
         begin, end = keys_of_queries(head, first_query, min(queries, first_query + block_q) - 1, block_k)
         for first_key in range(begin, end, block_k):
             find_scores(
@@ -430,8 +428,9 @@ def weights(spec: Weights) -> Any:
     to_base_2 = real(1.0 if in_base_2(spec.adds, spec.extreme) else LOG2_E)
 
     def kernel(
-        query, key, value, mask, out, numbers, offsets, steps, sizes, scale, keep_scale, seed_low, seed_high, keep, own
-    ):
+        query, key, value, mask, out, numbers, offsets, steps, sizes, scale, keep_scale, seed_low, seed_high, keep, own,
+        captured,
+    ):  # fmt: skip
         query_tile = cuda.shared.array(query_size, real)
         key_tile = cuda.shared.array(key_size, real)  # after the scores: the weights
         scores = cuda.local.array((rows, columns), real)
@@ -448,7 +447,7 @@ def weights(spec: Weights) -> Any:
         first_query = block % query_blocks * block_q
         slice_ = block // query_blocks
 
-        head = head_of(slice_, offsets, steps, sizes, own)
+        head = head_of(slice_, offsets, steps, sizes, own, captured)
         find_scores(
             scores, seen, query_tile, key_tile, query, key, mask, keep, offsets, steps, sizes, head, scale, slice_,
             first_query, first_key, queries - first_query, keys - first_key, True, y, x,

@@ -55,6 +55,7 @@ from fastattn.cuda.kernels.plan import (
     VALUE_DIM,
 )
 from fastattn.cuda.kernels.scores import head_of, keys_of_queries, queries_of_keys
+from fastattn.functions.function import Function
 
 __all__ = ["Backward", "find_deltas", "grad_keys", "grad_mask", "grad_queries", "slope_rows"]
 
@@ -83,6 +84,8 @@ class Backward(NamedTuple):
         Whether something is added to scores.
     own : tuple of str
         Which fields of `fastattn.call.scores.HEAD` heads have of their own, but for those in `BOUNDING`.
+    score_mod, mask_mod : Function or None
+        The user's functions.
     """
 
     storage: str
@@ -96,6 +99,8 @@ class Backward(NamedTuple):
     softcap: bool = False
     adds: bool = False
     own: tuple[str, ...] = ()
+    score_mod: Function | None = None
+    mask_mod: Function | None = None
 
     @property
     def real(self) -> Any:
@@ -206,7 +211,7 @@ def grad_keys(spec: Backward) -> Any:
 
     def kernel(
         query, key, value, mask, grad_out, numbers, offsets, steps, sizes, members, scale, seed_low, seed_high,
-        keep_scale, keep, own, chunks, grad_key, grad_value,
+        keep_scale, keep, own, captured, chunks, grad_key, grad_value,
     ):  # fmt: skip
         left = cuda.shared.array((depth, wide), real)
         right = cuda.shared.array((depth, wide), real)
@@ -229,7 +234,7 @@ def grad_keys(spec: Backward) -> Any:
         clear(value_sums)
         for member in range(members.shape[1]):
             number = members[owner, member]
-            head = head_of(number, offsets, steps, sizes, own)
+            head = head_of(number, offsets, steps, sizes, own, captured)
             query_at, grad_at = offsets[QUERY, number], offsets[GRAD_OUT, number]
             numbers_at = NUMBERS * number * queries
             begin, end = queries_of_keys(head, first_key, min(keys, first_key + tile) - 1, tile)
@@ -313,7 +318,7 @@ def grad_queries(spec: Backward) -> Any:
 
     def kernel(
         query, key, value, mask, grad_out, numbers, offsets, steps, sizes, members, scale, seed_low, seed_high,
-        keep_scale, keep, own, chunks, grad_query,
+        keep_scale, keep, own, captured, chunks, grad_query,
     ):  # fmt: skip
         left = cuda.shared.array((depth, width), real)
         right = cuda.shared.array((depth, wide), real)
@@ -336,7 +341,7 @@ def grad_queries(spec: Backward) -> Any:
             key_at, numbers_at = offsets[KEY, number], NUMBERS * number * queries
             load_rows(numbers_here, numbers, numbers_at, first_query, queries, thread)
             cuda.syncthreads()
-            head = head_of(number, offsets, steps, sizes, own)
+            head = head_of(number, offsets, steps, sizes, own, captured)
             begin, end = keys_of_queries(head, first_query, min(queries, first_query + tile) - 1, tile)
             for first_key in range(begin, end, tile):
                 differentiate(
@@ -378,7 +383,7 @@ def grad_mask(spec: Backward) -> Any:
 
     def kernel(
         query, key, value, mask, grad_out, numbers, offsets, steps, sizes, members, scale, seed_low, seed_high,
-        keep_scale, keep, own, mask_queries, mask_keys, result,
+        keep_scale, keep, own, captured, mask_queries, mask_keys, result,
     ):  # fmt: skip
         left = cuda.shared.array((depth, width), real)
         right = cuda.shared.array((depth, width), real)
@@ -407,7 +412,7 @@ def grad_mask(spec: Backward) -> Any:
                 sums[r, c] = zero
         for member in range(members.shape[1]):
             number = members[owner, member]
-            head, numbers_at = head_of(number, offsets, steps, sizes, own), NUMBERS * number * queries
+            head, numbers_at = head_of(number, offsets, steps, sizes, own, captured), NUMBERS * number * queries
             for first_query in range(own_query, query_end, tile):
                 load_rows(numbers_here, numbers, numbers_at, first_query, queries, thread)
                 cuda.syncthreads()

@@ -2,7 +2,8 @@
 
 For a call's kind of scores (`fastattn.call.scores.Scores`) this file has all that the portable kernels know of it: the
 interval of keys (`keys_of_queries`, `queries_of_keys`), what becomes of one score (`value`), the slope of that for the
-backward pass (`slope`), and whether one query looks at one key (`sees`). Positions are numbers of keys.
+backward pass (`slope`), and whether one query looks at one key (`sees`). Positions are numbers of keys. The user's
+functions (`fastattn.cuda.kernels.functions`) are asked about keys alone that nothing else hides.
 
 Nothing here asks `cuda` for anything: the simulator lends that to the module of the kernel alone.
 """
@@ -15,7 +16,22 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastattn.cuda.kernels.elements import device, mask_loader, real_of
-from fastattn.cuda.kernels.plan import BOUND_FIRST, BOUND_KEYS, BOUND_LAST, BOUNDS, KEEP, MASK, OWN, QUERIES, SIZES
+from fastattn.cuda.kernels.functions import calling
+from fastattn.cuda.kernels.plan import (
+    BOUND_FIRST,
+    BOUND_KEYS,
+    BOUND_LAST,
+    BOUND_OFFSET,
+    BOUNDS,
+    CAPTURED,
+    HEADS,
+    KEEP,
+    MASK,
+    OUT_OF_RANGE,
+    OWN,
+    QUERIES,
+    SIZES,
+)
 from fastattn.cuda.kernels.tiles import Tiles
 
 SOFTCAP, OFFSET, SLOPE, SINK = map(OWN.index, ("softcap", "offset", "slope", "sink"))
@@ -40,6 +56,10 @@ class Head(NamedTuple):
         The position of query 0, and what is subtracted from a score for each key between its query and key.
     sink
         One more score of each query, which has no key; -inf if there is none.
+    row, number, start
+        The row of the batch, the number of the head, and the position of query 0 once more, which is whole.
+    captured
+        Words that tell of what the user's functions capture.
     """
 
     queries: int
@@ -56,6 +76,10 @@ class Head(NamedTuple):
     offset: float
     slope: float
     sink: float
+    row: int
+    number: int
+    start: int
+    captured: Any
 
 
 def is_floating(mask_kind: str) -> bool:
@@ -72,7 +96,7 @@ def in_base_2(adds: bool, extreme: bool) -> bool:
 
 
 @device
-def head_of(slice_, offsets, steps, sizes, own):
+def head_of(slice_, offsets, steps, sizes, own, captured):
     """What the tables say of a slice."""
     at = SIZES + slice_ * BOUNDS
     return Head(
@@ -90,6 +114,10 @@ def head_of(slice_, offsets, steps, sizes, own):
         own[slice_, OFFSET],
         own[slice_, SLOPE],
         own[slice_, SINK],
+        slice_ // sizes[HEADS],
+        slice_ % sizes[HEADS],
+        sizes[at + BOUND_OFFSET],
+        captured,
     )
 
 
@@ -119,21 +147,26 @@ def sees(head, query, key):
 # -- scores ------------------------------------------------------------------------------------------------------------
 
 
-def score_functions(spec: Any) -> tuple[Any, Any]:
+def score_functions(spec: Any, sloping: bool = False) -> tuple[Any, Any]:
     """The device functions `value` and `slope` of a score, for what a portable kernel is compiled for.
 
-    What is added is held in the range of the dtype that the call has where nothing is extreme.
+    What is added is held in the range of the dtype that the call has where nothing is extreme. `sloping`: the slope of
+    the user's function is wanted.
     """
     real, narrow = real_of(spec.storage, spec.extreme), real_of(spec.storage)
     has_bool, has_bias, with_keep, with_softcap = spec.mask == "bool", is_floating(spec.mask), spec.keep, spec.softcap
     load_bias = mask_loader(spec.mask if has_bias else "float32", real, narrow)
     lowest, zero, one, twice, four = real(-math.inf), real(0), real(1), real(-2), real(4)
     with_slope, steepest, largest = "slope" in spec.own, real(np.finfo(narrow).max), real(np.finfo(real).max)
+    with_functions, ask = spec.score_mod is not None or spec.mask_mod is not None, _asking(spec, real, sloping)
 
     @device
     def value(score, mask, keep, head, query, key):
-        """What becomes of scale · (query · key), and whether the query may look at the key; -inf where it may not."""
-        seen = sees(head, query, key)
+        """What becomes of scale · (query · key), and whether the query may look at the key; -inf where it may not.
+
+        Third the slope of the user's function there, if it is wanted.
+        """
+        seen, gain = sees(head, query, key), one
         if with_softcap:
             score = head.softcap * real(math.tanh(score / head.softcap))
         if has_bool and seen:
@@ -154,13 +187,15 @@ def score_functions(spec: Any) -> tuple[Any, Any]:
                 score = min(max(score, -largest), largest)
         elif has_bias and seen:
             score += added
+        if with_functions and seen:
+            score, seen, gain = ask(score, head, query, key)
         if not seen:
             score = lowest
-        return score, seen
+        return score, seen, gain
 
     @device
     def slope(score, head):
-        """The derivative of `value` by scale · (query · key), where the query may look at the key."""
+        """The derivative of `value` by scale · (query · key) less the user's, where the query may look at the key."""
         if with_softcap:
             # 1 - tanh², of which nothing is left where that is rounded to 1
             fading = real(math.exp(twice * abs(score / head.softcap)))
@@ -168,6 +203,34 @@ def score_functions(spec: Any) -> tuple[Any, Any]:
         return one
 
     return value, slope
+
+
+def _asking(spec: Any, real: Any, sloping: bool) -> Any:
+    """The device function of a score that calls the user's functions: the score, whether it is seen, and the slope."""
+    score_mod, mask_mod = spec.score_mod, spec.mask_mod
+    with_score, with_mask, one, lowest = score_mod is not None, mask_mod is not None, real(1), real(-math.inf)
+    words = score_mod.words if score_mod is not None else 0
+    change: Any = calling(score_mod, real, sloping) if score_mod is not None else None
+    look: Any = calling(mask_mod, real) if mask_mod is not None else None
+
+    @device
+    def ask(score, head, query, key):
+        seen, gain, inside, position = True, one, True, head.start + query
+        if with_mask:
+            answer, valid = look((head.row, head.number, position, key), head.captured, CAPTURED + words)
+            seen, inside = answer != 0, valid != 0
+        if with_score and seen:
+            given = (score, head.row, head.number, position, key)
+            if sloping:
+                score, gain, valid = change(given, head.captured, CAPTURED)
+            else:
+                score, valid = change(given, head.captured, CAPTURED)
+            seen, inside = score != lowest, inside and valid != 0
+        if not inside:
+            head.captured[OUT_OF_RANGE] = 1
+        return score, seen, gain
+
+    return ask
 
 
 def restriction(tiles: Tiles, value: Any) -> Any:
@@ -180,6 +243,6 @@ def restriction(tiles: Tiles, value: Any) -> Any:
         for i in range(rows):
             for j in range(columns):
                 query, key = first_query + y + i * threads_y, first_key + x + j * threads_x
-                scores[i, j], seen[i, j] = value(scores[i, j], mask, keep, head, query, key)
+                scores[i, j], seen[i, j], _ = value(scores[i, j], mask, keep, head, query, key)
 
     return restrict

@@ -49,7 +49,16 @@ from fastattn.cuda.host import backward, choice, plan
 from fastattn.cuda.kernels import portable_backward as gradients
 from fastattn.call.problem import Problem
 from fastattn.call.scores import Scores
+from fastattn.functions.function import described
 import numpy as np
+
+slopes, documents = np.ones(8, np.float32), np.zeros(9, np.int32)
+
+def modified(score, batch, head, query, key):
+    return score - slopes[head] * abs(query - key)
+
+def seen(batch, head, query, key):
+    return documents[query] == documents[key]
 
 made = {}
 for name, (storage, mask, dropout, head_dim, value_dim) in json.loads(KERNELS).items():
@@ -74,6 +83,15 @@ if CAPABILITY == (8, 0):
         kernels.append((factory, spec))
     for factory, spec in kernels:
         made[f"{factory.__name__} of an extreme scale"] = ptx(factory, spec, CAPABILITY)
+    functions = {"score_mod": described("score_mod", modified)[0], "mask_mod": described("mask_mod", seen)[0]}
+    for name, function in functions.items():
+        scores = Scores(**{name: function})
+        problem = Problem(real, real, (), 1, 1, 9, 9, 64, 64, (1, 9, 64), 0.0, scores)
+        facts = choice.Facts("float32", "none", problem, plan.make_table(problem, []), (0,) * 4, CAPABILITY)
+        chosen, tiling = choice.choose_forward(facts), backward.tiling_for("float32", problem)
+        spec = gradients.Backward("float32", "none", False, tiling, **choice.kind_of(problem))
+        for factory, spec in ((chosen.factory, chosen.spec), (gradients.grad_keys, spec)):
+            made[f"{factory.__name__} of {name}"] = ptx(factory, spec, CAPABILITY)
 print(json.dumps(made))
 """
 
@@ -123,6 +141,17 @@ def test_float32_kernels_compute_in_float32() -> None:
         assert "fma.rn.f32" in text[name]
         # a number of Python's that is left in the arithmetic makes all of it float64
         assert ".f64" not in text[name], name
+
+
+def test_functions_are_part_of_kernels() -> None:
+    """Nothing is called, and nothing of them is float64."""
+    if ptxas() is None:
+        pytest.skip("the compiler's package is not installed: pip install nvidia-cuda-nvcc")
+    made = {name: text for name, text in compiled(LEAST).items() if name.endswith("_mod")}
+    assert len(made) == 4
+    for name, text in made.items():
+        assert "call" not in text, name
+        assert ".f64" not in text, name
 
 
 def test_an_extreme_scale_has_its_arithmetic_in_float64() -> None:
