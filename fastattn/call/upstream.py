@@ -21,7 +21,6 @@ from fastattn.call.seeds import seed_from
 from fastattn.call.shapes import masks_of, split_shape
 
 __all__ = [
-    "SHARED",
     "Upstream",
     "arrived",
     "as_given",

@@ -13,7 +13,7 @@ from fastattn.call.out import check_out
 from fastattn.call.packed import describe_packed, heads_first
 from fastattn.call.score_options import FurtherOptions
 from fastattn.call.seeds import Rng, seed_from
-from fastattn.call.upstream import SHARED, arrived, folded, own_dtype, seed_of_forward
+from fastattn.call.upstream import arrived, folded, own_dtype, seed_of_forward
 from fastattn.reference.backward import differentiate
 from fastattn.reference.forward import evaluate
 
@@ -105,9 +105,9 @@ def attention_varlen_backward(
     for number, (queries, keys) in enumerate(zip(packed.queries, packed.keys, strict=True)):
         problem, operands = packed.sequence(number)
         gradients = differentiate(problem, operands, packed.upstream(number, upstream), seed)[:3]
-        for total, gradient, part, shared in zip(found, gradients, (queries, keys, keys), SHARED, strict=False):
+        for total, gradient, part in zip(found, gradients, (queries, keys, keys), strict=True):
             own = heads_first(total[part])
             with np.errstate(all="ignore"):
-                own[...] = folded(gradient, own.shape, problem, shared)
+                own[...] = folded(gradient, own.shape, problem, shared=part is keys)
     of_call = zip(found, (query, key, value), strict=True)
     return tuple(own_dtype(gradient, argument, packed.problem.real) for gradient, argument in of_call)
