@@ -105,11 +105,9 @@ def attention_varlen_backward(
     for number, (queries, keys) in enumerate(zip(packed.queries, packed.keys, strict=True)):
         problem, operands = packed.sequence(number)
         gradients = differentiate(problem, operands, packed.upstream(number, upstream), seed)[:3]
-        for total, gradient, part, shared in zip(
-            found, gradients, (queries, keys, keys), (False, True, True), strict=True
-        ):
+        for total, gradient, part in zip(found, gradients, (queries, keys, keys), strict=True):
             own = heads_first(total[part])
             with np.errstate(all="ignore"):
-                own[...] = folded(gradient, own.shape, problem, shared)
+                own[...] = folded(gradient, own.shape, problem, shared=part is keys)
     of_call = zip(found, (query, key, value), strict=True)
     return tuple(own_dtype(gradient, argument, packed.problem.real) for gradient, argument in of_call)
