@@ -206,6 +206,7 @@ def slope_of_function(problem: Problem, operands: Operands, raw: Array, error: f
     assert score_mod is not None
     where = reference.functions.where_all(problem, operands.heads)
     before = reference.forward.value_of(problem, operands, raw)
+    before = np.where(np.isfinite(before), before, 0)  # the key is hidden, or all of the row is odd
     slope, unsure = reference.functions.slopes_of_function(score_mod, before, where)
     eps, bend = float(np.finfo(problem.real).eps), score_mod.python.bend  # type: ignore[attr-defined]
     blur = eps * FUNCTION_ROUNDINGS * max(1.0, steepness(problem))
