@@ -65,8 +65,8 @@ MUTATIONS = (
     Mutation(
         "of additive attention, later rounds do not know the sums",
         "cpu/kernels/additive_backward.py",
-        "lse, sums)\n        take_sums(tile, given, places, lse, queries, sums)",
-        "lse, sums)\n            take_sums(tile, given, places, lse, queries, sums)",
+        "sink_weights)\n        take_sums(tile, given, places, lse, queries, sums)",
+        "sink_weights)\n            take_sums(tile, given, places, lse, queries, sums)",
         ("call/test_rounding.py", "test_additive_gradients_keep_their_promise and cpu"),
     ),
     Mutation(
@@ -138,7 +138,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the log-sum-exp is in base 2",
-        "cpu/kernels/forward.py",
+        "cpu/kernels/sinks.py",
         "LN_2 = 0.6931471805599453",
         "LN_2 = 1.0",
         ("test_semantics.py", "test_lse_is_the_natural_logarithm_of_the_denominator and cpu"),
@@ -146,8 +146,8 @@ MUTATIONS = (
     Mutation(
         "dropout does not enlarge what it keeps",
         "cpu/kernels/forward.py",
-        "plan.keep_scale / total",
-        "1.0 / total",
+        "plan.keep_scale / (total + term) if",
+        "1.0 / (total + term) if",
         ("machine/test_table.py", "test_every_row_that_runs_here_is_right and generic"),
     ),
     Mutation(
@@ -546,6 +546,83 @@ MUTATIONS = (
         ("api/test_weights.py", "test_what_is_chosen_keeps_its_interval"),
     ),
     Mutation(
+        "a sink has no share of the weights of a result",
+        "cpu/kernels/forward.py",
+        "plan.keep_scale / (total + term) if",
+        "plan.keep_scale / total if",
+        ("test_semantics.py", "test_a_sink_is_a_score_without_a_key and cpu"),
+    ),
+    Mutation(
+        "a sink has no share in the matrix of weights",
+        "cpu/kernels/weights.py",
+        "        if second:\n            add_sinks(",
+        "        if second > 1:\n            add_sinks(",
+        ("test_semantics.py", "test_a_sink_is_a_score_without_a_key and cpu"),
+    ),
+    Mutation(
+        "a row without keys has no sink",
+        "cpu/kernels/sinks.py",
+        "    if total == 0.0 or term == INFINITY:\n        return sink\n",
+        "    if term == INFINITY:\n        return sink\n",
+        ("test_semantics.py", "test_a_sink_is_any_finite_number and cpu"),
+    ),
+    Mutation(
+        "a sink above all makes an entropy infinite",
+        "cpu/kernels/summary.py",
+        " or term == INFINITY else entropy",
+        " else entropy",
+        ("api/test_weights.py", "test_a_summary_with_sinks_of_any_size"),
+    ),
+    Mutation(
+        "a sum that is formed again leaves the sink out",
+        "cpu/kernels/sums.py",
+        "                logarithm, own = log_beside(",
+        "                _, own = log_beside(",
+        ("api/test_head_gradients.py", "test_a_sink_has_its_share_where_the_lse_has_lost_digits"),
+    ),
+    Mutation(
+        "the gradient of a slope has the slope of a softcap",
+        "cpu/kernels/backward.py",
+        "grad = where_greater(SMALLEST, size, 0.0, weight * tile_load(tile.single, bare, 0))",
+        "grad = where_greater(SMALLEST, size, 0.0, grad)",
+        ("api/test_head_gradients.py", "test_pytorch_differentiates_by_sinks_and_slopes and cpu"),
+    ),
+    Mutation(
+        "the gradient of a slope counts from the first query",
+        "cpu/kernels/backward.py",
+        "away = (head.offset + first_query - first_key) * 1.0",
+        "away = (first_query - first_key) * 1.0",
+        ("api/test_head_gradients.py", "test_pytorch_differentiates_by_sinks_and_slopes and cpu"),
+    ),
+    Mutation(
+        "the gradient of a sink leaves out that of the log-sum-exp",
+        "call/head_gradients.py",
+        "            deltas -= upstream.grad_lse[place]",
+        "            deltas -= 0",
+        ("test_semantics.py", "test_an_empty_row_gives_its_sink_the_gradient_of_its_lse and cpu"),
+    ),
+    Mutation(
+        "weights of chosen rows know no sinks",
+        "call/selection.py",
+        '    own["sink"] = heads["sink"]\n',
+        "",
+        ("api/test_weights.py", "test_a_summary_with_sinks_of_any_size"),
+    ),
+    Mutation(
+        "CUDA: a sink has no share of the weights of a result",
+        "cuda/kernels/portable.py",
+        "whole += exp2((head.sink - m[i] * to_natural) * log2_e)",
+        "whole += zero",
+        ("cuda/test_options.py", "test_each_option_both_ways and sinks"),
+    ),
+    Mutation(
+        "CUDA: the gradient of a sink has another sign",
+        "cuda/kernels/head_gradients.py",
+        "part = -real(math.exp(exponent))",
+        "part = real(math.exp(exponent))",
+        ("cuda/test_options.py", "test_gradients_of_sinks_and_slopes and float32 and False"),
+    ),
+    Mutation(
         "CUDA: slopes count from the first query",
         "cuda/kernels/scores.py",
         "abs(head.offset + real(query - key))",
@@ -688,8 +765,8 @@ MUTATIONS = (
     Mutation(
         "CUDA: the gradient of a mask has the slope of the softcap",
         "cuda/kernels/portable_backward.py",
-        "make_tiles(spec, with_slope=False)",
-        "make_tiles(spec)",
+        "tiles = make_tiles(spec, with_slope=False)\n    load_rows, differentiate, zero =",
+        "tiles = make_tiles(spec)\n    load_rows, differentiate, zero =",
         ("cuda/test_options.py", "test_each_option_both_ways and all"),
     ),
     Mutation(
@@ -786,8 +863,8 @@ MUTATIONS = (
     Mutation(
         "CUDA: every coarse log-sum-exp is taken for that of these keys",
         "cuda/kernels/portable.py",
-        "(m[i] - given) + rest >= -slack * abs(given)",
-        "(m[i] - given) + rest >= lowest",
+        "(top - given) + rest >= -slack * abs(given)",
+        "(top - given) + rest >= lowest",
         ("cuda/test_rounded_lse.py", "test_an_lse_of_more_keys_is_taken"),
     ),
     Mutation(
