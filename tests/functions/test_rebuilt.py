@@ -30,7 +30,7 @@ def test_what_functions_share_they_share_again() -> None:
 
     def change(name: str, value: Any) -> Any:
         seen.append(name)
-        return np.array(value) * (10).tolist() if name == "TABLE" else 5 if name == "count" else value
+        return np.array(value) * 10 if name == "TABLE" else 5 if name == "count" else value
 
     new = rebuilt("score_mod", score_mod, change)
     assert set(seen) == {"helper", "scaled", "count", "TABLE"}
