@@ -122,7 +122,7 @@ def item_at(real, is_chosen):
         if len(numbers) > array.axes or not all(isinstance(ty, types.Integer) for ty in numbers):
             return None
         rest = array.axes - len(numbers)
-        ty = ArrayType(array.kind, rest, array.chosen) if rest else at_least(array.element, real)
+        ty = ArrayType(array.kind, rest, array.chosen) if rest else read_as(array.element, real)
         dual = DualType(real) if is_chosen and array.chosen and not rest else None
 
         def codegen(context, builder, sig, values):
@@ -148,9 +148,11 @@ def item_at(real, is_chosen):
     return item
 
 
-def at_least(element, real):
-    """The type that an element is read as: a floating one as wide as what the call computes in, or wider."""
-    return real if isinstance(element, types.Float) and element.bitwidth < real.bitwidth else element
+def read_as(element, real):
+    """The type that an element is read as: a whole number as int64, a floating one as `real` unless it is wider."""
+    if isinstance(element, types.Float):
+        return real if element.bitwidth < real.bitwidth else element
+    return types.int64 if isinstance(element, types.Integer) else element
 
 
 def _item_of_tuple(array, index):

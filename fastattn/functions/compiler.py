@@ -299,6 +299,8 @@ class _Rewriter:
             self.operations.extreme("first", "<"),
         ):
             return self._folded(statement, [(target, other) for other in value.args[1:]], value.args[0])
+        if hasattr(target, "_defn") and len(value.args) != target._defn.__code__.co_argcount - 1:
+            raise CannotCompile(f"a function with {len(value.args)} arguments has no meaning here", statement.loc)
         return [statement]
 
     def _known(self, variable):
