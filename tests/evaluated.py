@@ -54,9 +54,7 @@ def as_python(function: Any, scores: Array, batch: int, head: int, query: int, k
     return found.values, ~found.inside
 
 
-def slopes_as_python(
-    function: Any, scores: Array, batch: int, head: int, query: int, key: int
-) -> tuple[Array, Array]:
+def slopes_as_python(function: Any, scores: Array, batch: int, head: int, query: int, key: int) -> tuple[Array, Array]:
     """Return the derivatives there, in the dtype of the scores, and how wrong they may be."""
     where = _places(scores, batch, head, query, key)
     return reference.functions.slopes_of_function(described("score_mod", function)[0], scores, where)

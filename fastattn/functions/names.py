@@ -105,8 +105,8 @@ def meaning(value, name=""):
     `name` is what it goes by where it is called; it may have another one of its own.
     """
     for known in (getattr(value, "__name__", ""), name):
-        for module in MODULES:
-            if isinstance(known, str) and known and getattr(sys.modules.get(module), known, None) is value:
+        for module in MODULES if isinstance(known, str) else ():
+            if module in sys.modules and vars(sys.modules[module]).get(known) is value:
                 return _in_module(module, known)
     return None
 

@@ -120,7 +120,9 @@ def test_loops_and_names_of_ones_own() -> None:
     check(function)
 
 
-@pytest.mark.parametrize("dtype", ["i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f2", "f4", "f8", "bool", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype", ["i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f2", "f4", "f8", "bool", "bfloat16"]
+)
 @pytest.mark.parametrize("steps", [(1, 1), (-1, 2), (3, -1), (0, 0)])
 def test_captured_arrays_of_any_dtype_and_strides(dtype: str, steps: tuple[int, int]) -> None:
     if dtype == "bfloat16":
