@@ -113,8 +113,9 @@ class _Codegen(JITCPUCodegen):
 
 def refresh():
     """Have Numba find all that there is for CPUs: what its compiler of GPUs sees come, it takes for its own."""
-    cpu_target.typing_context.refresh()
-    cpu_target.target_context.refresh()
+    with global_compiler_lock:
+        cpu_target.typing_context.refresh()
+        cpu_target.target_context.refresh()
 
 
 @lru_cache(maxsize=256)
