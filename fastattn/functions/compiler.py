@@ -10,6 +10,7 @@ import operator
 from collections import namedtuple
 from functools import cache
 from types import FunctionType, ModuleType
+from typing import Any
 
 import numpy as np
 from numba import njit
@@ -72,7 +73,7 @@ def operations_of(real):
 
 
 # From Python functions to their `Meaning`, while they are compiled.
-_meanings = {}
+_meanings: dict[FunctionType, Meaning] = {}
 
 
 @register_pass(mutates_CFG=True, analysis_only=False)
@@ -305,7 +306,7 @@ class _Rewriter:
         ]
 
     def _called(self, statement, value):
-        target = getattr(guard(get_definition, self.function, value.func), "value", None)
+        target: Any = getattr(guard(get_definition, self.function, value.func), "value", None)
         if value.vararg is not None or value.varkwarg is not None:
             raise CannotCompile("arguments by * or ** have no meaning here", statement.loc)
         if isinstance(target, _Several):

@@ -148,14 +148,14 @@ class Operations:
 
             def codegen(context, builder, sig, values):
                 if target == types.int64:
-                    given = (context.cast(builder, v, t, target) for v, t in zip(values, (a, b), strict=True))
-                    return _whole_division(builder, *given, function is operator.mod)
-                one, other = (Operand(context, builder, t, v, target) for v, t in zip(values, (a, b), strict=True))
-                quotient, rest = _division(one.value, other.value)
+                    one, other = (context.cast(builder, v, t, target) for v, t in zip(values, (a, b), strict=True))
+                    return _whole_division(builder, one, other, function is operator.mod)
+                first, second = (Operand(context, builder, t, v, target) for v, t in zip(values, (a, b), strict=True))
+                quotient, rest = _division(first.value, second.value)
                 if not isinstance(target, DualType):
                     return (rest if function is operator.mod else quotient).value
                 if function is operator.mod:
-                    return self.result(context, builder, target, rest, one.slope - quotient * other.slope)
+                    return self.result(context, builder, target, rest, first.slope - quotient * second.slope)
                 return self.result(context, builder, target, quotient, quotient.like(0.0))
 
             return signature(target, a, b), codegen
