@@ -21,7 +21,7 @@ def scores_of(
     queries: int = 5, keys: int = 7, batch: tuple[int, ...] = (), heads: int = 1, **options: Any
 ) -> tuple[Scores, Array | None]:
     """Return what is made of options, for 4 features."""
-    return scores_from(options, batch, heads, queries, keys, 4, False, False)  # type: ignore[arg-type]
+    return scores_from(options, batch, heads, queries, keys, 4, False, False)[:2]  # type: ignore[arg-type]
 
 
 def interval(**options: Any) -> tuple[int | None, int | None, int]:

@@ -12,6 +12,7 @@ from fastattn.call.rounding import limit_of, slack
 from fastattn.call.upstream import Upstream
 from fastattn.cpu.host import session
 from fastattn.cpu.host.calls import Plan
+from fastattn.cpu.host.functions import prepared
 from fastattn.cpu.host.kernels import describe, steps_of
 from fastattn.cpu.host.plan import TASK_FLOPS, aligned, draft_forward, fields_of_softcap, padded, share_of_keys
 from fastattn.cpu.kernels.records import ADDITIVE_BACKWARD, ADDITIVE_PLACES, QUERY_NUMBERS
@@ -61,7 +62,8 @@ def backward(
     cuts = np.array([_cut(problem, length, blocking) for length in lengths], np.int64)
     _note(given, grad_weight=parts, sums=sums, turns=turns, cuts=cuts if lengths else None)
     given["precise"], given["slack"] = limit_of(dtype, upstream.rounded), slack(upstream.rounded, problem.head_dim)
-    session.current.run(plan, (*operands, given, lse, weight, None, None))
+    with prepared(problem, operands, session.current.row.tile(dtype.type.__name__)) as ready:
+        session.current.run(plan, (*ready, given, lse, weight, None, None))
     with np.errstate(all="ignore"):
         return grad_query, grad_key, grad_value, parts.sum(axis=0, dtype=np.float64).astype(dtype)
 

@@ -80,8 +80,8 @@ def prepared(problem: Problem, operands: Operands, tile: TileShape, parts: Parts
         library = compiled("score_function", scores.score_mod, tile)
         held.append(record_of(scores.score_mod, given.score))
         record["score_captured"] = address_of(held[-1])
-        record["value"], record["slope"] = library.addresses["value"], library.addresses["slope"]
-        record["marks"] = library.addresses["marks"]
+        for name in ("value", "slope", "along", "marks"):
+            record[name] = library.addresses[name]
         if parts is not None and parts.names:
             adding = compiled("captured_function", scores.score_mod, tile, parts.names)
             held.append(parts.addresses())

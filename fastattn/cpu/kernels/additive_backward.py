@@ -354,22 +354,22 @@ def find_sums(kernel, plan, given, head, places, first_query, queries, lse, sums
         count = min(plan.key_block, head.keys - first_key)
         filled = (count + tile.width - 1) // tile.width * tile.width
         if hide(kernel, plan, head, places, first_query, queries, first_key, filled, lse):
-            keys = head.key + first_key * plan.key_row
-            absorb_keys(kernel, plan, given, places, keys, lse, queries, count, filled)
+            absorb_keys(kernel, plan, given, head, places, first_query, first_key, lse, queries, count, filled)
     store_sums(kernel, plan, given, places, lse, queries, sums)
 
 
 @jit
-def differentiate_block(kernel, plan, places, key, value, queries, count, filled):
+def differentiate_block(kernel, plan, head, places, first_query, first_key, queries, count, filled):
     """All that a block of queries and one of keys, where there is anything to look at, have to do with each other."""
     tile = kernel.tile
+    key, value = head.key + first_key * plan.key_row, head.value + first_key * plan.value_row
     load_keys(tile, plan, places, key, value, queries, count, filled)
     if values_stay_rows(tile, queries):
         sums_with_values(tile, plan, places, queries, filled)
     else:
         product_with_values(tile, plan, places, queries, filled)
     for j in range(0, filled, tile.lanes):
-        differentiate_vector(kernel, places, plan, queries, j)
+        differentiate_vector(kernel, places, plan, head, first_query, first_key, queries, j)
     add_to_values(tile, plan, places, queries, filled)
 
 
@@ -405,8 +405,7 @@ def meet(kernel, call, plan, given, head, number, places, first, queries, first_
     fill(tile, places.grad_keys, filled * row_bytes, 0.0)
     fill(tile, places.grad_values, filled * v_bytes, 0.0)
     if some:
-        keys, values = head.key + first_key * plan.key_row, head.value + first_key * plan.value_row
-        differentiate_block(kernel, plan, places, keys, values, queries, count, filled)
+        differentiate_block(kernel, plan, head, places, first, first_key, queries, count, filled)
     row = number * plan.keys + first_key
     target = given.grad_key + row * plan.head_dim * tile.itemsize
     deliver(tile, places.grad_keys, row_bytes, places.factors, target, count, plan.head_dim, fresh)

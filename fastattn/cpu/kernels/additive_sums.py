@@ -10,6 +10,7 @@ import math
 from fastattn.cpu.kernels.additive import load_rows, padded, sum_of
 from fastattn.cpu.kernels.additive_terms import LOG2_E, terms_of
 from fastattn.cpu.kernels.forward import LN_2
+from fastattn.cpu.kernels.functions import apply_along
 from fastattn.cpu.kernels.masks import INFINITY, lowest, saturate
 from fastattn.cpu.kernels.records import QUERY_NUMBERS
 from fastattn.cpu.kernels.scores import capped
@@ -56,10 +57,11 @@ def absorb_vector(kernel, state, score):
 
 
 @jit
-def absorb_keys(kernel, plan, given, places, key, lse, queries, count, filled):
+def absorb_keys(kernel, plan, given, head, places, first_query, first_key, lse, queries, count, filled):
     """Bring the states of the queries that want it up to date with a block of keys, of which `hidden` is known."""
     tile = kernel.tile
     row_bytes, hidden_bytes = padded(tile, plan.head_dim) * tile.itemsize, plan.key_block * tile.itemsize
+    key = head.key + first_key * plan.key_row
     load_rows(tile, key, plan.key_row, plan.key_column, count, plan.head_dim, places.raws, places.exps, places.largest)
     for j in range(count, filled):  # hidden, but finite
         store_element(tile, places.largest + j * tile.itemsize, 0.0)
@@ -71,10 +73,14 @@ def absorb_keys(kernel, plan, given, places, key, lse, queries, count, filled):
             for j in range(0, filled, tile.lanes):
                 terms_of(kernel, places, plan.head_dim, row_bytes, i, j, start, places.terms, places.lanes)
                 score = sum_rows(tile_transpose(tile_load(tile.square, places.lanes, tile.vector_bytes)))
-                if "softcap" in kernel.steps:
+                if "softcap" in kernel.steps and plan.softcap != 0.0:
                     score, _ = capped(tile, plan, score)
                 bias = tile_load(tile.vector, places.hidden + i * hidden_bytes + j * tile.itemsize, 0)
-                absorb_vector(kernel, places.weights + i * hidden_bytes, biased(tile, score, bias))
+                score = biased(tile, score, bias)
+                if "function" in kernel.steps:
+                    score, _ = apply_along(tile, head, score, first_query + i, first_key + j)
+                    score = where_greater(lowest(tile), bias, MINUS_INFINITY, score)
+                absorb_vector(kernel, places.weights + i * hidden_bytes, score)
 
 
 @jit

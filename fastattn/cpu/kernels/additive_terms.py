@@ -13,6 +13,7 @@ As in the forward pass two features share a division. Which way a key goes, near
 """
 
 from fastattn.cpu.kernels.additive import LOG2_E_TWICE, REACH_32, REACH_64, SATURATED, padded
+from fastattn.cpu.kernels.functions import apply_along
 from fastattn.cpu.kernels.masks import lowest, saturate
 from fastattn.cpu.kernels.records import ADDITIVE_PLACES, QUERY_NUMBERS
 from fastattn.cpu.kernels.scores import capped
@@ -115,7 +116,7 @@ def clear_hidden(tile, hidden, terms, row_bytes):
 
 
 @jit
-def slopes_of(kernel, plan, lanes, hidden, shift, row_sum, rest, weights, slopes, terms, row_bytes):
+def slopes_of(kernel, plan, head, query, key, lanes, hidden, shift, row_sum, rest, weights, slopes, terms, row_bytes):
     """Make P of scores, over dO · value at `weights`, and -dS at `slopes`, which may be where `lanes` is; returns dS.
 
     `hidden` is what is added to the scores: -inf for a key that the query may not look at. P is 2 to the power of
@@ -127,10 +128,16 @@ def slopes_of(kernel, plan, lanes, hidden, shift, row_sum, rest, weights, slopes
     score = sum_rows(tile_transpose(tile_load(tile.square, lanes, tile.vector_bytes)))
     if not all_finite(score):
         clear_hidden(tile, hidden, terms, row_bytes)
-    if "softcap" in kernel.steps:
+    descent = tile_fill(tile.vector, 1.0)
+    if "softcap" in kernel.steps and plan.softcap != 0.0:
         score, descent = capped(tile, plan, score)
+    score = saturate(tile, score + bias)
+    if "function" in kernel.steps:
+        score, own_descent = apply_along(tile, head, score, query, key)
+        descent = descent * own_descent
+        bias = where_greater(lowest(tile), score, MINUS_INFINITY, bias)
     # of a sum of exp(score) no score takes more than all of it
-    weight = minimum(1.0, exp2(kernel, (saturate(tile, score + bias) - shift) * LOG2_E - rest))
+    weight = minimum(1.0, exp2(kernel, (score - shift) * LOG2_E - rest))
     slope = weight * (tile_load(tile.vector, weights, 0) - row_sum)
     if "softcap" in kernel.steps:
         slope = slope * descent
@@ -160,8 +167,11 @@ def looks_at_none(tile, hidden):
 
 
 @jit
-def differentiate_vector(kernel, places, plan, queries, j):
-    """All queries of a block and the vector of keys from j on; at a time, as many as there is room for terms of."""
+def differentiate_vector(kernel, places, plan, head, first_query, first_key, queries, j):
+    """All queries of a block and the vector of keys from j on; at a time, as many as there is room for terms of.
+
+    `first_query` and `first_key` are the numbers of the blocks' first.
+    """
     tile = kernel.tile
     features, row_bytes = plan.head_dim, padded(tile, plan.head_dim) * tile.itemsize
     weights_bytes = plan.key_block * tile.itemsize
@@ -186,7 +196,10 @@ def differentiate_vector(kernel, places, plan, queries, j):
                 numbers = places.numbers + i * QUERY_NUMBERS * tile.itemsize
                 shift, row_sum = load_element(tile, numbers), load_element(tile, numbers + tile.itemsize)
                 rest, here = load_element(tile, numbers + 3 * tile.itemsize), weights + at
-                slope = slopes_of(kernel, plan, lanes, hidden + at, shift, row_sum, rest, here, lanes, terms, row_bytes)
+                query, key = first_query + i, first_key + j
+                slope = slopes_of(
+                    kernel, plan, head, query, key, lanes, hidden + at, shift, row_sum, rest, here, lanes, terms, row_bytes
+                )  # fmt: skip
                 tile_store(tile_load(tile.vector, places.slope_sums, 0) + slope, places.slope_sums, 0)
             terms += terms_bytes
             lanes += lanes_bytes

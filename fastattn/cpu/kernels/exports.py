@@ -16,7 +16,7 @@ EXPORTS: dict[str, dict[str, int]] = {
     "mask_gradient": _TASKS,
     "captured_gradient": _TASKS,
     "additive_backward": _TASKS,
-    "score_function": {"value": 8, "slope": 9, "marks": 3},
+    "score_function": {"value": 8, "slope": 9, "along": 7, "marks": 3},
     "captured_function": {"add": 10},
     "seen_function": {"hide": 8, "look": 9, "marks": 3},
     "peak": {"run": 5},

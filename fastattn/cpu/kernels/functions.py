@@ -1,9 +1,20 @@
 """How kernels call a user's functions (`fastattn.cpu.kernels.lanes`), and what they know of blocks of keys."""
 
 from fastattn.cpu.kernels.records import EMPTY, FULL, FUNCTIONS, KIND_KEYS, KIND_QUERIES
-from fastattn.simd import call_compiled, jit, load_u8, record_view, store_i64
+from fastattn.simd import (
+    call_compiled,
+    jit,
+    load_u8,
+    record_view,
+    stack_memory,
+    store_i64,
+    tile_fill,
+    tile_load,
+    tile_store,
+)
 
 functions_view = record_view(FUNCTIONS)
+memory_of_two_vectors = stack_memory(2 * 64)
 OUT_OF_RANGE, REPEATED = map((FUNCTIONS.names or ()).index, ("out_of_range", "repeated"))
 
 
@@ -31,6 +42,22 @@ def apply_function(plan, head, scores, grads, count, first_query, first_key):
         return call_compiled(functions.value, given) != 0
     beside = (scores, grads, count, batch, number, query, first_key, last, captured)
     return call_compiled(functions.slope, beside) != 0
+
+
+@jit
+def apply_along(tile, head, score, query, key):
+    """What the function makes of the scores of one query with a vector of keys, in the lanes, and its derivatives."""
+    functions = functions_view(head.functions)
+    if functions.value == 0:
+        return score, tile_fill(tile.vector, 1.0)
+    row = memory_of_two_vectors()
+    slopes = row + tile.vector_bytes
+    tile_store(score, row, 0)
+    batch, number = functions.first_row + head.number // functions.heads, head.number % functions.heads
+    call_compiled(
+        functions.along, (row, slopes, batch, number, head.offset + query, key, functions.score_captured)
+    )
+    return tile_load(tile.vector, row, 0), tile_load(tile.vector, slopes, 0)
 
 
 @jit

@@ -32,7 +32,7 @@ MINUS_INFINITY = float("-inf")
 
 def score_functions(kernel):
     """The library of a function of scores: its values, and its values with slopes."""
-    tile, width, row_bytes = kernel.tile, kernel.tile.width, kernel.tile.row_bytes
+    tile, width, row_bytes, lanes = kernel.tile, kernel.tile.width, kernel.tile.row_bytes, kernel.tile.lanes
     function = compiled(kernel.function, tile.dtype)
 
     @jit
@@ -67,7 +67,21 @@ def score_functions(kernel):
                 inside &= valid
         return inside
 
-    return {"value": value, "slope": slope, "marks": marks_function(tile)}
+    @jit
+    def along(scores, slopes, batch, head, query, key, captured):
+        """The same for one query and a vector of keys, in the lanes; the derivatives stand beside them."""
+        inside, row, beside = 1, row_at(tile, scores), row_at(tile, slopes)
+        for i in range(lanes):
+            flag = new_flag()
+            start = score_in(row, i)
+            score = function((with_slope(start), batch, head, query, key + i, captured, flag))
+            valid = is_set(flag)
+            put_score(row, i, marked(tile, score, valid))
+            put_score(beside, i, slope_of(start, score))
+            inside &= valid
+        return inside
+
+    return {"value": value, "slope": slope, "along": along, "marks": marks_function(tile)}
 
 
 def captured_functions(kernel):

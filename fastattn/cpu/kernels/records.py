@@ -205,6 +205,7 @@ FUNCTIONS = np.dtype(
         ("first_key", i8),  # that of the first key, which positions of queries count from as well
         ("value", i8),  # of a score
         ("slope", i8),
+        ("along", i8),
         ("score_captured", i8),
         ("hide", i8),  # what may not be seen
         ("seen_captured", i8),

@@ -278,7 +278,9 @@ def restrict_with_functions(kernel, plan, head, scores, grads, count, first_quer
         for offset in range(0, count * tile.row_bytes, tile.row_bytes):
             tile_store(tile_load(tile.single, scores + offset, 0), grads + offset, 0)
         grads = 0
-    inside = apply_function(plan, head, scores, grads, count, first_query, first_key)
+    inside = True
+    if kernel.work != "additive_backward":  # which does that by itself
+        inside = apply_function(plan, head, scores, grads, count, first_query, first_key)
     hide_by_squares(kernel, plan, head, scores, count, first_query, first_key, buffer)
     inside = hide_unseen(plan, head, scores, count, first_query, first_key) and inside
     if not inside:
