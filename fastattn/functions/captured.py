@@ -19,7 +19,7 @@ from numba.np.numpy_support import from_dtype
 
 from fastattn.functions.dual import DualType, make_dual
 
-__all__ = ["FLAG", "ArrayType", "captured", "item_at", "length"]
+__all__ = ["FLAG", "ArrayType", "captured", "item_at", "shape_of", "size_of"]
 
 FLAG = types.CPointer(types.int8)
 _WORD = ir.IntType(64)
@@ -223,15 +223,30 @@ def _element(context, builder, array, pointer):
     return found
 
 
+def _size(context, builder, array, given, axis):
+    """The size of an axis of a captured array."""
+    shape = cgutils.create_struct_proxy(array)(context, builder, given).shape
+    return _word_at(builder, shape, axis)
+
+
 @intrinsic
-def length(typingctx, array, axis):
-    """The size of an axis."""
+def size_of(typingctx, array):
+    """The size of the first axis."""
+    if not isinstance(array, ArrayType) or not array.axes:
+        return None
+    ty = signature(types.int64, array)
+    return ty, lambda context, builder, sig, values: _size(context, builder, array, values[0], 0)
+
+
+@intrinsic
+def shape_of(typingctx, array):
+    """The sizes of all axes."""
     if not isinstance(array, ArrayType):
         return None
+    ty = types.UniTuple(types.int64, array.axes)
 
     def codegen(context, builder, sig, values):
-        given = cgutils.create_struct_proxy(array)(context, builder, values[0])
-        pointer = builder.gep(builder.inttoptr(given.shape, _WORD.as_pointer()), [values[1]])
-        return read_only(builder, builder.load(pointer, align=8))
+        sizes = [_size(context, builder, array, values[0], axis) for axis in range(array.axes)]
+        return context.make_tuple(builder, ty, sizes)
 
-    return signature(types.int64, array, types.int64), codegen
+    return signature(ty, array), codegen

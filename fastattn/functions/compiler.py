@@ -24,7 +24,7 @@ from numba.core.untyped_passes import FixupArgs, IRProcessing, ReconstructSSA, T
 from numba.extending import intrinsic
 
 from fastattn.functions import names
-from fastattn.functions.captured import ArrayType, captured, item_at, length
+from fastattn.functions.captured import captured, item_at, shape_of, size_of
 from fastattn.functions.function import LATER
 from fastattn.functions.operations import Operations, is_number
 from fastattn.functions.refusals import WORDS, CannotCompile, Refused, refused, said_of, said_of_type
@@ -237,7 +237,7 @@ class _Rewriter:
             "whole": operations.whole,
             "where": lambda what: operations.where,
             "python": lambda what: what,
-            "length": lambda what: _length,
+            "length": lambda what: size_of,
         }[kind](what)
 
     def _expression(self, statement, value):
@@ -281,7 +281,7 @@ class _Rewriter:
         module = getattr(owner, "value", None) if isinstance(owner, (ir.Global, ir.FreeVar)) else None
         if not isinstance(module, ModuleType):
             if value.attr == "shape":
-                return self._call(statement, _shape, [value.value])
+                return self._call(statement, shape_of, [value.value])
             raise CannotCompile(f".{value.attr} of what is no module has no meaning here", statement.loc)
         found = getattr(module, value.attr, None)
         if isinstance(found, ModuleType):
@@ -390,37 +390,6 @@ class _Rewriter:
     def _variable(self, name):
         first = self.function.blocks[min(self.function.blocks)]
         return first.scope.get_exact(name)
-
-
-@intrinsic
-def _length(typingctx, array):
-    """The size of the first axis."""
-    if not isinstance(array, ArrayType):
-        return None
-
-    def codegen(context, builder, sig, values):
-        find = length._defn(typingctx, array, types.int64)[1]
-        return find(context, builder, None, [values[0], context.get_constant(types.int64, 0)])
-
-    return signature(types.int64, array), codegen
-
-
-@intrinsic
-def _shape(typingctx, array):
-    """The sizes of all axes."""
-    if not isinstance(array, ArrayType):
-        return None
-    ty = types.UniTuple(types.int64, array.axes)
-
-    def codegen(context, builder, sig, values):
-        find = length._defn(typingctx, array, types.int64)[1]
-        sizes = [
-            find(context, builder, None, [values[0], context.get_constant(types.int64, axis)])
-            for axis in range(array.axes)
-        ]
-        return context.make_tuple(builder, ty, sizes)
-
-    return signature(ty, array), codegen
 
 
 class _Compiler(CompilerBase):

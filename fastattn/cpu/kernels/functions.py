@@ -54,9 +54,7 @@ def apply_along(tile, head, score, query, key):
     slopes = row + tile.vector_bytes
     tile_store(score, row, 0)
     batch, number = functions.first_row + head.number // functions.heads, head.number % functions.heads
-    call_compiled(
-        functions.along, (row, slopes, batch, number, head.offset + query, key, functions.score_captured)
-    )
+    call_compiled(functions.along, (row, slopes, batch, number, head.offset + query, key, functions.score_captured))
     return tile_load(tile.vector, row, 0), tile_load(tile.vector, slopes, 0)
 
 
