@@ -23,6 +23,8 @@ from fastattn.call.selection import (
     last_key,
     mask_elements,
     part,
+    piece,
+    runs,
     take,
 )
 from fastattn.call.widening import exceeds_float32, in_float64, narrowed, scale_in_float64
@@ -147,13 +149,27 @@ def _weights_on_cpu(
         return narrowed(attention_weights(*wide, **chosen, **further))
     chosen, keys = as_selection("rows", rows, problem.queries), as_selection("columns", columns, problem.keys)
     threads = get_num_threads()
-    smaller, pieces = part(problem, operands, chosen, keys)
     if lse is None:
         m, l = _sums(problem, operands, chosen, threads)
     else:
         given = take(check_lse(lse, problem), -1, chosen)
         m, l = _sums_from(problem, operands, given, coarser(lse, problem.real), chosen, threads)
-    return statistics.weigh(smaller, pieces, threads, m, l)
+    return _weigh(problem, operands, chosen, keys, threads, m, l)
+
+
+def _weigh(
+    problem: Problem, operands: Operands, rows: Selection, columns: Selection, threads: int, m: Array, l: Array
+) -> Array:
+    """Return the weights of chosen rows and columns, for given sums of the rows."""
+    pieces = [(of_rows, of_columns) for of_rows in runs(problem, rows) for of_columns in runs(problem, columns)]
+    if len(pieces) == 1:
+        return statistics.weigh(*part(problem, operands, rows, columns), threads, m, l)
+    weights = np.empty((*problem.lse_shape[:-1], len(rows), len(columns)), problem.real)
+    for of_rows, of_columns in pieces:
+        smaller = part(problem, operands, piece(rows, of_rows), piece(columns, of_columns))
+        sums = (np.ascontiguousarray(array[..., of_rows]) for array in (m, l))
+        weights[..., of_rows, of_columns] = statistics.weigh(*smaller, threads, *sums)
+    return weights
 
 
 def _sums_from(
@@ -188,11 +204,13 @@ def _sums(problem: Problem, operands: Operands, rows: Selection, threads: int) -
     step = max(1, MASK_ELEMENTS // elements if elements else len(rows))
     shape = (*problem.lse_shape[:-1], len(rows))
     m, l = np.empty(shape, problem.real), np.empty(shape, problem.real)
-    for start in range(0, len(rows), step):
-        some = rows[start : start + step]
-        end = last_key(problem, operands, some)  # further keys, nobody looks at
-        places = (..., slice(start, start + step))
-        m[places], l[places] = statistics.sums(*part(problem, operands, some, range(end)), threads)
+    for run in runs(problem, rows):
+        for start in range(run.start, run.stop, step):
+            places = slice(start, min(start + step, run.stop))
+            some = piece(rows, places)
+            end = last_key(problem, operands, some)  # further keys, nobody looks at
+            found = statistics.sums(*part(problem, operands, some, range(end)), threads)
+            m[..., places], l[..., places] = found
     return m, l
 
 

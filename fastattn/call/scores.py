@@ -82,6 +82,8 @@ class Scores:
         Which fields of `HEAD` each head has of its own, in the operand `heads`.
     score_mod, mask_mod : Function or None
         The user's functions; what they capture is in the operand `captured`.
+    first_key : int
+        The number that key 0 has for these: not 0 in a part of a call. Positions count from there as well.
     """
 
     scale: float = 1.0
@@ -94,6 +96,7 @@ class Scores:
     own: tuple[str, ...] = ()
     score_mod: Function | None = None
     mask_mod: Function | None = None
+    first_key: int = 0
 
     @property
     def adds(self) -> bool:

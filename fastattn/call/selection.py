@@ -36,8 +36,10 @@ __all__ = [
     "last_key",
     "mask_elements",
     "part",
+    "piece",
     "places_of",
     "positions",
+    "runs",
     "take",
 ]
 
@@ -210,7 +212,8 @@ def _core(array: Array) -> Array:
 def part(problem: Problem, operands: Operands, rows: Selection, columns: Selection) -> tuple[Problem, Operands]:
     """Return the smaller call whose scores are those of the chosen rows and columns.
 
-    Where these follow each other so do their positions. Elsewhere what depends on positions becomes masks.
+    Where these follow each other so do their positions. Elsewhere what depends on positions becomes masks; a user's
+    functions do not, and want parts that follow each other (`runs`).
     """
     query, key = take(operands.query, -2, rows), take(operands.key, -2, columns)
     bias, keep = (
@@ -221,12 +224,13 @@ def part(problem: Problem, operands: Operands, rows: Selection, columns: Selecti
         if follow(rows) and follow(columns):
             first = _first(columns)
             shift = _first(rows) - first
-            scores = replace(scores, offset=scores.offset + shift)
+            scores = replace(scores, offset=scores.offset + shift, first_key=scores.first_key + first)
             if heads is not None:
                 heads = heads.copy()
                 heads["offset"] += shift
                 heads["keys"] = (heads["keys"] - first).clip(0, len(columns))
         else:
+            assert not scores.has_functions
             shape = (*problem.rows_shape, len(rows), len(columns))
             visible = in_intervals(problem, operands, rows, columns)
             keep = np.broadcast_to(visible if keep is None else _core(keep) & visible, shape)
@@ -244,7 +248,7 @@ def part(problem: Problem, operands: Operands, rows: Selection, columns: Selecti
         out_shape=(*problem.out_shape[:-2], len(rows), problem.value_dim),
         scores=scores,
     )
-    return smaller, Operands(query, key, key, bias, keep, heads)
+    return smaller, Operands(query, key, key, bias, keep, heads, operands.captured)
 
 
 def in_intervals(problem: Problem, operands: Operands, rows: Selection, columns: Selection) -> NDArray[np.bool_]:
@@ -270,13 +274,27 @@ def mask_elements(problem: Problem, operands: Operands, rows: Selection) -> int:
     """Return of how many elements a row of the masks is, at most, that `part` makes or copies; 0 if it makes none."""
     masks = [mask for mask in (operands.bias, operands.keep) if mask is not None]
     copied = not isinstance(rows, range) and any(_core(mask).shape[-2] == problem.queries for mask in masks)
-    made = problem.scores.placed and not follow(rows)
+    made = problem.scores.placed and not problem.scores.has_functions and not follow(rows)
     return math.prod(problem.rows_shape) * problem.keys if copied or made else 0
 
 
 def follow(chosen: Selection) -> bool:
     """Whether each of the chosen ones is followed by its neighbour."""
     return len(chosen) < 2 or (isinstance(chosen, range) and chosen.step == 1)
+
+
+def runs(problem: Problem, chosen: Selection) -> list[slice]:
+    """Return the places of what is chosen in pieces: one, or with a user's functions those that follow each other."""
+    if follow(chosen) or not problem.scores.has_functions:
+        return [slice(0, len(chosen))]
+    ends = [*(np.flatnonzero(np.diff(positions(chosen)) != 1) + 1).tolist(), len(chosen)]
+    return [slice(first, end) for first, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def piece(chosen: Selection, places: slice) -> Selection:
+    """Return some of what is chosen."""
+    some = chosen[places]
+    return some if isinstance(some, range) else _indices(some)
 
 
 def positions(chosen: Selection) -> NDArray[np.intp]:

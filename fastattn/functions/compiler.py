@@ -10,6 +10,7 @@ import operator
 from collections import namedtuple
 from functools import cache
 from types import FunctionType, ModuleType
+from typing import Any
 
 import numpy as np
 from numba import njit
@@ -23,7 +24,7 @@ from numba.core.untyped_passes import FixupArgs, IRProcessing, ReconstructSSA, T
 from numba.extending import intrinsic
 
 from fastattn.functions import names
-from fastattn.functions.captured import ArrayType, captured, item_at, length
+from fastattn.functions.captured import captured, item_at, shape_of, size_of
 from fastattn.functions.function import LATER
 from fastattn.functions.operations import Operations, is_number
 from fastattn.functions.refusals import WORDS, CannotCompile, Refused, refused, said_of, said_of_type
@@ -72,7 +73,7 @@ def operations_of(real):
 
 
 # From Python functions to their `Meaning`, while they are compiled.
-_meanings = {}
+_meanings: dict[FunctionType, Meaning] = {}
 
 
 @register_pass(mutates_CFG=True, analysis_only=False)
@@ -170,7 +171,9 @@ class _Rewriter:
         for number in numbers:
             if not (number is None or isinstance(number, (bool, int, float))):
                 word = type(number).__name__
-                raise CannotCompile(f"{WORDS.get(word, f'a constant of type {word}')} has no meaning here", statement.loc)
+                raise CannotCompile(
+                    f"{WORDS.get(word, f'a constant of type {word}')} has no meaning here", statement.loc
+                )
             if isinstance(number, int) and not -(2**63) <= number < 2**63:
                 raise CannotCompile(f"{number} is no whole number of 64 bits", statement.loc)
         if isinstance(value, float):
@@ -234,7 +237,7 @@ class _Rewriter:
             "whole": operations.whole,
             "where": lambda what: operations.where,
             "python": lambda what: what,
-            "length": lambda what: _length,
+            "length": lambda what: size_of,
         }[kind](what)
 
     def _expression(self, statement, value):
@@ -278,12 +281,14 @@ class _Rewriter:
         module = getattr(owner, "value", None) if isinstance(owner, (ir.Global, ir.FreeVar)) else None
         if not isinstance(module, ModuleType):
             if value.attr == "shape":
-                return self._call(statement, _shape, [value.value])
+                return self._call(statement, shape_of, [value.value])
             raise CannotCompile(f".{value.attr} of what is no module has no meaning here", statement.loc)
         found = getattr(module, value.attr, None)
         if isinstance(found, ModuleType):
             if not names.module_of(found.__name__):
-                raise CannotCompile(f"the module {found.__name__} has no meaning in a function of scores", statement.loc)
+                raise CannotCompile(
+                    f"the module {found.__name__} has no meaning in a function of scores", statement.loc
+                )
             return [self._defined(statement, ir.Global(value.attr, found, statement.loc))]
         if value.attr in names.CONSTANTS and isinstance(found, float):
             statement.value = ir.Const(found, statement.loc)
@@ -301,7 +306,7 @@ class _Rewriter:
         ]
 
     def _called(self, statement, value):
-        target = getattr(guard(get_definition, self.function, value.func), "value", None)
+        target: Any = getattr(guard(get_definition, self.function, value.func), "value", None)
         if value.vararg is not None or value.varkwarg is not None:
             raise CannotCompile("arguments by * or ** have no meaning here", statement.loc)
         if isinstance(target, _Several):
@@ -315,8 +320,13 @@ class _Rewriter:
             step = guard(get_definition, self.function, value.args[2])
             if not (isinstance(step, ir.Const) and step.value):
                 raise CannotCompile("a range with a step that is no constant, or 0, has no meaning here", statement.loc)
-        if len(value.args) > 2 and target in (self.operations.extreme("first", ">"), self.operations.extreme("first", "<")):
+        if len(value.args) > 2 and target in (
+            self.operations.extreme("first", ">"),
+            self.operations.extreme("first", "<"),
+        ):
             return self._folded(statement, [(target, other) for other in value.args[1:]], value.args[0])
+        if hasattr(target, "_defn") and len(value.args) != target._defn.__code__.co_argcount - 1:
+            raise CannotCompile(f"a function with {len(value.args)} arguments has no meaning here", statement.loc)
         return [statement]
 
     def _helped(self, statement, python, value):
@@ -343,7 +353,9 @@ class _Rewriter:
             raise CannotCompile(f"{name} with {len(given)} arguments has no meaning here", statement.loc)
         if name == "clip":
             extreme = self.operations.extreme
-            steps = [(extreme("nan", sign), given[bound]) for bound, sign in (("min", ">"), ("max", "<")) if bound in given]
+            steps = [
+                (extreme("nan", sign), given[bound]) for bound, sign in (("min", ">"), ("max", "<")) if bound in given
+            ]
             return self._folded(statement, [step for step in steps if not self._is_none(step[1])], given["x"])
         number = given["fill_value"] if name == "full_like" else 0.0 if name == "zeros_like" else 1.0
         statement.value = number if isinstance(number, ir.Var) else ir.Const(number, statement.loc)
@@ -378,37 +390,6 @@ class _Rewriter:
     def _variable(self, name):
         first = self.function.blocks[min(self.function.blocks)]
         return first.scope.get_exact(name)
-
-
-@intrinsic
-def _length(typingctx, array):
-    """The size of the first axis."""
-    if not isinstance(array, ArrayType):
-        return None
-
-    def codegen(context, builder, sig, values):
-        find = length._defn(typingctx, array, types.int64)[1]
-        return find(context, builder, None, [values[0], context.get_constant(types.int64, 0)])
-
-    return signature(types.int64, array), codegen
-
-
-@intrinsic
-def _shape(typingctx, array):
-    """The sizes of all axes."""
-    if not isinstance(array, ArrayType):
-        return None
-    ty = types.UniTuple(types.int64, array.axes)
-
-    def codegen(context, builder, sig, values):
-        find = length._defn(typingctx, array, types.int64)[1]
-        sizes = [
-            find(context, builder, None, [values[0], context.get_constant(types.int64, axis)])
-            for axis in range(array.axes)
-        ]
-        return context.make_tuple(builder, ty, sizes)
-
-    return signature(ty, array), codegen
 
 
 class _Compiler(CompilerBase):

@@ -131,7 +131,9 @@ def described(role: str, given: Any) -> tuple[Function, tuple[Any, ...]]:
         )
     code = given.__code__
     if code.co_flags & LATER:
-        raise TypeError(f"{role}: {given.__name__} is a generator or a coroutine; expected a function that returns a number")
+        raise TypeError(
+            f"{role}: {given.__name__} is a generator or a coroutine; expected a function that returns a number"
+        )
     if code.co_argcount != len(arguments) or code.co_kwonlyargcount or code.co_flags & 0x0C:
         raise TypeError(
             f"{role}: {given.__name__} takes ({', '.join(code.co_varnames[: code.co_argcount])}); "
@@ -282,7 +284,8 @@ def _read_by(code: CodeType) -> list[str]:
     found: dict[str, None] = {}
     for step in dis.get_instructions(code):
         if step.opname in ("LOAD_GLOBAL", "LOAD_NAME") or (
-            step.opname in ("LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF") and step.argval in code.co_freevars
+            step.opname in ("LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF")
+            and step.argval in code.co_freevars
         ):
             found[step.argval] = None
     return list(found)

@@ -37,6 +37,7 @@ WORDS = {
     "code": "a function that is made inside of one, or a generator,",
 }
 
+
 class CannotCompile(Exception):
     """What the user wrote has no meaning here, and where that is."""
 
@@ -85,4 +86,6 @@ def said_of_type(ty):
     """What a type is to who wrote the function."""
     if isinstance(ty, (types.NoneType, types.Optional)):
         return "nothing"
-    return "a captured array" if isinstance(ty, ArrayType) else "a tuple" if isinstance(ty, types.BaseTuple) else str(ty)
+    return (
+        "a captured array" if isinstance(ty, ArrayType) else "a tuple" if isinstance(ty, types.BaseTuple) else str(ty)
+    )

@@ -56,9 +56,9 @@ def where_all(problem: Problem, heads: Array | None) -> Where:
     lead = problem.rows_shape
     rows = np.arange(math.prod(lead)).reshape(*lead, 1, 1)
     offset: Any = problem.scores.offset if heads is None else heads["offset"].reshape(*lead, 1, 1)
-    query, key = np.arange(problem.queries)[:, None], np.arange(problem.keys)
+    query, key = np.arange(problem.queries)[:, None] + problem.scores.first_key, np.arange(problem.keys)
     batch, head = rows // max(1, problem.heads), rows % max(1, problem.heads)
-    return Where(*np.broadcast_arrays(batch, head, query + offset, key))
+    return Where(*np.broadcast_arrays(batch, head, query + offset, key + problem.scores.first_key))
 
 
 def scores_of_function(function: Function, scores: Array, where: Where) -> Found:

@@ -74,7 +74,7 @@ def prepared(problem: Problem, operands: Operands, tile: TileShape, parts: Parts
         return
     scores, given = problem.scores, operands.captured
     record = np.zeros(1, FUNCTIONS)
-    record["heads"] = max(1, problem.heads)
+    record["heads"], record["first_key"] = max(1, problem.heads), scores.first_key
     held: list[Array] = []
     if scores.score_mod is not None:
         library = compiled("score_function", scores.score_mod, tile)
@@ -121,7 +121,7 @@ def kinds_of_blocks(
 
     What has been found out is remembered, for the same function and values of what it captures.
     """
-    if problem.queries < WORTH_LOOKING or problem.keys < WORTH_LOOKING:
+    if problem.queries < WORTH_LOOKING or problem.keys < WORTH_LOOKING or problem.scores.first_key:
         return None
     batches = int(np.prod(problem.batch, dtype=np.int64)) or 1
     offsets: Any = [problem.scores.offset]

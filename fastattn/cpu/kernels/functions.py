@@ -34,7 +34,8 @@ def apply_function(plan, head, scores, grads, count, first_query, first_key):
     if functions.value == 0:
         return True
     batch, number = functions.first_row + head.number // functions.heads, head.number % functions.heads
-    query, last = head.offset + first_query, head.offset + plan.queries - 1
+    query, last = functions.first_key + head.offset + first_query, functions.first_key + head.offset + plan.queries - 1
+    first_key += functions.first_key
     captured = functions.score_captured
     if grads == 0:
         given = (scores, count, batch, number, query, first_key, last, captured)
@@ -53,9 +54,7 @@ def apply_along(tile, head, score, query, key):
     slopes = row + tile.vector_bytes
     tile_store(score, row, 0)
     batch, number = functions.first_row + head.number // functions.heads, head.number % functions.heads
-    call_compiled(
-        functions.along, (row, slopes, batch, number, head.offset + query, key, functions.score_captured)
-    )
+    call_compiled(functions.along, (row, slopes, batch, number, head.offset + query, key, functions.score_captured))
     return tile_load(tile.vector, row, 0), tile_load(tile.vector, slopes, 0)
 
 
@@ -66,7 +65,8 @@ def hide_unseen(plan, head, scores, count, first_query, first_key):
     if functions.hide == 0:
         return True
     batch, number = functions.first_row + head.number // functions.heads, head.number % functions.heads
-    query, last = head.offset + first_query, head.offset + plan.queries - 1
+    query, last = functions.first_key + head.offset + first_query, functions.first_key + head.offset + plan.queries - 1
+    first_key += functions.first_key
     given = (scores, count, batch, number, query, first_key, last, functions.seen_captured)
     return call_compiled(functions.hide, given) != 0
 
@@ -114,7 +114,8 @@ def add_to_captured(plan, head, part, scores, grads, count, present, first_query
     functions = functions_view(head.functions)
     batch, number = functions.first_row + head.number // functions.heads, head.number % functions.heads
     targets = functions.targets + part * functions.arrays * 8
-    query = head.offset + first_query
+    query = functions.first_key + head.offset + first_query
+    first_key += functions.first_key
     given = (scores, grads, count, present, batch, number, query, first_key, functions.score_captured, targets)
     if call_compiled(functions.add, given) != 0:
         store_i64(head.functions + 8 * REPEATED, 1)

@@ -202,6 +202,7 @@ FUNCTIONS = np.dtype(
     [
         ("heads", i8),  # query heads of one row of the batch
         ("first_row", i8),  # the number of the first row of the batch
+        ("first_key", i8),  # that of the first key, which positions of queries count from as well
         ("value", i8),  # of a score
         ("slope", i8),
         ("along", i8),
