@@ -21,7 +21,7 @@ from numba.core.untyped_passes import FixupArgs, IRProcessing, ReconstructSSA, T
 from numba.extending import intrinsic
 
 from fastattn.functions import names
-from fastattn.functions.captured import captured
+from fastattn.functions.captured import captured, shape_of, size_of
 from fastattn.functions.function import LATER
 from fastattn.functions.meaning import Meaning
 from fastattn.functions.operations import is_number
@@ -36,7 +36,6 @@ from fastattn.functions.refusals import (
     said_of,
     said_of_type,
 )
-from fastattn.functions.sizes import length_of, shape_of
 
 __all__ = ["compiled"]
 
@@ -62,7 +61,7 @@ _Method = namedtuple("_Method", "name owner")
 
 
 # From Python functions to their `Meaning`, while they are compiled.
-_meanings = {}
+_meanings: dict[FunctionType, Meaning] = {}
 
 
 @register_pass(mutates_CFG=True, analysis_only=False)
@@ -200,7 +199,7 @@ class _Rewriter:
             "whole": operations.whole,
             "where": lambda what: operations.where,
             "python": lambda what: what,
-            "length": lambda what: length_of,
+            "length": lambda what: size_of,
         }[kind](what)
 
     def _expression(self, statement, value):

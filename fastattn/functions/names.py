@@ -6,6 +6,7 @@ same name does not. Where modules differ, what is meant is that of the module.
 
 import operator
 import sys
+from typing import Any
 
 __all__ = ["CONSTANTS", "CONVERSIONS", "KEEPING", "MODULES", "meaning", "method", "module_of"]
 
@@ -126,7 +127,7 @@ def _in_module(module, name):
         return None
     if module == "torch" and name in ("max", "min"):
         name += "imum"
-    tables = {
+    tables: dict[str, dict[str, Any]] = {
         "function": FUNCTIONS,
         "operator": OPERATORS,
         "logical": LOGICAL,

@@ -137,6 +137,16 @@ def test_captured_arrays_of_any_dtype_and_strides(dtype: str, steps: tuple[int, 
     check(function)
 
 
+def test_every_number_of_half_precision() -> None:
+    table = np.arange(2**16, dtype=np.uint16).view(np.float16)
+
+    def function(score: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
+        return table[key * 8 + query]
+
+    found, _ = evaluated.as_compiled(function, np.zeros((2**13, 8), np.float32), 0, 0, 0, 0)
+    np.testing.assert_array_equal(found.reshape(-1), table.astype(np.float32))
+
+
 SMOOTH = ("exp", "exp2", "expm1", "tanh", "sqrt", "square", "log", "log2", "log10", "log1p", "sin", "cos", "reciprocal")
 
 
