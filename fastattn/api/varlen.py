@@ -16,7 +16,7 @@ from fastattn.call.out import check_out
 from fastattn.call.packed import as_given, describe_packed, sources_of_packed
 from fastattn.call.score_options import FurtherOptions, MaskMod, ScoreMod
 from fastattn.call.seeds import Rng, seed_from
-from fastattn.call.upstream import Names, arrived, seed_of_forward, wanted_gradients
+from fastattn.call.upstream import Names, arrived, captured_sources, seed_of_forward, wanted_gradients
 from fastattn.call.widening import exceeds_float32, in_float64, narrowed, scale_in_float64
 from fastattn.cpu.host import varlen as cpu
 from fastattn.cpu.host.builtin import in_default_mode
@@ -252,7 +252,7 @@ def _backward_on_cpu(
     packed = describe_packed(*arrays, *lengths, **options)
     problem = packed.problem
     upstream = arrived(problem, grad_out, out, lse, grad_lse)
-    sources = sources_of_packed(packed, query, key, value, options["further"])
+    sources = sources_of_packed(query, key, value, options["further"]) | captured_sources(problem, packed.captured)
     names = wanted_gradients(grads, sources)
     seed = seed_of_forward(rng, problem)
     if exceeds_float32(problem):

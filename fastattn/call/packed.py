@@ -21,7 +21,6 @@ from fastattn.call.shapes import describe
 from fastattn.call.upstream import (
     OF_HEADS,
     Upstream,
-    captured_sources,
     own_dtype,
     sources_of,
     split_upstream,
@@ -162,11 +161,11 @@ def describe_packed(
     return Packed(query, key, value, packed, *parts, options, own, operands.captured)
 
 
-def sources_of_packed(packed: Packed, query: Any, key: Any, value: Any, options: FurtherOptions) -> dict[str, Any]:
+def sources_of_packed(query: Any, key: Any, value: Any, options: FurtherOptions) -> dict[str, Any]:
     """Return what gradients may be of, as it was given, by name; None for what a call has not got."""
     sources = sources_of(query, key, value, None, options)
     del sources["attn_mask"]  # which is no argument of packed sequences'
-    return sources | captured_sources(packed.problem, packed.captured)
+    return sources
 
 
 def as_given(

@@ -102,7 +102,7 @@ def attention_varlen_backward(
     packed = describe_packed(*arrays, cu_seqlens_q, cu_seqlens_k, dropout_p, is_causal, scale, enable_gqa, options)
     upstream = arrived(packed.problem, grad_out, out, lse, grad_lse)
     seed = seed_of_forward(rng, packed.problem)
-    sources = sources_of_packed(packed, query, key, value, options)
+    sources = sources_of_packed(query, key, value, options)
     names = wanted_gradients(grads, sources)
     found: dict[str, Any] = {}
     for name, array in zip(("query", "key", "value"), arrays, strict=True):
