@@ -81,6 +81,7 @@ def test_gradients_by_name_are_the_reference(by_sequence: bool, dtype: Any) -> N
     slopes = np.abs(BY_SEQUENCE if by_sequence else BY_SEQUENCE[0])
     sinks = (BY_SEQUENCE[1] if by_sequence else BY_SEQUENCE).astype(np.float32)
     options: dict[str, Any] = {"enable_gqa": True, "alibi_slopes": slopes, "sinks": sinks, "mask_mod": mask_mod}
+    options |= {"score_mod": score_mod} if by_sequence else {}
     results = attention_varlen(*arrays, QUERIES, KEYS, **options, return_lse=True)
     call = (grad_out, *arrays, *results, QUERIES, KEYS)
     options["grads"] = ("sinks", "value", "alibi_slopes")
