@@ -13,10 +13,10 @@ from fastattn.api.backends import backend_of_attention
 from fastattn.call.arrays import as_operands
 from fastattn.call.options import check_flag
 from fastattn.call.out import check_out
-from fastattn.call.packed import describe_packed
-from fastattn.call.score_options import FurtherOptions
+from fastattn.call.packed import as_given, describe_packed, sources_of_packed
+from fastattn.call.score_options import FurtherOptions, MaskMod, ScoreMod
 from fastattn.call.seeds import Rng, seed_from
-from fastattn.call.upstream import arrived, own_dtype, seed_of_forward
+from fastattn.call.upstream import Names, arrived, captured_sources, seed_of_forward, wanted_gradients
 from fastattn.call.widening import exceeds_float32, in_float64, narrowed, scale_in_float64
 from fastattn.cpu.host import varlen as cpu
 from fastattn.cpu.host.builtin import in_default_mode
@@ -40,6 +40,9 @@ def attention_varlen(
     query_offset: ArrayLike | None = None,
     softcap: float | None = None,
     alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    score_mod: ScoreMod | None = None,
+    mask_mod: MaskMod | None = None,
     return_lse: bool = False,
     rng: Rng | None = None,
     out: NDArray[Any] | None = None,
@@ -115,11 +118,9 @@ def attention_varlen(
     True
     """
     further: FurtherOptions = {
-        "window": window,
-        "query_offset": query_offset,
-        "softcap": softcap,
-        "alibi_slopes": alibi_slopes,
-    }
+        "window": window, "query_offset": query_offset, "softcap": softcap, "alibi_slopes": alibi_slopes,
+        "sinks": sinks, "score_mod": score_mod, "mask_mod": mask_mod,
+    }  # fmt: skip
     backend = backend_of_attention(backend, query, key, value, out)
     call = (query, key, value, cu_seqlens_q, cu_seqlens_k)
     options: Any = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
@@ -169,8 +170,12 @@ def attention_varlen_backward(
     query_offset: ArrayLike | None = None,
     softcap: float | None = None,
     alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    score_mod: ScoreMod | None = None,
+    mask_mod: MaskMod | None = None,
     rng: Rng | None = None,
     grad_lse: ArrayLike | None = None,
+    grads: Names = None,
     backend: str | None = None,
 ) -> tuple[NDArray[Any], ...]:
     """Gradients of `fastattn.attention_varlen` by its arguments.
@@ -221,11 +226,9 @@ def attention_varlen_backward(
     [(12, 8, 64), (12, 8, 64), (12, 8, 64)]
     """
     further: FurtherOptions = {
-        "window": window,
-        "query_offset": query_offset,
-        "softcap": softcap,
-        "alibi_slopes": alibi_slopes,
-    }
+        "window": window, "query_offset": query_offset, "softcap": softcap, "alibi_slopes": alibi_slopes,
+        "sinks": sinks, "score_mod": score_mod, "mask_mod": mask_mod,
+    }  # fmt: skip
     backend = backend_of_attention(backend, grad_out, query, key, value, out, lse, grad_lse)
     call = (grad_out, query, key, value, out, lse, cu_seqlens_q, cu_seqlens_k)
     options: Any = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
@@ -233,26 +236,30 @@ def attention_varlen_backward(
         from fastattn.cuda.host import varlen as cuda  # imports numba-cuda, which nothing else needs
 
         upstream = {"grad_out": grad_out, "out": out, "lse": lse, "grad_lse": grad_lse}
-        return cuda.backward(call[1:4], upstream, call[6:], options | {"further": further}, rng)
+        return cuda.backward(call[1:4], upstream, call[6:], options | {"further": further}, rng, grads)
     if backend == "reference":
-        return reference.attention_varlen_backward(*call, **options | {"rng": rng, "grad_lse": grad_lse} | further)
-    return _backward_on_cpu(call, options | {"further": further}, rng, grad_lse)
+        wanted = {"rng": rng, "grad_lse": grad_lse, "grads": grads}
+        return reference.attention_varlen_backward(*call, **options | wanted | further)
+    return _backward_on_cpu(call, options | {"further": further}, rng, grad_lse, grads)
 
 
 @in_default_mode
 def _backward_on_cpu(
-    call: tuple[Any, ...], options: dict[str, Any], rng: Rng | None, grad_lse: ArrayLike | None
+    call: tuple[Any, ...], options: dict[str, Any], rng: Rng | None, grad_lse: ArrayLike | None, grads: Names
 ) -> tuple[NDArray[Any], ...]:
     grad_out, query, key, value, out, lse, *lengths = call
     arrays = as_operands(query, key, value)[:3]
     packed = describe_packed(*arrays, *lengths, **options)
     problem = packed.problem
     upstream = arrived(problem, grad_out, out, lse, grad_lse)
+    sources = sources_of_packed(query, key, value, options["further"]) | captured_sources(problem, packed.captured)
+    names = wanted_gradients(grads, sources)
     seed = seed_of_forward(rng, problem)
     if exceeds_float32(problem):
         wide = (grad_out, *in_float64(*arrays, mask=None)[:3], out, upstream.lse, *lengths)
-        in_wide = _backward_on_cpu(wide, options | {"scale": scale_in_float64(problem)}, seed, grad_lse)
-        return tuple(map(narrowed, in_wide))
-    found = cpu.backward(packed, upstream, seed, get_num_threads())
-    arguments = zip(found, (query, key, value), strict=True)
-    return tuple(own_dtype(gradient, argument, problem.real) for gradient, argument in arguments)
+        options = options | {"scale": scale_in_float64(problem)}
+        gradients = _backward_on_cpu(wide, options, seed, grad_lse, names)
+        wide_names = ("query", "key", "value")  # which were made float64
+        return tuple(narrowed(a) if name in wide_names else a for name, a in zip(names, gradients, strict=True))
+    found = cpu.backward(packed, upstream, names, seed, get_num_threads())
+    return as_given(packed, names, found, sources)
