@@ -31,7 +31,7 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
         return emit(*args, **options)
 
     monkeypatch.setattr(building, "emit", counted)
-    yield found
+    return found
 
 
 def right(function: Any, **options: Any) -> Any:
