@@ -46,7 +46,6 @@ Names: TypeAlias = "Sequence[str] | None"
 SHARED = ("key", "value")  # what a group of query heads has in common
 OPERANDS = ("query", "key", "value", "attn_mask")  # what has the axes of operands, or is broadcast to them
 OF_HEADS = ("alibi_slopes", "sinks")  # what has a number for each query head
-ARGUMENTS = (*OPERANDS, *OF_HEADS, "weight")  # names that no captured array goes by
 
 
 class Upstream(NamedTuple):
@@ -233,16 +232,12 @@ def sources_of(
 
 
 def captured_sources(problem: Problem, captured: Captures | None) -> dict[str, Any]:
-    """Return the floating arrays that the function of scores captures, by name, which is no argument's."""
+    """Return the floating arrays that the function of scores captures, by name."""
     function = problem.scores.score_mod
     if function is None or captured is None:
         return {}
     named = zip(function.captured, captured.score, strict=True)
-    return {
-        each.name: value
-        for each, value in named
-        if each.axes >= 0 and "float" in each.kind and each.name not in ARGUMENTS
-    }
+    return {each.name: value for each, value in named if each.axes >= 0 and "float" in each.kind}
 
 
 def bias_of(attn_mask: Any) -> Any:

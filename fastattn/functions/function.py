@@ -25,11 +25,14 @@ from fastattn.functions import names
 from fastattn.machine.digest import written
 from fastattn.machine.objects import address_of
 
-__all__ = ["SCORE", "SEEN", "Captured", "Function", "captured_by", "described", "rebuilt", "record_of"]
+__all__ = ["ARGUMENTS", "SCORE", "SEEN", "Captured", "Function", "captured_by", "described", "rebuilt", "record_of"]
 
 #: The arguments of a function of a score, and of one that says which keys are seen.
 SCORE = ("score", "batch", "head", "query", "key")
 SEEN = SCORE[1:]
+
+#: Names of arguments that gradients are returned by: what is captured goes by others.
+ARGUMENTS = ("query", "key", "value", "attn_mask", "alibi_slopes", "sinks", "weight")
 
 #: Flags of code that does not run when it is called.
 LATER = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
@@ -196,9 +199,9 @@ class _Reader:
         return tuple(words)
 
     def _own_name(self, function: FunctionType, name: str, value: Any) -> str:
-        """What a captured value is called: as the function does, unless another one captures something else by that."""
+        """What a captured value is called: as the function does, unless an argument is called so, or another value."""
         own, others = name, 0
-        while own in self.found and self.given[own] is not value:
+        while own in ARGUMENTS or (own in self.found and self.given[own] is not value):
             others += 1
             own = f"{name} of {function.__name__}" + (f" ({others})" if others > 1 else "")
         if own not in self.found:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import cached_property, reduce
 from types import FunctionType
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 
 from fastattn.api.block_mask import BlockMask
+from fastattn.call.problem import Array
 from fastattn.call.score_options import FurtherOptions
 from fastattn.functions import masks
-from fastattn.functions.function import rebuilt
+from fastattn.functions.function import described, rebuilt
 from fastattn.integrations.tensors import array_of, check_memory
 
 __all__ = ["FUNCTIONS", "Functions", "adapted", "has_functions"]
@@ -45,53 +48,85 @@ class Functions:
     Attributes
     ----------
     tensors : list of torch.Tensor
-        What the function of scores captures, which autograd looks after.
+        What the function of scores captures, each once: autograd looks after these.
     """
 
     def __init__(self, options: FurtherOptions) -> None:
         self._given = {name: options.get(name) for name in FUNCTIONS if options.get(name) is not None}
         self.tensors: list[Tensor] = []
+        self._labels: list[str] = []
+        self._places: dict[int, Array] = {}  # an array for each, by the tensor's id
+        self._outline: FunctionType | None = None
         score_mod = self._given.get("score_mod")
         if isinstance(score_mod, FunctionType):
-            rebuilt("score_mod", score_mod, self._collect)
+            self._outline = rebuilt("score_mod", _known_function(score_mod), self._collect)
 
     def _collect(self, name: str, value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            check_memory(f"score_mod: captures {name}", value)
-            if value.requires_grad and torch.is_grad_enabled():
-                # gradients would begin here: of what is among the arguments of the autograd function already
-                raise NotImplementedError(
-                    f"score_mod: captures {name}, a tensor that requires its gradient, which is not computed; expected "
-                    f"one that does not, such as {name}.detach()"
-                )
-            self.tensors.append(value)
-        return value
+        if isinstance(value, FunctionType):
+            return _known_function(value)
+        if not isinstance(value, torch.Tensor):
+            return value
+        if id(value) not in self._places:
+            self.tensors.append(check_memory(f"score_mod: captures {name}", value))
+            self._labels.append(name)
+            self._places[id(value)] = np.zeros(1)
+        return self._places[id(value)]
 
     @cached_property
-    def options(self) -> dict[str, Any]:
-        """The functions on arrays, which only a kernel may ask for: there no transform of PyTorch's is at work."""
+    def names(self) -> list[tuple[str, ...]]:
+        """By which names fastattn knows each of the tensors: several, if the function has."""
+        if self._outline is None:
+            return []
+        function, values = described("score_mod", self._outline)
+        named = [(each.name, value) for each, value in zip(function.captured, values, strict=True)]
+        return [tuple(name for name, value in named if value is place) for place in self._places.values()]
+
+    def on(self, tensors: Sequence[Tensor]) -> dict[str, Any]:
+        """Return the functions on arrays, given the tensors as a kernel gets them, with no transform at work."""
+        given = zip(self.tensors, tensors, self._labels, strict=True)
+        arrays = {id(own): _array(f"score_mod: captures {name}", tensor) for own, tensor, name in given}
         return {
-            name: _of_theirs(given) if type(given).__module__ == MODULE else _on_arrays(name, given)
+            name: _of_theirs(given) if type(given).__module__ == MODULE else _on_arrays(name, given, arrays)
             for name, given in self._given.items()
         }
 
+    def refuse_gradients(self) -> None:
+        """Refuse tensors that require their gradients.
 
-def adapted(options: FurtherOptions) -> tuple[Any, ...]:
+        Raises
+        ------
+        NotImplementedError
+            If there is one.
+        """
+        for name, tensor in zip(self._labels, self.tensors, strict=True):
+            if tensor.requires_grad and torch.is_grad_enabled():
+                raise NotImplementedError(
+                    f"score_mod: captures {name}, a tensor that requires its gradient, which is not computed here; "
+                    f"expected one that does not, such as {name}.detach()"
+                )
+
+
+def adapted(options: FurtherOptions, differentiable: bool = True) -> tuple[Any, ...]:
     """Return `Functions`, and the tensors that these capture, as the last arguments of a kernel.
+
+    `differentiable`: whether there are gradients of these tensors.
 
     Raises
     ------
     TypeError
         If a captured tensor is none in the memory of the CPU.
     NotImplementedError
-        If one requires its gradient.
+        If one requires its gradient, and there is none.
     """
     functions = Functions(options)
+    if not differentiable:
+        functions.refuse_gradients()
     return functions, *functions.tensors
 
 
-def _on_arrays(role: str, given: Any) -> Any:
-    """Return a function that captures arrays in place of tensors."""
+def _on_arrays(role: str, given: Any, arrays: Mapping[int, Array] | None = None) -> Any:
+    """Return a function that captures arrays in place of tensors: `arrays`, by the ids of some, or their own."""
+    known = arrays or {}
     if not isinstance(given, FunctionType):
         return given
 
@@ -100,11 +135,16 @@ def _on_arrays(role: str, given: Any) -> Any:
             return _known_function(value)
         if not isinstance(value, torch.Tensor):
             return value
-        tensor = check_memory(f"{role}: captures {name}", value).detach()
-        # those of bfloat16 are no arrays of NumPy's
-        return array_of(f"{role}: captures {name}", tensor.float() if tensor.dtype is torch.bfloat16 else tensor)
+        found = known.get(id(value))
+        return _array(f"{role}: captures {name}", value) if found is None else found
 
     return rebuilt(role, _known_function(given), change)
+
+
+def _array(label: str, given: Tensor) -> Array:
+    """Return a captured tensor's memory; a copy of one of bfloat16, of which NumPy has no arrays."""
+    tensor = check_memory(label, given).detach()
+    return array_of(label, tensor.float() if tensor.dtype is torch.bfloat16 else tensor)
 
 
 def _known_function(function: FunctionType) -> FunctionType:

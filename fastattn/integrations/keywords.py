@@ -69,8 +69,10 @@ KEYWORDS: dict[str, Keyword] = {
 SCHEMA = ", ".join(f"{argument}=None" for keyword in KEYWORDS.values() for argument in keyword.arguments)
 
 
-def flattened(options: FurtherOptions) -> tuple[Any, ...]:
+def flattened(options: FurtherOptions, differentiable: bool = True) -> tuple[Any, ...]:
     """Return the operator's arguments for what a user gave.
+
+    `differentiable`: whether there are gradients of what functions capture.
 
     Raises
     ------
@@ -83,12 +85,10 @@ def flattened(options: FurtherOptions) -> tuple[Any, ...]:
         given = options.get(name)
         found = (None,) * len(own) if given is None else flat(given)
         arguments += found if isinstance(found, tuple) else (found,)
-    return (*arguments, *adapted(options)) if has_functions(options) else tuple(arguments)
+    return (*arguments, *adapted(options, differentiable)) if has_functions(options) else tuple(arguments)
 
 
 def restore(options: dict[str, Any]) -> None:
     """Make again of the operator's arguments, of those that are given, what the user gave: most are that already."""
-    if "functions" in options:
-        options.update(options.pop("functions").options)
     if "left" in options or "right" in options:
         options["window"] = (options.pop("left", None), options.pop("right", None))

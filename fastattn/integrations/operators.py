@@ -8,13 +8,16 @@ is an operator, too; and a rule for ``vmap``. Arguments have been checked before
 An operator's arguments are called as those of the function that its kernel calls, but for these. `causal`, whether
 causality is wanted, is one of the words that `fastattn.call.options.check_causal` returns. A `seed` is a tensor, not an
 int, so that a compiled program can draw it. Last come arguments that may be left out: `keep`, the boolean one of two
-masks, and those of `fastattn.integrations.keywords`. Kernels, but not operators, take `functions` behind them.
+masks, and those of `fastattn.integrations.keywords`. Kernels, but not operators, take `functions` behind them, and the
+tensors that these capture; between them that of a derivative takes `with_captured`, for each of these tensors the names
+by which fastattn knows it, or none, where its gradient is not wanted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -78,6 +81,7 @@ class Operator:
             torch.library.register_vmap(f"fastattn::{operator}", partial(_one_by_one, operator))
             schema = getattr(torch.ops.fastattn, operator).default._schema
             self._arguments[operator] = [*(argument.name for argument in schema.arguments), "functions"]
+        self._arguments[self.derivative].append("with_captured")
         self._required = self._arguments[name].index("keep")  # how many no call leaves out
         torch.library.register_autograd(f"fastattn::{name}", self.differentiate, setup_context=self.save)
         torch.library.register_autograd(f"fastattn::{self.derivative}", refuse, setup_context=save_nothing)
@@ -90,15 +94,20 @@ class Operator:
         return torch.from_numpy(out), torch.from_numpy(lse)
 
     def backward(self, *args: Any) -> tuple[Tensor, ...]:
-        """Compute the gradients of the operands and all others, each in one piece; empty if one is not wanted."""
+        """Compute the gradients of the operands and all others, each in one piece; empty if one is not wanted.
+
+        Behind them are those of what functions capture, if any of these is wanted.
+        """
         options = _options(self._arguments[self.derivative], args)
         if "grad_out" not in options:
             options["grad_out"] = np.zeros_like(options["out"])
         wanted = [name for name in self.others if options.pop(f"with_{name}", False)]
-        names = (*self._arguments[self.name][: self.operands], *wanted)
+        captured = options.pop("with_captured", ())
+        names = (*self._arguments[self.name][: self.operands], *wanted, *chain.from_iterable(captured))
         found = dict(zip(names, _call(self.derivative, **options, grads=names), strict=True))
         none = np.empty(0, options["out"].dtype)
         results = [found.get(name, none) for name in (*names[: self.operands], *self.others)]
+        results += [sum(found[name] for name in each) if each else none for each in captured]
         return tuple(torch.from_numpy(np.ascontiguousarray(array).reshape(array.shape)) for array in results)
 
     # -- fake kernels --------------------------------------------------------------------------------------------------
@@ -140,20 +149,30 @@ class Operator:
             return tuple(gradients)
         compute = compute or getattr(torch.ops.fastattn, self.derivative).default
         first, last, arguments = self.operands, self._required, self._arguments[self.name]
+        end = arguments.index("functions")
         places = {name: arguments.index(name) for name in self.others}
         given = len(ctx.needs_input_grad)  # arguments, of which the last may have been left out
         wanted = {name: place < given and ctx.needs_input_grad[place] for name, place in places.items()}
         upstream = (grad_out, grad_lse) if self.differentiates_lse else (grad_out,)
         with_mask = (wanted["attn_mask"],) if "attn_mask" in wanted else ()
-        further = inputs[last:]
-        if wanted["alibi_slopes"] or wanted["sinks"]:
-            left_out = [None] * (len(arguments) - len(inputs))
+        further, functions, tensors = inputs[last:end], inputs[end : end + 1], inputs[end + 1 :]
+        captured: tuple[tuple[str, ...], ...] = ()
+        if functions or wanted["alibi_slopes"] or wanted["sinks"]:
+            left_out = [None] * (end - last - len(further))
             further = [*further, *left_out, wanted["alibi_slopes"], wanted["sinks"]]
+        if any(ctx.needs_input_grad[end + 1 :]):
+            needed = zip(functions[0].names, ctx.needs_input_grad[end + 1 :], strict=True)
+            captured = tuple(names if needs else () for names, needs in needed)
+        if functions:
+            further += [*functions, captured, *tensors]
         found = compute(*upstream, *inputs[:first], out, lse, *inputs[first:last], *with_mask, *further)
         gradients[:first] = found[:first]
-        for (name, place), gradient in zip(places.items(), found[first:], strict=True):
+        for (name, place), gradient in zip(places.items(), found[first:], strict=False):
             if wanted[name]:
                 gradients[place] = gradient
+        for i, names in enumerate(captured):
+            if names:
+                gradients[end + 1 + i] = found[first + len(places) + i].to(tensors[i].dtype)
         return tuple(gradients)
 
 
@@ -203,7 +222,10 @@ class Attention(Operator):
 
 
 def _options(names: list[str], args: tuple[Any, ...]) -> dict[str, Any]:
-    """Return what a function of fastattn's is called with, given arguments of an operator; None stands for none."""
+    """Return what a function of fastattn's is called with, given arguments of an operator; None stands for none.
+
+    Behind those that have names are the tensors that functions capture.
+    """
     options: dict[str, Any] = {}
     for name, given in zip(names, args, strict=False):
         if given is not None:
@@ -215,6 +237,8 @@ def _options(names: list[str], args: tuple[Any, ...]) -> dict[str, Any]:
         options["rng"] = int(options.pop("seed"))
     if "keep" in options:
         options["attn_mask"] = (options.get("attn_mask"), options.pop("keep"))
+    if "functions" in options:
+        options |= options.pop("functions").on(args[len(names) :])
     keywords.restore(options)
     return options
 

@@ -50,8 +50,8 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """Scaled dot-product attention on tensors: ``torch.nn.functional.scaled_dot_product_attention`` by fastattn.
 
-    Differentiable once in query, key, value and a floating attn_mask. What each argument means, and what is promised
-    of the result, is as in `fastattn.attention`.
+    Differentiable once in query, key, value, a floating attn_mask, and what score_mod captures. What each argument
+    means, and what is promised of the result, is as in `fastattn.attention`.
 
     Parameters
     ----------
@@ -208,7 +208,8 @@ def additive_attention(
     ValueError
         If shapes do not go together. The message names the argument.
     NotImplementedError
-        If attn_mask requires grad, if a second derivative is asked for, or a derivative in forward mode.
+        If attn_mask requires grad, or what score_mod captures; if a second derivative is asked for, or a derivative in
+        forward mode.
 
     References
     ----------
@@ -235,7 +236,7 @@ def additive_attention(
         raise NotImplementedError(
             "attn_mask: requires grad; expected one that does not: additive attention has no gradient of its mask"
         )
-    further = (keep, *flattened(options)) if options or keep is not None else ()
+    further = (keep, *flattened(options, differentiable=False)) if options or keep is not None else ()
     return eager.call("additive_attention", query, key, value, weight, mask, causal, *further)[0]
 
 
@@ -290,12 +291,13 @@ def flex_attention(
     IndexError
         If a function reads a tensor out of range, for a key that the query may look at.
     NotImplementedError
-        If a captured tensor requires its gradient, if ``max_scores`` are asked for, if a second derivative is, or one
-        in forward mode, and under ``vmap``.
+        If ``max_scores`` are asked for, if a second derivative is, or one in forward mode, and under ``vmap``.
 
     Notes
     -----
-    Differentiable once, in query, key and value. A program that is compiled by ``torch.compile`` is interrupted here.
+    Differentiable once, in query, key and value, and in floating tensors that score_mod captures: one that is read in a
+    loop, or in a function that is called twice, is a ValueError in the backward pass. A program that is compiled by
+    ``torch.compile`` is interrupted here.
 
     Examples
     --------

@@ -242,7 +242,9 @@ class Dense(NamedTuple):
     gradients: tuple[Tensor, ...]
 
 
-def dense(tensors: list[Tensor], score_mod: Any, mask_mod: Any, grad_out: Tensor, grad_lse: Tensor) -> Dense:
+def dense(
+    tensors: list[Tensor], score_mod: Any, mask_mod: Any, grad_out: Tensor, grad_lse: Tensor, captured: Any = ()
+) -> Dense:
     query, key, value = tensors
     batch, head = torch.arange(ROWS)[:, None, None, None], torch.arange(HEADS)[:, None, None]
     where = (batch, head, torch.arange(query.size(-2))[:, None], torch.arange(key.size(-2)))
@@ -253,7 +255,7 @@ def dense(tensors: list[Tensor], score_mod: Any, mask_mod: Any, grad_out: Tensor
     scores = scores if mask_mod is None else scores.masked_fill(~mask_mod(*where), -torch.inf)
     lse = torch.logsumexp(scores, -1)
     out = torch.where(lse[..., None] > -torch.inf, torch.exp(scores - lse.clamp(min=-1e300)[..., None]), 0) @ value
-    gradients = torch.autograd.grad((out, lse), tensors, (grad_out, grad_lse))
+    gradients = torch.autograd.grad((out, lse), [*tensors, *captured], (grad_out, grad_lse))
     return Dense(out, lse, gradients)
 
 
@@ -347,6 +349,108 @@ def test_a_captured_tensor_that_was_changed_has_no_gradients_left() -> None:
     out = flex_attention(*operands(), lambda score, batch, head, query, key: score * table[key])
     table += 1
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+# -- gradients of what is captured -------------------------------------------------------------------------------------
+
+
+def learned(*shape: int, dtype: Any = torch.float64) -> Tensor:
+    return torch.randn(shape).to(dtype).requires_grad_()
+
+
+def check_gradients(make: Callable[..., Any], captured: list[Tensor], mask_mod: Any = None) -> None:
+    """Compare gradients by the operands and by tensors that a function captures with those of dense attention.
+
+    `make` returns the function; dense attention has tensors of the same numbers in float64.
+    """
+    tensors = operands()
+    grad_out, grad_lse = torch.randn(ROWS, HEADS, LENGTH, FEATURES).double(), torch.randn(ROWS, HEADS, LENGTH).double()
+    results = flex_attention(*tensors, make(*captured), block_mask_of(mask_mod), return_lse=True)
+    found = torch.autograd.grad(results, [*tensors, *captured], (grad_out, grad_lse))
+    exact = [tensor.detach().double().requires_grad_() for tensor in captured]
+    wanted = dense(tensors, make(*exact), mask_mod, grad_out, grad_lse, exact).gradients
+    for own, one, other in zip([*tensors, *captured], found, wanted, strict=True):
+        torch.testing.assert_close(one, other.to(own.dtype))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_a_learned_bias_for_each_distance(dtype: str) -> None:
+    farthest = 10
+
+    def make(table: Tensor) -> Any:
+        return lambda score, batch, head, query, key: (
+            score + table[torch.clamp(key - query, -farthest, farthest) + farthest]
+        )
+
+    check_gradients(make, [learned(2 * farthest + 1, dtype=getattr(torch, dtype))], causal)
+
+
+def test_a_learned_bias_for_each_pair_that_lies_otherwise() -> None:
+    nodes = torch.arange(LENGTH).flip(0)
+
+    def make(leaf: Tensor) -> Any:
+        bias = leaf[..., ::2].transpose(0, 1)
+        return lambda score, batch, head, query, key: torch.tanh(score) + bias[head, nodes[query], key]
+
+    check_gradients(make, [learned(LENGTH, HEADS, 2 * LENGTH)])
+
+
+def test_learned_slopes_a_temperature_and_names_that_others_have() -> None:
+    """A tensor with two names, of which one is a helper's; one without axes; one that is called as an argument."""
+
+    def make(slopes: Tensor, temperature: Tensor, query: Tensor) -> Any:
+        same = slopes
+
+        def away(head: Any, distance: Any) -> Any:
+            return slopes[head] * distance
+
+        def score_mod(score: Any, batch: Any, head: Any, i: Any, key: Any) -> Any:
+            score = score * temperature - 0.01 * away(head, torch.abs(i - key))
+            return torch.where(i > key, score * same[head], score + query[batch])
+
+        return score_mod
+
+    check_gradients(make, [learned(HEADS), learned(dtype=torch.float32), learned(ROWS)])
+
+
+def test_only_what_requires_a_gradient_gets_one() -> None:
+    tensors, table, other = operands(grad=False), learned(LENGTH), torch.zeros(HEADS).double()
+
+    def score_mod(score: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
+        return score + table[key] * (1 + other[head])
+
+    out = scaled_dot_product_attention(*tensors, score_mod=score_mod, alibi_slopes=other.clone().requires_grad_())
+    out.square().sum().backward()
+    assert table.grad is not None
+    assert other.grad is None
+    assert not flex_attention(*tensors, lambda score, b, h, q, k: score + other[h]).requires_grad
+
+
+def test_numerical_gradients_of_what_is_captured() -> None:
+    query, key, value, table = (
+        torch.randn(shape).double().requires_grad_() for shape in ((7, 4), (9, 4), (9, 3), (5,))
+    )
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, table: Tensor) -> Any:
+        def score_mod(score: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
+            return torch.sigmoid(score * table[(query + key) % 5]) + table[0] * score
+
+        return attention_with_lse(query, key, value, score_mod=score_mod)
+
+    assert torch.autograd.gradcheck(attend, (query, key, value, table))
+
+
+def test_what_is_read_in_a_loop_has_no_gradient() -> None:
+    table = learned(3)
+
+    def score_mod(score: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
+        for i in range(3):
+            score = score + table[i] * (key % 2)
+        return score
+
+    out = flex_attention(*operands(), score_mod)
+    with pytest.raises(ValueError, match="grads: score_mod: .*score_mod reads an array more than once at one place"):
         out.sum().backward()
 
 
@@ -488,6 +592,15 @@ def test_under_torch_func_grad() -> None:
     torch.testing.assert_close(torch.func.grad(loss)(query), torch.autograd.grad(loss(leaf), leaf)[0])
 
 
+def test_under_torch_func_grad_of_what_is_captured() -> None:
+    tensors, table = operands(grad=False), learned(LENGTH)
+
+    def loss(table: Tensor) -> Tensor:
+        return flex_attention(*tensors, lambda score, batch, head, query, key: score * table[key]).square().sum()
+
+    torch.testing.assert_close(torch.func.grad(loss)(table.detach()), torch.autograd.grad(loss(table), table)[0])
+
+
 def test_autocast_and_no_grad() -> None:
     tensors = [tensor.float() for tensor in operands(grad=False)]
     score_mod = softcap(torch, torch.from_numpy)[0]
@@ -504,9 +617,11 @@ def test_derivatives_that_there_are_not() -> None:
     def score_mod(score: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
         return score * 2 + table[key]
 
+    weight = torch.ones(FEATURES).double()
     with pytest.raises(NotImplementedError, match=r"score_mod: captures table, a tensor that requires its gradient"):
-        flex_attention(*tensors, score_mod)
+        additive_attention(*tensors, weight, score_mod=score_mod)
     with torch.no_grad():
+        assert not additive_attention(*tensors, weight, score_mod=score_mod).requires_grad
         assert not flex_attention(*tensors, score_mod).requires_grad
     table.requires_grad_(False)
     (gradient,) = torch.autograd.grad(flex_attention(*tensors, score_mod).sum(), tensors[0], create_graph=True)

@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastattn.call.problem import Operands, Problem
-from fastattn.call.upstream import ARGUMENTS
 from fastattn.cpu.host import session
 from fastattn.cpu.host.kernels import load
 from fastattn.cpu.kernels.records import FULL, FUNCTIONS, KIND_KEYS, KIND_QUERIES
@@ -62,7 +61,7 @@ class Parts:
 def captured_among(problem: Problem, names: Sequence[str]) -> tuple[str, ...]:
     """Return which names are those of arrays that the function of scores captures."""
     function = problem.scores.score_mod
-    captured = () if function is None else [each.name for each in function.captured if each.name not in ARGUMENTS]
+    captured = () if function is None else [each.name for each in function.captured]
     return tuple(name for name in names if name in captured)
 
 
