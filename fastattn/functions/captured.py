@@ -27,11 +27,11 @@ _BYTES = ir.IntType(8).as_pointer()
 
 
 class ArrayType(types.Type):
-    """A captured array, or what an index has left of one; `chosen`, if it is differentiated by its elements."""
+    """A captured array, or what an index has left of one; `chosen`: its name, if its elements are differentiated by."""
 
-    def __init__(self, kind, axes, chosen=False):
+    def __init__(self, kind, axes, chosen=""):
         self.kind, self.axes, self.chosen = kind, axes, chosen
-        super().__init__(f"{'chosen' if chosen else 'captured'} array of {kind} with {axes} axes")
+        super().__init__(f"captured array {chosen} of {kind} with {axes} axes")
 
     @property
     def element(self):
@@ -73,10 +73,11 @@ def _word_at(builder, address, number):
     return read_only(builder, builder.load(pointer, align=8))
 
 
-def captured(each, place, real, chosen=False):
+def captured(each, place, real, chosen=""):
     """An intrinsic that finds one of `fastattn.functions.function.Captured`, whose words begin at `place`.
 
-    A floating number is one of the dtype `real`, as are those that are written in the function.
+    A floating number is one of the dtype `real`, as are those that are written in the function. `chosen`: as of the
+    type.
     """
 
     @intrinsic
@@ -106,10 +107,11 @@ def captured(each, place, real, chosen=False):
     return find
 
 
-def item_at(real, is_chosen):
+def item_at(real, is_chosen, read):
     """An intrinsic that reads an element of a captured array, or what is left of it where it has more axes.
 
     `is_chosen`: at this place in the function what is read of a chosen array is a dual number of the dtype `real`.
+    `read` is called with the names of chosen arrays of which an element is read here.
     """
 
     @intrinsic(prefer_literal=True)
@@ -123,6 +125,8 @@ def item_at(real, is_chosen):
             return None
         rest = array.axes - len(numbers)
         ty = ArrayType(array.kind, rest, array.chosen) if rest else read_as(array.element, real)
+        if array.chosen and not rest:
+            read(array.chosen)
         dual = DualType(real) if is_chosen and array.chosen and not rest else None
 
         def codegen(context, builder, sig, values):

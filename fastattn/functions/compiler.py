@@ -21,7 +21,7 @@ from numba.core.untyped_passes import FixupArgs, IRProcessing, ReconstructSSA, T
 from numba.extending import intrinsic
 
 from fastattn.functions import names
-from fastattn.functions.captured import captured, shape_of, size_of
+from fastattn.functions.captured import FLAG, captured, shape_of, size_of
 from fastattn.functions.function import LATER
 from fastattn.functions.meaning import Meaning
 from fastattn.functions.operations import is_number
@@ -37,7 +37,7 @@ from fastattn.functions.refusals import (
     said_of_type,
 )
 
-__all__ = ["compiled"]
+__all__ = ["compiled", "reads_of"]
 
 RECORD, FLAG_NAME = "$captured", "$flag"  # no variables of the user's: where what is captured is, and a flag
 
@@ -154,7 +154,7 @@ class _Rewriter:
         own = self.meaning.function.own_names[self.python, name]
         each = next(one for one in self.meaning.function.captured if one.name == own)
         place = self.meaning.function.place_of(own)
-        found = captured(each, place, self.meaning.real, own == self.meaning.chosen)
+        found = captured(each, place, self.meaning.real, own if own in self.meaning.chosen else "")
         where = [self._variable(RECORD), self._variable(FLAG_NAME)]
         if each.axes != 0:
             return self._call(statement, found, where)
@@ -472,11 +472,21 @@ def _compile(python, meaning, arguments):
             _meanings[python] = before
 
 
-def compiled(function, dtype, chosen=None, place=-1):
+def reads_of(function, dtype, names):
+    """Where a function of scores reads elements of captured arrays: pairs of a name and a place, for `compiled`."""
+    meaning = Meaning(function, _real(dtype), names)
+    _compile(function.python, meaning, (meaning.real, *[types.int64] * 5, FLAG))
+    return meaning.reads
+
+
+def compiled(function, dtype, chosen=(), place=None):
     """A function of a tuple for kernels: the user's arguments, where what is captured is, and a flag.
 
-    Scores are of a dtype, or dual numbers of it. With the name of a captured array, and one of the places where the
-    function indexes something, what is returned is a dual number if that array was read there.
+    Scores are of a dtype, or dual numbers of it. With the name of a captured array, and a place where it is read, what
+    is returned is a dual number.
     """
-    real = types.float32 if dtype == "float32" else types.float64
-    return helper(function.python, Meaning(function, real, chosen, place))
+    return helper(function.python, Meaning(function, _real(dtype), chosen, place))
+
+
+def _real(dtype):
+    return types.float32 if dtype == "float32" else types.float64

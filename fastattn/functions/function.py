@@ -75,9 +75,6 @@ class Function:
     captured : tuple of Captured
     reads : frozenset of str
         Which of its arguments it uses.
-    places : int
-        In how many places it indexes something, or reads an array without axes; those of functions that it calls
-        included.
     python : function
         Its code with what stands around it. It is not compared: functions of one identity are the same.
     own_names : dict of (function, str) to str
@@ -88,7 +85,6 @@ class Function:
     identity: str
     captured: tuple[Captured, ...]
     reads: frozenset[str] = field(compare=False, repr=False)
-    places: int = field(compare=False, repr=False)
     python: FunctionType = field(compare=False, repr=False)
     own_names: dict[tuple[FunctionType, str], str] = field(compare=False, repr=False)
 
@@ -151,8 +147,7 @@ def described(role: str, given: Any) -> tuple[Function, tuple[Any, ...]]:
         for argument, name in zip(arguments, code.co_varnames, strict=False)
         if name in code.co_cellvars or name in _locals_read_by(code)
     )
-    places = sum(reader.places.values())
-    function = Function(role, identity, captured, reads, places, given, reader.own_names)
+    function = Function(role, identity, captured, reads, given, reader.own_names)
     return function, tuple(value for _, value in reader.found.values())
 
 
@@ -171,14 +166,12 @@ class _Reader:
         self.role = role
         self.found: dict[str, tuple[Captured, Any]] = {}
         self.given: dict[str, Any] = {}
-        self.places: dict[CodeType, int] = {}
         self.own_names: dict[tuple[FunctionType, str], str] = {}
 
     def words_of(self, function: FunctionType, above: tuple[Any, ...]) -> Any:
         """What a function's code depends on, in words."""
         if function in above:
             raise TypeError(f"{self.role}: {function.__name__} calls itself, which cannot be compiled")
-        self.places[function.__code__] = _subscripts(function.__code__)
         words: list[Any] = [_written(function.__code__)]
         for name, value in captured_by(self.role, function):
             if isinstance(value, ModuleType):
@@ -194,8 +187,6 @@ class _Reader:
             else:
                 own = self.own_names[function, name] = self._own_name(function, name, value)
                 words.append((name, own))
-                if self.found[own][0].axes == 0:
-                    self.places[function.__code__] += _reads(function.__code__, name)
         return tuple(words)
 
     def _own_name(self, function: FunctionType, name: str, value: Any) -> str:
@@ -301,19 +292,6 @@ def _locals_read_by(code: CodeType) -> frozenset[str]:
         if step.opname.startswith("LOAD_FAST")
         for name in (step.argval if isinstance(step.argval, tuple) else (step.argval,))
     )
-
-
-@lru_cache(maxsize=256)
-def _subscripts(code: CodeType) -> int:
-    """In how many places a code object indexes something."""
-    steps = dis.get_instructions(code)
-    return sum("SUBSCR" in step.opname or (step.opname == "BINARY_OP" and step.argrepr == "[]") for step in steps)
-
-
-@lru_cache(maxsize=256)
-def _reads(code: CodeType, name: str) -> int:
-    """In how many places a code object reads a variable around it."""
-    return sum(step.opname.startswith("LOAD_") and step.argval == name for step in dis.get_instructions(code))
 
 
 @lru_cache(maxsize=256)

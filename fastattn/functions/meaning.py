@@ -11,21 +11,27 @@ __all__ = ["Meaning"]
 class Meaning:
     """What the words of one function mean, where calls compute in one dtype.
 
-    `chosen` is an array that the function is differentiated by, and `place` which of the places where something is
-    indexed, in the order in which they are compiled, is looked at.
+    `chosen` are the names of arrays that are looked at, and `place` is where the function is differentiated by what is
+    read of them: a function in Python, and the variable that what is read is put into. `reads` are the names and places
+    where an element of a chosen array is read, in the order in which they are compiled.
     """
 
-    def __init__(self, function, real, chosen=None, place=-1):
+    def __init__(self, function, real, chosen=(), place=None):
         self.function = function
         self.real = real
         self.chosen, self.place = chosen, place
         self.operations = operations_of(real)
-        self._places = {}
+        self.reads = []
 
     def item(self, python, statement):
         """What indexes a captured array, at this place in a function."""
-        number = self._places.setdefault((python, statement.target.name), len(self._places))
-        return item_at(self.real, number == self.place)
+        place = (python, statement.target.name)
+
+        def read(name):
+            if (name, place) not in self.reads:
+                self.reads.append((name, place))
+
+        return item_at(self.real, place == self.place, read)
 
 
 @cache

@@ -9,7 +9,7 @@ error.
 """
 
 from fastattn.cpu.kernels.records import EMPTY, FULL, PARTIAL
-from fastattn.functions.compiler import compiled
+from fastattn.functions.compiler import compiled, reads_of
 from fastattn.functions.rows import (
     chosen,
     is_marked,
@@ -86,12 +86,11 @@ def score_functions(kernel):
 
 def captured_functions(kernel):
     """The library of the derivatives by elements of captured arrays, whose names are the kernel's steps."""
-    tile, row_bytes = kernel.tile, kernel.tile.row_bytes
+    tile, row_bytes, names = kernel.tile, kernel.tile.row_bytes, kernel.steps
     add_all = _one_after_the_other(
         [
-            _adder(compiled(kernel.function, tile.dtype, name, place), 8 * number)
-            for number, name in enumerate(kernel.steps)
-            for place in range(kernel.function.places)
+            _adder(compiled(kernel.function, tile.dtype, (name,), place), 8 * names.index(name))
+            for name, place in reads_of(kernel.function, tile.dtype, names)
         ]
     )
 
@@ -116,8 +115,8 @@ def captured_functions(kernel):
 
 def _one_after_the_other(functions):
     """A function that calls some, and says whether any said 1."""
-    if len(functions) == 1:
-        return functions[0]
+    if not functions:
+        return _nothing
     first, others = functions[0], _one_after_the_other(functions[1:])
 
     @jit
@@ -126,6 +125,12 @@ def _one_after_the_other(functions):
         return others(score, grad, batch, head, query, key, captured, targets) | one
 
     return both
+
+
+@jit
+def _nothing(score, grad, batch, head, query, key, captured, targets):
+    """Add nothing."""
+    return 0
 
 
 def _adder(function, word):
