@@ -31,7 +31,7 @@ class ArrayType(types.Type):
 
     def __init__(self, kind, axes, chosen=""):
         self.kind, self.axes, self.chosen = kind, axes, chosen
-        super().__init__(f"captured array {chosen} of {kind} with {axes} axes")
+        super().__init__(f"captured array of {kind} with {axes} axes" + (f", {chosen}" if chosen else ""))
 
     @property
     def element(self):
