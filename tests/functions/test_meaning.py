@@ -38,7 +38,7 @@ def check(function: Any, place: tuple[int, int, int, int] = PLACE, scores: Array
     assert not len(wrong), f"of {scores[tuple(wrong[0])]}: {found[tuple(wrong[0])]}, not {wanted[tuple(wrong[0])]}"
 
 
-@settings(max_examples=settings().max_examples // 3)
+@settings(max_examples=settings().max_examples // 4)
 @given(source=function_sources.sources())
 def test_any_function(source: str) -> None:
     function = function_sources.made(source)
@@ -49,7 +49,7 @@ def test_any_function(source: str) -> None:
             continue
 
 
-@settings(max_examples=settings().max_examples // 3)
+@settings(max_examples=settings().max_examples // 10)
 @given(source=function_sources.sources())
 def test_any_derivative(source: str) -> None:
     function, scores = function_sources.made(source), SCORES[4:7, :3]
