@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pickle
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ QUERY, KEY, VALUE = (RNG.standard_normal((2, 3, length, 8)).astype(np.float32) f
 
 
 @pytest.fixture
-def compilations(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+def compilations(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Return the kernels that are asked for and are neither in memory nor on disk meanwhile, as they come."""
     found: list[Any] = []
     emit = building.emit
@@ -31,7 +30,7 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
         return emit(*args, **options)
 
     monkeypatch.setattr(building, "emit", counted)
-    yield found
+    return found
 
 
 def right(function: Any, **options: Any) -> Any:
