@@ -25,23 +25,47 @@ def as_compiled(function: Any, scores: Array, batch: int, head: int, query: int,
 
     Where an index is out of range, that is True in the second array.
     """
-    tile = session.current.row.tile(scores.dtype.name)
-    described_, values = described("score_mod", function)
-    library = compiled("score_function", described_, tile)
-    rows = np.zeros((len(scores), tile.width), scores.dtype)
-    rows[:, : scores.shape[1]] = scores
-    record = record_of(described_, values)
-    place = (batch, head, query, key, query + tile.width - 1)
-    library.addresses  # noqa: B018
-    library.value(address_of(rows), len(rows), *place, address_of(record))
-    found = rows[:, : scores.shape[1]]
+    found, _ = _run("value", function, scores, batch, head, query, key)
     bits = np.ascontiguousarray(found).view(f"u{scores.dtype.itemsize}")
     return found, bits == MARKED[scores.dtype]
 
 
+def slopes_as_compiled(function: Any, scores: Array, batch: int, head: int, query: int, key: int) -> Array:
+    """Return the derivatives there."""
+    return _run("slope", function, scores, batch, head, query, key)[1]
+
+
+def _run(which: str, function: Any, scores: Array, batch: int, head: int, query: int, key: int) -> tuple[Array, Array]:
+    tile = session.current.row.tile(scores.dtype.name)
+    its, values = described("score_mod", function)
+    library = compiled("score_function", its, tile)
+    record = record_of(its, values)
+    found, slopes = scores.copy(), np.ones_like(scores)
+    for first in range(0, scores.shape[1], tile.width):
+        rows, beside = np.zeros((2, len(scores), tile.width), scores.dtype)
+        columns = slice(first, min(first + tile.width, scores.shape[1]))
+        count = columns.stop - first
+        rows[:, :count], beside[:] = scores[:, columns], 1
+        arrays = (address_of(rows), *((address_of(beside),) if which == "slope" else ()))
+        last = query + first + tile.width - 1
+        getattr(library, which)(*arrays, len(rows), batch, head, query + first, key, last, address_of(record))
+        found[:, columns], slopes[:, columns] = rows[:, :count], beside[:, :count]
+    return found, slopes
+
+
 def as_python(function: Any, scores: Array, batch: int, head: int, query: int, key: int) -> tuple[Array, Array]:
     """Return the same, as Python has it, in the dtype of the scores."""
-    queries, keys = np.arange(scores.shape[1]) + query, np.arange(scores.shape[0])[:, None] + key
-    where = Where(*np.broadcast_arrays(np.int64(batch), np.int64(head), queries, keys))
+    where = _places(scores, batch, head, query, key)
     found = reference.functions.scores_of_function(described("score_mod", function)[0], scores, where)
     return found.values, ~found.inside
+
+
+def slopes_as_python(function: Any, scores: Array, batch: int, head: int, query: int, key: int) -> tuple[Array, Array]:
+    """Return the derivatives there, in the dtype of the scores, and how wrong they may be."""
+    where = _places(scores, batch, head, query, key)
+    return reference.functions.slopes_of_function(described("score_mod", function)[0], scores, where)
+
+
+def _places(scores: Array, batch: int, head: int, query: int, key: int) -> Where:
+    queries, keys = np.arange(scores.shape[1]) + query, np.arange(scores.shape[0])[:, None] + key
+    return Where(*np.broadcast_arrays(np.int64(batch), np.int64(head), queries, keys))

@@ -326,6 +326,87 @@ def score_options(draw: st.DrawFn, problem: Problem, is_causal: Any) -> dict[str
     return options
 
 
+# -- functions ---------------------------------------------------------------------------------------------------------
+
+
+def of_size(steepest: float, largest: float, bend: float = 0.0) -> Callable[[Any], Any]:
+    """Say of a function of scores how large its slope, what it adds, and its second derivative are at most."""
+
+    def known(function: Any) -> Any:
+        function.steepest, function.largest, function.bend = steepest, largest, bend
+        return function
+
+    return known
+
+
+def _score_mods(rng: np.random.Generator) -> list[Any]:
+    table = laid_out(rng.standard_normal((5, 7)).astype(rng.choice(("f4", "f8"))), str(rng.choice(LAYOUTS[:7])))
+    kinds, factor, slope = rng.integers(0, 3, 11), float(rng.uniform(-2, 2)), np.array(rng.uniform(0, 1))
+
+    @of_size(1, 5)
+    def relative(score: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
+        return score + table[head % 5, (query - key) % 7]
+
+    @of_size(2, 3)
+    def scaled(score: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
+        return score * factor + (key % 3) * batch * 0.25
+
+    @of_size(1, 0, 0.3)
+    def capped(score: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
+        return 3 * np.tanh(score / 3)
+
+    @of_size(1, 3)
+    def stepped(score: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
+        if query >= key:
+            return score
+        return score - (1.5 if head % 2 else slope)
+
+    @of_size(1, 1)
+    def hiding(score: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
+        return np.where(kinds[query % 11] == kinds[-1 - key % 11], score, -np.inf)
+
+    @of_size(0, 5)
+    def replacing(score: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
+        row = table[head % 5]
+        return row[key % len(row)] + min(abs(query - key), 3) * 0.5
+
+    return [relative, scaled, capped, stepped, hiding, replacing]
+
+
+def _mask_mods(rng: np.random.Generator) -> list[Any]:
+    documents, reach = np.sort(rng.integers(0, 4, 37)), int(rng.integers(0, 40))
+    allowed = rng.random((3, 5)) < 0.6
+
+    def same_document(batch: Any, head: Any, query: Any, key: Any) -> Any:
+        return documents[query % 37] == documents[key % 37]
+
+    def dilated(batch: Any, head: Any, query: Any, key: Any) -> Any:
+        return (query - key) % 3 < 2
+
+    def prefix(batch: Any, head: Any, query: Any, key: Any) -> Any:
+        return key < reach or key <= query
+
+    def by_head(batch: Any, head: Any, query: Any, key: Any) -> Any:
+        return allowed[head % 3, key % 5] & ~(batch == 1)
+
+    return [same_document, dilated, prefix, by_head, lambda batch, head, query, key: False]
+
+
+#: No call with a function has more scores: Python is asked about each of them.
+FEW_SCORES = 20_000
+
+
+@st.composite
+def functions(draw: st.DrawFn, problem: Problem) -> dict[str, Any]:
+    """Draw a function of scores, one that says which keys are seen, or both."""
+    rng = np.random.default_rng(draw(SEEDS))
+    which = draw(st.sampled_from((("score_mod",), ("mask_mod",), ("score_mod", "mask_mod"))))
+    if np.prod(problem.weights_shape) > FEW_SCORES:
+        return {}
+    made = {"score_mod": _score_mods, "mask_mod": _mask_mods}
+    return {name: draw(st.sampled_from(made[name](rng))) for name in which}
+
+
 @st.composite
 def masks_of(
     draw: st.DrawFn,
@@ -367,6 +448,7 @@ def calls(
     any_layout: bool = True,
     small: bool = False,
     further: bool | None = None,
+    with_functions: bool = False,
 ) -> Call:
     """Draw a call.
 
@@ -389,6 +471,8 @@ def calls(
     further
         Whether queries have windows, offsets and lengths, scores a softcap and slopes, heads sinks, and masks come in
         pairs; not if small, unless asked for.
+    with_functions
+        Whether there are functions of the user's, where there are few scores.
     """
     query_shape, key_shape, value_shape, enable_gqa = draw(shapes(empty=empty, small=small))
     dtype = draw(DTYPES)
@@ -408,6 +492,8 @@ def calls(
     mask, described_mask = draw(masks_of(rng, problem.weights_shape, masks, further))
     if further:
         options |= draw(score_options(problem, options["is_causal"]))
+    if with_functions:
+        options |= draw(functions(problem))
     if dropout:
         options["dropout_p"] = draw(st.sampled_from((0.1, 0.5, 0.9, 1, 2**-20)))
         options["rng"] = draw(st.integers(0, 2**64 - 1))

@@ -31,6 +31,10 @@ score. Then:
 - With a softcap the gradient of a score is multiplied by its slope, 1 - tanh(s / c)². That has the roundings of tanh,
   and an error d of the score changes it by a factor of up to exp(2 d / c), as its logarithm has a slope of up to 2 / c.
   Where tanh is 1 in the call's type, the slope need not become smaller any more (`LEAST_SLOPE`).
+- A function of the user's makes an error of a score as much larger as its slope is steep, and rounds some times
+  (`FUNCTION_ROUNDINGS`) at the size of the score or of what it adds. What these are, and its second derivative, which
+  an error of a score changes the slope by, the functions of the tests say (`strategies.of_size`). The reference has the
+  slope from differences, of which it says how wrong they may be.
 
 What is not finite must be the same, with one exception: where the exact result is infinite, because a value is, the
 weight of that value may be 0 in the narrower type, and 0 · inf is NaN.
@@ -60,6 +64,8 @@ ADDITIVE_ROUNDINGS = 7
 ROUNDINGS = 8
 #: Roundings of a score that a softcap makes, at the size that it then has.
 CAP_ROUNDINGS = 7
+#: Roundings of a score that a function of the tests makes.
+FUNCTION_ROUNDINGS = 8
 #: A slope below this may be any other.
 LEAST_SLOPE = {np.dtype(np.float32): 2.0**-56, np.dtype(np.float64): 2.0**-450}
 
@@ -105,7 +111,9 @@ def expected(
             terms = ADDITIVE_ROUNDINGS * largest_score
         size: Any = ROUNDINGS + error_of_score(problem, terms, largest_score)
         if problem.scores.adds:
-            added = np.where(undropped > eps**2, size_of_added(problem, operands).reshape(undropped.shape), 0)
+            factor = 1 if problem.scores.score_mod is None else FUNCTION_ROUNDINGS * steepness(problem)
+            added = factor * size_of_added(problem, operands).reshape(undropped.shape)
+            added = np.where(undropped > eps**2, added, 0)
             size = size + added.max(axis=-1, initial=0)
         size = np.broadcast_to(size, problem.lse_shape)
         out_bound = eps * size * max(1.0, problem.keep_scale) * max(1.0, largest(operands.value))
@@ -157,22 +165,54 @@ def size_of_added(problem: Problem, operands: Operands) -> Array:
 def error_of_score(problem: Problem, terms: float, largest_score: float) -> float:
     """Return the error of a score, in eps, where that of scale · (query · key) is `terms`."""
     softcap = problem.scores.softcap
-    if softcap is None:
+    if softcap is not None:
+        most = 2 * softcap / float(np.finfo(problem.real).eps)
+        largest_score = min(softcap, largest_score)
+        terms = min(terms, most) + CAP_ROUNDINGS * largest_score
+    if problem.scores.score_mod is None:
         return terms
-    return min(terms, 2 * softcap / float(np.finfo(problem.real).eps)) + CAP_ROUNDINGS * min(softcap, largest_score)
+    own = problem.scores.score_mod.python.largest  # type: ignore[attr-defined]
+    return steepness(problem) * terms + FUNCTION_ROUNDINGS * (own + max(1.0, steepness(problem)) * largest_score)
+
+
+def steepness(problem: Problem) -> float:
+    """Return how large the slope of the user's function is at most; 1 where there is none."""
+    score_mod = problem.scores.score_mod
+    return 1.0 if score_mod is None else float(score_mod.python.steepest)  # type: ignore[attr-defined]
 
 
 def slope_of_score(problem: Problem, operands: Operands, terms: float, weight: Array | None = None) -> tuple[Any, Any]:
     """Return what a gradient of scores is multiplied by, and its error, where that of raw scores is eps · terms."""
-    softcap = problem.scores.softcap
-    if softcap is None:
+    softcap, score_mod = problem.scores.softcap, problem.scores.score_mod
+    if softcap is None and score_mod is None:
         return 1.0, 0.0
     eps = float(np.finfo(problem.real).eps)
     raw = reference.forward.raw_scores(problem, operands, weight)
-    # NaN is hidden, or all of the row is
-    slope = problem.scores.slope(np.where(np.isnan(raw), 0, raw)).astype(np.float64)
-    blur = slope * (np.expm1(min(2 * eps * terms / softcap, 700.0)) + eps * CAP_ROUNDINGS)
-    return slope, np.minimum(1.0, blur + LEAST_SLOPE[problem.real])
+    raw = np.where(np.isnan(raw), 0, raw)  # NaN is hidden, or all of the row is
+    slope, blur = np.ones(1), np.zeros(1)
+    if softcap is not None:
+        slope = problem.scores.slope(raw).astype(np.float64)
+        blur = slope * (np.expm1(min(2 * eps * terms / softcap, 700.0)) + eps * CAP_ROUNDINGS)
+        blur = np.minimum(1.0, blur + LEAST_SLOPE[problem.real])
+    if score_mod is None:
+        return slope, blur
+    own, error = slope_of_function(problem, operands, raw, eps * terms)
+    return np.abs(own) * slope, np.abs(own) * blur + error * slope
+
+
+def slope_of_function(problem: Problem, operands: Operands, raw: Array, error: float) -> tuple[Array, Array]:
+    """Return the slope of the user's function, and its error, where that of a score is `error` before a softcap."""
+    score_mod = problem.scores.score_mod
+    assert score_mod is not None
+    where = reference.functions.where_all(problem, operands.heads)
+    before = reference.forward.value_of(problem, operands, raw)
+    before = np.where(np.isfinite(before), before, 0)  # the key is hidden, or all of the row is odd
+    slope, unsure = reference.functions.slopes_of_function(score_mod, before, where)
+    eps, bend = float(np.finfo(problem.real).eps), score_mod.python.bend  # type: ignore[attr-defined]
+    blur = eps * FUNCTION_ROUNDINGS * max(1.0, steepness(problem))
+    blur = blur + bend * (error + eps * (np.abs(before) + size_of_added(problem, operands)))
+    slope, unsure = (np.where(np.isfinite(array), array, 0).astype(np.float64) for array in (slope, unsure))
+    return slope, np.minimum(blur, 2 * steepness(problem)) + unsure
 
 
 def largest(values: Array) -> float:
@@ -358,6 +398,10 @@ def expected_gradients(
         largest_score = score_size(operands.query, operands.key, problem.scores.scale)
         of_raw = largest_score * max(1.0, problem.head_dim / 2)
         slope, blur = slope_of_score(problem, operands, of_raw)
+        of_mask, unsure = 1.0, 0.0
+        if problem.scores.score_mod is not None:
+            raw = reference.forward.raw_scores(problem, operands)
+            of_mask, unsure = slope_of_function(problem, operands, np.where(np.isnan(raw), 0, raw), eps * of_raw)
         terms = error_of_score(problem, of_raw, largest_score)
         largest_mask = size_of_added(problem, operands).max(initial=0)
         # of one weight, whatever is multiplied by it
@@ -371,7 +415,7 @@ def expected_gradients(
             abs(problem.scores.scale) * (raw @ k),
             abs(problem.scores.scale) * (raw.swapaxes(-1, -2) @ q),
             kept.swapaxes(-1, -2) @ g,
-            scores,
+            scores * np.abs(of_mask) + magnitudes * unsure,
         ]
         bounds = [bound + float(np.finfo(problem.real).tiny) * (1 + bound) for bound in bounds]
     return problem, [exact.query, exact.key, exact.value, exact.scores], bounds

@@ -66,8 +66,8 @@ def additive_attention(
         a tuple (bias, keep).
     is_causal : bool or "bottom-right"
         True: query i looks at the keys up to i. "bottom-right": up to i + Lk - Lq, as in decoding.
-    window, query_offset, key_lengths, softcap, alibi_slopes, sinks : optional
-        As in `fastattn.attention`.
+    window, query_offset, key_lengths, softcap, alibi_slopes, sinks, score_mod, mask_mod, block_mask : optional
+        As in `fastattn.attention`; the axis before the length, if there is one, is that of the heads.
     return_lse : bool
         Return the natural logarithm of the sum of exp(score) over the keys as well.
     return_weights : bool
@@ -92,6 +92,8 @@ def additive_attention(
         If an argument is of a kind or dtype that has no meaning here.
     ValueError
         If shapes do not go together, or a number is out of range. The message names the argument.
+    IndexError
+        If a function reads an array out of range, for a key that the query may look at.
 
     Notes
     -----

@@ -90,6 +90,15 @@ def attention(
     sinks : array_like of real numbers, shape (Hq,), optional
         One more score of each query, by heads, that has a share of the weights and no key: exp(sink) is in the
         denominator of the softmax [4]_. It broadcasts as alibi_slopes does. -inf is no sink.
+    score_mod : function, optional
+        Of (score, batch, head, query, key), ordinary Python, which returns another score: after softcap, floating mask
+        and slopes, before anything is hidden. `query` is the position of the query. It is compiled once; arrays and
+        numbers around it that it reads are those of the call, see Notes.
+    mask_mod : function, optional
+        Of (batch, head, query, key), True where the query may look at the key. Blocks of 64 x 64 that it hides are
+        found once, and skipped.
+    block_mask : BlockMask, optional
+        The same, made beforehand and kept: see `fastattn.BlockMask`.
     return_lse : bool
         Return the natural logarithm of the sum of exp(score) over the keys as well.
     return_weights : bool
@@ -117,9 +126,12 @@ def attention(
     Raises
     ------
     TypeError
-        If an argument is of a kind or dtype that has no meaning here.
+        If an argument is of a kind or dtype that has no meaning here, or a function cannot be compiled: then the
+        message has the line of it.
     ValueError
         If shapes do not go together, or a number is out of range. The message names the argument.
+    IndexError
+        If a function reads an array out of range, for a key that the query may look at.
     RuntimeError
         If CUDA is asked for and cannot be used: the message says what is missing.
 
@@ -127,6 +139,10 @@ def attention(
     -----
     Results are the same bits at any thread count, for any strides of the same values, and for a row of a batch alone.
     NaN and infinity in keys and values that a query may not look at do not reach it.
+
+    Functions may have ``if`` and ``else``, loops over ``range``, operators, functions of numbers of `numpy`, `math` and
+    Python's own, and functions of yours that they call. Arrays around them of booleans, integers and real numbers may
+    be indexed, by negative integers from the end. Other arrays and numbers, and other lengths, compile nothing.
 
     References
     ----------
@@ -148,6 +164,11 @@ def attention(
     >>> out, weights = fastattn.attention(query, key, value, return_weights=True)
     >>> np.allclose(weights.sum(-1), 1)
     True
+    >>> table = rng.standard_normal((8, 31), dtype=np.float32)  # a bias for each head and distance
+    >>> def relative(score, batch, head, query, key):
+    ...     return score + table[head, query - key + 15]
+    >>> fastattn.attention(query, key, value, score_mod=relative).shape
+    (1, 8, 16, 64)
     """
     asked: Any = b""
     if (

@@ -71,7 +71,7 @@ def attention_backward(
         The gradient of a number, usually a loss, by the result of attention.
     query, key, value : array_like
         What attention was given; so are attn_mask, dropout_p, is_causal, scale, enable_gqa, window, query_offset,
-        key_lengths, softcap, alibi_slopes and sinks.
+        key_lengths, softcap, alibi_slopes, sinks, score_mod, mask_mod and block_mask.
     out : array_like, shape (..., Hq, Lq, Dv)
         What attention returned.
     lse : array_like, shape (..., Hq, Lq)
@@ -84,7 +84,8 @@ def attention_backward(
         Return the gradient by `attn_mask`, a floating one, as well; of (bias, keep), that by the bias.
     grads : sequence of str, optional
         Names of the arguments whose gradients to return, in this order, and of no others: of "query", "key", "value",
-        "attn_mask", "alibi_slopes" and "sinks" those that the call was given.
+        "attn_mask", "alibi_slopes" and "sinks" those that the call was given; and on the CPU of the floating arrays
+        that score_mod captures, as it calls them.
     backend : {None, "cpu", "cuda", "reference"}
         None is the best one for where the arrays are. "reference" is `fastattn.reference.attention_backward`.
 
@@ -103,7 +104,10 @@ def attention_backward(
     TypeError
         If an argument is of a kind or dtype that has no meaning here.
     ValueError
-        If shapes do not go together, or a number is out of range. The message names the argument.
+        If shapes do not go together, a number is out of range, or there is no gradient of a name. The message names
+        the argument.
+    IndexError
+        If a function reads an array out of range, for a key that the query may look at.
 
     Notes
     -----
@@ -128,6 +132,15 @@ def attention_backward(
     >>> grads = fastattn.attention_backward(grad_out, query, key, value, out, lse, is_causal=True)
     >>> [grad.shape for grad in grads]
     [(1, 8, 16, 64), (1, 8, 16, 64), (1, 8, 16, 64)]
+    >>> table = np.zeros((8, 16), np.float32)  # a bias for each head and distance, to be learned
+    >>> def relative(score, batch, head, query, key):
+    ...     return score + table[head, query - key]
+    >>> options = {"is_causal": True, "score_mod": relative}
+    >>> out, lse = fastattn.attention(query, key, value, return_lse=True, **options)
+    >>> call = (grad_out, query, key, value, out, lse)
+    >>> (grad_table,) = fastattn.attention_backward(*call, grads=("table",), **options)
+    >>> grad_table.shape
+    (8, 16)
     """
     further: FurtherOptions = {
         "window": window, "query_offset": query_offset, "key_lengths": key_lengths, "softcap": softcap,
@@ -215,15 +228,15 @@ def additive_attention_backward(
     grad_out : array_like, shape (..., Lq, Dv)
         The gradient of a number, usually a loss, by the result of attention.
     query, key, value, weight : array_like
-        What attention was given; so are attn_mask, is_causal, window, query_offset, key_lengths,
-        softcap, alibi_slopes and sinks.
+        What attention was given; so are attn_mask, is_causal, window, query_offset, key_lengths, softcap,
+        alibi_slopes, sinks, score_mod, mask_mod and block_mask.
     out : array_like, shape (..., Lq, Dv)
         What attention returned.
     lse : array_like, shape (..., Lq)
         What it returned with ``return_lse=True``.
     grads : sequence of str, optional
         Names of the arguments whose gradients to return, in this order, and of no others: of "query", "key", "value",
-        "weight", "alibi_slopes" and "sinks" those that the call was given.
+        "weight", "alibi_slopes" and "sinks" those that the call was given. There is none of what score_mod captures.
     backend : {None, "cpu", "reference"}
         None is the best one.
 
@@ -239,6 +252,8 @@ def additive_attention_backward(
         If an argument is of a kind or dtype that has no meaning here.
     ValueError
         If shapes do not go together, or there is no gradient of that name. The message names the argument.
+    IndexError
+        If a function reads an array out of range, for a key that the query may look at.
 
     Notes
     -----

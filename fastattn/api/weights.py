@@ -75,7 +75,7 @@ def attention_weights(
     is_causal : bool or "bottom-right"
     scale : float, optional
     enable_gqa : bool
-    window, query_offset, key_lengths, softcap, alibi_slopes, sinks : optional
+    window, query_offset, key_lengths, softcap, alibi_slopes, sinks, score_mod, mask_mod, block_mask : optional
     rows, columns : int, slice or array_like with one axis, optional
         Which queries and which keys, as in indexing a NumPy array: integers in any order, negative ones counted from
         the end, or booleans. None is all. An int keeps its axis, with length 1.
@@ -96,6 +96,8 @@ def attention_weights(
         If an argument is of a kind or dtype that has no meaning here.
     ValueError
         If shapes do not go together, or an index or a number is out of range. The message names the argument.
+    IndexError
+        If a function reads an array out of range, for a key that the query may look at.
 
     Notes
     -----
@@ -244,7 +246,7 @@ def attention_summary(
     is_causal : bool or "bottom-right"
     scale : float, optional
     enable_gqa : bool
-    window, query_offset, key_lengths, softcap, alibi_slopes, sinks : optional
+    window, query_offset, key_lengths, softcap, alibi_slopes, sinks, score_mod, mask_mod, block_mask : optional
     top_k : int
         How many of its greatest weights to return for each query; 0 is allowed, and so is more than there are keys.
     backend : {None, "cpu", "reference"}
@@ -260,6 +262,8 @@ def attention_summary(
         If an argument is of a kind or dtype that has no meaning here.
     ValueError
         If shapes do not go together, or a number is out of range. The message names the argument.
+    IndexError
+        If a function reads an array out of range, for a key that the query may look at.
 
     Notes
     -----

@@ -24,7 +24,6 @@ from fastattn.call.shapes import masks_of, split_shape
 
 __all__ = [
     "OF_HEADS",
-    "SHARED",
     "Names",
     "Upstream",
     "arrived",

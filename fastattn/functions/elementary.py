@@ -155,7 +155,11 @@ def exp(x):
 
 
 def _exp2(x):
-    value, _ = exp(x * 0.6931471805599453)
+    _, (least, most), power, _ = EXPONENTIAL[x.bits]
+    bounded = _clipped(x, 1.2 * least, 1.1 * most)
+    n = bounded.call("rint")
+    f = bounded - n
+    value = choose(x.is_nan(), x, _scaled(f * _horner(f, power) + 1.0, n))
     return value, value * 0.6931471805599453
 
 

@@ -13,15 +13,21 @@ from fastattn.cpu.kernels.tiles import product, unrolled_product
 from fastattn.simd import (
     all_zero,
     jit,
+    lanes_above,
     largest_row,
     load_element,
+    load_i64,
     maximum,
+    stack_memory,
     store_element,
+    store_i64,
     tile_fill,
     tile_load,
     tile_repeat,
     tile_store,
 )
+
+memory_of_words = stack_memory(8 * 512)  # no row of the table has more keys in a block
 
 
 @jit
@@ -145,10 +151,20 @@ def are_finite(tile, plan, value, count):
 
 
 @jit
-def add_visible_values(kernel, plan, head, weights, count, first_query, first_key, value, out):
+def note_seen(tile, scores, count):
+    """Which queries look at which keys of a block, read off the scores: a word of bits for each key. Where that is."""
+    seen, hidden = memory_of_words(), tile_fill(tile.single, MINUS_INFINITY)
+    for j in range(count):
+        store_i64(seen + 8 * j, lanes_above(tile_load(tile.single, scores + j * tile.row_bytes, 0), hidden))
+    return seen
+
+
+@jit
+def add_visible_values(kernel, plan, head, weights, count, first_query, first_key, value, out, seen):
     """`add_values` for keys with values that are not finite and queries that may not look at some of them.
 
-    There 0 · NaN must not reach a query. `value` is where the micro-kernel finds the row of the first key.
+    There 0 · NaN must not reach a query. `value` is where the micro-kernel finds the row of the first key; `seen` what
+    `note_seen` has noted, where users' functions have a say.
     """
     tile = kernel.tile
     present = min(tile.width, plan.queries - first_query)
@@ -166,7 +182,11 @@ def add_visible_values(kernel, plan, head, weights, count, first_query, first_ke
         if j == count:
             break
         for i in range(present):
-            if sees(kernel, plan, head, first_query + i, first_key + j):
+            if "function" in kernel.steps:
+                looks = (load_i64(seen + 8 * j) >> i) & 1 != 0
+            else:
+                looks = sees(kernel, plan, head, first_query + i, first_key + j)
+            if looks:
                 weight = load_element(tile, weights + j * tile.row_bytes + i * tile.itemsize)
                 for p in range(plan.value_dim):
                     place = out + p * tile.row_bytes + i * tile.itemsize

@@ -24,6 +24,7 @@ from fastattn.cpu.kernels.blocks import (
     load_keys,
     load_queries,
     load_values,
+    note_seen,
     place_of_scores,
     scores_of,
 )
@@ -87,6 +88,9 @@ def attend(kernel, call, plan, head, number, state, room, part, first, first_key
     scores_of(kernel, plan, head, state, m, relative, part, first, first_key, keys, room.work, wanted)
     count = part.end - part.begin
     scores = place_of_scores(tile, room.work) + part.begin * tile.row_bytes
+    seen = 0
+    if "function" in kernel.steps and not finite:
+        seen = note_seen(tile, scores, count)
     top = tile_load(tile.single, room.work, 0)
     absorb(kernel, scores, count, top, relative, to_base_2, m, m + tile.row_bytes, block, plan.value_dim)
     first_key += part.begin
@@ -95,7 +99,7 @@ def attend(kernel, call, plan, head, number, state, room, part, first, first_key
     _, row, _ = value_steps(kernel, plan)
     values += part.begin * row
     if not finite and (part.begin < part.full or part.full_end < part.end):
-        add_visible_values(kernel, plan, head, scores, count, first, first_key, values, block)
+        add_visible_values(kernel, plan, head, scores, count, first, first_key, values, block, seen)
     else:
         add_values(kernel, plan, scores, count, values, block, wanted)
 

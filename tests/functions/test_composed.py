@@ -1,0 +1,71 @@
+"""Functions of the user's together with every other option, at random, against the reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import tolerances
+from hypothesis import given
+from strategies import Call, bias_in, calls
+
+import fastattn
+from fastattn import reference
+from fastattn.call.arrays import as_operands
+from fastattn.call.shapes import describe
+
+PLAIN = ("usual", "tiny")
+
+
+@given(call=calls(with_functions=True, dropout=False))
+def test_any_call(call: Call) -> None:
+    tolerances.check_call(fastattn.attention, *call.args, **call.options)
+
+
+@given(call=calls(with_functions=True, dropout=True))
+def test_dropout(call: Call) -> None:
+    tolerances.check_call(fastattn.attention, *call.args, **call.options)
+
+
+@given(call=calls(with_functions=True, odd=True, masks=(None, "bool", "float, -inf")))
+def test_values_that_are_not_finite(call: Call) -> None:
+    tolerances.check_call(fastattn.attention, *call.args, **call.options)
+
+
+@given(call=calls(with_functions=True, empty=True))
+def test_axes_of_length_zero(call: Call) -> None:
+    tolerances.check_call(fastattn.attention, *call.args, **call.options)
+
+
+@given(call=calls(with_functions=True, any_layout=False))
+def test_the_same_bits_at_any_thread_count(call: Call) -> None:
+    found: list[Any] = []
+    for threads in (1, 2, 3):
+        with fastattn.num_threads(threads):
+            found.append(fastattn.attention(*call.args, **call.options, return_lse=True, return_weights=True))
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            assert a.tobytes() == b.tobytes()
+
+
+@given(call=calls(with_functions=True, sizes=PLAIN))
+def test_gradients(call: Call) -> None:
+    query, key, value, mask = call.args
+    out, lse = fastattn.attention(*call.args, **call.options, return_lse=True)
+    grad_out = np.random.default_rng(0).standard_normal(out.shape).astype(out.dtype)
+    with_mask = bias_in(mask) is not None
+    gradients = fastattn.attention_backward(
+        grad_out, query, key, value, out, lse, mask, **call.options, grad_mask=with_mask
+    )
+    problem, exact, bounds = tolerances.expected_gradients(grad_out, *call.args, **call.options)
+    tolerances.check_gradients(gradients, call.args, problem, exact, bounds)
+
+
+@given(call=calls(with_functions=True, sizes=PLAIN, masks=(None,)))
+def test_summary_and_weights(call: Call) -> None:
+    query, key = call.query, call.key
+    wanted = tolerances.expected(query, key, key, **call.options)
+    summary = fastattn.attention_summary(query, key, **call.options, top_k=3)
+    problem, operands = describe(*as_operands(query, key, key), **call.options)
+    tolerances.check_summary(summary, reference.summarise(problem, operands, 3), wanted)
+    tolerances.check_weights(fastattn.attention_weights(query, key, **call.options), wanted)
