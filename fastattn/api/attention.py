@@ -141,8 +141,8 @@ def attention(
     NaN and infinity in keys and values that a query may not look at do not reach it.
 
     Functions may have ``if`` and ``else``, loops over ``range``, operators, functions of numbers of `numpy`, `math` and
-    Python's own, and functions of yours that they call. Arrays around them of booleans, integers and real numbers may be
-    indexed, by negative integers from the end. Other arrays and numbers, and other lengths, compile nothing.
+    Python's own, and functions of yours that they call. Arrays around them of booleans, integers and real numbers may
+    be indexed, by negative integers from the end. Other arrays and numbers, and other lengths, compile nothing.
 
     References
     ----------
