@@ -93,7 +93,7 @@ class Report(NamedTuple):
 
 def kernels() -> dict[str, Kernel]:
     """All kernels that are looked at, by name."""
-    found = [*on_tensor_cores(), *for_few_queries(), *portable_ones()]
+    found = [*on_tensor_cores(), *for_few_queries(), *portable_ones(), *with_functions()]
     return {kernel.name: kernel for kernel in found}
 
 
@@ -157,6 +157,35 @@ def portable_ones() -> Iterator[Kernel]:
             ("gradients of queries", portable_backward.grad_queries),
         ):
             yield Kernel(f"portable {what}, {storage}, {width}", factory, spec, {}, tiling.threads, 1)
+
+
+def with_functions() -> Iterator[Kernel]:
+    """The portable kernels with functions of the user's: a bias by distance from a table, and documents."""
+    from fastattn.cuda.host import backward, choice
+    from fastattn.cuda.kernels import portable, portable_backward
+    from fastattn.functions.function import described
+
+    table, documents, real = np.zeros((8, 127), np.float32), np.zeros(64, np.int32), np.dtype(np.float32)
+
+    def relative(score: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
+        return score + table[head, query - key]
+
+    def same(batch: Any, head: Any, query: Any, key: Any) -> Any:
+        return documents[query] == documents[key]
+
+    for name, function in (("score_mod", relative), ("mask_mod", same)):
+        functions: Any = {name: described(name, function)[0]}
+        problem = Problem(real, real, (), 1, 1, 9, 9, 64, 64, (1, 9, 64), 0.0, Scores(**functions))
+        tiles, kind = choice.tiles_for("float32", problem), choice.kind_of(problem)
+        tiling = backward.tiling_for("float32", problem)
+        spec: Any = portable.Forward("float32", "none", False, tiles, **kind)
+        yield Kernel(f"portable forward, float32, 64, {name}", portable.forward, spec, {}, tiles.threads, 1)
+        spec = portable_backward.Backward("float32", "none", False, tiling, **kind)
+        for what, factory in (
+            ("gradients of keys, values", portable_backward.grad_keys),
+            ("gradients of queries", portable_backward.grad_queries),
+        ):
+            yield Kernel(f"portable {what}, float32, 64, {name}", factory, spec, {}, tiling.threads, 1)
 
 
 # -- tools -------------------------------------------------------------------------------------------------------------

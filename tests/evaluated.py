@@ -39,12 +39,18 @@ def _run(which: str, function: Any, scores: Array, batch: int, head: int, query:
     tile = session.current.row.tile(scores.dtype.name)
     its, values = described("score_mod", function)
     library = compiled("score_function", its, tile)
-    rows, slopes = np.zeros((len(scores), tile.width), scores.dtype), np.ones((len(scores), tile.width), scores.dtype)
-    rows[:, : scores.shape[1]] = scores
     record = record_of(its, values)
-    arrays = (address_of(rows), *((address_of(slopes),) if which == "slope" else ()))
-    getattr(library, which)(*arrays, len(rows), batch, head, query, key, query + tile.width - 1, address_of(record))
-    return rows[:, : scores.shape[1]], slopes[:, : scores.shape[1]]
+    found, slopes = scores.copy(), np.ones_like(scores)
+    for first in range(0, scores.shape[1], tile.width):
+        rows, beside = np.zeros((2, len(scores), tile.width), scores.dtype)
+        columns = slice(first, min(first + tile.width, scores.shape[1]))
+        count = columns.stop - first
+        rows[:, :count], beside[:] = scores[:, columns], 1
+        arrays = (address_of(rows), *((address_of(beside),) if which == "slope" else ()))
+        last = query + first + tile.width - 1
+        getattr(library, which)(*arrays, len(rows), batch, head, query + first, key, last, address_of(record))
+        found[:, columns], slopes[:, columns] = rows[:, :count], beside[:, :count]
+    return found, slopes
 
 
 def as_python(function: Any, scores: Array, batch: int, head: int, query: int, key: int) -> tuple[Array, Array]:
@@ -54,9 +60,7 @@ def as_python(function: Any, scores: Array, batch: int, head: int, query: int, k
     return found.values, ~found.inside
 
 
-def slopes_as_python(
-    function: Any, scores: Array, batch: int, head: int, query: int, key: int
-) -> tuple[Array, Array]:
+def slopes_as_python(function: Any, scores: Array, batch: int, head: int, query: int, key: int) -> tuple[Array, Array]:
     """Return the derivatives there, in the dtype of the scores, and how wrong they may be."""
     where = _places(scores, batch, head, query, key)
     return reference.functions.slopes_of_function(described("score_mod", function)[0], scores, where)

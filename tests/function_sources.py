@@ -56,96 +56,98 @@ def _of(*templates: str) -> Any:
     return st.sampled_from(templates)
 
 
+#: Expressions of whole numbers, floating ones and booleans: the smallest ones, and those that are made of others.
+LEAVES = {
+    "w": ("batch", "head", "query", "key", "1", "2", "-3", "7", "count", "least", "zero", "long", "len(columns)"),
+    "f": ("score", "score", "score", "0.5", "-1.25", "3.0", "half", "far", "nothing", "endless", "0.0", "np.pi"),
+    "b": ("query >= key", "flag", "True", "score > 0", "head == 1"),
+}
+SHAPES = {
+    "w": (
+        *("({w} + {w})", "({w} - {w})", "({w} * {w})", "({w} // {w})", "({w} % {w})", "({w} & {w})", "({w} | {w})"),
+        *("({w} ^ {w})", "({w} << ({w} % 8))", "({w} >> ({w} % 8))", "(-{w})", "(~{w})", "abs({w})", "({w} ** 2)"),
+        *(
+            "min({w}, {w})",
+            "max({w}, {w}, {w})",
+            "np.maximum({w}, {w})",
+            "int({f})",
+            "math.floor({f})",
+            "round({f})",
+        ),
+        *(
+            "math.ceil({f})",
+            "np.sign({w})",
+            "({w} if {b} else {w})",
+            "np.where({b}, {w}, {w})",
+            "int({b})",
+            "helped({w})",
+        ),
+        *(
+            "np.clip({w}, -2, {w})",
+            "{I}",
+            "{I}",
+            "({w} & {b})",
+            "np.abs({w})",
+            "columns.shape[1]",
+            "np.where({b}, {w}, 3)",
+        ),
+        *("np.square({w})", "np.int32({w})", "({w}, {w})[1]", "(+{w})"),
+    ),
+    "f": (
+        *("({f} + {f})", "({f} - {f})", "({f} * {f})", "({f} / {f})", "({f} // {f})", "({f} % {f})", "({f} + {w})"),
+        *("({f} * {w})", "({w} - {f})", "({w} / {w})", "({f} / {w})", "({w} // {f})", "({f} % {w})", "(-{f})"),
+        *(
+            "abs({f})",
+            "np.abs({f})",
+            "min({f}, {f})",
+            "max({f}, {w}, {f})",
+            "np.minimum({f}, {f})",
+            "np.fmax({f}, {f})",
+        ),
+        *("np.exp({f})", "np.exp2({f})", "np.expm1({f})", "np.tanh({f})", "np.sqrt({f})", "np.square({f})"),
+        *("np.log({f})", "np.log2({f})", "np.log10({f})", "np.log1p({f})", "math.sin({f})", "np.cos({f})"),
+        *("np.floor({f})", "np.ceil({f})", "np.trunc({f})", "np.rint({f})", "np.sign({f})", "np.reciprocal({f})"),
+        *("({f} if {b} else {f})", "({f} if {b} else {w})", "np.where({b}, {f}, {f})", "np.clip({f}, -1.5, {f})"),
+        *(
+            "({f} ** 2)",
+            "({f} ** 3.0)",
+            "({f} ** {f})",
+            "(2 ** (-{w} % 9))",
+            "({w} ** 0.5)",
+            "float({w})",
+            "{F}",
+            "{F}",
+        ),
+        *(
+            "({f} * {b})",
+            "({f} + {b})",
+            "np.where({b}, {f}, {w})",
+            "helped({f})",
+            "np.power({f}, 2)",
+            "(2.0 ** {w})",
+        ),
+        *("({f} * scalar)",),
+    ),
+    "b": (
+        *(
+            "({w} < {w})",
+            "({w} <= {w})",
+            "({w} == {w})",
+            "({w} != {w})",
+            "({f} < {f})",
+            "({f} >= {f})",
+            "({f} == {f})",
+        ),
+        *("({f} != {f})", "({w} < {f})", "({f} > {w})", "({w} < {w} <= {w})", "({b} and {b})", "({b} or {b})"),
+        *("(not {b})", "({b} & {b})", "({b} | {b})", "({b} ^ {b})", "(~(query > {w}))", "bool({w})", "bool({f})"),
+        *("np.logical_and({w}, {b})", "np.logical_or({f}, {b})", "np.logical_not({b})", "({b} * {b})", "(not {w})"),
+        *("({b} if {b} else {b})", "({b} == {b})", "({w} and {b})", "{B}"),
+    ),
+}
+
+
 class _Writer:
     """Draws expressions of three kinds: "w"hole numbers, "f"loating ones and "b"ooleans."""
-
-    LEAVES = {
-        "w": ("batch", "head", "query", "key", "1", "2", "-3", "7", "count", "least", "zero", "long", "len(columns)"),
-        "f": ("score", "score", "score", "0.5", "-1.25", "3.0", "half", "far", "nothing", "endless", "0.0", "np.pi"),
-        "b": ("query >= key", "flag", "True", "score > 0", "head == 1"),
-    }
-    SHAPES = {
-        "w": (
-            *("({w} + {w})", "({w} - {w})", "({w} * {w})", "({w} // {w})", "({w} % {w})", "({w} & {w})", "({w} | {w})"),
-            *("({w} ^ {w})", "({w} << ({w} % 8))", "({w} >> ({w} % 8))", "(-{w})", "(~{w})", "abs({w})", "({w} ** 2)"),
-            *(
-                "min({w}, {w})",
-                "max({w}, {w}, {w})",
-                "np.maximum({w}, {w})",
-                "int({f})",
-                "math.floor({f})",
-                "round({f})",
-            ),
-            *(
-                "math.ceil({f})",
-                "np.sign({w})",
-                "({w} if {b} else {w})",
-                "np.where({b}, {w}, {w})",
-                "int({b})",
-                "helped({w})",
-            ),
-            *(
-                "np.clip({w}, -2, {w})",
-                "{I}",
-                "{I}",
-                "({w} & {b})",
-                "np.abs({w})",
-                "columns.shape[1]",
-                "np.where({b}, {w}, 3)",
-            ),
-            *("np.square({w})", "np.int32({w})", "({w}, {w})[1]", "(+{w})"),
-        ),
-        "f": (
-            *("({f} + {f})", "({f} - {f})", "({f} * {f})", "({f} / {f})", "({f} // {f})", "({f} % {f})", "({f} + {w})"),
-            *("({f} * {w})", "({w} - {f})", "({w} / {w})", "({f} / {w})", "({w} // {f})", "({f} % {w})", "(-{f})"),
-            *(
-                "abs({f})",
-                "np.abs({f})",
-                "min({f}, {f})",
-                "max({f}, {w}, {f})",
-                "np.minimum({f}, {f})",
-                "np.fmax({f}, {f})",
-            ),
-            *("np.exp({f})", "np.exp2({f})", "np.expm1({f})", "np.tanh({f})", "np.sqrt({f})", "np.square({f})"),
-            *("np.log({f})", "np.log2({f})", "np.log10({f})", "np.log1p({f})", "math.sin({f})", "np.cos({f})"),
-            *("np.floor({f})", "np.ceil({f})", "np.trunc({f})", "np.rint({f})", "np.sign({f})", "np.reciprocal({f})"),
-            *("({f} if {b} else {f})", "({f} if {b} else {w})", "np.where({b}, {f}, {f})", "np.clip({f}, -1.5, {f})"),
-            *(
-                "({f} ** 2)",
-                "({f} ** 3.0)",
-                "({f} ** {f})",
-                "(2 ** (-{w} % 9))",
-                "({w} ** 0.5)",
-                "float({w})",
-                "{F}",
-                "{F}",
-            ),
-            *(
-                "({f} * {b})",
-                "({f} + {b})",
-                "np.where({b}, {f}, {w})",
-                "helped({f})",
-                "np.power({f}, 2)",
-                "(2.0 ** {w})",
-            ),
-            *("({f} * scalar)",),
-        ),
-        "b": (
-            *(
-                "({w} < {w})",
-                "({w} <= {w})",
-                "({w} == {w})",
-                "({w} != {w})",
-                "({f} < {f})",
-                "({f} >= {f})",
-                "({f} == {f})",
-            ),
-            *("({f} != {f})", "({w} < {f})", "({f} > {w})", "({w} < {w} <= {w})", "({b} and {b})", "({b} or {b})"),
-            *("(not {b})", "({b} & {b})", "({b} | {b})", "({b} ^ {b})", "(~(query > {w}))", "bool({w})", "bool({f})"),
-            *("np.logical_and({w}, {b})", "np.logical_or({f}, {b})", "np.logical_not({b})", "({b} * {b})", "(not {w})"),
-            *("({b} if {b} else {b})", "({b} == {b})", "({w} and {b})", "{B}"),
-        ),
-    }
 
     def __init__(self, draw: st.DrawFn) -> None:
         self.draw = draw
@@ -163,8 +165,8 @@ class _Writer:
     def written(self, kind: str, depth: int) -> str:
         """Draw an expression."""
         if depth <= 0 or not self.draw(st.integers(0, 3)):
-            return str(self.draw(st.sampled_from(self.LEAVES[kind])))
-        text = self.draw(st.sampled_from(self.SHAPES[kind]))
+            return str(self.draw(st.sampled_from(LEAVES[kind])))
+        text = self.draw(st.sampled_from(SHAPES[kind]))
         for names, mark in ((WHOLE, "{I}"), (FLOATING, "{F}"), (["t_bool"], "{B}")):
             if text == mark:
                 return self.item(names, depth)

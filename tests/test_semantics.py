@@ -511,6 +511,142 @@ def test_dropout_leaves_a_sink_its_share(attention: Attention) -> None:
     np.testing.assert_allclose(dropped, np.where(dropped == 0, 0, 2 * weights), rtol=1e-6)
 
 
+# -- functions of the user's -------------------------------------------------------------------------------------------
+
+
+def identity(score: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
+    """Leave a score what it is."""
+    return score
+
+
+@dtypes
+@lengths
+def test_a_score_mod_is_asked_after_softcap_mask_and_slopes(
+    attention: Attention, dtype: Any, length: tuple[int, int]
+) -> None:
+    query, key, value = inputs(length, heads=(2, 2), dtype=dtype)
+    bias, slopes = normal(*length, seed=4), np.array([0.25, 0.5])
+    out = attention(
+        query, key, value, bias, softcap=2.0, alibi_slopes=slopes, score_mod=lambda score, b, h, q, k: score * 0.5 + h
+    )
+    scores = query.astype(np.float64) @ key.astype(np.float64).swapaxes(-1, -2) / 4
+    scores = 2 * np.tanh(scores / 2) + bias
+    scores = scores - slopes[:, None, None] * np.abs(np.arange(length[0])[:, None] - np.arange(length[1]))
+    weights = np.exp(scores * 0.5)
+    close(out, weights / weights.sum(-1, keepdims=True) @ value, dtype)
+
+
+def test_functions_are_given_batch_head_position_and_key(attention: Attention) -> None:
+    query, key, value = inputs((4, 9), heads=(2, 3, 2))
+    offsets = np.array([[0, 1, 2], [5, 6, 7]])
+    told = np.random.default_rng(0).standard_normal((6, 2, 12, 9))
+    options: dict[str, Any] = {"query_offset": offsets, "is_causal": True}
+    out = attention(query, key, value, score_mod=lambda s, b, h, q, k: s + told[b, h, q, k], **options)
+    rows = (np.arange(4) + offsets[..., None])[:, :, None, :, None]
+    added = told.reshape(2, 3, 2, 12, 9)[
+        np.arange(2)[:, None, None, None, None],
+        np.arange(3)[:, None, None, None],
+        np.arange(2)[:, None, None],
+        rows,
+        np.arange(9),
+    ]
+    close(out, attention(query, key, value, added, **options))
+
+
+@dtypes
+@lengths
+def test_a_mask_mod_says_which_keys_take_part(attention: Attention, dtype: Any, length: tuple[int, int]) -> None:
+    query, key, value = inputs(length, dtype=dtype)
+    seen = (np.arange(length[0])[:, None] + 2 * np.arange(length[1])) % 3 > 0
+    out, lse = attention(query, key, value, mask_mod=lambda b, h, q, k: (q + 2 * k) % 3 > 0, return_lse=True)
+    wanted, wanted_lse = attention(query, key, value, seen, return_lse=True)
+    close(out, wanted, dtype)
+    close(lse, wanted_lse, dtype)
+
+
+@pytest.mark.parametrize("length", [(5, 9), (70, 200)])
+def test_minus_infinity_from_a_score_mod_is_the_same_as_false(attention: Attention, length: tuple[int, int]) -> None:
+    query, key, value = inputs(length)
+    key[:, 4], value[:, 4], value[:, 3] = NAN, INF, NAN
+
+    def hiding(score: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
+        return -np.inf if key == 3 or key == 4 or query == 2 else score
+
+    out = attention(query, key, value, score_mod=hiding)
+    seen = (np.arange(length[1]) != 3) & (np.arange(length[1]) != 4) & (np.arange(length[0]) != 2)[:, None]
+    close(out, attention(query, key, value, seen))
+    assert not out[:, 2].any()
+
+
+@pytest.mark.parametrize("length", [(5, 9), (70, 200)])
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_what_a_function_hides_or_is_asked_about_in_vain_never_leaks(
+    attention: Attention, bad: float, length: tuple[int, int]
+) -> None:
+    query, key, value = inputs(length)
+    wanted = attention(query[:, :, :], key[:, 1:], value[:, 1:], score_mod=lambda s, b, h, q, k: s * 0.5)
+    key[:, 0] = value[:, 0] = bad
+    options: dict[str, Any] = {"score_mod": lambda s, b, h, q, k: s * 0.5 if k > 0 else bad}
+    close(attention(query, key, value, mask_mod=lambda b, h, q, k: k > 0, **options), wanted)
+    close(attention(query, key, value, np.arange(length[1]) > 0, **options), wanted)
+
+
+def test_where_a_mask_mod_hides_everything_out_is_zero(attention: Attention) -> None:
+    query, key, value = inputs((70, 90))
+    out, lse = attention(query, key, value, mask_mod=lambda b, h, q, k: False, return_lse=True)
+    assert not out.any()
+    assert (lse == -INF).all()
+
+
+def test_an_index_counts_from_the_end_or_is_an_error_where_the_query_may_look(attention: Attention) -> None:
+    query, key, value = inputs((6, 9))
+    table = normal(5)
+
+    def relative(score: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
+        return score + table[query - key]
+
+    near = {"window": (4, 4)}  # from table[-4] to table[4]
+    added = table[np.clip(np.arange(6)[:, None] - np.arange(9), -4, 4)]
+    close(attention(query, key, value, score_mod=relative, **near), attention(query, key, value, added, **near))
+    with pytest.raises(IndexError, match="score_mod: .*relative: an index was out of range"):
+        attention(query, key, value, score_mod=relative, window=(5, 4))
+    with pytest.raises(IndexError, match="mask_mod"):
+        attention(query, key, value, mask_mod=lambda b, h, q, k: table[k] > 0)
+    attention(query, key, value, mask_mod=lambda b, h, q, k: table[k] > 0, key_lengths=5)
+
+
+@pytest.mark.parametrize(
+    "captured", [np.float64(0.5), np.float16(0.5), 0.5, np.full(3, 0.5), np.full(3, 0.5, np.float16)]
+)
+def test_a_score_has_the_dtype_of_accumulation_whatever_is_captured(attention: Attention, captured: Any) -> None:
+    query, key, value = inputs()
+    if np.ndim(captured):
+        out = attention(query, key, value, score_mod=lambda s, b, h, q, k: s * captured[k % 3])
+    else:
+        out = attention(query, key, value, score_mod=lambda s, b, h, q, k: s * captured)
+    assert out.dtype == np.float32
+    close(out, attention(query, key, value, scale=0.125))
+
+
+def test_a_function_that_leaves_scores_what_they_are_changes_nothing(attention: Attention) -> None:
+    query, key, value = inputs((70, 90))
+    options: dict[str, Any] = {"score_mod": identity, "mask_mod": lambda b, h, q, k: True}
+    close(attention(query, key, value, **options, is_causal=True), attention(query, key, value, is_causal=True))
+
+
+def test_with_functions_a_padded_sequence_has_the_bits_of_the_same_sequence_alone(cpu_attention: Attention) -> None:
+    query, key, value = inputs((80, 150), heads=(3, 2))
+    options: dict[str, Any] = {
+        "score_mod": lambda s, b, h, q, k: s - 0.125 * abs(q - k) * (h + 1),
+        "mask_mod": lambda b, h, q, k: (q // 16 == k // 16) | (k < 7),
+    }
+    lengths = [150, 101, 8]
+    out = cpu_attention(query, key, value, key_lengths=lengths, **options)
+    for row, length in enumerate(lengths):
+        alone = cpu_attention(query[row], key[row, :, :length], value[row, :, :length], **options)
+        assert alone.tobytes() == out[row].tobytes()
+
+
 # -- positions ---------------------------------------------------------------------------------------------------------
 
 

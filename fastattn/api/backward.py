@@ -181,7 +181,7 @@ def _on_cpu(
     arrays = as_operands(query, key, value, attn_mask)
     problem, operands = describe(*arrays, dropout_p, is_causal, scale, enable_gqa, **further)
     upstream = describe_upstream(problem, grad_out, out, lse, grad_lse)
-    sources = sources_of(query, key, value, attn_mask, further) | captured_sources(problem, operands)
+    sources = sources_of(query, key, value, attn_mask, further) | captured_sources(problem, operands.captured)
     names = wanted_gradients(grads, sources, grad_mask, arrays[3])
     seed = seed_of_forward(rng, problem)
     if exceeds_float32(problem):

@@ -13,10 +13,10 @@ from fastattn.api.backends import backend_of_attention
 from fastattn.call.arrays import as_operands
 from fastattn.call.options import check_flag
 from fastattn.call.out import check_out
-from fastattn.call.packed import describe_packed
-from fastattn.call.score_options import FurtherOptions
+from fastattn.call.packed import as_given, describe_packed, sources_of_packed
+from fastattn.call.score_options import FurtherOptions, MaskMod, ScoreMod
 from fastattn.call.seeds import Rng, seed_from
-from fastattn.call.upstream import arrived, own_dtype, seed_of_forward
+from fastattn.call.upstream import Names, arrived, captured_sources, seed_of_forward, wanted_gradients
 from fastattn.call.widening import exceeds_float32, in_float64, narrowed, scale_in_float64
 from fastattn.cpu.host import varlen as cpu
 from fastattn.cpu.host.builtin import in_default_mode
@@ -40,6 +40,9 @@ def attention_varlen(
     query_offset: ArrayLike | None = None,
     softcap: float | None = None,
     alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    score_mod: ScoreMod | None = None,
+    mask_mod: MaskMod | None = None,
     return_lse: bool = False,
     rng: Rng | None = None,
     out: NDArray[Any] | None = None,
@@ -66,7 +69,9 @@ def attention_varlen(
         As in `attention`, of each sequence: "bottom-right" ends with its last query at its last key.
     query_offset : int or array_like of int, shape (B,), optional
         The position of query 0 of each sequence among its keys.
-    alibi_slopes : array_like of real numbers, shape (Hq,) or (B, Hq), optional
+    alibi_slopes, sinks : array_like of real numbers, shape (Hq,) or (B, Hq), optional
+    score_mod, mask_mod : function, optional
+        As in `attention`, of each sequence: `batch` is its number, and `query` and `key` are positions of its own.
     return_lse : bool
         Return the natural logarithm of the sum of exp(score) over the keys as well.
     rng : int or numpy.random.Generator, optional
@@ -81,7 +86,7 @@ def attention_varlen(
     out : ndarray, shape (T, Hq, Dv)
         Or a tuple of this and the log-sum-exp, if that was asked for. A query that may look at no key gives 0.
     lse : ndarray, shape (T, Hq)
-        If `return_lse`; -inf for a query that may look at no key.
+        If `return_lse`; -inf, or the sink, for a query that may look at no key.
 
     Raises
     ------
@@ -89,6 +94,8 @@ def attention_varlen(
         If an argument is of a kind or dtype that has no meaning here.
     ValueError
         If shapes or lengths do not go together, or a number is out of range. The message names the argument.
+    IndexError
+        If a function reads an array out of range, for a key that the query may look at.
 
     Notes
     -----
@@ -115,11 +122,9 @@ def attention_varlen(
     True
     """
     further: FurtherOptions = {
-        "window": window,
-        "query_offset": query_offset,
-        "softcap": softcap,
-        "alibi_slopes": alibi_slopes,
-    }
+        "window": window, "query_offset": query_offset, "softcap": softcap, "alibi_slopes": alibi_slopes,
+        "sinks": sinks, "score_mod": score_mod, "mask_mod": mask_mod,
+    }  # fmt: skip
     backend = backend_of_attention(backend, query, key, value, out)
     call = (query, key, value, cu_seqlens_q, cu_seqlens_k)
     options: Any = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
@@ -169,8 +174,12 @@ def attention_varlen_backward(
     query_offset: ArrayLike | None = None,
     softcap: float | None = None,
     alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    score_mod: ScoreMod | None = None,
+    mask_mod: MaskMod | None = None,
     rng: Rng | None = None,
     grad_lse: ArrayLike | None = None,
+    grads: Names = None,
     backend: str | None = None,
 ) -> tuple[NDArray[Any], ...]:
     """Gradients of `fastattn.attention_varlen` by its arguments.
@@ -180,8 +189,8 @@ def attention_varlen_backward(
     grad_out : array_like, shape (T, Hq, Dv)
         The gradient of a number, usually a loss, by the result.
     query, key, value, cu_seqlens_q, cu_seqlens_k : array_like
-        What `attention_varlen` was given; so are dropout_p, is_causal, scale, enable_gqa, window, query_offset, softcap
-        and alibi_slopes.
+        What `attention_varlen` was given; so are dropout_p, is_causal, scale, enable_gqa, window, query_offset, softcap,
+        alibi_slopes, sinks, score_mod and mask_mod.
     out : array_like, shape (T, Hq, Dv)
         What it returned.
     lse : array_like, shape (T, Hq)
@@ -190,13 +199,16 @@ def attention_varlen_backward(
         What it was given: the seed, or a Generator in the state that it had then. Needed with dropout alone.
     grad_lse : array_like, shape (T, Hq), optional
         The gradient by the log-sum-exp, where the loss depends on that as well.
+    grads : sequence of str, optional
+        Names of the arguments whose gradients to return, as in `attention_backward`.
     backend : {None, "cpu", "cuda", "reference"}
         As in `attention`.
 
     Returns
     -------
     grad_query, grad_key, grad_value : ndarray
-        Each with the shape and, if that is floating, the dtype of its argument.
+        Each with the shape and, if that is floating, the dtype of its argument. Or those that `grads` names, in its
+        order.
 
     Raises
     ------
@@ -221,11 +233,9 @@ def attention_varlen_backward(
     [(12, 8, 64), (12, 8, 64), (12, 8, 64)]
     """
     further: FurtherOptions = {
-        "window": window,
-        "query_offset": query_offset,
-        "softcap": softcap,
-        "alibi_slopes": alibi_slopes,
-    }
+        "window": window, "query_offset": query_offset, "softcap": softcap, "alibi_slopes": alibi_slopes,
+        "sinks": sinks, "score_mod": score_mod, "mask_mod": mask_mod,
+    }  # fmt: skip
     backend = backend_of_attention(backend, grad_out, query, key, value, out, lse, grad_lse)
     call = (grad_out, query, key, value, out, lse, cu_seqlens_q, cu_seqlens_k)
     options: Any = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
@@ -233,26 +243,30 @@ def attention_varlen_backward(
         from fastattn.cuda.host import varlen as cuda  # imports numba-cuda, which nothing else needs
 
         upstream = {"grad_out": grad_out, "out": out, "lse": lse, "grad_lse": grad_lse}
-        return cuda.backward(call[1:4], upstream, call[6:], options | {"further": further}, rng)
+        return cuda.backward(call[1:4], upstream, call[6:], options | {"further": further}, rng, grads)
     if backend == "reference":
-        return reference.attention_varlen_backward(*call, **options | {"rng": rng, "grad_lse": grad_lse} | further)
-    return _backward_on_cpu(call, options | {"further": further}, rng, grad_lse)
+        wanted = {"rng": rng, "grad_lse": grad_lse, "grads": grads}
+        return reference.attention_varlen_backward(*call, **options | wanted | further)
+    return _backward_on_cpu(call, options | {"further": further}, rng, grad_lse, grads)
 
 
 @in_default_mode
 def _backward_on_cpu(
-    call: tuple[Any, ...], options: dict[str, Any], rng: Rng | None, grad_lse: ArrayLike | None
+    call: tuple[Any, ...], options: dict[str, Any], rng: Rng | None, grad_lse: ArrayLike | None, grads: Names
 ) -> tuple[NDArray[Any], ...]:
     grad_out, query, key, value, out, lse, *lengths = call
     arrays = as_operands(query, key, value)[:3]
     packed = describe_packed(*arrays, *lengths, **options)
     problem = packed.problem
     upstream = arrived(problem, grad_out, out, lse, grad_lse)
+    sources = sources_of_packed(query, key, value, options["further"]) | captured_sources(problem, packed.captured)
+    names = wanted_gradients(grads, sources)
     seed = seed_of_forward(rng, problem)
     if exceeds_float32(problem):
         wide = (grad_out, *in_float64(*arrays, mask=None)[:3], out, upstream.lse, *lengths)
-        in_wide = _backward_on_cpu(wide, options | {"scale": scale_in_float64(problem)}, seed, grad_lse)
-        return tuple(map(narrowed, in_wide))
-    found = cpu.backward(packed, upstream, seed, get_num_threads())
-    arguments = zip(found, (query, key, value), strict=True)
-    return tuple(own_dtype(gradient, argument, problem.real) for gradient, argument in arguments)
+        options = options | {"scale": scale_in_float64(problem)}
+        gradients = _backward_on_cpu(wide, options, seed, grad_lse, names)
+        wide_names = ("query", "key", "value")  # which were made float64
+        return tuple(narrowed(a) if name in wide_names else a for name, a in zip(names, gradients, strict=True))
+    found = cpu.backward(packed, upstream, names, seed, get_num_threads())
+    return as_given(packed, names, found, sources)

@@ -7,7 +7,7 @@ has for each row of a batch it has here for each sequence, whose number is that 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,14 +15,22 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fastattn.call.arrays import as_array
-from fastattn.call.problem import Array, Operands, Problem, Shape
+from fastattn.call.problem import Array, Captures, Operands, Problem, Shape
+from fastattn.call.score_options import FurtherOptions
 from fastattn.call.shapes import describe
-from fastattn.call.upstream import Upstream, split_upstream
+from fastattn.call.upstream import (
+    OF_HEADS,
+    Upstream,
+    own_dtype,
+    sources_of,
+    split_upstream,
+    summed_to,
+)
 
-__all__ = ["Packed", "describe_packed", "heads_first"]
+__all__ = ["Packed", "as_given", "describe_packed", "heads_first", "sources_of_packed"]
 
 #: Options that may have something for each row of a batch, and how many axes these have behind that of the batch.
-BY_ROW = {"query_offset": 0, "alibi_slopes": 1}
+BY_ROW = {"query_offset": 0, "alibi_slopes": 1, "sinks": 1}
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,8 @@ class Packed:
         What was said of all of them, by the names of arguments of `fastattn.call.shapes.describe`.
     own : dict of str to ndarray
         What was said of each, with an axis of sequences in front.
+    captured : Captures, or None
+        What the user's functions capture.
     """
 
     query: Array
@@ -52,6 +62,7 @@ class Packed:
     keys: list[slice]
     options: dict[str, Any]
     own: dict[str, Array]
+    captured: Captures | None
 
     def sequence(self, number: int, numbered: bool = True) -> tuple[Problem, Operands]:
         """Return a sequence, as a call of its own: one that knows its number, or else one like others of its kind."""
@@ -76,8 +87,15 @@ class Packed:
         found = defaultdict(list)
         for number, (queries, keys) in enumerate(zip(self.queries, self.keys, strict=True)):
             own = tuple(rows[number].tobytes() for rows in self.own.values())
-            found[(queries.stop - queries.start, keys.stop - keys.start, own)].append(number)
+            name = number if self.is_asked_numbers else 0
+            found[(queries.stop - queries.start, keys.stop - keys.start, own, name)].append(number)
         return list(found.values())
+
+    @property
+    def is_asked_numbers(self) -> bool:
+        """Whether functions of the user's ask for the numbers of sequences."""
+        functions = self.problem.scores.score_mod, self.problem.scores.mask_mod
+        return any(function is not None and "batch" in function.reads for function in functions)
 
 
 def heads_first(array: Array) -> Array:
@@ -137,9 +155,41 @@ def describe_packed(
     }
     own = {name: _by_row(name, options.pop(name), count) for name in BY_ROW if _has_rows(name, options.get(name))}
     first = {name: rows[0] for name, rows in own.items() if count}
-    problem, _ = describe(heads_first(query), heads_first(key), heads_first(value), None, **options | first)
+    problem, operands = describe(heads_first(query), heads_first(key), heads_first(value), None, **options | first)
     packed = replace(problem, out_shape=(len(query), problem.heads, problem.value_dim))
-    return Packed(query, key, value, packed, _slices(starts), _slices(key_starts), options, own)
+    parts = _slices(starts), _slices(key_starts)
+    return Packed(query, key, value, packed, *parts, options, own, operands.captured)
+
+
+def sources_of_packed(query: Any, key: Any, value: Any, options: FurtherOptions) -> dict[str, Any]:
+    """Return what gradients may be of, as it was given, by name; None for what a call has not got."""
+    sources = sources_of(query, key, value, None, options)
+    del sources["attn_mask"]  # which is no argument of packed sequences'
+    return sources
+
+
+def as_given(
+    packed: Packed, names: Sequence[str], gradients: Mapping[str, Array], sources: Mapping[str, Any]
+) -> tuple[Array, ...]:
+    """Return the gradients with these names, each with the shape and the dtype of its argument.
+
+    Parameters
+    ----------
+    packed : Packed
+    names : sequence of str
+    gradients : mapping of str to ndarray
+        With the shapes of their arguments; of what has a number for each head, (B, Hq), of each sequence its own. These
+        are summed in the order of the sequences, where they have them in common.
+    sources : mapping of str
+        The arguments, as they were given.
+    """
+    found = []
+    for name in names:
+        gradient = gradients[name]
+        if name in OF_HEADS:
+            gradient = summed_to(gradient, np.shape(sources[name]))
+        found.append(own_dtype(gradient, sources[name], packed.problem.real))
+    return tuple(found)
 
 
 def _check_shapes(query: Array, key: Array, value: Array, enable_gqa: bool) -> None:

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from fastattn.call.advice import said
 from fastattn.call.arrays import as_upstream, is_pair
 from fastattn.call.options import check_flag
-from fastattn.call.problem import Array, Mask, Operands, Problem, Shape
+from fastattn.call.problem import Array, Captures, Mask, Problem, Shape
 from fastattn.call.rounding import coarser, unsaturated
 from fastattn.call.score_options import FurtherOptions
 from fastattn.call.seeds import seed_from
@@ -232,9 +232,9 @@ def sources_of(
     return {"query": query, "key": key, "value": value, **own, **of_heads}
 
 
-def captured_sources(problem: Problem, operands: Operands) -> dict[str, Any]:
+def captured_sources(problem: Problem, captured: Captures | None) -> dict[str, Any]:
     """Return the floating arrays that the function of scores captures, by name, which is no argument's."""
-    function, captured = problem.scores.score_mod, operands.captured
+    function = problem.scores.score_mod
     if function is None or captured is None:
         return {}
     named = zip(function.captured, captured.score, strict=True)

@@ -19,7 +19,7 @@ from numba.np.numpy_support import from_dtype
 
 from fastattn.functions.dual import DualType, make_dual
 
-__all__ = ["FLAG", "ArrayType", "captured", "item_at", "length"]
+__all__ = ["FLAG", "ArrayType", "captured", "item_at", "shape_of", "size_of"]
 
 FLAG = types.CPointer(types.int8)
 _WORD = ir.IntType(64)
@@ -195,13 +195,26 @@ def _note(builder, flag, number):
     builder.store(builder.add(builder.load(times), ir.Constant(_WORD, 1)), times)
 
 
+def _from_half(builder, half):
+    """A float32 of the bits of a float16, in operations that every processor has: 2^112 moves the exponent."""
+    word, real = ir.IntType(32), ir.FloatType()
+    bits = builder.zext(half, word)
+    size = builder.and_(bits, ir.Constant(word, 0x7FFF))
+    moved = builder.shl(size, ir.Constant(word, 13))
+    finite = builder.bitcast(builder.fmul(builder.bitcast(moved, real), ir.Constant(real, 2.0**112)), word)
+    odd = builder.or_(moved, ir.Constant(word, 0x7F800000))
+    is_finite = builder.icmp_unsigned("<", size, ir.Constant(word, 0x7C00))
+    sign = builder.shl(builder.and_(bits, ir.Constant(word, 0x8000)), ir.Constant(word, 16))
+    return builder.bitcast(builder.or_(builder.select(is_finite, finite, odd), sign), real)
+
+
 def _element(context, builder, array, pointer):
     """Load one element; those of half precision become float32."""
-    stored = {"float16": ir.HalfType(), "bfloat16": ir.IntType(16), "bool": ir.IntType(8)}.get(array.kind)
+    stored = {"float16": ir.IntType(16), "bfloat16": ir.IntType(16), "bool": ir.IntType(8)}.get(array.kind)
     stored = stored or context.get_value_type(array.element)
     found = read_only(builder, builder.load(builder.bitcast(pointer, stored.as_pointer()), align=1))
     if array.kind == "float16":
-        return builder.fpext(found, ir.FloatType())
+        return _from_half(builder, found)
     if array.kind == "bfloat16":
         word = builder.shl(builder.zext(found, ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
         return builder.bitcast(word, ir.FloatType())
@@ -210,15 +223,30 @@ def _element(context, builder, array, pointer):
     return found
 
 
+def _size(context, builder, array, given, axis):
+    """The size of an axis of a captured array."""
+    shape = cgutils.create_struct_proxy(array)(context, builder, given).shape
+    return _word_at(builder, shape, axis)
+
+
 @intrinsic
-def length(typingctx, array, axis):
-    """The size of an axis."""
+def size_of(typingctx, array):
+    """The size of the first axis."""
+    if not isinstance(array, ArrayType) or not array.axes:
+        return None
+    ty = signature(types.int64, array)
+    return ty, lambda context, builder, sig, values: _size(context, builder, array, values[0], 0)
+
+
+@intrinsic
+def shape_of(typingctx, array):
+    """The sizes of all axes."""
     if not isinstance(array, ArrayType):
         return None
+    ty = types.UniTuple(types.int64, array.axes)
 
     def codegen(context, builder, sig, values):
-        given = cgutils.create_struct_proxy(array)(context, builder, values[0])
-        pointer = builder.gep(builder.inttoptr(given.shape, _WORD.as_pointer()), [values[1]])
-        return read_only(builder, builder.load(pointer, align=8))
+        sizes = [_size(context, builder, array, values[0], axis) for axis in range(array.axes)]
+        return context.make_tuple(builder, ty, sizes)
 
-    return signature(types.int64, array, types.int64), codegen
+    return signature(ty, array), codegen

@@ -4,11 +4,9 @@ Numba makes its bytecode an intermediate representation; before types are given 
 by what it means here: names of functions, operators, and what is captured. Nothing of the function is run in Python.
 """
 
-import dis
 import inspect
 import operator
 from collections import namedtuple
-from functools import cache
 from types import FunctionType, ModuleType
 
 import numpy as np
@@ -23,11 +21,21 @@ from numba.core.untyped_passes import FixupArgs, IRProcessing, ReconstructSSA, T
 from numba.extending import intrinsic
 
 from fastattn.functions import names
-from fastattn.functions.captured import captured, item_at
+from fastattn.functions.captured import captured, shape_of, size_of
 from fastattn.functions.function import LATER
-from fastattn.functions.operations import Operations, is_number
-from fastattn.functions.refusals import WORDS, CannotCompile, FindUnassigned, Refused, refused, said_of, said_of_type
-from fastattn.functions.sizes import length_of, shape_of
+from fastattn.functions.meaning import Meaning
+from fastattn.functions.operations import is_number
+from fastattn.functions.refusals import (
+    WORDS,
+    CannotCompile,
+    FindUnassigned,
+    Refused,
+    check_statements,
+    number_in,
+    refused,
+    said_of,
+    said_of_type,
+)
 
 __all__ = ["compiled"]
 
@@ -36,8 +44,6 @@ RECORD, FLAG_NAME = "$captured", "$flag"  # no variables of the user's: where wh
 
 #: Expressions that stay what they are.
 PLAIN = ("build_tuple", "exhaust_iter", "cast", "phi", "getiter", "iternext", "pair_first", "pair_second", "null")
-#: Instructions that change what stands around a function.
-STORES = ("STORE_DEREF", "DELETE_DEREF", "STORE_GLOBAL", "DELETE_GLOBAL")
 #: What `clip` and its like take, besides a number.
 PARAMETERS = {
     "clip": ("min", "max"),
@@ -54,34 +60,8 @@ _Several = namedtuple("_Several", "name")
 _Method = namedtuple("_Method", "name owner")
 
 
-class Meaning:
-    """What the words of one function mean, where calls compute in one dtype.
-
-    `chosen` is an array that the function is differentiated by, and `place` which of the places where something is
-    indexed, in the order in which they are compiled, is looked at.
-    """
-
-    def __init__(self, function, real, chosen=None, place=-1):
-        self.function = function
-        self.real = real
-        self.chosen, self.place = chosen, place
-        self.operations = operations_of(real)
-        self._places = {}
-
-    def item(self, python, statement):
-        """What indexes a captured array, at this place in a function."""
-        number = self._places.setdefault((python, statement.target.name), len(self._places))
-        return item_at(self.real, number == self.place)
-
-
-@cache
-def operations_of(real):
-    """The operations of calls that compute in one dtype."""
-    return Operations(real)
-
-
 # From Python functions to their `Meaning`, while they are compiled.
-_meanings = {}
+_meanings: dict[FunctionType, Meaning] = {}
 
 
 @register_pass(mutates_CFG=True, analysis_only=False)
@@ -97,8 +77,8 @@ class GiveMeaning(FunctionPass):
         """The pass itself, as Numba's pass manager calls it."""
         function = state.func_ir
         python = function.func_id.func
+        check_statements(function, python)
         rewriter = _Rewriter(function, _meanings[python], python)
-        rewriter.check()
         rewriter.add_arguments()
         for block in function.blocks.values():
             block.body = [new for statement in block.body for new in rewriter.rewritten(statement)]
@@ -114,18 +94,6 @@ class _Rewriter:
         self.function, self.meaning, self.python = function, meaning, python
         self.operations = meaning.operations
         self.temporaries = 0
-
-    def check(self):
-        """Refuse what is no computation of a number, before anything else of the line is looked at."""
-        for step in dis.get_instructions(self.python):
-            if step.opname in STORES and (step.argval in self.python.__code__.co_freevars or "GLOBAL" in step.opname):
-                line = next(line for start, end, line in self.python.__code__.co_lines() if start <= step.offset < end)
-                what = f"an assignment to {step.argval}, outside of the function, has no meaning here"
-                raise CannotCompile(what, ir.Loc(self.python.__code__.co_filename, line))
-        for block in self.function.blocks.values():
-            for statement in block.body:
-                if not isinstance(statement, (ir.Assign, ir.Jump, ir.Branch, ir.Return, ir.Del)):
-                    raise CannotCompile(said_of(statement), statement.loc)
 
     def add_arguments(self):
         """Two arguments more than the user's: where what is captured is, and a flag."""
@@ -231,7 +199,7 @@ class _Rewriter:
             "whole": operations.whole,
             "where": lambda what: operations.where,
             "python": lambda what: what,
-            "length": lambda what: length_of,
+            "length": lambda what: size_of,
         }[kind](what)
 
     def _expression(self, statement, value):
@@ -304,15 +272,18 @@ class _Rewriter:
         ]
 
     def _called(self, statement, value):
-        target = getattr(guard(get_definition, self.function, value.func), "value", None)
+        target = self._known(value.func)
         if value.vararg is not None or value.varkwarg is not None:
             raise CannotCompile("arguments by * or ** have no meaning here", statement.loc)
         if isinstance(target, _Method):
             return self._method(statement, *target, value)
         if isinstance(target, _Several):
             return self._special(statement, target.name, value)
-        if target is self._operation("conversion", "real") and isinstance(self._known(value.args), str):
-            return [self._constant(ir.Assign(self._number(value.args, statement.loc), statement.target, statement.loc))]
+        if target is self._operation("conversion", "real") and value.args:
+            text = self._known(value.args[0])
+            if isinstance(text, str):
+                statement.value = ir.Const(number_in(text, statement.loc), statement.loc)
+                return [self._constant(statement)]
         if value.kws:
             given = ", ".join(name for name, _ in value.kws)
             raise CannotCompile(f"an argument by keyword, {given}, has no meaning here", statement.loc)
@@ -331,26 +302,17 @@ class _Rewriter:
             raise CannotCompile(f"a function with {len(value.args)} arguments has no meaning here", statement.loc)
         return [statement]
 
-    def _known(self, arguments):
-        """What an only argument is defined as, if it is known."""
-        return (
-            getattr(guard(get_definition, self.function, arguments[0]), "value", None) if len(arguments) == 1 else None
-        )
-
-    def _number(self, arguments, loc):
-        """float("inf")"""
-        try:
-            return ir.Const(float(self._known(arguments)), loc)
-        except ValueError as error:
-            raise CannotCompile(f"{self._known(arguments)!r} is no number", loc) from error
+    def _known(self, variable):
+        """What a variable stands for, if that is one thing and known."""
+        found = guard(get_definition, self.function, variable)
+        return found.value if isinstance(found, (ir.Global, ir.FreeVar)) else None
 
     def _is_made_a_number(self, variable):
         """Whether a string is what float is given."""
         for block in self.function.blocks.values():
             for call in block.find_exprs(op="call"):
-                target = getattr(guard(get_definition, self.function, call.func), "value", None)
                 if call.args and call.args[0].name == variable.name:
-                    return target in (float, self._operation("conversion", "real"))
+                    return self._known(call.func) in (float, self._operation("conversion", "real"))
         return False
 
     def _method(self, statement, name, owner, value):
@@ -361,9 +323,9 @@ class _Rewriter:
                 statement.value = owner
                 return [statement]
             conversions = {self._operation("conversion", kind) for kind in names.CONVERSIONS.values()}
-            if self._known(given) not in conversions:
+            if len(given) > 1 or self._known(given[0]) not in conversions:
                 raise CannotCompile(f".{name} of what is no dtype has no meaning here", statement.loc)
-            return self._call(statement, self._known(given), [owner])
+            return self._call(statement, self._known(given[0]), [owner])
         function = ir.Assign(ir.Const(None, statement.loc), self._temporary(statement), statement.loc)
         function = self._meant(function, name, names.method(name))
         value.func, value.args = function.target, (owner, *value.args)

@@ -6,6 +6,7 @@ same name does not. Where modules differ, what is meant is that of the module.
 
 import operator
 import sys
+from typing import Any
 
 __all__ = ["CONSTANTS", "CONVERSIONS", "KEEPING", "MODULES", "meaning", "method", "module_of"]
 
@@ -105,8 +106,8 @@ def meaning(value, name=""):
     `name` is what it goes by where it is called; it may have another one of its own.
     """
     for known in (getattr(value, "__name__", ""), name):
-        for module in MODULES:
-            if isinstance(known, str) and known and getattr(sys.modules.get(module), known, None) is value:
+        for module in MODULES if isinstance(known, str) else ():
+            if module in sys.modules and vars(sys.modules[module]).get(known) is value:
                 return _in_module(module, known)
     return None
 
@@ -126,7 +127,7 @@ def _in_module(module, name):
         return None
     if module == "torch" and name in ("max", "min"):
         name += "imum"
-    tables = {
+    tables: dict[str, dict[str, Any]] = {
         "function": FUNCTIONS,
         "operator": OPERATORS,
         "logical": LOGICAL,

@@ -5,7 +5,7 @@ that it meets, so that nothing becomes float64 unawares. (To Numba an int64 time
 """
 
 import operator
-from functools import cache
+from functools import cache, cached_property
 
 from llvmlite import ir
 from numba.core import types
@@ -70,6 +70,8 @@ class Operations:
 
     def __init__(self, real):
         self.real = real
+        for name in ("binary", "logical", "unary", "function", "whole", "extreme", "conversion"):
+            setattr(self, name, cache(getattr(self, name)))  # one intrinsic for each thing
 
     def result(self, context, builder, ty, value, slope):
         """LLVM's value of a result."""
@@ -77,7 +79,6 @@ class Operations:
             return make_dual(context, builder, ty, value.value, slope.value)
         return value.value
 
-    @cache
     def binary(self, function):
         """Python's operator of two numbers; None if it is not one of numbers."""
         if function in RELATIONS:
@@ -148,14 +149,14 @@ class Operations:
 
             def codegen(context, builder, sig, values):
                 if target == types.int64:
-                    given = (context.cast(builder, v, t, target) for v, t in zip(values, (a, b), strict=True))
-                    return _whole_division(builder, *given, function is operator.mod)
-                one, other = (Operand(context, builder, t, v, target) for v, t in zip(values, (a, b), strict=True))
-                quotient, rest = _division(one.value, other.value)
+                    one, other = (context.cast(builder, v, t, target) for v, t in zip(values, (a, b), strict=True))
+                    return _whole_division(builder, one, other, function is operator.mod)
+                first, second = (Operand(context, builder, t, v, target) for v, t in zip(values, (a, b), strict=True))
+                quotient, rest = _division(first.value, second.value)
                 if not isinstance(target, DualType):
                     return (rest if function is operator.mod else quotient).value
                 if function is operator.mod:
-                    return self.result(context, builder, target, rest, one.slope - quotient * other.slope)
+                    return self.result(context, builder, target, rest, first.slope - quotient * second.slope)
                 return self.result(context, builder, target, quotient, quotient.like(0.0))
 
             return signature(target, a, b), codegen
@@ -218,7 +219,6 @@ class Operations:
 
         return operation
 
-    @cache
     def logical(self, function):
         """An operator of what is true of two numbers."""
 
@@ -235,7 +235,6 @@ class Operations:
 
         return operation
 
-    @cache
     def unary(self, function):
         """Python's operator of one number."""
         if function is operator.neg:
@@ -265,7 +264,6 @@ class Operations:
 
         return operation
 
-    @cache
     def function(self, name):
         """A function of one number, by its name in `fastattn.functions.names`."""
         whole = {
@@ -305,7 +303,6 @@ class Operations:
 
         return operation
 
-    @cache
     def whole(self, name):
         """A function that makes whole numbers of others: floor, ceil, trunc or rint."""
 
@@ -324,7 +321,6 @@ class Operations:
 
         return operation
 
-    @cache
     def extreme(self, kind, relation):
         """The greater or the smaller of two numbers.
 
@@ -359,8 +355,7 @@ class Operations:
 
         return operation
 
-    @property
-    @cache
+    @cached_property
     def where(self):
         """One of two numbers, of which both are computed."""
 
@@ -384,7 +379,6 @@ class Operations:
 
         return operation
 
-    @cache
     def conversion(self, name):
         """To a whole number, to a boolean, or to a floating number, which stays what it is with "real"."""
         floats = {"real": self.real, "float32": types.float32, "float64": types.float64}

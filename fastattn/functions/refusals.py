@@ -1,5 +1,6 @@
 """What a user's function has that cannot be compiled, said to whoever wrote it: which line it is, and what is wrong."""
 
+import dis
 import linecache
 import re
 
@@ -8,7 +9,16 @@ from numba.core.compiler_machinery import FunctionPass, register_pass
 
 from fastattn.functions.captured import ArrayType
 
-__all__ = ["WORDS", "CannotCompile", "FindUnassigned", "Refused", "refused", "said_of", "said_of_type"]
+__all__ = [
+    "WORDS",
+    "CannotCompile",
+    "FindUnassigned",
+    "Refused",
+    "check_statements",
+    "refused",
+    "said_of",
+    "said_of_type",
+]
 
 #: What others are, and statements, to whoever wrote them.
 WORDS = {
@@ -39,6 +49,10 @@ WORDS = {
 }
 
 
+#: Instructions that change what stands around a function.
+STORES = ("STORE_DEREF", "DELETE_DEREF", "STORE_GLOBAL", "DELETE_GLOBAL")
+
+
 class CannotCompile(Exception):
     """What the user wrote has no meaning here, and where that is."""
 
@@ -49,6 +63,28 @@ class CannotCompile(Exception):
 
 class Refused(TypeError):
     """The same, as users see it."""
+
+
+def number_in(text, loc):
+    """The number that a string says, as float("inf")."""
+    try:
+        return float(text)
+    except ValueError as error:
+        raise CannotCompile(f"{text!r} is no number", loc) from error
+
+
+def check_statements(function, python):
+    """Refuse what is no computation of a number, before anything else of the line is looked at."""
+    code = python.__code__
+    for step in dis.get_instructions(python):
+        if step.opname in STORES and (step.argval in code.co_freevars or "GLOBAL" in step.opname):
+            line = next(line for start, end, line in code.co_lines() if start <= step.offset < end)
+            what = f"an assignment to {step.argval}, outside of the function, has no meaning here"
+            raise CannotCompile(what, ir.Loc(code.co_filename, line))
+    for block in function.blocks.values():
+        for statement in block.body:
+            if not isinstance(statement, (ir.Assign, ir.Jump, ir.Branch, ir.Return, ir.Del)):
+                raise CannotCompile(said_of(statement), statement.loc)
 
 
 @register_pass(mutates_CFG=False, analysis_only=True)

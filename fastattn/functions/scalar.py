@@ -6,6 +6,7 @@ So what names, operators and captured values mean is said once: a GPU runs the i
 from collections import namedtuple
 from functools import lru_cache
 
+from numba import njit
 from numba.core import types
 from numba.core.codegen import JITCodeLibrary, JITCPUCodegen
 from numba.core.compiler import Flags
@@ -18,16 +19,16 @@ from numba.extending import intrinsic
 from fastattn.functions.compiler import compiled
 from fastattn.functions.dual import DualType, parts_of
 from fastattn.functions.rows import is_set, is_true, new_flag, slope_of, with_slope
-from fastattn.simd import jit
 
 __all__ = ["arguments_of", "in_llvm", "refresh", "scalar"]
 
 WORD = types.int64
+COMPILED = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 InLlvm = namedtuple("InLlvm", "modules name type")
 
 
-def scalar(function, dtype, sloping=False, decorated=jit):
+def scalar(function, dtype, sloping=False, decorated=COMPILED):
     """Numba's function of one score, compiled by what `decorated` is.
 
     Of a score, batch, head, query, key, and the address of what is captured it returns the new score, if `sloping` the
@@ -112,8 +113,9 @@ class _Codegen(JITCPUCodegen):
 
 def refresh():
     """Have Numba find all that there is for CPUs: what its compiler of GPUs sees come, it takes for its own."""
-    cpu_target.typing_context.refresh()
-    cpu_target.target_context.refresh()
+    with global_compiler_lock:
+        cpu_target.typing_context.refresh()
+        cpu_target.target_context.refresh()
 
 
 @lru_cache(maxsize=256)

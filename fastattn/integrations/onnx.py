@@ -16,7 +16,7 @@ from fastattn.call.problem import Array
 from fastattn.call.selection import describe_scores
 from fastattn.integrations import nodes
 from fastattn.integrations.graphs import Function, function_of
-from fastattn.reference.forward import softmax, value_of, visibility
+from fastattn.reference.forward import value_of, visibility
 
 __all__ = ["Attention", "FlexAttention"]
 
@@ -26,7 +26,7 @@ Options: TypeAlias = "dict[str, Any]"
 #: What qk_matmul_output_mode may be: scale · query · key (0), this under the softcap, with all masks, the weights.
 CAPPED, MASKED, WEIGHTS = range(1, 4)
 PADDING_OPSET = 24  # the first in which a mask may have fewer keys than there are
-ELEMENTS = 1 << 22  # of the weights that a graph's function is given at a time
+ELEMENTS = 1 << 22  # of the weights that a function of the node's is given at a time
 
 
 class Operands(NamedTuple):
@@ -163,14 +163,15 @@ class FlexAttention(OpRun):  # type: ignore[misc]
         nodes.check_shapes(Q, K, V)
         double = softmax_precision == nodes.DOUBLE
         operands = Operands(*(nodes.in_wider_type(array, double) for array in (Q, K, V)))
-        if score_mod is None and prob_mod is None:
-            return (_rounded(fastattn.attention(*operands, scale=scale, enable_gqa=True), Q.dtype),)
         shape = (*Q.shape[:3], K.shape[2])
-        functions = [
+        changed, weighed = (
             None if graph is None else function_of(name, graph, shape, operands.query.dtype, context or {})
             for name, graph in (("score_mod", score_mod), ("prob_mod", prob_mod))
-        ]
-        return (_rounded(_by_rows(operands, scale, *functions), Q.dtype),)
+        )
+        options: Options = {"scale": scale, "enable_gqa": True, "score_mod": changed}
+        if weighed is None:
+            return (_rounded(fastattn.attention(*operands, **options), Q.dtype),)
+        return (_rounded(_by_rows(operands, options, weighed), Q.dtype),)
 
 
 # -- results -----------------------------------------------------------------------------------------------------------
@@ -226,27 +227,20 @@ def _with_columns(matrix: Array, columns: int, filling: float) -> Array:
 
 
 @np.errstate(all="ignore")
-def _by_rows(operands: Operands, scale: float | None, score_mod: Function | None, prob_mod: Function | None) -> Array:
-    """Return attention whose scores and weights are changed by functions, some rows of the matrix at a time."""
+def _by_rows(operands: Operands, options: Options, prob_mod: Function) -> Array:
+    """Return attention whose weights are changed by a function, some rows of the matrix at a time."""
     query, key, value = operands
-    batch, heads, queries, features = query.shape
+    batch, heads, queries, _ = query.shape
     kv_heads, keys, width = value.shape[1:]
     out = np.empty((batch, heads, queries, width), np.result_type(query, key, value))
-    factor = out.dtype.type((1 / np.sqrt(features) if features else 1) if scale is None else scale)
     step = max(1, ELEMENTS // max(1, batch * heads * keys))
     for start in range(0, queries, step):
-        rows = query[:, :, start : start + step]
-        grouped = rows.reshape(batch, kv_heads, heads // max(1, kv_heads), rows.shape[2], features)
-        shape = (batch, heads, rows.shape[2])
-        places = np.ix_(range(batch), range(heads), range(start, start + rows.shape[2]), range(keys))
-        weights = (factor * (grouped @ key[:, :, None].swapaxes(-1, -2))).reshape(*shape, keys)
-        if score_mod is not None:
-            weights = np.broadcast_to(score_mod(weights, *places), weights.shape).astype(out.dtype)
-        weights = softmax(weights)[0]
-        if prob_mod is not None:
-            weights = np.broadcast_to(prob_mod(weights, *places), weights.shape).astype(out.dtype)
-        sums = weights.reshape(*grouped.shape[:4], keys) @ value[:, :, None]
-        out[:, :, start : start + step] = sums.reshape(*shape, width)
+        rows = range(start, min(start + step, queries))
+        weights = fastattn.attention_weights(query, key, **options, rows=slice(rows.start, rows.stop))
+        places = np.ix_(range(batch), range(heads), rows, range(keys))
+        changed = np.broadcast_to(prob_mod(weights, *places), weights.shape).astype(out.dtype)
+        grouped = changed.reshape(batch, kv_heads, heads // max(1, kv_heads), len(rows), keys)
+        out[:, :, start : rows.stop] = (grouped @ value[:, :, None]).reshape(batch, heads, len(rows), width)
     return out
 
 

@@ -10,10 +10,10 @@ from numpy.typing import ArrayLike, NDArray
 from fastattn.call.arrays import as_operands
 from fastattn.call.options import check_flag
 from fastattn.call.out import check_out
-from fastattn.call.packed import describe_packed, heads_first
+from fastattn.call.packed import as_given, describe_packed, heads_first, sources_of_packed
 from fastattn.call.score_options import FurtherOptions
 from fastattn.call.seeds import Rng, seed_from
-from fastattn.call.upstream import arrived, folded, own_dtype, seed_of_forward
+from fastattn.call.upstream import OF_HEADS, SHARED, Names, arrived, folded, seed_of_forward, wanted_gradients
 from fastattn.reference.backward import differentiate
 from fastattn.reference.forward import evaluate
 
@@ -83,6 +83,7 @@ def attention_varlen_backward(
     enable_gqa: bool = False,
     rng: Rng | None = None,
     grad_lse: ArrayLike | None = None,
+    grads: Names = None,
     **options: Unpack[FurtherOptions],
 ) -> tuple[NDArray[Any], ...]:
     """Return the gradients of query, key and value: `fastattn.attention_varlen_backward`, sequence after sequence.
@@ -101,13 +102,22 @@ def attention_varlen_backward(
     packed = describe_packed(*arrays, cu_seqlens_q, cu_seqlens_k, dropout_p, is_causal, scale, enable_gqa, options)
     upstream = arrived(packed.problem, grad_out, out, lse, grad_lse)
     seed = seed_of_forward(rng, packed.problem)
-    found = [np.zeros(array.shape, packed.problem.real) for array in arrays]
+    sources = sources_of_packed(query, key, value, options)
+    names = wanted_gradients(grads, sources)
+    found: dict[str, Any] = {}
+    for name, array in zip(("query", "key", "value"), arrays, strict=True):
+        found[name] = np.zeros(array.shape, packed.problem.real)
+    of_heads = [name for name in names if name in OF_HEADS]
+    found |= {name: np.zeros((len(packed.queries), packed.problem.heads), np.longdouble) for name in of_heads}
     for number, (queries, keys) in enumerate(zip(packed.queries, packed.keys, strict=True)):
         problem, operands = packed.sequence(number)
-        gradients = differentiate(problem, operands, packed.upstream(number, upstream), seed)[:3]
-        for total, gradient, part in zip(found, gradients, (queries, keys, keys), strict=True):
-            own = heads_first(total[part])
-            with np.errstate(all="ignore"):
-                own[...] = folded(gradient, own.shape, problem, shared=part is keys)
-    of_call = zip(found, (query, key, value), strict=True)
-    return tuple(own_dtype(gradient, argument, packed.problem.real) for gradient, argument in of_call)
+        gradients = differentiate(problem, operands, packed.upstream(number, upstream), seed).named()
+        with np.errstate(all="ignore"):
+            for name, total in found.items():
+                gradient: Any = gradients[name]
+                if name in OF_HEADS:
+                    total[number] = gradient.reshape(-1)
+                else:
+                    own = heads_first(total[queries if name == "query" else keys])
+                    own[...] = folded(gradient, own.shape, problem, name in SHARED)
+    return as_given(packed, names, found, sources)

@@ -643,3 +643,23 @@ print(
     summary, weights = (float(number) for number in processes.run(MEASURE + CASE + code, timeout=200).split())
     assert summary < 64, summary
     assert weights < 64, weights
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("sink", [0.0, -30.0, 300.0, 1e30, -1e30, -np.inf])
+def test_a_summary_with_sinks_of_any_size(dtype: Any, sink: float) -> None:
+    """Weights are over keys alone: they sum to less than 1, and so does what keys receive."""
+    rng = np.random.default_rng(0)
+    query, key = rng.standard_normal((2, 2, 40, 8)).astype(dtype), rng.standard_normal((2, 2, 90, 8)).astype(dtype)
+    for options in ({}, {"is_causal": True, "query_offset": -3}, {"key_lengths": [0, 70], "alibi_slopes": 0.1}):
+        call: dict[str, Any] = {"sinks": np.array([sink, 1.0], dtype), **options}
+        found = fastattn.attention_summary(query, key, **call, top_k=3)
+        wanted = fastattn.attention_summary(query, key, **call, top_k=3, backend="reference")
+        for got, want in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 if dtype == np.float32 else 1e-13)
+        assert (found.received.sum(-1)[:, 1] < 40).all()
+        for lse in (None, found.lse):
+            for chosen in ({"rows": [3, 30, 7], "columns": [2, 1]}, {"rows": slice(5, 9)}):
+                weights = fastattn.attention_weights(query, key, **call, **chosen, lse=lse)
+                exact = fastattn.attention_weights(query, key, **call, **chosen, lse=lse, backend="reference")
+                np.testing.assert_allclose(weights, exact, rtol=1e-5, atol=1e-6 if dtype == np.float32 else 1e-14)

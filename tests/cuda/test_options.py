@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tolerances
 from hypothesis import given, settings
-from strategies import Call, bias_in, calls, numbers
+from strategies import Call, bias_in, calls, numbers, of_size
 
 import fastattn
 from fastattn.call.problem import Problem
@@ -32,15 +32,12 @@ FEW = max(10, settings().max_examples // 8)
 TABLE, HIDDEN = np.linspace(-1, 1, 34).reshape(2, 17), np.arange(9) % 4 == 3
 
 
+@of_size(steepest=1, largest=1, bend=0.4)
 def biased(score: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
     """A function of the user's, with a bias by distance, and branches."""
     if batch == 1 and query > key:
         score = 2 * np.tanh(score / 2)
     return score + TABLE[head, query - key]
-
-
-# how large its slope, what it adds and its second derivative are at most: `tolerances` asks for that
-biased.steepest, biased.largest, biased.bend = 1.0, 1.0, 0.4  # type: ignore[attr-defined]
 
 
 def dotted(batch: Any, head: Any, query: Any, key: Any) -> Any:
@@ -187,6 +184,14 @@ def test_any_gradients(call: Call) -> None:
     wanted = tolerances.expected(*call.args, **call.options)
     rng = np.random.default_rng(3)
     grad_out = numbers(rng, wanted.problem.out_shape, call.query.dtype)
+    check_both(grad_out, *call.args, **call.options)
+
+
+@settings(max_examples=FEW)
+@given(call=calls(small=True, further=True, dropout=True, with_functions=True))
+def test_any_functions(call: Call) -> None:
+    wanted = tolerances.expected(*call.args, **call.options)
+    grad_out = numbers(np.random.default_rng(3), wanted.problem.out_shape, call.query.dtype)
     check_both(grad_out, *call.args, **call.options)
 
 

@@ -19,12 +19,25 @@ attention_varlen = partial(fastattn.attention_varlen, backend="cuda")
 attention_varlen_backward = partial(fastattn.attention_varlen_backward, backend="cuda")
 
 QUERIES, KEYS = [0, 3, 3, 8, 9, 19], [0, 5, 6, 6, 11, 18]
+BY_SEQUENCE = np.linspace(-1, 1, 20).reshape(5, 4)
+
+
+def score_mod(score: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
+    return score * 0.5 + BY_SEQUENCE[batch, head]
+
+
+def mask_mod(batch: Any, head: Any, query: Any, key: Any) -> Any:
+    return (query + 2 * key + batch) % 3 != 0
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "causal": {"is_causal": "bottom-right"},
     "window and softcap": {"window": (2, 1), "softcap": 1.5},
     "offsets and slopes": {"query_offset": [0, 1, -2, 3, 0], "is_causal": True, "alibi_slopes": [0.5, 0.0, 1.0, 0.1]},
     "dropout": {"dropout_p": 0.4, "rng": 2**60 + 3},
+    "sinks": {"sinks": [0.5, -np.inf, 1.0, -2.0]},
+    "sinks of sequences and functions": {"sinks": BY_SEQUENCE, "score_mod": score_mod, "mask_mod": mask_mod},
 }
 
 
@@ -59,6 +72,25 @@ def test_packed_sequences_are_the_reference(dtype: Any, which: str) -> None:
     for got, wanted in zip(found, gradients, strict=True):
         assert got.dtype == dtype
         np.testing.assert_allclose(got, wanted, rtol=bound, atol=bound)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("by_sequence", [False, True])
+def test_gradients_by_name_are_the_reference(by_sequence: bool, dtype: Any) -> None:
+    *arrays, grad_out = inputs(dtype)
+    slopes = np.abs(BY_SEQUENCE if by_sequence else BY_SEQUENCE[0])
+    sinks = (BY_SEQUENCE[1] if by_sequence else BY_SEQUENCE).astype(np.float32)
+    options: dict[str, Any] = {"enable_gqa": True, "alibi_slopes": slopes, "sinks": sinks, "mask_mod": mask_mod}
+    options |= {"score_mod": score_mod} if by_sequence else {}
+    results = attention_varlen(*arrays, QUERIES, KEYS, **options, return_lse=True)
+    call = (grad_out, *arrays, *results, QUERIES, KEYS)
+    options["grads"] = ("sinks", "value", "alibi_slopes")
+    found = attention_varlen_backward(*call, **options)
+    exact = fastattn.attention_varlen_backward(*call, **options, backend="reference")
+    bound = 400 * float(np.finfo(dtype).eps)
+    for got, wanted in zip(found, exact, strict=True):
+        assert got.dtype == wanted.dtype
+        np.testing.assert_allclose(got, wanted, rtol=bound, atol=max(bound, 1e-6 if got.dtype == np.float32 else 0))
 
 
 def test_arrays_in_device_memory_stay_there() -> None:

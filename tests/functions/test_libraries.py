@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pickle
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,24 +13,24 @@ import pytest
 
 import fastattn
 from fastattn import reference
-from fastattn.machine import libraries
+from fastattn.machine import building
 
 RNG = np.random.default_rng(0)
 QUERY, KEY, VALUE = (RNG.standard_normal((2, 3, length, 8)).astype(np.float32) for length in (20, 30, 30))
 
 
 @pytest.fixture
-def compilations(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+def compilations(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Return the kernels that are asked for and are neither in memory nor on disk meanwhile, as they come."""
     found: list[Any] = []
-    emit = libraries.building.emit
+    emit = building.emit
 
     def counted(*args: Any, **options: Any) -> bytes:
         found.append(args)
         return emit(*args, **options)
 
-    monkeypatch.setattr(libraries.building, "emit", counted)
-    yield found
+    monkeypatch.setattr(building, "emit", counted)
+    return found
 
 
 def right(function: Any, **options: Any) -> Any:
@@ -49,14 +48,18 @@ def made(table: Any, factor: Any) -> Any:
 def test_changes_of_what_is_captured_compile_nothing(compilations: list[Any]) -> None:
     right(made(np.arange(5.0), 0.5))
     compilations.clear()
-    for table, factor in ((np.arange(5.0) * 2, 0.5), (np.arange(9.0)[::-1], -1.5), (np.arange(40.0)[::2], np.float64(3))):
+    for table, factor in (
+        (np.arange(5.0) * 2, 0.5),
+        (np.arange(9.0)[::-1], -1.5),
+        (np.arange(40.0)[::2], np.float64(3)),
+    ):
         right(made(table, factor))
     table = np.zeros(5)
     function = made(table, 1.0)
     before = right(function)
     table[:] = np.arange(5.0) ** 2
     assert not np.array_equal(right(function), before)
-    fastattn.attention(QUERY[:, :, :7], KEY[:, :, :9], VALUE[:, :, :9], score_mod=function)
+    fastattn.attention(QUERY[:, :, :19], KEY[:, :, :9], VALUE[:, :, :9], score_mod=function)
     assert not compilations
 
 
@@ -146,7 +149,7 @@ def _of_a_module(score: Any, batch: Any, head: Any, query: Any, key: Any) -> Any
 
 CALL = """
 import numpy as np, fastattn
-from fastattn.machine import libraries
+from fastattn.machine import building
 def refuse(*args, **options):
     raise AssertionError("compiled once more")
 {refuse}
@@ -157,7 +160,7 @@ print(fastattn.attention(query, query, query, score_mod=lambda s, b, h, q, k: s 
 
 def test_another_process_finds_it_on_disk() -> None:
     number = float(RNG.uniform())
-    for refuse in ("", "libraries.building.emit = refuse"):
+    for refuse in ("", "building.emit = refuse"):
         assert processes.run(CALL.format(refuse=refuse, number=number)) == "(1, 5, 4)\n"
 
 

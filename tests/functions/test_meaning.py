@@ -120,7 +120,9 @@ def test_loops_and_names_of_ones_own() -> None:
     check(function)
 
 
-@pytest.mark.parametrize("dtype", ["i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f2", "f4", "f8", "bool", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype", ["i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f2", "f4", "f8", "bool", "bfloat16"]
+)
 @pytest.mark.parametrize("steps", [(1, 1), (-1, 2), (3, -1), (0, 0)])
 def test_captured_arrays_of_any_dtype_and_strides(dtype: str, steps: tuple[int, int]) -> None:
     if dtype == "bfloat16":
@@ -133,6 +135,16 @@ def test_captured_arrays_of_any_dtype_and_strides(dtype: str, steps: tuple[int, 
         return score + (row[key - 7] if table.shape[0] > 5 else 0.0) * 2
 
     check(function)
+
+
+def test_every_number_of_half_precision() -> None:
+    table = np.arange(2**16, dtype=np.uint16).view(np.float16)
+
+    def function(score: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
+        return table[key * 8 + query]
+
+    found, _ = evaluated.as_compiled(function, np.zeros((2**13, 8), np.float32), 0, 0, 0, 0)
+    np.testing.assert_array_equal(found.reshape(-1), table.astype(np.float32))
 
 
 SMOOTH = ("exp", "exp2", "expm1", "tanh", "sqrt", "square", "log", "log2", "log10", "log1p", "sin", "cos", "reciprocal")

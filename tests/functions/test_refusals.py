@@ -52,7 +52,7 @@ def refused(function: Any, error: type[Exception] = TypeError, role: str = "scor
         ("return np.random.power(score)", 2, "the module numpy.random"),
         ("print(score)\n    return score", 2, "print"),
         ("return score + 'x'", 2, "str"),
-        ("return f'{score}'", 2, "str"),
+        ("return f'{score}'", 2, "format|str"),
         ("return score + 1j", 2, "complex"),
         ("return score + 10**30 * key", 2, "64 bits"),
         ("x = [score, 1.0]\n    return x[0]", 2, "a list"),

@@ -92,17 +92,17 @@ def attention_backward(
     arrays["sink_weights"] = weights = np.full_like(lse, np.nan) if "sinks" in names else None
     arrays["slope_sums"] = sums = np.zeros_like(lse) if "alibi_slopes" in names else None
     numbers = {"seed": seed, "first_batch": problem.scores.first_batch}
-    factor = _factor_of_scores(problem, names)
+    factor = factor_of_scores(problem, names)
     rows_suffice = set(names) == {"sinks"} and is_precise(lse, limit_of(dtype, upstream.rounded)).all()
     if problem.keys and lse.size and not rows_suffice:
         plans = [planned(by_keys, problem, arrays, upstream.rounded, own, factor, threads)]
         if "attn_mask" in names:
             plans.append(planned(_by_rectangles, problem, arrays, upstream.rounded, mask_axes, factor, threads))
         if parts.names:
-            plans.append(planned(_by_parts, problem, arrays, upstream.rounded, own, factor, threads, parts.number))
-        with prepared(problem, operands, _tile(problem), parts) as ready:
+            plans.append(planned(by_parts, problem, arrays, upstream.rounded, own, factor, threads, parts.number))
+        with prepared(problem, operands, tile_of(problem), parts) as ready:
             for plan, counters in plans:
-                _run(plan, counters, {**arrays, "functions": ready.captured}, numbers)
+                run(plan, counters, {**arrays, "functions": ready.captured}, numbers)
     with np.errstate(all="ignore"):
         if factor != problem.scores.scale:
             grad_query *= problem.scores.scale
@@ -115,7 +115,7 @@ def attention_backward(
     return found
 
 
-def _factor_of_scores(problem: Problem, names: Sequence[str]) -> float:
+def factor_of_scores(problem: Problem, names: Sequence[str]) -> float:
     """Return what kernels multiply gradients of scores by: the scale, if they can be divided by it again."""
     scale = problem.scores.scale
     return 1.0 if "alibi_slopes" in names and abs(scale) < LEAST_FACTOR else scale
@@ -128,7 +128,8 @@ def own_axes(problem: Problem, *splits: Shape) -> list[int]:
     return sorted(found)
 
 
-def _run(plan: Plan, counters: int, arrays: Mapping[str, Any], numbers: Mapping[str, int]) -> None:
+def run(plan: Plan, counters: int, arrays: Mapping[str, Any], numbers: Mapping[str, int]) -> None:
+    """Run a planned call that has so many counters."""
     objects: dict[str, Any] = {**arrays, "turns": np.zeros(counters, np.int64), **numbers}
     session.current.run(plan, tuple(objects.get(name) for name in CALL_NAMES))
 
@@ -194,7 +195,7 @@ def _by_rectangles(
     return draft.finish(threads), 0
 
 
-def _by_parts(
+def by_parts(
     problem: Problem, arrays: Arrays, rounded: np.dtype[Any], own: list[int], factor: float, threads: int, parts: int
 ) -> tuple[Plan, int]:
     """Plan the gradients of captured arrays: so many parts of the work, whatever number of threads there is."""
@@ -208,14 +209,15 @@ def _panels(tile: TileShape, features: int) -> int:
     return -(-features // tile.width)
 
 
-def _tile(problem: Problem) -> TileShape:
+def tile_of(problem: Problem) -> TileShape:
+    """The shape of the tiles of a backward pass."""
     return session.current.row.tile(problem.real.type.__name__)
 
 
 def _draft(work: str, problem: Problem, arrays: Arrays, rounded: np.dtype[Any], own: list[int], factor: float) -> Draft:
     """Write down everything but how the work is split."""
     row = session.current.row
-    kernel = describe(work, _tile(problem), row, steps=steps_of(problem))
+    kernel = describe(work, tile_of(problem), row, steps=steps_of(problem))
     blocking, tile, lead = row.blocking, kernel.tile, problem.rows_shape
     query_block = -(-blocking.gradient_query_bytes // tile.itemsize // tile.width) * tile.width
     heads, outer = math.prod(lead), math.prod(lead[axis] for axis in own)

@@ -1,27 +1,34 @@
 """The CPU backend of packed sequences: the plans of each sequence alone, run as one call.
 
 Sequences of one kind, as `fastattn.call.packed.Packed.kinds` puts them together, have one plan: what their records
-differ in is computed at once for all of them.
+differ in is computed at once for all of them. Gradients of captured arrays, which every sequence adds to, are those of
+one sequence after the other.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import numpy as np
 
+from fastattn.call.head_gradients import gradient_of_sinks, gradient_of_slopes
 from fastattn.call.out import delivered, target_for
 from fastattn.call.packed import Packed, heads_first
-from fastattn.call.problem import Array, Shape
+from fastattn.call.problem import Array, Operands, Problem, Shape
 from fastattn.call.shapes import split_shape
-from fastattn.call.upstream import Upstream, folded
-from fastattn.cpu.host import several
+from fastattn.call.upstream import OF_HEADS, Upstream, folded
+from fastattn.cpu.host import session, several
 from fastattn.cpu.host.backward import CALL_NAMES as GRADIENT_NAMES
-from fastattn.cpu.host.backward import Arrays, by_keys, own_axes, planned
+from fastattn.cpu.host.backward import Arrays, by_keys, by_parts, factor_of_scores, own_axes, planned, tile_of
+from fastattn.cpu.host.backward import run as run_alone
 from fastattn.cpu.host.calls import Plan
 from fastattn.cpu.host.forward import plan_forward
+from fastattn.cpu.host.functions import Parts, captured_among, prepared
+from fastattn.cpu.host.plan import choose_tile
 from fastattn.cpu.kernels.records import CALL, GRADIENT_ARRAYS
 
 CALL_NAMES = (CALL.names or ())[2:]  # behind the plan and the working memory
@@ -43,71 +50,161 @@ def attention(packed: Packed, out: Array | None, return_lse: bool, seed: int, th
         "first_batch": (0, 0, 1, 0),
     }
     calls = []
-    for numbers in packed.kinds():
-        one, operands = packed.sequence(numbers[0], numbered=False)
-        queries = packed.queries[numbers[0]]
-        rows = heads_first(target[queries])
-        plan = plan_forward(one, operands, rows, threads)
-        lse = None if sums is None else sums[queries.start * problem.heads :]
-        objects = {**operands._asdict(), "out": rows, "lse": lse, "seed": seed, "first_batch": numbers[0]}
-        calls.append(_alike(packed, numbers, plan, objects, CALL_NAMES, steps))
-    several.run(calls, threads)
+    with ExitStack() as until_run:
+        for numbers in packed.kinds():
+            one, operands = packed.sequence(numbers[0], numbered=False)
+            queries = packed.queries[numbers[0]]
+            rows = heads_first(target[queries])
+            plan = plan_forward(one, operands, rows, threads)
+            lse = None if sums is None else sums[queries.start * problem.heads :]
+            tile = choose_tile(session.current.row, one.real, one.queries)
+            ready = until_run.enter_context(prepared(_numbered(one, numbers[0]), operands, tile))
+            objects = {**ready._asdict(), "functions": ready.captured, "out": rows, "lse": lse, "seed": seed}
+            objects["first_batch"] = numbers[0]
+            calls.append(_alike(packed, numbers, plan, objects, CALL_NAMES, steps))
+        several.run(calls, threads)
     result = delivered(target, target, out)
     return result if sums is None else (result, sums[_places(packed)])
 
 
-def backward(packed: Packed, upstream: Upstream, seed: int, threads: int) -> tuple[Array, Array, Array]:
-    """Return the gradients of query, key and value, with their shapes."""
-    problem, real = packed.problem, packed.problem.real
-    lead, heads, places = problem.rows_shape, problem.heads, _places(packed)
-    own = own_axes(
-        problem, *(split_shape(heads_first(each).shape, problem, True) for each in (packed.key, packed.value))
-    )
-    summed = tuple(size if axis in own else 1 for axis, size in enumerate(lead))
-    grad_query = np.zeros((len(packed.query), heads, problem.head_dim), real)
-    grad_key, grad_value = (
-        np.zeros((len(packed.key), math.prod(summed), features), real)
-        for features in (problem.head_dim, problem.value_dim)
-    )
-    lse, grad_lse = (_by_sequence(numbers, places) for numbers in (upstream.lse, upstream.grad_lse))
-    deltas = np.empty((len(packed.query) * heads, 3), real)
-    steps = {
-        **_by_query(query=packed.query, grad_out=upstream.grad_out, out=upstream.out, grad_query=grad_query),
-        **_by_key(key=packed.key, value=packed.value, grad_key=grad_key, grad_value=grad_value),
-        **dict.fromkeys(("lse", "grad_lse"), (heads * real.itemsize, 0, 0, 0)),
-        "deltas": (3 * heads * real.itemsize, 0, 0, 0),
-        "first_batch": (0, 0, 1, 0),
-    }
-    calls = []
-    for numbers in packed.kinds():
-        one, operands = packed.sequence(numbers[0], numbered=False)
-        if not one.keys or not one.queries or 0 in lead:
-            continue
-        queries, keys = packed.queries[numbers[0]], packed.keys[numbers[0]]
-        arrived, first = packed.upstream(numbers[0], upstream), queries.start * heads
+def backward(packed: Packed, upstream: Upstream, names: Sequence[str], seed: int, threads: int) -> dict[str, Array]:
+    """Return gradients by the names of the arguments, those that are wanted among them.
+
+    Those of query, key and value have their shapes, those of captured arrays theirs, in float64; what has a number for
+    each head, has it for each sequence: (B, Hq).
+    """
+    work = _Backward(packed, upstream, names, seed, threads)
+    with ExitStack() as until_run:
+        calls = [each for numbers in packed.kinds() for each in work.calls(numbers, until_run)]
+        several.run(calls, threads)
+    return work.found()
+
+
+class _Backward:
+    """The backward pass of packed sequences: arrays of what they all have, and the calls that write there.
+
+    Numbers of queries lie as each sequence has them, (H, its own length), one sequence behind the other.
+    """
+
+    def __init__(self, packed: Packed, upstream: Upstream, names: Sequence[str], seed: int, threads: int) -> None:
+        self.packed, self.upstream, self.names, self.seed, self.threads = packed, upstream, names, seed, threads
+        self.problem = problem = packed.problem
+        real, self.lead = problem.real, problem.rows_shape
+        self.factor = factor_of_scores(problem, names)
+        shapes = (heads_first(each).shape for each in (packed.key, packed.value))
+        self.own = own_axes(problem, *(split_shape(shape, problem, True) for shape in shapes))
+        self.summed = tuple(size if axis in self.own else 1 for axis, size in enumerate(self.lead))
+        shared = math.prod(self.summed)
+        self.gradients = {
+            "query": np.zeros((len(packed.query), problem.heads, problem.head_dim), real),
+            "key": np.zeros((len(packed.key), shared, problem.head_dim), real),
+            "value": np.zeros((len(packed.key), shared, problem.value_dim), real),
+        }
+        places, count = _places(packed), len(packed.query) * problem.heads
+        self.of_rows: dict[str, Any] = {
+            "lse": _by_sequence(upstream.lse, places),
+            "grad_lse": _by_sequence(upstream.grad_lse, places),
+            "deltas": np.empty((count, 3), real),
+            "sink_weights": np.full(count, np.nan, real) if "sinks" in names else None,
+            "slope_sums": np.zeros(count, real) if "alibi_slopes" in names else None,
+        }
+        self.steps = self._steps()
+
+    def _steps(self) -> Steps:
+        packed, grads = self.packed, self.gradients
+        rows = {name: self.problem.heads * each.strides[0] for name, each in self.of_rows.items() if each is not None}
+        return {
+            **_by_query(query=packed.query, grad_out=self.upstream.grad_out, out=self.upstream.out),
+            **_by_key(key=packed.key, value=packed.value),
+            **_by_query(grad_query=grads["query"]),
+            **_by_key(grad_key=grads["key"], grad_value=grads["value"]),
+            **{name: (step, 0, 0, 0) for name, step in rows.items()},
+            "first_batch": (0, 0, 1, 0),
+        }
+
+    def calls(self, numbers: list[int], until_run: ExitStack) -> list[several.Alike]:
+        """Describe the calls of sequences of one kind, if there is something to do."""
+        one, operands = self.packed.sequence(numbers[0], numbered=False)
+        if not one.keys or not one.queries or 0 in self.lead:
+            return []
+        ready = until_run.enter_context(prepared(_numbered(one, numbers[0]), operands, tile_of(one)))
+        arrays = self.arrays(numbers[0], operands)
+        rounded = self.upstream.rounded
+        plan, counters = planned(by_keys, one, arrays, rounded, self.own, self.factor, self.threads)
+        turns = np.zeros((len(numbers), counters), np.int64)
+        objects = {**arrays, "functions": ready.captured, "turns": turns, "seed": self.seed, "first_batch": numbers[0]}
+        steps = {**self.steps, "turns": (0, 0, 0, turns.strides[0])}
+        return [_alike(self.packed, numbers, plan, objects, GRADIENT_NAMES, steps)]
+
+    def arrays(self, number: int, operands: Operands) -> Arrays:
+        """Return what a sequence reads and writes."""
+        packed, grads = self.packed, self.gradients
+        queries, keys = packed.queries[number], packed.keys[number]
+        arrived = packed.upstream(number, self.upstream)
         arrays: Arrays = dict.fromkeys(GRADIENT_ARRAYS)
         arrays |= operands._asdict()
-        arrays |= {
-            "grad_out": arrived.grad_out,
-            "out": arrived.out,
-            "grad_query": _split(grad_query[queries], lead),
-            "grad_key": _split(grad_key[keys], summed),
-            "grad_value": _split(grad_value[keys], summed),
-            "lse": lse[first:],
-            "grad_lse": None if grad_lse is None else grad_lse[first:],
-            "deltas": deltas[first:],
-        }
-        plan, counters = planned(by_keys, one, arrays, upstream.rounded, own, one.scores.scale, threads)
-        turns = np.zeros((len(numbers), counters), np.int64)
-        objects = {**arrays, "turns": turns, "seed": seed, "first_batch": numbers[0]}
-        of_kind = {**steps, "turns": (0, 0, 0, turns.strides[0])}
-        calls.append(_alike(packed, numbers, plan, objects, GRADIENT_NAMES, of_kind))
-    several.run(calls, threads)
-    return (
-        _folded(packed, grad_query, packed.query, packed.queries, lead, False),
-        _folded(packed, grad_key, packed.key, packed.keys, summed, True),
-        _folded(packed, grad_value, packed.value, packed.keys, summed, True),
-    )
+        del arrays["captured"]  # of another kind
+        arrays |= {"grad_out": arrived.grad_out, "out": arrived.out}
+        arrays["grad_query"] = _split(grads["query"][queries], self.lead)
+        arrays["grad_key"], arrays["grad_value"] = (_split(grads[of][keys], self.summed) for of in ("key", "value"))
+        return arrays | {name: self.rows(number, name) for name in self.of_rows}
+
+    def rows(self, number: int, name: str) -> Array | None:
+        """Return the numbers of queries of a sequence."""
+        queries, heads, numbers = self.packed.queries[number], self.problem.heads, self.of_rows[name]
+        return None if numbers is None else numbers[queries.start * heads : queries.stop * heads]
+
+    def found(self) -> dict[str, Array]:
+        """Return the gradients, when all has been run."""
+        packed, names, grads = self.packed, self.names, self.gradients
+        scale = self.problem.scores.scale
+        with np.errstate(all="ignore"):
+            if self.factor != scale:
+                grads["query"] *= scale
+                grads["key"] *= scale
+            found = {
+                "query": _folded(packed, grads["query"], packed.query, packed.queries, self.lead, False),
+                "key": _folded(packed, grads["key"], packed.key, packed.keys, self.summed, True),
+                "value": _folded(packed, grads["value"], packed.value, packed.keys, self.summed, True),
+            }
+            for name in OF_HEADS:
+                if name in names:
+                    found[name] = np.zeros((len(packed.queries), self.problem.heads))
+                    for number, total in enumerate(found[name]):
+                        total[:] = self.of_heads(number, name).reshape(-1)
+        names = captured_among(self.problem, names)
+        return found | self.captured(names) if names else found
+
+    def of_heads(self, number: int, name: str) -> Array:
+        """Return the gradients of slopes or sinks of a sequence, shape (Hk, G)."""
+        packed, rows = self.packed, self.rows(number, "slope_sums" if name == "alibi_slopes" else "sink_weights")
+        assert rows is not None
+        if name == "alibi_slopes":
+            queries = packed.queries[number]
+            return gradient_of_slopes(rows.reshape(*self.lead, queries.stop - queries.start), self.factor)
+        return gradient_of_sinks(*packed.sequence(number), packed.upstream(number, self.upstream), rows)
+
+    def captured(self, names: tuple[str, ...]) -> dict[str, Array]:
+        """Return the gradients of captured arrays: the sums over the sequences, in their order."""
+        totals: dict[str, Array] = {}
+        for number in range(len(self.packed.queries)):
+            one, operands = self.packed.sequence(number)
+            parts = Parts(one, operands, names)
+            if one.keys and one.queries and 0 not in self.lead:
+                arrays, rounded = self.arrays(number, operands), self.upstream.rounded
+                call = (one, arrays, rounded, self.own, self.factor, self.threads, parts.number)
+                plan, counters = planned(by_parts, *call)
+                with prepared(one, operands, tile_of(one), parts) as ready:
+                    functions = {**arrays, "functions": ready.captured}
+                    run_alone(plan, counters, functions, {"seed": self.seed, "first_batch": number})
+            with np.errstate(all="ignore"):
+                totals = {name: totals.get(name, 0) + each for name, each in parts.sums().items()}
+        return totals
+
+
+def _numbered(problem: Problem, number: int) -> Problem:
+    """Return the problem of a sequence that knows its number, for functions."""
+    return replace(problem, scores=replace(problem.scores, first_batch=number))
 
 
 def _by_query(**arrays: Array) -> Steps:

@@ -177,9 +177,7 @@ def keep_bare(kernel, plan, grads, count, delta, scratch):
     tile, bare = kernel.tile, scratch + plan.bare_grads_at
     for offset in range(0, count * tile.row_bytes, tile.row_bytes):
         grad = tile_load(tile.single, grads + offset, 0)
-        if plan.drop_below > 0:
-            grad = grad * plan.keep_scale - delta
-        tile_store(grad, bare + offset, 0)
+        tile_store(grad * plan.keep_scale - delta if plan.drop_below > 0 else grad, bare + offset, 0)
     return bare
 
 

@@ -27,7 +27,6 @@ from fastattn.simd import (
     tile_store,
 )
 
-
 memory_of_words = stack_memory(8 * 512)  # no row of the table has more keys in a block
 
 

@@ -35,7 +35,7 @@ from fastattn.cuda.host.arguments import (
     options_of,
     read_arrays,
 )
-from fastattn.cuda.host.arrays import Given, HostPlace, check_together, nothing, place_of, read, settle
+from fastattn.cuda.host.arrays import Given, HostPlace, Place, check_together, nothing, place_of, read, settle
 from fastattn.cuda.host.attention import (
     ALIGNMENT,
     REMEMBERED,
@@ -327,11 +327,9 @@ def queue_head_gradient(
     """Queue the gradient of an argument that has a number for each head, and return it."""
     problem, place, shape = call.problem, call.place, np.shape(argument)
     members = members_of(split_shape((*shape, 1, 1), problem), problem)
-    kind = np.asarray(argument).dtype.name
-    storage = kind if kind in STORAGE else problem.real.name
     count = slices_of(problem) * problem.queries
     rows = place.new(f"parts of {name}", (count,), np.dtype(call.real).name)
-    result = place.new(f"gradient of {name}", shape, storage)
+    result = place.new(f"gradient of {name}", shape, storage_of(argument, problem))
     if name == "sinks":
         made = kernel(head_gradients.sink_rows, head_gradients.Rows(call.storage, is_extreme(problem)))
         arguments: tuple[Any, ...] = (numbers.memory(), plan.own, plan.tables[2], rows.memory())
@@ -341,11 +339,22 @@ def queue_head_gradient(
         spec, common = _common(call, plan, others, numbers, "query", seed)
         blocks = slices_of(problem) * -(-problem.queries // spec.tiling.tile)
         _queue(call, portable.slope_rows, spec, blocks, (*common, rows.memory()))
-    if len(members):
-        made = kernel(head_gradients.sum_rows, head_gradients.Sums(storage, SUM_THREADS))
-        arguments = (rows.memory(), table(members, place.device), problem.queries, result.memory())
-        launch(made, len(members), (SUM_THREADS, 1), place.stream, arguments)
+    queue_sums(rows, members, problem.queries, result, place)
     return result
+
+
+def storage_of(argument: Any, problem: Problem) -> str:
+    """What the gradient of an argument that has a number for each head is stored in."""
+    kind = np.asarray(argument).dtype.name
+    return kind if kind in STORAGE else problem.real.name
+
+
+def queue_sums(rows: Given, members: NDArray[np.int64], length: int, result: Given, place: Place) -> None:
+    """Queue sums over the rows, so many for each slice, of the slices that share a number of the result."""
+    if len(members):
+        made = kernel(head_gradients.sum_rows, head_gradients.Sums(result.storage, SUM_THREADS))
+        arguments = (rows.memory(), table(members, place.device), length, result.memory())
+        launch(made, len(members), (SUM_THREADS, 1), place.stream, arguments)
 
 
 def queue_tensor_cores(

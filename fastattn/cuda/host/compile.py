@@ -35,7 +35,8 @@ COMPILED = (
     "fastattn.call.scores",
     "fastattn.cuda.kernels",
     "fastattn.functions",
-    "fastattn.simd.compiler",
+    "fastattn.machine.digest",
+    "fastattn.machine.objects",
 )
 
 _lock = RLock()

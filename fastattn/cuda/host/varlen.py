@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,15 +11,18 @@ from numpy.typing import NDArray
 from fastattn.call.arrays import as_operands, as_upstream
 from fastattn.call.options import check_flag
 from fastattn.call.out import check_out
-from fastattn.call.packed import Packed, describe_packed
-from fastattn.call.problem import Array
+from fastattn.call.packed import Packed, describe_packed, sources_of_packed
+from fastattn.call.problem import Array, Problem
+from fastattn.call.score_options import FurtherOptions
 from fastattn.call.seeds import seed_from
+from fastattn.call.shapes import split_shape
+from fastattn.call.upstream import OF_HEADS, Names, seed_of_forward, wanted_gradients
 from fastattn.call.upstream import arrived as describe_arrived
-from fastattn.call.upstream import seed_of_forward
 from fastattn.cuda.host.arguments import carriers_of, common_storage, read_arrays
 from fastattn.cuda.host.arrays import Given, HostPlace, Place, check_together, on_host, place_of, read, settle
 from fastattn.cuda.host.attention import Call, check_device_out, copy, evaluate, overlap
-from fastattn.cuda.host.backward import differentiate, own_dtype
+from fastattn.cuda.host.backward import differentiate, members_of, own_dtype, queue_sums, storage_of
+from fastattn.cuda.host.functions import captured
 from fastattn.cuda.kernels.elements import real_of
 
 
@@ -34,12 +37,15 @@ class Whole(NamedTuple):
     arrays : dict of str to (ndarray or Given)
         By the names of the arguments.
     on_device : bool
+    further : dict of str
+        What was said of scores by keyword, in host memory.
     """
 
     packed: Packed
     storage: str
     arrays: dict[str, Any]
     on_device: bool
+    further: FurtherOptions
 
     def moved(self, others: dict[str, Any]) -> tuple[Packed, Place, dict[str, Given]]:
         """The call as it lies on the device, where its results come to be, and all arrays there, others as well."""
@@ -70,7 +76,7 @@ def described(
         real = real_of(storage)
         carriers = {name: np.broadcast_to(np.empty((), real), array.shape) for name, array in givens.items()}
     packed = describe_packed(*carriers.values(), *map(on_host, lengths), **options | {"further": further})
-    return Whole(packed, storage, givens, on_device)
+    return Whole(packed, storage, givens, on_device, cast("FurtherOptions", further))
 
 
 def attention(
@@ -86,12 +92,12 @@ def attention(
     elif out is not None:
         check_out(out, replace(problem, storage=call.arrays["query"].dtype))
     packed, place, givens = call.moved({} if target is None else {"out": target})
-    with place.active():
+    with place.active(), captured(packed.problem, packed.captured, place) as words:
         apart = target is None or any(overlap(target, givens[name]) for name in ("query", "key", "value"))
         result = place.new("out", problem.out_shape, call.storage) if apart else target
         lse = place.new("lse", problem.lse_shape, problem.real.name)
         for number, queries in enumerate(packed.queries):
-            one = sequence(packed, number, call.storage, place, givens)
+            one = sequence(packed, number, call.storage, place, givens)._replace(captured=words)
             _, sums, _ = evaluate(one, seed, part(result, queries), False)
             copy(sums, part(lse, queries), place)
         if target is not None and apart:
@@ -110,26 +116,57 @@ def backward(
     lengths: tuple[Any, ...],
     options: dict[str, Any],
     rng: Any,
+    grads: Names,
 ) -> tuple[Any, ...]:
     """Compute what `fastattn.attention_varlen_backward` is asked for, on the device; the arguments are the user's."""
     arrived = {name: array for name, array in arrived.items() if array is not None}
     call = described(arrays, lengths, options, arrived)
     problem = call.packed.problem
+    query, key, value = arrays
+    sources = sources_of_packed(query, key, value, call.further)
+    names = wanted_gradients(grads, sources)
     seed = seed_of_forward(rng, problem)
     packed, place, givens = call.moved(_upstream(call, arrived))
-    with place.active():
+    of_heads = [name for name in names if name in OF_HEADS]
+    count, heads = len(packed.queries), problem.heads
+    with place.active(), captured(packed.problem, packed.captured, place) as words:
         results = {name: place.new(f"gradient of {name}", givens[name].shape, call.storage) for name in call.arrays}
+        parts = {name: place.new(f"parts of {name}", (count, heads), "float64") for name in of_heads}
         for number, (queries, keys) in enumerate(zip(packed.queries, packed.keys, strict=True)):
             others = {name: part(givens[name], queries) for name in arrived}
-            one = sequence(packed, number, call.storage, place, givens)
-            found = differentiate(one, others, seed, (), {})
+            one = sequence(packed, number, call.storage, place, givens)._replace(captured=words)
+            found = differentiate(one, others, seed, of_heads, dict.fromkeys(of_heads, np.zeros(heads)))
             for name, rows in (("query", queries), ("key", keys), ("value", keys)):
                 copy(found[name], part(results[name], rows), place)
+            for name, own in parts.items():
+                copy(_as_row(found[name]), _row(own, number), place)
+        for name, own in parts.items():
+            results[name] = _summed(name, own, sources[name], problem, place)
         settle(givens, place)
-        gradients = [place.deliver(result) for result in results.values()]
+        gradients = {name: place.deliver(results[name]) for name in names}
     if call.on_device:
-        return tuple(gradients)
-    return tuple(own_dtype(each, argument, problem.real) for each, argument in zip(gradients, arrays, strict=True))
+        return tuple(gradients.values())
+    return tuple(own_dtype(each, sources[name], problem.real) for name, each in gradients.items())
+
+
+def _as_row(numbers: Given) -> Given:
+    """Numbers of heads, with an axis in front."""
+    return numbers._replace(shape=(1, *numbers.shape), strides=(0, *numbers.strides))
+
+
+def _row(numbers: Given, number: int) -> Given:
+    """Those of one sequence among those of all, with that axis."""
+    step = numbers.strides[0]
+    return numbers._replace(address=numbers.address + number * step * numbers.itemsize, shape=(1, numbers.shape[1]))
+
+
+def _summed(name: str, parts: Given, argument: Any, problem: Problem, place: Place) -> Given:
+    """Queue the sums over sequences that share numbers, in their order; the gradient, in the shape of the argument."""
+    shape = np.shape(argument)
+    result = place.new(f"gradient of {name}", shape, storage_of(argument, problem))
+    of_sequences = replace(problem, batch=parts.shape[:1])
+    queue_sums(parts, members_of(split_shape((*shape, 1, 1), of_sequences), of_sequences), 1, result, place)
+    return result
 
 
 def _upstream(call: Whole, arrived: dict[str, Any]) -> dict[str, Any]:
@@ -155,7 +192,8 @@ def _upstream(call: Whole, arrived: dict[str, Any]) -> dict[str, Any]:
 
 def sequence(packed: Packed, number: int, storage: str, place: Place, givens: dict[str, Given]) -> Call:
     """A sequence, as a call of its own."""
-    problem, operands = packed.sequence(number, numbered=packed.problem.dropout_p > 0)
+    numbered = packed.problem.dropout_p > 0 or packed.is_asked_numbers
+    problem, operands = packed.sequence(number, numbered)
     queries, keys = packed.queries[number], packed.keys[number]
     parts = {"query": queries, "key": keys, "value": keys}
     return Call(problem, place, storage, operands, {name: part(givens[name], parts[name]) for name in parts})

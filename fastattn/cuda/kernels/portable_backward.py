@@ -454,7 +454,7 @@ def slope_rows(spec: Backward) -> Any:
 
     def kernel(
         query, key, value, mask, grad_out, numbers, offsets, steps, sizes, members, scale, seed_low, seed_high,
-        keep_scale, keep, own, result,
+        keep_scale, keep, own, captured, result,
     ):  # fmt: skip
         left = cuda.shared.array((depth, width), real)
         right = cuda.shared.array((depth, width), real)
@@ -466,7 +466,7 @@ def slope_rows(spec: Backward) -> Any:
         thread, queries = ty * side + tx, sizes[QUERIES]
         query_tiles = (queries + tile - 1) // tile
         number, first_query = cuda.blockIdx.x // query_tiles, cuda.blockIdx.x % query_tiles * tile
-        head, numbers_at = head_of(number, offsets, steps, sizes, own), NUMBERS * number * queries
+        head, numbers_at = head_of(number, offsets, steps, sizes, own, captured), NUMBERS * number * queries
         for r in range(rows):
             partial[ty + r * side, tx] = zero
         load_rows(numbers_here, numbers, numbers_at, first_query, queries, thread)

@@ -13,7 +13,7 @@ from fastattn.cuda.host import choice, compile
 from fastattn.cuda.kernels import portable
 
 # Without a GPU, Numba is told of one, and does all but load what it has compiled.
-COMPILE = """
+A_GPU = """
 from types import SimpleNamespace
 from numba.cuda import codegen, dispatcher, types
 
@@ -25,11 +25,31 @@ dispatcher._Kernel.bind = lambda self: self._codelibrary.get_cubin(cc=(8, 0))
 
 from fastattn.cuda.host import compile
 from fastattn.cuda.kernels import portable
-
+"""
+STATISTICS = "print(sum(kernel.stats.cache_hits.values()), sum(kernel.stats.cache_misses.values()))"
+COMPILE = f"""{A_GPU}
 kernel = compile.kernel(portable.copy, portable.Copy("float16"))
 vector, table = types.float16[::1], types.int64[:, ::1]
 kernel.compile((vector, vector, table, table, types.int64[::1]))
-print(sum(kernel.stats.cache_hits.values()), sum(kernel.stats.cache_misses.values()))
+{STATISTICS}
+"""
+COMPILE_FUNCTION = f"""{A_GPU}
+import numpy as np
+from cuda_ptx import ARGUMENTS
+from fastattn.cuda.kernels.tiles import Tiles
+from fastattn.functions.function import described
+
+table, number = np.ones(LENGTH, np.float32), NUMBER
+
+def modified(score, batch, head, query, key):
+    return SOURCE
+
+tiles = Tiles(threads_y=2, threads_x=2, rows=2, columns=2, values=2, features=4, value_rows=4)
+function = described("score_mod", modified)[0]
+spec = portable.Shifts("float32", "none", tiles, base_2=False, adds=True, score_mod=function)
+kernel = compile.kernel(portable.find_shifts, spec)
+kernel.compile(ARGUMENTS[portable.find_shifts](spec))
+{STATISTICS}
 """
 FOUND, COMPILED = "1 0", "0 1"
 
@@ -53,6 +73,17 @@ def test_a_changed_source_is_compiled_anew(tmp_path: Path) -> None:
         damaged.write_bytes(b"not a kernel")
     assert outcome() == COMPILED
     assert outcome() == FOUND
+
+
+def test_functions_are_kept_by_their_code_and_not_by_what_they_capture(tmp_path: Path) -> None:
+    def outcome(length: int, number: float, source: str) -> str:
+        changes = {"FASTATTN_CACHE_DIR": str(tmp_path / "cache"), "NUMBA_ENABLE_CUDASIM": "0"}
+        code = COMPILE_FUNCTION.replace("LENGTH", str(length)).replace("NUMBER", str(number)).replace("SOURCE", source)
+        return processes.run(code, **changes).strip()
+
+    assert outcome(3, 0.5, "score + table[key] * number") == COMPILED
+    assert outcome(4, 0.25, "score + table[key] * number") == FOUND
+    assert outcome(3, 0.5, "score - table[key] * number") == COMPILED
 
 
 def test_every_module_that_takes_part_is_in_the_name(tmp_path: Path) -> None:
