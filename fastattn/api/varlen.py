@@ -70,9 +70,8 @@ def attention_varlen(
     query_offset : int or array_like of int, shape (B,), optional
         The position of query 0 of each sequence among its keys.
     alibi_slopes, sinks : array_like of real numbers, shape (Hq,) or (B, Hq), optional
-        As in `attention`, of all sequences or of each.
     score_mod, mask_mod : function, optional
-        As in `attention`: batch is the number of the sequence, and positions are its own.
+        As in `attention`, of each sequence: `batch` is its number, and `query` and `key` are positions of its own.
     return_lse : bool
         Return the natural logarithm of the sum of exp(score) over the keys as well.
     rng : int or numpy.random.Generator, optional
@@ -87,7 +86,7 @@ def attention_varlen(
     out : ndarray, shape (T, Hq, Dv)
         Or a tuple of this and the log-sum-exp, if that was asked for. A query that may look at no key gives 0.
     lse : ndarray, shape (T, Hq)
-        If `return_lse`; with sinks over these as well. -inf, or the sink, for a query that may look at no key.
+        If `return_lse`; -inf, or the sink, for a query that may look at no key.
 
     Raises
     ------
@@ -201,8 +200,7 @@ def attention_varlen_backward(
     grad_lse : array_like, shape (T, Hq), optional
         The gradient by the log-sum-exp, where the loss depends on that as well.
     grads : sequence of str, optional
-        Names of the arguments whose gradients to return, in this order, and of no others: of "query", "key", "value",
-        "alibi_slopes" and "sinks" those that the call was given, and of arrays that `score_mod` captures.
+        Names of the arguments whose gradients to return, as in `attention_backward`.
     backend : {None, "cpu", "cuda", "reference"}
         As in `attention`.
 
