@@ -167,8 +167,8 @@ MUTATIONS = (
     Mutation(
         "the rows of a mask are taken for its columns",
         "cpu/kernels/scores.py",
-        "at = head.bias + query * row + key * column",
-        "at = head.bias + query * column + key * column",
+        "at = head.bias + query * row + key * column\n            bias = square_of(tile, kind",
+        "at = head.bias + query * column + key * column\n            bias = square_of(tile, kind",
         ("test_semantics.py", "test_a_floating_mask_is_added_after_the_scale and cpu"),
     ),
     Mutation(
@@ -461,7 +461,7 @@ MUTATIONS = (
     Mutation(
         "the gradient of a mask has the slope of the softcap",
         "cpu/kernels/backward.py",
-        'if kernel.work == "mask_gradient":',
+        'if kernel.work != "backward":',
         'if kernel.work == "nothing":',
         ("api/test_backward.py", "test_pytorch_differentiates_by_softcaps_windows_slopes_and_pairs_of_masks and cpu"),
     ),
@@ -492,8 +492,8 @@ MUTATIONS = (
     Mutation(
         "all rows of a batch have the length of the first",
         "cpu/kernels/tasks.py",
-        "own_view(own).offset, own_view(own).keys, own)",
-        "own_view(own).offset, own_view(call.heads if call.heads != 0 else own).keys, own)",
+        "own_view(own).offset, own_view(own).keys",
+        "own_view(own).offset, own_view(call.heads if call.heads != 0 else own).keys",
         ("test_semantics.py", "test_keys_behind_the_length_of_a_row_take_no_part and cpu"),
     ),
     Mutation(
@@ -506,8 +506,8 @@ MUTATIONS = (
     Mutation(
         "the backward pass does not know of offsets of rows",
         "cpu/kernels/backward.py",
-        "        own_view(own).offset, own_view(own).keys, own,\n",
-        "        own_view(call.plan + 32).offset, own_view(own).keys, own,\n",
+        "        own_view(own).offset, own_view(own).keys, own,",
+        "        own_view(call.plan + 32).offset, own_view(own).keys, own,",
         ("api/test_backward.py", "test_many_blocks_of_intervals and 197 and float32 and bool and not softcap"),
     ),
     Mutation(
@@ -632,8 +632,8 @@ MUTATIONS = (
     Mutation(
         "of a pair of masks only the floating one hides",
         "cpu/kernels/scores.py",
-        "        if plan.keep:\n            row, column",
-        "        if plan.keep and kind == BIAS_NONE:\n            row, column",
+        "rows > 0 and plan.keep:",
+        "rows > 0 and plan.keep and plan.bias_kind == BIAS_NONE:",
         ("test_semantics.py", "test_a_floating_and_a_boolean_mask_both_hold and cpu"),
     ),
     Mutation(
