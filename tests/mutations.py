@@ -630,6 +630,27 @@ MUTATIONS = (
         ("cuda/test_options.py", "test_each_option_both_ways and slopes and positions"),
     ),
     Mutation(
+        "a function may show what a floating mask hides",
+        "cpu/kernels/scores.py",
+        "square = where_greater(lowest(tile), bias, MINUS_INFINITY, square)",
+        "square = where_greater(lowest(tile), bias, square, square)",
+        ("test_semantics.py", "test_what_a_floating_mask_hides_no_function_shows and cpu"),
+    ),
+    Mutation(
+        "which keys a function hides is not noted for values that are not finite",
+        "cpu/kernels/blocks.py",
+        "looks = (load_i64(seen + 8 * j) >> i) & 1 != 0",
+        "looks = sees(kernel, plan, head, first_query + i, first_key + j)",
+        ("test_semantics.py", "test_what_is_hidden_by_its_score_does_not_leak and cpu"),
+    ),
+    Mutation(
+        "a block between two that are seen is taken for full",
+        "cpu/kernels/functions.py",
+        "whole = whole and load_u8(rows + row * functions.kinds_row + column) == FULL",
+        "whole = whole and load_u8(rows + row * functions.kinds_row + column) != EMPTY",
+        ("test_semantics.py", "test_with_functions_a_padded_sequence_has_the_bits_of_the_same_sequence_alone"),
+    ),
+    Mutation(
         "of a pair of masks only the floating one hides",
         "cpu/kernels/scores.py",
         "rows > 0 and plan.keep:",
