@@ -60,7 +60,7 @@ def _of(*templates: str) -> Any:
 LEAVES = {
     "w": ("batch", "head", "query", "key", "1", "2", "-3", "7", "count", "least", "zero", "long", "len(columns)"),
     "f": ("score", "score", "score", "0.5", "-1.25", "3.0", "half", "far", "nothing", "endless", "0.0", "np.pi"),
-    "b": ("query >= key", "flag", "True", "score > 0", "head == 1"),
+    "b": ("(query >= key)", "flag", "True", "(score > 0)", "(head == 1)"),
 }
 SHAPES = {
     "w": (
@@ -113,7 +113,7 @@ SHAPES = {
             "({f} ** 3.0)",
             "({f} ** {f})",
             "(2 ** (-{w} % 9))",
-            "({w} ** 0.5)",
+            "(abs({w}) ** 0.5)",
             "float({w})",
             "{F}",
             "{F}",

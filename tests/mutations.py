@@ -167,8 +167,8 @@ MUTATIONS = (
     Mutation(
         "the rows of a mask are taken for its columns",
         "cpu/kernels/scores.py",
-        "at = head.bias + query * row + key * column",
-        "at = head.bias + query * column + key * column",
+        "at = head.bias + query * row + key * column\n            bias = square_of(tile, kind",
+        "at = head.bias + query * column + key * column\n            bias = square_of(tile, kind",
         ("test_semantics.py", "test_a_floating_mask_is_added_after_the_scale and cpu"),
     ),
     Mutation(
@@ -461,7 +461,7 @@ MUTATIONS = (
     Mutation(
         "the gradient of a mask has the slope of the softcap",
         "cpu/kernels/backward.py",
-        'if kernel.work == "mask_gradient":',
+        'if kernel.work != "backward":',
         'if kernel.work == "nothing":',
         ("api/test_backward.py", "test_pytorch_differentiates_by_softcaps_windows_slopes_and_pairs_of_masks and cpu"),
     ),
@@ -492,8 +492,8 @@ MUTATIONS = (
     Mutation(
         "all rows of a batch have the length of the first",
         "cpu/kernels/tasks.py",
-        "own_view(own).offset, own_view(own).keys, own)",
-        "own_view(own).offset, own_view(call.heads if call.heads != 0 else own).keys, own)",
+        "own_view(own).offset, own_view(own).keys",
+        "own_view(own).offset, own_view(call.heads if call.heads != 0 else own).keys",
         ("test_semantics.py", "test_keys_behind_the_length_of_a_row_take_no_part and cpu"),
     ),
     Mutation(
@@ -506,8 +506,8 @@ MUTATIONS = (
     Mutation(
         "the backward pass does not know of offsets of rows",
         "cpu/kernels/backward.py",
-        "        own_view(own).offset, own_view(own).keys, own,\n",
-        "        own_view(call.plan + 32).offset, own_view(own).keys, own,\n",
+        "        own_view(own).offset, own_view(own).keys, own,",
+        "        own_view(call.plan + 32).offset, own_view(own).keys, own,",
         ("api/test_backward.py", "test_many_blocks_of_intervals and 197 and float32 and bool and not softcap"),
     ),
     Mutation(
@@ -630,10 +630,31 @@ MUTATIONS = (
         ("cuda/test_options.py", "test_each_option_both_ways and slopes and positions"),
     ),
     Mutation(
+        "a function may show what a floating mask hides",
+        "cpu/kernels/scores.py",
+        "square = where_greater(lowest(tile), bias, MINUS_INFINITY, square)",
+        "square = where_greater(lowest(tile), bias, square, square)",
+        ("test_semantics.py", "test_what_a_floating_mask_hides_no_function_shows and cpu"),
+    ),
+    Mutation(
+        "which keys a function hides is not noted for values that are not finite",
+        "cpu/kernels/blocks.py",
+        "looks = (load_i64(seen + 8 * j) >> i) & 1 != 0",
+        "looks = sees(kernel, plan, head, first_query + i, first_key + j)",
+        ("test_semantics.py", "test_what_is_hidden_by_its_score_does_not_leak and cpu"),
+    ),
+    Mutation(
+        "a block between two that are seen is taken for full",
+        "cpu/kernels/functions.py",
+        "whole = whole and load_u8(rows + row * functions.kinds_row + column) == FULL",
+        "whole = whole and load_u8(rows + row * functions.kinds_row + column) != EMPTY",
+        ("test_semantics.py", "test_with_functions_a_padded_sequence_has_the_bits_of_the_same_sequence_alone"),
+    ),
+    Mutation(
         "of a pair of masks only the floating one hides",
         "cpu/kernels/scores.py",
-        "        if plan.keep:\n            row, column",
-        "        if plan.keep and kind == BIAS_NONE:\n            row, column",
+        "rows > 0 and plan.keep:",
+        "rows > 0 and plan.keep and plan.bias_kind == BIAS_NONE:",
         ("test_semantics.py", "test_a_floating_and_a_boolean_mask_both_hold and cpu"),
     ),
     Mutation(
@@ -999,6 +1020,48 @@ MUTATIONS = (
         "rows[number].tobytes() for rows",
         "rows[0].tobytes() for rows",
         ("api/test_varlen.py", "test_each_sequence_is_what_it_is_alone and cpu"),
+    ),
+    Mutation(
+        "sequences whose numbers a function asks for share what it is told",
+        "call/packed.py",
+        "number if self.is_asked_numbers else 0",
+        "0",
+        ("api/test_varlen_functions.py", "test_each_sequence_has_the_bits_of_its_row_of_a_batch"),
+    ),
+    Mutation(
+        "the functions of a packed sequence take it for the first",
+        "cpu/host/varlen.py",
+        "first_batch=number))",
+        "first_batch=0))",
+        ("api/test_varlen_functions.py", "test_each_sequence_has_the_bits_of_its_row_of_a_batch"),
+    ),
+    Mutation(
+        "the reference's functions count the rows of a piece of a call from 0",
+        "reference/functions.py",
+        "problem.scores.first_batch + rows //",
+        "rows //",
+        ("api/test_varlen_functions.py", "test_the_reference_is_close"),
+    ),
+    Mutation(
+        "CUDA: functions count the rows of a piece of a call from 0",
+        "cuda/kernels/scores.py",
+        "sizes[FIRST_BATCH] + slice_ // sizes[HEADS]",
+        "slice_ // sizes[HEADS]",
+        ("cuda/test_varlen.py", "test_packed_sequences_are_the_reference and functions"),
+    ),
+    Mutation(
+        "gradients of captured arrays are those of the last packed sequence",
+        "cpu/host/varlen.py",
+        "totals.get(name, 0) + each",
+        "each",
+        ("api/test_varlen_functions.py", "test_gradients_of_captured_arrays_are_the_sums_over_the_sequences"),
+    ),
+    Mutation(
+        "gradients of sinks are those of the first packed sequence",
+        "cpu/host/varlen.py",
+        "gradient_of_sinks(*packed.sequence(number), packed.upstream(number,",
+        "gradient_of_sinks(*packed.sequence(0), packed.upstream(0,",
+        ("api/test_varlen_functions.py", "test_gradients_of_what_heads_have_are_those_of_each_sequence"),
     ),
     Mutation(
         "what is merged counts where its query saw no key",

@@ -591,6 +591,27 @@ def test_what_a_function_hides_or_is_asked_about_in_vain_never_leaks(
     close(attention(query, key, value, np.arange(length[1]) > 0, **options), wanted)
 
 
+@lengths
+def test_what_a_floating_mask_hides_no_function_shows(attention: Attention, length: tuple[int, int]) -> None:
+    query, key, value = inputs(length)
+    bias = normal(*length, seed=4)
+    bias[(np.arange(length[0])[:, None] + np.arange(length[1])) % 3 == 1] = -INF
+    scores = 2 * np.tanh(query.astype(np.float64) @ key.astype(np.float64).swapaxes(-1, -2) / 4 + bias)
+    weights = np.where(bias == -INF, 0, np.exp(scores))
+    out = attention(query, key, value, bias, score_mod=lambda s, b, h, q, k: 2 * np.tanh(s))
+    close(out, weights / weights.sum(-1, keepdims=True) @ value)
+
+
+def test_what_is_hidden_by_its_score_does_not_leak(attention: Attention) -> None:
+    query, key, value = inputs((70, 90))
+    clean = attention(query, key, value, score_mod=lambda s, b, h, q, k: s if s > 0 else -np.inf)
+    hidden = query.astype(np.float64) @ key.astype(np.float64).swapaxes(-1, -2) < 0
+    value[:, 3] = NAN
+    out = attention(query, key, value, score_mod=lambda s, b, h, q, k: s if s > 0 else -np.inf)
+    np.testing.assert_array_equal(np.isnan(out).any(-1), ~hidden[..., 3])
+    close(out[hidden[..., 3]], clean[hidden[..., 3]])
+
+
 def test_where_a_mask_mod_hides_everything_out_is_zero(attention: Attention) -> None:
     query, key, value = inputs((70, 90))
     out, lse = attention(query, key, value, mask_mod=lambda b, h, q, k: False, return_lse=True)

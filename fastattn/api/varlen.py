@@ -69,7 +69,9 @@ def attention_varlen(
         As in `attention`, of each sequence: "bottom-right" ends with its last query at its last key.
     query_offset : int or array_like of int, shape (B,), optional
         The position of query 0 of each sequence among its keys.
-    alibi_slopes : array_like of real numbers, shape (Hq,) or (B, Hq), optional
+    alibi_slopes, sinks : array_like of real numbers, shape (Hq,) or (B, Hq), optional
+    score_mod, mask_mod : function, optional
+        As in `attention`, of each sequence: `batch` is its number, and `query` and `key` are positions of its own.
     return_lse : bool
         Return the natural logarithm of the sum of exp(score) over the keys as well.
     rng : int or numpy.random.Generator, optional
@@ -84,7 +86,7 @@ def attention_varlen(
     out : ndarray, shape (T, Hq, Dv)
         Or a tuple of this and the log-sum-exp, if that was asked for. A query that may look at no key gives 0.
     lse : ndarray, shape (T, Hq)
-        If `return_lse`; -inf for a query that may look at no key.
+        If `return_lse`; -inf, or the sink, for a query that may look at no key.
 
     Raises
     ------
@@ -92,6 +94,8 @@ def attention_varlen(
         If an argument is of a kind or dtype that has no meaning here.
     ValueError
         If shapes or lengths do not go together, or a number is out of range. The message names the argument.
+    IndexError
+        If a function reads an array out of range, for a key that the query may look at.
 
     Notes
     -----
@@ -185,8 +189,8 @@ def attention_varlen_backward(
     grad_out : array_like, shape (T, Hq, Dv)
         The gradient of a number, usually a loss, by the result.
     query, key, value, cu_seqlens_q, cu_seqlens_k : array_like
-        What `attention_varlen` was given; so are dropout_p, is_causal, scale, enable_gqa, window, query_offset, softcap
-        and alibi_slopes.
+        What `attention_varlen` was given; so are dropout_p, is_causal, scale, enable_gqa, window, query_offset,
+        softcap, alibi_slopes, sinks, score_mod and mask_mod.
     out : array_like, shape (T, Hq, Dv)
         What it returned.
     lse : array_like, shape (T, Hq)
@@ -195,13 +199,16 @@ def attention_varlen_backward(
         What it was given: the seed, or a Generator in the state that it had then. Needed with dropout alone.
     grad_lse : array_like, shape (T, Hq), optional
         The gradient by the log-sum-exp, where the loss depends on that as well.
+    grads : sequence of str, optional
+        Names of the arguments whose gradients to return, as in `attention_backward`.
     backend : {None, "cpu", "cuda", "reference"}
         As in `attention`.
 
     Returns
     -------
     grad_query, grad_key, grad_value : ndarray
-        Each with the shape and, if that is floating, the dtype of its argument.
+        Each with the shape and, if that is floating, the dtype of its argument. Or those that `grads` names, in its
+        order.
 
     Raises
     ------
@@ -212,7 +219,8 @@ def attention_varlen_backward(
 
     Notes
     -----
-    The gradients of a sequence are those of `attention_backward` of the same sequence alone, to the bit.
+    The gradients of a sequence are those of `attention_backward` of the same sequence alone, to the bit. What sequences
+    have in common gets the sum over them, in their order.
 
     Examples
     --------

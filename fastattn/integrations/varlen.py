@@ -15,7 +15,16 @@ from fastattn.call.options import check_causal, check_dropout, check_flag, check
 from fastattn.call.score_options import FurtherOptions
 from fastattn.cpu.host.threads import threads_of_call
 from fastattn.integrations import keywords
-from fastattn.integrations.operators import CAUSAL, refuse, save_nothing
+from fastattn.integrations.functions import FUNCTIONS
+from fastattn.integrations.operators import (
+    CAUSAL,
+    GRADIENTS_OF_HEADS,
+    GRADIENTS_OF_OPERANDS,
+    OF_HEADS,
+    OPERANDS,
+    refuse,
+    save_nothing,
+)
 from fastattn.integrations.tensors import array_of, check_integers, check_operands
 
 if TYPE_CHECKING:
@@ -27,11 +36,11 @@ Tensor: TypeAlias = Any  # PyTorch's types are not known where it is not install
 
 LENGTHS = "Tensor cu_seqlens_q, Tensor? cu_seqlens_k"
 OPTIONS = f"float dropout_p, str causal, float? scale, bool enable_gqa, Tensor? seed, {keywords.SCHEMA}"
-OPERANDS = "Tensor query, Tensor key, Tensor value"
+SUMMED = ("alibi_slopes", "sinks")  # what has a gradient besides operands: one without numbers, where it is not wanted
 SCHEMAS = {
     "attention_varlen": f"({OPERANDS}, {LENGTHS}, {OPTIONS}) -> (Tensor out, Tensor lse)",
     "attention_varlen_backward": f"(Tensor grad_out, Tensor grad_lse, {OPERANDS}, Tensor out, Tensor lse, {LENGTHS}, "
-    f"{OPTIONS}) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
+    f"{OPTIONS}, {OF_HEADS}) -> ({GRADIENTS_OF_OPERANDS}, {GRADIENTS_OF_HEADS})",
 }
 
 
@@ -50,8 +59,8 @@ def attention_varlen(
 ) -> tuple[Tensor, Tensor]:
     """Attention of packed sequences on tensors, and the log-sum-exp: `fastattn.attention_varlen`.
 
-    Differentiable once in query, key and value, through both results. What each argument means, and what is promised of
-    the results, is as in `fastattn.attention_varlen`.
+    Differentiable once in query, key, value, alibi_slopes and sinks, through both results. What each argument means,
+    and what is promised of the results, is as in `fastattn.attention_varlen`.
 
     Parameters
     ----------
@@ -66,7 +75,7 @@ def attention_varlen(
     is_causal, scale, enable_gqa
         As in `scaled_dot_product_attention`.
     **options
-        window, query_offset, softcap and what else `fastattn.attention_varlen` takes by keyword.
+        window, query_offset, softcap, alibi_slopes and sinks, as `fastattn.attention_varlen` takes them; no functions.
 
     Returns
     -------
@@ -99,9 +108,11 @@ def attention_varlen(
         check_integers("cu_seqlens_k", cu_seqlens_k)
     if options.get("key_lengths") is not None:
         raise TypeError("key_lengths: given for packed sequences, whose lengths cu_seqlens_k says; expected None")
-    for name, option in options.items():
-        if isinstance(option, torch.Tensor) and option.requires_grad and torch.is_grad_enabled():
-            raise NotImplementedError(f"{name}: requires grad; expected one that does not: packed, it has no gradient")
+    for name in FUNCTIONS:
+        if options.get(name) is not None:
+            raise NotImplementedError(
+                f"{name}: given for packed sequences of tensors; expected None, or a call of fastattn.attention_varlen"
+            )
     dropout_p, causal = check_dropout(dropout_p), check_causal(is_causal)
     scale, enable_gqa = check_scale(scale), check_flag("enable_gqa", enable_gqa)
     seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu") if dropout_p > 0 else None
@@ -139,12 +150,21 @@ def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tu
 
 
 def _backward(*args: Any) -> tuple[Tensor, ...]:
-    found = _call("attention_varlen_backward", args)
-    return tuple(torch.from_numpy(np.ascontiguousarray(gradient)) for gradient in found)
+    given = dict(zip(_ARGUMENTS["attention_varlen_backward"], args, strict=False))
+    wanted = [name for name in SUMMED if given.get(f"with_{name}")]
+    names = ("query", "key", "value", *wanted)
+    rest = args[: len(_ARGUMENTS["attention_varlen_backward"]) - len(SUMMED)]
+    found = dict(zip(names, _call("attention_varlen_backward", rest, grads=names), strict=True))
+    none = np.empty(0, found["query"].dtype)
+    results = (found.get(name, none) for name in ("query", "key", "value", *SUMMED))
+    return tuple(torch.from_numpy(np.ascontiguousarray(array).reshape(array.shape)) for array in results)
 
 
-def _backward_fake(grad_out: Tensor, grad_lse: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    return tuple(tensor.new_empty(tensor.shape) for tensor in others[:3])
+def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
+    given = dict(zip(_ARGUMENTS["attention_varlen_backward"], args, strict=False))
+    operands = [given[name] for name in ("query", "key", "value")]
+    of_heads = [given[name] if given.get(f"with_{name}") else operands[0].new_empty(0) for name in SUMMED]
+    return tuple(tensor.new_empty(tensor.shape) for tensor in (*operands, *of_heads))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -157,8 +177,15 @@ def _differentiate(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor
     out, lse, *tensors = ctx.saved_tensors
     inputs = [other if tensor is None else tensor for tensor, other in zip(tensors, ctx.others, strict=True)]
     operator = torch.ops.fastattn.attention_varlen_backward.default
-    found = operator(grad_out, grad_lse, *inputs[:3], out, lse, *inputs[3:])
-    return (*found, *[None] * (len(inputs) - 3))
+    places = [_ARGUMENTS["attention_varlen"].index(name) for name in SUMMED]
+    wanted = [place < len(ctx.needs_input_grad) and ctx.needs_input_grad[place] for place in places]
+    further = [*inputs[3:], *[None] * (len(_ARGUMENTS["attention_varlen"]) - len(inputs))]
+    found = operator(grad_out, grad_lse, *inputs[:3], out, lse, *further, *wanted)
+    gradients: list[Tensor | None] = [*found[:3], *[None] * (len(inputs) - 3)]
+    for place, is_wanted, gradient in zip(places, wanted, found[3:], strict=True):
+        if is_wanted:
+            gradients[place] = gradient
+    return tuple(gradients)
 
 
 for _name, _kernel, _fake in (

@@ -270,3 +270,24 @@ def test_what_is_no_mask() -> None:
 def test_refused(kind: Any, message: str, call: Callable[[], Any]) -> None:
     with pytest.raises(kind, match=message):
         call()
+
+
+# -- parts of calls ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [None, slice(60, 130), [3, 139, 70]], ids=str)
+@pytest.mark.parametrize("columns", [None, slice(10, 100), [149, 0]], ids=str)
+def test_weights_of_chosen_rows_and_columns(rows: Any, columns: Any) -> None:
+    query, key, _, _ = operands(np.float64)
+    keep = booleans(3)
+    chosen: dict[str, Any] = {"rows": rows, "columns": columns}
+    found = fastattn.attention_weights(query, key, block_mask=BlockMask.from_array(keep), **chosen)
+    np.testing.assert_allclose(found, fastattn.attention_weights(query, key, keep, **chosen), rtol=1e-12, atol=1e-14)
+
+
+def test_the_reference_knows_masks() -> None:
+    query, key, value, _ = operands(np.float64)
+    query, key, value = (array[:1, :, :20] for array in (query, key, value))
+    mask = BlockMask.from_function(near(4), 20, 20) & ~BlockMask.from_function(near(1), 20, 20)
+    found = fastattn.attention(query, key, value, block_mask=mask, backend="reference")
+    np.testing.assert_allclose(found, fastattn.attention(query, key, value, mask.dense()), rtol=1e-12, atol=1e-13)

@@ -11,16 +11,19 @@ import pytest
 import tolerances
 from hypothesis import given
 from hypothesis import strategies as st
+from packed_cases import LENGTHS, alone, packed, padded, starts, together
 from strategies import (
     SEEDS,
-    alibi_slopes,
     bits_of,
     causal,
     laid_out,
     layouts,
     numbers,
+    of_heads,
     rarely,
     scales,
+    sinks,
+    slopes,
     softcaps,
     windows,
 )
@@ -30,8 +33,6 @@ from fastattn import reference
 
 INF, NAN = np.inf, np.nan
 
-#: Lengths of queries and keys that fill vectors and blocks, leave something over, or are 0.
-LENGTHS = ((5, 5), (1, 40), (0, 3), (70, 33), (4, 0), (0, 0), (130, 200), (5, 5), (16, 16))
 OPTIONS: tuple[dict[str, Any], ...] = (
     {},
     {"is_causal": True},
@@ -42,56 +43,11 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"alibi_slopes": np.array([0.5, 0.1, 0.3, 2.0]), "is_causal": "bottom-right"},
     {"alibi_slopes": np.linspace(0, 1, 4 * len(LENGTHS)).reshape(-1, 4), "scale": -0.3},
     {"scale": 1e-60},
+    {"sinks": np.array([0.5, -np.inf, -3.0, 40.0]), "window": (9, 4)},
+    {"sinks": np.linspace(-4, 4, 4 * len(LENGTHS)).reshape(-1, 4), "softcap": 3.0},
 )
 options_of_all = pytest.mark.parametrize("options", OPTIONS, ids=str)
 dtypes = pytest.mark.parametrize("dtype", [np.float32, np.float64])
-
-
-def starts(lengths: Any) -> Any:
-    """Return cumulative lengths."""
-    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-
-
-def packed(
-    lengths: Any = LENGTHS,
-    heads: tuple[int, int] = (4, 2),
-    dtype: Any = np.float32,
-    features: tuple[int, int] = (16, 8),
-) -> tuple[Any, ...]:
-    """Return query, key, value and the cumulative lengths of queries and keys."""
-    rng = np.random.default_rng(len(lengths))
-    queries, keys = np.array(lengths).reshape(-1, 2).T
-    shapes = (
-        (sum(queries), heads[0], features[0]),
-        (sum(keys), heads[1], features[0]),
-        (sum(keys), heads[1], features[1]),
-    )
-    arrays = [rng.standard_normal(shape).astype(dtype) for shape in shapes]
-    return *arrays, starts(queries), starts(keys)
-
-
-def row_of(options: dict[str, Any], number: int) -> dict[str, Any]:
-    """Return the options of a sequence alone."""
-    by_row = {"query_offset": 1, "alibi_slopes": 2}
-    return {
-        name: given[number] if name in by_row and np.ndim(given) == by_row[name] else given
-        for name, given in options.items()
-    }
-
-
-def alone(query: Any, key: Any, value: Any, cu_q: Any, cu_k: Any, **options: Any) -> list[tuple[Any, ...]]:
-    """Return query, key, value and options of each sequence, as a call of `attention`."""
-    return [
-        (*(array[part].swapaxes(0, 1) for array, part in ((query, q), (key, k), (value, k))), row_of(options, number))
-        for number, (q, k) in enumerate(
-            zip(map(slice, cu_q[:-1], cu_q[1:]), map(slice, cu_k[:-1], cu_k[1:]), strict=True)
-        )
-    ]
-
-
-def together(parts: list[Any]) -> Any:
-    """Return results of sequences, packed."""
-    return np.concatenate([part.swapaxes(0, 1) for part in parts])
 
 
 @dtypes
@@ -168,18 +124,6 @@ def test_neighbours_and_their_order_change_no_bit() -> None:
     out = np.split(fastattn.attention_varlen(*arrays, is_causal=True), arrays[3][1:-1])
     other = np.split(fastattn.attention_varlen(*moved, *cu, is_causal=True), cu[0][1:-1])
     assert bits_of(*(out[i] for i in order)) == bits_of(*other)
-
-
-def padded(arrays: tuple[Any, ...]) -> tuple[list[Any], Any]:
-    """Return query, key and value as rows of a batch, and the lengths of the keys."""
-    rows = []
-    for array, cu in zip(arrays[:3], (arrays[3], *arrays[4:] * 2), strict=True):
-        lengths = np.diff(cu)
-        batch = np.full((len(lengths), array.shape[1], max(lengths), array.shape[2]), NAN, array.dtype)
-        for row, (start, length) in enumerate(zip(cu, lengths, strict=False)):
-            batch[row, :, :length] = array[start : start + length].swapaxes(0, 1)
-        rows.append(batch)
-    return rows, np.diff(arrays[4])
 
 
 @dtypes
@@ -347,6 +291,11 @@ def test_many_short_sequences() -> None:
         ({"query_offset": 1, "is_causal": "bottom-right"}, ValueError, "query_offset"),
         ({"alibi_slopes": [1.0, 2.0, 3.0]}, ValueError, "alibi_slopes"),
         ({"alibi_slopes": np.ones((2, 2))}, ValueError, r"alibi_slopes: shape \(2, 2\); expected \(1, ...\)"),
+        ({"sinks": [1.0, 2.0, 3.0]}, ValueError, "sinks"),
+        ({"sinks": np.ones((2, 2))}, ValueError, r"sinks: shape \(2, 2\); expected \(1, ...\)"),
+        ({"score_mod": 1}, TypeError, "score_mod: int; expected a Python function"),
+        ({"mask_mod": lambda query, key: True}, TypeError, "mask_mod: <lambda> takes"),
+        ({"block_mask": None}, TypeError, "block_mask"),
         ({"window": 3}, TypeError, "window"),
         ({"softcap": -1.0}, ValueError, "softcap"),
         ({"scale": "1"}, TypeError, "scale"),
@@ -377,6 +326,9 @@ def test_what_is_refused(change: dict[str, Any], error: Any, message: str) -> No
         ({"grad_lse": np.ones(4)}, ValueError, "grad_lse: shape"),
         ({"dropout_p": 0.5}, ValueError, "rng: None with dropout_p"),
         ({"cu_seqlens_q": [0, 5]}, ValueError, "cu_seqlens_q"),
+        ({"grads": "query"}, TypeError, "grads: 'query' of type str; expected some of 'query', 'key', 'value', 'al"),
+        ({"grads": ("sinks",)}, ValueError, "grads: 'sinks', but the call has none"),
+        ({"grads": ("attn_mask",)}, ValueError, "grads: 'attn_mask' is among them"),
     ],
     ids=str,
 )
@@ -411,7 +363,9 @@ def calls(draw: st.DrawFn) -> tuple[list[Any], dict[str, Any]]:
     if draw(rarely):
         options["softcap"] = draw(softcaps)
     if draw(rarely):
-        options["alibi_slopes"] = draw(alibi_slopes((len(lengths),), kv_heads * group))
+        options["alibi_slopes"] = draw(of_heads((len(lengths),), kv_heads * group, slopes))
+    if draw(rarely):
+        options["sinks"] = draw(of_heads((len(lengths),), kv_heads * group, sinks))
     if options["is_causal"] != "bottom-right" and draw(rarely):
         options["query_offset"] = draw(st.sampled_from((-3, 4, rng.integers(-5, 9, len(lengths)))))
     if draw(rarely):

@@ -86,7 +86,7 @@ def refused(function: Any, error: type[Exception] = TypeError, role: str = "scor
         ("return table[query > key, key]", 2, "bool"),
         ("return table[head, query, key]", 2, "array of float64 with 2 axes"),
         ("return table.sum()", 2, r"\.sum"),
-        ("return (query - key).abs()", 2, r"\.abs"),
+        ("return (query - key).cumsum()", 2, r"\.cumsum"),
         ("return table + score", 2, "array of float64"),
         ("return score if text == 'causal' else 0.0", 2, "text"),
         ("return score if head in (1, 2) else 0.0", 2, "contains"),

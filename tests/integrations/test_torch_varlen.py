@@ -19,6 +19,7 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"window": (4, 1), "softcap": 2.0, "scale": 0.5},
     {"is_causal": True, "query_offset": torch.tensor([1, 0, -2])},
     {"alibi_slopes": torch.tensor([0.5, 0.25, 1.0, 0.0])},
+    {"sinks": torch.tensor([0.5, -3.0, float("-inf"), 2.0])},
 )
 
 
@@ -58,6 +59,28 @@ def test_gradients_are_those_of_small_steps() -> None:
         return attention_varlen(*packed, *lengths, enable_gqa=True, is_causal="bottom-right", window=(6, None))
 
     assert torch.autograd.gradcheck(call, tensors())
+
+
+@pytest.mark.parametrize("by_sequence", [False, True])
+def test_what_heads_have_has_gradients_as_well(by_sequence: bool) -> None:
+    lengths = torch.tensor(QUERIES), torch.tensor(KEYS)
+    generator = torch.Generator().manual_seed(1)
+    shape = (3, 4) if by_sequence else (4,)
+    slopes, sinks = (torch.rand(shape, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(2))
+
+    def call(query: Any, slopes: Any, sinks: Any) -> Any:
+        options = {"alibi_slopes": slopes, "sinks": sinks}
+        return attention_varlen(query, *others, *lengths, enable_gqa=True, is_causal="bottom-right", **options)
+
+    query, *others = (tensor.detach() for tensor in tensors())
+    assert torch.autograd.gradcheck(call, (query.requires_grad_(), slopes, sinks))
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    found = []
+    for function in (call, compiled):
+        out, lse = function(query, slopes, sinks)
+        found.append(torch.autograd.grad(out.sin().sum() + lse.sum(), (slopes, sinks)))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_dropout_goes_by_the_seed_of_torch() -> None:
@@ -130,7 +153,8 @@ def test_arrays_of_numpy_have_the_same_bits() -> None:
         ({"cu_seqlens_k": torch.tensor([0.0, 30.0])}, TypeError, "cu_seqlens_k: dtype torch.float32"),
         ({"cu_seqlens_k": torch.tensor([0, 9, 30])}, ValueError, "cu_seqlens_k: 3 numbers; expected 4"),
         ({"key_lengths": torch.tensor([1])}, TypeError, "key_lengths: given for packed sequences"),
-        ({"alibi_slopes": torch.ones(4, requires_grad=True)}, NotImplementedError, "alibi_slopes: requires grad"),
+        ({"score_mod": lambda score, b, h, q, k: score}, NotImplementedError, "score_mod: given for packed sequences"),
+        ({"mask_mod": lambda b, h, q, k: q >= k}, NotImplementedError, "mask_mod: given for packed sequences"),
         ({"dropout_p": 2}, ValueError, "dropout_p"),
         ({"is_causal": "yes"}, ValueError, "is_causal"),
         ({"windows": 1}, TypeError, "windows: no such option"),
