@@ -42,6 +42,9 @@ BINARY = {
 }  # fmt: skip
 
 
+WIDE = {np.uint16: np.uint32, np.int16: np.int32, np.uint32: np.uint64, np.int32: np.int64}
+
+
 class Memory:
     """Global memory: arrays one after the other, and where each begins."""
 
@@ -174,6 +177,11 @@ class Warp:
             special(name, operands, when)
             return
         a = self.get(operands[1], kind)
+        if "wide" in name:  # the product has twice the bits
+            wide = WIDE[np.dtype(kind).type]
+            result = a.astype(wide) * self.get(operands[2], kind).astype(wide)
+            self.put(operands[0], result, when)
+            return
         if first in BINARY:
             b = self.get(operands[2], kind)
             if first == "div" and kind not in (np.float32, np.float64):

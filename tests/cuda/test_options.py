@@ -309,7 +309,7 @@ def test_blocks_outside_of_the_interval_are_skipped(left: int | None, right: int
         options: Any = {"window": (left, right), "query_offset": [offset], "key_lengths": [length]}
         problem, operands = describe(*array, array[1], **options)
         tables, own = make_table(problem, []), own_of(problem, np.float32, False, operands.heads)
-        head = kernels.head_of(0, tables.offsets, tables.steps, sizes_of(problem, operands.heads).tolist(), own)
+        head = kernels.head_of(0, tables.offsets, tables.steps, sizes_of(problem, operands.heads).tolist(), own, None)
         i, j = np.ogrid[:queries, :keys]
         seen = problem.scores.sees(i, j, length, offset)
         assert [[kernels.sees(head, a, b) for b in range(keys)] for a in range(queries)] == seen.tolist()
