@@ -71,6 +71,7 @@ def seen_by_function(function: Function, where: Where, wide: Any) -> Found:
     return _each(_in_numpy(function.python, wide), where, np.dtype(bool), True)
 
 
+@np.errstate(all="ignore")
 def slopes_of_function(function: Function, scores: Array, where: Where) -> tuple[Array, Array]:
     """Return the derivative of a function of scores, and an estimate of its error.
 

@@ -49,7 +49,7 @@ def test_any_function(source: str) -> None:
             continue
 
 
-@settings(max_examples=settings().max_examples // 10)
+@settings(max_examples=settings().max_examples // 20)
 @given(source=function_sources.sources(branches=2))
 def test_any_derivative(source: str) -> None:
     function, scores = function_sources.made(source), SCORES[4:7, :3]

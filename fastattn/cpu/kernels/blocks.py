@@ -151,12 +151,11 @@ def are_finite(tile, plan, value, count):
 
 
 @jit
-def note_seen(tile, scores, count):
-    """Which queries look at which keys of a block, read off the scores: a word of bits for each key. Where that is."""
-    seen, hidden = memory_of_words(), tile_fill(tile.single, MINUS_INFINITY)
+def note_seen(tile, scores, count, seen):
+    """Write down which queries look at which keys of a block, read off the scores: a word of bits for each key."""
+    hidden = tile_fill(tile.single, MINUS_INFINITY)
     for j in range(count):
         store_i64(seen + 8 * j, lanes_above(tile_load(tile.single, scores + j * tile.row_bytes, 0), hidden))
-    return seen
 
 
 @jit

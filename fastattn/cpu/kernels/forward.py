@@ -24,6 +24,7 @@ from fastattn.cpu.kernels.blocks import (
     load_keys,
     load_queries,
     load_values,
+    memory_of_words,
     note_seen,
     place_of_scores,
     scores_of,
@@ -90,7 +91,8 @@ def attend(kernel, call, plan, head, number, state, room, part, first, first_key
     scores = place_of_scores(tile, room.work) + part.begin * tile.row_bytes
     seen = 0
     if "function" in kernel.steps and not finite:
-        seen = note_seen(tile, scores, count)
+        seen = memory_of_words()
+        note_seen(tile, scores, count, seen)
     top = tile_load(tile.single, room.work, 0)
     absorb(kernel, scores, count, top, relative, to_base_2, m, m + tile.row_bytes, block, plan.value_dim)
     first_key += part.begin
