@@ -22,6 +22,9 @@ import fastattn
 from fastattn.bench.measure import settle
 from fastattn.bench.peers import cores
 
+# torch.compile takes its time, and warns of PyTorch's own
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+
 SHAPE = (1, 8, 2048, 64)
 ROUNDS = 7
 
