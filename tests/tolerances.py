@@ -24,6 +24,9 @@ score. Then:
   and no error is above 2 c. The result, no larger than c or than the score, is rounded some times more
   (`CAP_ROUNDINGS`): the factor 1 / c, the product with it, which tanh makes no worse relative to itself, tanh (2 for
   that of exp(x) - 1, 1 each for the sum and the quotient), and the product with c.
+- Roundings of the terms of a sum go either way, and `ROUNDINGS` stands for what is left of them. Where all keys are one
+  key, as in an array with a stride of 0, terms are alike, and so are their roundings, which add up: to (Lk - 1) / 2 in
+  the sum of the weights, and as many in that of the values.
 - Dropout multiplies weights, and with them their errors, by 1 / (1 - p).
 - In the backward pass a weight is exp(score - lse) with both rounded, and what is multiplied by it, and summed, is
   rounded as often as the sum is long. A gradient is a sum of such products: its error is at most eps times the number
@@ -115,7 +118,7 @@ def expected(
             added = factor * size_of_added(problem, operands).reshape(undropped.shape)
             added = np.where(undropped > eps**2, added, 0)
             size = size + added.max(axis=-1, initial=0)
-        size = np.broadcast_to(size, problem.lse_shape)
+        size = np.broadcast_to(size + alike(operands.key), problem.lse_shape)
         out_bound = eps * size * max(1.0, problem.keep_scale) * max(1.0, largest(operands.value))
         worst = terms * max(1.0, problem.head_dim / 2)
         if np.isfinite(terms):
@@ -136,6 +139,15 @@ def expected(
             largest_weight=most,
             largest_out=most_out * (problem.keys if problem.dropout_p else 1),
         )
+
+
+def alike(key: Array) -> int:
+    """Return how many roundings add up where all keys are the same one."""
+    return (
+        key.shape[-2] - 1
+        if key.shape[-2] > 1 and np.array_equal(key, np.broadcast_to(key[..., :1, :], key.shape))
+        else 0
+    )
 
 
 def score_size(query: Array, key: Array, scale: float) -> float:
