@@ -13,15 +13,15 @@ import numpy as np
 from numba import njit
 from numba.core import cgutils, ir, types
 from numba.core.compiler import CompilerBase
-from numba.core.compiler_machinery import FunctionPass, PassManager, register_pass
+from numba.core.compiler_machinery import FunctionPass, register_pass
 from numba.core.ir_utils import build_definitions, get_definition, guard
-from numba.core.typed_passes import NativeLowering, NoPythonBackend, NopythonTypeInference, PreLowerStripPhis
 from numba.core.typing.templates import signature
 from numba.core.untyped_passes import FixupArgs, IRProcessing, ReconstructSSA, TranslateByteCode
 from numba.extending import intrinsic
 
 from fastattn.functions import names
 from fastattn.functions.captured import FLAG, captured, shape_of, size_of
+from fastattn.functions.dual import real_of
 from fastattn.functions.function import LATER
 from fastattn.functions.meaning import Meaning
 from fastattn.functions.operations import is_number
@@ -36,6 +36,7 @@ from fastattn.functions.refusals import (
     said_of,
     said_of_type,
 )
+from fastattn.simd.compiler import OPTIONS, TYPED, pipelines
 
 __all__ = ["compiled", "reads_of"]
 
@@ -404,23 +405,16 @@ class _Rewriter:
 class _Compiler(CompilerBase):
     def define_pipelines(self):
         """The passes, in order."""
-        manager = PassManager("function")
-        for step in (
+        return pipelines(
+            "function",
             TranslateByteCode,
             GiveMeaning,
             FixupArgs,
             IRProcessing,
             ReconstructSSA,
             FindUnassigned,
-            NopythonTypeInference,
-            PreLowerStripPhis,
-            NativeLowering,
-            NoPythonBackend,
-        ):
-            manager.add_pass(step, step.__name__)
-        manager.finalize()
-        manager._ENFORCING = False
-        return [manager]
+            *TYPED,
+        )
 
 
 def helper(python, meaning):
@@ -453,9 +447,7 @@ def _compile(python, meaning, arguments):
     before = _meanings.get(python)
     _meanings[python] = meaning
     try:
-        dispatcher = njit(
-            error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, pipeline_class=_Compiler
-        )(python)
+        dispatcher = njit(**OPTIONS, pipeline_class=_Compiler)(python)
         result = dispatcher._compiler._compile_core(arguments, None)
         returned = result.signature.return_type
         if python is meaning.function.python and not is_number(returned):
@@ -474,7 +466,7 @@ def _compile(python, meaning, arguments):
 
 def reads_of(function, dtype, names):
     """Where a function of scores reads elements of captured arrays: pairs of a name and a place, for `compiled`."""
-    meaning = Meaning(function, _real(dtype), names)
+    meaning = Meaning(function, real_of(dtype), names)
     _compile(function.python, meaning, (meaning.real, *[types.int64] * 5, FLAG))
     return meaning.reads
 
@@ -485,8 +477,4 @@ def compiled(function, dtype, chosen=(), place=None):
     Scores are of a dtype, or dual numbers of it. With the name of a captured array, and a place where it is read, what
     is returned is a dual number.
     """
-    return helper(function.python, Meaning(function, _real(dtype), chosen, place))
-
-
-def _real(dtype):
-    return types.float32 if dtype == "float32" else types.float64
+    return helper(function.python, Meaning(function, real_of(dtype), chosen, place))

@@ -9,7 +9,7 @@ from numba.core.imputils import lower_cast
 from numba.core.typeconv import Conversion
 from numba.extending import models, register_model
 
-__all__ = ["DualType", "make_dual", "parts_of"]
+__all__ = ["DualType", "make_dual", "parts_of", "real_of", "value_as"]
 
 
 class DualType(types.Type):
@@ -47,6 +47,17 @@ def parts_of(context, builder, ty, given):
         return given, None
     dual = cgutils.create_struct_proxy(ty)(context, builder, given)
     return dual.value, dual.slope
+
+
+def value_as(context, builder, ty, given, target):
+    """The value of a number, dual or not, in another type."""
+    value, _ = parts_of(context, builder, ty, given)
+    return context.cast(builder, value, ty.real if isinstance(ty, DualType) else ty, target)
+
+
+def real_of(dtype):
+    """The Numba type of numbers of a dtype, by its name."""
+    return types.float32 if dtype == "float32" else types.float64
 
 
 @lower_cast(types.Number, DualType)

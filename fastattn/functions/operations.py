@@ -12,7 +12,7 @@ from numba.core import types
 from numba.core.typing.templates import signature
 from numba.extending import intrinsic
 
-from fastattn.functions.dual import DualType, make_dual, parts_of
+from fastattn.functions.dual import DualType, make_dual, parts_of, value_as
 from fastattn.functions.elementary import FUNCTIONS, Term, choose
 
 __all__ = ["Operations"]
@@ -57,9 +57,9 @@ class Operand:
     """One number in the code that is being made, in the type that it has together with others."""
 
     def __init__(self, context, builder, ty, given, target):
-        value, slope = parts_of(context, builder, ty, given)
+        _, slope = parts_of(context, builder, ty, given)
         real = target.real if isinstance(target, DualType) else target
-        self.value = Term(builder, context.cast(builder, value, ty.real if isinstance(ty, DualType) else ty, real))
+        self.value = Term(builder, value_as(context, builder, ty, given, real))
         self.slope = self.value.like(0.0) if slope is None and isinstance(target, DualType) else slope
         if slope is not None:
             self.slope = Term(builder, slope)

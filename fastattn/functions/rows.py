@@ -9,7 +9,7 @@ from numba.core.typing.templates import signature
 from numba.extending import intrinsic
 
 from fastattn.functions.captured import FLAG, writes_elsewhere
-from fastattn.functions.dual import DualType, make_dual, parts_of
+from fastattn.functions.dual import DualType, make_dual, parts_of, real_of, value_as
 
 __all__ = [
     "chosen",
@@ -31,16 +31,6 @@ __all__ = [
 MARKS = {"float32": 0x7FE5_A7A1, "float64": 0x7FFC_A771_0000_A7A1}
 
 
-def _real_of(tile):
-    return types.float32 if tile.value.dtype == "float32" else types.float64
-
-
-def _value_of(context, builder, ty, given, target):
-    """The value of a number, dual or not, in another type."""
-    value, _ = parts_of(context, builder, ty, given)
-    return context.cast(builder, value, ty.real if isinstance(ty, DualType) else ty, target)
-
-
 def _mark(tile):
     return ir.Constant(ir.IntType(8 * tile.value.itemsize), MARKS[tile.value.dtype])
 
@@ -48,7 +38,7 @@ def _mark(tile):
 @intrinsic
 def row_at(typingctx, tile, address):
     """A row of scores, for `score_in` and `put_score`: LLVM has to see that lanes lie side by side."""
-    ty = types.CPointer(_real_of(tile))
+    ty = types.CPointer(real_of(tile.value.dtype))
 
     def codegen(context, builder, sig, values):
         return builder.inttoptr(values[1], context.get_value_type(ty))
@@ -71,7 +61,7 @@ def put_score(typingctx, row, lane, score):
     """Write a score, of any type, to a row."""
 
     def codegen(context, builder, sig, values):
-        value = _value_of(context, builder, score, values[2], row.dtype)
+        value = value_as(context, builder, score, values[2], row.dtype)
         writes_elsewhere(builder, builder.store(value, builder.gep(values[0], [values[1]])))
         return context.get_dummy_value()
 
@@ -103,10 +93,10 @@ def slope_of(typingctx, like, score):
 @intrinsic
 def marked(typingctx, tile, score, inside):
     """A score, or a mark where a flag is cleared."""
-    real = _real_of(tile)
+    real = real_of(tile.value.dtype)
 
     def codegen(context, builder, sig, values):
-        value = _value_of(context, builder, score, values[1], real)
+        value = value_as(context, builder, score, values[1], real)
         mark = builder.bitcast(_mark(tile), value.type)
         return builder.select(builder.icmp_signed("!=", values[2], ir.Constant(values[2].type, 0)), value, mark)
 
@@ -118,7 +108,7 @@ def is_true(typingctx, answer):
     """What a function has answered, as a boolean."""
 
     def codegen(context, builder, sig, values):
-        return _value_of(context, builder, answer, values[0], types.boolean)
+        return value_as(context, builder, answer, values[0], types.boolean)
 
     return signature(types.boolean, answer), codegen
 

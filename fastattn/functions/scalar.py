@@ -17,13 +17,14 @@ from numba.core.typing.templates import signature
 from numba.extending import intrinsic
 
 from fastattn.functions.compiler import compiled
-from fastattn.functions.dual import DualType, parts_of
+from fastattn.functions.dual import real_of, value_as
 from fastattn.functions.rows import is_set, is_true, new_flag, slope_of, with_slope
+from fastattn.simd.compiler import OPTIONS
 
 __all__ = ["arguments_of", "in_llvm", "refresh", "scalar"]
 
 WORD = types.int64
-COMPILED = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+COMPILED = njit(**OPTIONS)
 
 InLlvm = namedtuple("InLlvm", "modules name type")
 
@@ -59,7 +60,7 @@ def scalar(function, dtype, sloping=False, decorated=COMPILED):
 
 def arguments_of(function, dtype):
     """The Numba types of the arguments of `scalar`."""
-    score = () if function.role == "mask_mod" else (types.float32 if dtype == "float32" else types.float64,)
+    score = () if function.role == "mask_mod" else (real_of(dtype),)
     return (*score, *[WORD] * 5)
 
 
@@ -68,8 +69,7 @@ def value_of(typingctx, like, score):
     """What a function has returned, without a slope, in the type of a score."""
 
     def codegen(context, builder, sig, values):
-        value, _ = parts_of(context, builder, score, values[1])
-        return context.cast(builder, value, score.real if isinstance(score, DualType) else score, like)
+        return value_as(context, builder, score, values[1], like)
 
     return signature(like, like, score), codegen
 

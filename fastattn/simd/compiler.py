@@ -146,30 +146,28 @@ def _read_by(statement):
     return [variable.name for variable in statement.list_vars()]
 
 
+#: The last passes: types, and LLVM IR.
+TYPED = (NopythonTypeInference, PreLowerStripPhis, NativeLowering, NoPythonBackend)
+#: How functions are compiled that nobody calls from Python.
+OPTIONS = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+
+
+def pipelines(name, *steps):
+    """Numba's passes, in order, as a compiler of its own has them."""
+    manager = PassManager(name)
+    for step in steps:
+        manager.add_pass(step, step.__name__)
+    manager.finalize()
+    manager._ENFORCING = False  # it would analyse a function anew after each pass
+    return [manager]
+
+
 class KernelCompiler(CompilerBase):
     """From a Python function to LLVM IR, in the fewest steps."""
 
     def define_pipelines(self):
         """The passes, in order."""
-        manager = PassManager("kernel")
-        for step in (
-            TranslateByteCode,
-            FixupArgs,
-            IRProcessing,
-            DecideBranches,
-            ReconstructSSA,
-            NopythonTypeInference,
-            PreLowerStripPhis,
-            NativeLowering,
-            NoPythonBackend,
-        ):
-            manager.add_pass(step, step.__name__)
-        manager.finalize()
-        manager._ENFORCING = False  # it would analyse a function anew after each pass
-        return [manager]
-
-
-_OPTIONS = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+        return pipelines("kernel", TranslateByteCode, FixupArgs, IRProcessing, DecideBranches, ReconstructSSA, *TYPED)
 
 
 def jit(function, inline=False):
@@ -178,7 +176,7 @@ def jit(function, inline=False):
     Numba would compile it again for every integer constant that it is given somewhere; here constants are integers.
     `inline`: not left to LLVM, which calls what is large, and passes tiles through memory then.
     """
-    dispatcher = njit(**_OPTIONS, forceinline=inline, pipeline_class=KernelCompiler)(function)
+    dispatcher = njit(**OPTIONS, forceinline=inline, pipeline_class=KernelCompiler)(function)
     template = dispatcher.get_call_template
     dispatcher.get_call_template = lambda args, kws: template(tuple(types.unliteral(arg) for arg in args), kws)
     return dispatcher

@@ -139,7 +139,6 @@ def kinds_of_blocks(
     offsets: Any = [problem.scores.offset]
     if operands.heads is not None and "offset" in problem.scores.own:
         offsets = operands.heads["offset"].reshape(batches, -1)[:, 0]
-    assert operands.captured is not None
     first_row = problem.scores.first_batch if "batch" in function.reads else 0
     rows = batches if "batch" in function.reads or len(offsets) > 1 else 1
     heads = problem.heads if "head" in function.reads else 1

@@ -1,5 +1,7 @@
 """How kernels call a user's functions (`fastattn.cpu.kernels.lanes`), and what they know of blocks of keys."""
 
+from collections import namedtuple
+
 from fastattn.cpu.kernels.records import EMPTY, FULL, FUNCTIONS, KIND_KEYS, KIND_QUERIES
 from fastattn.simd import (
     call_compiled,
@@ -18,10 +20,17 @@ memory_of_two_vectors = stack_memory(2 * 64)
 OUT_OF_RANGE, REPEATED = map((FUNCTIONS.names or ()).index, ("out_of_range", "repeated"))
 
 
+# Where a score stands, as functions are told: the row of the batch, the head, the position of the query, and the key.
+Where = namedtuple("Where", "batch head query key")
+
+
 @jit
-def has_function(head):
-    """Whether there is a function of scores."""
-    return functions_view(head.functions).value != 0
+def where_of(head, first_query, first_key):
+    """Where the first score of a block stands."""
+    functions = functions_view(head.functions)
+    batch, number = functions.first_row + head.number // functions.heads, head.number % functions.heads
+    moved = functions.first_key  # what counts the keys counts positions
+    return Where(batch, number, moved + head.offset + first_query, moved + first_key)
 
 
 @jit
@@ -33,14 +42,12 @@ def apply_function(plan, head, scores, grads, count, first_query, first_key):
     functions = functions_view(head.functions)
     if functions.value == 0:
         return True
-    batch, number = functions.first_row + head.number // functions.heads, head.number % functions.heads
-    query, last = functions.first_key + head.offset + first_query, functions.first_key + head.offset + plan.queries - 1
-    first_key += functions.first_key
-    captured = functions.score_captured
+    at = where_of(head, first_query, first_key)
+    last, captured = at.query + (plan.queries - 1 - first_query), functions.score_captured
     if grads == 0:
-        given = (scores, count, batch, number, query, first_key, last, captured)
+        given = (scores, count, at.batch, at.head, at.query, at.key, last, captured)
         return call_compiled(functions.value, given) != 0
-    beside = (scores, grads, count, batch, number, query, first_key, last, captured)
+    beside = (scores, grads, count, at.batch, at.head, at.query, at.key, last, captured)
     return call_compiled(functions.slope, beside) != 0
 
 
@@ -53,8 +60,8 @@ def apply_along(tile, head, score, query, key):
     row = memory_of_two_vectors()
     slopes = row + tile.vector_bytes
     tile_store(score, row, 0)
-    batch, number = functions.first_row + head.number // functions.heads, head.number % functions.heads
-    call_compiled(functions.along, (row, slopes, batch, number, head.offset + query, key, functions.score_captured))
+    at = where_of(head, query, key)
+    call_compiled(functions.along, (row, slopes, at.batch, at.head, at.query, at.key, functions.score_captured))
     return tile_load(tile.vector, row, 0), tile_load(tile.vector, slopes, 0)
 
 
@@ -64,10 +71,9 @@ def hide_unseen(plan, head, scores, count, first_query, first_key):
     functions = functions_view(head.functions)
     if functions.hide == 0:
         return True
-    batch, number = functions.first_row + head.number // functions.heads, head.number % functions.heads
-    query, last = functions.first_key + head.offset + first_query, functions.first_key + head.offset + plan.queries - 1
-    first_key += functions.first_key
-    given = (scores, count, batch, number, query, first_key, last, functions.seen_captured)
+    at = where_of(head, first_query, first_key)
+    last = at.query + (plan.queries - 1 - first_query)
+    given = (scores, count, at.batch, at.head, at.query, at.key, last, functions.seen_captured)
     return call_compiled(functions.hide, given) != 0
 
 
@@ -112,10 +118,8 @@ def seen_part(tile, plan, head, first_query, first_key, begin, end):
 def add_to_captured(plan, head, part, scores, grads, count, present, first_query, first_key):
     """Add what a block contributes to the gradients of captured arrays, to those that a part of the work has."""
     functions = functions_view(head.functions)
-    batch, number = functions.first_row + head.number // functions.heads, head.number % functions.heads
-    targets = functions.targets + part * functions.arrays * 8
-    query = functions.first_key + head.offset + first_query
-    first_key += functions.first_key
-    given = (scores, grads, count, present, batch, number, query, first_key, functions.score_captured, targets)
+    at = where_of(head, first_query, first_key)
+    captured, targets = functions.score_captured, functions.targets + part * functions.arrays * 8
+    given = (scores, grads, count, present, at.batch, at.head, at.query, at.key, captured, targets)
     if call_compiled(functions.add, given) != 0:
         store_i64(head.functions + 8 * REPEATED, 1)

@@ -9,6 +9,7 @@ error.
 """
 
 from fastattn.cpu.kernels.records import EMPTY, FULL, PARTIAL
+from fastattn.cpu.kernels.softmax import MINUS_INFINITY
 from fastattn.functions.compiler import compiled, reads_of
 from fastattn.functions.rows import (
     chosen,
@@ -26,8 +27,6 @@ from fastattn.functions.rows import (
     with_slope,
 )
 from fastattn.simd import as_element, jit, load_f64, load_i64, store_f64, store_u8
-
-MINUS_INFINITY = float("-inf")
 
 
 def score_functions(kernel):
