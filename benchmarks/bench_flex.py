@@ -11,7 +11,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from typing import Any
 import pytest
 
 import fastattn
-from fastattn.bench.measure import settle
 from fastattn.bench.peers import cores
 
 # torch.compile takes its time, and warns of PyTorch's own
@@ -91,7 +89,7 @@ def _needs_a_compiler() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_repeated(benchmark: Any, name: str) -> None:
+def test_repeated(benchmark: Any, alternate: Any, name: str) -> None:
     """One call after the other, alternating with PyTorch's, whose share is the ratio in the extra info."""
     _needs_a_compiler()
     import torch
@@ -99,25 +97,8 @@ def test_repeated(benchmark: Any, name: str) -> None:
     torch.set_num_threads(cores())
     fastattn.set_num_threads(cores())
     theirs, ours = call_of("PyTorch", name), call_of("fastattn", name)
-    theirs()
-    ours()
-    settle()
-    before: list[float] = []
-    ratios: list[float] = []
-
-    def setup() -> None:
-        begin = time.perf_counter()
-        theirs()
-        before.append(time.perf_counter() - begin)
-
-    def run() -> None:
-        begin = time.perf_counter()
-        ours()
-        ratios.append(before[-1] / (time.perf_counter() - begin))
-
     benchmark.group = f"flex_attention, {name}, {SHAPE}"
-    benchmark.pedantic(run, setup=setup, rounds=ROUNDS)
-    benchmark.extra_info.update(ratio=statistics.median(ratios), pytorch=statistics.median(before))
+    alternate(ours, theirs, "pytorch", ROUNDS)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -5,15 +5,12 @@ Two layers of a model stand for all of them: layers are alike, and so is the rat
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 import fastattn
-from fastattn.bench.measure import settle
 from fastattn.bench.peers import cores
 
 #: (B, L): short texts in a batch, and one longer text.
@@ -65,46 +62,25 @@ def _step(model: Any, tokens: Any) -> Callable[[], object]:
     return run
 
 
-def _compare(benchmark: Any, calls: list[Callable[[], object]]) -> None:
-    """Time ours, alternating with sdpa's, whose share is the ratio in the extra info."""
-    theirs, ours = calls
-    theirs()
-    ours()
-    settle()
-    before: list[float] = []
-    ratios: list[float] = []
-
-    def setup() -> None:
-        begin = time.perf_counter()
-        theirs()
-        before.append(time.perf_counter() - begin)
-
-    def run() -> None:
-        begin = time.perf_counter()
-        ours()
-        ratios.append(before[-1] / (time.perf_counter() - begin))
-
-    benchmark.pedantic(run, setup=setup, rounds=ROUNDS)
-    benchmark.extra_info.update(ratio=statistics.median(ratios), sdpa=statistics.median(before))
-
-
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_encoder(benchmark: Any, shape: tuple[int, int]) -> None:
+def test_encoder(benchmark: Any, alternate: Any, shape: tuple[int, int]) -> None:
     """The forward pass of two layers of BERT, base size."""
     models = _models("BERT")
     import torch
 
     tokens = torch.randint(0, 1000, shape)
     benchmark.group = f"BERT, two layers, {shape}"
-    _compare(benchmark, [_forward(model, tokens) for model in models])
+    theirs, ours = [_forward(model, tokens) for model in models]
+    alternate(ours, theirs, "sdpa", ROUNDS)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_training_step(benchmark: Any, shape: tuple[int, int]) -> None:
+def test_training_step(benchmark: Any, alternate: Any, shape: tuple[int, int]) -> None:
     """Forward and backward pass of two layers of a small GPT-2, with its embedding and loss."""
     models = _models("GPT-2")
     import torch
 
     tokens = torch.randint(0, 1000, shape)
     benchmark.group = f"GPT-2, two layers, a training step, {shape}"
-    _compare(benchmark, [_step(model, tokens) for model in models])
+    theirs, ours = [_step(model, tokens) for model in models]
+    alternate(ours, theirs, "sdpa", ROUNDS)

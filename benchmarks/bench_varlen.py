@@ -6,15 +6,12 @@ info has the ratio of operations in a second, 1 where it costs nothing.
 
 from __future__ import annotations
 
-import statistics
-import time
 from typing import Any
 
 import numpy as np
 import pytest
 
 import fastattn
-from fastattn.bench.measure import settle
 from fastattn.bench.peers import cores
 
 HEADS, FEATURES = 8, 64
@@ -29,7 +26,7 @@ LENGTHS = {
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("work", ["forward", "backward"])
 @pytest.mark.parametrize("which", LENGTHS)
-def test_packed(benchmark: Any, which: str, work: str, is_causal: bool) -> None:
+def test_packed(benchmark: Any, alternate: Any, which: str, work: str, is_causal: bool) -> None:
     """Packed sequences, alternating with a dense batch of as many, of equal lengths."""
     fastattn.set_num_threads(cores())
     lengths = LENGTHS[which].astype(float)
@@ -57,22 +54,5 @@ def test_packed(benchmark: Any, which: str, work: str, is_causal: bool) -> None:
         else:
             fastattn.attention_backward(dense[0], *dense, *of_dense, **options)
 
-    ours()
-    theirs()
-    settle()
-    before: list[float] = []
-    ratios: list[float] = []
-
-    def setup() -> None:
-        begin = time.perf_counter()
-        theirs()
-        before.append(time.perf_counter() - begin)
-
-    def run() -> None:
-        begin = time.perf_counter()
-        ours()
-        ratios.append(share * before[-1] / (time.perf_counter() - begin))
-
     benchmark.group = f"{which}, {work}"
-    benchmark.pedantic(run, setup=setup, rounds=ROUNDS)
-    benchmark.extra_info.update(ratio=statistics.median(ratios), dense=statistics.median(before))
+    alternate(ours, theirs, "dense", ROUNDS, share)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -47,5 +48,34 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[[Case, E
             benchmark.pedantic(call.run, rounds=math.ceil(seconds / estimate))
         if case.unit == "GF/s" and benchmark.stats is not None:
             benchmark.extra_info["gflops"] = case.flops / benchmark.stats.stats.median / 1e9
+
+    return run
+
+
+@pytest.fixture
+def alternate(benchmark: Any) -> Callable[..., None]:
+    """Time a call, alternating with a peer's, whose share is the ratio in the extra info, beside the peer's time."""
+
+    def run(
+        ours: Callable[[], object], theirs: Callable[[], object], peer: str, rounds: int, work: float = 1.0
+    ) -> None:
+        theirs()
+        ours()
+        settle()
+        before: list[float] = []
+        ratios: list[float] = []
+
+        def setup() -> None:
+            begin = time.perf_counter()
+            theirs()
+            before.append(time.perf_counter() - begin)
+
+        def timed() -> None:
+            begin = time.perf_counter()
+            ours()
+            ratios.append(work * before[-1] / (time.perf_counter() - begin))
+
+        benchmark.pedantic(timed, setup=setup, rounds=rounds)
+        benchmark.extra_info.update({"ratio": statistics.median(ratios), peer: statistics.median(before)})
 
     return run
