@@ -36,7 +36,12 @@ COMPILED = (
     "fastattn.cuda.kernels",
     "fastattn.functions",
     "fastattn.machine.digest",
+    "fastattn.machine.kernel",
     "fastattn.machine.objects",
+    "fastattn.machine.table",
+    "fastattn.machine.tile",
+    "fastattn.simd.compiler",
+    "fastattn.simd.static",
 )
 
 _lock = RLock()
