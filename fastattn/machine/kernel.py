@@ -6,7 +6,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 
 from fastattn.machine.table import Isa
-from fastattn.machine.tile import TileShape
+from fastattn.machine.tile import ITEMSIZE, TileShape
 
 NO_TILE = TileShape("", 0, 0, 0)
 
@@ -30,9 +30,10 @@ class Kernel:
         The dtype of what lies in memory.
     score : {"dot", "additive"}
         What the score of a query and a key is made of.
-    reads : {"strided", "rows", "panels"}
+    reads : {"strided", "rows", "panels", "pairs"}
         How the micro-kernel finds keys and values: where they lie, with any strides; in rows of which each is
-        contiguous, where they lie or copied; or laid out anew in panels, in the order of their use.
+        contiguous, where they lie or copied; or laid out anew in panels, in the order of their use. "pairs" are rows
+        of bfloat16 that are multiplied pair by pair: neighbours in the rows of keys, and from two rows of values.
     steps : tuple of str
         What may happen to scores besides: "dropout", "mask", "softcap", "function". (Every kernel knows causality.)
         Code for a step that is not among them is not even typed.
@@ -51,11 +52,18 @@ class Kernel:
     function: Hashable = None
 
     @property
+    def itemsize(self) -> int:
+        """Bytes of an element in memory."""
+        return ITEMSIZE[self.storage]
+
+    @property
     def label(self) -> str:
         """The kernel in short, for people: a kernel is known by all of its attributes."""
         words = [self.work]
         if self.tile != NO_TILE:
             words += [self.tile.dtype, f"{self.tile.rows}x{self.tile.vectors}"]
+            if self.storage != self.tile.dtype:
+                words.append(f"of-{self.storage}")
         words.append(self.row.name)
         if self.score != "dot":
             words.append(self.score)

@@ -13,7 +13,10 @@ def target_machine(row: Isa, jit: bool = False) -> Any:
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     target = llvm.Target.from_triple(llvm.get_process_triple())
-    return target.create_target_machine(cpu=row.cpu, features="", opt=3, reloc="pic", codemodel="default", jit=jit)
+    features = ",".join(f"+{name}" for name in row.features)
+    return target.create_target_machine(
+        cpu=row.cpu, features=features, opt=3, reloc="pic", codemodel="default", jit=jit
+    )
 
 
 def load(code: bytes, row: Isa, symbols: Iterable[str]) -> tuple[dict[str, int], Any]:

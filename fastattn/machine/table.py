@@ -79,6 +79,10 @@ class Isa:
         LLVM's name of the processor model to generate code for; "" is the architecture's baseline.
     needs : tuple of str
         CPU features without which the row's code does not run.
+    features : tuple of str
+        Those that code is generated for besides the processor model's.
+    processors : tuple of str
+        LLVM's names of the processors that the row is for; () where it is for all that run it.
     vector_bytes : int
         Bytes of one SIMD register.
     rows, vectors : int
@@ -90,6 +94,9 @@ class Isa:
         Keys taken through the softmax at a time.
     scalef : bool
         Whether the machine scales by a power of two in one instruction (AVX-512's vscalef).
+    pairs : bool
+        Whether the machine multiplies pairs of bfloat16, and adds both products to a float32, in one instruction that
+        takes no longer than a multiply-add (AVX512_BF16 on Zen 4; elsewhere it takes four times as long).
     panels : bool
         Whether blocks of keys and values are laid out anew for a group of query blocks, in the order of their use.
         Otherwise they are read where they lie, or if that is awkward, from a copy of the rows.
@@ -108,7 +115,10 @@ class Isa:
     vectors: int
     tall_rows: int = 8
     key_block: int = 128
+    features: tuple[str, ...] = ()
+    processors: tuple[str, ...] = ()
     scalef: bool = False
+    pairs: bool = False
     panels: bool = True
     code_offset: int = 48
     blocking: Blocking = field(default=Blocking(), compare=False, repr=False)
@@ -144,7 +154,15 @@ _AVX512 = replace(
     panels=False,
     blocking=Blocking(block_bytes=256 << 10),
 )
-TABLE = (_AVX512, _AVX2, _GENERIC)  # the first that runs here is used
+_ZEN4 = replace(
+    _AVX512,
+    name="zen4",
+    needs=(*_AVX512.needs, "avx512bf16"),
+    features=("avx512bf16",),
+    processors=("znver4", "znver5"),
+    pairs=True,
+)
+TABLE = (_ZEN4, _AVX512, _AVX2, _GENERIC)  # the first that runs here, and is meant for it, is used
 NAMES = tuple(row.name for row in TABLE)
 
 
@@ -162,9 +180,14 @@ def runs_here(row: Isa) -> bool:
     return set(row.needs) <= host_features()
 
 
+def is_meant_for(row: Isa, processor: str) -> bool:
+    """Whether a row is the right one for a processor that runs it."""
+    return not row.processors or processor in row.processors
+
+
 @cache
 def host() -> Isa:
-    """The row that this process uses: the first that runs here, or the one that ``FASTATTN_ISA`` names.
+    """The row that this process uses: the first that runs here and is meant to, or the one that ``FASTATTN_ISA`` names.
 
     Raises
     ------
@@ -173,7 +196,7 @@ def host() -> Isa:
     """
     forced = os.environ.get("FASTATTN_ISA", "")
     if not forced:
-        return next(row for row in TABLE if runs_here(row))
+        return next(row for row in TABLE if runs_here(row) and is_meant_for(row, llvm.get_host_cpu_name()))
     for row in TABLE:
         if row.name == forced:
             if not runs_here(row):

@@ -72,9 +72,21 @@ from fastattn.simd.memory import (
     tile_transpose,
 )
 from fastattn.simd.philox import keep_rows
+from fastattn.simd.storage import (
+    WORD,
+    load_stored,
+    store_stored,
+    tile_load_stored,
+    tile_load_two_rows,
+    tile_rank2,
+    tile_round_to_pairs,
+    tile_scale_pairs,
+    tile_store_stored,
+)
 from fastattn.simd.tile import TileType, make_tile
 
 __all__ = [
+    "WORD",
     "TileShape",
     "TileType",
     "absolute",
@@ -102,6 +114,7 @@ __all__ = [
     "load_f32",
     "load_f64",
     "load_i64",
+    "load_stored",
     "load_u8",
     "load_u16",
     "lowest_bit",
@@ -118,6 +131,7 @@ __all__ = [
     "store_f32",
     "store_f64",
     "store_i64",
+    "store_stored",
     "store_u8",
     "store_u16",
     "sum_rows",
@@ -128,11 +142,17 @@ __all__ = [
     "tile_load_column",
     "tile_load_half",
     "tile_load_other",
+    "tile_load_stored",
+    "tile_load_two_rows",
     "tile_rank1",
     "tile_rank1_reciprocals",
+    "tile_rank2",
     "tile_repeat",
+    "tile_round_to_pairs",
     "tile_row_index",
+    "tile_scale_pairs",
     "tile_store",
+    "tile_store_stored",
     "tile_transpose",
     "where_greater",
 ]

@@ -7,6 +7,7 @@ from numba.core.typing.templates import signature
 from numba.extending import intrinsic
 from numba.np.numpy_support import from_dtype
 
+from fastattn.simd.storage import places_of, widen_float16
 from fastattn.simd.tile import (
     TileType,
     call_llvm,
@@ -87,14 +88,6 @@ def tile_repeat(typingctx, shape, row):
     return signature(tile, shape, row), codegen
 
 
-def _rows(builder, shape, address, row_bytes):
-    """The address of each vector of a tile in memory."""
-    for row in range(shape.rows):
-        start = address if row == 0 else builder.add(address, builder.mul(row_bytes, ir.Constant(address.type, row)))
-        for v in range(shape.vectors):
-            yield shifted(builder, start, v * shape.lanes * shape.itemsize)
-
-
 @intrinsic
 def tile_load(typingctx, shape, address, row_bytes):
     """The tile at `address`, its rows `row_bytes` apart; no alignment is asked."""
@@ -104,7 +97,7 @@ def tile_load(typingctx, shape, address, row_bytes):
 
     def codegen(context, builder, sig, values):
         s = shape.value
-        places = _rows(builder, s, values[1], values[2])
+        places = places_of(builder, s, s.itemsize, values[1], values[2])
         return make_tile(builder, s, [load_from(builder, place, vector_of(s), s.itemsize) for place in places])
 
     return signature(tile, shape, types.intp, types.intp), codegen
@@ -159,21 +152,7 @@ def _load_bool(builder, shape, address):
 
 
 def _load_half(builder, shape, address):
-    # By integer operations, which every machine has: exponent and fraction move to float32's place, the product with
-    # 2**112 corrects the exponent (and normalises subnormals); infinities and NaNs get all exponent bits.
-    lanes, i32 = shape.lanes, ir.IntType(32)
-    ints, floats = ir.VectorType(i32, lanes), ir.VectorType(ir.FloatType(), lanes)
-
-    def constant(value):
-        return ir.Constant(ints, [value] * lanes)
-
-    half = builder.zext(load_from(builder, address, ir.VectorType(ir.IntType(16), lanes), 1), ints)
-    sign = builder.shl(builder.and_(half, constant(0x8000)), constant(16))
-    moved = builder.shl(builder.and_(half, constant(0x7FFF)), constant(13))
-    scaled = builder.fmul(builder.bitcast(moved, floats), ir.Constant(floats, [2.0**112] * lanes))
-    special = builder.icmp_unsigned("==", builder.and_(half, constant(0x7C00)), constant(0x7C00))
-    bits = builder.select(special, builder.or_(moved, constant(0x7F800000)), builder.bitcast(scaled, ints))
-    value = builder.bitcast(builder.or_(bits, sign), floats)
+    value = widen_float16(builder, load_from(builder, address, ir.VectorType(ir.IntType(16), shape.lanes), 1))
     return value if shape.itemsize == 4 else builder.fpext(value, vector_of(shape))
 
 
@@ -220,7 +199,7 @@ def tile_store(typingctx, tile, address, row_bytes):
 
     def codegen(context, builder, sig, values):
         s = tile.shape
-        places = _rows(builder, s, values[1], values[2])
+        places = places_of(builder, s, s.itemsize, values[1], values[2])
         for vector, place in zip(vectors_of(builder, s, values[0]), places, strict=True):
             builder.store(vector, pointer_to(builder, place, vector_of(s)), align=s.itemsize)
         return context.get_dummy_value()

@@ -76,7 +76,7 @@ def _plan(work: str, problem: Problem, operands: Operands, out: Array, threads: 
     row = session.current.row
     tile = choose_tile(row, problem.real, problem.queries)
     steps = steps_of(problem, all_of=work != "forward" or score != "dot")
-    kernel = describe(work, tile, row, score, steps)
+    kernel = describe(work, tile, row, score, steps, problem.storage.type.__name__)
     split = out.reshape(*problem.rows_shape, *out.shape[-2:])
     return draft_forward(kernel, problem, operands, split, threads).finish(threads)
 

@@ -14,20 +14,26 @@ from fastattn.machine.tile import TileShape
 
 PLAIN: tuple[str, ...] = ()
 STEPS = ("dropout", "mask")
+ON_PAIRS = ("forward",)  # multiplies pairs of bfloat16, where the machine does
 BY_BLOCKS = ("weights", "known_weights")  # take blocks of queries one by one: too few to lay out keys for
 
 
-def describe(work: str, tile: TileShape, row: Isa, score: str = "dot", steps: tuple[str, ...] = STEPS) -> Kernel:
-    """Describe the kernel of some work on scores, for a register tile.
+def describe(
+    work: str, tile: TileShape, row: Isa, score: str = "dot", steps: tuple[str, ...] = STEPS, storage: str = ""
+) -> Kernel:
+    """Describe the kernel of some work on scores, for a register tile, and arrays of another dtype than its own.
 
     A kernel for all that may happen to scores does what one without these steps does, more slowly. The forward and the
     backward pass have both: a single one would make a first call wait for what it does not use.
     """
-    if work in BY_BLOCKS or tile.vectors == 1:  # a tall tile is for few queries
+    few = work in BY_BLOCKS or tile.vectors == 1  # a tall tile is for few queries
+    if storage == "bfloat16" and row.pairs and work in ON_PAIRS:
+        reads = "pairs"
+    elif few and storage in ("", tile.dtype):
         reads = "strided"
     else:
-        reads = "panels" if row.panels else "rows"
-    return Kernel(work, row, tile, storage=tile.dtype, score=score, reads=reads, steps=steps)
+        reads = "panels" if row.panels and not few else "rows"
+    return Kernel(work, row, tile, storage=storage or tile.dtype, score=score, reads=reads, steps=steps)
 
 
 def steps_of(problem: Problem, all_of: bool = False) -> tuple[str, ...]:

@@ -47,16 +47,21 @@ def choose_key_block(row: Isa, problem: Problem) -> int:
     return key_block
 
 
-def room_for_rows(row: Isa, tile: TileShape, array: Array, elements: int) -> tuple[int, int]:
+def room_for_rows(kernel: Kernel, array: Array, elements: int, pairs: int) -> tuple[int, int]:
     """Room for a block of keys or values, 0 where they are read in place; and where rows are, how far apart they are.
 
-    `elements`: of a block in panels.
+    `elements`: of a block in panels. `pairs`: of bfloat16 in a row, where these are multiplied.
     """
+    row, tile = kernel.row, kernel.tile
     step, column = array.strides[-2:]
-    if tile.vectors == 1:
-        return 0, step
-    dense = array.shape[-1] * tile.itemsize
-    if not row.panels and column == tile.itemsize and abs(step) <= max(row.blocking.in_place_bytes, dense):
+    if kernel.reads == "pairs":
+        dense, as_it_lies = pairs * tile.itemsize, column == 2 and 2 * pairs == array.shape[-1]
+    else:
+        dense, as_it_lies = array.shape[-1] * tile.itemsize, kernel.storage == tile.dtype
+        if as_it_lies and tile.vectors == 1:
+            return 0, step
+        as_it_lies = as_it_lies and not row.panels and column == tile.itemsize
+    if as_it_lies and abs(step) <= max(row.blocking.in_place_bytes, dense):
         return 0, step
     return aligned(elements * tile.itemsize), dense
 
@@ -167,6 +172,20 @@ def fields_of_softcap(problem: Problem, base: float) -> dict[str, float]:
     return {"softcap": softcap, "softcap_factor": 2.0 * LOG2_E / softcap}
 
 
+def fields_of_pairs(problem: Problem, fields: dict[str, Any]) -> dict[str, float]:
+    """The same where queries are multiplied by a power of two alone.
+
+    What the scale is besides, a number from 1 to 2, is a factor of the products, where they are to be scores; else it
+    is one of the exponents.
+    """
+    fraction, exponent = math.frexp(fields["scale"])
+    rest = 2.0 * abs(fraction) or 1.0
+    power = math.copysign(math.ldexp(1.0, exponent - 1), fraction) if fraction else 0.0
+    if problem.scores.adds or problem.scores.softcap is not None:
+        return {"scale": power, "factor": rest}
+    return {"scale": power, "factor": 1.0, "to_base_2": fields["to_base_2"] * rest}
+
+
 def share_of_keys(problem: Problem) -> float:
     """About which share of the keys a query looks at."""
     scores = problem.scores
@@ -191,6 +210,7 @@ def draft_forward(kernel: Kernel, problem: Problem, operands: Operands, out: Arr
     group = group_size(row, blocks, state, flops_per_block, heads, threads)
     groups = -(-blocks // group)
     fields: dict[str, Any] = {**sizes_of(problem), **fields_of_scores(problem, bias), **room}
+    fields.update(fields_of_pairs(problem, fields) if kernel.reads == "pairs" else {}, out_itemsize=out.itemsize)
     arrays = {"query": query, "key": key, "value": value, "bias": bias, "keep": keep, "out": out}
     for name, array in arrays.items():
         if array is not None:
@@ -237,10 +257,11 @@ def room_of_blocks(kernel: Kernel, problem: Problem, key: Array, value: Array, k
         query_bytes = additive_query_bytes(tile, features)
         key_bytes, key_step = additive_key_bytes(tile, features, key_block), 0
     else:
-        query_bytes = features * tile.row_bytes
-        key_bytes, key_step = room_for_rows(kernel.row, tile, key, key_block * features)
+        query_bytes = (-(-features // 2) if kernel.reads == "pairs" else features) * tile.row_bytes
+        key_bytes, key_step = room_for_rows(kernel, key, key_block * features, -(-features // 2))
     panels = -(-problem.value_dim // tile.rows)
-    value_bytes, value_step = room_for_rows(kernel.row, tile, value, key_block * panels * tile.rows)
+    elements = key_block * panels * tile.rows
+    value_bytes, value_step = room_for_rows(kernel, value, elements, problem.value_dim)
     return {
         "query_bytes": query_bytes,
         "key_bytes": key_bytes,

@@ -211,9 +211,9 @@ def load_many_queries(tile, call, plan, q, source, present, work):
     features, length = plan.head_dim, padded(tile, plan.head_dim)
     rows, exps = key_places(tile, plan, work)
     load_rows(tile, source, plan.query_row, plan.query_column, present, features, rows, exps, work)
-    pack_queries(tile, q, exps, length * tile.itemsize, tile.itemsize, present, length, 1.0)
+    pack_queries(tile, tile, q, exps, length * tile.itemsize, tile.itemsize, present, length, 1.0)
     raws = places(tile, plan, q)[0]
-    pack_queries(tile, raws, rows, length * tile.itemsize, tile.itemsize, present, length, 1.0)
+    pack_queries(tile, tile, raws, rows, length * tile.itemsize, tile.itemsize, present, length, 1.0)
     store_largest(tile, call, plan, q, work, present)
 
 
@@ -228,7 +228,7 @@ def load_many_keys(tile, plan, keys, source, count):
     for j in range(0, count, tile.rows):
         height = min(tile.rows, count - j)
         load_rows(tile, source, plan.key_row, plan.key_column, height, features, raws, exps, largest)
-        pack_keys(tile, panels, exps, row_bytes, tile.itemsize, height, length)
+        pack_keys(tile, tile, panels, exps, row_bytes, tile.itemsize, height, length)
         source += tile.rows * plan.key_row
         raws += tile.rows * row_bytes
         panels += tile.rows * row_bytes

@@ -177,7 +177,7 @@ def load_keys(tile, plan, places, key, value, queries, count, filled):
         return
     for j in range(0, count, tile.width):
         present = min(tile.width, count - j)
-        pack_queries(tile, at, value, plan.value_row, plan.value_column, present, plan.value_dim, 1.0)
+        pack_queries(tile, tile, at, value, plan.value_row, plan.value_column, present, plan.value_dim, 1.0)
         value += tile.width * plan.value_row
         at += plan.value_dim * tile.row_bytes
 
@@ -227,7 +227,7 @@ def hide_edge(kernel, plan, head, places, hidden, first_query, present, first_ke
     scores = buffer + tile.buffer_bytes
     clear(tile, scores, count)
     restrict(kernel, plan, head, scores, count, first_query, first_key + begin, top, buffer)
-    unpack_rows(tile, scores, ones, hidden + begin * tile.itemsize, hidden_bytes, tile.itemsize, present, count)
+    unpack_rows(tile, tile, scores, ones, hidden + begin * tile.itemsize, hidden_bytes, tile.itemsize, present, count)
 
 
 # -- the products with values and with the gradient of the result ------------------------------------------------------

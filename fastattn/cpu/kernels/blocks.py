@@ -4,12 +4,12 @@ scores[j][i] = start[i] + key[j] · q[i]          q[p][i]: the queries, transpos
 out[p][i]   += Σ_j value[j][p] · weights[j][i]
 """
 
-from fastattn.cpu.kernels import additive
+from fastattn.cpu.kernels import additive, pairs
 from fastattn.cpu.kernels.pack import copy_rows, key_steps, pack_keys, pack_queries, pack_values, value_steps
 from fastattn.cpu.kernels.prefetch import NOTHING, ask
 from fastattn.cpu.kernels.scores import cap, restrict, sees
 from fastattn.cpu.kernels.softmax import MINUS_INFINITY
-from fastattn.cpu.kernels.tiles import product, unrolled_product
+from fastattn.cpu.kernels.tiles import product, product_of_pairs, unrolled_product
 from fastattn.simd import (
     all_zero,
     jit,
@@ -17,12 +17,14 @@ from fastattn.simd import (
     largest_row,
     load_element,
     load_i64,
+    load_stored,
     maximum,
     stack_memory,
     store_element,
     store_i64,
     tile_fill,
     tile_load,
+    tile_load_stored,
     tile_repeat,
     tile_store,
 )
@@ -36,8 +38,10 @@ def load_queries(kernel, call, plan, q, source, present, work):
     tile = kernel.tile
     if kernel.score == "additive":
         additive.load_queries(tile, call, plan, q, source, present, work)
+    elif kernel.reads == "pairs":
+        pairs.pack_queries(kernel, q, source, plan.query_row, plan.query_column, present, plan.head_dim, plan.scale)
     else:
-        pack_queries(tile, q, source, plan.query_row, plan.query_column, present, plan.head_dim, plan.scale)
+        pack_queries(kernel, tile, q, source, plan.query_row, plan.query_column, present, plan.head_dim, plan.scale)
 
 
 @jit
@@ -47,10 +51,13 @@ def load_keys(kernel, plan, target, source, count):
     if kernel.score == "additive":
         return additive.load_keys(tile, plan, target, source, count)
     if kernel.reads == "panels":
-        pack_keys(tile, target, source, plan.key_row, plan.key_column, count, plan.head_dim)
+        pack_keys(kernel, tile, target, source, plan.key_row, plan.key_column, count, plan.head_dim)
         return target
     if kernel.reads == "rows" and plan.key_bytes > 0:
-        copy_rows(tile, target, plan.key_step, source, plan.key_row, plan.key_column, count, plan.head_dim)
+        copy_rows(kernel, tile, target, plan.key_step, source, plan.key_row, plan.key_column, count, plan.head_dim)
+        return target
+    if kernel.reads == "pairs" and plan.key_bytes > 0:
+        pairs.copy_keys(kernel, target, plan.key_step, source, plan.key_row, plan.key_column, count, plan.head_dim)
         return target
     return source
 
@@ -61,10 +68,13 @@ def load_values(kernel, plan, target, source, count):
     tile = kernel.tile
     if kernel.reads == "panels":
         panel, _, _ = value_steps(kernel, plan)
-        pack_values(tile, target, source, plan.value_row, plan.value_column, count, plan.value_dim, panel)
+        pack_values(kernel, tile, target, source, plan.value_row, plan.value_column, count, plan.value_dim, panel)
         return target
     if kernel.reads == "rows" and plan.value_bytes > 0:
-        copy_rows(tile, target, plan.value_step, source, plan.value_row, plan.value_column, count, plan.value_dim)
+        copy_rows(kernel, tile, target, plan.value_step, source, plan.value_row, plan.value_column, count, plan.value_dim)
+        return target
+    if kernel.reads == "pairs":
+        pairs.copy_values(kernel, target, plan.value_step, source, plan.value_row, plan.value_column, count, plan.value_dim)
         return target
     return source
 
@@ -79,22 +89,33 @@ def score_block(kernel, plan, q, key, first, count, start, scores, best, wanted)
     if kernel.score == "additive":
         return additive.score_block(kernel, plan, q, key, first, count, start, scores, best)
     features = plan.head_dim
+    if kernel.reads == "pairs":
+        features = pairs.pairs_of(features)
     panel, row, column = key_steps(kernel, plan)
     key += first // tile.rows * panel
     initial = tile_repeat(tile, start)
     whole = count - count % tile.rows
     for _ in range(0, whole, tile.rows):
-        if kernel.reads != "strided":
+        if kernel.reads == "pairs":
+            acc = product_of_pairs(tile, initial, key, row, column, q, features)
+        elif kernel.reads != "strided":
             acc = unrolled_product(tile, initial, key, row, column, q, features)
         else:
             acc = product(initial, key, row, column, q, tile.row_bytes, features)
+        if kernel.reads == "pairs" and "mask" in kernel.steps:
+            acc = acc * plan.factor
         tile_store(acc, scores, tile.row_bytes)
         best = maximum(largest_row(acc), best)
         ask(wanted)
         key += panel
         scores += tile.rows * tile.row_bytes
     for _ in range(whole, count):
-        one = product(start, key, row, column, q, tile.row_bytes, features)
+        if kernel.reads == "pairs":
+            one = product_of_pairs(tile, start, key, row, column, q, features)
+        else:
+            one = product(start, key, row, column, q, tile.row_bytes, features)
+        if kernel.reads == "pairs" and "mask" in kernel.steps:
+            one = one * plan.factor
         tile_store(one, scores, tile.row_bytes)
         best = maximum(one, best)
         key += row
@@ -108,6 +129,9 @@ def add_values(kernel, plan, weights, count, value, out, wanted):
     tile = kernel.tile
     features = plan.value_dim
     panel, row, column = value_steps(kernel, plan)
+    if kernel.reads == "pairs":
+        pairs.pair_weights(tile, weights, count)
+        count = pairs.pairs_of(count)
     if (
         kernel.score == "additive" and tile.vectors == 1 and column == tile.itemsize
     ):  # few queries: most lanes would be empty
@@ -119,7 +143,9 @@ def add_values(kernel, plan, weights, count, value, out, wanted):
     whole = features - features % tile.rows
     for _ in range(0, whole, tile.rows):
         acc = tile_load(tile, out, tile.row_bytes)
-        if kernel.reads != "strided":
+        if kernel.reads == "pairs":
+            acc = product_of_pairs(tile, acc, value, column, row, weights, count)
+        elif kernel.reads != "strided":
             acc = unrolled_product(tile, acc, value, column, row, weights, count)
         else:
             acc = product(acc, value, column, row, weights, tile.row_bytes, count)
@@ -129,23 +155,27 @@ def add_values(kernel, plan, weights, count, value, out, wanted):
         out += tile.rows * tile.row_bytes
     for _ in range(whole, features):
         one = tile_load(tile.single, out, tile.row_bytes)
-        one = product(one, value, column, row, weights, tile.row_bytes, count)
+        if kernel.reads == "pairs":
+            one = product_of_pairs(tile, one, value, column, row, weights, count)
+        else:
+            one = product(one, value, column, row, weights, tile.row_bytes, count)
         tile_store(one, out, tile.row_bytes)
         value += column
         out += tile.row_bytes
 
 
 @jit
-def are_finite(tile, plan, value, count):
+def are_finite(kernel, plan, value, count):
     """Whether `count` rows of values hold neither NaN nor infinity (x · 0 = 0 only for a finite x)."""
+    tile = kernel.tile
     sums = tile_fill(tile.vector, 0.0)
-    vectors = plan.value_dim // tile.lanes if plan.value_column == tile.itemsize else 0
+    vectors = plan.value_dim // tile.lanes if plan.value_column == kernel.itemsize else 0
     for j in range(count):
         row = value + j * plan.value_row
         for v in range(vectors):
-            sums = sums + tile_load(tile.vector, row + v * tile.vector_bytes, 0) * 0.0
+            sums = sums + tile_load_stored(kernel, tile.vector, row + v * tile.lanes * kernel.itemsize, 0) * 0.0
         for p in range(vectors * tile.lanes, plan.value_dim):
-            if load_element(tile, row + p * plan.value_column) * 0.0 != 0.0:
+            if load_stored(kernel, row + p * plan.value_column) * 0.0 != 0.0:
                 return False
     return all_zero(sums)
 
@@ -166,30 +196,41 @@ def add_visible_values(kernel, plan, head, weights, count, first_query, first_ke
     `note_seen` has noted, where users' functions have a say.
     """
     tile = kernel.tile
-    present = min(tile.width, plan.queries - first_query)
     source = head.value + first_key * plan.value_row
     # Rows of values that are finite throughout take the fast way; in the others a query is added where it may look.
+    # (Pairs of rows cannot be parted: there the numbers that are not finite have been replaced by 0.)
     _, row, _ = value_steps(kernel, plan)
     start = 0
     for j in range(count + 1):
         at = source + j * plan.value_row
-        if j < count and are_finite(tile, plan, at, 1):
+        if j < count and are_finite(kernel, plan, at, 1):
             continue
-        rows = value + start * row
-        add_values(kernel, plan, weights + start * tile.row_bytes, j - start, rows, out, NOTHING)
-        start = j + 1
+        if kernel.reads != "pairs":
+            rows = value + start * row
+            add_values(kernel, plan, weights + start * tile.row_bytes, j - start, rows, out, NOTHING)
+            start = j + 1
         if j == count:
             break
-        for i in range(present):
-            if "function" in kernel.steps:
-                looks = (load_i64(seen + 8 * j) >> i) & 1 != 0
-            else:
-                looks = sees(kernel, plan, head, first_query + i, first_key + j)
-            if looks:
-                weight = load_element(tile, weights + j * tile.row_bytes + i * tile.itemsize)
-                for p in range(plan.value_dim):
-                    place = out + p * tile.row_bytes + i * tile.itemsize
-                    element = load_element(tile, at + p * plan.value_column)
+        add_visible_row(kernel, plan, head, weights + j * tile.row_bytes, first_query, first_key + j, at, out, seen + 8 * j)
+    if kernel.reads == "pairs":
+        add_values(kernel, plan, weights, count, value, out, NOTHING)
+
+
+@jit
+def add_visible_row(kernel, plan, head, weights, first_query, key, value, out, seen):
+    """Add a row of values to the queries that may look at its key; of pairs, what is not finite in it."""
+    tile = kernel.tile
+    for i in range(min(tile.width, plan.queries - first_query)):
+        if "function" in kernel.steps:
+            looks = (load_i64(seen) >> i) & 1 != 0
+        else:
+            looks = sees(kernel, plan, head, first_query + i, key)
+        if looks:
+            weight = load_element(tile, weights + i * tile.itemsize)
+            for p in range(plan.value_dim):
+                place = out + p * tile.row_bytes + i * tile.itemsize
+                element = load_stored(kernel, value + p * plan.value_column)
+                if kernel.reads != "pairs" or element * 0.0 != 0.0:
                     store_element(tile, place, load_element(tile, place) + element * weight)
 
 

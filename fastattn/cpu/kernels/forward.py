@@ -32,6 +32,7 @@ from fastattn.cpu.kernels.blocks import (
 from fastattn.cpu.kernels.dropout import drop
 from fastattn.cpu.kernels.forward_prefetch import foresee, list_wanted, next_head
 from fastattn.cpu.kernels.pack import unpack_rows, value_steps
+from fastattn.cpu.kernels.pairs import clean_values
 from fastattn.cpu.kernels.prefetch import list_memory
 from fastattn.cpu.kernels.scores import keys_of_block, keys_of_queries
 from fastattn.cpu.kernels.sinks import LN_2, log_sum, sink_of, term_of
@@ -85,7 +86,7 @@ def attend(kernel, call, plan, head, number, state, room, part, first, first_key
     m, block = state + room.m, state + room.out
     # m may stem from what is added, and be far from the scores; a softcap wants them as they are.
     relative = "softcap" not in kernel.steps and ("mask" not in kernel.steps or not plan.adds)
-    to_base_2 = plan.to_base_2 if "mask" in kernel.steps else 1.0
+    to_base_2 = plan.to_base_2 if "mask" in kernel.steps or kernel.reads == "pairs" else 1.0
     scores_of(kernel, plan, head, state, m, relative, part, first, first_key, keys, room.work, wanted)
     count = part.end - part.begin
     scores = place_of_scores(tile, room.work) + part.begin * tile.row_bytes
@@ -99,16 +100,17 @@ def attend(kernel, call, plan, head, number, state, room, part, first, first_key
     if "dropout" in kernel.steps and plan.drop_below > 0:
         drop(tile, plan, call, scores, count, number, first, first_key)
     _, row, _ = value_steps(kernel, plan)
-    values += part.begin * row
-    if not finite and (part.begin < part.full or part.full_end < part.end):
+    values += (part.begin // 2 if kernel.reads == "pairs" else part.begin) * row
+    if not finite and (kernel.reads == "pairs" or part.begin < part.full or part.full_end < part.end):
         add_visible_values(kernel, plan, head, scores, count, first, first_key, values, block, seen)
     else:
         add_values(kernel, plan, scores, count, values, block, wanted)
 
 
 @jit
-def finish(tile, plan, head, m, l, block, out, lse, present):
+def finish(kernel, plan, head, m, l, block, out, lse, present):
     """Divide by the sum of the weights, write the rows of the output, and the log-sum-exp where it is wanted."""
+    tile = kernel.tile
     sink = sink_of(head)
     for i in range(tile.width):
         total = load_element(tile, l + i * tile.itemsize)
@@ -124,7 +126,10 @@ def finish(tile, plan, head, m, l, block, out, lse, present):
         if total == 0.0:  # no key, or none with a score above -inf: 0 even where a value it has looked at is NaN
             for p in range(plan.value_dim):
                 store_element(tile, block + p * tile.row_bytes + i * tile.itemsize, 0.0)
-    unpack_rows(tile, block, l, out, plan.out_row, plan.out_column, present, plan.value_dim)
+    if kernel.storage != tile.dtype and plan.out_itemsize == tile.itemsize:
+        unpack_rows(tile, tile, block, l, out, plan.out_row, plan.out_column, present, plan.value_dim)
+    else:
+        unpack_rows(kernel, tile, block, l, out, plan.out_row, plan.out_column, present, plan.value_dim)
 
 
 @jit
@@ -137,7 +142,7 @@ def finish_block(kernel, call, plan, head, number, state, room, first):
         logs += (number * plan.queries + first) * tile.itemsize
     m = state + room.m
     rows = head.out + first * plan.out_row
-    finish(tile, plan, head, m, m + tile.row_bytes, state + room.out, rows, logs, present)
+    finish(kernel, plan, head, m, m + tile.row_bytes, state + room.out, rows, logs, present)
 
 
 @jit
@@ -177,7 +182,9 @@ def forward_group(kernel, call, plan, number, first_block, blocks, scratch):
             count = 0
         keys = load_keys(kernel, plan, room.keys, head.key + first_key * plan.key_row, count)
         values = load_values(kernel, plan, room.values, rows, count)
-        finite = not may_hide(kernel, plan) or are_finite(tile, plan, rows, count)
+        finite = not may_hide(kernel, plan) or are_finite(kernel, plan, rows, count)
+        if kernel.reads == "pairs" and not finite:
+            clean_values(kernel, values, plan.value_step, count, plan.value_dim)
         skipped = 0
         for b in range(blocks):
             first = group.first_query + b * tile.width

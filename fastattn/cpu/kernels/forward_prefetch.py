@@ -23,10 +23,9 @@ def next_head(kernel, call, plan, number, head):
 @jit
 def foresee(kernel, plan, head, group):
     """Ask for the first block of keys and values, at once."""
-    tile = kernel.tile
     count = min(plan.key_block, group.end - group.begin)
-    prefetch_rows(head.key + group.begin * plan.key_row, plan.key_row, count, plan.head_dim * tile.itemsize)
-    prefetch_rows(head.value + group.begin * plan.value_row, plan.value_row, count, plan.value_dim * tile.itemsize)
+    prefetch_rows(head.key + group.begin * plan.key_row, plan.key_row, count, plan.head_dim * kernel.itemsize)
+    prefetch_rows(head.value + group.begin * plan.value_row, plan.value_row, count, plan.value_dim * kernel.itemsize)
 
 
 @jit
@@ -38,7 +37,7 @@ def list_wanted(kernel, plan, head, then, group, wanted, b, skipped, part, first
     tile = kernel.tile
     goes_on = then.query != head.query or then.key != head.key
     first = group.first_query + b * tile.width
-    key_bytes, value_bytes = plan.head_dim * tile.itemsize, plan.value_dim * tile.itemsize
+    key_bytes, value_bytes = plan.head_dim * kernel.itemsize, plan.value_dim * kernel.itemsize
     want_nothing(wanted, (part.end - part.begin + plan.value_dim) // tile.rows)
     if plan.prefetch_distance > 0:
         if is_last:

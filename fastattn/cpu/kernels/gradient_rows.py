@@ -72,9 +72,9 @@ def load_lanes(kernel, plan, query, grad_out, lse, present, scale, scratch):
     at, grad_at = queries, grads
     for first in range(0, present, tile.width):
         there = min(tile.width, present - first)
-        pack_queries(tile, at, query, plan.query_row, plan.query_column, there, plan.head_dim, plan.scale)
+        pack_queries(kernel, tile, at, query, plan.query_row, plan.query_column, there, plan.head_dim, plan.scale)
         row, column = plan.grad_out_row, plan.grad_out_column
-        pack_queries(tile, grad_at, grad_out, row, column, there, plan.value_dim, scale)
+        pack_queries(kernel, tile, grad_at, grad_out, row, column, there, plan.value_dim, scale)
         query += tile.width * plan.query_row
         grad_out += tile.width * row
         at += plan.head_dim * tile.row_bytes

@@ -105,7 +105,7 @@ def sum_weights(kernel, call, plan, number, part, scratch):
     for first in range(first_query // tile.width * tile.width, last_query, tile.width):
         present = min(tile.width, plan.queries - first)
         source = head.query + first * plan.query_row
-        pack_queries(tile, q, source, plan.query_row, plan.query_column, present, plan.head_dim, plan.scale)
+        pack_queries(kernel, tile, q, source, plan.query_row, plan.query_column, present, plan.head_dim, plan.scale)
         load_sums(tile, out, row + first, present, state)
         for b in range(blocks):
             first_key = start + b * plan.key_block

@@ -42,7 +42,7 @@ def write_rectangle(tile, plan, sums, ones, target, present, count):
         for s in range((present + tile.width - 1) // tile.width):
             there = min(tile.width, present - s * tile.width)
             rows = target + s * tile.width * plan.grad_bias_row
-            unpack_rows(tile, sums, ones, rows, plan.grad_bias_row, tile.itemsize, there, count)
+            unpack_rows(tile, tile, sums, ones, rows, plan.grad_bias_row, tile.itemsize, there, count)
             sums += plan.score_panel
         return
     lanes, columns = subs * tile.width, plan.key_block

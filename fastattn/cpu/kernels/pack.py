@@ -8,15 +8,22 @@ once for a group of query blocks, in panels of as many rows as the tile has, whi
     keys[j / rows][p][j % rows]        values[p / rows][j][p % rows]
 
 Read in place, rows whose length is a power of two fall into few sets of the first-level cache.
+
+Of half precision, numbers are widened on the way, and rounded on the way out. Where the micro-kernel multiplies pairs of
+bfloat16 (`fastattn.cpu.kernels.pairs`), they stay what they are.
 """
 
 from fastattn.simd import (
     as_element,
     jit,
     load_element,
+    load_stored,
     store_element,
+    store_stored,
     tile_load,
+    tile_load_stored,
     tile_store,
+    tile_store_stored,
     tile_transpose,
 )
 
@@ -28,7 +35,7 @@ def key_steps(kernel, plan):
     if kernel.reads == "panels":
         panel_row = tile.rows * tile.itemsize
         return plan.head_dim * panel_row, tile.itemsize, panel_row
-    if kernel.reads == "rows":
+    if kernel.reads == "rows" or kernel.reads == "pairs":
         return tile.rows * plan.key_step, plan.key_step, tile.itemsize
     return tile.rows * plan.key_row, plan.key_row, plan.key_column
 
@@ -40,14 +47,14 @@ def value_steps(kernel, plan):
     if kernel.reads == "panels":
         panel_row = tile.rows * tile.itemsize
         return plan.key_block * panel_row, panel_row, tile.itemsize
-    if kernel.reads == "rows":
+    if kernel.reads == "rows" or kernel.reads == "pairs":
         return tile.rows * tile.itemsize, plan.value_step, tile.itemsize
     return tile.rows * plan.value_column, plan.value_row, plan.value_column
 
 
 @jit
-def pack_queries(tile, block, source, row, column, present, features, scale):
-    """block[p][i] = source[i][p] * scale for i < present; lanes beyond are 0."""
+def pack_queries(place, tile, block, source, row, column, present, features, scale):
+    """block[p][i] = source[i][p] * scale for i < present; lanes beyond are 0. `place`: of the source."""
     factor = as_element(tile, scale)
     zero = as_element(tile, 0.0)
     for v in range(tile.vectors):
@@ -55,89 +62,90 @@ def pack_queries(tile, block, source, row, column, present, features, scale):
         lanes_at = block + v * tile.vector_bytes
         rows_at = source + first * row
         done = 0
-        if first + tile.lanes <= present and column == tile.itemsize:
+        if first + tile.lanes <= present and column == place.itemsize:
             while done + tile.lanes <= features:
-                square = tile_load(tile.square, rows_at + done * column, row)
+                square = tile_load_stored(place, tile.square, rows_at + done * column, row)
                 tile_store(tile_transpose(square) * factor, lanes_at + done * tile.row_bytes, tile.row_bytes)
                 done += tile.lanes
         for p in range(done, features):
             for i in range(tile.lanes):
-                element = load_element(tile, rows_at + i * row + p * column) * factor if first + i < present else zero
+                element = load_stored(place, rows_at + i * row + p * column) * factor if first + i < present else zero
                 store_element(tile, lanes_at + p * tile.row_bytes + i * tile.itemsize, element)
 
 
 @jit
-def unpack_rows(tile, block, factors, target, row, column, present, features):
-    """target[i][p] = block[p][i] * factors[i] for i < present."""
+def unpack_rows(place, tile, block, factors, target, row, column, present, features):
+    """target[i][p] = block[p][i] * factors[i] for i < present. `place`: of the target."""
     for v in range(tile.vectors):
         first = v * tile.lanes
         lanes_at = block + v * tile.vector_bytes
         rows_at = target + first * row
         factor = tile_load(tile.vector, factors + v * tile.vector_bytes, 0)
         done = 0
-        if first + tile.lanes <= present and column == tile.itemsize:
+        if first + tile.lanes <= present and column == place.itemsize:
             while done + tile.lanes <= features:
                 square = tile_load(tile.square, lanes_at + done * tile.row_bytes, tile.row_bytes) * factor
-                tile_store(tile_transpose(square), rows_at + done * column, row)
+                tile_store_stored(place, tile_transpose(square), rows_at + done * column, row)
                 done += tile.lanes
         for i in range(min(tile.lanes, present - first)):
             one = load_element(tile, factors + (first + i) * tile.itemsize)
             for p in range(done, features):
                 element = load_element(tile, lanes_at + p * tile.row_bytes + i * tile.itemsize) * one
-                store_element(tile, rows_at + i * row + p * column, element)
+                store_stored(place, rows_at + i * row + p * column, element)
 
 
 @jit
-def copy_rows(tile, target, target_row, source, row, column, count, features):
+def copy_rows(place, tile, target, target_row, source, row, column, count, features):
     """target[j][p] = source[j][p], rows `target_row` bytes apart."""
     for _ in range(count):
         p = 0
-        if column == tile.itemsize:
+        if column == place.itemsize:
             while p + tile.lanes <= features:
-                tile_store(tile_load(tile.vector, source + p * tile.itemsize, 0), target + p * tile.itemsize, 0)
+                numbers = tile_load_stored(place, tile.vector, source + p * column, 0)
+                tile_store(numbers, target + p * tile.itemsize, 0)
                 p += tile.lanes
         for q in range(p, features):
-            store_element(tile, target + q * tile.itemsize, load_element(tile, source + q * column))
+            store_element(tile, target + q * tile.itemsize, load_stored(place, source + q * column))
         source += row
         target += target_row
 
 
 @jit
-def pack_keys(tile, target, source, row, column, count, features):
+def pack_keys(place, tile, target, source, row, column, count, features):
     """target[j / rows][p][j % rows] = source[j][p]."""
     rows, panel_row = tile.rows, tile.rows * tile.itemsize
     for j in range(0, count, rows):
         height = min(rows, count - j)
         p = 0
-        if height == rows and column == tile.itemsize:
+        if height == rows and column == place.itemsize:
             while p + rows <= features:
-                square = tile_load(tile.panel, source + p * column, row)
+                square = tile_load_stored(place, tile.panel, source + p * column, row)
                 tile_store(tile_transpose(square), target + p * panel_row, panel_row)
                 p += rows
         for q in range(p, features):
             for r in range(height):
-                element = load_element(tile, source + r * row + q * column)
+                element = load_stored(place, source + r * row + q * column)
                 store_element(tile, target + q * panel_row + r * tile.itemsize, element)
         source += rows * row
         target += features * panel_row
 
 
 @jit
-def pack_values(tile, target, source, row, column, count, features, panel_bytes):
+def pack_values(place, tile, target, source, row, column, count, features, panel_bytes):
     """target[p / rows][j][p % rows] = source[j][p], panels `panel_bytes` apart."""
     rows, panel_row = tile.rows, tile.rows * tile.itemsize
     for j in range(0, count, rows):
         height = min(rows, count - j)
         p = 0
-        place = target
-        if height == rows and column == tile.itemsize:
+        at = target
+        if height == rows and column == place.itemsize:
             while p + rows <= features:
-                tile_store(tile_load(tile.panel, source + p * column, row), place, panel_row)
+                tile_store(tile_load_stored(place, tile.panel, source + p * column, row), at, panel_row)
                 p += rows
-                place += panel_bytes
+                at += panel_bytes
         for q in range(p, features):
-            place = target + q // rows * panel_bytes + q % rows * tile.itemsize
+            at = target + q // rows * panel_bytes + q % rows * tile.itemsize
             for r in range(height):
-                store_element(tile, place + r * panel_row, load_element(tile, source + r * row + q * column))
+                store_element(tile, at + r * panel_row, load_stored(place, source + r * row + q * column))
         source += rows * row
         target += rows * panel_row

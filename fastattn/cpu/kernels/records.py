@@ -50,6 +50,8 @@ _PARTS = [
     ("softcap_factor", f8),  # 2 log2(e) / softcap
     ("scale", f8),  # of the scores, times log2(e) where they are kept in base 2
     ("to_base_2", f8),  # makes base 2 of a difference of scores: log2(e) where something is added to them, else 1
+    ("factor", f8),  # of products of pairs, for which queries are multiplied by a power of two alone
+    ("out_itemsize", i8),  # of results in half precision or wider
     ("drop_below", i8),  # an element is dropped if its 32 random bits are below this
     ("keep_scale", f8),  # 1 / (1 - dropout_p), 0 if nothing is kept
     ("axes", i8),  # rows of the table of leading axes

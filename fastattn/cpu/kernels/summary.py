@@ -150,7 +150,7 @@ def begin_block(tile, plan, head, out, first, row, state):
     """Lay out a block of queries, with nothing known of them yet; the first is number `row` of all heads."""
     present = min(tile.width, plan.queries - first)
     source = head.query + first * plan.query_row
-    pack_queries(tile, state, source, plan.query_row, plan.query_column, present, plan.head_dim, plan.scale)
+    pack_queries(kernel, tile, state, source, plan.query_row, plan.query_column, present, plan.head_dim, plan.scale)
     state += plan.head_dim * tile.row_bytes
     clear(tile, state, 3)
     for i in range(tile.width):  # lanes without a query have no heap
@@ -228,7 +228,7 @@ def weigh_block(kernel, call, plan, head, number, first_query, scratch):
     total = load_rows(tile, out.l, row, present, factors)
     zero = tile_fill(tile.single, 0.0)
     tile_store(tile_fill(tile.single, 1.0), factors, 0)
-    pack_queries(tile, q, query, plan.query_row, plan.query_column, present, plan.head_dim, plan.scale)
+    pack_queries(kernel, tile, q, query, plan.query_row, plan.query_column, present, plan.head_dim, plan.scale)
     scores = place_of_scores(tile, work)
     for first_key in range(0, plan.keys, plan.key_block):
         keys = head.key + first_key * plan.key_row
@@ -238,7 +238,7 @@ def weigh_block(kernel, call, plan, head, number, first_query, scratch):
             scores_of(kernel, plan, head, q, q, False, part, first_query, first_key, keys, work, NOTHING)
         exponentials(kernel, scores + part.begin * tile.row_bytes, count, m, plan.to_base_2, zero)
         weights = call.weights + row * plan.keys * tile.itemsize
-        write_weights(tile, plan, scores, part, total, factors, weights, first_key, present)
+        write_weights(kernel, plan, scores, part, total, factors, weights, first_key, present)
 
 
 @jit

@@ -1,4 +1,4 @@
-"""The micro-kernel: both products of attention, and nothing else, run through these two functions.
+"""The micro-kernel: both products of attention, and nothing else, run through these functions.
 
     out[m, n] = start[m, n] + Σ_p a[m, p] · b[p, n]
 
@@ -6,7 +6,7 @@
 out[rows][vectors] stays in registers over the whole sum.
 """
 
-from fastattn.simd import inline, jit, tile_rank1
+from fastattn.simd import inline, jit, tile_rank1, tile_rank2
 
 
 @jit
@@ -20,23 +20,31 @@ def product(start, a, a_row, a_column, b, b_row, count):
     return acc
 
 
-@inline
-def unrolled_product(tile, start, a, a_row, a_column, b, count):
+def unrolled(step):
     """The same, for callers of which one stride of a is fixed: packed panels, and rows that are each contiguous.
 
     Four columns a round: with so few rounds the processor foresees the last one, which otherwise costs it as much as
     five of them. (With two free strides LLVM would keep addresses of the four on the stack.)
     """
-    acc = start
-    for _ in range(count >> 2):
-        acc = tile_rank1(acc, a, a_row, b)
-        acc = tile_rank1(acc, a + a_column, a_row, b + tile.row_bytes)
-        acc = tile_rank1(acc, a + 2 * a_column, a_row, b + 2 * tile.row_bytes)
-        acc = tile_rank1(acc, a + 3 * a_column, a_row, b + 3 * tile.row_bytes)
-        a += 4 * a_column
-        b += 4 * tile.row_bytes
-    for _ in range(count & 3):
-        acc = tile_rank1(acc, a, a_row, b)
-        a += a_column
-        b += tile.row_bytes
-    return acc
+
+    @inline
+    def product_of_steps(tile, start, a, a_row, a_column, b, count):
+        acc = start
+        for _ in range(count >> 2):
+            acc = step(acc, a, a_row, b)
+            acc = step(acc, a + a_column, a_row, b + tile.row_bytes)
+            acc = step(acc, a + 2 * a_column, a_row, b + 2 * tile.row_bytes)
+            acc = step(acc, a + 3 * a_column, a_row, b + 3 * tile.row_bytes)
+            a += 4 * a_column
+            b += 4 * tile.row_bytes
+        for _ in range(count & 3):
+            acc = step(acc, a, a_row, b)
+            a += a_column
+            b += tile.row_bytes
+        return acc
+
+    return product_of_steps
+
+
+unrolled_product = unrolled(tile_rank1)
+product_of_pairs = unrolled(tile_rank2)  # of which `count` is the number

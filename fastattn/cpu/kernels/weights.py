@@ -24,14 +24,15 @@ def normalise(tile, weights, count, total):
 
 
 @jit
-def write_weights(tile, plan, scores, part, total, factors, weights, first_key, present):
+def write_weights(kernel, plan, scores, part, total, factors, weights, first_key, present):
     """Normalise a block of exponentials, of which a part is not 0, and write it to its rows, times `factors`."""
+    tile = kernel.tile
     width = min(plan.key_block, plan.keys - first_key)
     clear(tile, scores, part.begin)
     clear(tile, scores + part.end * tile.row_bytes, width - part.end)
     normalise(tile, scores, width, total)
-    target = weights + first_key * tile.itemsize
-    unpack_rows(tile, scores, factors, target, plan.keys * tile.itemsize, tile.itemsize, present, width)
+    target = weights + first_key * kernel.itemsize
+    unpack_rows(kernel, tile, scores, factors, target, plan.keys * kernel.itemsize, kernel.itemsize, present, width)
 
 
 @jit
@@ -40,7 +41,7 @@ def weigh_block(kernel, call, plan, head, number, first_query, scratch):
     tile = kernel.tile
     query = head.query + first_query * plan.query_row
     present = min(tile.width, plan.queries - first_query)
-    weights = call.weights + (number * plan.queries + first_query) * plan.keys * tile.itemsize
+    weights = call.weights + (number * plan.queries + first_query) * plan.keys * kernel.itemsize
     q = scratch
     m = q + plan.query_bytes
     total = m + tile.row_bytes
@@ -70,7 +71,7 @@ def weigh_block(kernel, call, plan, head, number, first_query, scratch):
             if plan.drop_below > 0:
                 drop(tile, plan, call, rows, count, number, first_query, first_key + part.begin)
             sums = tile_load(tile.single, total, 0)
-            write_weights(tile, plan, scores, part, sums, factors, weights, first_key, present)
+            write_weights(kernel, plan, scores, part, sums, factors, weights, first_key, present)
 
 
 @jit

@@ -1,0 +1,293 @@
+"""Elements as they lie in memory: half precision is widened as it is loaded, and rounded as it is stored.
+
+`place` is what a piece of memory belongs to: a kernel, whose `storage` the arrays of a call have, or a tile shape,
+whose dtype working memory has.
+
+*Pairs* are two neighbours of bfloat16 in the place of one float32, the first in its lower half. Some machines multiply
+them pair by pair, and add both products to a float32.
+"""
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.core.typing.templates import signature
+from numba.extending import intrinsic
+
+from fastattn.machine.kernel import Kernel
+from fastattn.simd.static import StaticType
+from fastattn.simd.tile import (
+    TileType,
+    element_of,
+    elementwise,
+    is_shape,
+    load_from,
+    make_tile,
+    pointer_to,
+    shifted,
+    splat,
+    vector_of,
+    vectors_of,
+)
+
+WORD = 4  # bytes of a pair
+SHORT, INT, FLOAT = ir.IntType(16), ir.IntType(32), ir.FloatType()
+
+
+class _BFloat(ir.types.Type):
+    """LLVM's bfloat, which llvmlite has no name for."""
+
+    def _to_string(self):
+        return "bfloat"
+
+    def __eq__(self, other):
+        return isinstance(other, _BFloat)
+
+    def __hash__(self):
+        return hash(_BFloat)
+
+
+def is_place(ty):
+    """Whether a Numba type is that of a kernel or of a tile shape."""
+    return is_shape(ty) or (isinstance(ty, StaticType) and isinstance(ty.value, Kernel))
+
+
+class _Memory:
+    """How elements of a place lie, and how numbers of the tile's dtype are made of them, and they of numbers."""
+
+    def __init__(self, place):
+        self.tile = place.tile if isinstance(place, Kernel) else place
+        self.dtype = place.storage if isinstance(place, Kernel) else place.dtype
+        self.converts = isinstance(place, Kernel) and "f16c" in place.row.needs
+        self.itemsize = place.itemsize
+
+    def load(self, builder, address, count):
+        """So many elements in a vector of the tile's dtype; one alone, where `count` is None."""
+        if self.dtype == self.tile.dtype:
+            kind = element_of(self.tile)
+            return load_from(builder, address, kind if count is None else ir.VectorType(kind, count), self.itemsize)
+        kind = ir.HalfType() if self.dtype == "float16" and self.converts else SHORT
+        found = load_from(builder, address, kind if count is None else ir.VectorType(kind, count), 2)
+        wide = FLOAT if count is None else ir.VectorType(FLOAT, count)
+        if self.dtype == "bfloat16":
+            return widen_bfloat16(builder, found)
+        return builder.fpext(found, wide) if self.converts else widen_float16(builder, found)
+
+    def store(self, builder, value, address):
+        """Write numbers of the tile's dtype."""
+        if self.dtype == "bfloat16":
+            value = round_to_bfloat16(builder, value)
+        elif self.dtype == "float16":
+            short = like(value, ir.HalfType())
+            value = builder.fptrunc(value, short) if self.converts else round_to_float16(builder, value)
+        builder.store(value, pointer_to(builder, address, value.type), align=self.itemsize)
+
+
+def like(value, element):
+    """The type of so many elements as a value has."""
+    return ir.VectorType(element, value.type.count) if isinstance(value.type, ir.VectorType) else element
+
+
+def constant(kind, value):
+    """A constant, in each element of a vector."""
+    return ir.Constant(kind, [value] * kind.count if isinstance(kind, ir.VectorType) else value)
+
+
+def widen_bfloat16(builder, bits):
+    """float32 of the bits of bfloat16, which are the upper half."""
+    ints = like(bits, INT)
+    return builder.bitcast(builder.shl(builder.zext(bits, ints), constant(ints, 16)), like(bits, FLOAT))
+
+
+def widen_float16(builder, bits):
+    """float32 of the bits of float16, by integer operations, which every machine has.
+
+    Exponent and fraction move to float32's place, the product with 2**112 corrects the exponent (and normalises
+    subnormals); infinities and NaNs get all exponent bits.
+    """
+    ints, floats = like(bits, INT), like(bits, FLOAT)
+    half = builder.zext(bits, ints)
+    sign = builder.shl(builder.and_(half, constant(ints, 0x8000)), constant(ints, 16))
+    moved = builder.shl(builder.and_(half, constant(ints, 0x7FFF)), constant(ints, 13))
+    scaled = builder.fmul(builder.bitcast(moved, floats), constant(floats, 2.0**112))
+    special = builder.icmp_unsigned("==", builder.and_(half, constant(ints, 0x7C00)), constant(ints, 0x7C00))
+    whole = builder.select(special, builder.or_(moved, constant(ints, 0x7F800000)), builder.bitcast(scaled, ints))
+    return builder.bitcast(builder.or_(whole, sign), floats)
+
+
+def round_to_bfloat16(builder, value):
+    """The bits of the nearest bfloat16, of two the even one; NaN stays NaN."""
+    ints = like(value, INT)
+    bits = builder.bitcast(value, ints)
+    odd = builder.and_(builder.lshr(bits, constant(ints, 16)), constant(ints, 1))
+    rounded = builder.add(builder.add(bits, constant(ints, 0x7FFF)), odd)
+    quiet = builder.or_(bits, constant(ints, 0x400000))
+    kept = builder.select(builder.fcmp_unordered("uno", value, value), quiet, rounded)
+    return builder.trunc(builder.lshr(kept, constant(ints, 16)), like(value, SHORT))
+
+
+def round_to_float16(builder, value):
+    """The bits of the nearest float16, of two the even one, by integer operations and a sum.
+
+    The sum with a power of two that is 2**13 times as large as the number's last place rounds it there; for subnormals
+    that place is fixed.
+    """
+    ints, floats = like(value, INT), like(value, FLOAT)
+    bits = builder.bitcast(value, ints)
+    sign = builder.and_(bits, constant(ints, 0x80000000))
+    size = builder.xor(bits, sign)
+    # Too small for a normal float16: 0.5 has its last place where a subnormal's is, 2**-24.
+    small = builder.fadd(builder.bitcast(size, floats), constant(floats, 0.5))
+    small = builder.sub(builder.bitcast(small, ints), constant(ints, 0x3F000000))
+    odd = builder.and_(builder.lshr(size, constant(ints, 13)), constant(ints, 1))
+    usual = builder.add(size, constant(ints, 0xC8000FFF))  # the exponent less 112, and just below half a last place
+    usual = builder.lshr(builder.add(usual, odd), constant(ints, 13))
+    usual = builder.select(builder.icmp_unsigned("<", usual, constant(ints, 0x7C00)), usual, constant(ints, 0x7C00))
+    found = builder.select(builder.icmp_unsigned("<", size, constant(ints, 0x38800000)), small, usual)
+    is_nan = builder.icmp_unsigned(">", size, constant(ints, 0x7F800000))
+    found = builder.select(is_nan, constant(ints, 0x7E00), found)
+    found = builder.or_(found, builder.lshr(sign, constant(ints, 16)))
+    return builder.trunc(found, like(value, SHORT))
+
+
+@intrinsic
+def load_stored(typingctx, place, address):
+    """The number at `address`, as the tile's dtype has it."""
+    if not is_place(place):
+        return None
+    memory = _Memory(place.value)
+
+    def codegen(context, builder, sig, values):
+        return memory.load(builder, values[1], None)
+
+    return signature(TileType(memory.tile).element, place, types.intp), codegen
+
+
+@intrinsic
+def store_stored(typingctx, place, address, value):
+    """Write a number to `address`, rounded to what lies there."""
+    if not (is_place(place) and isinstance(value, types.Number)):
+        return None
+    memory = _Memory(place.value)
+
+    def codegen(context, builder, sig, values):
+        memory.store(builder, context.cast(builder, values[2], value, TileType(memory.tile).element), values[1])
+        return context.get_dummy_value()
+
+    return signature(types.none, place, types.intp, value), codegen
+
+
+def places_of(builder, shape, itemsize, address, row_bytes):
+    """The address of each vector of a tile in memory."""
+    for row in range(shape.rows):
+        start = address if row == 0 else builder.add(address, builder.mul(row_bytes, ir.Constant(address.type, row)))
+        for v in range(shape.vectors):
+            yield shifted(builder, start, v * shape.lanes * itemsize)
+
+
+@intrinsic
+def tile_load_stored(typingctx, place, shape, address, row_bytes):
+    """The tile at `address`, its rows `row_bytes` apart, of numbers as `shape` has them."""
+    if not (is_place(place) and is_shape(shape)):
+        return None
+    memory = _Memory(place.value)
+
+    def codegen(context, builder, sig, values):
+        s = shape.value
+        places = places_of(builder, s, memory.itemsize, values[2], values[3])
+        return make_tile(builder, s, [memory.load(builder, at, s.lanes) for at in places])
+
+    return signature(TileType(shape.value), place, shape, types.intp, types.intp), codegen
+
+
+@intrinsic
+def tile_store_stored(typingctx, place, tile, address, row_bytes):
+    """Write a tile to `address`, its rows `row_bytes` apart, rounded to what lies there."""
+    if not (is_place(place) and isinstance(tile, TileType)):
+        return None
+    memory = _Memory(place.value)
+
+    def codegen(context, builder, sig, values):
+        s = tile.shape
+        places = places_of(builder, s, memory.itemsize, values[2], values[3])
+        for vector, at in zip(vectors_of(builder, s, values[1]), places, strict=True):
+            memory.store(builder, vector, at)
+        return context.get_dummy_value()
+
+    return signature(types.none, place, tile, types.intp, types.intp), codegen
+
+
+# -- pairs of bfloat16 -------------------------------------------------------------------------------------------------
+
+
+@intrinsic
+def tile_load_two_rows(typingctx, shape, first, second):
+    """Pairs of the elements of two rows of bfloat16: one vector."""
+    if not is_shape(shape):
+        return None
+    tile = TileType(shape.value)
+
+    def codegen(context, builder, sig, values):
+        s = shape.value
+        ints = ir.VectorType(INT, s.lanes)
+        low, high = (
+            builder.zext(load_from(builder, at, ir.VectorType(SHORT, s.lanes), 2), ints) for at in values[1:]
+        )
+        pairs = builder.or_(low, builder.shl(high, constant(ints, 16)))
+        return make_tile(builder, s, [builder.bitcast(pairs, vector_of(s))])
+
+    return signature(tile, shape, types.intp, types.intp), codegen
+
+
+@intrinsic
+def tile_round_to_pairs(typingctx, first, second):
+    """Pairs of two tiles' elements, rounded to bfloat16."""
+
+    def emit(builder, shape, low, high):
+        shorts, lanes = ir.VectorType(_BFloat(), shape.lanes), shape.lanes
+        order = [half * lanes + lane for lane in range(lanes) for half in range(2)]
+        low, high = builder.fptrunc(low, shorts), builder.fptrunc(high, shorts)
+        both = builder.shuffle_vector(low, high, ir.Constant(ir.VectorType(INT, 2 * lanes), order))
+        return builder.bitcast(both, vector_of(shape))
+
+    return elementwise(emit, first, second)
+
+
+@intrinsic
+def tile_scale_pairs(typingctx, pairs, factor):
+    """Pairs times a power of two."""
+
+    def emit(builder, shape, words, by):
+        ints = ir.VectorType(INT, shape.lanes)
+        words, upper = builder.bitcast(words, ints), constant(ints, 0xFFFF0000)
+        halves = builder.shl(words, constant(ints, 16)), builder.and_(words, upper)
+        low, high = (builder.bitcast(builder.fmul(builder.bitcast(h, by.type), by), ints) for h in halves)
+        pairs = builder.or_(builder.lshr(low, constant(ints, 16)), builder.and_(high, upper))
+        return builder.bitcast(pairs, by.type)
+
+    return elementwise(emit, pairs, factor)
+
+
+@intrinsic
+def tile_rank2(typingctx, acc, column, column_stride, row):
+    """acc + column ⊗ row, of pairs: the products of both halves are added, as `tile_rank1` adds one.
+
+    Pair m of the column is at `column + m * column_stride`, row is a row of pairs in memory.
+    """
+    if not isinstance(acc, TileType):
+        return None
+
+    def codegen(context, builder, sig, values):
+        s = acc.shape
+        vector, pairs = vector_of(s), ir.VectorType(_BFloat(), 2 * s.lanes)
+        accumulators = vectors_of(builder, s, values[0])
+        name = f"llvm.x86.avx512bf16.dpbf16ps.{8 * s.vector_bytes}"
+        dot = cgutils.get_or_insert_function(builder.module, ir.FunctionType(vector, [vector, pairs, pairs]), name)
+        starts = [shifted(builder, values[3], v * s.vector_bytes) for v in range(s.vectors)]
+        row = [load_from(builder, start, pairs, 2) for start in starts]
+        out = []
+        for m in range(s.rows):
+            place = builder.add(values[1], builder.mul(values[2], ir.Constant(values[2].type, m)))
+            one = builder.bitcast(splat(builder, load_from(builder, place, INT, 2), s.lanes), pairs)
+            out += [builder.call(dot, [accumulators[m * s.vectors + v], one, row[v]]) for v in range(s.vectors)]
+        return make_tile(builder, s, out)
+
+    return signature(acc, acc, types.intp, types.intp, types.intp), codegen
