@@ -228,9 +228,7 @@ def tile_load_two_rows(typingctx, shape, first, second):
     def codegen(context, builder, sig, values):
         s = shape.value
         ints = ir.VectorType(INT, s.lanes)
-        low, high = (
-            builder.zext(load_from(builder, at, ir.VectorType(SHORT, s.lanes), 2), ints) for at in values[1:]
-        )
+        low, high = (builder.zext(load_from(builder, at, ir.VectorType(SHORT, s.lanes), 2), ints) for at in values[1:])
         pairs = builder.or_(low, builder.shl(high, constant(ints, 16)))
         return make_tile(builder, s, [builder.bitcast(pairs, vector_of(s))])
 

@@ -217,7 +217,7 @@ def tile_of(problem: Problem) -> TileShape:
 def _draft(work: str, problem: Problem, arrays: Arrays, rounded: np.dtype[Any], own: list[int], factor: float) -> Draft:
     """Write down everything but how the work is split."""
     row = session.current.row
-    kernel = describe(work, tile_of(problem), row, steps=steps_of(problem))
+    kernel = describe(work, tile_of(problem), row, steps=steps_of(problem), storage=problem.storage.type.__name__)
     blocking, tile, lead = row.blocking, kernel.tile, problem.rows_shape
     query_block = -(-blocking.gradient_query_bytes // tile.itemsize // tile.width) * tile.width
     heads, outer = math.prod(lead), math.prod(lead[axis] for axis in own)

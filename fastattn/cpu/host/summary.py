@@ -88,7 +88,8 @@ def _run(draft: Draft, operands: Operands, threads: int, record: Array, weights:
 def _draft(work: str, problem: Problem, operands: Operands, threads: int) -> Draft:
     """Plan tasks that own queries: those of the forward pass, for half of its work."""
     row = session.current.row
-    kernel = describe(work, choose_tile(row, problem.real, problem.queries), row, steps=steps_of(problem, all_of=True))
+    tile, steps = choose_tile(row, problem.real, problem.queries), steps_of(problem, all_of=True)
+    kernel = describe(work, tile, row, steps=steps, storage=problem.storage.type.__name__)
     draft = draft_forward(kernel, problem, operands, operands.query, threads)  # nothing is written to `out`
     draft.flops /= 2
     draft.scratch_bytes = aligned(draft.scratch_bytes + draft.fields["group"] * MORE_STATE * kernel.tile.row_bytes)

@@ -299,22 +299,23 @@ Work = namedtuple("Work", "group first_key end first_block last_block")
 
 
 @jit
-def load_keys(tile, plan, key, value, first, count, scratch):
+def load_keys(kernel, plan, key, value, first, count, scratch):
     """Lay out `count` keys and values in panels, from the first on."""
+    tile, keys, values = kernel.tile, scratch + plan.keys_at, scratch + plan.values_at
     key += first * plan.key_row
     value += first * plan.value_row
-    pack_panels(tile, scratch + plan.keys_at, plan.panel, key, plan.key_row, plan.key_column, count, plan.head_dim)
-    values = scratch + plan.values_at
-    pack_panels(tile, values, plan.panel, value, plan.value_row, plan.value_column, count, plan.value_dim)
+    pack_panels(kernel, tile, keys, plan.panel, key, plan.key_row, plan.key_column, count, plan.head_dim)
+    pack_panels(kernel, tile, values, plan.panel, value, plan.value_row, plan.value_column, count, plan.value_dim)
 
 
 @jit
-def ask_for(tile, plan, head, first, count, with_out):
+def ask_for(kernel, plan, head, first, count, with_out):
     """Prefetch `count` rows of what belongs to queries, from row `first` on."""
-    features, value_features = plan.head_dim * tile.itemsize, plan.value_dim * tile.itemsize
+    features, value_features = plan.head_dim * kernel.itemsize, plan.value_dim * kernel.itemsize
     prefetch_rows(head.query + first * plan.query_row, plan.query_row, count, features)
     prefetch_rows(head.grad_out + first * plan.grad_out_row, plan.grad_out_row, count, value_features)
-    prefetch_rows(head.grad_query + first * plan.grad_query_row, plan.grad_query_row, count, features)
+    sums = plan.head_dim * kernel.tile.itemsize
+    prefetch_rows(head.grad_query + first * plan.grad_query_row, plan.grad_query_row, count, sums)
     if with_out:
         prefetch_rows(head.out + first * plan.out_row, plan.out_row, count, value_features)
 
@@ -351,9 +352,9 @@ def begin_queries(kernel, call, plan, head, first_query, present, is_first, scra
     if is_first:
         grad_lse = call.grad_lse + numbers if call.grad_lse != 0 else 0
         outs = head.out + first_query * plan.out_row
-        find_deltas(tile, plan, grads, outs, lse, grad_lse, present, deltas, scratch)
+        find_deltas(kernel, plan, grads, outs, lse, grad_lse, present, deltas, scratch)
     full = load_lanes(kernel, plan, queries, grads, lse, present, plan.score_scale, scratch)
-    finite = load_rows(tile, plan, queries, grads, lse, present, full, scratch)
+    finite = load_rows(kernel, plan, queries, grads, lse, present, full, scratch)
     lost = any_has_lost(tile, plan, lse, present)
     if lost and is_first:
         sink_weights = call.sink_weights + numbers if call.sink_weights != 0 else 0
@@ -382,7 +383,7 @@ def meet(kernel, call, plan, head, work, block, finite, finite_keys, lost, is_fi
         end = 0
         for s in range(subs):
             if block + 1 < work.last_block:
-                ask_for(tile, plan, head, following, min(step, plan.queries - following), is_first)
+                ask_for(kernel, plan, head, following, min(step, plan.queries - following), is_first)
                 following += step
             first = first_query + s * tile.width
             part = weigh(kernel, call, plan, head, s, first, first_key, offset, lost, scratch)
@@ -401,13 +402,14 @@ def meet(kernel, call, plan, head, work, block, finite, finite_keys, lost, is_fi
 
 
 @jit
-def begin_keys(tile, plan, head, work, grad_key, grad_value, scratch):
+def begin_keys(kernel, plan, head, work, grad_key, grad_value, scratch):
     """Lay out the keys of a group, and their gradients so far. Whether the keys are finite."""
+    tile = kernel.tile
     count, element = work.end - work.first_key, tile.itemsize
-    load_keys(tile, plan, head.key, head.value, work.first_key, count, scratch)
+    load_keys(kernel, plan, head.key, head.value, work.first_key, count, scratch)
     key_sums, value_sums = scratch + plan.key_sums_at, scratch + plan.value_sums_at
-    pack_panels(tile, key_sums, plan.panel, grad_key, plan.grad_key_row, element, count, plan.head_dim)
-    pack_panels(tile, value_sums, plan.panel, grad_value, plan.grad_value_row, element, count, plan.value_dim)
+    pack_panels(tile, tile, key_sums, plan.panel, grad_key, plan.grad_key_row, element, count, plan.head_dim)
+    pack_panels(tile, tile, value_sums, plan.panel, grad_value, plan.grad_value_row, element, count, plan.value_dim)
     return are_finite(tile, scratch + plan.keys_at, plan.panel, count, plan.head_dim)
 
 
@@ -428,7 +430,7 @@ def differentiate_group(kernel, call, plan, kv_head, group, turn, scratch):
 
     wait_for(key_turns, turn)
     if some:
-        finite_keys = begin_keys(tile, plan, head, work, grad_key, grad_value, scratch)
+        finite_keys = begin_keys(kernel, plan, head, work, grad_key, grad_value, scratch)
     for block in range(work.first_block, work.last_block):
         first_query = block * plan.query_block
         present = min(plan.query_block, plan.queries - first_query)
@@ -442,7 +444,7 @@ def differentiate_group(kernel, call, plan, kv_head, group, turn, scratch):
             load_sums(kernel, plan, call.lse + numbers, present, deltas, scratch)
         copy_numbers(tile, scratch + plan.deltas_at, deltas, present, plan.query_block, plan.score_scale)
         sums = head.grad_query + first_query * plan.grad_query_row
-        pack_panels(tile, query_sums, query_panel, sums, plan.grad_query_row, element, present, plan.head_dim)
+        pack_panels(tile, tile, query_sums, query_panel, sums, plan.grad_query_row, element, present, plan.head_dim)
         with_slopes = "mask" in kernel.steps and call.slope_sums != 0
         if with_slopes:
             slope_sums = call.slope_sums + numbers

@@ -71,10 +71,12 @@ def load_values(kernel, plan, target, source, count):
         pack_values(kernel, tile, target, source, plan.value_row, plan.value_column, count, plan.value_dim, panel)
         return target
     if kernel.reads == "rows" and plan.value_bytes > 0:
-        copy_rows(kernel, tile, target, plan.value_step, source, plan.value_row, plan.value_column, count, plan.value_dim)
+        row, column = plan.value_row, plan.value_column
+        copy_rows(kernel, tile, target, plan.value_step, source, row, column, count, plan.value_dim)
         return target
     if kernel.reads == "pairs":
-        pairs.copy_values(kernel, target, plan.value_step, source, plan.value_row, plan.value_column, count, plan.value_dim)
+        row, column = plan.value_row, plan.value_column
+        pairs.copy_values(kernel, target, plan.value_step, source, row, column, count, plan.value_dim)
         return target
     return source
 
@@ -211,7 +213,8 @@ def add_visible_values(kernel, plan, head, weights, count, first_query, first_ke
             start = j + 1
         if j == count:
             break
-        add_visible_row(kernel, plan, head, weights + j * tile.row_bytes, first_query, first_key + j, at, out, seen + 8 * j)
+        weight = weights + j * tile.row_bytes
+        add_visible_row(kernel, plan, head, weight, first_query, first_key + j, at, out, seen + 8 * j)
     if kernel.reads == "pairs":
         add_values(kernel, plan, weights, count, value, out, NOTHING)
 

@@ -34,7 +34,7 @@ def add_block(kernel, call, plan, head, own, block, scratch):
     copy_numbers(tile, scratch + plan.deltas_at, call.deltas + at, present, plan.query_block, 1.0)
     begin, end = keys_of_queries(plan, head, first_query, first_query + present - 1)
     for start_key in range(begin - begin % plan.key_block, end, plan.key_block):
-        load_keys(tile, plan, head.key, head.value, start_key, min(plan.key_block, end - start_key), scratch)
+        load_keys(kernel, plan, head.key, head.value, start_key, min(plan.key_block, end - start_key), scratch)
         for s in range((present + tile.width - 1) // tile.width):
             first = first_query + s * tile.width
             part = weigh(kernel, call, plan, head, s, first, start_key, 0, lost, scratch)

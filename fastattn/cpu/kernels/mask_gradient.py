@@ -92,7 +92,7 @@ def add_head(kernel, call, plan, head, own, scratch):
         begin, end = keys_of_queries(plan, head, first_query, first_query + present - 1)
         begin, end = max(own.first_key, begin - begin % plan.key_block), min(own.end, end)
         for start_key in range(begin, end, plan.key_block):
-            load_keys(tile, plan, head.key, head.value, start_key, min(plan.key_block, end - start_key), scratch)
+            load_keys(kernel, plan, head.key, head.value, start_key, min(plan.key_block, end - start_key), scratch)
             for s in range((present + tile.width - 1) // tile.width):
                 first = first_query + s * tile.width
                 part = weigh(kernel, call, plan, head, s, first, start_key, 0, lost, scratch)

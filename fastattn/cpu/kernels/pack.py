@@ -9,8 +9,8 @@ once for a group of query blocks, in panels of as many rows as the tile has, whi
 
 Read in place, rows whose length is a power of two fall into few sets of the first-level cache.
 
-Of half precision, numbers are widened on the way, and rounded on the way out. Where the micro-kernel multiplies pairs of
-bfloat16 (`fastattn.cpu.kernels.pairs`), they stay what they are.
+Of half precision, numbers are widened on the way, and rounded on the way out. Where the micro-kernel multiplies pairs
+of bfloat16 (`fastattn.cpu.kernels.pairs`), they stay what they are.
 """
 
 from fastattn.simd import (

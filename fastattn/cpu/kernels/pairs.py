@@ -15,7 +15,6 @@ from fastattn.simd import (
     jit,
     load_stored,
     load_u16,
-    store_element,
     store_stored,
     store_u16,
     tile_fill,
@@ -85,7 +84,8 @@ def copy_values(kernel, target, target_row, source, row, column, count, features
         p = 0
         if column == HALF and j + 1 < count:
             while p + tile.lanes <= features:
-                tile_store(tile_load_two_rows(tile.vector, source + p * HALF, source + row + p * HALF), target + p * WORD, 0)
+                at = source + p * HALF
+                tile_store(tile_load_two_rows(tile.vector, at, at + row), target + p * WORD, 0)
                 p += tile.lanes
         for q in range(p, features):
             store_u16(target + q * WORD, load_u16(source + q * column))

@@ -19,9 +19,11 @@ from fastattn.simd import (
     inline,
     jit,
     load_element,
+    load_stored,
     store_element,
     tile_fill,
     tile_load,
+    tile_load_stored,
     tile_rank1,
     tile_repeat,
     tile_store,
@@ -101,24 +103,24 @@ def add_across(tile, c, c_panel, columns, a, b, b_panel, count):
 
 
 @jit
-def pack_panels(tile, target, panel, source, row, column, count, features):
-    """target[p / width][j][p % width] = source[j][p]; 0 behind the last feature."""
+def pack_panels(place, tile, target, panel, source, row, column, count, features):
+    """target[p / width][j][p % width] = source[j][p]; 0 behind the last feature. `place`: of the source."""
     for first in range(0, features, tile.width):
         width = min(tile.width, features - first)
-        at, place = source + first * column, target
-        if width == tile.width and column == tile.itemsize:
+        at, there = source + first * column, target
+        if width == tile.width and column == place.itemsize:
             for _ in range(count):
-                tile_store(tile_load(tile.single, at, 0), place, 0)
+                tile_store(tile_load_stored(place, tile.single, at, 0), there, 0)
                 at += row
-                place += tile.row_bytes
+                there += tile.row_bytes
         else:
             for _ in range(count):
                 for p in range(width):
-                    store_element(tile, place + p * tile.itemsize, load_element(tile, at + p * column))
+                    store_element(tile, there + p * tile.itemsize, load_stored(place, at + p * column))
                 for p in range(width, tile.width):
-                    store_element(tile, place + p * tile.itemsize, 0.0)
+                    store_element(tile, there + p * tile.itemsize, 0.0)
                 at += row
-                place += tile.row_bytes
+                there += tile.row_bytes
         target += panel
 
 

@@ -146,8 +146,9 @@ def write_block(kernel, plan, head, out, state, row, present, buffer):
 
 
 @jit
-def begin_block(tile, plan, head, out, first, row, state):
+def begin_block(kernel, plan, head, out, first, row, state):
     """Lay out a block of queries, with nothing known of them yet; the first is number `row` of all heads."""
+    tile = kernel.tile
     present = min(tile.width, plan.queries - first)
     source = head.query + first * plan.query_row
     pack_queries(kernel, tile, state, source, plan.query_row, plan.query_column, present, plan.head_dim, plan.scale)
@@ -175,7 +176,7 @@ def summarise_group(kernel, call, plan, number, first_block, blocks, scratch):
     k = out.top_k
     for b in range(blocks):
         first = group.first_query + b * tile.width
-        begin_block(tile, plan, head, out, first, row + first, scratch + b * state_bytes)
+        begin_block(kernel, plan, head, out, first, row + first, scratch + b * state_bytes)
     for first_key in range(group.begin, group.end, plan.key_block):
         keys = head.key + first_key * plan.key_row
         keys_at = load_keys(kernel, plan, packed, keys, min(plan.key_block, group.end - first_key))

@@ -117,7 +117,7 @@ def find_sums(kernel, plan, head, lse, first_query, present, numbers, sink_weigh
     for first_key in range(begin - begin % plan.key_block, end, plan.key_block):
         there = min(plan.key_block, plan.keys - first_key)
         source = head.key + first_key * plan.key_row
-        pack_panels(tile, keys, panel, source, plan.key_row, plan.key_column, there, plan.head_dim)
+        pack_panels(kernel, tile, keys, panel, source, plan.key_row, plan.key_column, there, plan.head_dim)
         for s in range(subs):
             absorb_block(kernel, plan, head, first_query + s * tile.width, first_key, keys, s, scratch)
     for offset in range(0, present * tile.itemsize, tile.itemsize):
