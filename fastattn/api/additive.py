@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from fastattn import reference
 from fastattn.api.asked import ends_of, key_of_others, masks_in
+from fastattn.api.attention import rounded
 from fastattn.api.backends import BACKENDS
 from fastattn.call.arrays import as_additive_operands
 from fastattn.call.blocks import Blocks
@@ -17,6 +18,7 @@ from fastattn.call.options import check_backend, check_flag
 from fastattn.call.out import check_out
 from fastattn.call.score_options import FurtherOptions, MaskMod, ScoreMod
 from fastattn.call.shapes import describe_additive
+from fastattn.call.widening import reads_halves, widened
 from fastattn.cpu.host import forward as cpu
 from fastattn.cpu.host import session
 from fastattn.cpu.host.builtin import in_default_mode, signatures
@@ -168,7 +170,11 @@ def _on_cpu(
     return_lse = check_flag("return_lse", return_lse)
     return_weights = check_flag("return_weights", return_weights)
     checked = check_out(out, problem)
+    if not reads_halves(problem, "additive"):
+        target = checked if checked is not None and checked.dtype == problem.real else None
+        wanted: Any = {"return_lse": True, "return_weights": return_weights, "out": target}
+        call: Any = (*widened(*arrays[:4], mask=arrays[4], to=problem.real), is_causal)
+        return rounded(problem, checked, return_lse, *additive_attention(*call, **wanted, **further))
     made = (*arrays[:3], weight_, *masks_in(arrays[4]))
     given = (query, key, value, weight, *masks_in(attn_mask))
-    wanted = (return_lse, return_weights, None, weight_)
-    return cpu.evaluate(asked, problem, operands, made, given, checked, *wanted)
+    return cpu.evaluate(asked, problem, operands, made, given, checked, return_lse, return_weights, None, weight_)

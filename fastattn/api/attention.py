@@ -15,10 +15,11 @@ from fastattn.call.arrays import as_operands
 from fastattn.call.blocks import Blocks
 from fastattn.call.options import check_flag
 from fastattn.call.out import check_out
+from fastattn.call.problem import Array, Problem
 from fastattn.call.score_options import FurtherOptions, MaskMod, ScoreMod
 from fastattn.call.seeds import Rng, seed_from
 from fastattn.call.shapes import describe
-from fastattn.call.widening import exceeds_float32, in_float64, narrowed, scale_in_float64
+from fastattn.call.widening import narrowed, scale_in_float64, widened, wider_type
 from fastattn.cpu.host import forward as cpu
 from fastattn.cpu.host import session
 from fastattn.cpu.host.builtin import in_default_mode, signatures
@@ -243,20 +244,23 @@ def _on_cpu(
     return_weights = check_flag("return_weights", return_weights)
     seed = seed_from(rng, problem.dropout_p > 0)
     checked = check_out(out, problem)
-    if exceeds_float32(problem):
-        target = np.empty(problem.out_shape, problem.real) if checked is None else checked
-        scale = scale_in_float64(problem)
-        wide = (*in_float64(*arrays[:3], mask=arrays[3]), dropout_p, is_causal, scale, enable_gqa)
-        wanted: Any = {"return_lse": True, "return_weights": return_weights, "rng": seed, "backend": "cpu"}
-        results = attention(*wide, **wanted, **further)
-        return rounded(*results, target=target, return_lse=return_lse)
+    wide = wider_type(problem, "forward", *(("weights",) if return_weights else ()))
+    if wide is not None:
+        target = checked if checked is not None and checked.dtype == wide else None
+        options = (dropout_p, is_causal, scale_in_float64(problem), enable_gqa)
+        call: Any = (*widened(*arrays[:3], mask=arrays[3], to=wide), *options)
+        wanted: Any = {"return_lse": True, "return_weights": return_weights, "rng": seed, "out": target}
+        return rounded(problem, checked, return_lse, *attention(*call, **wanted, **further, backend="cpu"))
     made, given = (*arrays[:3], *masks_in(arrays[3])), (query, key, value, *masks_in(attn_mask))
     return cpu.evaluate(asked, problem, operands, made, given, checked, return_lse, return_weights, seed)
 
 
-def rounded(out: Any, lse: Any, *weights: Any, target: NDArray[Any], return_lse: bool) -> Any:
-    """Return in float32 what a call in float64 gave, the result in `target`."""
-    with np.errstate(all="ignore"):
-        np.copyto(target, out, casting="same_kind")
-    results = (target, *((narrowed(lse, within=True),) if return_lse else ()), *map(narrowed, weights))
-    return results if len(results) > 1 else target
+def rounded(problem: Problem, target: Array | None, return_lse: bool, out: Any, lse: Any, *weights: Any) -> Any:
+    """Return what a call in a wider type gave in the dtypes of the call, the result in `target`, if there is one."""
+    out = narrowed(out, problem.storage if target is None else target.dtype)
+    if target is not None and out is not target:
+        target[...] = out
+        out = target
+    sums = (narrowed(lse, problem.real, within=True),) if return_lse else ()
+    results = (out, *sums, *(narrowed(matrix, problem.storage) for matrix in weights))
+    return results if len(results) > 1 else out

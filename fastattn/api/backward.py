@@ -20,11 +20,12 @@ from fastattn.call.upstream import (
     as_given,
     captured_sources,
     describe_upstream,
+    own_dtype,
     seed_of_forward,
     sources_of,
     wanted_gradients,
 )
-from fastattn.call.widening import exceeds_float32, in_float64, narrowed, scale_in_float64
+from fastattn.call.widening import reads_halves, scale_in_float64, widened, wider_type
 from fastattn.cpu.host import additive_backward as additive_gradients
 from fastattn.cpu.host import backward as cpu
 from fastattn.cpu.host.builtin import in_default_mode
@@ -184,15 +185,14 @@ def _on_cpu(
     sources = sources_of(query, key, value, attn_mask, further) | captured_sources(problem, operands.captured)
     names = wanted_gradients(grads, sources, grad_mask, arrays[3])
     seed = seed_of_forward(rng, problem)
-    if exceeds_float32(problem):
-        *wide, mask = in_float64(*arrays[:3], mask=arrays[3])
-        scale = scale_in_float64(problem)
-        rounded = upstream.lse.reshape(problem.lse_shape)
-        given: Any = (grad_out, *wide, out, rounded, mask, dropout_p, is_causal, scale, enable_gqa)
+    wide = wider_type(problem, "backward")
+    if wide is not None:
+        *wider, mask = widened(*arrays[:3], mask=arrays[3], to=wide)
+        sums = lse if wide == problem.real else upstream.lse.reshape(problem.lse_shape)
+        given: Any = (grad_out, *wider, out, sums, mask, dropout_p, is_causal, scale_in_float64(problem), enable_gqa)
         wanted: Any = {"rng": seed, "grad_lse": grad_lse, "grads": names, "backend": "cpu"}
-        gradients = attention_backward(*given, **wanted, **further)
-        wide_names = ("query", "key", "value")  # which were made float64
-        return tuple(narrowed(a) if name in wide_names else a for name, a in zip(names, gradients, strict=True))
+        gradients = dict(zip(names, attention_backward(*given, **wanted, **further), strict=True))
+        return tuple(own_dtype(each, sources[name], problem.real) for name, each in gradients.items())
     shapes = {name: np.shape(sources[name]) for name in ("key", "value", "attn_mask") if sources[name] is not None}
     found = cpu.attention_backward(problem, operands, upstream, shapes, names, seed, get_num_threads())
     return as_given(problem, names, found, sources)
@@ -308,5 +308,10 @@ def _additive_on_cpu(
     upstream = describe_upstream(problem, grad_out, out, lse)
     sources = sources_of(query, key, value, attn_mask, further, weight)
     names = wanted_gradients(grads, sources)
+    if not reads_halves(problem, "additive_backward"):
+        *wider, mask = widened(*arrays[:4], mask=arrays[4], to=problem.real)
+        given: Any = (grad_out, *wider, out, lse, mask, is_causal)
+        gradients = dict(zip(names, additive_attention_backward(*given, grads=names, **further), strict=True))
+        return tuple(own_dtype(each, sources[name], problem.real) for name, each in gradients.items())
     found = additive_gradients.backward(problem, operands, arrays[3], upstream, names, get_num_threads())
     return as_given(problem, names, found, sources)

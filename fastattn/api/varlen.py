@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastattn import reference
@@ -16,8 +15,8 @@ from fastattn.call.out import check_out
 from fastattn.call.packed import as_given, describe_packed, sources_of_packed
 from fastattn.call.score_options import FurtherOptions, MaskMod, ScoreMod
 from fastattn.call.seeds import Rng, seed_from
-from fastattn.call.upstream import Names, arrived, captured_sources, seed_of_forward, wanted_gradients
-from fastattn.call.widening import exceeds_float32, in_float64, narrowed, scale_in_float64
+from fastattn.call.upstream import Names, arrived, captured_sources, own_dtype, seed_of_forward, wanted_gradients
+from fastattn.call.widening import scale_in_float64, widened, wider_type
 from fastattn.cpu.host import varlen as cpu
 from fastattn.cpu.host.builtin import in_default_mode
 from fastattn.cpu.host.threads import get_num_threads
@@ -148,12 +147,13 @@ def _on_cpu(
     return_lse = check_flag("return_lse", return_lse)
     seed = seed_from(rng, problem.dropout_p > 0)
     checked = check_out(out, problem)
-    if not exceeds_float32(problem):
+    wide = wider_type(problem, "forward")
+    if wide is None:
         return cpu.attention(packed, checked, return_lse, seed, get_num_threads())
-    target = np.empty(problem.out_shape, problem.real) if checked is None else checked
-    wide = in_float64(*arrays, mask=None)[:3]
-    results = _on_cpu((*wide, *lengths), options | {"scale": scale_in_float64(problem)}, True, seed, None)
-    return rounded(*results, target=target, return_lse=return_lse)
+    target = checked if checked is not None and checked.dtype == wide else None
+    arrays = widened(*arrays, mask=None, to=wide)[:3]
+    results = _on_cpu((*arrays, *lengths), options | {"scale": scale_in_float64(problem)}, True, seed, target)
+    return rounded(problem, checked, return_lse, *results)
 
 
 def attention_varlen_backward(
@@ -263,11 +263,12 @@ def _backward_on_cpu(
     sources = sources_of_packed(query, key, value, options["further"]) | captured_sources(problem, packed.captured)
     names = wanted_gradients(grads, sources)
     seed = seed_of_forward(rng, problem)
-    if exceeds_float32(problem):
-        wide = (grad_out, *in_float64(*arrays, mask=None)[:3], out, upstream.lse, *lengths)
+    wide = wider_type(problem, "backward")
+    if wide is not None:
+        sums = lse if wide == problem.real else upstream.lse
+        wider = (grad_out, *widened(*arrays, mask=None, to=wide)[:3], out, sums, *lengths)
         options = options | {"scale": scale_in_float64(problem)}
-        gradients = _backward_on_cpu(wide, options, seed, grad_lse, names)
-        wide_names = ("query", "key", "value")  # which were made float64
-        return tuple(narrowed(a) if name in wide_names else a for name, a in zip(names, gradients, strict=True))
+        gradients = dict(zip(names, _backward_on_cpu(wider, options, seed, grad_lse, names), strict=True))
+        return tuple(own_dtype(each, sources[name], problem.real) for name, each in gradients.items())
     found = cpu.backward(packed, upstream, names, seed, get_num_threads())
     return as_given(packed, names, found, sources)

@@ -28,7 +28,7 @@ from fastattn.call.selection import (
     runs,
     take,
 )
-from fastattn.call.widening import exceeds_float32, in_float64, narrowed, scale_in_float64
+from fastattn.call.widening import narrowed, scale_in_float64, widened, wider_type
 from fastattn.cpu.host import summary as statistics
 from fastattn.cpu.host.builtin import in_default_mode
 from fastattn.cpu.host.threads import get_num_threads
@@ -143,11 +143,12 @@ def _weights_on_cpu(
     further: FurtherOptions,
 ) -> Array:
     problem, operands = describe_scores(query, key, attn_mask, is_causal, scale, enable_gqa, **further)
-    if exceeds_float32(problem):
-        wide = (*in_float64(query, key, mask=attn_mask), is_causal, scale_in_float64(problem), enable_gqa)
-        given = None if lse is None else check_lse(lse, problem)
+    wide = wider_type(problem, "known_weights", *(("summary",) if lse is None else ()))
+    if wide is not None:
+        call: Any = (*widened(query, key, mask=attn_mask, to=wide), is_causal, scale_in_float64(problem), enable_gqa)
+        given = lse if lse is None or wide == problem.real else check_lse(lse, problem)
         chosen: Any = {"rows": rows, "columns": columns, "lse": given, "backend": "cpu"}
-        return narrowed(attention_weights(*wide, **chosen, **further))
+        return narrowed(attention_weights(*call, **chosen, **further), problem.storage)
     chosen, keys = as_selection("rows", rows, problem.queries), as_selection("columns", columns, problem.keys)
     threads = get_num_threads()
     if lse is None:
@@ -317,11 +318,10 @@ def _summary_on_cpu(
     further: FurtherOptions,
 ) -> AttentionSummary:
     problem, operands = describe_scores(query, key, attn_mask, is_causal, scale, enable_gqa, **further)
-    if exceeds_float32(problem):
-        wide = (*in_float64(query, key, mask=attn_mask), is_causal, scale_in_float64(problem), enable_gqa)
-        found = attention_summary(*wide, top_k=top_k, backend="cpu", **further)
-        weights, indices, entropy, lse, received = found
-        return AttentionSummary(
-            narrowed(weights), indices, narrowed(entropy), narrowed(lse, within=True), narrowed(received)
-        )
+    wide = wider_type(problem, "summary")
+    if wide is not None:
+        call: Any = (*widened(query, key, mask=attn_mask, to=wide), is_causal, scale_in_float64(problem), enable_gqa)
+        found = attention_summary(*call, top_k=top_k, backend="cpu", **further)
+        narrow = {name: narrowed(getattr(found, name), problem.real) for name in ("top_weights", "entropy", "received")}
+        return found._replace(**narrow, lse=narrowed(found.lse, problem.real, within=True))
     return AttentionSummary(*statistics.summarise(problem, operands, get_num_threads(), check_top_k(top_k)))

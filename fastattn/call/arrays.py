@@ -11,20 +11,20 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fastattn.call.advice import holds_masked, is_masked, said, to_convert, to_make_array
+from fastattn.call.halves import cast, common_dtype, is_bfloat16, name_of, native
 from fastattn.call.problem import FLOAT32, FLOAT64, Array, Mask, Shape
 
-#: Dtypes with a meaning here, but no kernels on the CPU so far.
-NOT_YET = ("float16", "bfloat16")
+DTYPES = ("float16", "bfloat16", "float32", "float64")
 
-MASK_DTYPES = ("bool", "float16", "float32", "float64")
+MASK_DTYPES = ("bool", *DTYPES)
 
-PLAIN_MASKS = frozenset(np.dtype(name) for name in MASK_DTYPES)
+PLAIN_MASKS = frozenset(np.dtype(name) for name in ("bool", "float16", "float32", "float64"))
 
 
 def as_operands(
-    query: ArrayLike, key: ArrayLike, value: ArrayLike, attn_mask: ArrayLike | None = None, half: bool = False
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, attn_mask: ArrayLike | None = None
 ) -> tuple[Array, Array, Array, Mask]:
-    """Make arrays of one dtype, float32 or float64, of query, key and value, and an array of the mask.
+    """Make arrays of one floating dtype of query, key and value, and an array of the mask.
 
     An array that already is what is needed comes back as it is. A copy is made only to change the dtype or the byte
     order, and of arrays whose elements are not aligned in memory.
@@ -32,11 +32,9 @@ def as_operands(
     Parameters
     ----------
     query, key, value : array_like
-        Their common dtype is that of `numpy.result_type`; integers and booleans compute in float64.
+        Their common dtype is that of `fastattn.call.halves.common_dtype`; integers and booleans compute in float64.
     attn_mask : array_like, pair of array_like, or None
         Boolean or floating, or one of each: (bias, keep). It takes no part in the common dtype, and keeps its own.
-    half : bool
-        Whether float16 and bfloat16, which the CPU has no kernels for, may come and stay what they are.
 
     Returns
     -------
@@ -46,12 +44,11 @@ def as_operands(
     Raises
     ------
     TypeError
-        For a dtype that has no meaning here, for float16 and bfloat16 unless `half`, and for what cannot be made an
-        array.
+        For a dtype that has no meaning here, and for what cannot be made an array.
     ValueError
         For nested sequences of unequal lengths.
     """
-    mask = None if attn_mask is None else as_masks(attn_mask, half)
+    mask = None if attn_mask is None else as_masks(attn_mask)
     if type(query) is type(key) is type(value) is np.ndarray:
         dtype = query.dtype
         if (
@@ -64,7 +61,7 @@ def as_operands(
         ):
             return query, key, value, mask
 
-    query, key, value = as_common({"query": query, "key": key, "value": value}, half)
+    query, key, value = as_common({"query": query, "key": key, "value": value})
     return query, key, value, mask
 
 
@@ -94,17 +91,8 @@ def as_additive_operands(
     return query, key, value, weight, mask
 
 
-def as_upstream(
-    name: str,
-    given: ArrayLike,
-    dtype: np.dtype[Any],
-    shape: Shape,
-    of: str = "the result",
-    half: bool = False,
-) -> Array:
+def as_upstream(name: str, given: ArrayLike, dtype: np.dtype[Any], shape: Shape, of: str = "the result") -> Array:
     """Make an array of the dtype of the call of what arrives at its backward pass, where something has `shape`.
-
-    `half` is that of `as_operands`.
 
     Raises
     ------
@@ -117,22 +105,20 @@ def as_upstream(
         array = given
     else:
         array = as_array(name, given)
-        check_operand(name, array, given, half)
+        check_operand(name, array, given)
         array = as_plain(array, dtype)
     if array.shape != shape:
         raise ValueError(f"{name}: shape {array.shape}; expected {shape}, the shape of {of}")
     return array
 
 
-def as_common(given: Mapping[str, ArrayLike], half: bool = False, also: np.dtype[Any] | None = None) -> list[Array]:
+def as_common(given: Mapping[str, ArrayLike], also: np.dtype[Any] | None = None) -> list[Array]:
     """Make arrays of one dtype of what was given under these names.
 
     Parameters
     ----------
     given : mapping of str to array_like
         Where one object is given twice, it comes back as one array.
-    half : bool
-        That of `as_operands`.
     also : numpy.dtype or None
         One more that has a part in the common dtype.
 
@@ -147,9 +133,9 @@ def as_common(given: Mapping[str, ArrayLike], half: bool = False, also: np.dtype
     """
     arrays = {name: as_array(name, argument) for name, argument in given.items()}
     for name, array in arrays.items():
-        check_operand(name, array, given[name], half)
-    common = np.result_type(*arrays.values(), *([] if also is None else [also]))
-    dtype = FLOAT64 if common.kind in "biu" else common.newbyteorder("=")
+        check_operand(name, array, given[name])
+    common = common_dtype(*arrays.values(), *([] if also is None else [also]))
+    dtype = FLOAT64 if common.kind in "biu" else native(common)
     converted = {id(given[name]): as_plain(array, dtype) for name, array in arrays.items()}
     return [converted[id(argument)] for argument in given.values()]
 
@@ -201,20 +187,14 @@ def is_hollow(given: Any) -> bool:
         return False
 
 
-def _name_of(dtype: np.dtype[Any]) -> str:
-    """``dtype.name`` of a plain dtype. NumPy imports a module for it each time, and not when Python is about to end."""
-    return dtype.type.__name__.rstrip("_")  # it was "bool_" before NumPy 2
-
-
-def check_operand(name: str, array: Array, given: object, half: bool = False) -> None:
+def check_operand(name: str, array: Array, given: object) -> None:
     """Refuse an array, made of what was given, of a dtype that has no meaning here."""
     dtype = array.dtype
-    if dtype.kind in "biu" or dtype.type in (np.float32, np.float64) or (half and _name_of(dtype) in NOT_YET):
+    if dtype.kind in "biu" or dtype.type in (np.float16, np.float32, np.float64) or is_bfloat16(dtype):
         return
     _check_elements(name, array)
-    yet = " yet on the CPU" if _name_of(dtype) in NOT_YET else ""
     raise TypeError(
-        f"{name}: dtype {dtype} is not supported{yet}; expected float32, float64 or integers"
+        f"{name}: dtype {dtype} is not supported; expected {', '.join(DTYPES)} or integers"
         f"{to_convert(name, dtype, given)}"
     )
 
@@ -229,11 +209,11 @@ def _check_elements(name: str, array: Array) -> None:
                 )
 
 
-def as_masks(given: Any, half: bool = False) -> Mask:
+def as_masks(given: Any) -> Mask:
     """Return the mask that was given, or where that is (bias, keep), the floating and the boolean one."""
     if not is_pair(given):
-        return as_mask(given, half)
-    bias, keep = (None if each is None else as_mask(each, half) for each in given)
+        return as_mask(given)
+    bias, keep = (None if each is None else as_mask(each) for each in given)
     if (bias is not None and bias.dtype.kind == "b") or (keep is not None and keep.dtype.kind != "b"):
         kinds = ", ".join("None" if mask is None else str(mask.dtype) for mask in (bias, keep))
         raise TypeError(f"attn_mask: a pair of dtypes {kinds}; expected (bias, keep), a floating and a boolean array")
@@ -256,7 +236,7 @@ def _is_boolean(given: Any) -> bool:
     return "bool" in str(given.dtype) if hasattr(given, "dtype") else bool(np.asarray(given).dtype.kind == "b")
 
 
-def as_mask(given: ArrayLike, half: bool = False) -> Array:
+def as_mask(given: ArrayLike) -> Array:
     if type(given) is np.ndarray and given.dtype in PLAIN_MASKS and given.flags.aligned:
         return given
     mask = as_array("attn_mask", given)
@@ -266,22 +246,17 @@ def as_mask(given: ArrayLike, half: bool = False) -> Array:
             f"attn_mask: dtype {dtype} could mean two things; expected boolean (True takes part) or a floating dtype "
             "(added to the scores)"
         )
-    if half and _name_of(dtype) in NOT_YET:
-        return as_plain(mask, dtype.newbyteorder("="))
-    if _name_of(dtype) not in MASK_DTYPES or dtype.type is np.longdouble:
+    if name_of(dtype) not in MASK_DTYPES or dtype.type is np.longdouble:
         _check_elements("attn_mask", mask)
-        yet = " yet" if _name_of(dtype) in NOT_YET else ""
         raise TypeError(
-            f"attn_mask: dtype {dtype} is not supported{yet}; expected one of {', '.join(MASK_DTYPES)}"
+            f"attn_mask: dtype {dtype} is not supported; expected one of {', '.join(MASK_DTYPES)}"
             f"{to_convert('attn_mask', dtype, given)}"
         )
-    return as_plain(mask, dtype.newbyteorder("="))
+    return as_plain(mask, native(dtype))
 
 
 def as_plain(array: Array, dtype: np.dtype[Any]) -> Array:
     """Return `array` in a native `dtype` with aligned elements: itself if it is so already."""
     if array.dtype == dtype and array.flags.aligned:
         return array
-    # a signalling NaN warns when it is cast
-    with np.errstate(all="ignore"):
-        return array.astype(dtype, order="K", copy=True)
+    return array.copy(order="K") if array.dtype == dtype else cast(array, dtype)

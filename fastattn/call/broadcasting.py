@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import math
 from itertools import combinations
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
-__all__ = ["broadcasts", "check_broadcasts", "reshaped"]
+from numpy.typing import NDArray
+
+__all__ = ["broadcasts", "check_broadcasts", "once", "reshaped"]
 
 Shape: TypeAlias = tuple[int, ...]
 
 #: Axes of the largest shape that ways to place others in are tried for: there are many, and people have few axes.
 MOST_AXES = 8
+
+
+def once(array: NDArray[Any]) -> NDArray[Any]:
+    """Return an array without its repetitions: axes that are broadcast have length 1."""
+    alike = (stride == 0 and length > 1 for stride, length in zip(array.strides, array.shape, strict=True))
+    return array[tuple(slice(0, 1) if repeated else slice(None) for repeated in alike)]
 
 
 def broadcasts(shape: Shape, full: Shape) -> bool:

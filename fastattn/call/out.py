@@ -18,7 +18,7 @@ def check_out(out: object, problem: Problem) -> Array | None:
     Raises
     ------
     TypeError
-        If it is not an ndarray, or not of the result's dtype.
+        If it is not an ndarray, or neither of the result's dtype nor of that which is computed in.
     ValueError
         If it is not of the result's shape, is read-only, or has elements that share memory with each other.
     """
@@ -26,8 +26,9 @@ def check_out(out: object, problem: Problem) -> Array | None:
         return None
     if not isinstance(out, np.ndarray) or is_masked(out):
         raise TypeError(f"out: {said(out)}; expected None or a numpy.ndarray")
-    if out.dtype != problem.storage:
-        raise TypeError(f"out: dtype {out.dtype}; expected {problem.storage}, the dtype of the result")
+    if out.dtype not in (problem.storage, problem.real):
+        sums = "" if problem.real == problem.storage else f", or {problem.real}, that of its sums"
+        raise TypeError(f"out: dtype {out.dtype}; expected {problem.storage}, the dtype of the result{sums}")
     if not out.flags.writeable:
         raise ValueError("out: the array is read-only; expected a writeable one")
     check_shape_of_out(out, problem)

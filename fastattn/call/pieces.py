@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import numpy as np
 from numpy.typing import ArrayLike
 
 from fastattn.call.advice import said
 from fastattn.call.arrays import as_common
+from fastattn.call.halves import cast, common_dtype
 from fastattn.call.problem import FLOAT32, Array
 
 __all__ = ["as_pieces"]
@@ -37,7 +37,7 @@ def as_pieces(outs: Iterable[ArrayLike], lses: Iterable[ArrayLike]) -> list[tupl
     if len(sums) != len(results):
         raise ValueError(f"lses: {len(sums)} in it; expected {len(results)}, one for each of outs")
     named = {f"outs[{i}]": each for i, each in enumerate(results)} | {f"lses[{i}]": each for i, each in enumerate(sums)}
-    arrays = as_common(named, half=True)
+    arrays = as_common(named)
     shape = arrays[0].shape
     if not shape:
         raise ValueError("outs[0]: shape (); expected (..., Lq, Dv)")
@@ -45,9 +45,8 @@ def as_pieces(outs: Iterable[ArrayLike], lses: Iterable[ArrayLike]) -> list[tupl
         expected, of = (shape, "outs[0]") if name.startswith("outs") else (shape[:-1], "outs[0] less its last axis")
         if array.shape != expected:
             raise ValueError(f"{name}: shape {array.shape}; expected {expected}, the shape of {of}")
-    dtype = np.result_type(arrays[0], FLOAT32)
-    with np.errstate(all="ignore"):
-        arrays = [array.astype(dtype, copy=False) for array in arrays]
+    dtype = common_dtype(arrays[0], FLOAT32)
+    arrays = [cast(array, dtype) for array in arrays]
     return list(zip(arrays[: len(results)], arrays[len(results) :], strict=True))
 
 

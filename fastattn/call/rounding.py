@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fastattn.call.halves import finfo, is_floating
+
 __all__ = ["coarser", "is_of_these_keys", "is_precise", "limit_of", "saturated", "slack", "unsaturated"]
 
 #: Below this magnitude a rounded lse costs half of the error that gradients are promised to have (docs/training.md),
@@ -28,7 +30,7 @@ PRECISE = {"float32": 128.0, "float64": 2048.0}
 def coarser(given: ArrayLike, dtype: np.dtype[Any]) -> np.dtype[Any]:
     """Return the less precise one of two dtypes: of what was given, if that has a floating one, and of a call."""
     own = given.dtype if isinstance(given, np.ndarray) else np.asarray(given).dtype
-    return own if own.kind == "f" and np.finfo(own).eps > np.finfo(dtype).eps else dtype
+    return own if is_floating(own) and finfo(own).eps > finfo(dtype).eps else dtype
 
 
 def limit_of(dtype: np.dtype[Any], rounded: np.dtype[Any]) -> float:
@@ -48,7 +50,7 @@ def slack(dtype: np.dtype[Any], features: int) -> float:
     They are rounded, and so are the scores, sums of so many products, which grow as the lse does. Roundings of a sum
     add up like the steps of a random walk.
     """
-    return 2.0 * float(np.finfo(dtype).eps) * (1.0 + math.sqrt(features))
+    return 2.0 * float(finfo(dtype).eps) * (1.0 + math.sqrt(features))
 
 
 def is_of_these_keys(lse: Any, own: Any, slack: float) -> Any:
@@ -58,8 +60,8 @@ def is_of_these_keys(lse: Any, own: Any, slack: float) -> Any:
 
 def saturated(values: Any, dtype: np.dtype[Any]) -> Any:
     """Hold finite values within the range of `dtype`, so that none becomes infinite there; infinities stay."""
-    limit = np.finfo(dtype).max
-    if np.finfo(values.dtype).max <= limit:
+    limit = finfo(dtype).max
+    if finfo(values.dtype).max <= limit:
         return values
     return np.where(np.isinf(values), values, np.clip(values, -limit, limit))
 
@@ -71,4 +73,4 @@ def unsaturated(lse: NDArray[Any], rounded: np.dtype[Any]) -> NDArray[Any]:
     """
     if rounded == lse.dtype:
         return lse
-    return np.where(lse == -np.finfo(rounded).max, -np.finfo(lse.dtype).max, lse)
+    return np.where(lse == -finfo(rounded).max, -np.finfo(lse.dtype).max, lse)

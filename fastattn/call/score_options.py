@@ -13,8 +13,9 @@ from fastattn.call.advice import said, to_convert
 from fastattn.call.arrays import as_array
 from fastattn.call.blocks import Blocks, check_blocks
 from fastattn.call.broadcasting import check_broadcasts
+from fastattn.call.halves import cast, is_bfloat16
 from fastattn.call.options import check_causal, check_scale, finite_real
-from fastattn.call.problem import Array, Captures, Shape
+from fastattn.call.problem import FLOAT64, Array, Captures, Shape
 from fastattn.call.scores import FARTHEST, Scores
 from fastattn.functions.function import Function, described
 from fastattn.functions.masks import asked_nearer, both
@@ -259,11 +260,11 @@ def _as_sinks(given: ArrayLike | None, batch: Shape, heads: int) -> Array | None
 def _of_heads(name: str, given: ArrayLike, batch: Shape, heads: int) -> Array:
     """Return an array with a real number for each head of each row of a batch, its axes flattened to two."""
     numbers = as_array(name, given)
-    if numbers.dtype.kind not in "fiu" or numbers.dtype.itemsize > 8:
+    if not (numbers.dtype.kind in "fiu" or is_bfloat16(numbers.dtype)) or numbers.dtype.itemsize > 8:
         narrow = to_convert(name, numbers.dtype, given) if numbers.dtype.kind == "V" else ""
         raise TypeError(f"{name}: dtype {numbers.dtype}; expected real numbers, one for each query head{narrow}")
     check_broadcasts(name, numbers.shape, (*batch, heads), "the query heads")
-    return np.broadcast_to(numbers.astype(np.float64), (*batch, heads)).reshape(math.prod(batch), heads)
+    return np.broadcast_to(cast(numbers, FLOAT64), (*batch, heads)).reshape(math.prod(batch), heads)
 
 
 def _as_integers(name: str, given: ArrayLike, batch: Shape) -> Array:

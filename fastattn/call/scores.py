@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fastattn.call.halves import cast
 from fastattn.call.rounding import saturated
 from fastattn.functions.function import Function
 
@@ -159,7 +160,7 @@ class Scores:
             raw = self.softcap * np.tanh(raw / self.softcap)
         if not (self.bias or "slope" in self.own):
             return raw
-        added = np.zeros(1, raw.dtype) if bias is None else saturated(bias, real).astype(raw.dtype)
+        added = np.zeros(1, raw.dtype) if bias is None else cast(saturated(bias, real), raw.dtype)
         if "slope" in self.own:
             limit = np.finfo(real).max
             distance = np.abs(places.query + places.head["offset"] - places.key).astype(raw.dtype)

@@ -15,7 +15,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastattn.call.advice import holds_masked, is_masked, to_convert
-from fastattn.call.arrays import as_operands
+from fastattn.call.arrays import as_operands, as_plain
+from fastattn.call.broadcasting import once
+from fastattn.call.halves import is_floating
 from fastattn.call.problem import Operands, Problem
 from fastattn.call.score_options import FurtherOptions
 from fastattn.call.scores import FARTHEST, Places, Scores
@@ -178,15 +180,14 @@ def check_lse(given: ArrayLike, problem: Problem) -> Array:
         lse = np.asarray(given)
     except Exception as error:
         raise TypeError(f"lse: of type {type(given).__name__}; expected an array of floating dtype") from error
-    if is_masked(given) or holds_masked(given) or lse.dtype.kind != "f":
-        narrow = to_convert("lse", lse.dtype, given) if lse.dtype.kind == "V" else ""
+    if is_masked(given) or holds_masked(given) or not is_floating(lse.dtype):
+        narrow = to_convert("lse", lse.dtype, given) if lse.dtype.isbuiltin == 2 else ""
         raise TypeError(
             f"lse: type {type(given).__name__}, dtype {lse.dtype}; expected an array of floating dtype{narrow}"
         )
     if lse.shape != problem.lse_shape:
         raise ValueError(f"lse: shape {lse.shape}; expected {problem.lse_shape}, one for each query")
-    with np.errstate(all="ignore"):
-        return lse.astype(problem.real)
+    return as_plain(lse, problem.real)
 
 
 def take(array: Array, axis: int, chosen: Selection) -> Array:
@@ -197,16 +198,10 @@ def take(array: Array, axis: int, chosen: Selection) -> Array:
         return array[(..., places, *[slice(None)] * (-axis - 1))]
     shape = list(array.shape)
     shape[axis] = len(chosen)
-    core = _core(array)
+    core = once(array)
     if core.shape[axis] == array.shape[axis]:
         core = np.take(core, chosen, axis)
     return np.broadcast_to(core, shape)
-
-
-def _core(array: Array) -> Array:
-    """Return the array without its repetitions: axes that are broadcast have length 1."""
-    once = (stride == 0 and length > 1 for stride, length in zip(array.strides, array.shape, strict=True))
-    return array[tuple(slice(0, 1) if repeated else slice(None) for repeated in once)]
 
 
 def part(problem: Problem, operands: Operands, rows: Selection, columns: Selection) -> tuple[Problem, Operands]:
@@ -233,9 +228,9 @@ def part(problem: Problem, operands: Operands, rows: Selection, columns: Selecti
             assert not scores.has_functions
             shape = (*problem.rows_shape, len(rows), len(columns))
             visible = in_intervals(problem, operands, rows, columns)
-            keep = np.broadcast_to(visible if keep is None else _core(keep) & visible, shape)
+            keep = np.broadcast_to(visible if keep is None else once(keep) & visible, shape)
             if scores.adds:
-                added = None if bias is None else _core(bias)
+                added = None if bias is None else once(bias)
                 with np.errstate(all="ignore"):
                     places = places_of(problem, operands, rows, columns)
                     added = scores.value(np.zeros(1, problem.real), added, problem.real, places)
@@ -285,7 +280,7 @@ def places_of(problem: Problem, operands: Operands, rows: Selection, columns: Se
 def mask_elements(problem: Problem, operands: Operands, rows: Selection) -> int:
     """Return of how many elements a row of the masks is, at most, that `part` makes or copies; 0 if it makes none."""
     masks = [mask for mask in (operands.bias, operands.keep) if mask is not None]
-    copied = not isinstance(rows, range) and any(_core(mask).shape[-2] == problem.queries for mask in masks)
+    copied = not isinstance(rows, range) and any(once(mask).shape[-2] == problem.queries for mask in masks)
     made = problem.scores.placed and not problem.scores.has_functions and not follow(rows)
     return math.prod(problem.rows_shape) * problem.keys if copied or made else 0
 

@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from fastattn.call.advice import said
 from fastattn.call.arrays import as_upstream, is_pair
+from fastattn.call.halves import cast, is_floating, native
 from fastattn.call.options import check_flag
 from fastattn.call.problem import Array, Captures, Mask, Problem, Shape
 from fastattn.call.rounding import coarser, unsaturated
@@ -248,8 +249,7 @@ def bias_of(attn_mask: Any) -> Any:
 def own_dtype(gradient: NDArray[Any], argument: ArrayLike, dtype: np.dtype[Any]) -> NDArray[Any]:
     """Return a gradient in the dtype of its argument, if that is floating, else in that of the call."""
     own = argument.dtype if isinstance(argument, np.ndarray) else np.asarray(argument).dtype
-    with np.errstate(all="ignore"):
-        return gradient.astype(own.newbyteorder("=") if own.kind == "f" else dtype, copy=False)
+    return cast(gradient, native(own) if is_floating(own) else dtype)
 
 
 def summed_to(gradient: NDArray[Any], shape: Shape) -> NDArray[Any]:

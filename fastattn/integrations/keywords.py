@@ -49,19 +49,13 @@ def _offset(given: Any) -> Tensor:
     return check_integers("query_offset", given)
 
 
-def _of_heads(name: str, given: Any) -> Tensor:
-    """Return a tensor of numbers of heads; those of bfloat16 in float32."""
-    numbers = check_memory(name, given)
-    return numbers.float() if numbers.dtype is torch.bfloat16 else numbers
-
-
 KEYWORDS: dict[str, Keyword] = {
     "window": Keyword(("SymInt? left", "SymInt? right"), check_window),
     "query_offset": Keyword(("Tensor? query_offset",), _offset),
     "key_lengths": Keyword(("Tensor? key_lengths",), partial(check_integers, "key_lengths")),
     "softcap": Keyword(("float? softcap",), check_softcap),
-    "alibi_slopes": Keyword(("Tensor? alibi_slopes",), partial(_of_heads, "alibi_slopes")),
-    "sinks": Keyword(("Tensor? sinks",), partial(_of_heads, "sinks")),
+    "alibi_slopes": Keyword(("Tensor? alibi_slopes",), partial(check_memory, "alibi_slopes")),
+    "sinks": Keyword(("Tensor? sinks",), partial(check_memory, "sinks")),
     **{name: Keyword((), lambda given: ()) for name in FUNCTIONS},
 }
 

@@ -27,7 +27,7 @@ import fastattn
 from fastattn.call.shapes import shapes_of_results
 from fastattn.cpu.host.threads import threads_of_call
 from fastattn.integrations import keywords
-from fastattn.integrations.tensors import array_of
+from fastattn.integrations.tensors import array_of, sums_dtype, tensor_of
 
 __all__ = ["OPERATORS", "Operator", "refuse", "save_nothing"]
 
@@ -91,7 +91,7 @@ class Operator:
     def forward(self, *args: Any) -> tuple[Tensor, Tensor]:
         """Compute the result and its log-sum-exp."""
         out, lse = _call(self.name, return_lse=True, **_options(self._arguments[self.name], args))
-        return torch.from_numpy(out), torch.from_numpy(lse)
+        return tensor_of(out), tensor_of(lse)
 
     def backward(self, *args: Any) -> tuple[Tensor, ...]:
         """Compute the gradients of the operands and all others, each in one piece; empty if one is not wanted.
@@ -108,14 +108,14 @@ class Operator:
         none = np.empty(0, options["out"].dtype)
         results = [found.get(name, none) for name in (*names[: self.operands], *self.others)]
         results += [sum(found[name] for name in each) if each else none for each in captured]
-        return tuple(torch.from_numpy(np.ascontiguousarray(array).reshape(array.shape)) for array in results)
+        return tuple(tensor_of(np.ascontiguousarray(array).reshape(array.shape)) for array in results)
 
     # -- fake kernels --------------------------------------------------------------------------------------------------
 
     def forward_fake(self, query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
         """Return empty tensors for what `forward` computes."""
         shape = _rows(query, key, value)
-        return query.new_empty((*shape, value.size(-1))), query.new_empty(shape)
+        return query.new_empty((*shape, value.size(-1))), query.new_empty(shape, dtype=sums_dtype(query.dtype))
 
     def backward_fake(self, *args: Any) -> tuple[Tensor, ...]:
         """Return empty tensors for what `backward` computes."""
@@ -210,7 +210,7 @@ class Attention(Operator):
             options["out"] = np.empty((*batch, length, heads, features), arrays[0].dtype).swapaxes(-3, -2)
         numbers = (dropout_p, CAUSAL[causal], scale, enable_gqa)
         out, lse = _call(self.name, *arrays, mask, *numbers, return_lse=True, **options)
-        return torch.from_numpy(out), torch.from_numpy(lse)
+        return tensor_of(out), tensor_of(lse)
 
     def forward_fake(self, query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
         """Return empty tensors for what `forward` computes."""

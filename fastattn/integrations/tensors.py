@@ -4,18 +4,31 @@ from __future__ import annotations
 
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 
 from fastattn.call.arrays import is_causal_bias, is_hollow
+from fastattn.call.halves import BITS
 from fastattn.call.problem import Array
 
-__all__ = ["PLAIN", "array_of", "check_integers", "check_mask", "check_memory", "check_operands", "is_bias"]
+__all__ = [
+    "PLAIN",
+    "array_of",
+    "check_integers",
+    "check_mask",
+    "check_memory",
+    "check_operands",
+    "in_autocast",
+    "is_bias",
+    "sums_dtype",
+    "tensor_of",
+]
 
 Tensor: TypeAlias = Any  # PyTorch's types are not known where it is not installed
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)  # classes that add nothing to what a tensor is
-DTYPES = (torch.float32, torch.float64)
-MASK_DTYPES = (torch.bool, torch.float16, torch.float32, torch.float64)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MASK_DTYPES = (torch.bool, *DTYPES)
 INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 
 
@@ -34,7 +47,7 @@ def check_operands(**tensors: Tensor) -> None:
             dtype = tensor.dtype
             if dtype not in DTYPES:
                 raise TypeError(
-                    f"{name}: dtype {dtype} is not supported; expected torch.float32 or torch.float64"
+                    f"{name}: dtype {dtype} is not supported; expected one of {', '.join(map(str, DTYPES))}"
                     f"{_to_convert(name, tensor)}"
                 )
         elif tensor.dtype != dtype:
@@ -112,18 +125,22 @@ def is_bias(tensor: Any) -> bool:
 
 
 def _to_convert(name: str, tensor: Tensor) -> str:
-    """Say how to get float32 of half precision."""
+    """Say how to get float32 of what is narrower than half precision."""
     return f": {name}.float()" if tensor.dtype.is_floating_point else ""
 
 
 def array_of(name: str, tensor: Tensor) -> Array:
     """Return the memory of a tensor as an array: a copy only where PyTorch has put off a change of sign.
 
+    That of bfloat16 has the dtype `fastattn.call.halves.BITS`.
+
     Raises
     ------
     TypeError
         If it has no memory.
     """
+    if tensor.dtype is torch.bfloat16:
+        return array_of(name, tensor.view(torch.int16)).view(BITS)
     try:
         if tensor.data_ptr():
             plain: Array = tensor.numpy()
@@ -134,3 +151,22 @@ def array_of(name: str, tensor: Tensor) -> Array:
         raise TypeError(f"{name}: a tensor of shape {tuple(tensor.shape)} that has no memory; expected one that has")
     array: Array = tensor.numpy(force=True)
     return array
+
+
+def tensor_of(array: Array) -> Tensor:
+    """Return the memory of an array as a tensor, which may be one of bfloat16."""
+    if array.dtype == BITS:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def in_autocast(tensor: Tensor) -> Tensor:
+    """Return an operand as autocast has it where that is enabled, for attention in PyTorch: in its dtype."""
+    if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or tensor.dtype is torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype("cpu")) if tensor.is_cpu else tensor
+
+
+def sums_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return what a call is computed in, and the log-sum-exp: of half precision, float32."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype

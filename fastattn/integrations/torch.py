@@ -18,7 +18,7 @@ from fastattn.call.score_options import FurtherOptions, ScoreMod
 from fastattn.integrations import eager
 from fastattn.integrations.functions import has_functions
 from fastattn.integrations.keywords import flattened
-from fastattn.integrations.tensors import check_mask, check_operands, is_bias
+from fastattn.integrations.tensors import check_mask, check_operands, in_autocast, is_bias
 from fastattn.integrations.varlen import attention_varlen
 
 if TYPE_CHECKING:
@@ -56,12 +56,13 @@ def scaled_dot_product_attention(
     Parameters
     ----------
     query : torch.Tensor, shape (..., Hq, Lq, D)
-        float32 or float64, on the CPU. The tensor's memory is read where it lies, whatever its strides.
+        float16, bfloat16, float32 or float64, on the CPU. The tensor's memory is read where it lies, whatever its
+        strides.
     key : torch.Tensor, shape (..., Hk, Lk, D)
     value : torch.Tensor, shape (..., Hk, Lk, Dv)
     attn_mask : torch.Tensor, broadcasting to (..., Hq, Lq, Lk), optional
-        Boolean, where True takes part, or float16, float32 or float64, added to the scores. It may be given together
-        with `is_causal`. ``torch.nn.attention.bias.causal_upper_left(Lq, Lk)`` and ``causal_lower_right(Lq, Lk)`` mean
+        Boolean, where True takes part, or of such a dtype, added to the scores. It may be given together with
+        `is_causal`. ``torch.nn.attention.bias.causal_upper_left(Lq, Lk)`` and ``causal_lower_right(Lq, Lk)`` mean
         ``is_causal=True`` and ``is_causal="bottom-right"``. Or one of each, as a tuple (bias, keep).
     dropout_p : float
         Probability that a weight is dropped. Which ones, ``torch.manual_seed`` determines.
@@ -84,8 +85,8 @@ def scaled_dot_product_attention(
     Raises
     ------
     TypeError
-        If an argument is no tensor, is not on the CPU, or has a dtype that is not supported: half precision is not. If
-        it is nested, sparse, or of a subclass that does not let fastattn's operators be called.
+        If an argument is no tensor, is not on the CPU, or has a dtype that is not supported. If it is nested, sparse,
+        or of a subclass that does not let fastattn's operators be called.
     ValueError
         If shapes do not go together, or a number is out of range. The message names the argument.
     NotImplementedError
@@ -93,10 +94,11 @@ def scaled_dot_product_attention(
 
     Notes
     -----
-    Works under ``torch.compile``, ``torch.func``, ``no_grad`` and ``inference_mode``. Under CPU autocast it computes in
-    float32, as PyTorch's own operations do that need it. At most ``torch.get_num_threads()`` threads are used, and no
-    more than `fastattn.get_num_threads`; results do not depend on that. A subclass of ``torch.Tensor`` is handed to the
-    operator ``fastattn::attention``, and may have its own idea of it.
+    Works under ``torch.compile``, ``torch.func``, ``no_grad`` and ``inference_mode``. Under CPU autocast operands of
+    float32 become those of its dtype, and so is the result, as with PyTorch's own function. At most
+    ``torch.get_num_threads()`` threads are used, and no more than `fastattn.get_num_threads`; results do not depend on
+    that. A subclass of ``torch.Tensor`` is handed to the operator ``fastattn::attention``, and may have its own idea of
+    it.
 
     Examples
     --------
@@ -133,7 +135,8 @@ def attention_with_lse(
     -------
     out : torch.Tensor, shape (..., Hq, Lq, Dv)
     lse : torch.Tensor, shape (..., Hq, Lq)
-        With sinks over these as well. -inf, or the sink, for a query that may look at no key.
+        Of half precision it is float32. With sinks over these as well. -inf, or the sink, for a query that may look at
+        no key.
 
     Raises
     ------
@@ -158,7 +161,7 @@ def attention_with_lse(
         apart: tuple[Tensor, Tensor] = _apart(attention_with_lse, query, key, value, attn_mask, *numbers, **options)
         return apart
     if torch.is_autocast_enabled("cpu"):
-        query, key, value, attn_mask = map(_autocast, (query, key, value, attn_mask))
+        query, key, value = map(in_autocast, (query, key, value))
     check_operands(query=query, key=key, value=value)
     mask, keep, causal = _masks_and_causality(attn_mask, check_causal(is_causal), query, key)
     dropout_p, scale, enable_gqa = check_dropout(dropout_p), check_scale(scale), check_flag("enable_gqa", enable_gqa)
@@ -183,12 +186,13 @@ def additive_attention(
     Parameters
     ----------
     query : torch.Tensor, shape (..., Lq, D)
-        float32 or float64, on the CPU. The tensor's memory is read where it lies, whatever its strides.
+        float16, bfloat16, float32 or float64, on the CPU. The tensor's memory is read where it lies, whatever its
+        strides.
     key : torch.Tensor, shape (..., Lk, D)
     value : torch.Tensor, shape (..., Lk, Dv)
     weight : torch.Tensor, shape (D,)
     attn_mask : torch.Tensor, broadcasting to (..., Lq, Lk), optional
-        Boolean, where True takes part, or float16, float32 or float64, added to the scores, or one of each, as a tuple
+        Boolean, where True takes part, or of such a dtype, added to the scores, or one of each, as a tuple
         (bias, keep). It has no gradient. A ``torch.nn.attention.bias`` means causality, as in
         `scaled_dot_product_attention`.
     is_causal : bool or "bottom-right"
@@ -229,7 +233,7 @@ def additive_attention(
     if torch.compiler.is_compiling() and has_functions(options):
         return _apart(additive_attention, query, key, value, weight, attn_mask, is_causal, **options)
     if torch.is_autocast_enabled("cpu"):
-        query, key, value, weight, attn_mask = map(_autocast, (query, key, value, weight, attn_mask))
+        query, key, value, weight = map(in_autocast, (query, key, value, weight))
     check_operands(query=query, key=key, value=value, weight=weight)
     mask, keep, causal = _masks_and_causality(attn_mask, check_causal(is_causal), query, key)
     if mask is not None and mask.requires_grad and torch.is_grad_enabled():
@@ -386,16 +390,7 @@ def _with_bias(causal: str, bias: Tensor, query: Tensor, key: Tensor) -> str:
     return "top-left" if lengths[0] <= lengths[1] else "bottom-right"
 
 
-# -- autocast and dropout ----------------------------------------------------------------------------------------------
-
-
-def _autocast(given: Any) -> Any:
-    """Make half precision float32, as autocast does for operations that need it."""
-    if isinstance(given, tuple):
-        return tuple(map(_autocast, given))
-    if isinstance(given, torch.Tensor) and given.dtype in (torch.bfloat16, torch.float16):
-        return given.float()
-    return given
+# -- dropout -----------------------------------------------------------------------------------------------------------
 
 
 def _draw_seed() -> Tensor:

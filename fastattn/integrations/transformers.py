@@ -180,8 +180,6 @@ def attention(
 
     Raises
     ------
-    TypeError
-        If the model computes in half precision, and not under autocast.
     ValueError
         If the model passes what is not computed here.
     """
@@ -285,12 +283,10 @@ def _refuse(
 
     Raises
     ------
-    TypeError, ValueError
+    ValueError
         With the name of the layer's class, which has the model's, and of the option.
     """
     layer = type(module).__name__
-    if query.dtype in (torch.float16, torch.bfloat16) and not torch.is_autocast_enabled("cpu"):
-        raise TypeError(f"{layer}: a query of {query.dtype}; expected a model in float32 or float64: model.float()")
     packed = [others.pop(name, None) for name in ("cu_seq_lens_q", "cu_seq_lens_k")]
     numbered = others.pop("seq_idx", None)
     whole = any(mask is not None and mask.shape[-2] == query.shape[2] for mask in (bias, visible.kept))
@@ -354,7 +350,7 @@ def _as_eager(out: Tensor, lse: Tensor, value: Tensor, scores: Callable[..., Ten
     blind = lse.detach() == -math.inf
     if is_tracing(out):
         means = value.mean(-2, keepdim=True).repeat_interleave(out.shape[1] // value.shape[1], 1)
-        return torch.where(blind[..., None], means, out)
+        return torch.where(blind[..., None], means.to(out.dtype), out)
     if not blind.any():
         return out
     rows = blind.any(1).any(0)
@@ -364,7 +360,7 @@ def _as_eager(out: Tensor, lse: Tensor, value: Tensor, scores: Callable[..., Ten
     else:
         means = value.mean(-2, keepdim=True)
     found = out.clone()
-    found[:, :, rows] = torch.where(blind[:, :, rows, None], means, out[:, :, rows])
+    found[:, :, rows] = torch.where(blind[:, :, rows, None], means.to(out.dtype), out[:, :, rows])
     return found
 
 

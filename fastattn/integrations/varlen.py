@@ -25,7 +25,7 @@ from fastattn.integrations.operators import (
     refuse,
     save_nothing,
 )
-from fastattn.integrations.tensors import array_of, check_integers, check_operands
+from fastattn.integrations.tensors import array_of, check_integers, check_operands, in_autocast, sums_dtype, tensor_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -65,7 +65,8 @@ def attention_varlen(
     Parameters
     ----------
     query : torch.Tensor, shape (T, Hq, D)
-        float32 or float64, on the CPU. The tensor's memory is read where it lies, whatever its strides.
+        float16, bfloat16, float32 or float64, on the CPU. The tensor's memory is read where it lies, whatever its
+        strides.
     key : torch.Tensor, shape (S, Hk, D)
     value : torch.Tensor, shape (S, Hk, Dv)
     cu_seqlens_q, cu_seqlens_k : torch.Tensor of integers, shape (B + 1,)
@@ -98,10 +99,7 @@ def attention_varlen(
     torch.Size([12, 8, 64])
     """
     if torch.is_autocast_enabled("cpu"):
-        query, key, value = (
-            tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
-            for tensor in (query, key, value)
-        )
+        query, key, value = map(in_autocast, (query, key, value))
     check_operands(query=query, key=key, value=value)
     check_integers("cu_seqlens_q", cu_seqlens_q)
     if cu_seqlens_k is not None:
@@ -139,14 +137,15 @@ def _call(name: str, args: tuple[Any, ...], **options: Any) -> Any:
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     out, lse = _call("attention_varlen", args, return_lse=True)
-    return torch.from_numpy(out), torch.from_numpy(lse)
+    return tensor_of(out), tensor_of(lse)
 
 
 def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     heads = query.size(1)
     if heads == 1:
         heads = value.size(1) if key.size(1) == 1 else key.size(1)
-    return query.new_empty((query.size(0), heads, value.size(-1))), query.new_empty((query.size(0), heads))
+    lse = query.new_empty((query.size(0), heads), dtype=sums_dtype(query.dtype))
+    return query.new_empty((query.size(0), heads, value.size(-1))), lse
 
 
 def _backward(*args: Any) -> tuple[Tensor, ...]:
@@ -157,7 +156,7 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
     found = dict(zip(names, _call("attention_varlen_backward", rest, grads=names), strict=True))
     none = np.empty(0, found["query"].dtype)
     results = (found.get(name, none) for name in ("query", "key", "value", *SUMMED))
-    return tuple(torch.from_numpy(np.ascontiguousarray(array).reshape(array.shape)) for array in results)
+    return tuple(tensor_of(np.ascontiguousarray(array).reshape(array.shape)) for array in results)
 
 
 def _backward_fake(*args: Any) -> tuple[Tensor, ...]:

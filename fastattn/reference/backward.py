@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastattn.call.arrays import as_additive_operands, as_operands
+from fastattn.call.halves import cast
 from fastattn.call.problem import Operands, Problem
 from fastattn.call.score_options import FurtherOptions
 from fastattn.call.seeds import Rng
@@ -198,7 +199,7 @@ def differentiate(
     if upstream.grad_lse is not None:
         row_sums = row_sums - upstream.grad_lse.astype(wide)
 
-    query, key, value = (array.astype(wide) for array in operands[:3])
+    query, key, value = (cast(array, wide) for array in operands[:3])
     grad_value = weighted_sum((weights * kept).swapaxes(-1, -2), grad_out, visible.swapaxes(-1, -2))
     grad_weights = (grad_out @ value.swapaxes(-1, -2)) * kept
     by_added, by_raw = slope_of(problem, operands, raw)
@@ -206,7 +207,7 @@ def differentiate(
     grad_raw = np.where(visible, grad_scores * by_raw, 0)
     of_heads = _of_slopes(problem, operands, grad_scores), _of_sinks(problem, operands, of_sinks, row_sums)
     if weight is not None:
-        grad_query, grad_key, grad_weight = _through_tanh(query, key, weight.astype(wide), grad_raw)
+        grad_query, grad_key, grad_weight = _through_tanh(query, key, cast(weight, wide), grad_raw)
         return Gradients(grad_query, grad_key, grad_value, grad_scores, *of_heads, grad_weight)
     # Where a query or a key that may be looked at is not finite, neither is the score: its gradient says all.
     grad_query = problem.scores.scale * (grad_raw @ np.where(np.isfinite(key), key, 0))

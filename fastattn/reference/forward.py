@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastattn.call.arrays import as_additive_operands, as_operands
+from fastattn.call.halves import cast
 from fastattn.call.options import check_flag
 from fastattn.call.out import check_out
-from fastattn.call.problem import Operands, Problem
+from fastattn.call.problem import FLOAT64, Operands, Problem
 from fastattn.call.rounding import coarser, is_of_these_keys, saturated, slack
 from fastattn.call.score_options import FurtherOptions
 from fastattn.call.seeds import Rng, seed_from
@@ -197,7 +198,8 @@ def _returned(
     """Return what was asked for of what `evaluate` gave, in the type of the call."""
     # inf and NaN are values like others here, and no reason for a warning
     with np.errstate(all="ignore"):
-        result, lse, weights = (array.astype(problem.real) for array in results)
+        kinds = (problem.storage if out is None else out.dtype, problem.real, problem.storage)
+        result, lse, weights = map(cast, results, kinds)
     if out is None:
         out = result
     else:
@@ -239,8 +241,8 @@ def attention_weights(
             given, rounded = check_lse(lse, problem).reshape(scores.shape[:-1]), coarser(lse, problem.real)
             weights = weights_from(scores, given, rounded, problem.head_dim)[..., : problem.keys]
             weights = weights.reshape(problem.weights_shape)
-    result: NDArray[Any] = weights.astype(problem.real)[..., positions(chosen)[:, None], positions(keys)]
-    return result
+    result: NDArray[Any] = weights[..., positions(chosen)[:, None], positions(keys)]
+    return cast(result, problem.storage)
 
 
 class AttentionSummary(NamedTuple):
@@ -353,7 +355,7 @@ def evaluate(
 
     if problem.dropout_p > 0:
         weights = weights * kept_weights(problem, seed) * problem.keep_scale
-    out = np.where(empty, 0, weighted_sum(weights, operands.value.astype(weights.dtype), visible))
+    out = np.where(empty, 0, weighted_sum(weights, cast(operands.value, weights.dtype), visible))
     return (
         out.reshape(problem.out_shape),
         saturated(lse, problem.real).reshape(problem.lse_shape),
@@ -438,11 +440,11 @@ def slope_of(problem: Problem, operands: Operands, raw: Any) -> tuple[Any, Any]:
 
 def raw_scores(problem: Problem, operands: Operands, weight: NDArray[Any] | None = None) -> Any:
     """Return what scores are made of: scale · (query · key), or the sum that additive attention has instead."""
-    wide: Any = np.float64 if problem.real == np.float32 else np.longdouble
-    query, key = operands.query.astype(wide), operands.key.astype(wide)
+    wide = np.dtype(np.float64 if problem.real == np.float32 else np.longdouble)
+    query, key = cast(operands.query, wide), cast(operands.key, wide)
     if weight is None:
         return problem.scores.scale * (query @ key.swapaxes(-1, -2))
-    return _additive_scores(query, key, weight.astype(wide))
+    return _additive_scores(query, key, cast(weight, wide))
 
 
 def _additive_scores(query: NDArray[Any], key: NDArray[Any], weight: NDArray[Any]) -> NDArray[Any]:
@@ -465,7 +467,7 @@ def visibility(problem: Problem, operands: Operands) -> NDArray[np.bool_]:
     if operands.keep is not None:
         visible &= operands.keep
     if operands.bias is not None:
-        visible &= operands.bias != -np.inf
+        visible &= cast(operands.bias, FLOAT64) != -np.inf
     return visible
 
 

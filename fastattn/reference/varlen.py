@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastattn.call.arrays import as_operands
+from fastattn.call.halves import cast
 from fastattn.call.options import check_flag
 from fastattn.call.out import check_out
 from fastattn.call.packed import as_given, describe_packed, heads_first, sources_of_packed
@@ -56,14 +57,12 @@ def attention_varlen(
     out = check_out(out, problem)
     return_lse = check_flag("return_lse", return_lse)
     seed = seed_from(rng, draw=problem.dropout_p > 0)
-    result, lse = np.empty(problem.out_shape, problem.real), np.empty(problem.lse_shape, problem.real)
-    for number, queries in enumerate(packed.queries):
-        of_sequence = evaluate(*packed.sequence(number), seed)
-        with np.errstate(all="ignore"):
-            result[queries], lse[queries] = map(heads_first, of_sequence[:2])
-    if out is not None:
-        out[...] = result
-        result = out
+    result = np.empty(problem.out_shape, problem.storage) if out is None else out
+    lse = np.empty(problem.lse_shape, problem.real)
+    rows = [evaluate(*packed.sequence(number), seed)[:2] for number in range(len(packed.queries))]  # out may be query
+    for queries, of_sequence in zip(packed.queries, rows, strict=True):
+        for whole, own in zip((result, lse), map(heads_first, of_sequence), strict=True):
+            whole[queries] = cast(own, whole.dtype)
     return (result, lse) if return_lse else result
 
 
@@ -106,7 +105,7 @@ def attention_varlen_backward(
     names = wanted_gradients(grads, sources)
     found: dict[str, Any] = {}
     for name, array in zip(("query", "key", "value"), arrays, strict=True):
-        found[name] = np.zeros(array.shape, packed.problem.real)
+        found[name] = np.zeros(array.shape, np.longdouble)
     of_heads = [name for name in names if name in OF_HEADS]
     found |= {name: np.zeros((len(packed.queries), packed.problem.heads), np.longdouble) for name in of_heads}
     for number, (queries, keys) in enumerate(zip(packed.queries, packed.keys, strict=True)):

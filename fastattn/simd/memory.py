@@ -156,6 +156,14 @@ def _load_half(builder, shape, address):
     return value if shape.itemsize == 4 else builder.fpext(value, vector_of(shape))
 
 
+def _load_bfloat16(builder, shape, address):
+    i32 = ir.VectorType(ir.IntType(32), shape.lanes)
+    half = builder.zext(load_from(builder, address, ir.VectorType(ir.IntType(16), shape.lanes), 1), i32)
+    bits = builder.shl(half, ir.Constant(i32, [16] * shape.lanes))
+    value = builder.bitcast(bits, ir.VectorType(ir.FloatType(), shape.lanes))
+    return value if shape.itemsize == 4 else builder.fpext(value, vector_of(shape))
+
+
 def _load_other(builder, shape, address):
     """float64 for a float32 tile, saturating so that finite stays finite, and float32 for a float64 tile."""
     if shape.itemsize == 8:
@@ -183,6 +191,12 @@ def tile_load_bool(typingctx, shape, address, row_bytes):
 def tile_load_half(typingctx, shape, address, row_bytes):
     """float16 values. One vector in a row."""
     return _loader(_load_half)(shape)
+
+
+@intrinsic
+def tile_load_bfloat16(typingctx, shape, address, row_bytes):
+    """bfloat16 values, the upper halves of float32. One vector in a row."""
+    return _loader(_load_bfloat16)(shape)
 
 
 @intrinsic

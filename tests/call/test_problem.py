@@ -12,6 +12,7 @@ from hypothesis import given
 from strategies import Call, calls, laid_out
 
 from fastattn.call.arrays import as_operands
+from fastattn.call.halves import BITS, cast
 from fastattn.call.options import check_backend, check_causal, check_dropout, check_flag, check_scale
 from fastattn.call.out import check_out
 from fastattn.call.problem import Problem
@@ -209,7 +210,7 @@ def test_a_mask_may_not_enlarge_the_batch() -> None:
 
 # -- dtypes ------------------------------------------------------------------------------------------------------------
 
-DTYPES = ("float32", "float64", "int8", "uint8", "int32", "int64", "uint64", "bool", ">f4", ">f8", ">i2")
+DTYPES = ("float16", "float32", "float64", "int8", "uint8", "int32", "int64", "uint64", "bool", ">f4", ">f8", ">i2")
 
 
 @pytest.mark.parametrize("second", DTYPES)
@@ -262,8 +263,7 @@ def test_a_field_of_packed_records_is_copied() -> None:
 @pytest.mark.parametrize(
     ("array", "message"),
     [
-        (np.ones((5, 3), np.float16), "dtype float16 is not supported yet"),
-        (np.ones((5, 3), np.complex64), "dtype complex64 is not supported; expected float32, float64 or integers"),
+        (np.ones((5, 3), np.complex64), "dtype complex64 is not supported; expected float16, bfloat16, float32"),
         (np.ones((5, 3), object), "dtype object is not supported"),
         (np.ones((5, 3), "U3"), "dtype <U3 is not supported"),
         (np.ones((5, 3), "S3"), r"dtype .*S3.* is not supported"),
@@ -284,13 +284,18 @@ def test_dtypes_that_are_refused(array: Any, message: str, position: int) -> Non
         as_operands(*arrays)
 
 
-def test_bfloat16_is_not_supported_yet() -> None:
-    bfloat16 = pytest.importorskip("ml_dtypes").bfloat16
-    array, wide = np.ones((5, 3), bfloat16), np.ones((5, 3), np.float32)
-    with refused("key: dtype bfloat16 is not supported yet", TypeError):
-        as_operands(wide, array, array)
-    with refused("attn_mask: dtype bfloat16 is not supported yet", TypeError):
-        as_operands(wide, wide, wide, array)
+@pytest.mark.parametrize("own", ["ml_dtypes", "bits"])
+def test_bfloat16_promotes_as_float16_does(own: str) -> None:
+    bfloat16 = BITS if own == "bits" else np.dtype(pytest.importorskip("ml_dtypes").bfloat16)
+    narrow = cast(np.ones((5, 3), np.float32), bfloat16)
+    for other in DTYPES:
+        array, expected = np.ones((7, 3), other), np.result_type(np.float16, other)
+        if expected == np.float16:
+            expected = np.dtype(np.float32) if other == "float16" else bfloat16
+        for query, key in ((narrow, array), (array, narrow)):
+            assert [operand.dtype for operand in as_operands(query, key, key)[:3]] == [expected] * 3
+        assert as_operands(array, array, array, narrow)[3] is narrow
+    assert [operand.dtype for operand in as_operands(narrow, narrow, narrow)[:3]] == [bfloat16] * 3
 
 
 def test_other_small_floats_are_refused() -> None:

@@ -605,8 +605,10 @@ def test_autocast_and_no_grad() -> None:
     tensors = [tensor.float() for tensor in operands(grad=False)]
     score_mod = softcap(torch, torch.from_numpy)[0]
     with torch.autocast("cpu", torch.bfloat16):
-        out = flex_attention(*(tensor.bfloat16() for tensor in tensors), score_mod)
-    assert out.dtype is torch.float32
+        out = flex_attention(*tensors, score_mod)
+    assert out.dtype is torch.bfloat16
+    assert torch.equal(out, flex_attention(*(tensor.bfloat16() for tensor in tensors), score_mod))
+    out = out.float()
     torch.testing.assert_close(out, flex_attention(*tensors, score_mod), rtol=0.05, atol=0.05)
 
 

@@ -391,15 +391,18 @@ def test_dropout_under_vmap_is_that_of_each_sample() -> None:
         assert torch.equal(out[i], scaled_dot_product_attention(query[i], key[i], value[i], dropout_p=0.5))
 
 
-def test_autocast_computes_in_float32() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_gives_what_pytorch_gives(dtype: Any) -> None:
     x, weight = leaves((2, 6, 32), (32, 96), dtype=torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=dtype):
         projected = x @ weight
-        out = block(x, weight, scaled_dot_product_attention)
-        added = additive_attention(projected, projected, projected, torch.ones(96, dtype=torch.bfloat16))
-    assert projected.dtype == torch.bfloat16
-    assert out.dtype == added.dtype == torch.float32
-    query, key, value = projected.float().view(2, 6, 3, 4, 8).permute(2, 0, 3, 1, 4)
+        out, wanted = (block(x, weight, attend) for attend in (scaled_dot_product_attention, theirs))
+        added = additive_attention(projected, projected, projected, torch.ones(96))
+        wide = [tensor.double() for tensor in leaves((2, 5, 8), (2, 5, 8), (2, 5, 8), dtype=torch.float32)]
+        for given in ([tensor.float() for tensor in wide], [wide[0].float(), wide[1].half(), wide[2].bfloat16()], wide):
+            assert scaled_dot_product_attention(*given).dtype == theirs(*given).dtype
+    assert projected.dtype == out.dtype == added.dtype == wanted.dtype == dtype
+    query, key, value = projected.view(2, 6, 3, 4, 8).permute(2, 0, 3, 1, 4)
     assert torch.equal(out, scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(2, 6, 32))
     out.sum().backward()
     assert x.grad.dtype == torch.float32
@@ -534,18 +537,21 @@ except ImportError as error:
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int64, torch.complex64])
+@pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.int64, torch.complex64])
 def test_other_dtypes(dtype: Any) -> None:
     tensor = torch.ones(2, 3, 4).to(dtype)
-    with pytest.raises(
-        TypeError, match=f"query: dtype {dtype} is not supported; expected torch.float32 or torch.float64"
-    ):
+    with pytest.raises(TypeError, match=f"query: dtype {dtype} is not supported; expected one of torch.float16, torch"):
         scaled_dot_product_attention(tensor, tensor, tensor)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int64, torch.complex64])
+def test_dtypes_that_differ(dtype: Any) -> None:
+    tensor = torch.ones(2, 3, 4).to(dtype)
     with pytest.raises(TypeError, match=f"key: dtype {dtype}; expected torch.float32, as query"):
         scaled_dot_product_attention(torch.ones(2, 3, 4), tensor, tensor)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int64])
+@pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.int64])
 def test_other_dtypes_of_masks(dtype: Any) -> None:
     tensor = torch.ones(2, 3, 4)
     with pytest.raises(TypeError, match=f"attn_mask: dtype {dtype} is not supported; expected one of torch.bool"):

@@ -128,11 +128,23 @@ def test_a_compiled_function_computes_the_same() -> None:
         assert torch.allclose(one.grad, other.grad, rtol=0, atol=1e-12)
 
 
-def test_autocast_computes_in_float32() -> None:
-    packed = [tensor.detach().bfloat16() for tensor in tensors(torch.float32)]
-    with torch.autocast("cpu", torch.bfloat16):
-        out, _ = attention_varlen(*packed, torch.tensor(QUERIES), torch.tensor(KEYS), enable_gqa=True)
-    assert out.dtype == torch.float32
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_and_autocast(dtype: Any) -> None:
+    lengths = torch.tensor(QUERIES), torch.tensor(KEYS)
+    narrow = [tensor.detach().to(dtype).requires_grad_() for tensor in tensors(torch.float32)]
+    wide = [tensor.detach().double().requires_grad_() for tensor in narrow]
+    (out, lse), (exact, _) = (attention_varlen(*each, *lengths, enable_gqa=True) for each in (narrow, wide))
+    assert (out.dtype, lse.dtype) == (dtype, torch.float32)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(out.double(), exact, rtol=eps, atol=1e-5)
+    out.sin().sum().backward()
+    exact.sin().sum().backward()
+    for one, other in zip(narrow, wide, strict=True):
+        assert one.grad.dtype == dtype
+        torch.testing.assert_close(one.grad.double(), other.grad, rtol=2 * eps, atol=8 * eps)
+    with torch.autocast("cpu", dtype):
+        again, _ = attention_varlen(*(tensor.float() for tensor in narrow), *lengths, enable_gqa=True)
+    assert torch.equal(again, out)
 
 
 def test_arrays_of_numpy_have_the_same_bits() -> None:
@@ -148,7 +160,7 @@ def test_arrays_of_numpy_have_the_same_bits() -> None:
     ("change", "error", "message"),
     [
         ({"query": np.ones((20, 4, 8))}, TypeError, "query: ndarray; expected a torch.Tensor"),
-        ({"query": torch.ones(20, 4, 8, dtype=torch.float16)}, TypeError, "query: dtype torch.float16"),
+        ({"query": torch.ones(20, 4, 8, dtype=torch.int64)}, TypeError, "query: dtype torch.int64"),
         ({"cu_seqlens_q": QUERIES}, TypeError, "cu_seqlens_q: list; expected a torch.Tensor"),
         ({"cu_seqlens_k": torch.tensor([0.0, 30.0])}, TypeError, "cu_seqlens_k: dtype torch.float32"),
         ({"cu_seqlens_k": torch.tensor([0, 9, 30])}, ValueError, "cu_seqlens_k: 3 numbers; expected 4"),

@@ -9,13 +9,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastattn.call.halves import is_bfloat16
 from fastattn.call.problem import Operands, Problem
 from fastattn.call.scores import HEAD
 from fastattn.cpu.host import pool
 from fastattn.cpu.host.calls import Plan, calls_of, packed
 from fastattn.cpu.host.kernels import load
 from fastattn.cpu.host.pool import concurrency, tasks_at_a_time
-from fastattn.cpu.kernels.records import ALIGNMENT, BIAS_HALF, BIAS_NONE, BIAS_OTHER, BIAS_SAME, PLAN, RECORD_BYTES
+from fastattn.cpu.kernels.records import (
+    ALIGNMENT,
+    BIAS_BFLOAT16,
+    BIAS_HALF,
+    BIAS_NONE,
+    BIAS_OTHER,
+    BIAS_SAME,
+    PLAN,
+    RECORD_BYTES,
+)
 from fastattn.machine.kernel import Kernel
 from fastattn.machine.table import Isa
 from fastattn.machine.tile import TileShape
@@ -136,7 +146,7 @@ def bias_kind(bias: Array | None, real: np.dtype[Any]) -> int:
     if bias is None:
         return BIAS_NONE
     if bias.dtype.itemsize == 2:
-        return BIAS_HALF
+        return BIAS_BFLOAT16 if is_bfloat16(bias.dtype) else BIAS_HALF
     return BIAS_SAME if bias.dtype == real else BIAS_OTHER
 
 

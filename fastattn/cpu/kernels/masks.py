@@ -4,7 +4,7 @@ A mask is read tile by tile where it lies: a square of `lanes` queries by `lanes
 transposed in registers, so that it meets the scores with queries in the lanes.
 """
 
-from fastattn.cpu.kernels.records import BIAS_OTHER, BIAS_SAME, KEEP
+from fastattn.cpu.kernels.records import BIAS_BFLOAT16, BIAS_OTHER, BIAS_SAME, KEEP
 from fastattn.cpu.kernels.softmax import MINUS_INFINITY
 from fastattn.simd import (
     absolute,
@@ -23,6 +23,7 @@ from fastattn.simd import (
     store_u8,
     store_u16,
     tile_load,
+    tile_load_bfloat16,
     tile_load_bool,
     tile_load_half,
     tile_load_other,
@@ -45,6 +46,8 @@ def load_mask(tile, kind, at, row):
         return tile_load(tile.square, at, row)
     if kind == BIAS_OTHER:
         return tile_load_other(tile.square, at, row)
+    if kind == BIAS_BFLOAT16:
+        return tile_load_bfloat16(tile.square, at, row)
     return tile_load_half(tile.square, at, row)
 
 

@@ -312,7 +312,8 @@ ADDITIVE_PLACES = np.dtype(
 
 QUERY_NUMBERS = 4  # of a query: `numbers`
 
-BIAS_NONE, BIAS_SAME, BIAS_OTHER, BIAS_HALF, KEEP = range(5)  # what a mask is made of: of the dtype of the call, or not
+# What a mask is made of: of the dtype of the call, or not.
+BIAS_NONE, BIAS_SAME, BIAS_OTHER, BIAS_HALF, BIAS_BFLOAT16, KEEP = range(6)
 ALIGNMENT = 64
 # In front of a call's working memory.
 RECORD_BYTES = -(-max(CALL.itemsize, GRADIENT_CALL.itemsize) // ALIGNMENT) * ALIGNMENT

@@ -9,7 +9,7 @@ from collections import namedtuple
 
 from fastattn.cpu.kernels.functions import apply_function, hide_unseen, note_marks, seen_part
 from fastattn.cpu.kernels.masks import add_bias, add_square, hide, lowest, saturate, square_of
-from fastattn.cpu.kernels.records import BIAS_HALF, BIAS_NONE, BIAS_SAME, KEEP
+from fastattn.cpu.kernels.records import BIAS_BFLOAT16, BIAS_HALF, BIAS_NONE, BIAS_SAME, KEEP
 from fastattn.cpu.kernels.softmax import MINUS_INFINITY
 from fastattn.cpu.kernels.tanh import tanh_with_slope
 from fastattn.cpu.kernels.tasks import own_view
@@ -33,7 +33,7 @@ from fastattn.simd import (
     where_greater,
 )
 
-HALF_MINUS_INFINITY = 0xFC00
+HALF_MINUS_INFINITY, BFLOAT16_MINUS_INFINITY = 0xFC00, 0xFF80
 FAR = 1 << 20  # more than any block is wide; small enough to be exact in float32
 
 memory_of_a_row = stack_memory(8 * 64)  # of the widest tile
@@ -321,6 +321,8 @@ def sees(kernel, plan, head, query, key):
     at = head.bias + query * plan.bias_row + key * plan.bias_column
     if plan.bias_kind == BIAS_HALF:
         return load_u16(at) != HALF_MINUS_INFINITY
+    if plan.bias_kind == BIAS_BFLOAT16:
+        return load_u16(at) != BFLOAT16_MINUS_INFINITY
     if plan.bias_itemsize == 4:
         return load_f32(at) != MINUS_INFINITY
     return load_f64(at) != MINUS_INFINITY

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from fastattn.call.arrays import as_operands, is_pair
+from fastattn.call.halves import name_of
 from fastattn.call.problem import Operands, Problem
 from fastattn.call.shapes import describe, masks_of
 from fastattn.cuda.host.arrays import Given, on_host, read
@@ -44,12 +45,12 @@ def options_of(
 def checked(given: dict[str, Any], options: Options) -> tuple[dict[str, Any], Problem]:
     """Make NumPy arrays of the arguments, and describe the call before anything is moved."""
     query, key, value, mask = given["query"], given["key"], given["value"], given["attn_mask"]
-    *made, masks = as_operands(query, key, value, (mask, given[KEEP]) if KEEP in given else mask, half=True)
+    *made, masks = as_operands(query, key, value, (mask, given[KEEP]) if KEEP in given else mask)
     bias, keep = masks_of(masks)
     arrays: dict[str, Any] = {**dict(zip(given, made, strict=False)), "attn_mask": keep if bias is None else bias}
     if bias is not None and keep is not None:
         arrays[KEEP] = keep
-    real = real_of(arrays["query"].dtype.name)
+    real = real_of(name_of(arrays["query"].dtype))
     shapes: dict[str, Any] = {
         name: np.broadcast_to(np.empty((), np.bool_ if array.dtype == np.bool_ else real), array.shape)
         for name, array in arrays.items()

@@ -16,6 +16,7 @@ import numpy as np
 from numba import cuda
 from numpy.typing import NDArray
 
+from fastattn.call.halves import name_of
 from fastattn.cuda.available import SIMULATED
 from fastattn.cuda.detect import is_on_device, library_of
 from fastattn.cuda.kernels.elements import MASKS
@@ -358,7 +359,7 @@ class HostPlace(Place):
         """Copy an array to the device: of elements that stand in for many, by strides of 0, one."""
         one = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in array.strides)
         core = np.asarray(array[one], order="C")
-        storage = array.dtype.name
+        storage = name_of(array.dtype)
         with allocating(name, core.shape, storage):
             moved = cuda.to_device(core.reshape(-1).view(MASKS[storage]), stream=self.stream)
         address = int(_interface_of(moved)["data"][0])

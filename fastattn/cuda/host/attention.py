@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fastattn.call.halves import name_of
 from fastattn.call.options import check_flag
 from fastattn.call.out import check_out, check_shape_of_out
 from fastattn.call.problem import Operands, Problem
@@ -146,8 +147,8 @@ def _of_host_arrays(
     dtype = arrays["query"].dtype
     return_lse, return_weights = check_flag("return_lse", return_lse), check_flag("return_weights", return_weights)
     seed = seed_from(rng, problem.dropout_p > 0)
-    target = check_out(out, replace(problem, storage=dtype))
-    place = HostPlace({dtype.name: dtype})
+    target = check_out(out, replace(problem, storage=dtype, real=dtype))
+    place = HostPlace({name_of(dtype): dtype})
     with place.active():
         call = moved(arrays, options, place)
         with captured(call.problem, call.operands.captured, place) as words:
@@ -171,7 +172,7 @@ def _asked_for(first: Any, lse: Given, weights: Given | None, place: Place, retu
 
 def moved(arrays: dict[str, Any], options: Options, place: HostPlace) -> Call:
     """Move NumPy arrays to the device."""
-    storage = arrays["query"].dtype.name
+    storage = name_of(arrays["query"].dtype)
     givens = {name: place.move(name, array) for name, array in arrays.items() if array is not None}
     problem, operands = described(carriers_of(givens, storage), options)
     return Call(problem, place, storage, operands, givens)

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastattn.call.arrays import as_upstream
+from fastattn.call.halves import name_of
 from fastattn.call.problem import Problem, Shape
 from fastattn.call.rounding import slack
 from fastattn.call.score_options import FurtherOptions
@@ -18,6 +19,7 @@ from fastattn.call.upstream import (
     Names,
     Upstream,
     describe_upstream,
+    own_dtype,
     seed_of_forward,
     sources_of,
     wanted_gradients,
@@ -63,7 +65,7 @@ from fastattn.cuda.kernels import head_gradients
 from fastattn.cuda.kernels import portable_backward as portable
 from fastattn.cuda.kernels import tensor_cores_backward as on_tensor_cores
 from fastattn.cuda.kernels.backward_tiles import Tiling
-from fastattn.cuda.kernels.elements import MASKS, STORAGE
+from fastattn.cuda.kernels.elements import STORAGE
 from fastattn.cuda.kernels.plan import (
     GRAD_LSE,
     GRAD_OUT,
@@ -179,11 +181,11 @@ def _of_host_arrays(
         if array is not None:
             of_result = name in ("grad_out", "out")
             shape, of = (problem.out_shape, "the result") if of_result else (problem.lse_shape, "the log-sum-exp")
-            upstream[name] = as_upstream(name, array, dtype if of_result else problem.real, shape, of, half=True)
+            upstream[name] = as_upstream(name, array, dtype if of_result else problem.real, shape, of)
     sources = _sources(given, options)
     names = wanted_gradients(grads, sources, grad_mask, (mask, arrays.get(KEEP)) if KEEP in arrays else mask)
     seed = seed_of_forward(rng, problem)
-    dtypes = {array.dtype.name: array.dtype for array in arrays.values() if array is not None}
+    dtypes = {name_of(array.dtype): array.dtype for array in arrays.values() if array is not None}
     place = HostPlace(dtypes)
     with place.active():
         call = moved(arrays, options, place)
@@ -198,13 +200,6 @@ def _sources(given: dict[str, Any], options: Options) -> dict[str, Any]:
     """What gradients may be of, by name, as it was given."""
     first = given["attn_mask"] if given.get(KEEP) is None or given["attn_mask"] is not None else given[KEEP]
     return sources_of(given["query"], given["key"], given["value"], first, cast("FurtherOptions", options))
-
-
-def own_dtype(gradient: NDArray[Any], argument: Any, dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Return a gradient in the dtype of its argument, if that is floating, else in that of the arithmetic."""
-    own = np.asarray(argument).dtype
-    with np.errstate(all="ignore"):
-        return gradient.astype(own.newbyteorder("=") if own.name in MASKS else dtype, copy=False)
 
 
 def _described(problem: Problem, others: dict[str, Given]) -> Upstream:
@@ -345,7 +340,7 @@ def queue_head_gradient(
 
 def storage_of(argument: Any, problem: Problem) -> str:
     """What the gradient of an argument that has a number for each head is stored in."""
-    kind = np.asarray(argument).dtype.name
+    kind = name_of(np.asarray(argument).dtype)
     return kind if kind in STORAGE else problem.real.name
 
 

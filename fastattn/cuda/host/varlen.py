@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastattn.call.arrays import as_operands, as_upstream
+from fastattn.call.halves import name_of
 from fastattn.call.options import check_flag
 from fastattn.call.out import check_out
 from fastattn.call.packed import Packed, describe_packed, sources_of_packed
@@ -16,12 +17,12 @@ from fastattn.call.problem import Array, Problem
 from fastattn.call.score_options import FurtherOptions
 from fastattn.call.seeds import seed_from
 from fastattn.call.shapes import split_shape
-from fastattn.call.upstream import OF_HEADS, Names, seed_of_forward, wanted_gradients
+from fastattn.call.upstream import OF_HEADS, Names, own_dtype, seed_of_forward, wanted_gradients
 from fastattn.call.upstream import arrived as describe_arrived
 from fastattn.cuda.host.arguments import carriers_of, common_storage, read_arrays
 from fastattn.cuda.host.arrays import Given, HostPlace, Place, check_together, on_host, place_of, read, settle
 from fastattn.cuda.host.attention import Call, check_device_out, copy, evaluate, overlap
-from fastattn.cuda.host.backward import differentiate, members_of, own_dtype, queue_sums, storage_of
+from fastattn.cuda.host.backward import differentiate, members_of, queue_sums, storage_of
 from fastattn.cuda.host.functions import captured
 from fastattn.cuda.kernels.elements import real_of
 
@@ -52,7 +53,7 @@ class Whole(NamedTuple):
         arrays = {**self.arrays, **others}
         if self.on_device:
             return self.packed, place_of(arrays), arrays
-        place = HostPlace({array.dtype.name: array.dtype for array in arrays.values()})
+        place = HostPlace({name_of(array.dtype): array.dtype for array in arrays.values()})
         with place.active():
             givens = {name: place.move(name, array) for name, array in arrays.items()}
         carriers = carriers_of({name: givens[name] for name in self.arrays}, self.storage)
@@ -71,8 +72,8 @@ def described(
         storage = common_storage(givens)
         carriers = carriers_of(givens, storage)
     else:
-        givens = dict(zip(given, as_operands(arrays[0], arrays[1], arrays[2], half=True)[:3], strict=True))
-        storage = givens["query"].dtype.name
+        givens = dict(zip(given, as_operands(arrays[0], arrays[1], arrays[2])[:3], strict=True))
+        storage = name_of(givens["query"].dtype)
         real = real_of(storage)
         carriers = {name: np.broadcast_to(np.empty((), real), array.shape) for name, array in givens.items()}
     packed = describe_packed(*carriers.values(), *map(on_host, lengths), **options | {"further": further})
@@ -90,7 +91,8 @@ def attention(
     if out is not None and call.on_device:
         target = check_device_out(out, problem, call.storage, call.arrays["query"])
     elif out is not None:
-        check_out(out, replace(problem, storage=call.arrays["query"].dtype))
+        dtype = call.arrays["query"].dtype  # what kernels write
+        check_out(out, replace(problem, storage=dtype, real=dtype))
     packed, place, givens = call.moved({} if target is None else {"out": target})
     with place.active(), captured(packed.problem, packed.captured, place) as words:
         apart = target is None or any(overlap(target, givens[name]) for name in ("query", "key", "value"))
@@ -178,7 +180,7 @@ def _upstream(call: Whole, arrived: dict[str, Any]) -> dict[str, Any]:
         for name, array in arrived.items():
             of_result = name in ("grad_out", "out")
             shape, of = (problem.out_shape, "the result") if of_result else (problem.lse_shape, "the log-sum-exp")
-            made[name] = as_upstream(name, array, dtype if of_result else problem.real, shape, of, half=True)
+            made[name] = as_upstream(name, array, dtype if of_result else problem.real, shape, of)
         return made
     givens = {name: read(name, array) for name, array in arrived.items()}
     for name, given in givens.items():
