@@ -34,6 +34,8 @@ from fastattn.simd import (
 )
 
 HALF_MINUS_INFINITY, BFLOAT16_MINUS_INFINITY = 0xFC00, 0xFF80
+EXACT = 1 << 24  # whole numbers up to here are numbers of float32
+NEGLIGIBLE = 1e31  # no finite number of float32 becomes infinite by the sum with one below
 FAR = 1 << 20  # more than any block is wide; small enough to be exact in float32
 
 memory_of_a_row = stack_memory(8 * 64)  # of the widest tile
@@ -161,6 +163,9 @@ def restrict(kernel, plan, head, scores, count, first_query, first_key, top, buf
     slope = own_view(head.own).slope
     if plain:
         plain = not (plan.keep or plan.left_bound or plan.right_bound or slope != 0.0)
+    if "mask" in kernel.steps and slope != 0.0 and has_slopes_alone(plan, head, count, first_query, first_key, present):
+        add_slopes(tile, head, scores, count, first_query, first_key, top)
+        return
     for v in range(tile.vectors):
         rows = min(lanes, present - v * lanes)
         best = tile_load(tile.vector, top + v * tile.vector_bytes, 0)
@@ -177,6 +182,32 @@ def restrict(kernel, plan, head, scores, count, first_query, first_key, top, buf
             tile_store(square, place, tile.row_bytes)
             best = maximum(largest_row(square), best)
         tile_store(best, top + v * tile.vector_bytes, 0)
+
+
+@jit
+def has_slopes_alone(plan, head, count, first_query, first_key, present):
+    """Whether a slope is all that there is to a block of scores, and no sum with it can become infinite."""
+    if plan.bias_kind != BIAS_NONE or plan.keep:
+        return False
+    first, last = head.offset + first_query - first_key, head.offset + first_query - first_key + present - 1
+    if (plan.right_bound and first + plan.right < count - 1) or (plan.left_bound and last > plan.left):
+        return False
+    farthest = max(abs(first), abs(last)) + count
+    return farthest < EXACT and abs(own_view(head.own).slope) * farthest < NEGLIGIBLE
+
+
+@jit
+def add_slopes(tile, head, scores, count, first_query, first_key, top):
+    """Add what `add_to_square` does there; raise `top` to the maximum over the keys."""
+    slope, best = own_view(head.own).slope, tile_load(tile.single, top, 0)
+    distance = tile_iota(tile.single) + (head.offset + first_query - first_key) * 1.0
+    for _ in range(count):
+        score = tile_load(tile.single, scores, 0) + absolute(distance) * -slope
+        tile_store(score, scores, 0)
+        best = maximum(score, best)
+        distance = distance - 1.0
+        scores += tile.row_bytes
+    tile_store(best, top, 0)
 
 
 @jit
