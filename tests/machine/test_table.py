@@ -35,11 +35,23 @@ def _host_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_first_row_that_runs_here_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FASTATTN_ISA", raising=False)
-    assert isa.host() is next(row for row in isa.TABLE if isa.runs_here(row))
-    for count in range(len(isa.TABLE)):
-        features = frozenset(isa.TABLE[count].needs)
-        monkeypatch.setattr(isa, "host_features", lambda features=features: features)
-        assert isa.host() is isa.TABLE[count]
+    processor = isa.llvm.get_host_cpu_name()
+    assert isa.host() is next(row for row in isa.TABLE if isa.runs_here(row) and isa.is_meant_for(row, processor))
+    for row in isa.TABLE:
+        monkeypatch.setattr(isa, "host_features", lambda features=frozenset(row.needs): features)
+        monkeypatch.setattr(isa.llvm, "get_host_cpu_name", lambda names=row.processors: names[0] if names else "other")
+        assert isa.host() is row
+
+
+def test_pairs_are_multiplied_only_where_that_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Intel's processors have AVX512_BF16 too, at half the rate of the multiply-adds."""
+    monkeypatch.delenv("FASTATTN_ISA", raising=False)
+    monkeypatch.setattr(isa, "host_features", lambda: frozenset(ROWS["zen4"].needs))
+    for processor in ("znver4", "znver5", "cooperlake", "graniterapids"):
+        monkeypatch.setattr(isa.llvm, "get_host_cpu_name", lambda processor=processor: processor)
+        assert isa.host().name == ("zen4" if processor.startswith("znver") else "avx512")
+    monkeypatch.setenv("FASTATTN_ISA", "zen4")
+    assert isa.host().name == "zen4"
 
 
 def test_a_machine_without_features_runs_the_last_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +68,7 @@ def test_a_machine_without_features_runs_the_last_row(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("name", ["avx1024", "AVX2", "avx2 ", "0"])
 def test_an_unknown_row_is_refused_with_the_list(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv("FASTATTN_ISA", name)
-    message = f"FASTATTN_ISA={name!r} is unknown, expected one of avx512, avx2, generic"
+    message = f"FASTATTN_ISA={name!r} is unknown, expected one of zen4, avx512, avx2, generic"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         isa.host()
 
@@ -102,7 +114,7 @@ def test_needs_cover_what_llvm_may_use() -> None:
 
 
 @cache
-def assembly(name: str, dtype: str = "float32") -> list[str]:
+def assembly(name: str, storage: str = "float32") -> list[str]:
     """Return the lines of the forward pass's assembly for a row of the table, with LLVM's comments."""
     row = ROWS[name]
 
@@ -114,7 +126,7 @@ def assembly(name: str, dtype: str = "float32") -> list[str]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "target_machine", assembler)
-        code = catalogue.build(describe("forward", row.tile(dtype), row, steps=PLAIN), {"task": 3})
+        code = catalogue.build(describe("forward", row.tile("float32"), row, steps=PLAIN, storage=storage), {"task": 3})
     return code.decode().splitlines()
 
 
@@ -159,15 +171,27 @@ def test_generic_is_the_baseline() -> None:
 
 
 @on_x86
+@pytest.mark.parametrize("name", ["zen4", "avx512", "avx2", "generic"])
+def test_half_precision_is_widened_by_the_instructions_there_are(name: str) -> None:
+    code = instructions(assembly(name, "float16"))
+    assert bool(re.search(r"\tvcvtph2ps\t", code)) == bool(re.search(r"\tvcvtps2ph\t", code)) == (name != "generic")
+    code = instructions(assembly(name, "bfloat16"))
+    assert bool(re.search(r"\tvdpbf16ps\t.*%zmm", code)) == (name == "zen4")
+    assert not re.search("__ext|__trunc", code)  # the compiler's own functions, which no kernel can call
+
+
+@on_x86
 @pytest.mark.parametrize("name", ROWS)
 def test_the_micro_kernel_stays_in_registers(name: str) -> None:
     """In the loops of the two products, those that broadcast and multiply-add, no vector goes to the stack."""
-    row = ROWS[name]
+    row, storage = ROWS[name], "bfloat16" if ROWS[name].pairs else "float32"
     multiply, broadcast = r"\tvfmadd\w+ps\t", r"\tvbroadcastss\t[^.\n]*\(%r(?!ip)|\{1to16\}"  # not of constants
     if name == "generic":
         multiply, broadcast = r"\tmulps\t", r"\tshufps\t\$0,"
+    if row.pairs:
+        multiply = r"\tvdpbf16ps\t"
     found = 0
-    for loop in loops(assembly(name)):
+    for loop in loops(assembly(name, storage)):
         text = "\n".join(loop)
         if len(re.findall(multiply, text)) < row.rows * row.vectors or len(re.findall(broadcast, text)) < row.rows:
             continue

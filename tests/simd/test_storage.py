@@ -1,0 +1,121 @@
+"""Half precision, widened and rounded by kernels: every number there is, and every place where rounding turns."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from fastattn import simd as s
+from fastattn.call.halves import BITS, cast
+from fastattn.machine import building as build
+from fastattn.machine.kernel import Kernel
+from fastattn.machine.libraries import Library
+from fastattn.machine.table import TABLE, Isa, host, runs_here
+
+Array = NDArray[Any]
+
+DTYPES = {"float16": np.dtype(np.float16), "bfloat16": BITS}
+rows = pytest.mark.parametrize("row", [row for row in TABLE if runs_here(row)], ids=lambda row: row.name)
+
+
+def compiled(row: Isa, storage: str) -> Library:
+    """Return functions that copy `count` numbers, a vector or an element at a time, widening or rounding them."""
+    tile = row.tile("float32").vector
+    kernel = Kernel("", row, tile, storage)
+
+    def widen(source, target, count):
+        for i in range(0, count, tile.lanes):
+            numbers = s.tile_load_stored(kernel, tile, source + i * kernel.itemsize, 0)
+            s.tile_store(numbers, target + i * tile.itemsize, 0)
+
+    def widen_elements(source, target, count):
+        for i in range(count):
+            s.store_element(tile, target + i * tile.itemsize, s.load_stored(kernel, source + i * kernel.itemsize))
+
+    def narrow(source, target, count):
+        for i in range(0, count, tile.lanes):
+            s.tile_store_stored(
+                kernel, s.tile_load(tile, source + i * tile.itemsize, 0), target + i * kernel.itemsize, 0
+            )
+
+    def narrow_elements(source, target, count):
+        for i in range(count):
+            s.store_stored(kernel, target + i * kernel.itemsize, s.load_element(tile, source + i * tile.itemsize))
+
+    functions = {each.__name__: (s.jit(each), 3) for each in (widen, widen_elements, narrow, narrow_elements)}
+    return Library(build.emit(functions, row), row, dict.fromkeys(functions, 3))
+
+
+def same(found: Array, wanted: Array) -> bool:
+    """Whether numbers are the same to the bit, of NaN whatever it carries."""
+    found, wanted = (cast(each, np.dtype(np.float32)) for each in (found, wanted))
+    nan = np.isnan(wanted)
+    return bool((np.isnan(found) == nan).all() and (found.view(np.uint32)[~nan] == wanted.view(np.uint32)[~nan]).all())
+
+
+@rows
+@pytest.mark.parametrize("storage", DTYPES)
+def test_every_number_is_widened(row: Isa, storage: str) -> None:
+    library, numbers = compiled(row, storage), np.arange(65536, dtype=np.uint16).view(DTYPES[storage])
+    for name in ("widen", "widen_elements"):
+        found = np.empty(numbers.size, np.float32)
+        getattr(library, name)(numbers.ctypes.data, found.ctypes.data, numbers.size)
+        assert same(found, cast(numbers, found.dtype)), name
+
+
+@rows
+@pytest.mark.parametrize("storage", DTYPES)
+def test_numbers_are_rounded_to_the_nearest_of_two_the_even_one(row: Isa, storage: str) -> None:
+    """All numbers of half precision, those half way between two, and their neighbours."""
+    library, every = compiled(row, storage), np.arange(65536, dtype=np.uint16).view(DTYPES[storage])
+    wide = cast(every, np.dtype(np.float32))
+    bits = wide.view(np.uint32)[np.isfinite(wide)]
+    half = 1 << (15 if storage == "bfloat16" else 12)
+    near = np.concatenate([bits + np.uint32(step) for step in (0, 1, half - 1, half, half + 1, 2 * half - 1)])
+    rng = np.random.default_rng(0)
+    some = rng.integers(0, 2**32, 1 << 16, dtype=np.uint32)
+    subnormal = (rng.random(1 << 14) * 2.0**-13).astype(np.float32).view(np.uint32)
+    numbers = np.concatenate([near, some, subnormal]).view(np.float32)
+    numbers = np.ascontiguousarray(numbers[: numbers.size // 64 * 64])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wanted = cast(numbers, DTYPES[storage])
+    for name in ("narrow", "narrow_elements"):
+        found = np.empty(numbers.size, DTYPES[storage])
+        getattr(library, name)(numbers.ctypes.data, found.ctypes.data, numbers.size)
+        assert same(found, wanted), name
+
+
+@pytest.mark.skipif(not host().pairs, reason="this machine does not multiply pairs of bfloat16")
+def test_pairs_are_laid_out_scaled_and_multiplied() -> None:
+    row = host()
+    tile = row.tile("float32")
+    rng = np.random.default_rng(1)
+    numbers = rng.integers(-8, 9, (4, 2 * tile.lanes)).astype(np.float32)
+    halves = cast(numbers, BITS)
+    one, vector = tile.single, tile.vector
+
+    def run(first, second, words, column, out):
+        s.tile_store(s.tile_load_two_rows(vector, first, second), out, 0)
+        out += vector.vector_bytes
+        s.tile_store(s.tile_scale_pairs(s.tile_load(vector, first, 0), -0.5), out, 0)
+        out += vector.vector_bytes
+        s.tile_store(s.tile_round_to_pairs(s.tile_load(vector, words, 0), s.tile_load(vector, words + 64, 0)), out, 0)
+        out += vector.vector_bytes
+        s.tile_store(s.tile_rank2(s.tile_fill(one, 0.5), column, 4, first), out, 0)
+
+    library = Library(build.emit({"run": (s.jit(run), 5)}, row), row, {"run": 5})
+    column, words = halves[2, :2].copy(), np.ascontiguousarray(numbers[2:])
+    out = np.empty(5 * tile.lanes, np.float32)
+    both = np.ascontiguousarray(halves[:2].ravel())  # a row of the tile is two vectors of pairs
+    library.run(both.ctypes.data, halves[1:].ctypes.data, words.ctypes.data, column.ctypes.data, out.ctypes.data)
+    pairs = cast(out[: 3 * tile.lanes].view(BITS), np.dtype(np.float32)).reshape(3, tile.lanes, 2)
+    assert (pairs[0] == numbers[:2, : tile.lanes].T).all()
+    assert (pairs[1] == -0.5 * numbers[0].reshape(-1, 2)).all()
+    assert (pairs[2] == words.ravel()[: 2 * tile.lanes].reshape(2, -1).T).all()
+    products = numbers[:2].reshape(-1, 2) @ numbers[2, :2] + 0.5
+    assert (out[3 * tile.lanes :] == products).all()
