@@ -24,7 +24,7 @@ __all__ = ["READ_HALVES", "exceeds_float32", "narrowed", "reads_halves", "scale_
 Array = NDArray[Any]
 
 #: The works whose kernels read float16 and bfloat16 as they lie. Of the others a call is one in float32.
-READ_HALVES: frozenset[str] = frozenset()
+READ_HALVES = frozenset({"forward", "weights", "summary", "backward"})
 
 #: Magnitudes of a scale that float32 holds with all their digits, and that leave room for queries of up to 1e28.
 LEAST, MOST = 2.0**-125, 2.0**32

@@ -7,7 +7,7 @@ from numba.core.typing.templates import signature
 from numba.extending import intrinsic
 from numba.np.numpy_support import from_dtype
 
-from fastattn.simd.storage import places_of, widen_float16
+from fastattn.simd.storage import places_of, widen_bfloat16, widen_float16
 from fastattn.simd.tile import (
     TileType,
     call_llvm,
@@ -157,10 +157,7 @@ def _load_half(builder, shape, address):
 
 
 def _load_bfloat16(builder, shape, address):
-    i32 = ir.VectorType(ir.IntType(32), shape.lanes)
-    half = builder.zext(load_from(builder, address, ir.VectorType(ir.IntType(16), shape.lanes), 1), i32)
-    bits = builder.shl(half, ir.Constant(i32, [16] * shape.lanes))
-    value = builder.bitcast(bits, ir.VectorType(ir.FloatType(), shape.lanes))
+    value = widen_bfloat16(builder, load_from(builder, address, ir.VectorType(ir.IntType(16), shape.lanes), 1))
     return value if shape.itemsize == 4 else builder.fpext(value, vector_of(shape))
 
 

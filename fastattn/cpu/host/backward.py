@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from fastattn.call.halves import name_of
 from fastattn.call.head_gradients import gradient_of_sinks, gradient_of_slopes
 from fastattn.call.problem import Array, Operands, Problem, Shape
 from fastattn.call.rounding import is_precise, limit_of, slack
@@ -217,7 +218,7 @@ def tile_of(problem: Problem) -> TileShape:
 def _draft(work: str, problem: Problem, arrays: Arrays, rounded: np.dtype[Any], own: list[int], factor: float) -> Draft:
     """Write down everything but how the work is split."""
     row = session.current.row
-    kernel = describe(work, tile_of(problem), row, steps=steps_of(problem), storage=problem.storage.type.__name__)
+    kernel = describe(work, tile_of(problem), row, steps=steps_of(problem), storage=name_of(problem.storage))
     blocking, tile, lead = row.blocking, kernel.tile, problem.rows_shape
     query_block = -(-blocking.gradient_query_bytes // tile.itemsize // tile.width) * tile.width
     heads, outer = math.prod(lead), math.prod(lead[axis] for axis in own)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastattn.call.halves import name_of
 from fastattn.call.out import delivered, target_for
 from fastattn.call.problem import Operands, Problem
 from fastattn.cpu.host import session
@@ -76,7 +77,7 @@ def _plan(work: str, problem: Problem, operands: Operands, out: Array, threads: 
     row = session.current.row
     tile = choose_tile(row, problem.real, problem.queries)
     steps = steps_of(problem, all_of=work != "forward" or score != "dot")
-    kernel = describe(work, tile, row, score, steps, problem.storage.type.__name__)
+    kernel = describe(work, tile, row, score, steps, name_of(problem.storage))
     split = out.reshape(*problem.rows_shape, *out.shape[-2:])
     return draft_forward(kernel, problem, operands, split, threads).finish(threads)
 

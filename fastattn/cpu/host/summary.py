@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastattn.call.halves import name_of
 from fastattn.call.problem import Operands, Problem
 from fastattn.cpu.host import session
 from fastattn.cpu.host.functions import prepared
@@ -89,7 +90,7 @@ def _draft(work: str, problem: Problem, operands: Operands, threads: int) -> Dra
     """Plan tasks that own queries: those of the forward pass, for half of its work."""
     row = session.current.row
     tile, steps = choose_tile(row, problem.real, problem.queries), steps_of(problem, all_of=True)
-    kernel = describe(work, tile, row, steps=steps, storage=problem.storage.type.__name__)
+    kernel = describe(work, tile, row, steps=steps, storage=name_of(problem.storage))
     draft = draft_forward(kernel, problem, operands, operands.query, threads)  # nothing is written to `out`
     draft.flops /= 2
     draft.scratch_bytes = aligned(draft.scratch_bytes + draft.fields["group"] * MORE_STATE * kernel.tile.row_bytes)

@@ -311,11 +311,10 @@ def load_keys(kernel, plan, key, value, first, count, scratch):
 @jit
 def ask_for(kernel, plan, head, first, count, with_out):
     """Prefetch `count` rows of what belongs to queries, from row `first` on."""
-    features, value_features = plan.head_dim * kernel.itemsize, plan.value_dim * kernel.itemsize
-    prefetch_rows(head.query + first * plan.query_row, plan.query_row, count, features)
+    features, value_features = plan.head_dim * kernel.tile.itemsize, plan.value_dim * kernel.tile.itemsize
+    prefetch_rows(head.query + first * plan.query_row, plan.query_row, count, plan.head_dim * kernel.itemsize)
     prefetch_rows(head.grad_out + first * plan.grad_out_row, plan.grad_out_row, count, value_features)
-    sums = plan.head_dim * kernel.tile.itemsize
-    prefetch_rows(head.grad_query + first * plan.grad_query_row, plan.grad_query_row, count, sums)
+    prefetch_rows(head.grad_query + first * plan.grad_query_row, plan.grad_query_row, count, features)
     if with_out:
         prefetch_rows(head.out + first * plan.out_row, plan.out_row, count, value_features)
 
@@ -352,7 +351,7 @@ def begin_queries(kernel, call, plan, head, first_query, present, is_first, scra
     if is_first:
         grad_lse = call.grad_lse + numbers if call.grad_lse != 0 else 0
         outs = head.out + first_query * plan.out_row
-        find_deltas(kernel, plan, grads, outs, lse, grad_lse, present, deltas, scratch)
+        find_deltas(tile, plan, grads, outs, lse, grad_lse, present, deltas, scratch)
     full = load_lanes(kernel, plan, queries, grads, lse, present, plan.score_scale, scratch)
     finite = load_rows(kernel, plan, queries, grads, lse, present, full, scratch)
     lost = any_has_lost(tile, plan, lse, present)

@@ -74,7 +74,7 @@ def load_lanes(kernel, plan, query, grad_out, lse, present, scale, scratch):
         there = min(tile.width, present - first)
         pack_queries(kernel, tile, at, query, plan.query_row, plan.query_column, there, plan.head_dim, plan.scale)
         row, column = plan.grad_out_row, plan.grad_out_column
-        pack_queries(kernel, tile, grad_at, grad_out, row, column, there, plan.value_dim, scale)
+        pack_queries(tile, tile, grad_at, grad_out, row, column, there, plan.value_dim, scale)
         query += tile.width * plan.query_row
         grad_out += tile.width * row
         at += plan.head_dim * tile.row_bytes
@@ -99,7 +99,7 @@ def load_rows(kernel, plan, query, grad_out, lse, present, full, scratch):
     pack_panels(kernel, tile, queries, panel, query, plan.query_row, plan.query_column, present, plan.head_dim)
     if not are_finite(tile, queries, panel, present, plan.head_dim):
         clean_panels(tile, queries, panel, queries, panel, present, plan.head_dim, 1.0)
-    pack_panels(kernel, tile, grads, panel, grad_out, plan.grad_out_row, plan.grad_out_column, present, plan.value_dim)
+    pack_panels(tile, tile, grads, panel, grad_out, plan.grad_out_row, plan.grad_out_column, present, plan.value_dim)
     finite = are_finite(tile, grads, panel, present, plan.value_dim)
     if not finite or plan.keep_scale != 1.0:
         clean_panels(tile, grads, panel, grads, panel, present, plan.value_dim, plan.keep_scale)
@@ -112,12 +112,11 @@ def load_rows(kernel, plan, query, grad_out, lse, present, full, scratch):
 
 
 @jit
-def find_deltas(kernel, plan, grad_out, out, lse, grad_lse, present, deltas, scratch):
+def find_deltas(tile, plan, grad_out, out, lse, grad_lse, present, deltas, scratch):
     """deltas[i] = Σ_p do[i][p] · out[i][p] - grad_lse[i], 0 for a query that looks at nothing."""
-    tile = kernel.tile
     grads, outs, panel = scratch + plan.grads_at, scratch + plan.outs_at, plan.query_panel
-    pack_panels(kernel, tile, grads, panel, grad_out, plan.grad_out_row, plan.grad_out_column, present, plan.value_dim)
-    pack_panels(kernel, tile, outs, panel, out, plan.out_row, plan.out_column, present, plan.value_dim)
+    pack_panels(tile, tile, grads, panel, grad_out, plan.grad_out_row, plan.grad_out_column, present, plan.value_dim)
+    pack_panels(tile, tile, outs, panel, out, plan.out_row, plan.out_column, present, plan.value_dim)
     for offset in range(0, present * tile.itemsize, tile.itemsize):
         delta = 0.0
         if load_element(tile, lse + offset) != MINUS_INFINITY:

@@ -6,7 +6,7 @@ dv[j][:] += Σ_i p[j][i] · do[i][:]          dk[j][:] += Σ_i ds[j][i] · q[i][
 from fastattn.cpu.kernels.panels import add_along
 from fastattn.cpu.kernels.scores import sees
 from fastattn.cpu.kernels.softmax import MINUS_INFINITY
-from fastattn.simd import jit, load_element, load_i64, load_stored, store_element, store_i64
+from fastattn.simd import jit, load_element, load_i64, store_element, store_i64
 
 WORD = 8
 
@@ -92,7 +92,7 @@ def add_visible(kernel, call, plan, head, first_query, present, first_key, end, 
         s = i // tile.width
         weights = scratch + plan.scores_at + s * plan.score_panel + i % tile.width * tile.itemsize
         for p in range(plan.value_dim):
-            odd = load_stored(kernel, grad_out + i * plan.grad_out_row + p * plan.grad_out_column)
+            odd = load_element(tile, grad_out + i * plan.grad_out_row + p * plan.grad_out_column)
             if odd * 0.0 == 0.0:
                 continue
             place = scratch + plan.value_sums_at + offset + p // tile.width * plan.panel
