@@ -29,6 +29,8 @@ class Limits(NamedTuple):
 
     eps: float = 2.0**-7
     max: float = (2.0 - 2.0**-7) * 2.0**127
+    tiny: float = 2.0**-126
+    smallest_subnormal: float = 2.0**-133
 
 
 def name_of(dtype: np.dtype[Any]) -> str:
