@@ -32,6 +32,11 @@ class Limits(NamedTuple):
     tiny: float = 2.0**-126
     smallest_subnormal: float = 2.0**-133
 
+    @property
+    def min(self) -> float:
+        """The lowest number."""
+        return -self.max
+
 
 def name_of(dtype: np.dtype[Any]) -> str:
     """``dtype.name`` of a plain dtype. NumPy imports a module for it each time, and not when Python is about to end."""
