@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from fastattn.call.halves import cast, finfo, is_floating
 from fastattn.call.problem import Problem
 from fastattn.call.shapes import describe
 
@@ -23,7 +25,10 @@ Array = NDArray[Any]
 #: Vector lengths, register tiles and key blocks of the kernels are multiples of these: their edges are what may break.
 EDGES = (4, 8, 16, 24, 48, 64, 96, 128)
 SEEDS = st.integers(0, 2**32 - 1)
+BFLOAT16 = ml_dtypes.bfloat16
+HALVES = (np.float16, BFLOAT16)
 DTYPES = st.sampled_from((np.float32, np.float64))
+ALL_DTYPES = st.sampled_from((np.float32, np.float64, *HALVES))
 
 near_edges = st.sampled_from(sorted({edge + step for edge in EDGES for step in (-1, 0, 1)}))
 lengths = st.one_of(st.integers(1, 12), st.integers(1, 70), near_edges)
@@ -113,7 +118,7 @@ def laid_out(array: Array, layout: str) -> Array:
     rank = array.ndim
     inside: Any
     view: Array
-    around: Any = np.nan if array.dtype.kind == "f" else True
+    around: Any = np.nan if is_floating(array.dtype) else True
     if layout == "contiguous":
         return array.copy()
     if layout == "Fortran":
@@ -139,7 +144,7 @@ def laid_out(array: Array, layout: str) -> Array:
         place = np.empty(array.nbytes + 1, np.uint8)
         view = place[1:].view(array.dtype).reshape(array.shape)
     elif layout == "byte-swapped":
-        return np.array(array, array.dtype.newbyteorder(), order="C")
+        return np.asarray(array.byteswap().view(array.dtype.newbyteorder()), order="C")
     else:
         assert layout == "read-only", layout
         view = array.copy()
@@ -222,15 +227,14 @@ ODD = (np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-42, 1e15, -1e15)
 
 
 def numbers(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any, size: float = 1.0) -> Array:
-    """Return normally distributed numbers of a size."""
-    with np.errstate(all="ignore"):
-        return (rng.standard_normal(shape) * size).astype(dtype)
+    """Return normally distributed numbers of a size; finite ones in float16, too, which has no room for huge ones."""
+    found = np.asarray(rng.standard_normal(shape) * size)
+    return cast(np.clip(found, -65504, 65504) if dtype is np.float16 else found, np.dtype(dtype))
 
 
 def with_odd(rng: np.random.Generator, array: Array, which: tuple[float, ...], share: float = 0.02) -> Array:
     """Return the array with some elements replaced by odd ones."""
-    with np.errstate(all="ignore"):
-        odd = rng.choice(np.array(which), size=array.shape).astype(array.dtype)
+    odd = cast(np.asarray(rng.choice(np.array(which), size=array.shape)), array.dtype)
     return np.where(rng.random(array.shape) < share, odd, array)
 
 
@@ -247,13 +251,12 @@ def random_mask(rng: np.random.Generator, shape: tuple[int, ...], kind: str, dty
     if kind == "float, -inf":
         values = np.where(rng.random(shape) < 0.4, -np.inf, values)
     elif kind == "float, lowest":
-        values = np.where(rng.random(shape) < 0.5, np.finfo(dtype).min, values)
+        values = np.where(rng.random(shape) < 0.5, -float(finfo(np.dtype(dtype)).max), values)
     elif kind == "float, odd":
         values = with_odd(rng, values, (np.nan, np.inf, -np.inf, -1e4, 50.0))
     else:
         assert kind == "float", kind
-    with np.errstate(all="ignore"):
-        return values.astype(dtype)
+    return cast(np.asarray(values), np.dtype(dtype))
 
 
 MASKS = ("bool", "bool, few rows", "padding", "float", "float, -inf", "float, lowest", "float, odd")
@@ -414,7 +417,7 @@ def masks_of(
     scores: tuple[int, ...],
     kinds: tuple[str | None, ...],
     pairs: bool = True,
-    dtypes: tuple[Any, ...] = (np.float16, np.float32, np.float64),
+    dtypes: tuple[Any, ...] = (*HALVES, np.float32, np.float64),
 ) -> tuple[Any, str]:
     """Draw a mask for scores of a shape, or a pair of them, and what it is."""
     kind = draw(st.sampled_from(kinds))
@@ -475,7 +478,7 @@ def calls(
         Whether there are functions of the user's, where there are few scores.
     """
     query_shape, key_shape, value_shape, enable_gqa = draw(shapes(empty=empty, small=small))
-    dtype = draw(DTYPES)
+    dtype = draw(ALL_DTYPES)
     size = draw(st.sampled_from(sizes))
     rng = np.random.default_rng(seed := draw(SEEDS))
     arrays: list[Any] = [

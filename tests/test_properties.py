@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from strategies import LAYOUTS, MASKS, SIZES, Call, calls, each, laid_out, numbers, random_mask
 
 import fastattn
+from fastattn.call.halves import finfo
 
 Attention = Callable[..., Any]
 
@@ -59,7 +60,7 @@ def test_dropout(cpu_attention: Attention, call: Call) -> None:
     weights = cpu_attention(*call.args, **call.options, return_weights=True)[1]
     exact = tolerances.expected(*call.args, **call.options).weights
     # the same set: a weight so small that before it is divided it may be 0 in the narrower type says nothing
-    told = np.abs(exact) * (1 - call.options["dropout_p"]) > 2 * np.finfo(weights.dtype).tiny
+    told = np.abs(exact) * (1 - call.options["dropout_p"]) > 2 * float(finfo(weights.dtype).tiny)
     np.testing.assert_array_equal(weights[told] != 0, exact[told] != 0)
     assert not weights[exact == 0].any()
 

@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 import tolerances
 from numpy.typing import NDArray
-from strategies import LAYOUTS, each, laid_out, with_odd
+from strategies import BFLOAT16, HALVES, LAYOUTS, each, laid_out, with_odd
 
 import fastattn
+from fastattn.call.halves import cast, finfo
 from fastattn.reference import keep_mask
 
 Array = NDArray[Any]
@@ -27,6 +28,8 @@ Attention = Callable[..., Any]
 
 INF, NAN = np.inf, np.nan
 dtypes = pytest.mark.parametrize("dtype", [np.float32, np.float64])
+halves = pytest.mark.parametrize("dtype", HALVES)
+OTHER_HALF = dict(zip(HALVES, reversed(HALVES), strict=True))
 
 #: Lengths (Lq, Lk) that fill vectors, tiles and blocks, that leave a bit over, and that are shorter than any of them.
 LENGTHS = ((1, 1), (5, 3), (48, 64), (65, 130), (100, 300))
@@ -50,6 +53,11 @@ def inputs(
     )
 
 
+def halves_of(dtype: Any, *arrays: Array) -> list[Array]:
+    """Return arrays rounded to half precision, or widened from there."""
+    return [cast(array, np.dtype(dtype)).copy() for array in arrays]
+
+
 def softmax_attention(query: Array, key: Array, value: Array, scale: float, bias: Any = 0.0) -> Array:
     """Evaluate the formula in float64 where nothing is masked, with nothing of the project in it."""
     query, key, value = (array.astype(np.float64) for array in (query, key, value))
@@ -60,7 +68,7 @@ def softmax_attention(query: Array, key: Array, value: Array, scale: float, bias
 
 def close(got: Any, wanted: Any, dtype: Any = np.float32) -> None:
     """Assert that results of usual size agree to a few roundings (see tolerances.py; A is about 16 here)."""
-    np.testing.assert_allclose(got, wanted, rtol=0, atol=100 * np.finfo(dtype).eps)
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=100 * float(finfo(np.dtype(dtype)).eps))
 
 
 # -- order of operations on a score ------------------------------------------------------------------------------------
@@ -388,7 +396,9 @@ def test_alibi_goes_by_positions(attention: Attention, dtype: Any, options: Any,
     results = tolerances.check_call(attention, query, key, value, alibi_slopes=slopes, **options)
     wanted = attention(query, key, value, bias, **options, return_lse=True, return_weights=True)
     for got, want in zip(results, wanted, strict=True):
-        np.testing.assert_allclose(got, want, rtol=100 * np.finfo(dtype).eps, atol=100 * np.finfo(dtype).eps)
+        np.testing.assert_allclose(
+            got, want, rtol=100 * np.finfo(dtype).eps, atol=100 * float(finfo(np.dtype(dtype)).eps)
+        )
 
 
 def test_alibi_slopes_are_one_for_each_query_head(attention: Attention) -> None:
@@ -1265,7 +1275,7 @@ def test_minus_infinity_in_a_mask_is_the_same_as_false(attention: Attention) -> 
     visible[:, 100:102] = False
     wanted = tolerances.check_call(attention, query, key, value, visible)
     assert_empty(wanted, 3)
-    for dtype in (np.float16, np.float32, np.float64):
+    for dtype in (*HALVES, np.float32, np.float64):
         results = tolerances.check_call(attention, query, key, value, np.where(visible, 0, -INF).astype(dtype))
         assert_empty(results, 3)
         np.testing.assert_array_equal(results[2] != 0, wanted[2] != 0)
@@ -1558,13 +1568,128 @@ def test_mixed_dtypes_promote_as_in_numpy(attention: Attention, which: int, othe
     np.testing.assert_array_equal(out, attention(*(array.astype(common) for array in arrays)))
 
 
-def test_small_floats_are_not_supported_yet(attention: Attention) -> None:
-    query, key, value = inputs()
-    with pytest.raises(TypeError, match="query: dtype float16 is not supported yet"):
-        attention(query.astype(np.float16), key, value)
-    bfloat16 = pytest.importorskip("ml_dtypes").bfloat16
-    with pytest.raises(TypeError, match="value: dtype bfloat16 is not supported yet"):
-        attention(query, key, value.astype(bfloat16))
+@halves
+@lengths
+def test_half_precision_stays_itself_outside_and_is_float32_inside(
+    attention: Attention, dtype: Any, length: tuple[int, int]
+) -> None:
+    arrays = halves_of(dtype, *inputs(length))
+    results = attention(*arrays, return_lse=True, return_weights=True)
+    assert [result.dtype for result in results] == [dtype, np.float32, dtype]
+    wide = attention(*halves_of(np.float32, *arrays), return_lse=True, return_weights=True)
+    tolerances.check_all(results, tolerances.expected(*arrays))
+    tolerances.check_lse(results[1], tolerances.expected(*halves_of(np.float32, *arrays)))
+    np.testing.assert_allclose(wide[1], results[1], rtol=0, atol=1e-5)
+
+
+@halves
+def test_half_precision_promotes(attention: Attention, dtype: Any) -> None:
+    arrays = halves_of(dtype, *inputs())
+    other = OTHER_HALF[dtype]
+    for kind, common in ((other, np.float32), (np.float32, np.float32), (np.float64, np.float64), (np.int8, dtype)):
+        for which in range(3):
+            mixed = list(arrays)
+            mixed[which] = np.round(np.asarray(arrays[which], np.float32)).astype(kind)
+            out = attention(*mixed)
+            assert out.dtype == common
+            same = [np.asarray(array, np.float32).astype(common) for array in mixed]
+            assert out.tobytes() == attention(*same).tobytes()
+
+
+@halves
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_out_may_have_the_dtype_of_the_sums(backend: str, dtype: Any) -> None:
+    query, key, value = halves_of(dtype, *inputs((60, 90)))
+    out = np.empty(query.shape, np.float32)
+    assert fastattn.attention(query, key, value, out=out, backend=backend) is out
+    assert fastattn.attention(query, key, value, backend=backend).tobytes() == out.astype(dtype).tobytes()
+    # that is what pieces are merged of
+    pieces = [np.empty_like(out), np.empty_like(out)]
+    sums = [
+        fastattn.attention(query, key[:, part], value[:, part], out=piece, return_lse=True, backend=backend)[1]
+        for part, piece in zip((slice(40), slice(40, None)), pieces, strict=True)
+    ]
+    merged, lse = fastattn.merge(pieces, sums)
+    close(merged, out)
+    assert merged.dtype == lse.dtype == np.float32
+    for wrong in (np.float64, OTHER_HALF[dtype]):
+        with pytest.raises(TypeError, match="out: dtype .*, the dtype of the result, or float32, that of its sums"):
+            fastattn.attention(query, key, value, out=np.empty(query.shape, wrong), backend=backend)
+
+
+@halves
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_gradients_have_their_inputs_dtype(backend: str, dtype: Any) -> None:
+    query, key, value, mask = halves_of(dtype, *inputs((20, 30)), normal(20, 30))
+    sinks, slopes = normal(2).astype(dtype), normal(2)
+    options = {"attn_mask": mask, "sinks": sinks, "alibi_slopes": slopes, "backend": backend}
+    out, lse = fastattn.attention(query, key, value, return_lse=True, **options)
+    names = ("query", "key", "value", "attn_mask", "sinks", "alibi_slopes")
+    for grad_out in (np.ones_like(out), np.ones(out.shape, np.float32)):
+        call = grad_out, query, key, value, out, lse
+        found = fastattn.attention_backward(*call, grads=names, **options)
+        assert [gradient.dtype for gradient in found] == [dtype] * 5 + [np.float32]
+        # so they are where only one array is of half precision
+        mixed = grad_out, query.astype(np.float32), key, value.astype(np.float64), out.astype(np.float64), lse
+        found = fastattn.attention_backward(*mixed, **options)
+        assert [gradient.dtype for gradient in found] == [np.float32, dtype, np.float64]
+
+
+@halves
+def test_weights_have_the_dtype_of_the_result_and_summaries_that_of_the_sums(dtype: Any) -> None:
+    query, key, value = halves_of(dtype, *inputs((20, 30)))
+    for backend in ("cpu", "reference"):
+        lse = fastattn.attention(query, key, value, return_lse=True, backend=backend)[1]
+        for given in (None, lse, lse.astype(dtype)):
+            assert fastattn.attention_weights(query, key, lse=given, backend=backend).dtype == dtype
+        summary = fastattn.attention_summary(query, key, backend=backend)
+        kinds = np.float32, np.int64, np.float32, np.float32, np.float32
+        assert [array.dtype for array in summary] == list(kinds)
+
+
+@halves
+@lengths
+def test_in_half_precision_what_is_masked_never_leaks_and_an_empty_row_is_zero(
+    attention: Attention, dtype: Any, length: tuple[int, int]
+) -> None:
+    query, key, value = halves_of(dtype, *inputs(length))
+    visible = np.random.default_rng(0).random(length) < 0.5
+    visible[:, -1], visible[0] = False, False
+    clean = attention(query, key, value, visible, return_lse=True, return_weights=True)
+    assert_empty(clean, 0)
+    key[:, -1], value[:, -1] = INF, NAN
+    for mask in (visible, np.where(visible, 0, -INF).astype(dtype)):
+        results = attention(query, key, value, mask, return_lse=True, return_weights=True)
+        tolerances.check_all(results, tolerances.expected(query, key, value, mask))
+        assert_empty(results, 0)
+    found = attention(query, key, value, visible, return_lse=True, return_weights=True)
+    assert [array.tobytes() for array in found] == [array.tobytes() for array in clean]
+    value[:, 0] = NAN
+    tolerances.check_call(attention, query, key, value, visible)
+
+
+@halves
+@pytest.mark.parametrize("scale", [1.0, 1e-30, -3e25, 1e39])
+def test_in_half_precision_large_numbers_and_scales_are_finite_work(
+    attention: Attention, dtype: Any, scale: float
+) -> None:
+    size = 1e18 if dtype is BFLOAT16 else 1e4
+    query, key, value = halves_of(dtype, *(array * size for array in inputs((20, 30))[:2]), inputs((20, 30))[2])
+    tolerances.check_call(attention, query, key, value, scale=scale)
+
+
+@halves
+@pytest.mark.parametrize("mask_dtype", HALVES)
+@lengths
+def test_in_half_precision_the_lowest_number_of_a_mask_stays_finite(
+    attention: Attention, dtype: Any, mask_dtype: Any, length: tuple[int, int]
+) -> None:
+    query, key, value = halves_of(dtype, *inputs(length))
+    mask = np.zeros(length, mask_dtype)
+    mask[::2] = finfo(mask.dtype).min
+    _, lse, weights = tolerances.check_call(attention, query, key, value, mask, scale=0)
+    assert np.isfinite(lse).all()
+    close(np.asarray(weights[:, ::2], np.float32), 1 / length[1], dtype)
 
 
 def test_float64_is_float64_throughout(attention: Attention) -> None:

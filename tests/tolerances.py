@@ -26,7 +26,8 @@ score. Then:
   that of exp(x) - 1, 1 each for the sum and the quotient), and the product with c.
 - Roundings of the terms of a sum go either way, and `ROUNDINGS` stands for what is left of them. Where all keys are one
   key, as in an array with a stride of 0, terms are alike, and so are their roundings, which add up: to (Lk - 1) / 2 in
-  the sum of the weights, and as many in that of the values.
+  the sum of the weights, and as many in that of the values. Where the features of each query and of each key are one
+  number, so are the roundings of a score, and results are held to what log-sum-exps are.
 - Dropout multiplies weights, and with them their errors, by 1 / (1 - p).
 - In the backward pass a weight is exp(score - lse) with both rounded, and what is multiplied by it, and summed, is
   rounded as often as the sum is long. A gradient is a sum of such products: its error is at most eps times the number
@@ -34,6 +35,12 @@ score. Then:
 - With a softcap the gradient of a score is multiplied by its slope, 1 - tanh(s / c)². That has the roundings of tanh,
   and an error d of the score changes it by a factor of up to exp(2 d / c), as its logarithm has a slope of up to 2 / c.
   Where tanh is 1 in the call's type, the slope need not become smaller any more (`LEAST_SLOPE`).
+- Half precision is accumulated in float32: eps above is float32's, whatever the arrays are. Write h for half of the
+  spacing of their numbers at 1, 2^-11 or 2^-8. The result is rounded to one of them, by h of itself, and so are weights
+  before they are multiplied by the values, where a kernel does that: h · max|v|, as they sum to 1. Sums of weights, and
+  so the log-sum-exp, are of those that are not rounded. In the backward pass gradients of scores are rounded likewise
+  before they are multiplied, gradients at the end, and the result that arrives has been: the row sum Σ dO out is wrong
+  by h Σ |dO out|. A number near 0 is rounded by half of the least one that there is.
 - A function of the user's makes an error of a score as much larger as its slope is steep, and rounds some times
   (`FUNCTION_ROUNDINGS`) at the size of the score or of what it adds. What these are, and its second derivative, which
   an error of a score changes the slope by, the functions of the tests say (`strategies.of_size`). The reference has the
@@ -53,6 +60,7 @@ from numpy.typing import NDArray
 
 from fastattn import reference
 from fastattn.call.arrays import as_additive_operands, as_operands
+from fastattn.call.halves import cast, finfo, is_floating, native
 from fastattn.call.problem import Operands, Problem
 from fastattn.call.seeds import seed_from
 from fastattn.call.selection import places_of
@@ -110,8 +118,11 @@ def expected(
         if weight is None:
             largest_score = terms = score_size(operands.query, operands.key, problem.scores.scale)
         else:
-            largest_score = float(np.abs(weight[np.isfinite(weight)], dtype=np.float64).sum())
+            largest_score = float(np.abs(in_float64(weight)[np.isfinite(in_float64(weight))]).sum())
             terms = ADDITIVE_ROUNDINGS * largest_score
+        worst = terms * max(1.0, problem.head_dim / 2)
+        if weight is None and all(map(terms_alike, operands[:2])):
+            terms = worst
         size: Any = ROUNDINGS + error_of_score(problem, terms, largest_score)
         if problem.scores.adds:
             factor = 1 if problem.scores.score_mod is None else FUNCTION_ROUNDINGS * steepness(problem)
@@ -120,11 +131,18 @@ def expected(
             size = size + added.max(axis=-1, initial=0)
         size = np.broadcast_to(size + alike(operands.key), problem.lse_shape)
         out_bound = eps * size * max(1.0, problem.keep_scale) * max(1.0, largest(operands.value))
-        worst = terms * max(1.0, problem.head_dim / 2)
         if np.isfinite(terms):
             size = size + error_of_score(problem, worst, largest_score) - error_of_score(problem, terms, largest_score)
-        weight_bound = eps * size * max(1.0, problem.keep_scale)
+        weight_bound = (eps * size * max(1.0, problem.keep_scale))[..., None]
         most = max(1.0, problem.keep_scale) * (1 + ROUNDINGS * eps)
+        out_bound = out_bound[..., None]
+        if problem.storage != problem.real:
+            rounding, least = roundings(problem.storage)
+            own = rounding * max(1.0, problem.keep_scale) * largest(operands.value)
+            near_0 = least * (1 + problem.keys * largest(operands.value))
+            out_bound = out_bound + own + near_0 + rounding * np.abs(np.where(np.isfinite(out), out, 0))
+            weight_bound = weight_bound + rounding * np.where(np.isfinite(weights), weights, 0) + least
+            most *= 1 + 2 * rounding
         most_out = most * (1 + problem.keys * eps) * largest(operands.value)
         # what numbers near 0 are rounded to
         most_out += problem.keys * float(np.finfo(problem.real).smallest_subnormal)
@@ -133,12 +151,22 @@ def expected(
             out=out,
             lse=lse,
             weights=weights,
-            out_bound=out_bound[..., None],
+            out_bound=out_bound,
             lse_bound=eps * (size + np.abs(lse)),
-            weights_bound=weight_bound[..., None],
+            weights_bound=weight_bound,
             largest_weight=most,
             largest_out=most_out * (problem.keys if problem.dropout_p else 1),
         )
+
+
+def in_float64(array: Array) -> Array:
+    """Return numbers in float64, which bounds are computed in."""
+    return cast(array, np.dtype(np.float64))
+
+
+def roundings(dtype: np.dtype[Any]) -> tuple[float, float]:
+    """Return how far a number is from the nearest one of a dtype: relative to itself, and near 0, at most."""
+    return float(finfo(dtype).eps) / 2, float(finfo(dtype).smallest_subnormal) / 2
 
 
 def alike(key: Array) -> int:
@@ -150,9 +178,14 @@ def alike(key: Array) -> int:
     )
 
 
+def terms_alike(array: Array) -> bool:
+    """Whether the features of each row are one number: then the terms of a score are alike, and their roundings."""
+    return array.shape[-1] > 1 and np.array_equal(array, np.broadcast_to(array[..., :1], array.shape), equal_nan=True)
+
+
 def score_size(query: Array, key: Array, scale: float) -> float:
     """Return A, the largest Σ|q||k| · |scale| of the finite values."""
-    query, key = (np.abs(np.where(np.isfinite(array), array, 0), dtype=np.float64) for array in (query, key))
+    query, key = (np.abs(np.where(np.isfinite(array), array, 0)) for array in map(in_float64, (query, key)))
     return float((query @ key.swapaxes(-1, -2)).max(initial=0) * abs(scale))
 
 
@@ -165,7 +198,7 @@ def size_of_added(problem: Problem, operands: Operands) -> Array:
     size = np.zeros((*problem.rows_shape, problem.queries, problem.keys))
     limit = float(np.finfo(problem.real).max)
     if operands.bias is not None:
-        bias = np.abs(operands.bias, dtype=np.float64)
+        bias = np.abs(in_float64(operands.bias))
         size += np.where(np.isfinite(bias), np.minimum(bias, limit), 0)
     if "slope" in problem.scores.own:
         places = places_of(problem, operands, range(problem.queries), range(problem.keys))
@@ -229,6 +262,7 @@ def slope_of_function(problem: Problem, operands: Operands, raw: Array, error: f
 
 def largest(values: Array) -> float:
     """Return the largest magnitude of the finite values, 0 if there are none."""
+    values = in_float64(values)
     return float(np.abs(np.where(np.isfinite(values), values, 0)).max(initial=0))
 
 
@@ -236,11 +270,13 @@ def check_out(out: Array, wanted: Expected, peer: Array | None = None) -> None:
     """Assert that a result is right; `peer` is PyTorch's on the same call, whose error may be the yardstick."""
     bound = wanted.out_bound
     if peer is not None:
-        error = np.abs(peer.astype(np.float64) - wanted.out)
+        error = np.abs(in_float64(peer) - wanted.out)
         bound = np.maximum(bound, 2 * error[np.isfinite(error)].max(initial=0))
-    _check("out", out, wanted.out, bound, wanted.problem)
-    odd = ~np.isfinite(wanted.out)
-    assert (odd | (np.abs(out) <= wanted.largest_out)).all(), f"out: {np.nanmax(np.abs(out))} is above all values"
+    _check("out", out, wanted.out, bound, wanted.problem, wanted.problem.storage)
+    odd, size = ~np.isfinite(wanted.out), np.abs(in_float64(out))
+    if wanted.problem.dropout_p > 0:
+        odd |= size == np.inf  # for which `_check` has found room to be
+    assert (odd | (size <= wanted.largest_out)).all(), f"out: {np.nanmax(size)} is above all values"
 
 
 def check_lse(lse: Array, wanted: Expected) -> None:
@@ -250,7 +286,8 @@ def check_lse(lse: Array, wanted: Expected) -> None:
 
 def check_weights(weights: Array, wanted: Expected) -> None:
     """Assert that weights are right."""
-    _check("weights", weights, wanted.weights, wanted.weights_bound, wanted.problem)
+    _check("weights", weights, wanted.weights, wanted.weights_bound, wanted.problem, wanted.problem.storage)
+    weights = in_float64(weights)
     fine = np.isnan(wanted.weights) | ((weights >= 0) & (weights <= wanted.largest_weight))
     assert fine.all(), f"weights: {weights[~fine][0]} is none"
 
@@ -270,14 +307,17 @@ def check_call(attention: Any, *args: Any, rng: Any = None, **options: Any) -> t
     return results
 
 
-def _check(name: str, got: Array, exact: Array, bound: Array, problem: Problem) -> None:
+def _check(name: str, got: Array, exact: Array, bound: Array, problem: Problem, dtype: Any = None) -> None:
+    dtype = problem.real if dtype is None else dtype
     assert isinstance(got, np.ndarray), name
-    assert got.dtype == problem.real, f"{name}: dtype {got.dtype}, expected {problem.real}"
+    assert got.dtype == dtype, f"{name}: dtype {got.dtype}, expected {dtype}"
+    got = cast(got, exact.dtype)
     assert got.shape == exact.shape, f"{name}: shape {got.shape}, expected {exact.shape}"
     with np.errstate(all="ignore"):
         finite, infinite = np.isfinite(exact), np.isinf(exact)
-        fine = np.where(finite, np.abs(got.astype(exact.dtype) - exact) <= bound, np.isnan(exact) & np.isnan(got))
+        fine = np.where(finite, np.abs(got - exact) <= bound, np.isnan(exact) & np.isnan(got))
         fine |= infinite & (got == exact)
+        fine |= finite & np.isinf(got) & (np.abs(exact) + bound >= float(finfo(dtype).max)) & (got * exact > 0)
         if name == "out":
             fine |= infinite & np.isnan(got)
         else:
@@ -392,7 +432,7 @@ def expected_gradients(
     whole = kept if problem.dropout_p == 0 else reference.evaluate(replace(problem, dropout_p=0.0), operands)[2]
     rows = problem.rows_shape
     upstream = Upstream(
-        grad_out.reshape(*rows, problem.queries, problem.value_dim),
+        in_float64(grad_out).reshape(*rows, problem.queries, problem.value_dim),
         out.reshape(*rows, problem.queries, problem.value_dim),
         lse.reshape(*rows, problem.queries),
         None if grad_lse is None else grad_lse.reshape(*rows, problem.queries),
@@ -402,7 +442,7 @@ def expected_gradients(
     with np.errstate(all="ignore"):
         # the same sums, of magnitudes: |dP| + |row sum| in place of their difference; float64 does for bounds
         whole, kept = (weights.reshape(exact.scores.shape).astype(np.float64) for weights in (whole, kept))
-        q, k, v, g = (np.abs(array, dtype=np.float64) for array in (*operands[:3], upstream.grad_out))
+        q, k, v, g = (np.abs(in_float64(array)) for array in (*operands[:3], upstream.grad_out))
         sums = (g * np.abs(upstream.out, dtype=np.float64)).sum(-1, keepdims=True)
         if upstream.grad_lse is not None:
             sums = sums + np.abs(upstream.grad_lse, dtype=np.float64)[..., None]
@@ -422,7 +462,12 @@ def expected_gradients(
         row = 2 * ROUNDINGS + terms + row + np.minimum(largest_mask, row + terms)
         row = row + problem.head_dim + problem.value_dim + max(problem.queries, problem.keys)
         row = np.where(magnitudes > 0, row, 0)
-        scores, kept = np.minimum(eps * row, 1e30) * magnitudes, np.minimum(eps * row, 1e30) * kept
+        rounded, near_0, arrived = 0.0, 0.0, 0.0
+        if problem.storage != problem.real:
+            rounded, near_0 = roundings(problem.storage)
+            arrived = whole * (rounded * sums + near_0 * g.sum(-1, keepdims=True))
+        scores = (np.minimum(eps * row, 1e30) + rounded) * magnitudes + near_0 * (magnitudes > 0) + arrived
+        kept = (np.minimum(eps * row, 1e30) + rounded) * kept + near_0 * (kept > 0)
         raw = scores * slope + magnitudes * blur
         bounds = [
             abs(problem.scores.scale) * (raw @ k),
@@ -444,13 +489,15 @@ def check_gradients(
         shared = name in ("grad_key", "grad_value")
         shape, dtype = np.shape(argument), np.asarray(argument).dtype
         assert gradient.shape == shape, name
-        assert gradient.dtype == (dtype.newbyteorder("=") if dtype.kind == "f" else problem.real), name
+        assert gradient.dtype == (native(dtype) if is_floating(dtype) else problem.real), name
         with np.errstate(all="ignore"):
             want, limit = folded(wide, shape, problem, shared), folded(bound, shape, problem, shared)
-            kind = np.finfo(gradient.dtype)
+            kind = finfo(gradient.dtype)
             limit = limit + 2 * float(kind.eps) * np.abs(want) + float(kind.smallest_subnormal)
+            gradient = cast(gradient, want.dtype)
             fine = np.abs(gradient - want) <= limit
             fine |= ~np.isfinite(want) & ~np.isfinite(gradient)
+            fine |= np.isinf(gradient) & (np.abs(want) + limit >= float(kind.max)) & (gradient * want > 0)
         assert fine.all(), (
             f"{name}: {np.count_nonzero(~fine)} of {fine.size} elements are wrong, by up to "
             f"{np.nanmax(np.abs(gradient - want)):.3g}, {np.nanmax(np.abs(gradient - want) / limit):.3g} times the "
@@ -483,14 +530,13 @@ def check_head_gradients(
                 lse, lse_bound = (a.reshape(*rows, problem.queries) for a in (wanted.lse, wanted.lse_bound))
                 sinks = operands.heads["sink"].reshape(*rows, 1) if operands.heads is not None else -np.inf
                 weight = np.exp(sinks - np.where(lse == -np.inf, np.inf, lse)).astype(np.float64)
-                products = (grad_out.reshape(*lse.shape, -1) * wanted.out.reshape(*lse.shape, -1)).astype(np.float64)
+                given_out = in_float64(grad_out).reshape(*lse.shape, -1)
+                products = (given_out * wanted.out.reshape(*lse.shape, -1)).astype(np.float64)
                 size, delta = np.abs(products).sum(-1), products.sum(-1)
                 if grad_lse is not None:
                     size, delta = size + np.abs(grad_lse.reshape(lse.shape)), delta - grad_lse.reshape(lse.shape)
                 moved = np.minimum(1.0, weight * np.expm1(np.minimum(lse_bound.astype(np.float64), 700.0)))
-                out_error = np.abs(grad_out).reshape(*lse.shape, -1).sum(-1) * float(
-                    np.max(wanted.out_bound, initial=0)
-                )
+                out_error = np.abs(given_out).sum(-1) * float(np.max(wanted.out_bound, initial=0))
                 rounding = float(np.finfo(problem.real).eps) * (2 * ROUNDINGS + problem.value_dim + problem.queries)
                 exact = -(weight * delta).sum(-1)
                 bound = (moved * size + weight * (out_error + rounding * size)).sum(-1)

@@ -57,15 +57,15 @@ def additive_attention(
     Parameters
     ----------
     query : array_like, shape (..., Lq, D)
-        float32 or float64, or integers, which compute in float64. The axes before the last two may be missing, and
-        broadcast as in NumPy.
+        float16, bfloat16, float32 or float64, or integers, which compute in float64. The axes before the last two may
+        be missing, and broadcast as in NumPy.
     key : array_like, shape (..., Lk, D)
     value : array_like, shape (..., Lk, Dv)
     weight : array_like, shape (D,)
         The paper's v, Keras' ``use_scale`` vector.
     attn_mask : array_like, broadcasting to (..., Lq, Lk), optional
-        Boolean, where True takes part, or float16, float32 or float64, added to the scores; or one of each, as
-        a tuple (bias, keep).
+        Boolean, where True takes part, or of such a floating dtype, added to the scores; or one of each, as a tuple
+        (bias, keep).
     is_causal : bool or "bottom-right"
         True: query i looks at the keys up to i. "bottom-right": up to i + Lk - Lq, as in decoding.
     window, query_offset, key_lengths, softcap, alibi_slopes, sinks, score_mod, mask_mod, block_mask : optional

@@ -59,12 +59,12 @@ def attention(
     Parameters
     ----------
     query : array_like, shape (..., Hq, Lq, D)
-        float32 or float64, or integers, which compute in float64; on a GPU float16 and bfloat16 as well. The axes
-        before the last two may be missing, and broadcast as in NumPy.
+        float16, bfloat16, float32 or float64, or integers, which compute in float64. Half precision is accumulated in
+        float32. The axes before the last two may be missing, and broadcast as in NumPy.
     key : array_like, shape (..., Hk, Lk, D)
     value : array_like, shape (..., Hk, Lk, Dv)
     attn_mask : array_like, broadcasting to (..., Hq, Lq, Lk), optional
-        Boolean, where True takes part, or float16, float32 or float64, added to the scores; or one of each, as a tuple
+        Boolean, where True takes part, or of such a floating dtype, added to the scores; or one of each, as a tuple
         (bias, keep). A mask of keys for each element of a batch, (B, Lk), is ``mask[:, None, None]``.
     dropout_p : float
         Probability that a weight becomes 0; those that stay are multiplied by 1 / (1 - dropout_p).
@@ -108,7 +108,8 @@ def attention(
         Decides which weights are dropped: the same set for the same seed, on every backend. A RandomState, or another
         of numpy.random's, does as well: see `fastattn.call.seeds.seed_from`.
     out : ndarray, shape (..., Hq, Lq, Dv), optional
-        Where to write the result; it may overlap the arguments, as in ``out=query``.
+        Where to write the result; it may overlap the arguments, as in ``out=query``. Of half precision it may be
+        float32 on the CPU, which gets the result before it is rounded.
     backend : {None, "cpu", "cuda", "reference"}
         None is the best one for where the arrays are: in device memory "cuda", else "cpu". "cuda" moves NumPy arrays
         to the GPU and back. "reference" is `fastattn.reference.attention`.
@@ -118,7 +119,8 @@ def attention(
     out : ndarray, shape (..., Hq, Lq, Dv)
         Or a tuple of this and of what else was asked for, in this order. A query that may look at no key gives 0.
     lse : ndarray, shape (..., Hq, Lq)
-        If `return_lse`; with sinks over these as well. -inf, or the sink, for a query that may look at no key.
+        If `return_lse`, of half precision in float32; with sinks over these as well. -inf, or the sink, for a query
+        that may look at no key.
     weights : ndarray, shape (..., Hq, Lq, Lk)
         If `return_weights`.
 

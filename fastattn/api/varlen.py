@@ -76,7 +76,7 @@ def attention_varlen(
     rng : int or numpy.random.Generator, optional
         Decides which weights are dropped: the same ones as of the padded batch whose row b is sequence b.
     out : ndarray, shape (T, Hq, Dv), optional
-        Where to write the result; it may overlap the arguments, as in ``out=query``.
+        Where to write the result, as in `attention`; it may overlap the arguments, as in ``out=query``.
     backend : {None, "cpu", "cuda", "reference"}
         As in `attention`.
 

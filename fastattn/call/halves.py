@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from fastattn.call.broadcasting import once
 
-__all__ = ["BITS", "cast", "common_dtype", "finfo", "is_bfloat16", "is_floating", "name_of", "native"]
+__all__ = ["BITS", "cast", "common_dtype", "finfo", "is_bfloat16", "is_floating", "name_of", "native", "real_of"]
 
 Array: TypeAlias = NDArray[Any]
 
@@ -29,6 +29,13 @@ class Limits(NamedTuple):
 
     eps: float = 2.0**-7
     max: float = (2.0 - 2.0**-7) * 2.0**127
+    tiny: float = 2.0**-126
+    smallest_subnormal: float = 2.0**-133
+
+    @property
+    def min(self) -> float:
+        """The lowest number."""
+        return -self.max
 
 
 def name_of(dtype: np.dtype[Any]) -> str:
@@ -49,6 +56,11 @@ def is_floating(dtype: np.dtype[Any]) -> bool:
 def native(dtype: np.dtype[Any]) -> np.dtype[Any]:
     """Return a dtype in this machine's byte order."""
     return dtype if dtype == BITS else dtype.newbyteorder("=")
+
+
+def real_of(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Return what numbers of a floating dtype are computed with: of half precision, float32."""
+    return FLOAT32 if dtype.itemsize == 2 else dtype
 
 
 def finfo(dtype: np.dtype[Any]) -> Any:

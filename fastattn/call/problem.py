@@ -120,7 +120,7 @@ class Operands(NamedTuple):
     key : ndarray, shape (*batch, Hk, G, Lk, D)
     value : ndarray, shape (*batch, Hk, G, Lk, Dv)
     bias : ndarray, shape (*batch, Hk, G, Lq, Lk), or None
-        What is added to scores: float16, float32 or float64, whatever the dtype of the others.
+        What is added to scores: of a floating dtype, whatever that of the others is.
     keep : ndarray of bool, shape (*batch, Hk, G, Lq, Lk), or None
         Which keys take part.
     heads : ndarray of `fastattn.call.scores.HEAD`, shape (B · Hq,), or None

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from fastattn.call.broadcasting import check_broadcasts
+from fastattn.call.halves import real_of
 from fastattn.call.options import check_dropout, check_flag
-from fastattn.call.problem import FLOAT32, Array, Mask, Operands, Problem, Shape
+from fastattn.call.problem import Array, Mask, Operands, Problem, Shape
 from fastattn.call.rounding import saturated
 from fastattn.call.score_options import FurtherOptions, PieceOptions, ScoreOptions, check_names, scores_from
 
@@ -134,9 +135,8 @@ def _describe(
         enable_gqa,
     )
     scores, heads, captured = scores_from(options, *sizes[:2], *sizes[3:6], bias is not None, keep is not None)
-    storage = query.dtype
-    real = FLOAT32 if storage.itemsize == 2 else storage
-    problem = Problem(storage, real, *sizes, dropout_p, scores)
+    real = real_of(query.dtype)
+    problem = Problem(query.dtype, real, *sizes, dropout_p, scores)
     if heads is not None:
         with np.errstate(all="ignore"):  # a sink counts as the call's dtype has it, as scores do
             heads["sink"] = saturated(heads["sink"], real).astype(real)

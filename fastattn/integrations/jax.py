@@ -14,7 +14,8 @@ except ImportError as error:
 
 import fastattn
 from fastattn.call.advice import to_convert
-from fastattn.call.arrays import as_masks
+from fastattn.call.arrays import DTYPES, as_masks
+from fastattn.call.halves import is_floating, name_of, real_of
 from fastattn.call.options import check_flag
 from fastattn.call.score_options import FurtherOptions, check_names
 from fastattn.call.shapes import shapes_of_results
@@ -55,7 +56,7 @@ def attention(
     Parameters
     ----------
     query : jax.Array, shape (..., Hq, Lq, D)
-        float32, or float64 where JAX has that enabled.
+        float16, bfloat16, float32, or float64 where JAX has that enabled.
     key : jax.Array, shape (..., Hk, Lk, D)
     value : jax.Array, shape (..., Hk, Lk, Dv)
     attn_mask : jax.Array, broadcasting to (..., Hq, Lq, Lk), optional
@@ -79,12 +80,13 @@ def attention(
     -------
     out : jax.Array, shape (..., Hq, Lq, Dv)
     lse : jax.Array, shape (..., Hq, Lq)
-        If `return_lse`; with sinks over these as well. -inf, or the sink, for a query that may look at no key.
+        If `return_lse`, of half precision in float32; with sinks over these as well. -inf, or the sink, for a query
+        that may look at no key.
 
     Raises
     ------
     TypeError
-        If an argument is no array, or query, key and value are not all float32, or all float64.
+        If an argument is no array, or query, key and value are not of one dtype that has a meaning here.
     ValueError
         If shapes do not go together. The message names the argument.
 
@@ -140,10 +142,12 @@ def _check_operands(operands: Arrays) -> None:
         if not isinstance(array, ARRAYS):
             raise TypeError(f"{name}: {type(array).__name__}; expected a jax.Array")
     for name, array in operands.items():
-        if array.dtype not in (np.float32, np.float64) or array.dtype != operands["query"].dtype:
-            plain = array.dtype in (np.float32, np.float64) or not np.can_cast(array.dtype, np.float32)
-            narrow = "" if plain else to_convert(name, array.dtype, array)
-            raise TypeError(f"{name}: dtype {array.dtype}; expected float32 or float64, the same for all three{narrow}")
+        known = name_of(array.dtype) in DTYPES
+        if not known or array.dtype != operands["query"].dtype:
+            narrow = "" if known or not np.can_cast(array.dtype, np.float32) else to_convert(name, array.dtype, array)
+            raise TypeError(
+                f"{name}: dtype {array.dtype}; expected one of {', '.join(DTYPES)}, the same for all three{narrow}"
+            )
 
 
 def _check_shapes(told: Told, arrays: Arrays) -> None:
@@ -192,7 +196,8 @@ def _computed(told: Told, arrays: Arrays) -> tuple[Array, ...]:
         return list(fastattn.attention(**_call(told, arrays), return_lse=True))
 
     dtype = arrays["query"].dtype
-    return tuple(_called(forward, [jax.ShapeDtypeStruct(shape, dtype) for shape in _shapes(told, arrays)], arrays))
+    results = zip(_shapes(told, arrays), (dtype, real_of(dtype)), strict=True)
+    return tuple(_called(forward, [jax.ShapeDtypeStruct(*each) for each in results], arrays))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -203,7 +208,7 @@ def _attention(wanted: int, told: Told, arrays: Arrays) -> tuple[Array, ...]:
 
 def _forward(wanted: int, told: Told, primals: dict[str, Any]) -> tuple[tuple[Array, ...], tuple[Any, ...]]:
     for name, primal in primals.items():
-        if primal.perturbed and name not in SOURCES and primal.value.dtype.kind == "f":
+        if primal.perturbed and name not in SOURCES and is_floating(primal.value.dtype):
             raise ValueError(
                 f"{name}: differentiated by, but its gradient is not computed; expected a constant, such as "
                 f"jax.lax.stop_gradient({name})"
@@ -220,7 +225,7 @@ def _backward(wanted: int, told: Told, saved: tuple[Any, ...], cotangents: tuple
         jax.numpy.zeros(given.shape, given.dtype) if isinstance(given, jax.custom_derivatives.SymbolicZero) else given
         for given in cotangents
     ]
-    sources = [name for name in SOURCES if name in arrays and arrays[name].dtype.kind == "f"]
+    sources = [name for name in SOURCES if name in arrays and is_floating(arrays[name].dtype)]
     grads = ["attn_mask" if name == "bias" else name for name in sources]
 
     def backward(arrays: Arrays, out: Any, lse: Any, grad_out: Any, grad_lse: Any = None) -> list[Any]:

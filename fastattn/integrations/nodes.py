@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from fastattn.call.arrays import DTYPES
 from fastattn.call.broadcasting import check_broadcasts
-from fastattn.call.problem import Array
+from fastattn.call.halves import cast, real_of
+from fastattn.call.problem import FLOAT64, Array
 
 __all__ = [
     "as_lengths",
@@ -25,8 +27,6 @@ __all__ = [
     "with_past",
 ]
 
-HALF = ("float16", "bfloat16")  # computed with in float32
-REAL = (*HALF, "float32", "float64")
 
 #: Types of numbers, by ONNX's numbers for them.
 FLOAT, FLOAT16, DOUBLE, BFLOAT16 = 1, 10, 11, 16
@@ -80,8 +80,8 @@ def check_arrays(ranks: tuple[int, ...], **arrays: Array) -> None:
     """
     first = next(iter(arrays))
     for name, array in arrays.items():
-        if array.dtype.name not in REAL:
-            raise ValueError(f"{name}: dtype {array.dtype}; expected one of {', '.join(REAL)}")
+        if array.dtype.name not in DTYPES:
+            raise ValueError(f"{name}: dtype {array.dtype}; expected one of {', '.join(DTYPES)}")
         if array.ndim not in ranks:
             raise ValueError(f"{name}: rank {array.ndim}, shape {array.shape}; expected {' or '.join(map(str, ranks))}")
         if array.ndim != arrays[first].ndim:
@@ -181,15 +181,13 @@ def as_mask(given: Array, full: tuple[int, ...], pads: bool) -> tuple[Array, int
     ValueError
         If it has another dtype, or does not broadcast.
     """
-    if given.dtype.kind not in "biu" and given.dtype.name not in REAL:
-        raise ValueError(f"attn_mask: dtype {given.dtype}; expected bool, integers or one of {', '.join(REAL)}")
+    if given.dtype.kind not in "biu" and given.dtype.name not in DTYPES:
+        raise ValueError(f"attn_mask: dtype {given.dtype}; expected bool, integers or one of {', '.join(DTYPES)}")
     keys = min(given.shape[-1], full[-1]) if pads and given.ndim else full[-1]
     check_broadcasts("attn_mask", given.shape, (*full[:3], keys), "the scores")
-    return given.astype(np.float64) if given.dtype.kind in "iu" else in_wider_type(given), keys
+    return given.astype(np.float64) if given.dtype.kind in "iu" else given, keys
 
 
 def in_wider_type(array: Array, double: bool = False) -> Array:
     """Return half precision as float32, and, if asked for, all numbers as float64."""
-    if double:
-        return array.astype(np.float64)
-    return array.astype(np.float32) if array.dtype.name in HALF else array
+    return cast(array, FLOAT64 if double else real_of(array.dtype))

@@ -12,6 +12,7 @@ except ImportError as error:
     raise ImportError("fastattn.integrations.onnx needs ONNX: pip install onnx, or fastattn[onnx]") from error
 
 import fastattn
+from fastattn.call.halves import cast
 from fastattn.call.problem import Array
 from fastattn.call.selection import describe_scores
 from fastattn.integrations import nodes
@@ -113,7 +114,7 @@ class Attention(OpRun):  # type: ignore[misc]
         out, *matrix = _computed(operands, options, seen, mode)
         if Q.ndim == 3:
             out = out.swapaxes(1, 2).reshape(*Q.shape[:2], query.shape[1] * value.shape[3])
-        return (_rounded(out, Q.dtype), key, value, *(_rounded(scores, Q.dtype) for scores in matrix))
+        return (cast(out, Q.dtype), key, value, *(cast(scores, Q.dtype) for scores in matrix))
 
 
 class FlexAttention(OpRun):  # type: ignore[misc]
@@ -170,8 +171,8 @@ class FlexAttention(OpRun):  # type: ignore[misc]
         )
         options: Options = {"scale": scale, "enable_gqa": True, "score_mod": changed}
         if weighed is None:
-            return (_rounded(fastattn.attention(*operands, **options), Q.dtype),)
-        return (_rounded(_by_rows(operands, options, weighed), Q.dtype),)
+            return (cast(fastattn.attention(*operands, **options), Q.dtype),)
+        return (cast(_by_rows(operands, options, weighed), Q.dtype),)
 
 
 # -- results -----------------------------------------------------------------------------------------------------------
@@ -242,9 +243,3 @@ def _by_rows(operands: Operands, options: Options, prob_mod: Function) -> Array:
         grouped = changed.reshape(batch, kv_heads, heads // max(1, kv_heads), len(rows), keys)
         out[:, :, start : rows.stop] = (grouped @ value[:, :, None]).reshape(batch, heads, len(rows), width)
     return out
-
-
-@np.errstate(all="ignore")
-def _rounded(array: Array, dtype: np.dtype[Any]) -> Array:
-    """Return an array in the type of the node; numbers that have no room there are infinite."""
-    return array.astype(dtype, copy=False)

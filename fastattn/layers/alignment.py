@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fastattn.call.arrays import as_common, as_upstream
+from fastattn.call.arrays import as_upstream
 from fastattn.call.problem import Array, Mask, Shape
 from fastattn.call.score_options import FurtherOptions, scores_from
 from fastattn.call.scores import Scores
 from fastattn.layers.backward import Saved
-from fastattn.layers.base import Layer, common_batch
+from fastattn.layers.base import Layer, as_arrays, common_batch
 from fastattn.layers.masks import changed, mask_of_scores
 from fastattn.layers.scores import Dot
 
@@ -81,17 +81,21 @@ class Alignment(ABC):
         layer: Layer,
         inputs: tuple[Any, ...],
         arrays: list[Array],
+        storage: np.dtype[Any],
         mask: Mask,
         score: Dot,
         return_weights: bool,
         projected_keys: ArrayLike | None = None,
     ) -> Attended:
-        """Attend to inputs of a layer, given as arrays as well, and keep what `backward` wants."""
+        """Attend to inputs of a layer, given as arrays as well, and keep what `backward` wants.
+
+        `storage` is the dtype of the results.
+        """
         query, key, value = arrays
         scored = score.project_query(query)
         out, lse, weights, projected = self.attend(score, scored, key, value, mask, return_weights)
         return Attended(
-            layer, inputs, weights, query, key, value, mask, self, scored, projected, out, lse, projected_keys
+            layer, inputs, weights, storage, query, key, value, mask, self, scored, projected, out, lse, projected_keys
         )
 
     @abstractmethod
@@ -208,8 +212,8 @@ class Interval(Alignment):
 
 def read_inputs(
     layer: Any, inputs: tuple[Any, ...], attn_mask: ArrayLike | None, value_dim: int | None = None, **more: ArrayLike
-) -> tuple[list[Array], Shape, Mask]:
-    """Return arrays of query, key, value and what else is given, the batch's axes, and the mask of a call of a layer.
+) -> tuple[list[Array], np.dtype[Any], Shape, Mask]:
+    """Return arrays of query, key, value and what else is given, the dtype of results, the batch's axes, and the mask.
 
     Parameters
     ----------
@@ -228,11 +232,12 @@ def read_inputs(
         If one has no meaning here, or they do not go together.
     """
     query, key, value = (*inputs, None, None)[:3]
-    arrays = as_common({"query": query, "key": key, "value": key if value is None else value, **more}, also=layer.dtype)
+    given = {"query": query, "key": key, "value": key if value is None else value, **more}
+    arrays, storage = as_arrays(given, layer.dtype)
     q, k, v = arrays[:3]
     features = (v.shape[-1] if v.ndim else 0) if value_dim is None else value_dim
     batch = common_batch([q, k, v], (layer.query_dim, layer.key_dim, features))
-    return arrays, batch, mask_of_scores(attn_mask, (*batch, q.shape[-2], k.shape[-2]))
+    return arrays, storage, batch, mask_of_scores(attn_mask, (*batch, q.shape[-2], k.shape[-2]))
 
 
 def scores_of_rows(

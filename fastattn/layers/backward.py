@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fastattn.call.advice import said
+from fastattn.call.halves import cast
 from fastattn.call.problem import Array
 from fastattn.call.upstream import own_dtype
 
@@ -45,11 +46,14 @@ class Saved:
         What it was called with: query, key and value, as far as they were given.
     weights : ndarray or None
         If they were asked for; `backward` has no need of them.
+    storage : numpy.dtype
+        Of the results.
     """
 
     layer: Any
     inputs: tuple[Any, ...]
     weights: Array | None
+    storage: np.dtype[Any]
 
     @property
     def has_value(self) -> bool:
@@ -58,10 +62,11 @@ class Saved:
 
     def results(self, out: Array, return_weights: bool, return_saved: bool) -> Any:
         """Return what a call returns: its result, or a tuple of this and of what else was asked for."""
-        results: tuple[Any, ...] = (out, self.weights) if return_weights else (out,)
+        found = (out, self.weights) if return_weights else (out,)
+        results: tuple[Any, ...] = tuple(None if each is None else cast(each, self.storage) for each in found)
         if return_saved:
             results = (*results, replace(self, weights=None))
-        return results if len(results) > 1 else out
+        return results if len(results) > 1 else results[0]
 
 
 def given_arguments(*arguments: ArrayLike | None) -> tuple[Any, ...]:

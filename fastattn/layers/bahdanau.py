@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastattn.call.arrays import as_common, as_upstream
+from fastattn.call.arrays import as_upstream
+from fastattn.call.halves import cast
 from fastattn.call.options import check_flag
 from fastattn.call.problem import Array, Shape
 from fastattn.call.score_options import FurtherOptions
 from fastattn.call.seeds import Rng
 from fastattn.layers.alignment import Attended, Interval, read_inputs
 from fastattn.layers.backward import Saved, as_arguments, delivered, given_arguments, recalled, weight_gradient
-from fastattn.layers.base import Layer, check_size, linear
+from fastattn.layers.base import Layer, as_arrays, check_size, linear
 from fastattn.layers.scores import Additive
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class BahdanauAttention(Layer):
         features that a parameter is summed over. (The paper starts with `weight` and `bias` 0 and the matrices within
         some ±0.001, from where only training leads anywhere: all keys weigh the same.)
     dtype : dtype_like
-        float32 or float64.
+        float16, bfloat16, float32 or float64. Half precision is computed with in float32, and results are rounded.
 
     Attributes
     ----------
@@ -146,7 +147,8 @@ class BahdanauAttention(Layer):
         ValueError
             If the keys have other features than the layer.
         """
-        return linear(self._as_keys(key), self.key_weight)
+        array, storage = self._as_keys(key)
+        return cast(linear(array, self.key_weight), storage)
 
     def project_keys_backward(
         self, grad_projected: ArrayLike, inputs: tuple[ArrayLike]
@@ -173,16 +175,17 @@ class BahdanauAttention(Layer):
             As `project_keys`, and for a gradient that has not the shape of its result.
         """
         (key,) = as_arguments(inputs, ("key",), 1)
-        array = self._as_keys(key)
+        array, _ = self._as_keys(key)
         grad = as_upstream("grad_projected", grad_projected, array.dtype, (*array.shape[:-1], self.hidden_dim))
-        grad_weight = weight_gradient(grad, array).astype(self.dtype, copy=False)
+        grad_weight = cast(weight_gradient(grad, array), self.dtype)
         return delivered([linear(grad, self.key_weight.T)], inputs), {"key_weight": grad_weight}
 
-    def _as_keys(self, key: ArrayLike) -> Array:
-        (array,) = as_common({"key": key}, also=self.dtype)
+    def _as_keys(self, key: ArrayLike) -> tuple[Array, np.dtype[Any]]:
+        """Return an array of keys, in the dtype that is computed in, and the dtype of results."""
+        (array,), storage = as_arrays({"key": key}, self.dtype)
         if array.ndim < 1 or array.shape[-1] != self.key_dim:
             raise ValueError(f"key: shape {array.shape}; expected (..., {self.key_dim})")
-        return array
+        return array, storage
 
     def __call__(
         self,
@@ -325,7 +328,7 @@ class BahdanauAttention(Layer):
     ) -> Attended:
         """Project and attend."""
         more: Any = {} if projected_keys is None else {"projected_keys": projected_keys}
-        (q, k, v, *projected), _, mask = read_inputs(self, given, attn_mask, **more)
+        (q, k, v, *projected), storage, _, mask = read_inputs(self, given, attn_mask, **more)
         hidden = projected[0] if projected else None
         expected = (*k.shape[:-1], self.hidden_dim)
         if hidden is not None and hidden.shape != expected:
@@ -334,4 +337,5 @@ class BahdanauAttention(Layer):
                 f"shape {k.shape}"
             )
         alignment = Interval(0, k.shape[-2], options)
-        return alignment.attended(self, given, [q, k, v], mask, self._score(hidden), return_weights, projected_keys)
+        score = self._score(hidden)
+        return alignment.attended(self, given, [q, k, v], storage, mask, score, return_weights, projected_keys)

@@ -13,16 +13,19 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import DTypeLike
+from numpy.typing import ArrayLike, DTypeLike
 
 from fastattn.call.advice import is_tensor, said
-from fastattn.call.arrays import as_array
+from fastattn.call.arrays import DTYPES, as_array, as_common
+from fastattn.call.halves import cast, finfo, is_bfloat16, name_of, native, real_of
 from fastattn.call.problem import FLOAT32, FLOAT64, Array, Shape
 from fastattn.call.seeds import generator_from
 from fastattn.call.shapes import MAX_RANK
+from fastattn.call.widening import widened
 
 __all__ = [
     "Layer",
+    "as_arrays",
     "check_choice",
     "check_dtype",
     "check_size",
@@ -31,7 +34,6 @@ __all__ = [
 ]
 
 INSTALL = "pip install safetensors"
-PARAMETERS = ("float16", "bfloat16", "float32", "float64")  # what they may be given in
 Self = TypeVar("Self", bound="Layer")
 
 
@@ -43,10 +45,12 @@ class Layer(ABC):
     Attributes
     ----------
     dtype : numpy.dtype
-        float32 or float64, of all parameters.
+        float16, bfloat16, float32 or float64, of all parameters.
 
     Notes
     -----
+    A layer of half precision computes in float32, and rounds its results, and gradients, once.
+
     A parameter is an ndarray attribute: read it, write into it, assign another one. What is assigned is checked, and
     converted to the dtype of the layer and to C order. A parameter called ``out_proj.weight`` in a state dict is the
     attribute ``out_proj_weight``.
@@ -74,9 +78,9 @@ class Layer(ABC):
         rng : int, numpy.random.Generator or RandomState, or None
             The same number gives the same parameters, in float32 those of float64, rounded.
         dtype : dtype_like
-            float32 or float64.
+            float16, bfloat16, float32 or float64.
         """
-        self.dtype = check_dtype(dtype)
+        self.dtype = check_dtype(dtype, half=True)
         self._parameters = {name.replace(".", "_"): (name, shape) for name, shape in self.parameter_shapes().items()}
         generator = generator_from(rng)
         for attribute, (name, shape) in self._parameters.items():
@@ -92,17 +96,16 @@ class Layer(ABC):
         if is_tensor(given) and not given.requires_grad and str(given.dtype) == "torch.bfloat16":
             given = given.float()  # NumPy has no bfloat16 to make an array of
         array = as_array(name, given)
-        if array.dtype.name not in PARAMETERS or array.dtype.type is np.longdouble:
+        if name_of(array.dtype) not in DTYPES or array.dtype.type is np.longdouble:
             raise TypeError(f"{name}: dtype {array.dtype}; expected float16, float32 or float64, or bfloat16")
         if array.shape != shape:
             raise ValueError(f"{name}: shape {array.shape}; expected {shape}")
-        with np.errstate(all="ignore"):
-            converted = array.astype(self.dtype, order="C", copy=not array.flags.aligned)
-            if array.dtype.itemsize > self.dtype.itemsize and (np.isinf(converted) & np.isfinite(array)).any():
-                raise ValueError(
-                    f"{name}: the largest magnitude is {np.abs(array).max()}; expected one that {self.dtype} holds"
-                )
-        return converted
+        converted = cast(array, self.dtype)
+        if finfo(array.dtype).max > finfo(self.dtype).max and (np.isinf(converted) & np.isfinite(array)).any():
+            raise ValueError(
+                f"{name}: the largest magnitude is {np.abs(array).max()}; expected one that {self.dtype} holds"
+            )
+        return np.require(converted, requirements=["C", "A"])
 
     def state_dict(self) -> dict[str, Array]:
         """Return copies of all parameters, by name.
@@ -148,9 +151,7 @@ class Layer(ABC):
         """Return the gradients of all parameters, in the order and the dtype of `state_dict`; 0 where there is none."""
         with np.errstate(all="ignore"):
             return {
-                name: gradients[name].astype(self.dtype, copy=False)
-                if name in gradients
-                else np.zeros(shape, self.dtype)
+                name: cast(gradients[name], self.dtype) if name in gradients else np.zeros(shape, self.dtype)
                 for name, shape in self._parameters.values()
             }
 
@@ -206,6 +207,9 @@ class Layer(ABC):
                 state = {name: file.get_tensor(name) for name in names}
         except SafetensorError as error:
             raise ValueError(f"path: {os.fspath(path)} is not a safetensors file: {error}") from error
+        except TypeError as error:
+            said_so = "bfloat16, of which NumPy makes arrays once ml_dtypes is imported"
+            raise TypeError(f"path: {os.fspath(path)} holds {said_so}: {error}") from error
         if metadata.get("layer") != cls.__name__:
             holds = metadata.get("layer", "no layer")
             raise ValueError(
@@ -250,35 +254,58 @@ def common_batch(arrays: list[Array], features: tuple[int, int, int]) -> Shape:
         ) from None
 
 
+def as_arrays(given: Mapping[str, ArrayLike], dtype: np.dtype[Any]) -> tuple[list[Array], np.dtype[Any]]:
+    """Return arrays of the arguments of a layer, in the dtype that it computes in, and the dtype of its results.
+
+    Parameters
+    ----------
+    given : mapping of str to array_like
+        Where one object is given twice, it comes back as one array.
+    dtype : numpy.dtype
+        Of the layer, which has a part in the common one.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `fastattn.call.arrays.as_common`.
+    """
+    arrays = as_common(given, also=dtype)
+    storage = arrays[0].dtype
+    return list(widened(*arrays, mask=None, to=real_of(storage))[:-1]), storage
+
+
 def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
     """Map each row of `x`, shape (..., n), by a matrix of shape (m, n): one product of NumPy's BLAS for all rows."""
+    weight = cast(weight, real_of(weight.dtype))
     # BLAS takes transposed rows as well, but may round otherwise: a layout of the same values gives the same bits
     rows = np.ascontiguousarray(x).reshape(-1, x.shape[-1])
     with np.errstate(all="ignore"):
         y: Array = rows @ weight.T
         if bias is not None:
-            y += bias
+            y += cast(bias, real_of(bias.dtype))
     return y.reshape(*x.shape[:-1], len(weight))
 
 
 # -- arguments of constructors -----------------------------------------------------------------------------------------
 
 
-def check_dtype(given: DTypeLike) -> np.dtype[Any]:
-    """Return the dtype of a layer, float32 or float64.
+def check_dtype(given: DTypeLike, half: bool = False) -> np.dtype[Any]:
+    """Return a dtype, float32 or float64, or if `half` float16 or bfloat16.
 
     Raises
     ------
     TypeError
         If it is another one, or none.
     """
+    expected = f"expected {'float16, bfloat16, ' if half else ''}float32 or float64"
     try:
         dtype = np.dtype(given)
     except TypeError:
-        raise TypeError(f"dtype: {said(given)}; expected float32 or float64") from None
-    if given is None or dtype not in (FLOAT32, FLOAT64):
-        raise TypeError(f"dtype: {said(given)}; expected float32 or float64")
-    return dtype.newbyteorder("=")
+        unknown = ", which NumPy knows once ml_dtypes is imported" if half and given == "bfloat16" else ""
+        raise TypeError(f"dtype: {said(given)}{unknown}; {expected}") from None
+    if given is None or not (dtype in (FLOAT32, FLOAT64) or (half and (dtype == np.float16 or is_bfloat16(dtype)))):
+        raise TypeError(f"dtype: {said(given)}; {expected}")
+    return native(dtype)
 
 
 def check_choice(name: str, given: object, choices: tuple[str, ...]) -> str:

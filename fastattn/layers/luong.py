@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastattn.call.arrays import as_common, as_upstream
+from fastattn.call.arrays import as_upstream
+from fastattn.call.halves import cast
 from fastattn.call.options import check_flag
 from fastattn.call.problem import FLOAT64, Array, Mask, Shape
 from fastattn.call.score_options import FurtherOptions, check_window
@@ -16,7 +17,7 @@ from fastattn.call.shapes import MAX_RANK
 from fastattn.call.upstream import summed_to
 from fastattn.layers.alignment import Alignment, Attended, find_interval, read_inputs
 from fastattn.layers.backward import Saved, as_arguments, delivered, given_arguments, recalled, times, weight_gradient
-from fastattn.layers.base import Layer, check_choice, check_size, linear
+from fastattn.layers.base import Layer, as_arrays, check_choice, check_size, linear
 from fastattn.layers.local import Local, find_local, find_sight
 from fastattn.layers.positions import as_positions
 from fastattn.layers.scores import Concat, Dot, General
@@ -54,7 +55,7 @@ class LuongAttention(Layer):
     rng : int, numpy.random.Generator or RandomState, or None
         What the parameters are drawn from, uniformly within ±0.1 as in the paper.
     dtype : dtype_like
-        float32 or float64.
+        float16, bfloat16, float32 or float64. Half precision is computed with in float32, and results are rounded.
 
     Attributes
     ----------
@@ -295,11 +296,11 @@ class LuongAttention(Layer):
         ValueError
             If the features are not those of the layer, or the other axes do not broadcast.
         """
-        c, h, _ = self._as_combined(context, query)
+        c, h, storage, _ = self._as_combined(context, query)
         weight = self.combine_weight
         with np.errstate(all="ignore"):
             state: Array = np.tanh(linear(c, weight[:, : self.value_dim]) + linear(h, weight[:, self.value_dim :]))
-        return state
+        return cast(state, storage)
 
     @np.errstate(all="ignore")
     def attentional_backward(
@@ -329,27 +330,28 @@ class LuongAttention(Layer):
             As `attentional`, and for a gradient or a state that has not the shape of its result.
         """
         context, query = as_arguments(inputs, ("context", "query"), 2)
-        c, h, rows = self._as_combined(context, query)
+        c, h, _, rows = self._as_combined(context, query)
         shape = (*rows, self.hidden_dim)
         grad = as_upstream("grad_state", grad_state, c.dtype, shape)
-        known = self.attentional(context, query) if state is None else as_upstream("state", state, c.dtype, shape)
+        state = self.attentional(c, h) if state is None else state
+        known = as_upstream("state", state, c.dtype, shape)
         inside = times(grad, 1 - known * known)
         grads, weights, of_context = [], [], self.value_dim
         for array, weight in ((c, self.combine_weight[:, :of_context]), (h, self.combine_weight[:, of_context:])):
             own = summed_to(inside, (*array.shape[:-1], self.hidden_dim))
             grads.append(linear(own, weight.T))
             weights.append(weight_gradient(own, array))
-        combined = np.concatenate(weights, axis=1).astype(self.dtype, copy=False)
+        combined = cast(np.concatenate(weights, axis=1), self.dtype)
         return delivered(grads, inputs), {"combine_weight": combined}
 
-    def _as_combined(self, context: ArrayLike, query: ArrayLike) -> tuple[Array, Array, Shape]:
-        """Return arrays of context and query, and the axes that they have together before the last."""
-        c, h = as_common({"context": context, "query": query}, also=self.dtype)
+    def _as_combined(self, context: ArrayLike, query: ArrayLike) -> tuple[Array, Array, np.dtype[Any], Shape]:
+        """Return arrays of context and query, the dtype of results, and the axes that both have before the last."""
+        (c, h), storage = as_arrays({"context": context, "query": query}, self.dtype)
         for name, array, features in (("context", c, self.value_dim), ("query", h, self.query_dim)):
             if not 1 <= array.ndim <= MAX_RANK or array.shape[-1] != features:
                 raise ValueError(f"{name}: shape {array.shape}; expected (..., {features})")
         try:
-            return c, h, np.broadcast_shapes(c.shape[:-1], h.shape[:-1])
+            return c, h, storage, np.broadcast_shapes(c.shape[:-1], h.shape[:-1])
         except ValueError:
             raise ValueError(
                 f"context, query: shapes {c.shape}, {h.shape}; expected the axes before the last to broadcast"
@@ -372,9 +374,9 @@ class LuongAttention(Layer):
         return_weights: bool,
     ) -> Attended:
         """Attend, and keep what `backward` wants."""
-        arrays, batch, mask = read_inputs(self, given, attn_mask, self.value_dim)
+        arrays, storage, batch, mask = read_inputs(self, given, attn_mask, self.value_dim)
         alignment = self._alignment(arrays[0], arrays[1].shape[-2], batch, mask, positions, options)
-        return alignment.attended(self, given, arrays, mask, self._score(), return_weights)
+        return alignment.attended(self, given, arrays, storage, mask, self._score(), return_weights)
 
     def _alignment(
         self,
@@ -405,16 +407,16 @@ class LuongAttention(Layer):
     def _predict(self, query: Array, sources: Array) -> Array:
         """Return the predicted positions S · sigmoid(v_p · tanh(W_p h)), shape (*batch, Lq), in float64."""
         with np.errstate(all="ignore"):
-            hidden = linear(query, self.position_weight.astype(FLOAT64))
+            hidden = linear(query, cast(self.position_weight, FLOAT64))
             np.tanh(hidden, out=hidden)
             # no matrix product: it would wake BLAS's threads for next to nothing
-            drive = np.einsum("...h,h->...", hidden, self.position_vector.astype(FLOAT64))
+            drive = np.einsum("...h,h->...", hidden, cast(self.position_vector, FLOAT64))
             center: Array = sources / (1 + np.exp(-drive))
         return center
 
     def _predict_backward(self, grad: Array, query: Array, sources: Array) -> tuple[Array, dict[str, Array]]:
         """Return the gradient of the queries, given that of their positions, and those of the parameters in between."""
-        weight, vector = self.position_weight.astype(FLOAT64), self.position_vector.astype(FLOAT64)
+        weight, vector = cast(self.position_weight, FLOAT64), cast(self.position_vector, FLOAT64)
         hidden = np.tanh(linear(query, weight))
         sigmoid = 1 / (1 + np.exp(-np.einsum("...h,h->...", hidden, vector)))
         drive = summed_to(grad * sources, sigmoid.shape)

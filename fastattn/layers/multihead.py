@@ -13,7 +13,8 @@ from numpy.typing import ArrayLike, DTypeLike
 
 from fastattn.api.attention import attention
 from fastattn.api.backward import attention_backward
-from fastattn.call.arrays import as_common, as_upstream
+from fastattn.call.arrays import as_upstream
+from fastattn.call.halves import cast, real_of
 from fastattn.call.options import check_flag
 from fastattn.call.problem import Array, Mask, Shape
 from fastattn.call.score_options import FurtherOptions
@@ -27,7 +28,7 @@ from fastattn.layers.backward import (
     recalled,
     weight_gradient,
 )
-from fastattn.layers.base import Layer, check_size, common_batch, linear
+from fastattn.layers.base import Layer, as_arrays, check_size, common_batch, linear
 from fastattn.layers.masks import as_key_mask, combine, mask_of_scores
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class MultiHeadAttention(Layer):
     rng : int, numpy.random.Generator or RandomState, or None
         What the parameters are drawn from; the same number gives the same layer.
     dtype : dtype_like
-        float32 or float64.
+        float16, bfloat16, float32 or float64. Half precision is computed with in float32, and results are rounded.
 
     Attributes
     ----------
@@ -368,7 +369,7 @@ class MultiHeadAttention(Layer):
             key = query
         if value is None:
             value = key
-        arrays = as_common({"query": query, "key": key, "value": value}, also=self.dtype)
+        arrays, storage = as_arrays({"query": query, "key": key, "value": value}, self.dtype)
         batch = common_batch(arrays, (self.embed_dim, self.kdim, self.vdim))
         queries, keys = arrays[0].shape[-2], arrays[1].shape[-2]
         mask: Any = combine(
@@ -397,11 +398,13 @@ class MultiHeadAttention(Layer):
             context=context,
             lse=lse,
             weights=weights,
+            storage=storage,
         )
 
     def _extra(self, told: dict[str, Any]) -> tuple[Array, Array, float | None, bool]:
         """Return the key and the value on top, shape (Hk, 1, D), and what attention to them is told."""
-        key, value = (each.reshape(self.num_kv_heads, 1, self.head_dim) for each in (self.bias_k, self.bias_v))
+        both = (cast(each, real_of(each.dtype)) for each in (self.bias_k, self.bias_v))
+        key, value = (each.reshape(self.num_kv_heads, 1, self.head_dim) for each in both)
         return key, value, told.get("softcap"), told["enable_gqa"]
 
     def _ends(self) -> tuple[int, int, int, int]:

@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastattn.call.arrays import as_common
 from fastattn.call.broadcasting import check_broadcasts
+from fastattn.call.halves import cast, real_of
 from fastattn.call.options import check_flag, finite_real
 from fastattn.call.problem import FLOAT64, Array, Shape
 from fastattn.layers.base import check_dtype, check_size
@@ -79,7 +80,7 @@ def rotary(
     Parameters
     ----------
     x : array_like, shape (..., L, D)
-        Queries or keys. float32, float64, or integers, which compute in float64.
+        Queries or keys, of a floating dtype, or integers, which compute in float64.
     positions : array_like, broadcasting to (..., L)
         Where each row stands: whole or real finite numbers.
     base : float
@@ -131,7 +132,8 @@ def rotary(
     >>> rotary(np.array([[1.0, 0.0, 5.0]]), angles=[[np.pi / 2]]).round(6)
     array([[0., 1., 5.]])
     """
-    (rows,) = as_common({"x": x})
+    (given,) = as_common({"x": x})
+    rows = cast(given, real_of(given.dtype))
     if rows.ndim < 2:
         raise ValueError(f"x: shape {rows.shape}; expected (..., length, features)")
     turning = _turning(rows.shape, rotary_dim, angles)
@@ -155,7 +157,7 @@ def rotary(
         result[first] = rows[first] * cosine - rows[second] * sine
         result[second] = rows[first] * sine + rows[second] * cosine
         result[..., turning:] = rows[..., turning:]
-    return result
+    return cast(result, given.dtype)
 
 
 def _turning(shape: Shape, rotary_dim: int | None, angles: Any) -> int:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from fastattn.call.halves import cast, common_dtype, is_floating, real_of
 from fastattn.call.problem import Array, Operands, Problem
 from fastattn.call.score_options import FurtherOptions
 from fastattn.call.shapes import describe
@@ -191,7 +192,7 @@ def _described(
 def _widened(layer: Any, *given: ArrayLike) -> tuple[list[Array], dict[str, Array], np.dtype[Any]]:
     """Return arrays and the parameters of the layer in the wider type, and the type of the layer's own call."""
     arrays = [np.asarray(array) for array in given]
-    real = np.result_type(layer.dtype, *arrays)
-    wide: Any = np.float64 if real == np.float32 else np.longdouble
-    state = {name: parameter.astype(wide) for name, parameter in layer.state_dict().items()}
-    return [array.astype(wide) for array in arrays], state, real
+    real = real_of(common_dtype(layer.dtype, *arrays))
+    wide = np.dtype(np.float64 if real == np.float32 else np.longdouble)
+    state = {name: cast(parameter, wide) for name, parameter in layer.state_dict().items()}
+    return [cast(array, wide) if is_floating(array.dtype) else array.astype(wide) for array in arrays], state, real

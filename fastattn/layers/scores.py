@@ -16,6 +16,7 @@ import numpy as np
 from fastattn.api.additive import additive_attention
 from fastattn.api.attention import attention
 from fastattn.api.backward import additive_attention_backward, attention_backward
+from fastattn.call.halves import cast
 from fastattn.call.problem import Array, Mask
 from fastattn.call.score_options import FurtherOptions
 from fastattn.layers.backward import bias_gradient, weight_gradient
@@ -134,7 +135,7 @@ class Dot:
 
     def _vector(self, query: Array) -> Array:
         assert self.vector is not None
-        return self.vector.astype(query.dtype, copy=False)
+        return cast(self.vector, query.dtype)
 
     def _add(self, name: str, gradient: Array) -> None:
         known = self._found.get(name)

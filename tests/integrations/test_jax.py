@@ -66,6 +66,28 @@ def test_output_and_gradients_under_jit(dtype: Any, mask: str | None, causal: bo
             assert float(abs(np.asarray(mine, np.float64) - their).max()) <= bound
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision(dtype: str) -> None:
+    query, key, value, mask = (
+        jax.numpy.asarray(array, dtype) for array in arrays((2, 4, 9, 8), (2, 2, 9, 8), (2, 2, 9, 5), (4, 9, 9))
+    )
+    call = partial(attention, enable_gqa=True, return_lse=True)
+    out, lse = jax.jit(call)(query, key, value, mask)
+    given = [np.asarray(array) for array in (query, key, value, mask)]
+    wanted = tolerances.expected(*given, enable_gqa=True)
+    tolerances.check_out(np.asarray(out), wanted)
+    tolerances.check_lse(np.asarray(lse), wanted)
+
+    def loss(*args: Any) -> Any:
+        out, lse = call(*args)
+        return out.astype(np.float32).sum() + lse.sum()
+
+    found = [np.asarray(each) for each in jax.jit(jax.grad(loss, (0, 1, 2, 3)))(query, key, value, mask)]
+    ones = np.ones(out.shape, np.float32), np.ones(lse.shape, np.float32)
+    exact = tolerances.expected_gradients(ones[0], *given, grad_lse=ones[1], enable_gqa=True)
+    tolerances.check_gradients(tuple(found), tuple(given), *exact)
+
+
 def test_gradients_of_each_sample_by_vmap() -> None:
     query, key, value = arrays((3, 2, 5, 8), (2, 6, 8), (3, 2, 6, 8))
 
@@ -86,9 +108,11 @@ def test_large_arrays_arrive() -> None:
 
 def test_what_is_refused_is_refused_while_tracing() -> None:
     query, key, value = arrays((2, 5, 8), (2, 6, 8), (2, 6, 8))
-    with pytest.raises(TypeError, match="query: dtype bfloat16; expected float32 or float64"):
-        attention(*(jax.numpy.asarray(array, jax.numpy.bfloat16) for array in (query, key, value)))
-    with pytest.raises(TypeError, match="value: dtype int32; expected float32 or float64, the same"):
+    with pytest.raises(
+        TypeError, match="query: dtype float8_e5m2; expected one of float16, bfloat16, float32, float64"
+    ):
+        attention(*(jax.numpy.asarray(array, jax.numpy.float8_e5m2) for array in (query, key, value)))
+    with pytest.raises(TypeError, match="value: dtype int32; expected one of .*, the same"):
         attention(query, key, np.ones((2, 6, 8), np.int32))
     with pytest.raises(ValueError, match="key: shape"):
         jax.jit(attention)(query, key[..., 1:], value)

@@ -223,9 +223,9 @@ def test_what_is_assigned_to_a_parameter_is_checked() -> None:
         (lambda: MultiHeadAttention(8, 2, rng=-1), ValueError, "rng: -1"),
         (lambda: MultiHeadAttention(8, 2, rng=1.0), TypeError, "rng: 1.0 of type float"),
         (
-            lambda: MultiHeadAttention(8, 2, dtype=np.float16),
+            lambda: MultiHeadAttention(8, 2, dtype=np.longdouble),
             TypeError,
-            "dtype: .*float16.*; expected float32 or float64",
+            "dtype: .*longdouble.*; expected float16, bfloat16, float32 or float64",
         ),
         (lambda: MultiHeadAttention(8, 2, dtype="no"), TypeError, "dtype: 'no' of type str"),
         (lambda: MultiHeadAttention(8, 2, dtype=None), TypeError, "dtype: None"),
