@@ -35,6 +35,27 @@ MUTATIONS = (
         ("test_semantics.py", "test_what_is_masked_never_leaks and cpu and float and both"),
     ),
     Mutation(
+        "a mask of bfloat16 is read as one of float16",
+        "cpu/host/plan.py",
+        "return BIAS_BFLOAT16 if is_bfloat16(bias.dtype) else BIAS_HALF",
+        "return BIAS_HALF",
+        ("test_semantics.py", "test_minus_infinity_in_a_mask_is_the_same_as_false and cpu"),
+    ),
+    Mutation(
+        "where a query may look, a mask of bfloat16 is taken for one of float16",
+        "cpu/kernels/scores.py",
+        "if plan.bias_kind == BIAS_BFLOAT16:",
+        "if plan.bias_kind == BIAS_HALF:",
+        ("test_semantics.py", "test_in_half_precision_what_is_masked_never_leaks and cpu"),
+    ),
+    Mutation(
+        "float64 is rounded to bfloat16 twice",
+        "call/halves.py",
+        "words |= (back != array) & ~nan",
+        "words |= (back != back) & ~nan",
+        ("call/test_halves.py", "test_numbers_are_rounded_to_the_nearest"),
+    ),
+    Mutation(
         "a log-sum-exp that has lost its digits is taken for what it says",
         "cpu/kernels/sums.py",
         "size >= plan.precise and size < INFINITY",
