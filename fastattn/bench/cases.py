@@ -9,6 +9,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from fastattn.call.halves import BITS, cast
+
 __all__ = ["CASES", "GROUPS", "QUICK", "Arguments", "Case", "select"]
 
 Pace = Literal["steady", "tight", "paced"]
@@ -37,7 +39,7 @@ class Case:
     batch, heads, length, size : int
         Query, key and value all have the shape (batch, heads, length, size).
     dtype : str
-        "float32" or "float64".
+        "bfloat16", "float16", "float32" or "float64".
     causal : bool
         Whether query i looks at the keys up to i only.
     mask : str
@@ -97,16 +99,17 @@ class Case:
     def arguments(self) -> Arguments:
         """Random inputs, the same ones every time."""
         random = np.random.default_rng(list(self.shape))
-        query, key, value = (random.standard_normal(self.shape).astype(self.dtype) for _ in range(3))
+        dtype = BITS if self.dtype == "bfloat16" else np.dtype(self.dtype)
+        query, key, value = (cast(random.standard_normal(self.shape), dtype) for _ in range(3))
         mask: NDArray[Any] | None = None
         if self.mask == "float":
-            mask = random.standard_normal((1, self.heads, self.length, self.length)).astype(self.dtype)
+            mask = cast(random.standard_normal((1, self.heads, self.length, self.length)), dtype)
         elif self.mask == "bool":
             mask = random.random((1, 1, self.length, self.length)) < 0.8
             mask[..., 0] = True  # no row is empty: there, the peers do not agree on the result
         elif self.mask == "padding":
             mask = np.tile(np.arange(self.length) < self.length * 3 // 4, (self.batch, 1, 1, 1))
-        grad_out = random.standard_normal(self.shape).astype(self.dtype) if self.backward else None
+        grad_out = cast(random.standard_normal(self.shape), dtype) if self.backward else None
         return Arguments(query, key, value, mask, self.causal, grad_out)
 
 
@@ -114,6 +117,7 @@ _FLOAT32 = ((1, 8, 512, 64), (1, 8, 2048, 64), (1, 8, 2048, 128), (1, 2, 8192, 6
 _FLOAT64 = ((1, 8, 1024, 64), (1, 4, 2048, 128))
 _BACKWARD = ((1, 8, 2048, 64), (1, 8, 2048, 128))
 _BACKWARD_64 = ((1, 8, 1024, 64),)
+_HALF = ((1, 8, 512, 64), (1, 8, 2048, 64), (1, 8, 2048, 128))
 _MASKED = (1, 8, 2048, 64)
 _TINY = ((1, 4, 8, 32), (1, 1, 16, 64), (1, 8, 64, 64), (2, 4, 128, 32))
 _PACED = ((1, 8, 64, 64), (1, 8, 256, 64), (1, 12, 512, 64))
@@ -123,6 +127,10 @@ CASES: tuple[Case, ...] = (
     *(Case("float32 causal", *shape, causal=True) for shape in _FLOAT32),
     *(Case("float64", *shape, dtype="float64") for shape in _FLOAT64),
     *(Case("float64 causal", *shape, dtype="float64", causal=True) for shape in _FLOAT64),
+    *(Case("bfloat16", *shape, dtype="bfloat16") for shape in _HALF),
+    *(Case("bfloat16 causal", *shape, dtype="bfloat16", causal=True) for shape in _HALF),
+    *(Case("float16", *shape, dtype="float16") for shape in _HALF),
+    *(Case("float16 causal", *shape, dtype="float16", causal=True) for shape in _HALF),
     Case("float mask per head", *_MASKED, mask="float"),
     Case("boolean mask", *_MASKED, mask="bool"),
     Case("key padding", *_MASKED, mask="padding"),

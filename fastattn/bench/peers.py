@@ -18,9 +18,14 @@ from numpy.typing import NDArray
 import fastattn
 from fastattn import reference
 from fastattn.bench.cases import Arguments, Case
+from fastattn.call.halves import BITS, cast, name_of
 from fastattn.cpu.host import processors
 
 __all__ = ["ENGINES", "OURS", "Call", "Engine", "Unavailable", "check", "cores", "prepare"]
+
+
+#: What a result may be off by, by its dtype. The largest numbers of a result are about 4, and rounded.
+LIMITS = {"bfloat16": 5e-2, "float16": 6e-3, "float32": 2e-5, "float64": 1e-12}
 
 
 class Unavailable(Exception):
@@ -100,7 +105,7 @@ def check(result: NDArray[Any], arguments: Arguments, limit: float | None = None
     rows = np.unique(np.linspace(0, length - 1, min(length, 64), dtype=np.intp))
     below = np.arange(length) <= rows[:, None]
     if limit is None:
-        limit = 2e-5 if arguments.query.dtype == np.float32 else 1e-12
+        limit = LIMITS[name_of(arguments.query.dtype)]
     for batch, head in ((0, 0), (-1, -1)):
         query, key, value = (x[batch, head] for x in (arguments.query, arguments.key, arguments.value))
         mask = arguments.mask
@@ -112,11 +117,12 @@ def check(result: NDArray[Any], arguments: Arguments, limit: float | None = None
         if arguments.grad_out is None:
             expected = reference.attention(query[rows], key, value, mask)
         else:
-            q, k, v = (x.astype(np.float64) for x in (query[rows], key, value))
+            q, k, v = (cast(x, np.dtype(np.float64)) for x in (query[rows], key, value))
             out, lse = reference.attention(q, k, v, mask, return_lse=True)
             grad_out = arguments.grad_out[batch, head][rows]
             expected, *_ = reference.attention_backward(grad_out, q, k, v, out, lse, mask)
-        error = float(np.abs(result[batch, head][rows].astype(np.float64) - expected).max())
+        found, wanted = (cast(array, np.dtype(np.float64)) for array in (result[batch, head][rows], expected))
+        error = float(np.abs(found - wanted).max())
         if not error <= limit:
             raise Unavailable(f"its result is off by {error:.1g}, where {limit:.0g} is allowed")
 
@@ -187,6 +193,8 @@ def _fastattn_backward(arguments: Arguments, threads: int) -> Call:
 
 def _numpy(arguments: Arguments, threads: int) -> Call:
     """Return the formula as it is usually written."""
+    if arguments.query.dtype.itemsize == 2:
+        raise Unavailable("it has no matrix product of half precision")
     if threads != cores():
         raise Unavailable("its BLAS has its own threads")
     query, key, value, mask = arguments.query, arguments.key, arguments.value, arguments.mask
@@ -245,30 +253,42 @@ def _torch(arguments: Arguments, threads: int) -> Call:
     import torch
 
     torch.set_num_threads(threads)
-    query, key, value = (torch.from_numpy(x) for x in (arguments.query, arguments.key, arguments.value))
-    mask = None if arguments.mask is None else torch.from_numpy(arguments.mask)
+    query, key, value = (_tensor(x) for x in (arguments.query, arguments.key, arguments.value))
+    mask = None if arguments.mask is None else _tensor(arguments.mask)
     attention = torch.nn.functional.scaled_dot_product_attention
     latest: list[Any] = [None]
 
     def run() -> None:  # no torch.no_grad(): nothing here wants a gradient, and entering it takes 5 µs
         latest[0] = attention(query, key, value, mask, 0.0, arguments.causal)
 
-    return Call(run, lambda: latest[0].numpy())
+    return Call(run, lambda: _array(latest[0]))
+
+
+def _tensor(array: NDArray[Any]) -> Any:
+    import torch
+
+    if name_of(array.dtype) != "bfloat16":
+        return torch.from_numpy(array)
+    return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)  # PyTorch takes none of NumPy's
+
+
+def _array(tensor: Any) -> NDArray[Any]:
+    return np.asarray(tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor)
 
 
 def _torch_backward(arguments: Arguments, threads: int) -> Call:
     import torch
 
     torch.set_num_threads(threads)
-    leaves = [torch.from_numpy(x).requires_grad_() for x in (arguments.query, arguments.key, arguments.value)]
+    leaves = [_tensor(x).requires_grad_() for x in (arguments.query, arguments.key, arguments.value)]
     out = torch.nn.functional.scaled_dot_product_attention(*leaves, None, 0.0, arguments.causal)
-    grad_out = torch.from_numpy(arguments.grad_out)
+    grad_out = _tensor(arguments.grad_out)  # type: ignore[arg-type]
     latest: list[Any] = [None]
 
     def run() -> None:
         latest[0] = torch.autograd.grad(out, leaves, grad_out, retain_graph=True)
 
-    return Call(run, lambda: latest[0][0].numpy())
+    return Call(run, lambda: _array(latest[0][0]))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -283,25 +303,35 @@ def _openvino(arguments: Arguments, threads: int) -> Call:
     arrays = [arguments.query, arguments.key, arguments.value]
     if arguments.mask is not None:
         arrays.append(arguments.mask)
-    parameters = [opset13.parameter(x.shape, x.dtype.type) for x in arrays]
+    kind = {"bfloat16": openvino.Type.bf16, "float16": openvino.Type.f16}.get(name_of(arguments.query.dtype))
+    parameters = [opset13.parameter(x.shape, kind or x.dtype.type) for x in arrays]
     operation = opset13.scaled_dot_product_attention(*parameters, causal=arguments.causal)
     compiled = openvino.Core().compile_model(
         openvino.Model([operation], parameters),
         "CPU",
         {
             "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_PRECISION_HINT": "f32" if kind is None else kind.to_string(),
             "INFERENCE_NUM_THREADS": threads,
         },
     )
     request = compiled.create_infer_request()
     for index, array in enumerate(arrays):
-        request.set_input_tensor(index, openvino.Tensor(array, shared_memory=True))
-    output = np.empty(arguments.query.shape, compiled.output(0).element_type.to_dtype())
-    request.set_output_tensor(0, openvino.Tensor(output, shared_memory=True))
+        request.set_input_tensor(index, _openvino_tensor(array))
+    like = compiled.output(0).element_type
+    output = np.empty(arguments.query.shape, BITS if like == openvino.Type.bf16 else like.to_dtype())
+    request.set_output_tensor(0, _openvino_tensor(output))
     # all that the class's own method would add is work on inputs and outputs, 5 µs that tiny calls would show
     infer = super(type(request), request).infer
     return Call(lambda: infer({}, True, False), lambda: output)
+
+
+def _openvino_tensor(array: NDArray[Any]) -> Any:
+    import openvino
+
+    if name_of(array.dtype) == "bfloat16":
+        return openvino.Tensor(array.view(np.uint16), array.shape, openvino.Type.bf16)
+    return openvino.Tensor(array, shared_memory=True)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -314,17 +344,24 @@ def _onnxruntime(arguments: Arguments, threads: int) -> Call:
     from onnx import TensorProto, helper
 
     names = {"Q": arguments.query, "K": arguments.key, "V": arguments.value}
+    if name_of(arguments.query.dtype) == "bfloat16":
+        raise Unavailable("it has no kernel for bfloat16 on CPUs")
     if arguments.mask is not None:
         # unlike the others it wants every query's row written out
         wide = (*arguments.mask.shape[:-2], arguments.query.shape[-2], arguments.mask.shape[-1])
         names["mask"] = np.broadcast_to(arguments.mask, wide).copy()
-    kinds = {"float32": TensorProto.FLOAT, "float64": TensorProto.DOUBLE, "bool": TensorProto.BOOL}
+    kinds = {
+        "float16": TensorProto.FLOAT16,
+        "float32": TensorProto.FLOAT,
+        "float64": TensorProto.DOUBLE,
+        "bool": TensorProto.BOOL,
+    }
     node = helper.make_node("Attention", list(names), ["out"], is_causal=int(arguments.causal))
     graph = helper.make_graph(
         [node],
         "attention",
-        [helper.make_tensor_value_info(name, kinds[x.dtype.name], x.shape) for name, x in names.items()],
-        [helper.make_tensor_value_info("out", kinds[arguments.query.dtype.name], arguments.query.shape)],
+        [helper.make_tensor_value_info(name, kinds[name_of(x.dtype)], x.shape) for name, x in names.items()],
+        [helper.make_tensor_value_info("out", kinds[name_of(arguments.query.dtype)], arguments.query.shape)],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
     options = onnxruntime.SessionOptions()

@@ -21,6 +21,7 @@ from fastattn.bench.cases import CASES, GROUPS, QUICK, Case, select
 from fastattn.bench.host import Host, this_host
 from fastattn.bench.measure import Effort, Result
 from fastattn.bench.peers import ENGINES, OURS, Call, Engine, Unavailable
+from fastattn.call.halves import name_of
 from fastattn.console import arguments
 from fastattn.console.terminal import Style
 
@@ -55,7 +56,7 @@ def test_flops_are_those_of_two_products_and_half_of_them_where_causal() -> None
 def test_arguments_are_what_the_case_says(case: Case) -> None:
     arguments = case.arguments
     assert arguments.query.shape == arguments.key.shape == arguments.value.shape == case.shape
-    assert arguments.query.dtype == case.dtype
+    assert name_of(arguments.query.dtype) == case.dtype
     assert arguments.causal == case.causal
     assert (arguments.mask is None) == (case.mask == "")
     if arguments.mask is not None:

@@ -21,7 +21,8 @@ def measure(dtype: str = "float32", threads: int = 1, seconds: float = 0.1) -> f
 
     Parameters
     ----------
-    dtype : {"float32", "float64"}
+    dtype : {"bfloat16", "float16", "float32", "float64"}
+        What lies in memory. Half precision is computed with in float32, or where the machine does it, in pairs.
     threads : int
         How many threads run it at once, each on operands of its own.
     seconds : float
@@ -33,15 +34,16 @@ def measure(dtype: str = "float32", threads: int = 1, seconds: float = 0.1) -> f
         10^9 floating-point operations per second, of all threads together: the best tile's best of several runs.
     """
     row = host()
-    tile = row.tile(dtype)
+    tile = row.tile("float64" if dtype == "float64" else "float32")
     wider = replace(tile, vectors=tile.vectors + 1)
-    return max(_rate(Kernel("peak", row, each), threads, seconds / 2) for each in (tile, wider))
+    reads = "pairs" if dtype == "bfloat16" and row.pairs else "strided"
+    return max(_rate(Kernel("peak", row, each, reads=reads), threads, seconds / 2) for each in (tile, wider))
 
 
 def _rate(kernel: Kernel, threads: int, seconds: float) -> float:
     run, tile = load(kernel).run, kernel.tile
     rows, width = tile.rows, tile.width
-    flops = 2.0 * rows * width * LENGTH
+    flops = (4.0 if kernel.reads == "pairs" else 2.0) * rows * width * LENGTH
     repeats = max(1, int(2e6 / flops) * 10)
     memory = [np.ones((rows + 2 * width) * LENGTH, tile.dtype) for _ in range(threads)]
     best = [np.inf] * threads

@@ -11,7 +11,7 @@ from fastattn.cpu.kernels.key_weights import sum_weights
 from fastattn.cpu.kernels.lanes import captured_functions, score_functions, seen_functions
 from fastattn.cpu.kernels.summary import summarise_group, weigh_known_group
 from fastattn.cpu.kernels.tasks import task_function
-from fastattn.cpu.kernels.tiles import unrolled_product
+from fastattn.cpu.kernels.tiles import product_of_pairs, unrolled_product
 from fastattn.cpu.kernels.weights import weigh_group
 from fastattn.machine import building
 from fastattn.machine.kernel import Kernel
@@ -54,11 +54,12 @@ def _gradients(module, kernel):
 def _peak(kernel):
     """The micro-kernel alone, over and over."""
     tile = kernel.tile
+    product = product_of_pairs if kernel.reads == "pairs" else unrolled_product
 
     @jit
     def run(a, b, out, count, repeats):
         for _ in range(repeats):
-            acc = unrolled_product(tile, tile_fill(tile, 0.0), a, tile.itemsize, tile.rows * tile.itemsize, b, count)
+            acc = product(tile, tile_fill(tile, 0.0), a, tile.itemsize, tile.rows * tile.itemsize, b, count)
             tile_store(acc, out, tile.row_bytes)
 
     return {"run": run}
