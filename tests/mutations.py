@@ -49,6 +49,20 @@ MUTATIONS = (
         ("test_semantics.py", "test_in_half_precision_what_is_masked_never_leaks and cpu"),
     ),
     Mutation(
+        "kernels round what is half way between two numbers of bfloat16 away from 0",
+        "simd/storage.py",
+        "constant(ints, 0x7FFF)), odd)",
+        "constant(ints, 0x8000)), constant(ints, 0))",
+        ("simd/test_storage.py", "test_numbers_are_rounded_to_the_nearest_of_two_the_even_one"),
+    ),
+    Mutation(
+        "subnormal numbers of float16 are 0 to machines without an instruction for them",
+        "simd/storage.py",
+        "constant(floats, 0.5))",
+        "constant(floats, 1.0))",
+        ("simd/test_storage.py", "test_numbers_are_rounded_to_the_nearest_of_two_the_even_one and generic"),
+    ),
+    Mutation(
         "float64 is rounded to bfloat16 twice",
         "call/halves.py",
         "words |= (back != array) & ~nan",
