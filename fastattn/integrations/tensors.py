@@ -9,7 +9,17 @@ import torch
 from fastattn.call.arrays import is_causal_bias, is_hollow
 from fastattn.call.problem import Array
 
-__all__ = ["PLAIN", "array_of", "check_integers", "check_mask", "check_memory", "check_operands", "is_bias"]
+__all__ = [
+    "PLAIN",
+    "array_of",
+    "autocast",
+    "check_integers",
+    "check_mask",
+    "check_memory",
+    "check_operands",
+    "draw_seed",
+    "is_bias",
+]
 
 Tensor: TypeAlias = Any  # PyTorch's types are not known where it is not installed
 
@@ -134,3 +144,17 @@ def array_of(name: str, tensor: Tensor) -> Array:
         raise TypeError(f"{name}: a tensor of shape {tuple(tensor.shape)} that has no memory; expected one that has")
     array: Array = tensor.numpy(force=True)
     return array
+
+
+def autocast(given: Any) -> Any:
+    """Make half precision float32, as autocast does for operations that need it."""
+    if isinstance(given, tuple):
+        return tuple(map(autocast, given))
+    if isinstance(given, torch.Tensor) and given.dtype in (torch.bfloat16, torch.float16):
+        return given.float()
+    return given
+
+
+def draw_seed() -> Tensor:
+    """Draw from PyTorch's generator what decides which weights are dropped."""
+    return torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")
