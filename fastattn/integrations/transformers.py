@@ -44,6 +44,9 @@ CAUSAL = Visible(Scores(right=0))
 
 EVERY_ROW = slice(None)
 
+#: What flash-attention's layers are told of several sequences in one: where each ends, and the longest length.
+OF_SEQUENCES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
 #: The names that are registered.
 NAMES: set[str] = set()
 
@@ -190,6 +193,8 @@ def attention(
         bias, visible = masks.read(attention_mask, query.shape[2], key.shape[2])
     elif query.shape[2] > 1 and (getattr(module, "is_causal", False) if is_causal is None else is_causal):
         visible = CAUSAL
+    if bias is None:
+        visible = masks.by_ends(visible, [others.get(name) for name in OF_SEQUENCES], query, key)
     _refuse(module, others, query, key, bias, visible, sliding_window)
     if position_bias is not None:
         position_bias = position_bias[..., : key.shape[2]]
@@ -299,7 +304,9 @@ def _refuse(
         if several or (numbered is not None and bool((numbered != numbered.flatten()[0]).any())):
             raise ValueError(
                 f"{layer}: cu_seq_lens_q, cu_seq_lens_k, seq_idx: several sequences in one, and no mask that keeps "
-                "them apart; expected position_ids that begin anew with each sequence, which transformers makes one of"
+                "them apart; expected position_ids that begin anew with each sequence, which transformers makes one "
+                f"of, or {', '.join(OF_SEQUENCES)} together, the same for queries and keys, with neither padding nor a "
+                "cache"
             )
     for name, given in others.items():
         if given is not None and given is not False and name not in HARMLESS:
