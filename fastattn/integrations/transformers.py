@@ -242,9 +242,13 @@ allow_is_causal_skip, allow_is_bidirectional_skip, device, **others
     Returns
     -------
     torch.Tensor or None
-        Shape (B, 1, Lq, Lk): a `fastattn.integrations.masks.Mask`, or eager's own while the model is traced, or where
-        its cache is made for that. None: nothing is hidden.
+        Shape (B, 1, Lq, Lk): a `fastattn.integrations.masks.Mask`, or eager's own while the model is traced. None:
+        nothing is hidden.
     """
+    counted = isinstance(q_offset, torch.Tensor)  # by a static cache, for a program that is compiled
+    traced = is_tracing(attention_mask) or (counted and is_tracing(q_offset))
+    if counted and not traced:
+        q_offset = int(q_offset)
     given = {
         "batch_size": batch_size,
         "q_length": q_length,
@@ -256,7 +260,7 @@ allow_is_causal_skip, allow_is_bidirectional_skip, device, **others
         "allow_is_bidirectional_skip": allow_is_bidirectional_skip,
         "device": device,
     }
-    if is_tracing(attention_mask) or not isinstance(q_offset, int):
+    if traced:
         return eager_mask(**given, **others)
     shape, dtype = (batch_size, 1, q_length, kv_length), others.get("dtype", torch.float32)
     packed = intervals.packed(mask_function)
