@@ -644,6 +644,20 @@ MUTATIONS = (
         ("test_semantics.py", "test_what_is_hidden_by_its_score_does_not_leak and cpu"),
     ),
     Mutation(
+        "which keys a function hides is not asked where a gradient of the result is not finite",
+        "cpu/kernels/gradient_sums.py",
+        "return load_element(kernel.tile, grad) != 0.0",
+        "return sees(kernel, plan, head, query, key)",
+        ("test_semantics.py", "test_what_is_hidden_by_its_score_does_not_leak_into_gradients and cpu"),
+    ),
+    Mutation(
+        "additive: which keys a function hides is not noted in the backward pass",
+        "cpu/kernels/additive_terms.py",
+        "        tile_store(bias, hidden, 0)\n",
+        "",
+        ("test_semantics.py", "test_what_a_score_mod_hides_never_leaks_into_gradients_of_additive_attention and cpu"),
+    ),
+    Mutation(
         "a block between two that are seen is taken for full",
         "cpu/kernels/functions.py",
         "whole = whole and load_u8(rows + row * functions.kinds_row + column) == FULL",
