@@ -248,8 +248,9 @@ def bias_of(attn_mask: Any) -> Any:
 def own_dtype(gradient: NDArray[Any], argument: ArrayLike, dtype: np.dtype[Any]) -> NDArray[Any]:
     """Return a gradient in the dtype of its argument, if that is floating, else in that of the call."""
     own = argument.dtype if isinstance(argument, np.ndarray) else np.asarray(argument).dtype
+    floating = own.kind == "f" or own.name == "bfloat16"  # which NumPy does not count among its own
     with np.errstate(all="ignore"):
-        return gradient.astype(own.newbyteorder("=") if own.kind == "f" else dtype, copy=False)
+        return gradient.astype(own.newbyteorder("=") if floating else dtype, copy=False)
 
 
 def summed_to(gradient: NDArray[Any], shape: Shape) -> NDArray[Any]:
