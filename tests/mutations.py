@@ -709,8 +709,8 @@ MUTATIONS = (
     Mutation(
         "additive: what a masked key holds is multiplied by 0",
         "cpu/kernels/additive_terms.py",
-        "if not all_finite(score):",
-        "if all_finite(score) and not all_finite(score):",
+        "    if odd:",
+        "    if odd and not odd:",
         ("api/test_additive_backward.py", "test_nothing_masked_leaks"),
     ),
     Mutation(
