@@ -564,6 +564,13 @@ def test_a_mask_mod_says_which_keys_take_part(attention: Attention, dtype: Any, 
     close(lse, wanted_lse, dtype)
 
 
+def test_a_mask_mod_may_hide_whole_blocks_between_others_that_all_see(attention: Attention) -> None:
+    query, key, value = inputs((150, 700))
+    seen = (np.arange(150)[:, None] // 64 + np.arange(700) // 64) % 2 == 0
+    out = attention(query, key, value, mask_mod=lambda b, h, q, k: (q // 64 + k // 64) % 2 == 0)
+    close(out, attention(query, key, value, seen))
+
+
 @pytest.mark.parametrize("length", [(5, 9), (70, 200)])
 def test_minus_infinity_from_a_score_mod_is_the_same_as_false(attention: Attention, length: tuple[int, int]) -> None:
     query, key, value = inputs(length)
