@@ -658,18 +658,11 @@ MUTATIONS = (
         ("test_semantics.py", "test_what_a_score_mod_hides_never_leaks_into_gradients_of_additive_attention and cpu"),
     ),
     Mutation(
-        "a block between two that are seen is taken for full",
-        "cpu/kernels/functions.py",
-        "whole = whole and load_u8(rows + row * functions.kinds_row + column) == FULL",
-        "whole = whole and load_u8(rows + row * functions.kinds_row + column) in (EMPTY, FULL)",
-        ("test_semantics.py", "test_a_mask_mod_may_hide_whole_blocks_between_others_that_all_see and cpu"),
-    ),
-    Mutation(
         "a block of which some keys are seen is taken for full",
         "cpu/kernels/functions.py",
         "whole = whole and load_u8(rows + row * functions.kinds_row + column) == FULL",
         "whole = whole and load_u8(rows + row * functions.kinds_row + column) != EMPTY",
-        ("test_semantics.py", "test_a_mask_mod_says_which_keys_take_part and cpu"),
+        ("test_semantics.py", "test_a_mask_mod_hides_blocks_of_keys_parts_of_some_and_nothing_of_others and cpu"),
     ),
     Mutation(
         "of a pair of masks only the floating one hides",

@@ -564,11 +564,17 @@ def test_a_mask_mod_says_which_keys_take_part(attention: Attention, dtype: Any, 
     close(lse, wanted_lse, dtype)
 
 
-def test_a_mask_mod_may_hide_whole_blocks_between_others_that_all_see(attention: Attention) -> None:
+def test_a_mask_mod_hides_blocks_of_keys_parts_of_some_and_nothing_of_others(attention: Attention) -> None:
     query, key, value = inputs((150, 700))
-    seen = (np.arange(150)[:, None] // 64 + np.arange(700) // 64) % 2 == 0
-    out = attention(query, key, value, mask_mod=lambda b, h, q, k: (q // 64 + k // 64) % 2 == 0)
-    close(out, attention(query, key, value, seen))
+
+    def mask_mod(batch: Any, head: Any, query: Any, key: Any) -> Any:
+        kind = (query // 64 + key // 64) % 3
+        return kind == 2 or (kind == 1 and (query + key) % 5 > 1)
+
+    kind = (np.arange(150)[:, None] // 64 + np.arange(700) // 64) % 3
+    seen = (kind == 2) | ((kind == 1) & ((np.arange(150)[:, None] + np.arange(700)) % 5 > 1))
+    for _ in range(2):  # what is known of blocks by then
+        close(attention(query, key, value, mask_mod=mask_mod), attention(query, key, value, seen))
 
 
 @pytest.mark.parametrize("length", [(5, 9), (70, 200)])
