@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,22 +12,17 @@ import numba
 import pytest
 
 ROOT = Path(__file__).parent
-NEEDS = {
-    "eager": ["torch"],
-    "masks": ["torch"],
-    "model_code": ["torch", "transformers"],
-    "operators": ["torch"],
-    "torch": ["torch"],
-    "transformers": ["torch", "transformers"],
-    "varlen": ["torch"],
-    "jax": ["jax"],
-    "graphs": ["onnx"],
-    "onnx": ["onnx"],
-}
+LIBRARIES = ("jax", "onnx", "torch", "transformers")  # of which the integrations need some
+
+
+def needed_by(module: Path) -> set[str]:
+    """Return which libraries a module imports."""
+    return set(re.findall(rf"^ *(?:import|from) ({'|'.join(LIBRARIES)})\b", module.read_text("utf-8"), re.MULTILINE))
+
+
+missing = {library for library in LIBRARIES if find_spec(library) is None}
 collect_ignore = [
-    f"fastattn/integrations/{module}.py"
-    for module, libraries in NEEDS.items()
-    if any(find_spec(library) is None for library in libraries)
+    str(module) for module in (ROOT / "fastattn" / "integrations").glob("*.py") if needed_by(module) & missing
 ]
 collect_ignore_glob = ["fastattn/__pyinstaller/hook-*"] + ([] if find_spec("numba_cuda") else ["fastattn/cuda/*"])
 

@@ -679,11 +679,25 @@ MUTATIONS = (
         ("test_semantics.py", "test_what_is_hidden_by_its_score_does_not_leak and cpu"),
     ),
     Mutation(
-        "a block between two that are seen is taken for full",
+        "which keys a function hides is not asked where a gradient of the result is not finite",
+        "cpu/kernels/gradient_sums.py",
+        "return load_element(kernel.tile, grad) != 0.0",
+        "return sees(kernel, plan, head, query, key)",
+        ("test_semantics.py", "test_what_is_hidden_by_its_score_does_not_leak_into_gradients and cpu"),
+    ),
+    Mutation(
+        "additive: which keys a function hides is not noted in the backward pass",
+        "cpu/kernels/additive_terms.py",
+        "        tile_store(bias, hidden, 0)\n",
+        "",
+        ("test_semantics.py", "test_what_a_score_mod_hides_never_leaks_into_gradients_of_additive_attention and cpu"),
+    ),
+    Mutation(
+        "a block of which some keys are seen is taken for full",
         "cpu/kernels/functions.py",
         "whole = whole and load_u8(rows + row * functions.kinds_row + column) == FULL",
         "whole = whole and load_u8(rows + row * functions.kinds_row + column) != EMPTY",
-        ("test_semantics.py", "test_with_functions_a_padded_sequence_has_the_bits_of_the_same_sequence_alone"),
+        ("test_semantics.py", "test_a_mask_mod_hides_blocks_of_keys_parts_of_some_and_nothing_of_others and cpu"),
     ),
     Mutation(
         "of a pair of masks only the floating one hides",
@@ -730,8 +744,8 @@ MUTATIONS = (
     Mutation(
         "additive: what a masked key holds is multiplied by 0",
         "cpu/kernels/additive_terms.py",
-        "if not all_finite(score):",
-        "if all_finite(score) and not all_finite(score):",
+        "    if odd:",
+        "    if odd and not odd:",
         ("api/test_additive_backward.py", "test_nothing_masked_leaks"),
     ),
     Mutation(

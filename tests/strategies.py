@@ -16,6 +16,7 @@ import numpy as np
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from fastattn.api.block_mask import BlockMask
 from fastattn.call.halves import cast, finfo, is_floating
 from fastattn.call.problem import Problem
 from fastattn.call.shapes import describe
@@ -395,19 +396,50 @@ def _mask_mods(rng: np.random.Generator) -> list[Any]:
     return [same_document, dilated, prefix, by_head, lambda batch, head, query, key: False]
 
 
+@st.composite
+def _block_masks(draw: st.DrawFn, rng: np.random.Generator, problem: Problem) -> BlockMask:
+    """Draw a block mask, for all rows of a batch and heads or for each of them, and how it is made."""
+    queries, keys = problem.queries, problem.keys
+    lead = tuple(draw(st.sampled_from((1, size))) for size in (int(np.prod(problem.batch)), problem.heads))
+    how = draw(st.sampled_from(("array", "intervals", "function", "made of others")))
+    if how == "function":
+        rows, heads = (None if size == 1 else size for size in lead)
+        offset = draw(st.integers(-queries - 2, keys + 2))
+        mask_mod = draw(st.sampled_from(_mask_mods(rng)))
+        return BlockMask.from_function(mask_mod, queries, keys, rows, heads, query_offset=offset)
+    begins = rng.integers(-2, keys + 1, (*lead, queries))
+    intervals = BlockMask.from_intervals(begins, begins + rng.integers(0, keys + 3, (queries,)), keys)
+    if how == "intervals":
+        return intervals
+    array = BlockMask.from_array(rng.random((*lead, queries, keys)) < rng.choice((0.02, 0.5, 0.98)))
+    return array if how == "array" else array | ~intervals
+
+
 #: No call with a function has more scores: Python is asked about each of them.
 FEW_SCORES = 20_000
+TOGETHER: tuple[tuple[str, ...], ...] = (
+    ("score_mod",),
+    ("mask_mod",),
+    ("score_mod", "mask_mod"),
+    ("block_mask",),
+    ("score_mod", "block_mask"),
+    ("mask_mod", "block_mask"),
+)
 
 
 @st.composite
 def functions(draw: st.DrawFn, problem: Problem) -> dict[str, Any]:
-    """Draw a function of scores, one that says which keys are seen, or both."""
+    """Draw a function of scores, one that says which keys are seen, a block mask, or two of these."""
     rng = np.random.default_rng(draw(SEEDS))
-    which = draw(st.sampled_from((("score_mod",), ("mask_mod",), ("score_mod", "mask_mod"))))
+    which = draw(st.sampled_from(TOGETHER))
     if np.prod(problem.weights_shape) > FEW_SCORES:
         return {}
-    made = {"score_mod": _score_mods, "mask_mod": _mask_mods}
-    return {name: draw(st.sampled_from(made[name](rng))) for name in which}
+    made = {
+        "score_mod": lambda: st.sampled_from(_score_mods(rng)),
+        "mask_mod": lambda: st.sampled_from(_mask_mods(rng)),
+        "block_mask": lambda: _block_masks(rng, problem),
+    }
+    return {name: draw(made[name]()) for name in which}
 
 
 @st.composite
@@ -475,7 +507,7 @@ def calls(
         Whether queries have windows, offsets and lengths, scores a softcap and slopes, heads sinks, and masks come in
         pairs; not if small, unless asked for.
     with_functions
-        Whether there are functions of the user's, where there are few scores.
+        Whether there are functions of the user's, or block masks, where there are few scores.
     """
     query_shape, key_shape, value_shape, enable_gqa = draw(shapes(empty=empty, small=small))
     dtype = draw(ALL_DTYPES)

@@ -574,6 +574,19 @@ def test_a_mask_mod_says_which_keys_take_part(attention: Attention, dtype: Any, 
     close(lse, wanted_lse, dtype)
 
 
+def test_a_mask_mod_hides_blocks_of_keys_parts_of_some_and_nothing_of_others(attention: Attention) -> None:
+    query, key, value = inputs((150, 700))
+
+    def mask_mod(batch: Any, head: Any, query: Any, key: Any) -> Any:
+        kind = (query // 64 + key // 64) % 3
+        return kind == 2 or (kind == 1 and (query + key) % 5 > 1)
+
+    kind = (np.arange(150)[:, None] // 64 + np.arange(700) // 64) % 3
+    seen = (kind == 2) | ((kind == 1) & ((np.arange(150)[:, None] + np.arange(700)) % 5 > 1))
+    for _ in range(2):  # what is known of blocks by then
+        close(attention(query, key, value, mask_mod=mask_mod), attention(query, key, value, seen))
+
+
 @pytest.mark.parametrize("length", [(5, 9), (70, 200)])
 def test_minus_infinity_from_a_score_mod_is_the_same_as_false(attention: Attention, length: tuple[int, int]) -> None:
     query, key, value = inputs(length)
@@ -620,6 +633,72 @@ def test_what_is_hidden_by_its_score_does_not_leak(attention: Attention) -> None
     out = attention(query, key, value, score_mod=lambda s, b, h, q, k: s if s > 0 else -np.inf)
     np.testing.assert_array_equal(np.isnan(out).any(-1), ~hidden[..., 3])
     close(out[hidden[..., 3]], clean[hidden[..., 3]])
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("bad", [NAN, INF])
+@pytest.mark.parametrize("length", [(5, 9), (70, 200)])
+def test_what_is_hidden_by_its_score_does_not_leak_into_gradients(
+    backend: str, length: tuple[int, int], bad: float, softcap: float | None
+) -> None:
+    query, key, value = inputs(length)
+    key[:, 4], value[:, 4] = NAN, INF
+    bias, table = normal(*length, seed=4), normal(length[1], seed=6)
+    scores = query.astype(np.float64) @ key.astype(np.float64).swapaxes(-1, -2) / 4
+    scores = (scores if softcap is None else softcap * np.tanh(scores / softcap)) + bias
+    names = ("query", "key", "value", "attn_mask", *(("table",) if backend == "cpu" else ()))
+    options: dict[str, Any] = {
+        "attn_mask": bias,
+        "softcap": softcap,
+        "score_mod": lambda s, b, h, q, k: s + table[k] if s > 0.1 else -np.inf,
+        "backend": backend,
+    }
+    out, lse = fastattn.attention(query, key, value, **options, return_lse=True)
+    grad_out = normal(*out.shape, seed=5)
+    call: Any = (query, key, value, out, lse)
+    clean = dict(zip(names, fastattn.attention_backward(grad_out, *call, **options, grads=names), strict=True))
+    grad_out[:, 2, 3] = bad
+    found = dict(zip(names, fastattn.attention_backward(grad_out, *call, **options, grads=names), strict=True))
+    seen = scores > 0.1
+    for name, looks in (("query", np.arange(length[0]) == 2), ("key", seen[:, 2]), ("value", seen[:, 2])):
+        looks = np.broadcast_to(looks, found[name].shape[:-1])
+        columns = found[name][..., 3:4] if name == "value" else found[name]
+        np.testing.assert_array_equal(np.isfinite(columns).any(-1), ~looks)
+        np.testing.assert_array_equal(found[name][~looks], clean[name][~looks])
+    looks = (np.arange(length[0]) == 2)[:, None] & seen.any(axis=0)
+    np.testing.assert_array_equal(np.isfinite(found["attn_mask"]), ~looks)
+    if backend == "cpu":
+        np.testing.assert_array_equal(np.isfinite(found["table"]), ~seen[:, 2].any(axis=0))
+
+
+@pytest.mark.parametrize("length", [(5, 9), (70, 200)])
+def test_what_a_score_mod_hides_never_leaks_into_gradients_of_additive_attention(
+    backend: str, length: tuple[int, int]
+) -> None:
+    backend = "cpu" if backend == "cuda" else backend
+    query, key, value = inputs(length)
+    arrays = [*(0.3 * query[0], 0.3 * key[0], value[0]), normal(query.shape[-1], seed=7)]
+
+    def hiding(score: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
+        return -np.inf if key == 3 or key == 4 or query == 2 or (query + key) % 5 == 0 else score
+
+    def gradients(*arrays: Any) -> Any:
+        options: dict[str, Any] = {"score_mod": hiding, "backend": backend}
+        out, lse = fastattn.additive_attention(*arrays, return_lse=True, **options)
+        grad_out = normal(*out.shape, seed=5)
+        grad_out[2], grad_out[1] = INF, np.where(np.arange(out.shape[-1]) == 3, NAN, grad_out[1])
+        return fastattn.additive_attention_backward(grad_out, *arrays, out, lse, **options)
+
+    clean = gradients(*arrays)
+    seen = np.isin(np.arange(length[1]), (3, 4), invert=True) & ((1 + np.arange(length[1])) % 5 != 0)
+    np.testing.assert_array_equal(np.isnan(clean[2][:, 3]), seen)
+    assert np.isfinite(np.delete(clean[2], 3, axis=-1)).all()
+    np.testing.assert_array_equal(np.isnan(clean[1]).any(-1), seen)
+    for array in arrays[1:3]:
+        array[3], array[4] = NAN, INF
+    arrays[0][2] = NAN
+    for found, wanted in zip(gradients(*map(np.asarray, arrays)), clean, strict=True):
+        np.testing.assert_array_equal(found, wanted)
 
 
 def test_where_a_mask_mod_hides_everything_out_is_zero(attention: Attention) -> None:

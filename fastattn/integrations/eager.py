@@ -22,7 +22,7 @@ from fastattn.integrations.functions import Functions
 from fastattn.integrations.operators import OPERATORS, Operator, refuse, save_nothing
 from fastattn.integrations.tensors import PLAIN
 
-__all__ = ["call"]
+__all__ = ["apart", "call"]
 
 Tensor: TypeAlias = Any  # PyTorch's types are not known where it is not installed
 
@@ -43,6 +43,12 @@ def call(name: str, *args: Any) -> Any:
     if _transforming() or forward_ad._current_level >= 0:
         return transformed.apply(*args)
     return function.apply(*args) if _wants_gradient(args) else compute(*args)
+
+
+@torch.compiler.disable(reason="fastattn compiles functions of scores itself")  # type: ignore[untyped-decorator]
+def apart(function: Any, *args: Any, **options: Any) -> Any:
+    """Call a function between the parts of a program that PyTorch compiles."""
+    return function(*args, **options)
 
 
 def _compiled() -> bool:

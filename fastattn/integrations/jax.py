@@ -75,6 +75,7 @@ def attention(
         have gradients. Arrays may be traced. ``score_mod`` and ``mask_mod`` are functions, written with ``jax.numpy``
         or ``numpy``, which are compiled by fastattn and never traced: what arrays and numbers they capture is read when
         the call runs, has to have numbers by then, and gets no gradient. Under ``vmap`` each call counts its own batch.
+        ``block_mask`` is a `fastattn.BlockMask`.
 
     Returns
     -------

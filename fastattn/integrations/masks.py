@@ -8,15 +8,16 @@ that is boolean, or leaves causality to the kernel, would silently be wrong ther
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
 from torch.utils._pytree import tree_map_only
+from transformers.utils.import_utils import is_tracing
 
 from fastattn.call.scores import Scores
 
-__all__ = ["EVERYTHING", "Mask", "Visible", "as_eager", "compact", "read"]
+__all__ = ["EVERYTHING", "Mask", "Visible", "as_eager", "by_ends", "compact", "read"]
 
 Tensor: TypeAlias = Any  # PyTorch's types are not known where it is not installed
 
@@ -139,6 +140,28 @@ def _read(mask: Mask, queries: int, keys: int) -> tuple[Tensor | None, Visible]:
     if mask.numbers is not None or mask.shape[-2:] != (queries, keys):
         return as_eager(mask), EVERYTHING
     return None, mask.visible
+
+
+def by_ends(visible: Visible, told: list[Any], query: Tensor, key: Tensor) -> Visible:
+    """Return which keys are left where a model says in numbers where sequences end, as flash-attention takes it.
+
+    That is all of (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k), and of two cumulative lengths that are
+    the same, of all rows of the batch one behind the other. What flash-attention would not go by changes nothing: less
+    than all of these, or a mask besides that has padding.
+    """
+    rows, _, length, _ = query.shape
+    masked = any(each is not None for each in (visible.lengths, visible.kept, visible.sequences))
+    if masked or any(each is None for each in told) or is_tracing(query):
+        return visible
+    ends, others = (each.long() for each in told[:2])
+    if length != key.shape[2] or visible.interval.offset or not torch.equal(ends, others):
+        return visible
+    tokens = torch.arange(rows * length, device=ends.device)
+    starts = tokens[::length]
+    if ends[0] != 0 or ends[-1] != rows * length or bool((ends.diff() < 0).any()) or not torch.isin(starts, ends).all():
+        return visible
+    numbers = torch.searchsorted(ends[1:].contiguous(), tokens, right=True)
+    return replace(visible, sequences=numbers.unflatten(0, (rows, length)))
 
 
 def _is_all_of(mask: Mask, found: Tensor) -> bool:

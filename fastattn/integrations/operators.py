@@ -1,16 +1,16 @@
-"""The operators ``fastattn::attention`` and ``fastattn::additive_attention``, as PyTorch's dispatcher knows them.
+"""The operators of attention, of packed sequences as well, and additive attention, as PyTorch's dispatcher knows them.
 
 Each comes with what PyTorch asks of an operator: a kernel, which works on the memory of the tensors; a fake kernel,
 which knows the shapes and strides of its results without computing them, for ``torch.compile``; its derivative, which
-is an operator, too; and a rule for ``vmap``. Arguments have been checked before, in
-`fastattn.integrations.torch`.
+is an operator, too; and a rule for ``vmap``. Arguments have been checked before, in `fastattn.integrations.torch` and
+`fastattn.integrations.varlen`.
 
 An operator's arguments are called as those of the function that its kernel calls, but for these. `causal`, whether
 causality is wanted, is one of the words that `fastattn.call.options.check_causal` returns. A `seed` is a tensor, not an
 int, so that a compiled program can draw it. Last come arguments that may be left out: `keep`, the boolean one of two
-masks, and those of `fastattn.integrations.keywords`. Kernels, but not operators, take `functions` behind them, and the
-tensors that these capture; between them that of a derivative takes `with_captured`, for each of these tensors the names
-by which fastattn knows it, or none, where its gradient is not wanted.
+masks, where there are masks, and those of `fastattn.integrations.keywords`. Kernels, but not operators, take
+`functions` behind them, and the tensors that these capture; between them that of a derivative takes `with_captured`,
+for each of these tensors the names by which fastattn knows it, or none, where its gradient is not wanted.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ Tensor: TypeAlias = Any  # PyTorch's types are not known where it is not install
 
 CAUSAL: dict[str, bool | str] = {"no": False, "top-left": True, "bottom-right": "bottom-right"}
 
-OPTIONS = "Tensor? attn_mask, float dropout_p, str causal, float? scale, bool enable_gqa, Tensor? seed"
+NUMBERS = "float dropout_p, str causal, float? scale, bool enable_gqa, Tensor? seed"
+OPTIONS = f"Tensor? attn_mask, {NUMBERS}"
+LENGTHS = "Tensor cu_seqlens_q, Tensor? cu_seqlens_k"
 FURTHER = f"Tensor? keep=None, {keywords.SCHEMA}"
 GRADIENTS = "Tensor? grad_out, Tensor? grad_lse"
 OPERANDS = "Tensor query, Tensor key, Tensor value"
@@ -46,6 +48,9 @@ SCHEMAS = {
     "attention": f"({OPERANDS}, {OPTIONS}, {FURTHER}) -> (Tensor out, Tensor lse)",
     "attention_backward": f"({GRADIENTS}, {OPERANDS}, Tensor out, Tensor lse, {OPTIONS}, bool with_attn_mask, "
     f"{FURTHER}, {OF_HEADS}) -> ({GRADIENTS_OF_OPERANDS}, Tensor grad_attn_mask, {GRADIENTS_OF_HEADS})",
+    "attention_varlen": f"({OPERANDS}, {LENGTHS}, {NUMBERS}, {keywords.SCHEMA}) -> (Tensor out, Tensor lse)",
+    "attention_varlen_backward": f"({GRADIENTS}, {OPERANDS}, Tensor out, Tensor lse, {LENGTHS}, {NUMBERS}, "
+    f"{keywords.SCHEMA}, {OF_HEADS}) -> ({GRADIENTS_OF_OPERANDS}, {GRADIENTS_OF_HEADS})",
     "additive_attention": f"({OPERANDS}, Tensor weight, Tensor? attn_mask, str causal, {FURTHER})"
     " -> (Tensor out, Tensor lse)",
     "additive_attention_backward": f"(Tensor grad_out, {OPERANDS}, Tensor weight, Tensor out, Tensor lse, "
@@ -82,7 +87,8 @@ class Operator:
             schema = getattr(torch.ops.fastattn, operator).default._schema
             self._arguments[operator] = [*(argument.name for argument in schema.arguments), "functions"]
         self._arguments[self.derivative].append("with_captured")
-        self._required = self._arguments[name].index("keep")  # how many no call leaves out
+        arguments = getattr(torch.ops.fastattn, name).default._schema.arguments
+        self._required = sum(not argument.has_default_value() for argument in arguments)  # how many no call leaves out
         torch.library.register_autograd(f"fastattn::{name}", self.differentiate, setup_context=self.save)
         torch.library.register_autograd(f"fastattn::{self.derivative}", refuse, setup_context=save_nothing)
 
@@ -221,6 +227,18 @@ class Attention(Operator):
         return out, lse
 
 
+class Varlen(Operator):
+    """The operator of attention of packed sequences."""
+
+    differentiates_lse = True
+
+    def forward_fake(self, query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+        """Return empty tensors for what `forward` computes."""
+        heads = _heads(query.size(1), key.size(1), value.size(1))
+        lse = query.new_empty((query.size(0), heads), dtype=sums_dtype(query.dtype))
+        return query.new_empty((query.size(0), heads, value.size(-1))), lse
+
+
 def _options(names: list[str], args: tuple[Any, ...]) -> dict[str, Any]:
     """Return what a function of fastattn's is called with, given arguments of an operator; None stands for none.
 
@@ -278,11 +296,16 @@ def _call(name: str, *args: Any, **options: Any) -> Any:
 def _rows(query: Tensor, key: Tensor, value: Tensor) -> tuple[Any, ...]:
     """Return the shape of the log-sum-exp, (..., Hq, Lq)."""
     batch = torch.broadcast_shapes(*(tensor.shape[:-3] for tensor in (query, key, value)))
-    heads, *others = (tensor.size(-3) if tensor.dim() > 2 else 1 for tensor in (query, key, value))
-    if heads == 1:
-        heads = others[1] if others[0] == 1 else others[0]
+    heads = _heads(*(tensor.size(-3) if tensor.dim() > 2 else 1 for tensor in (query, key, value)))
     head_axis = (heads,) if max(tensor.dim() for tensor in (query, key, value)) > 2 else ()
     return (*batch, *head_axis, query.size(-2))
+
+
+def _heads(query: Any, key: Any, value: Any) -> Any:
+    """Return how many heads a result has, given how many each operand has."""
+    if query != 1:
+        return query
+    return value if key == 1 else key
 
 
 def _one_by_one(name: str, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
@@ -306,5 +329,9 @@ def _one_by_one(name: str, info: Any, in_dims: tuple[Any, ...], *args: Any) -> t
 #: By their names.
 OPERATORS = {
     operator.name: operator
-    for operator in (Attention("attention", operands=3), Operator("additive_attention", operands=4))
+    for operator in (
+        Attention("attention", operands=3),
+        Varlen("attention_varlen", operands=3),
+        Operator("additive_attention", operands=4),
+    )
 }

@@ -18,7 +18,7 @@ from fastattn.call.score_options import FurtherOptions, ScoreMod
 from fastattn.integrations import eager
 from fastattn.integrations.functions import has_functions
 from fastattn.integrations.keywords import flattened
-from fastattn.integrations.tensors import check_mask, check_operands, in_autocast, is_bias
+from fastattn.integrations.tensors import check_mask, check_operands, draw_seed, in_autocast, is_bias
 from fastattn.integrations.varlen import attention_varlen
 
 if TYPE_CHECKING:
@@ -157,15 +157,15 @@ def attention_with_lse(
     tensor([[2.]])
     """
     if torch.compiler.is_compiling() and has_functions(options):
-        numbers = (dropout_p, is_causal, scale, enable_gqa)
-        apart: tuple[Tensor, Tensor] = _apart(attention_with_lse, query, key, value, attn_mask, *numbers, **options)
+        given = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        apart: tuple[Tensor, Tensor] = eager.apart(attention_with_lse, *given, **options)
         return apart
     if torch.is_autocast_enabled("cpu"):
         query, key, value = map(in_autocast, (query, key, value))
     check_operands(query=query, key=key, value=value)
     mask, keep, causal = _masks_and_causality(attn_mask, check_causal(is_causal), query, key)
     dropout_p, scale, enable_gqa = check_dropout(dropout_p), check_scale(scale), check_flag("enable_gqa", enable_gqa)
-    seed = _draw_seed() if dropout_p > 0 else None
+    seed = draw_seed() if dropout_p > 0 else None
     further = (keep, *flattened(options)) if options or keep is not None else ()
     told = (dropout_p, causal, scale, enable_gqa)
     results: tuple[Tensor, Tensor] = eager.call("attention", query, key, value, mask, *told, seed, *further)
@@ -231,7 +231,7 @@ def additive_attention(
     torch.Size([64])
     """
     if torch.compiler.is_compiling() and has_functions(options):
-        return _apart(additive_attention, query, key, value, weight, attn_mask, is_causal, **options)
+        return eager.apart(additive_attention, query, key, value, weight, attn_mask, is_causal, **options)
     if torch.is_autocast_enabled("cpu"):
         query, key, value, weight = map(in_autocast, (query, key, value, weight))
     check_operands(query=query, key=key, value=value, weight=weight)
@@ -332,12 +332,6 @@ def flex_attention(
     return (out, lse) if return_lse else out
 
 
-@torch.compiler.disable(reason="fastattn compiles functions of scores itself")  # type: ignore[untyped-decorator]
-def _apart(function: Any, *args: Any, **options: Any) -> Any:
-    """Call a function between the parts of a program that PyTorch compiles."""
-    return function(*args, **options)
-
-
 # -- masks -------------------------------------------------------------------------------------------------------------
 
 
@@ -388,11 +382,3 @@ def _with_bias(causal: str, bias: Tensor, query: Tensor, key: Tensor) -> str:
     if causal in ("no", meant):
         return meant
     return "top-left" if lengths[0] <= lengths[1] else "bottom-right"
-
-
-# -- dropout -----------------------------------------------------------------------------------------------------------
-
-
-def _draw_seed() -> Tensor:
-    """Draw from PyTorch's generator what decides which weights are dropped."""
-    return torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")

@@ -44,6 +44,9 @@ CAUSAL = Visible(Scores(right=0))
 
 EVERY_ROW = slice(None)
 
+#: What flash-attention's layers are told of several sequences in one: where each ends, and the longest length.
+OF_SEQUENCES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
 #: The names that are registered.
 NAMES: set[str] = set()
 
@@ -188,6 +191,8 @@ def attention(
         bias, visible = masks.read(attention_mask, query.shape[2], key.shape[2])
     elif query.shape[2] > 1 and (getattr(module, "is_causal", False) if is_causal is None else is_causal):
         visible = CAUSAL
+    if bias is None:
+        visible = masks.by_ends(visible, [others.get(name) for name in OF_SEQUENCES], query, key)
     _refuse(module, others, query, key, bias, visible, sliding_window)
     if position_bias is not None:
         position_bias = position_bias[..., : key.shape[2]]
@@ -235,9 +240,13 @@ allow_is_causal_skip, allow_is_bidirectional_skip, device, **others
     Returns
     -------
     torch.Tensor or None
-        Shape (B, 1, Lq, Lk): a `fastattn.integrations.masks.Mask`, or eager's own while the model is traced, or where
-        its cache is made for that. None: nothing is hidden.
+        Shape (B, 1, Lq, Lk): a `fastattn.integrations.masks.Mask`, or eager's own while the model is traced. None:
+        nothing is hidden.
     """
+    counted = isinstance(q_offset, torch.Tensor)  # by a static cache, for a program that is compiled
+    traced = is_tracing(attention_mask) or (counted and is_tracing(q_offset))
+    if counted and not traced:
+        q_offset = int(q_offset)
     given = {
         "batch_size": batch_size,
         "q_length": q_length,
@@ -249,7 +258,7 @@ allow_is_causal_skip, allow_is_bidirectional_skip, device, **others
         "allow_is_bidirectional_skip": allow_is_bidirectional_skip,
         "device": device,
     }
-    if is_tracing(attention_mask) or not isinstance(q_offset, int):
+    if traced:
         return eager_mask(**given, **others)
     shape, dtype = (batch_size, 1, q_length, kv_length), others.get("dtype", torch.float32)
     packed = intervals.packed(mask_function)
@@ -295,7 +304,9 @@ def _refuse(
         if several or (numbered is not None and bool((numbered != numbered.flatten()[0]).any())):
             raise ValueError(
                 f"{layer}: cu_seq_lens_q, cu_seq_lens_k, seq_idx: several sequences in one, and no mask that keeps "
-                "them apart; expected position_ids that begin anew with each sequence, which transformers makes one of"
+                "them apart; expected position_ids that begin anew with each sequence, which transformers makes one "
+                f"of, or {', '.join(OF_SEQUENCES)} together, the same for queries and keys, with neither padding nor a "
+                "cache"
             )
     for name, given in others.items():
         if given is not None and given is not False and name not in HARMLESS:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import additive_gradients
 import numpy as np
 import tolerances
+from additive_cases import additive_calls
 from hypothesis import given, settings
 from strategies import Call, bias_in, calls
 
@@ -71,10 +74,30 @@ def test_gradients(call: Call) -> None:
 @given(call=calls(with_functions=True, sizes=PLAIN, masks=(None,)))
 def test_summary_and_weights(call: Call) -> None:
     query, key = call.query, call.key
-    # numbers of query heads are drawn for those of value, which is not here
+    # numbers of query heads, and of rows, are drawn for those of value, which is not here
     options = {name: given for name, given in call.options.items() if name not in ("sinks", "alibi_slopes")}
+    if "block_mask" in options and options["block_mask"].shape[:2] != (1, 1):
+        options.pop("block_mask")
     wanted = tolerances.expected(query, key, key, **options)
     summary = fastattn.attention_summary(query, key, **options, top_k=3)
     problem, operands = describe(*as_operands(query, key, key), **options)
     tolerances.check_summary(summary, reference.summarise(problem, operands, 3), wanted)
     tolerances.check_weights(fastattn.attention_weights(query, key, **options), wanted)
+    rows, columns = slice(None, None, 3), slice(1, None, 2)
+    few = replace(wanted, weights=wanted.weights[..., rows, columns], weights_bound=wanted.weights_bound[..., rows, :])
+    tolerances.check_weights(fastattn.attention_weights(query, key, **options, rows=rows, columns=columns), few)
+
+
+@settings(max_examples=settings().max_examples // 4)
+@given(call=additive_calls(with_functions=True))
+def test_additive_attention(call: Call) -> None:
+    def attend(*arrays: Any, weight: Any, rng: Any, **options: Any) -> Any:
+        return fastattn.additive_attention(*arrays[:3], weight, *arrays[3:], **options)
+
+    tolerances.check_call(attend, *call.args, **call.options)
+
+
+@settings(max_examples=settings().max_examples // 4)
+@given(call=additive_calls(with_functions=True))
+def test_gradients_of_additive_attention(call: Call) -> None:
+    additive_gradients.check(call)

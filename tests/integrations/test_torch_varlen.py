@@ -13,6 +13,17 @@ import fastattn  # noqa: E402
 from fastattn.integrations.torch import attention_varlen, attention_with_lse  # noqa: E402
 
 QUERIES, KEYS = [0, 5, 5, 20], [0, 9, 12, 30]
+DISTANCES = torch.linspace(-2, 2, 20, dtype=torch.float64)
+
+
+def by_distance(score: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
+    return torch.tanh(score) * 3 + DISTANCES[torch.abs(query - key)] * head
+
+
+def not_every_third(batch: Any, head: Any, query: Any, key: Any) -> Any:
+    return (query + key) % 3 != 0
+
+
 OPTIONS: tuple[dict[str, Any], ...] = (
     {},
     {"is_causal": "bottom-right"},
@@ -20,6 +31,7 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"is_causal": True, "query_offset": torch.tensor([1, 0, -2])},
     {"alibi_slopes": torch.tensor([0.5, 0.25, 1.0, 0.0])},
     {"sinks": torch.tensor([0.5, -3.0, float("-inf"), 2.0])},
+    {"score_mod": by_distance, "mask_mod": not_every_third, "softcap": 3.0},
 )
 
 
@@ -81,6 +93,62 @@ def test_what_heads_have_has_gradients_as_well(by_sequence: bool) -> None:
         found.append(torch.autograd.grad(out.sin().sum() + lse.sum(), (slopes, sinks)))
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
+
+
+def learned(generator: Any, *shape: int) -> Any:
+    """Return a tensor that wants its gradient."""
+    return torch.rand(shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+
+def test_what_functions_capture_has_gradients_as_well() -> None:
+    lengths, generator = (torch.tensor(QUERIES), torch.tensor(KEYS)), torch.Generator().manual_seed(1)
+    by_sequence, near, sinks = learned(generator, 3, 4), learned(generator, 5), learned(generator, 3, 4)
+
+    def call(query: Any, by_sequence: Any, near: Any, sinks: Any) -> Any:
+        def score_mod(score: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
+            return torch.sigmoid(score * by_sequence[batch, head]) + near[torch.clamp(key - query, -2, 2) + 2]
+
+        options: dict[str, Any] = {"score_mod": score_mod, "mask_mod": not_every_third, "sinks": sinks}
+        return attention_varlen(query, *others, *lengths, enable_gqa=True, **options)
+
+    query, *others = (tensor.detach() for tensor in tensors())
+    leaves = (query.requires_grad_(), by_sequence, near, sinks)
+    assert torch.autograd.gradcheck(call, leaves)
+    found = []
+    for function in (call, torch.compile(call, backend="eager")):
+        out, lse = function(*leaves)
+        found.append((out, lse, *torch.autograd.grad(out.sin().sum() + lse.sum(), leaves)))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_function_is_told_the_number_of_the_sequence() -> None:
+    packed, lengths = tensors(requires_grad=False), (torch.tensor(QUERIES), torch.tensor(KEYS))
+    shift = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
+    out, lse = attention_varlen(
+        *packed, *lengths, enable_gqa=True, score_mod=lambda score, batch, head, query, key: score + shift[batch]
+    )
+    plain, sums = attention_varlen(*packed, *lengths, enable_gqa=True)
+    torch.testing.assert_close(out, plain)
+    torch.testing.assert_close(lse[:5], sums[:5])
+    torch.testing.assert_close(lse[5:], sums[5:] + 2)
+
+
+def test_transforms_of_torch_func() -> None:
+    packed, lengths = tensors(requires_grad=False), (torch.tensor(QUERIES), torch.tensor(KEYS))
+
+    def call(query: Any, **functions: Any) -> Any:
+        out, _ = attention_varlen(query, *packed[1:], *lengths, enable_gqa=True, is_causal=True, **functions)
+        return out.sin().sum()
+
+    leaf = packed[0].clone().requires_grad_()
+    for functions in ({}, {"score_mod": by_distance}):
+        (wanted,) = torch.autograd.grad(call(leaf, **functions), leaf)
+        assert torch.equal(torch.func.grad(call)(packed[0], **functions), wanted)
+    several = torch.stack([packed[0], -packed[0]])
+    assert torch.equal(torch.vmap(call)(several), torch.stack([call(each) for each in several]))
+    with pytest.raises(NotImplementedError, match="score_mod, mask_mod, block_mask: .*vmap"):
+        torch.vmap(lambda query: call(query, score_mod=by_distance))(several)
 
 
 def test_dropout_goes_by_the_seed_of_torch() -> None:
@@ -165,8 +233,9 @@ def test_arrays_of_numpy_have_the_same_bits() -> None:
         ({"cu_seqlens_k": torch.tensor([0.0, 30.0])}, TypeError, "cu_seqlens_k: dtype torch.float32"),
         ({"cu_seqlens_k": torch.tensor([0, 9, 30])}, ValueError, "cu_seqlens_k: 3 numbers; expected 4"),
         ({"key_lengths": torch.tensor([1])}, TypeError, "key_lengths: given for packed sequences"),
-        ({"score_mod": lambda score, b, h, q, k: score}, NotImplementedError, "score_mod: given for packed sequences"),
-        ({"mask_mod": lambda b, h, q, k: q >= k}, NotImplementedError, "mask_mod: given for packed sequences"),
+        ({"block_mask": not_every_third}, TypeError, "block_mask: given for packed sequences, .*expected mask_mod"),
+        ({"score_mod": lambda score: score}, TypeError, "score_mod: "),
+        ({"mask_mod": 1}, TypeError, "mask_mod: "),
         ({"dropout_p": 2}, ValueError, "dropout_p"),
         ({"is_causal": "yes"}, ValueError, "is_causal"),
         ({"windows": 1}, TypeError, "windows: no such option"),

@@ -200,6 +200,24 @@ def test_no_mask_is_made_for_a_window(
         assert mask is None or mask.shape == (small_models.BATCH, 1, 1, small_models.LENGTH)
 
 
+def test_a_static_cache_needs_no_matrix_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*args: Any, **others: Any) -> Any:
+        raise AssertionError("a matrix is made")
+
+    eager, own = gemma2()
+    for module, made in ((ours, "sdpa_mask"), (ours, "eager_mask"), (masks, "as_eager"), (masks.Visible, "matrix")):
+        monkeypatch.setattr(module, made, refused)
+    given = next(small_models.given_to(own, "left"))
+    caches = [transformers.StaticCache(config=model.config, max_cache_len=16) for model in (eager, own)]
+    for begin, end in itertools.pairwise((0, 3, 9, 10, 12)):  # the window's cache is full with the second
+        part = {"input_ids": given["input_ids"][:, begin:end], "attention_mask": given["attention_mask"][:, :end]}
+        with torch.no_grad():
+            found, wanted = (
+                model(**part, cache=cache).logits for model, cache in zip((own, eager), caches, strict=True)
+            )
+        close(found, wanted)
+
+
 @pytest.mark.parametrize(
     ("kind", "name"),
     [

@@ -123,16 +123,15 @@ def slopes_of(
 ):
     """Make P of scores, over dO · value at `weights`, and -dS at `slopes`, which may be where `lanes` is; returns dS.
 
-    `hidden` is what is added to the scores: -inf for a key that the query may not look at. P is 2 to the power of
-    (score - shift) log2(e) - rest: the shift is usually the log-sum-exp, and the rest 0
-    (`fastattn.cpu.kernels.additive_sums`). `distances`, unless 0: where to add dS, before the slope of a softcap, times
-    the positions between the query and the keys, which `away` is for the first.
+    `hidden` is what is added to the scores: -inf for a key that the query may not look at, and from here on for one
+    that the user's function hides. P is 2 to the power of (score - shift) log2(e) - rest: the shift is usually the
+    log-sum-exp, and the rest 0 (`fastattn.cpu.kernels.additive_sums`). `distances`, unless 0: where to add dS, before
+    the slope of a softcap, times the positions between the query and the keys, which `away` is for the first.
     """
     tile = kernel.tile
     bias = tile_load(tile.vector, hidden, 0)
     score = sum_rows(tile_transpose(tile_load(tile.square, lanes, tile.vector_bytes)))
-    if not all_finite(score):
-        clear_hidden(tile, hidden, terms, row_bytes)
+    odd = not all_finite(score)
     descent = tile_fill(tile.vector, 1.0)
     if "softcap" in kernel.steps and plan.softcap != 0.0:
         score, descent = capped(tile, plan, score)
@@ -140,6 +139,9 @@ def slopes_of(
     if "function" in kernel.steps:
         score, own_descent = apply_along(tile, head, score, query, key)
         bias = where_greater(lowest(tile), score, MINUS_INFINITY, bias)
+        tile_store(bias, hidden, 0)
+    if odd:
+        clear_hidden(tile, hidden, terms, row_bytes)
     # of a sum of exp(score) no score takes more than all of it
     weight = minimum(1.0, exp2(kernel, (score - shift) * LOG2_E - rest))
     slope = weight * (tile_load(tile.vector, weights, 0) - row_sum)

@@ -397,7 +397,7 @@ def meet(kernel, call, plan, head, work, block, finite, finite_keys, lost, is_fi
         if end > 0:
             add_to_keys(tile, plan, offset, subs, present, scratch)
             if not finite:
-                add_visible(kernel, call, plan, head, first_query, present, first_key, end, offset, scratch)
+                add_visible(kernel, call, plan, head, first_query, present, first_key, offset, scratch)
 
 
 @jit

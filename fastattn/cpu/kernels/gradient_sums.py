@@ -37,9 +37,15 @@ def begin_of(plan, s, scratch):
 
 
 @jit
+def stop_of(plan, s, scratch):
+    """The end of these keys."""
+    return load_i64(scratch + plan.spans_at + (2 * s + 1) * WORD)
+
+
+@jit
 def end_of(tile, plan, s, scratch):
-    """The end of these keys, whole tiles of them."""
-    return whole_tiles(tile, load_i64(scratch + plan.spans_at + (2 * s + 1) * WORD))
+    """The same in whole tiles of keys."""
+    return whole_tiles(tile, stop_of(plan, s, scratch))
 
 
 @jit
@@ -81,7 +87,18 @@ def add_rows(tile, plan, offset, row, rows, first, present, scratch):
 
 
 @jit
-def add_visible(kernel, call, plan, head, first_query, present, first_key, end, offset, scratch):
+def looks(kernel, plan, head, query, key, grad):
+    """Whether a query, of which an element of do is not finite, may look at a key.
+
+    Where users' functions have a say that is read off ds, `grad`: 0 where the key is hidden, and not finite elsewhere.
+    """
+    if "function" in kernel.steps:
+        return load_element(kernel.tile, grad) != 0.0
+    return sees(kernel, plan, head, query, key)
+
+
+@jit
+def add_visible(kernel, call, plan, head, first_query, present, first_key, offset, scratch):
     """dv[j] += p[j][i] · do[i] for those elements of do that are not finite, where query i may look at key j."""
     tile = kernel.tile
     grad_out = head.grad_out + first_query * plan.grad_out_row
@@ -90,15 +107,17 @@ def add_visible(kernel, call, plan, head, first_query, present, first_key, end, 
         if load_element(tile, lse + i * tile.itemsize) == MINUS_INFINITY:
             continue
         s = i // tile.width
-        weights = scratch + plan.scores_at + s * plan.score_panel + i % tile.width * tile.itemsize
+        at = scratch + s * plan.score_panel + i % tile.width * tile.itemsize
+        weights, grads = at + plan.scores_at, at + plan.score_grads_at
         for p in range(plan.value_dim):
             odd = load_element(tile, grad_out + i * plan.grad_out_row + p * plan.grad_out_column)
             if odd * 0.0 == 0.0:
                 continue
             place = scratch + plan.value_sums_at + offset + p // tile.width * plan.panel
             place += p % tile.width * tile.itemsize
-            for j in range(begin_of(plan, s, scratch), end):
-                if sees(kernel, plan, head, first_query + i, first_key + j):
-                    here = place + j * tile.row_bytes
-                    weight = load_element(tile, weights + j * tile.row_bytes) * plan.keep_scale
+            for j in range(begin_of(plan, s, scratch), stop_of(plan, s, scratch)):
+                row = j * tile.row_bytes
+                if looks(kernel, plan, head, first_query + i, first_key + j, grads + row):
+                    here = place + row
+                    weight = load_element(tile, weights + row) * plan.keep_scale
                     store_element(tile, here, load_element(tile, here) + weight * odd)

@@ -18,13 +18,11 @@ from fastattn.simd import (
     as_element,
     jit,
     largest_row,
-    load_element,
     load_f32,
     load_f64,
     load_u8,
     load_u16,
     maximum,
-    stack_memory,
     tile_fill,
     tile_iota,
     tile_load,
@@ -37,8 +35,6 @@ HALF_MINUS_INFINITY, BFLOAT16_MINUS_INFINITY = 0xFC00, 0xFF80
 EXACT = 1 << 24  # whole numbers up to here are numbers of float32
 NEGLIGIBLE = 1e31  # no finite number of float32 becomes infinite by the sum with one below
 FAR = 1 << 20  # more than any block is wide; small enough to be exact in float32
-
-memory_of_a_row = stack_memory(8 * 64)  # of the widest tile
 
 # Keys of a block, by their numbers in it: any of its queries looks at those from `begin` to `end`, all of them at those
 # from `full` to `full_end`. What is outside of the latter is restricted, in whole squares.
@@ -323,25 +319,12 @@ def restrict_with_functions(kernel, plan, head, scores, grads, count, first_quer
 
 
 @jit
-def sees_with_functions(kernel, plan, head, query, key):
-    """What the user's functions say of one key: whether its score is more than -inf, where it was 0 before."""
-    tile = kernel.tile
-    row = memory_of_a_row()
-    tile_store(tile_fill(tile.single, 0.0), row, 0)
-    apply_function(plan, head, row, 0, 1, query, key)
-    hide_unseen(plan, head, row, 1, query, key)
-    return load_element(tile, row) != MINUS_INFINITY
-
-
-@jit
 def sees(kernel, plan, head, query, key):
-    """Whether one query may look at one key, both by their numbers."""
+    """Whether one query may look at one key, both by their numbers; users' functions aside."""
     position = head.offset + query
     if plan.right_bound and position + plan.right < key:
         return False
     if plan.left_bound and position - plan.left > key:
-        return False
-    if "function" in kernel.steps and not sees_with_functions(kernel, plan, head, query, key):
         return False
     if "mask" not in kernel.steps:
         return True
