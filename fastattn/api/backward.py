@@ -84,8 +84,8 @@ def attention_backward(
         Return the gradient by `attn_mask`, a floating one, as well; of (bias, keep), that by the bias.
     grads : sequence of str, optional
         Names of the arguments whose gradients to return, in this order, and of no others: of "query", "key", "value",
-        "attn_mask", "alibi_slopes" and "sinks" those that the call was given; and on the CPU of the floating arrays
-        that score_mod captures, as it calls them.
+        "attn_mask", "alibi_slopes" and "sinks" those that the call was given; and, but for CUDA, of the floating
+        arrays that score_mod captures, as it calls them.
     backend : {None, "cpu", "cuda", "reference"}
         None is the best one for where the arrays are. "reference" is `fastattn.reference.attention_backward`.
 
