@@ -18,6 +18,7 @@ from strategies import (
     _broadcasting,
     causal,
     each,
+    functions,
     laid_out,
     layouts,
     masks_of,
@@ -58,7 +59,7 @@ some_features = st.one_of(st.integers(0, 9), st.integers(1, 40), st.sampled_from
 
 
 @st.composite
-def additive_calls(draw: st.DrawFn, odd: bool = False, any_layout: bool = True) -> Call:
+def additive_calls(draw: st.DrawFn, odd: bool = False, any_layout: bool = True, with_functions: bool = False) -> Call:
     """Draw a call; its options have the weight."""
     batch = draw(st.sampled_from(((), (1,), (2,), (3,), (2, 3))))
     queries, keys, features, value_dim = draw(some_lengths), draw(some_lengths), draw(some_features), draw(some_lengths)
@@ -83,6 +84,8 @@ def additive_calls(draw: st.DrawFn, odd: bool = False, any_layout: bool = True) 
     kinds = (None, *MASKS)
     mask, described_mask = draw(masks_of(rng, problem.weights_shape, kinds, dtypes=(np.float16, np.float32, dtype)))
     options |= draw(score_options(problem, options["is_causal"]))
+    if with_functions:
+        options |= draw(functions(problem))
     names = [draw(layouts) if any_layout else "contiguous" for _ in range(5)]
     *arrays, weight, mask = (
         each(partial(laid_out, layout=name), array) for array, name in zip((*arrays, weight, mask), names, strict=True)

@@ -224,11 +224,11 @@ def sources_of(
 ) -> dict[str, Any]:
     """Return what gradients may be of, as it was given, by name; None for what a call has not got.
 
-    There is a weight in additive attention, which has no gradient of its mask.
+    There is a weight in additive attention alone.
     """
-    own = {"attn_mask": bias_of(attn_mask)} if weight is None else {"weight": weight}
+    own = {} if weight is None else {"weight": weight}
     of_heads = {"alibi_slopes": options.get("alibi_slopes"), "sinks": options.get("sinks")}
-    return {"query": query, "key": key, "value": value, **own, **of_heads}
+    return {"query": query, "key": key, "value": value, **own, "attn_mask": bias_of(attn_mask), **of_heads}
 
 
 def captured_sources(problem: Problem, captured: Captures | None) -> dict[str, Any]:
