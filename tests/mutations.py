@@ -1085,6 +1085,20 @@ MUTATIONS = (
         ("api/test_varlen_functions.py", "test_gradients_of_captured_arrays_are_the_sums_over_the_sequences"),
     ),
     Mutation(
+        "layers: functions are asked by numbers that count from the first key that is left",
+        "layers/alignment.py",
+        "    if scores.has_functions:  # which",
+        "    if scores.has_functions and scores.softcap:  # which",
+        ("layers/test_named_gradients.py", "test_functions_are_asked_by_the_numbers_of_keys"),
+    ),
+    Mutation(
+        "layers: the gradient of a mask is that of the keys which are left",
+        "layers/alignment.py",
+        "            self._columns(whole)[...] = of_near",
+        "            score.named['attn_mask'] = of_near",
+        ("layers/test_named_gradients.py", "test_they_are_those_of_differences and luong"),
+    ),
+    Mutation(
         "gradients of sinks are those of the first packed sequence",
         "cpu/host/varlen.py",
         "gradient_of_sinks(*packed.sequence(number), packed.upstream(number,",

@@ -21,6 +21,7 @@ from fastattn.call.rounding import coarser, unsaturated
 from fastattn.call.score_options import FurtherOptions
 from fastattn.call.seeds import seed_from
 from fastattn.call.shapes import masks_of, split_shape
+from fastattn.functions.function import Function, described
 
 __all__ = [
     "OF_HEADS",
@@ -29,6 +30,8 @@ __all__ = [
     "arrived",
     "as_given",
     "bias_of",
+    "captured_by_function",
+    "captured_sources",
     "check_grads",
     "describe_upstream",
     "folded",
@@ -234,9 +237,16 @@ def sources_of(
 def captured_sources(problem: Problem, captured: Captures | None) -> dict[str, Any]:
     """Return the floating arrays that the function of scores captures, by name."""
     function = problem.scores.score_mod
-    if function is None or captured is None:
-        return {}
-    named = zip(function.captured, captured.score, strict=True)
+    return {} if function is None or captured is None else _floating(function, captured.score)
+
+
+def captured_by_function(score_mod: Any) -> dict[str, Any]:
+    """Return the same, given the function as the user gave it, or None."""
+    return {} if score_mod is None else _floating(*described("score_mod", score_mod))
+
+
+def _floating(function: Function, values: tuple[Any, ...]) -> dict[str, Any]:
+    named = zip(function.captured, values, strict=True)
     return {each.name: value for each, value in named if each.axes >= 0 and "float" in each.kind}
 
 
