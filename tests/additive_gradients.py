@@ -7,16 +7,16 @@ from typing import Any
 import numpy as np
 import tolerances
 from additive_cases import inputs
-from strategies import Call, bits_of, numbers
+from strategies import Call, bias_in, bits_of, numbers
 
 from fastattn import additive_attention, additive_attention_backward, reference
 from fastattn.call.arrays import as_additive_operands
 from fastattn.call.shapes import describe_additive
-from fastattn.call.upstream import describe_upstream, folded
+from fastattn.call.upstream import captured_sources, describe_upstream, folded
 from fastattn.reference.backward import differentiate
 
 Array = np.ndarray[Any, Any]
-NAMES = ("grad_query", "grad_key", "grad_value", "grad_weight")
+NAMES = ("query", "key", "value", "weight")
 
 
 def upstream_of(
@@ -36,13 +36,16 @@ def backward(arrays: Any, mask: Any = None, is_causal: Any = False, *, upstream:
     return additive_attention_backward(grad_out, *arrays, out, lse, mask, is_causal, **options)
 
 
-def bounds(problem: Any, operands: Any, upstream: Any, weight: Array) -> list[Array]:
-    """Return how far each gradient may be from that of the formula, before sums over broadcast axes.
+def bounds(
+    problem: Any, operands: Any, upstream: Any, weight: Array, captured: tuple[str, ...] = ()
+) -> dict[str, Array]:
+    """Return how far each gradient may be from that of the formula, before sums over broadcast axes, by name.
 
     With A the size of the terms of a score (see `tolerances`), a weight P is wrong by eps · (8 + A + |lse| + |mask|) of
     itself, and by what is too small for the dtype. dS is P times a difference of size Σ |dO| |value| + Σ |dO| |out|;
     1 - t² has a few roundings of 1. Sums round as well: by the root of the number of terms, as roundings cancel. What
-    a softcap makes of the errors of scores, and of dS, is said in `tolerances`.
+    a softcap makes of the errors of scores, and of dS, is said in `tolerances`, as is what a user's function does, and
+    what is asked of those that have gradients of `captured` arrays.
     """
     info = np.finfo(problem.real)
     eps, tiny = float(info.eps), float(info.tiny)
@@ -62,13 +65,22 @@ def bounds(problem: Any, operands: Any, upstream: Any, weight: Array) -> list[Ar
         errors = errors + eps * np.where(weights > eps**2, mask, 0).max(axis=-1, keepdims=True, initial=0)
     errors = errors * weights + tiny
     magnitudes = rows @ value.swapaxes(-1, -2) + (rows * out).sum(-1)[..., None]
-    slopes = (errors * slope + weights * blur) * magnitudes + tiny
-    return [
-        slopes.sum(axis=-1)[..., None] * large + tiny,
-        slopes.sum(axis=-2)[..., None] * large + tiny,
-        errors.swapaxes(-1, -2) @ rows + tiny,
-        np.full(weight.shape, slopes.sum()),
-    ]
+    slopes, scores = (errors * slope + weights * blur) * magnitudes + tiny, errors * magnitudes + tiny
+    of_mask, unsure, sizes = 1.0, 0.0, {}
+    if problem.scores.score_mod is not None:
+        raw = reference.forward.raw_scores(problem, operands, weight)
+        finite = np.where(np.isnan(raw), 0, raw)
+        of_mask, unsure = tolerances.slope_of_function(problem, operands, finite, eps * of_raw)
+        before = reference.forward.value_of(problem, operands, raw)
+        sizes = reference.captured.gradients_of_captured(problem, operands, before, scores, captured)
+    return {
+        "query": slopes.sum(axis=-1)[..., None] * large + tiny,
+        "key": slopes.sum(axis=-2)[..., None] * large + tiny,
+        "value": errors.swapaxes(-1, -2) @ rows + tiny,
+        "weight": np.full(weight.shape, slopes.sum()),
+        "attn_mask": scores * np.abs(of_mask) + weights * magnitudes * unsure,
+        **{name: np.abs(size) for name, size in sizes.items()},
+    }
 
 
 def check(call: Call) -> None:
@@ -77,22 +89,28 @@ def check(call: Call) -> None:
     options = {name: option for name, option in call.options.items() if name != "weight"}
     upstream = upstream_of(*arrays, call.attn_mask, **options)
     before = call.bits, bits_of(*upstream)
-    found = backward(arrays, call.attn_mask, **options, upstream=upstream)
-    assert (call.bits, bits_of(*upstream)) == before
-
     *plain, mask = as_additive_operands(*arrays, call.attn_mask)
     problem, operands = describe_additive(*plain, mask, **options)
+    captured = captured_sources(problem, operands.captured)
+    sources = dict(zip(NAMES, arrays, strict=True)) | captured
+    if bias_in(call.attn_mask) is not None:
+        sources["attn_mask"] = bias_in(call.attn_mask)
+    found = backward(arrays, call.attn_mask, **options, upstream=upstream, grads=tuple(sources))
+    assert (call.bits, bits_of(*upstream)) == before
+
     checked = describe_upstream(problem, *upstream)
     with np.errstate(all="ignore"):
-        exact = differentiate(problem, operands, checked, weight=plain[3])
-        allowed = bounds(problem, operands, checked, plain[3])
-        wide = [exact.query, exact.key, exact.value, exact.weight]
-        for name, got, want, bound, array in zip(NAMES, found, wide, allowed, arrays, strict=True):
+        exact = differentiate(problem, operands, checked, weight=plain[3], names=tuple(captured)).named()
+        allowed = bounds(problem, operands, checked, plain[3], tuple(captured))
+        for (name, array), got in zip(sources.items(), found, strict=True):
+            want, bound = exact[name], allowed[name]
             assert got.shape == array.shape, name
             assert got.dtype == array.dtype.newbyteorder("="), name
-            if name != "grad_weight":
-                shared = name != "grad_query"
+            if name in ("query", "key", "value", "attn_mask"):
+                shared = name in ("key", "value")
                 want, bound = (folded(a, array.shape, problem, shared) for a in (want, bound))
+            if name not in NAMES:  # which may have another dtype than the call
+                bound = bound + 2 * float(np.finfo(got.dtype).eps) * np.abs(want) + float(np.finfo(got.dtype).tiny)
             fine = np.where(np.isfinite(want), np.abs(got - want) <= bound, ~np.isfinite(got))
             assert fine.all(), f"{name}: {got[~fine][0]}, expected {want[~fine][0]} to within {bound[~fine][0]}; {call}"
 

@@ -417,17 +417,20 @@ def expected_gradients(
     *,
     rng: Any = None,
     grad_lse: Array | None = None,
+    captured: tuple[str, ...] = (),
     **options: Any,
 ) -> tuple[Problem, list[Array], list[Array]]:
     """Evaluate the gradients of query, key, value and mask in a wider type, and how far from them a result may be.
 
     The arguments are those of `fastattn.attention_backward`, less out and lse, which are evaluated in the wider type.
+    Behind these stand the gradients of `captured` arrays. A score's derivative by an element does not depend on the
+    score, nor does its sign depend on anything: so are the functions of the tests.
 
     Returns
     -------
     problem : Problem
     gradients, bounds : list of ndarray
-        With the axes of the operands, the last one those of the scores.
+        With the axes of the operands, the fourth one those of the scores.
     """
     problem, operands = describe(*as_operands(query, key, value, attn_mask), **options)
     seed = seed_from(rng, draw=problem.dropout_p > 0)
@@ -441,7 +444,7 @@ def expected_gradients(
         None if grad_lse is None else grad_lse.reshape(*rows, problem.queries),
         problem.real,
     )
-    exact = reference.differentiate(problem, operands, upstream, seed)
+    exact = reference.differentiate(problem, operands, upstream, seed, names=captured)
     with np.errstate(all="ignore"):
         # the same sums, of magnitudes: |dP| + |row sum| in place of their difference; float64 does for bounds
         whole, kept = (weights.reshape(exact.scores.shape).astype(np.float64) for weights in (whole, kept))
@@ -478,8 +481,13 @@ def expected_gradients(
             kept.swapaxes(-1, -2) @ g,
             scores * np.abs(of_mask) + magnitudes * unsure,
         ]
+        if captured:
+            before = reference.forward.value_of(problem, operands, reference.forward.raw_scores(problem, operands))
+            sizes = reference.captured.gradients_of_captured(problem, operands, before, scores, captured)
+            bounds += [np.abs(sizes[name]) for name in captured]
         bounds = [bound + float(np.finfo(problem.real).tiny) * (1 + bound) for bound in bounds]
-    return problem, [exact.query, exact.key, exact.value, exact.scores], bounds
+    of_arrays = [exact.captured[name] for name in captured]
+    return problem, [exact.query, exact.key, exact.value, exact.scores, *of_arrays], bounds
 
 
 def check_gradients(
@@ -550,6 +558,20 @@ def check_head_gradients(
             assert got.shape == given.shape, name
             assert got.dtype == (given.dtype.newbyteorder("=") if given.dtype.kind == "f" else problem.real), name
             assert fine.all(), f"{name}: {got[~fine]}, expected {want[~fine]} to within {limit[~fine]}; {problem}"
+
+
+def check_captured_gradients(
+    found: dict[str, Array], sources: dict[str, Array], grad_out: Array, *args: Any, **options: Any
+) -> None:
+    """Assert that gradients of captured arrays are right, and of the shapes and dtypes of these."""
+    problem, exact, bounds = expected_gradients(grad_out, *args, captured=tuple(found), **options)
+    for (name, got), want, limit in zip(found.items(), exact[4:], bounds[4:], strict=True):
+        with np.errstate(all="ignore"):
+            limit = limit + 4 * float(np.finfo(got.dtype).eps) * np.abs(want) + float(np.finfo(got.dtype).tiny)
+            fine = (np.abs(got - want) <= limit) | (~np.isfinite(want) & ~np.isfinite(got))
+        assert got.shape == sources[name].shape, name
+        assert got.dtype == sources[name].dtype.newbyteorder("="), name
+        assert fine.all(), f"{name}: {got[~fine]}, expected {want[~fine]} to within {limit[~fine]}; {problem}"
 
 
 def check_promise(gradients: tuple[Array, ...], exact: Any, dtype: Any) -> None:

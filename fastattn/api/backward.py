@@ -85,8 +85,8 @@ def attention_backward(
         Return the gradient by `attn_mask`, a floating one, as well; of (bias, keep), that by the bias.
     grads : sequence of str, optional
         Names of the arguments whose gradients to return, in this order, and of no others: of "query", "key", "value",
-        "attn_mask", "alibi_slopes" and "sinks" those that the call was given; and on the CPU of the floating arrays
-        that score_mod captures, as it calls them.
+        "attn_mask", "alibi_slopes" and "sinks" those that the call was given; and, but for CUDA, of the floating
+        arrays that score_mod captures, as it calls them.
     backend : {None, "cpu", "cuda", "reference"}
         None is the best one for where the arrays are. "reference" is `fastattn.reference.attention_backward`.
 
@@ -215,6 +215,7 @@ def additive_attention_backward(
     softcap: float | None = None,
     alibi_slopes: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
+    grad_mask: bool = False,
     grads: Names = None,
     score_mod: ScoreMod | None = None,
     mask_mod: MaskMod | None = None,
@@ -234,9 +235,12 @@ def additive_attention_backward(
         What attention returned.
     lse : array_like, shape (..., Lq)
         What it returned with ``return_lse=True``.
+    grad_mask : bool
+        Return the gradient by `attn_mask`, a floating one, as well; of (bias, keep), that by the bias.
     grads : sequence of str, optional
         Names of the arguments whose gradients to return, in this order, and of no others: of "query", "key", "value",
-        "weight", "alibi_slopes" and "sinks" those that the call was given. There is none of what score_mod captures.
+        "weight", "attn_mask", "alibi_slopes" and "sinks" those that the call was given, and of the floating arrays that
+        score_mod captures, as it calls them.
     backend : {None, "cpu", "reference"}
         None is the best one.
 
@@ -244,7 +248,11 @@ def additive_attention_backward(
     -------
     grad_query, grad_key, grad_value, grad_weight : ndarray
         Each with the shape and, if that is floating, the dtype of its argument: where that was broadcast, it is the
-        sum. What nobody looks at has gradient 0. Or those that `grads` names, in its order.
+        sum. What nobody looks at has gradient 0.
+    grad_mask : ndarray, with the shape of `attn_mask`, or of its bias
+        If asked for.
+
+        Or those that `grads` names, in its order.
 
     Raises
     ------
@@ -257,8 +265,8 @@ def additive_attention_backward(
 
     Notes
     -----
-    No array of Lq x Lk x D exists, and none of Lq x Lk. What is said at `attention_backward` of `out` and `lse`, of
-    bits, of NaN and infinity, holds here, too.
+    No array of Lq x Lk x D exists, and none of Lq x Lk but for the gradient of such a mask. What is said at
+    `attention_backward` of `out` and `lse`, of bits, of NaN and infinity, holds here, too.
 
     References
     ----------
@@ -285,8 +293,8 @@ def additive_attention_backward(
     call = (grad_out, query, key, value, weight, out, lse, attn_mask, is_causal)
     check_backend(backend, BACKENDS)
     if backend == "reference":
-        return reference.additive_attention_backward(*call, grads=grads, **further)
-    return _additive_on_cpu(*call, grads, further)
+        return reference.additive_attention_backward(*call, grad_mask=grad_mask, grads=grads, **further)
+    return _additive_on_cpu(*call, grad_mask, grads, further)
 
 
 @in_default_mode
@@ -300,6 +308,7 @@ def _additive_on_cpu(
     lse: ArrayLike,
     attn_mask: ArrayLike | None,
     is_causal: bool | str,
+    grad_mask: bool,
     grads: Names,
     further: FurtherOptions,
 ) -> tuple[NDArray[Any], ...]:
@@ -307,11 +316,13 @@ def _additive_on_cpu(
     problem, operands = describe_additive(*arrays, is_causal, **further)
     upstream = describe_upstream(problem, grad_out, out, lse)
     sources = sources_of(query, key, value, attn_mask, further, weight)
-    names = wanted_gradients(grads, sources)
+    sources |= captured_sources(problem, operands.captured)
+    names = wanted_gradients(grads, sources, grad_mask, arrays[4])
     if not reads_halves(problem, "additive_backward"):
         *wider, mask = widened(*arrays[:4], mask=arrays[4], to=problem.real)
         given: Any = (grad_out, *wider, out, lse, mask, is_causal)
         gradients = dict(zip(names, additive_attention_backward(*given, grads=names, **further), strict=True))
         return tuple(own_dtype(each, sources[name], problem.real) for name, each in gradients.items())
-    found = additive_gradients.backward(problem, operands, arrays[3], upstream, names, get_num_threads())
+    shapes = {"attn_mask": np.shape(sources["attn_mask"])}
+    found = additive_gradients.backward(problem, operands, arrays[3], upstream, shapes, names, get_num_threads())
     return as_given(problem, names, found, sources)

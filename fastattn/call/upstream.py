@@ -22,6 +22,7 @@ from fastattn.call.rounding import coarser, unsaturated
 from fastattn.call.score_options import FurtherOptions
 from fastattn.call.seeds import seed_from
 from fastattn.call.shapes import masks_of, split_shape
+from fastattn.functions.function import Function, described
 
 __all__ = [
     "OF_HEADS",
@@ -30,6 +31,8 @@ __all__ = [
     "arrived",
     "as_given",
     "bias_of",
+    "captured_by_function",
+    "captured_sources",
     "check_grads",
     "describe_upstream",
     "folded",
@@ -225,19 +228,26 @@ def sources_of(
 ) -> dict[str, Any]:
     """Return what gradients may be of, as it was given, by name; None for what a call has not got.
 
-    There is a weight in additive attention, which has no gradient of its mask.
+    There is a weight in additive attention alone.
     """
-    own = {"attn_mask": bias_of(attn_mask)} if weight is None else {"weight": weight}
+    own = {} if weight is None else {"weight": weight}
     of_heads = {"alibi_slopes": options.get("alibi_slopes"), "sinks": options.get("sinks")}
-    return {"query": query, "key": key, "value": value, **own, **of_heads}
+    return {"query": query, "key": key, "value": value, **own, "attn_mask": bias_of(attn_mask), **of_heads}
 
 
 def captured_sources(problem: Problem, captured: Captures | None) -> dict[str, Any]:
     """Return the floating arrays that the function of scores captures, by name."""
     function = problem.scores.score_mod
-    if function is None or captured is None:
-        return {}
-    named = zip(function.captured, captured.score, strict=True)
+    return {} if function is None or captured is None else _floating(function, captured.score)
+
+
+def captured_by_function(score_mod: Any) -> dict[str, Any]:
+    """Return the same, given the function as the user gave it, or None."""
+    return {} if score_mod is None else _floating(*described("score_mod", score_mod))
+
+
+def _floating(function: Function, values: tuple[Any, ...]) -> dict[str, Any]:
+    named = zip(function.captured, values, strict=True)
     return {each.name: value for each, value in named if each.axes >= 0 and "float" in each.kind}
 
 

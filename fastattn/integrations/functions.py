@@ -90,37 +90,16 @@ class Functions:
             for name, given in self._given.items()
         }
 
-    def refuse_gradients(self) -> None:
-        """Refuse tensors that require their gradients.
 
-        Raises
-        ------
-        NotImplementedError
-            If there is one.
-        """
-        for name, tensor in zip(self._labels, self.tensors, strict=True):
-            if tensor.requires_grad and torch.is_grad_enabled():
-                raise NotImplementedError(
-                    f"score_mod: captures {name}, a tensor that requires its gradient, which is not computed here; "
-                    f"expected one that does not, such as {name}.detach()"
-                )
-
-
-def adapted(options: FurtherOptions, differentiable: bool = True) -> tuple[Any, ...]:
+def adapted(options: FurtherOptions) -> tuple[Any, ...]:
     """Return `Functions`, and the tensors that these capture, as the last arguments of a kernel.
-
-    `differentiable`: whether there are gradients of these tensors.
 
     Raises
     ------
     TypeError
         If a captured tensor is none in the memory of the CPU.
-    NotImplementedError
-        If one requires its gradient, and there is none.
     """
     functions = Functions(options)
-    if not differentiable:
-        functions.refuse_gradients()
     return functions, *functions.tensors
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -19,6 +20,7 @@ from fastattn.call.halves import is_floating, name_of, real_of
 from fastattn.call.options import check_flag
 from fastattn.call.score_options import FurtherOptions, check_names
 from fastattn.call.shapes import shapes_of_results
+from fastattn.functions.function import described, rebuilt
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -28,10 +30,11 @@ __all__ = ["attention"]
 ARRAYS = (jax.Array, np.ndarray, np.generic)
 OPERANDS = ("query", "key", "value")
 SOURCES = (*OPERANDS, "bias", "alibi_slopes", "sinks")  # of gradients
+FUNCTIONS = ("score_mod", "mask_mod")
 Array: TypeAlias = Any  # JAX's types are not known where it is not installed
 
-#: What a compiled program is given from call to call: operands, a floating mask as `bias`, a boolean one as `keep`, and
-#: those options that are arrays.
+#: What a compiled program is given from call to call: operands, a floating mask as `bias`, a boolean one as `keep`,
+#: those options that are arrays, and what functions capture that is traced, as `score_mod 0` and so on.
 Arrays: TypeAlias = "dict[str, Array]"
 #: What else a call is told, by names: part of a compiled program, and as hashable.
 Told: TypeAlias = "tuple[tuple[str, Any], ...]"
@@ -73,9 +76,9 @@ def attention(
         What `fastattn.attention` takes by keyword: ``window=(left, right)``, ``query_offset``, an int or an array of
         integers, ``key_lengths``, an array of integers, ``softcap``, and ``alibi_slopes`` and ``sinks``, arrays that
         have gradients. Arrays may be traced. ``score_mod`` and ``mask_mod`` are functions, written with ``jax.numpy``
-        or ``numpy``, which are compiled by fastattn and never traced: what arrays and numbers they capture is read when
-        the call runs, has to have numbers by then, and gets no gradient. Under ``vmap`` each call counts its own batch.
-        ``block_mask`` is a `fastattn.BlockMask`.
+        or ``numpy``, which are compiled by fastattn and never traced. Arrays that they capture may be traced, and those
+        that ``score_mod`` captures have gradients. Where nothing that a function captures is traced, it is read when
+        the call runs. Under ``vmap`` each call counts its own batch. ``block_mask`` is a `fastattn.BlockMask`.
 
     Returns
     -------
@@ -103,6 +106,12 @@ def attention(
     operands: Arrays = dict(zip(OPERANDS, (query, key, value), strict=True))
     given: dict[str, Any] = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa, **options}
     varying = {name: option for name, option in given.items() if isinstance(option, (jax.Array, np.ndarray))}
+    for name in FUNCTIONS:
+        if isinstance(given.get(name), FunctionType):
+            function = _Function(name, given[name])
+            if function.traced:
+                given[name] = function
+                varying |= function.named()
     told = tuple((name, _hashable(option)) for name, option in given.items() if name not in varying)
     arrays = {**operands, **({} if attn_mask is None else _masks(attn_mask)), **varying}
     _check_operands(operands)
@@ -152,26 +161,80 @@ def _check_operands(operands: Arrays) -> None:
 
 
 def _check_shapes(told: Told, arrays: Arrays) -> None:
-    """Refuse what does not go together, and functions that capture what is traced: it has no numbers."""
+    """Refuse what does not go together, and functions that capture a list in which something is traced."""
     try:
         _shapes(told, arrays)
     except TypeError as error:
         if isinstance(error.__cause__, jax.errors.TracerArrayConversionError):
-            said = f"{error}, that is not traced: functions are not differentiated by what they capture"
-            raise TypeError(said) from error
+            raise TypeError(f"{error}, or one traced jax.Array, in no list") from error
         raise
 
 
 def _shapes(told: Told, arrays: Arrays) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the shapes of the result and the log-sum-exp; options that are traced count as zeros."""
     masks = [arrays[name].shape if name in arrays else None for name in ("bias", "keep")]
-    options: Any = dict(told)
-    options |= {name: _known(array) for name, array in arrays.items() if name not in (*OPERANDS, "bias", "keep")}
+    options: Any = {name: each.outline if isinstance(each, _Function) else each for name, each in told}
+    others = {name for name in arrays if name.startswith(FUNCTIONS)}.union(OPERANDS, ("bias", "keep"))
+    options |= {name: _known(array) for name, array in arrays.items() if name not in others}
     return shapes_of_results(*(arrays[name].shape for name in OPERANDS), *masks, **options)
 
 
 def _known(array: Array) -> Any:
     return np.zeros(array.shape, array.dtype) if isinstance(array, jax.core.Tracer) else np.asarray(array)
+
+
+# -- functions that capture what is traced -----------------------------------------------------------------------------
+
+
+class _Function:
+    """A user's function with something else in the place of what it captures that is traced, and has no numbers yet.
+
+    Attributes
+    ----------
+    role : str
+        The argument that it was given as.
+    traced : list of jax.core.Tracer
+        Each once.
+    outline : function
+        It captures arrays of their shapes and dtypes instead, which have no memory.
+    """
+
+    def __init__(self, role: str, given: FunctionType) -> None:
+        self.role = role
+        self.traced: list[Any] = []
+        self._places: list[np.ndarray[Any, Any]] = []
+        self.outline = rebuilt(role, given, self._outlined)
+
+    def _outlined(self, name: str, value: Any) -> Any:
+        if not isinstance(value, jax.core.Tracer):
+            return value
+        for known, place in zip(self.traced, self._places, strict=True):
+            if known is value:
+                return place
+        self.traced.append(value)
+        self._places.append(np.broadcast_to(np.zeros((), value.dtype), value.shape))
+        return self._places[-1]
+
+    def named(self) -> Arrays:
+        """Return what is traced under the names that it has among the arrays of a call, and forget it."""
+        traced, self.traced = self.traced, []
+        return {f"{self.role} {number}": value for number, value in enumerate(traced)}
+
+    def names(self) -> dict[str, list[str]]:
+        """Return by which names fastattn knows each of the arrays that have gradients: several, if the function has."""
+        function, values = described(self.role, self.outline)
+        known = list(zip(function.captured, values, strict=True))
+        found = {}
+        for number, place in enumerate(self._places):
+            names = [each.name for each, value in known if value is place and "float" in each.kind]
+            if names and self.role == "score_mod":
+                found[f"{self.role} {number}"] = names
+        return found
+
+    def on(self, arrays: Arrays) -> FunctionType:
+        """Return the function on arrays, which are taken out of those of a call."""
+        given = {id(place): arrays.pop(f"{self.role} {number}") for number, place in enumerate(self._places)}
+        return rebuilt(self.role, self.outline, lambda name, value: given.get(id(value), value))
 
 
 # -- calls -------------------------------------------------------------------------------------------------------------
@@ -187,6 +250,9 @@ def _called(function: Any, results: Any, *given: Any) -> Any:
 def _call(told: Told, arrays: Arrays) -> dict[str, Any]:
     """Return what a function of fastattn's is called with."""
     given = {**dict(told), **arrays}
+    for name in FUNCTIONS:
+        if isinstance(given.get(name), _Function):
+            given[name] = given[name].on(given)
     return {"attn_mask": (given.pop("bias", None), given.pop("keep", None)), **given}
 
 
@@ -209,7 +275,8 @@ def _attention(wanted: int, told: Told, arrays: Arrays) -> tuple[Array, ...]:
 
 def _forward(wanted: int, told: Told, primals: dict[str, Any]) -> tuple[tuple[Array, ...], tuple[Any, ...]]:
     for name, primal in primals.items():
-        if primal.perturbed and name not in SOURCES and is_floating(primal.value.dtype):
+        has_none = name not in SOURCES and not name.startswith(FUNCTIONS)
+        if primal.perturbed and has_none and is_floating(primal.value.dtype):
             raise ValueError(
                 f"{name}: differentiated by, but its gradient is not computed; expected a constant, such as "
                 f"jax.lax.stop_gradient({name})"
@@ -226,12 +293,18 @@ def _backward(wanted: int, told: Told, saved: tuple[Any, ...], cotangents: tuple
         jax.numpy.zeros(given.shape, given.dtype) if isinstance(given, jax.custom_derivatives.SymbolicZero) else given
         for given in cotangents
     ]
-    sources = [name for name in SOURCES if name in arrays and is_floating(arrays[name].dtype)]
-    grads = ["attn_mask" if name == "bias" else name for name in sources]
+    named = {name: [name] for name in SOURCES if name in arrays and is_floating(arrays[name].dtype)}
+    named |= {"bias": ["attn_mask"]} if "bias" in named else {}
+    score_mod = dict(told).get("score_mod")
+    named |= score_mod.names() if isinstance(score_mod, _Function) else {}
+    grads, sources = [each for names in named.values() for each in names], list(named)
 
     def backward(arrays: Arrays, out: Any, lse: Any, grad_out: Any, grad_lse: Any = None) -> list[Any]:
         upstream = {"grad_out": grad_out, "out": out, "lse": lse, "grad_lse": grad_lse}
-        return list(fastattn.attention_backward(**upstream, **_call(told, arrays), grads=grads))
+        found = fastattn.attention_backward(**upstream, **_call(told, arrays), grads=grads)
+        of_names = dict(zip(grads, found, strict=True))
+        sums: list[Any] = [sum(of_names[each] for each in names) for names in named.values()]
+        return [each.astype(arrays[name].dtype, copy=False) for name, each in zip(named, sums, strict=True)]
 
     shapes = [jax.ShapeDtypeStruct(arrays[name].shape, arrays[name].dtype) for name in sources]
     gradients = _called(backward, shapes, arrays, *results, *upstream)

@@ -63,10 +63,8 @@ KEYWORDS: dict[str, Keyword] = {
 SCHEMA = ", ".join(f"{argument}=None" for keyword in KEYWORDS.values() for argument in keyword.arguments)
 
 
-def flattened(options: FurtherOptions, differentiable: bool = True) -> tuple[Any, ...]:
+def flattened(options: FurtherOptions) -> tuple[Any, ...]:
     """Return the operator's arguments for what a user gave.
-
-    `differentiable`: whether there are gradients of what functions capture.
 
     Raises
     ------
@@ -79,7 +77,7 @@ def flattened(options: FurtherOptions, differentiable: bool = True) -> tuple[Any
         given = options.get(name)
         found = (None,) * len(own) if given is None else flat(given)
         arguments += found if isinstance(found, tuple) else (found,)
-    return (*arguments, *adapted(options, differentiable)) if has_functions(options) else tuple(arguments)
+    return (*arguments, *adapted(options)) if has_functions(options) else tuple(arguments)
 
 
 def restore(options: dict[str, Any]) -> None:

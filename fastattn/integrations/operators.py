@@ -54,8 +54,8 @@ SCHEMAS = {
     "additive_attention": f"({OPERANDS}, Tensor weight, Tensor? attn_mask, str causal, {FURTHER})"
     " -> (Tensor out, Tensor lse)",
     "additive_attention_backward": f"(Tensor grad_out, {OPERANDS}, Tensor weight, Tensor out, Tensor lse, "
-    f"Tensor? attn_mask, str causal, {FURTHER}, {OF_HEADS})"
-    f" -> ({GRADIENTS_OF_OPERANDS}, Tensor grad_weight, {GRADIENTS_OF_HEADS})",
+    f"Tensor? attn_mask, str causal, {FURTHER}, {OF_HEADS}, bool with_attn_mask=False)"
+    f" -> ({GRADIENTS_OF_OPERANDS}, Tensor grad_weight, {GRADIENTS_OF_HEADS}, Tensor grad_attn_mask)",
 }
 
 
@@ -71,7 +71,9 @@ class Operator:
     """
 
     #: What else has a gradient, behind those of the operands: one without numbers, where it is not wanted.
-    others: tuple[str, ...] = ("alibi_slopes", "sinks")
+    others: tuple[str, ...] = ("alibi_slopes", "sinks", "attn_mask")
+    #: Of these, those of which the derivative is told in front of what may be left out whether they are wanted.
+    early: tuple[str, ...] = ()
     #: Whether the log-sum-exp has a gradient as well.
     differentiates_lse = False
 
@@ -160,18 +162,18 @@ class Operator:
         given = len(ctx.needs_input_grad)  # arguments, of which the last may have been left out
         wanted = {name: place < given and ctx.needs_input_grad[place] for name, place in places.items()}
         upstream = (grad_out, grad_lse) if self.differentiates_lse else (grad_out,)
-        with_mask = (wanted["attn_mask"],) if "attn_mask" in wanted else ()
+        early, late = ([wanted[name] for name in self.others if (name in self.early) is own] for own in (True, False))
         further, functions, tensors = inputs[last:end], inputs[end : end + 1], inputs[end + 1 :]
         captured: tuple[tuple[str, ...], ...] = ()
-        if functions or wanted["alibi_slopes"] or wanted["sinks"]:
+        if functions or any(late):
             left_out = [None] * (end - last - len(further))
-            further = [*further, *left_out, wanted["alibi_slopes"], wanted["sinks"]]
+            further = [*further, *left_out, *late]
         if any(ctx.needs_input_grad[end + 1 :]):
             needed = zip(functions[0].names, ctx.needs_input_grad[end + 1 :], strict=True)
             captured = tuple(names if needs else () for names, needs in needed)
         if functions:
             further += [*functions, captured, *tensors]
-        found = compute(*upstream, *inputs[:first], out, lse, *inputs[first:last], *with_mask, *further)
+        found = compute(*upstream, *inputs[:first], out, lse, *inputs[first:last], *early, *further)
         gradients[:first] = found[:first]
         for (name, place), gradient in zip(places.items(), found[first:], strict=False):
             if wanted[name]:
@@ -186,6 +188,7 @@ class Attention(Operator):
     """The operator of attention."""
 
     others = ("attn_mask", "alibi_slopes", "sinks")
+    early = ("attn_mask",)
     differentiates_lse = True
 
     def forward(

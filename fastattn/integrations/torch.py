@@ -193,7 +193,7 @@ def additive_attention(
     weight : torch.Tensor, shape (D,)
     attn_mask : torch.Tensor, broadcasting to (..., Lq, Lk), optional
         Boolean, where True takes part, or of such a dtype, added to the scores, or one of each, as a tuple
-        (bias, keep). It has no gradient. A ``torch.nn.attention.bias`` means causality, as in
+        (bias, keep). A floating one has a gradient. A ``torch.nn.attention.bias`` means causality, as in
         `scaled_dot_product_attention`.
     is_causal : bool or "bottom-right"
         True: query i looks at the keys up to i. "bottom-right": up to i + Lk - Lq.
@@ -212,8 +212,7 @@ def additive_attention(
     ValueError
         If shapes do not go together. The message names the argument.
     NotImplementedError
-        If attn_mask requires grad, or what score_mod captures; if a second derivative is asked for, or a derivative in
-        forward mode.
+        If a second derivative is asked for, or a derivative in forward mode.
 
     References
     ----------
@@ -236,11 +235,7 @@ def additive_attention(
         query, key, value, weight = map(in_autocast, (query, key, value, weight))
     check_operands(query=query, key=key, value=value, weight=weight)
     mask, keep, causal = _masks_and_causality(attn_mask, check_causal(is_causal), query, key)
-    if mask is not None and mask.requires_grad and torch.is_grad_enabled():
-        raise NotImplementedError(
-            "attn_mask: requires grad; expected one that does not: additive attention has no gradient of its mask"
-        )
-    further = (keep, *flattened(options, differentiable=False)) if options or keep is not None else ()
+    further = (keep, *flattened(options)) if options or keep is not None else ()
     return eager.call("additive_attention", query, key, value, weight, mask, causal, *further)[0]
 
 

@@ -18,6 +18,7 @@ from fastattn.call.arrays import as_upstream
 from fastattn.call.problem import Array, Mask, Shape
 from fastattn.call.score_options import FurtherOptions, scores_from
 from fastattn.call.scores import Scores
+from fastattn.call.shapes import masks_of
 from fastattn.layers.backward import Saved
 from fastattn.layers.base import Layer, as_arrays, common_batch
 from fastattn.layers.masks import changed, mask_of_scores
@@ -191,6 +192,11 @@ class Interval(Alignment):
             grad_out, saved.scored, saved.projected, value, saved.out, saved.lse, near, self.options
         )
         grad_key = score.project_key_backward(to_key, self._rows(saved.key))
+        if "attn_mask" in score.named:
+            bias, of_near = masks_of(saved.mask)[0], score.named["attn_mask"]
+            assert bias is not None
+            score.named["attn_mask"] = whole = np.zeros(bias.shape, of_near.dtype)
+            self._columns(whole)[...] = of_near
         if not saved.has_value:
             grad_key = grad_key + grad_value
         return grad_scored, self._whole(grad_key, saved.key), self._whole(grad_value, saved.value), None
@@ -263,6 +269,8 @@ def find_interval(options: FurtherOptions, batch: Shape, queries: int, keys: int
     if not options:  # nothing to check, and nothing to cut off
         return Interval(0, keys, options)
     scores, offsets, lengths = scores_of_rows(options, batch, queries, keys)
+    if scores.has_functions:  # which are asked by the numbers of keys
+        return Interval(0, keys, options)
     if offsets is None:
         begin, _, _, end = scores.span(0, queries - 1, keys)
     else:

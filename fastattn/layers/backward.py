@@ -17,8 +17,8 @@ from numpy.typing import ArrayLike
 
 from fastattn.call.advice import said
 from fastattn.call.halves import cast
-from fastattn.call.problem import Array
-from fastattn.call.upstream import own_dtype
+from fastattn.call.problem import Array, Mask
+from fastattn.call.upstream import Names, bias_of, captured_by_function, own_dtype, wanted_gradients
 
 __all__ = [
     "Saved",
@@ -26,6 +26,7 @@ __all__ = [
     "bias_gradient",
     "delivered",
     "given_arguments",
+    "named_besides",
     "recalled",
     "times",
     "weight_gradient",
@@ -134,6 +135,27 @@ def recalled(layer: Any, inputs: object, least: int, options: Mapping[str, objec
         if option is not None and option is not False:
             raise TypeError(f"{name}: given besides what a call has saved, which says it already; expected none")
     return inputs
+
+
+def named_besides(grads: Names, mask: Mask, options: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names of what a call was given besides its inputs, those whose gradients are wanted.
+
+    Parameters
+    ----------
+    grads
+        As the user gave them; None for none.
+    mask : ndarray, pair of them, or None
+    options : mapping of str
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `fastattn.call.upstream.wanted_gradients`.
+    """
+    if grads is None:
+        return ()
+    sources = {"attn_mask": bias_of(mask), "alibi_slopes": options.get("alibi_slopes"), "sinks": options.get("sinks")}
+    return wanted_gradients(grads, sources | captured_by_function(options.get("score_mod")), mask=mask)
 
 
 def weight_gradient(grad: Array, x: Array) -> Array:

@@ -14,6 +14,7 @@ from fastattn.call.options import check_flag
 from fastattn.call.problem import Array, Shape
 from fastattn.call.score_options import FurtherOptions
 from fastattn.call.seeds import Rng
+from fastattn.call.upstream import Names
 from fastattn.layers.alignment import Attended, Interval, read_inputs
 from fastattn.layers.backward import Saved, as_arguments, delivered, given_arguments, recalled, weight_gradient
 from fastattn.layers.base import Layer, as_arrays, check_size, linear
@@ -214,7 +215,7 @@ class BahdanauAttention(Layer):
             Boolean, where True takes part, or floating, added to the scores; or one of each, as a tuple (bias, keep).
         projected_keys : array_like, shape (B, Lk, hidden_dim), optional
             What `project_keys` returned for these keys, which are then not projected again.
-        window, query_offset, key_lengths, softcap : optional
+        window, query_offset, key_lengths, softcap, alibi_slopes, sinks, score_mod, mask_mod, block_mask : optional
             As in `fastattn.attention`. Lengths of sources are `key_lengths`, shape (B,).
         return_weights : bool
             Return the weights as well.
@@ -251,8 +252,9 @@ class BahdanauAttention(Layer):
         attn_mask: ArrayLike | None = None,
         *,
         projected_keys: ArrayLike | None = None,
+        grads: Names = None,
         **options: Unpack[FurtherOptions],
-    ) -> tuple[Any, dict[str, Array]]:
+    ) -> tuple[Any, ...]:
         """Return the gradients of a call's arguments, and of the parameters.
 
         Parameters
@@ -264,6 +266,8 @@ class BahdanauAttention(Layer):
             ``return_saved=True``: then nothing of it is computed again, and it says the options as well.
         attn_mask, projected_keys, **options
             As the call was given them.
+        grads : sequence of str, optional
+            Names of what else has gradients to return, as in `MultiHeadAttention.backward`.
 
         Returns
         -------
@@ -274,6 +278,8 @@ class BahdanauAttention(Layer):
             `project_keys_backward`.
         gradients : dict of str to ndarray
             Those of all parameters, by the names of `state_dict`.
+        named : tuple of ndarray
+            If `grads` is given: those that it names, in its order.
 
         Raises
         ------
@@ -307,11 +313,12 @@ class BahdanauAttention(Layer):
         """
         saved: Attended = recalled(self, inputs, 2, options, attn_mask=attn_mask, projected_keys=projected_keys)
         score = self._score(None if saved.projected_keys is None else saved.projected)
+        score.grads = grads
         found, _ = saved.differentiate(score, grad_out)
         given = saved.inputs
         if isinstance(score, _Projected):
             given, found = (*given, saved.projected_keys), [*found, score.grad_hidden]
-        return delivered(found, given), self.as_gradients(score.gradients)
+        return delivered(found, given), self.as_gradients(score.gradients), *score.besides()
 
     def _score(self, hidden: Array | None) -> Additive:
         """Return the score, with the parameters as they are now, and the keys' part in it, if that is known."""

@@ -125,7 +125,15 @@ class Local(Alignment):
 
     @np.errstate(all="ignore")
     def backward(self, score: Dot, grad_out: Array, saved: Attended) -> tuple[Array, Array, Array, Array | None]:
-        """Differentiate `attend`: see `Alignment.backward`."""
+        """Differentiate `attend`: see `Alignment.backward`.
+
+        Raises
+        ------
+        ValueError
+            If gradients are named: masks are gathered here, and there is nothing else.
+        """
+        if score.grads is not None:
+            raise ValueError("grads: given where each query has a window of its own; expected None")
         grad_scored = np.zeros((*self.windows.start.shape, saved.scored.shape[-1]), grad_out.dtype)
         grad_key = np.zeros(saved.key.shape, grad_out.dtype)
         # a key that is the value as well has the sum

@@ -14,7 +14,7 @@ from fastattn.call.problem import FLOAT64, Array, Mask, Shape
 from fastattn.call.score_options import FurtherOptions, check_window
 from fastattn.call.seeds import Rng
 from fastattn.call.shapes import MAX_RANK
-from fastattn.call.upstream import summed_to
+from fastattn.call.upstream import Names, summed_to
 from fastattn.layers.alignment import Alignment, Attended, find_interval, read_inputs
 from fastattn.layers.backward import Saved, as_arguments, delivered, given_arguments, recalled, times, weight_gradient
 from fastattn.layers.base import Layer, as_arrays, check_choice, check_size, linear
@@ -218,8 +218,9 @@ class LuongAttention(Layer):
         attn_mask: ArrayLike | None = None,
         *,
         positions: ArrayLike | None = None,
+        grads: Names = None,
         **options: Unpack[FurtherOptions],
-    ) -> tuple[Any, dict[str, Array]]:
+    ) -> tuple[Any, ...]:
         """Return the gradients of a call's arguments, and of the parameters.
 
         Parameters
@@ -231,6 +232,9 @@ class LuongAttention(Layer):
             ``return_saved=True``: then nothing of it is computed again, and it says the options as well.
         attn_mask, positions, **options
             As the call was given them.
+        grads : sequence of str, optional
+            Names of what else has gradients to return, as in `MultiHeadAttention.backward`. None with positions, given
+            or predicted.
 
         Returns
         -------
@@ -240,6 +244,8 @@ class LuongAttention(Layer):
         gradients : dict of str to ndarray
             Those of all parameters, by the names of `state_dict`. That of `combine_weight` is 0: it has a part in
             `attentional` alone, see `attentional_backward`.
+        named : tuple of ndarray
+            If `grads` is given: those that it names, in its order.
 
         Raises
         ------
@@ -267,13 +273,14 @@ class LuongAttention(Layer):
         """
         saved: Attended = recalled(self, inputs, 2, options, attn_mask=attn_mask, positions=positions)
         score, alignment = self._score(), saved.alignment
+        score.grads = grads
         found, to_center = saved.differentiate(score, grad_out)
         gradients = score.gradients
         if to_center is not None and isinstance(alignment, Local):
             through, of_position = self._predict_backward(to_center, saved.query, alignment.sight.lengths)
             found[0] = (found[0] + through).astype(found[0].dtype, copy=False)
             gradients = {**gradients, **of_position}
-        return delivered(found, saved.inputs), self.as_gradients(gradients)
+        return delivered(found, saved.inputs), self.as_gradients(gradients), *score.besides()
 
     def attentional(self, context: ArrayLike, query: ArrayLike) -> NDArray[Any]:
         """Return the attentional state tanh(W_c [c; h]), which the paper predicts the next word from.

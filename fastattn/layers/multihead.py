@@ -19,12 +19,14 @@ from fastattn.call.options import check_flag
 from fastattn.call.problem import Array, Mask, Shape
 from fastattn.call.score_options import FurtherOptions
 from fastattn.call.seeds import Rng
+from fastattn.call.upstream import Names
 from fastattn.layers import extra_key
 from fastattn.layers.backward import (
     Saved,
     bias_gradient,
     delivered,
     given_arguments,
+    named_besides,
     recalled,
     weight_gradient,
 )
@@ -237,7 +239,7 @@ class MultiHeadAttention(Layer):
             the same, and padding costs nothing.
         is_causal : bool or "bottom-right"
             As in `fastattn.attention`.
-        window, query_offset, key_lengths, softcap : optional
+        window, query_offset, key_lengths, softcap, alibi_slopes, sinks, score_mod, mask_mod, block_mask : optional
             As in `fastattn.attention`.
         return_weights : bool
             Return the weights of each head as well. Only then does a matrix of Lq x Lk exist, or where `key_mask` is
@@ -284,8 +286,9 @@ class MultiHeadAttention(Layer):
         *,
         key_mask: ArrayLike | None = None,
         is_causal: bool | str = False,
+        grads: Names = None,
         **options: Unpack[FurtherOptions],
-    ) -> tuple[Any, dict[str, Array]]:
+    ) -> tuple[Any, ...]:
         """Return the gradients of a call's arguments, and of the parameters.
 
         Parameters
@@ -297,6 +300,9 @@ class MultiHeadAttention(Layer):
             returned with ``return_saved=True``: then nothing of it is computed again, and it says the options as well.
         attn_mask, key_mask, is_causal, **options
             As the call was given them.
+        grads : sequence of str, optional
+            Names of what else has gradients to return: of "attn_mask", "alibi_slopes" and "sinks" those that the call
+            was given, and of the floating arrays that score_mod captures, as it calls them.
 
         Returns
         -------
@@ -305,6 +311,8 @@ class MultiHeadAttention(Layer):
             was left out has no gradient of its own: that of ``(x,)`` is the sum of what x does as query, key and value.
         gradients : dict of str to ndarray
             Those of all parameters, by the names of `state_dict`.
+        named : tuple of ndarray
+            If `grads` is given: those that it names, in its order, each with the shape and the dtype of what it is of.
 
         Raises
         ------
@@ -339,8 +347,11 @@ class MultiHeadAttention(Layer):
             gradients["out_proj.bias"] = bias_gradient(grad)
         grad_context = linear(grad, self.out_proj_weight.T)
         mask: Any = saved.mask
+        names = named_besides(grads, mask, saved.options)
         grad_result, result = grad_context.reshape(saved.context.shape).swapaxes(-2, -3), saved.context.swapaxes(-2, -3)
-        grad_heads = attention_backward(grad_result, *saved.heads, result, saved.lse, mask, **saved.options)
+        call = (grad_result, *saved.heads, result, saved.lse, mask)
+        found = attention_backward(*call, **saved.options, grads=("query", "key", "value", *names))
+        grad_heads, named = found[:3], found[3:]
         if self.bias_kv:
             own = self._extra(saved.options)
             arguments = grad_result, saved.heads[0], *own[:2], result, saved.lse, *own[2:]
@@ -350,7 +361,7 @@ class MultiHeadAttention(Layer):
                 grad.reshape(self.bias_k.shape) for grad in (grad_key, grad_value)
             )
         grad_inputs = self._project_backward(grad_heads, saved, gradients)
-        return grad_inputs, self.as_gradients(gradients)
+        return grad_inputs, self.as_gradients(gradients), *(() if grads is None else (named,))
 
     def _attend(
         self,

@@ -19,7 +19,8 @@ from fastattn.api.backward import additive_attention_backward, attention_backwar
 from fastattn.call.halves import cast
 from fastattn.call.problem import Array, Mask
 from fastattn.call.score_options import FurtherOptions
-from fastattn.layers.backward import bias_gradient, weight_gradient
+from fastattn.call.upstream import Names
+from fastattn.layers.backward import bias_gradient, named_besides, weight_gradient
 from fastattn.layers.base import linear
 from fastattn.layers.masks import changed
 
@@ -38,11 +39,17 @@ class Dot:
     ----------
     vector : ndarray, shape (hidden_dim,), or None
         What the tanh of a sum of both is multiplied by, where that is the score.
+    grads : sequence of str or None
+        Names of what a call was given besides its inputs, whose gradients are wanted.
+    named : dict of str to ndarray
+        These gradients, once they are known.
     """
 
     vector: Array | None = None
+    grads: Names = None
 
     def __init__(self) -> None:
+        self.named: dict[str, Array] = {}
         self._found: dict[str, Array] = {}
 
     @property
@@ -113,7 +120,7 @@ class Dot:
         mask: Mask,
         options: FurtherOptions,
     ) -> tuple[Array, ...]:
-        """Return the gradients of what stands for queries and keys, and of the values.
+        """Return the gradients of what stands for queries and keys, and of the values; keep those that are named.
 
         Parameters
         ----------
@@ -125,13 +132,22 @@ class Dot:
         """
         grad, q, k, v, result = map(one_head, (grad_out, query, key, value, out))
         attn_mask: Any = changed(mask, one_head)
-        results = (result, lse[..., None, :], attn_mask)
+        results, names = (result, lse[..., None, :], attn_mask), named_besides(self.grads, mask, options)
         if self.vector is None:
-            found = attention_backward(grad, q, k, v, *results, scale=1.0, **options)
+            usual: tuple[str, ...] = ("query", "key", "value")
+            found = attention_backward(grad, q, k, v, *results, scale=1.0, **options, grads=(*usual, *names))
         else:
-            found = additive_attention_backward(grad, q, k, v, self._vector(query), *results, **options)
+            usual, call = ("query", "key", "value", "weight"), (grad, q, k, v, self._vector(query), *results)
+            found = additive_attention_backward(*call, **options, grads=(*usual, *names))
             self._add("weight", found[3])
+        self.named = dict(zip(names, found[len(usual) :], strict=True))
+        if "attn_mask" in names and self.named["attn_mask"].ndim > 1:
+            self.named["attn_mask"] = self.named["attn_mask"][..., 0, :, :]
         return tuple(gradient[..., 0, :, :] for gradient in found[:3])
+
+    def besides(self) -> tuple[tuple[Array, ...], ...]:
+        """Return what stands behind the other results of a backward pass: gradients that are named, if any are."""
+        return () if self.grads is None else (tuple(self.named[name] for name in self.grads),)
 
     def _vector(self, query: Array) -> Array:
         assert self.vector is not None

@@ -20,7 +20,8 @@ class Kernel:
     work : str
         What its tasks do: "forward", "weights" (the matrix of weights), "known_weights" (the same where the sums are
         known), "summary" (what is said of the weights of each query, and of each key), "backward", "mask_gradient",
-        "additive_backward", "captured_gradient"; "several" are calls of these as one. "peak" is the micro-kernel alone.
+        "captured_gradient", "additive_backward", "additive_mask_gradient", "additive_captured_gradient"; "several" are
+        calls of these as one. "peak" is the micro-kernel alone.
         "schedule", "signature" and "overlaps" are compiled functions around all of these.
     row : Isa
         The row of the ISA table to generate code for.

@@ -11,6 +11,7 @@ factors Z of dropout (1 without), out = (P · Z) value, and the gradient dO of t
     dquery  = scale · draw key          dkey = scale · drawᵀ query
     dalibi  = -Σ_ij dscores · |position - j|
     dsink   = -Σ_i exp(sink - lse) · rowsum(dO · out)                    a key whose value is 0, and of which dP is 0
+    dc      = Σ_ij dscores · ∂score/∂c                                   of an element c that a user's function reads
 
 The derivative of lse by the scores is P, so that a gradient of lse is subtracted from the row's sum. What a query may
 not look at takes no part, whatever it is: 0 · NaN does not arise.
@@ -18,6 +19,7 @@ not look at takes no part, whatever it is: 0 · NaN does not arise.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -34,17 +36,20 @@ from fastattn.call.upstream import (
     Names,
     Upstream,
     as_given,
+    captured_sources,
     describe_upstream,
     seed_of_forward,
     sources_of,
     wanted_gradients,
 )
+from fastattn.reference.captured import gradients_of_captured
 from fastattn.reference.dropout import kept_weights
 from fastattn.reference.forward import (
     SUM_ELEMENTS,
     raw_scores,
     seen_scores,
     slope_of,
+    value_of,
     weighted_sum,
     weights_from,
     with_sinks,
@@ -70,6 +75,8 @@ class Gradients(NamedTuple):
         Where heads have some.
     weight : ndarray, shape (D,), or None
         Of additive attention alone.
+    captured : dict of str to ndarray
+        Of the arrays that the function of scores captures, those that were named.
     """
 
     query: NDArray[Any]
@@ -79,6 +86,7 @@ class Gradients(NamedTuple):
     slopes: NDArray[Any] | None
     sinks: NDArray[Any] | None
     weight: NDArray[Any] | None
+    captured: dict[str, NDArray[Any]]
 
     def named(self) -> dict[str, NDArray[Any] | None]:
         """Return them by the names of the arguments."""
@@ -90,6 +98,7 @@ class Gradients(NamedTuple):
             "alibi_slopes": self.slopes,
             "sinks": self.sinks,
             "weight": self.weight,
+            **self.captured,
         }
 
 
@@ -128,9 +137,9 @@ def attention_backward(
     arrays = as_operands(query, key, value, attn_mask)
     problem, operands = describe(*arrays, dropout_p, is_causal, scale, enable_gqa, **options)
     upstream = describe_upstream(problem, grad_out, out, lse, grad_lse)
-    sources = sources_of(query, key, value, attn_mask, options)
+    sources = sources_of(query, key, value, attn_mask, options) | captured_sources(problem, operands.captured)
     names = wanted_gradients(grads, sources, grad_mask, arrays[3])
-    gradients = differentiate(problem, operands, upstream, seed_of_forward(rng, problem))
+    gradients = differentiate(problem, operands, upstream, seed_of_forward(rng, problem), names=names)
     return as_given(problem, names, gradients.named(), sources)
 
 
@@ -145,6 +154,7 @@ def additive_attention_backward(
     attn_mask: ArrayLike | None = None,
     is_causal: bool | str = False,
     *,
+    grad_mask: bool = False,
     grads: Names = None,
     **options: Unpack[FurtherOptions],
 ) -> tuple[NDArray[Any], ...]:
@@ -164,15 +174,20 @@ def additive_attention_backward(
     arrays = as_additive_operands(query, key, value, weight, attn_mask)
     problem, operands = describe_additive(*arrays, is_causal, **options)
     upstream = describe_upstream(problem, grad_out, out, lse)
-    sources = sources_of(query, key, value, attn_mask, options, weight)
-    names = wanted_gradients(grads, sources)
-    gradients = differentiate(problem, operands, upstream, weight=arrays[3])
+    sources = sources_of(query, key, value, attn_mask, options, weight) | captured_sources(problem, operands.captured)
+    names = wanted_gradients(grads, sources, grad_mask, arrays[4])
+    gradients = differentiate(problem, operands, upstream, weight=arrays[3], names=names)
     return as_given(problem, names, gradients.named(), sources)
 
 
 @np.errstate(all="ignore")
 def differentiate(
-    problem: Problem, operands: Operands, upstream: Upstream, seed: int = 0, weight: NDArray[Any] | None = None
+    problem: Problem,
+    operands: Operands,
+    upstream: Upstream,
+    seed: int = 0,
+    weight: NDArray[Any] | None = None,
+    names: Sequence[str] = (),
 ) -> Gradients:
     """Evaluate the gradients in the wider type, and do not round them to the type of the call.
 
@@ -186,6 +201,9 @@ def differentiate(
         In [0, 2**64): what decided which weights were dropped.
     weight : ndarray, shape (D,), optional
         Given, the score is that of additive attention.
+    names : sequence of str
+        Those of the gradients that are wanted. All are evaluated but for what a function captures, which is evaluated
+        where it is among these.
     """
     raw = raw_scores(problem, operands, weight)
     scores, visible = seen_scores(problem, operands, raw)
@@ -203,16 +221,18 @@ def differentiate(
     grad_value = weighted_sum((weights * kept).swapaxes(-1, -2), grad_out, visible.swapaxes(-1, -2))
     grad_weights = (grad_out @ value.swapaxes(-1, -2)) * kept
     by_added, by_raw = slope_of(problem, operands, raw)
-    grad_scores = np.where(visible, weights * (grad_weights - row_sums[..., None]) * by_added, 0)
+    grad_seen = np.where(visible, weights * (grad_weights - row_sums[..., None]), 0)
+    captured = gradients_of_captured(problem, operands, value_of(problem, operands, raw), grad_seen, names)
+    grad_scores = np.where(visible, grad_seen * by_added, 0)
     grad_raw = np.where(visible, grad_scores * by_raw, 0)
     of_heads = _of_slopes(problem, operands, grad_scores), _of_sinks(problem, operands, of_sinks, row_sums)
     if weight is not None:
         grad_query, grad_key, grad_weight = _through_tanh(query, key, cast(weight, wide), grad_raw)
-        return Gradients(grad_query, grad_key, grad_value, grad_scores, *of_heads, grad_weight)
+        return Gradients(grad_query, grad_key, grad_value, grad_scores, *of_heads, grad_weight, captured)
     # Where a query or a key that may be looked at is not finite, neither is the score: its gradient says all.
     grad_query = problem.scores.scale * (grad_raw @ np.where(np.isfinite(key), key, 0))
     grad_key = problem.scores.scale * (grad_raw.swapaxes(-1, -2) @ np.where(np.isfinite(query), query, 0))
-    return Gradients(grad_query, grad_key, grad_value, grad_scores, *of_heads, None)
+    return Gradients(grad_query, grad_key, grad_value, grad_scores, *of_heads, None, captured)
 
 
 def _of_slopes(problem: Problem, operands: Operands, grad_scores: NDArray[Any]) -> NDArray[Any] | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import builtins
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import FunctionType, ModuleType
 from typing import Any, NamedTuple, NoReturn
 
@@ -22,6 +22,8 @@ from fastattn.functions.function import Function
 __all__ = [
     "Found",
     "Where",
+    "derivatives",
+    "in_numpy",
     "out_of_range",
     "scores_of_function",
     "seen_by_function",
@@ -30,6 +32,8 @@ __all__ = [
 ]
 
 Array = NDArray[Any]
+#: What stands for captured values: by the function that reads one, and its name for it.
+Instead = Mapping[tuple[FunctionType, str], Any]
 
 #: What derivatives are made of: differences over these steps, times the size of the score or 1.
 STEPS = tuple(4.0**-power for power in range(2, 12))
@@ -63,30 +67,35 @@ def where_all(problem: Problem, heads: Array | None) -> Where:
 
 def scores_of_function(function: Function, scores: Array, where: Where) -> Found:
     """Return what a function of scores makes of them; NaN where an index is out of range."""
-    return _each(_in_numpy(function.python, scores.dtype.type), (scores, *where), scores.dtype, np.nan)
+    return _each(in_numpy(function.python, scores.dtype.type), (scores, *where), scores.dtype, np.nan)
 
 
 def seen_by_function(function: Function, where: Where, wide: Any) -> Found:
     """Return what a function says of which keys are seen; where an index is out of range, yes."""
-    return _each(_in_numpy(function.python, wide), where, np.dtype(bool), True)
+    return _each(in_numpy(function.python, wide), where, np.dtype(bool), True)
 
 
 @np.errstate(all="ignore")
 def slopes_of_function(function: Function, scores: Array, where: Where) -> tuple[Array, Array]:
-    """Return the derivative of a function of scores, and an estimate of its error.
+    """Return the derivative of a function of scores, and an estimate of its error."""
+    call = in_numpy(function.python, scores.dtype.type)
+    return derivatives(lambda moved: _each(call, (moved, *where), scores.dtype, np.nan).values, scores)
+
+
+def derivatives(function: Callable[[Array], Array], at: Array) -> tuple[Array, Array]:
+    """Return the derivative of a function of numbers, each by its own, and an estimate of its error.
 
     Central differences over steps h and h / 4 are put together so that the terms of h² cancel (Richardson). Of all
     steps, the pair that agrees best counts: large ones lose to the function's curvature and to its kinks, small ones to
     rounding.
     """
-    call = _in_numpy(function.python, scores.dtype.type)
-    size = np.maximum(np.abs(scores), 1)
-    eps = np.finfo(scores.dtype).eps
-    slopes, errors = np.zeros_like(scores), np.full_like(scores, np.inf)
+    size = np.maximum(np.abs(at), 1)
+    eps = np.finfo(at.dtype).eps
+    slopes, errors = np.zeros_like(at), np.full_like(at, np.inf)
     before = None
     for step in STEPS:
-        above, below = scores + size * step, scores - size * step
-        ends = [_each(call, (end, *where), scores.dtype, np.nan).values for end in (above, below)]
+        above, below = at + size * step, at - size * step
+        ends = [function(end) for end in (above, below)]
         difference = (ends[0] - ends[1]) / (above - below)
         rounding = eps * np.maximum(*map(np.abs, ends)) / (size * step)
         if before is not None:
@@ -126,28 +135,36 @@ def _each(function: Callable[..., Any], arguments: tuple[Array, ...], dtype: np.
 # -- Python's functions on NumPy's numbers -----------------------------------------------------------------------------
 
 
-def _in_numpy(function: FunctionType, wide: Any, known: dict[int, FunctionType] | None = None) -> FunctionType:
+def in_numpy(
+    function: FunctionType, wide: Any, instead: Instead | None = None, known: dict[int, FunctionType] | None = None
+) -> FunctionType:
     """Return a function of the same code, around which everything is NumPy's, of the wider type."""
-    known = {} if known is None else known
+    instead, known = instead or {}, {} if known is None else known
     if id(function) in known:
         return known[id(function)]
     code, around = function.__code__, {"__builtins__": {**vars(builtins), **_python_names(wide)}}
     cells = [type(cell)() for cell in function.__closure__ or ()]
     made = known[id(function)] = FunctionType(code, around, function.__name__, function.__defaults__, tuple(cells))
+
+    def converted(name: str, value: Any) -> Any:
+        if (function, name) in instead:
+            return instead[function, name]
+        if isinstance(value, FunctionType) and not _module_of(value):
+            return in_numpy(value, wide, instead, known)
+        return _converted(value, wide)
+
     for name in code.co_names:
         if name in function.__globals__:
-            around[name] = _converted(function.__globals__[name], wide, known)
-    for cell, own in zip(function.__closure__ or (), cells, strict=True):
-        own.cell_contents = _converted(cell.cell_contents, wide, known)
+            around[name] = converted(name, function.__globals__[name])
+    for name, cell, own in zip(code.co_freevars, function.__closure__ or (), cells, strict=True):
+        own.cell_contents = converted(name, cell.cell_contents)
     return made
 
 
-def _converted(value: Any, wide: Any, known: dict[int, FunctionType]) -> Any:
+def _converted(value: Any, wide: Any) -> Any:
     """Return what stands for a value around a function."""
     if isinstance(value, ModuleType):
         return _Module(value, wide)
-    if isinstance(value, FunctionType) and not _module_of(value):
-        return _in_numpy(value, wide, known)
     if callable(value):
         name = getattr(value, "__name__", "")
         return getattr(_Module(np, wide), name) if _module_of(value) else _python_names(wide).get(name, value)

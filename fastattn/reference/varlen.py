@@ -14,7 +14,16 @@ from fastattn.call.out import check_out
 from fastattn.call.packed import as_given, describe_packed, heads_first, sources_of_packed
 from fastattn.call.score_options import FurtherOptions
 from fastattn.call.seeds import Rng, seed_from
-from fastattn.call.upstream import OF_HEADS, SHARED, Names, arrived, folded, seed_of_forward, wanted_gradients
+from fastattn.call.upstream import (
+    OF_HEADS,
+    SHARED,
+    Names,
+    arrived,
+    captured_sources,
+    folded,
+    seed_of_forward,
+    wanted_gradients,
+)
 from fastattn.reference.backward import differentiate
 from fastattn.reference.forward import evaluate
 
@@ -101,21 +110,25 @@ def attention_varlen_backward(
     packed = describe_packed(*arrays, cu_seqlens_q, cu_seqlens_k, dropout_p, is_causal, scale, enable_gqa, options)
     upstream = arrived(packed.problem, grad_out, out, lse, grad_lse)
     seed = seed_of_forward(rng, packed.problem)
-    sources = sources_of_packed(query, key, value, options)
+    of_function = captured_sources(packed.problem, packed.captured)
+    sources = sources_of_packed(query, key, value, options) | of_function
     names = wanted_gradients(grads, sources)
     found: dict[str, Any] = {}
     for name, array in zip(("query", "key", "value"), arrays, strict=True):
         found[name] = np.zeros(array.shape, np.longdouble)
     of_heads = [name for name in names if name in OF_HEADS]
     found |= {name: np.zeros((len(packed.queries), packed.problem.heads), np.longdouble) for name in of_heads}
+    found |= {name: np.zeros(np.shape(of_function[name]), np.longdouble) for name in names if name in of_function}
     for number, (queries, keys) in enumerate(zip(packed.queries, packed.keys, strict=True)):
         problem, operands = packed.sequence(number)
-        gradients = differentiate(problem, operands, packed.upstream(number, upstream), seed).named()
+        gradients = differentiate(problem, operands, packed.upstream(number, upstream), seed, names=names).named()
         with np.errstate(all="ignore"):
             for name, total in found.items():
                 gradient: Any = gradients[name]
                 if name in OF_HEADS:
                     total[number] = gradient.reshape(-1)
+                elif name in of_function:
+                    total += gradient
                 else:
                     own = heads_first(total[queries if name == "query" else keys])
                     own[...] = folded(gradient, own.shape, problem, name in SHARED)

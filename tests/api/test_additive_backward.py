@@ -14,7 +14,7 @@ import processes
 import pytest
 from additive_cases import ANY_DTYPE, additive_calls, inputs, rows_of_a_batch
 from additive_gradients import NAMES, backward, check, check_calls, upstream_of
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rows import on_other_rows, takes_long
 from strategies import SEEDS, Call, causal, each, laid_out, layouts, numbers, random_mask
@@ -167,6 +167,12 @@ def test_values_that_are_not_finite(call: Call) -> None:
     check(call)
 
 
+@settings(max_examples=settings().max_examples // 4)
+@given(call=additive_calls(with_functions=True))
+def test_any_call_with_functions(call: Call) -> None:
+    check(call)
+
+
 @given(call=additive_calls(odd=True, any_layout=False), names=st.tuples(*[layouts] * 8), threads=st.integers(1, 5))
 def test_the_same_bits_in_any_layout_and_at_any_thread_count(call: Call, names: Any, threads: int) -> None:
     arrays = (call.query, call.key, call.value, call.options["weight"])
@@ -315,13 +321,16 @@ def test_working_memory_is_as_large_as_planned(
 
     rng = np.random.default_rng(0)
     shapes = ((queries, sizes[0]), (150, sizes[0]), (150, sizes[1]), (sizes[0],))
-    mask = rng.random((queries, 150)) < 0.5
+    mask, table = rng.random((queries, 150)) < 0.5, rng.standard_normal(7)
+    bias, mod = np.where(mask, dtype(0), -np.inf), {"score_mod": lambda s, b, h, q, k: s + table[(q + k) % 7]}
     arrays = [numbers(rng, shape, dtype) for shape in shapes]
-    upstream = upstream_of(*arrays, mask)
-    monkeypatch.setattr(session.current, "memory", Guarded())
-    backward(arrays, mask, upstream=upstream)
-    assert len(guards) == 2
-    assert all((guard == 0xA5).all() for guard in guards)
+    for given_mask, own, names in ((mask, {}, None), (bias, {}, ("attn_mask",)), (mask, mod, ("table",))):
+        upstream = upstream_of(*arrays, given_mask, **own)
+        with monkeypatch.context() as patched:
+            patched.setattr(session.current, "memory", Guarded())
+            backward(arrays, given_mask, **own, upstream=upstream, grads=names)
+        assert len(guards) == 2
+        assert all((guard == 0xA5).all() for guard in guards)
 
 
 # -- the promises of attention -----------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import fastattn
 Array = np.ndarray[Any, Any]
 ROWS, HEADS, QUERIES, KEYS, FEATURES = 2, 4, 9, 11, 8
 STEP = 1e-5
+backends = pytest.mark.parametrize("backend", ["cpu", "reference"])
 
 
 def inputs(dtype: Any = np.float64, kv_heads: int = HEADS, rows: int = ROWS) -> tuple[list[Array], Array, Array]:
@@ -23,15 +24,16 @@ def inputs(dtype: Any = np.float64, kv_heads: int = HEADS, rows: int = ROWS) -> 
     return arrays, grad_out, rng.standard_normal((rows, HEADS, QUERIES)).astype(dtype)
 
 
-def gradients(names: Any, arrays: list[Array], grad_out: Array, grad_lse: Any = None, **options: Any) -> list[Array]:
+def gradients(
+    names: Any, arrays: list[Array], grad_out: Array, grad_lse: Any = None, backend: Any = None, **options: Any
+) -> list[Array]:
     """Return the gradients with these names, after a forward pass."""
     out, lse = fastattn.attention(*arrays, **options, return_lse=True)
-    return list(
-        fastattn.attention_backward(grad_out, *arrays, out, lse, **options, grad_lse=grad_lse, grads=tuple(names))
-    )
+    wanted: Any = {"grad_lse": grad_lse, "grads": tuple(names), "backend": backend}
+    return list(fastattn.attention_backward(grad_out, *arrays, out, lse, **options, **wanted))
 
 
-def check(make: Any, captured: dict[str, Array], kv_heads: int = HEADS, **options: Any) -> None:
+def check(make: Any, captured: dict[str, Array], kv_heads: int = HEADS, backend: Any = None, **options: Any) -> None:
     """Compare with differences: `make` returns the function of scores, given the captured arrays by name."""
     arrays, grad_out, grad_lse = inputs(kv_heads=kv_heads)
 
@@ -44,7 +46,7 @@ def check(make: Any, captured: dict[str, Array], kv_heads: int = HEADS, **option
     grad_lse = np.where(
         fastattn.attention(*arrays, score_mod=make(**captured), **options, return_lse=True)[1] > -np.inf, grad_lse, 0
     )
-    found = gradients(captured, arrays, grad_out, grad_lse, score_mod=make(**captured), **options)
+    found = gradients(captured, arrays, grad_out, grad_lse, backend, score_mod=make(**captured), **options)
     for (name, array), gradient in zip(captured.items(), found, strict=True):
         assert gradient.shape == array.shape
         assert gradient.dtype == array.dtype
@@ -71,6 +73,7 @@ def normal(*shape: int, dtype: Any = np.float64) -> Array:
 # -- what they are -----------------------------------------------------------------------------------------------------
 
 
+@backends
 @pytest.mark.parametrize(
     "options",
     [
@@ -90,11 +93,12 @@ def normal(*shape: int, dtype: Any = np.float64) -> Array:
     ],
     ids=lambda options: ", ".join(options) or "plain",
 )
-def test_they_are_those_of_differences(options: dict[str, Any]) -> None:
-    check(relative, {"table": normal(2 * KEYS + 3)}, **options)
+def test_they_are_those_of_differences(options: dict[str, Any], backend: str) -> None:
+    check(relative, {"table": normal(2 * KEYS + 3)}, backend=backend, **options)
 
 
-def test_several_arrays_and_several_places() -> None:
+@backends
+def test_several_arrays_and_several_places(backend: str) -> None:
     """Of which one is read in two places, one by a function that is called, and one has no axes."""
     nodes = np.arange(KEYS)[::-1] % 5
 
@@ -109,14 +113,21 @@ def test_several_arrays_and_several_places() -> None:
 
         return score_mod
 
-    check(make, {"bias": normal(HEADS, 5), "slopes": normal(HEADS), "factor": np.array(0.75)}, softcap=3.0)
+    check(
+        make,
+        {"bias": normal(HEADS, 5), "slopes": normal(HEADS), "factor": np.array(0.75)},
+        backend=backend,
+        softcap=3.0,
+    )
 
 
-def test_pytorch_agrees() -> None:
+@backends
+def test_pytorch_agrees(backend: str) -> None:
     torch = pytest.importorskip("torch")
     arrays, grad_out, _ = inputs()
     bias = normal(HEADS, QUERIES, KEYS)
-    (found,) = gradients(["bias"], arrays, grad_out, score_mod=lambda s, b, h, q, k: s * bias[h, q, k])
+    options = {"score_mod": lambda s, b, h, q, k: s * bias[h, q, k], "backend": backend}
+    (found,) = gradients(["bias"], arrays, grad_out, **options)
     query, key, value = map(torch.from_numpy, arrays)
     leaf = torch.from_numpy(bias).requires_grad_()
     out = torch.softmax(query @ key.mT * FEATURES**-0.5 * leaf, -1) @ value
@@ -132,12 +143,13 @@ def test_they_are_sums_over_the_batch() -> None:
     np.testing.assert_allclose(found, sum(rows), rtol=1e-13, atol=1e-15)
 
 
-def test_what_is_read_for_hidden_keys_alone_has_gradient_0() -> None:
+@backends
+def test_what_is_read_for_hidden_keys_alone_has_gradient_0(backend: str) -> None:
     arrays, grad_out, _ = inputs()
     table = normal(KEYS)
     table[7:] = np.nan, np.inf, -np.inf, np.nan
     arrays[1][..., 7:, :], arrays[2][..., 7:, :] = np.nan, np.inf
-    options = {"score_mod": lambda s, b, h, q, k: s + table[k]}
+    options = {"score_mod": lambda s, b, h, q, k: s + table[k], "backend": backend}
     (found,) = gradients(["table"], arrays, grad_out, key_lengths=7, **options)
     assert not found[7:].any()
     short = [arrays[0], *(array[..., :7, :] for array in arrays[1:])]
@@ -146,21 +158,27 @@ def test_what_is_read_for_hidden_keys_alone_has_gradient_0() -> None:
     assert np.isfinite(found).all()
 
 
-def test_arrays_that_no_score_depends_on_have_gradient_0() -> None:
+@backends
+def test_arrays_that_no_score_depends_on_have_gradient_0(backend: str) -> None:
     arrays, grad_out, _ = inputs()
     table, other = normal(5), normal(3)
     found = gradients(
-        ["table", "other"], arrays, grad_out, score_mod=lambda s, b, h, q, k: s * len(table) + (other[k % 3] > 0)
+        ["table", "other"],
+        arrays,
+        grad_out,
+        score_mod=lambda s, b, h, q, k: s * len(table) + (other[k % 3] > 0),
+        backend=backend,
     )
     assert [array.tolist() for array in found] == [[0.0] * 5, [0.0] * 3]
 
 
-def test_no_keys_and_no_queries() -> None:
+@backends
+def test_no_keys_and_no_queries(backend: str) -> None:
     arrays, grad_out, _ = inputs()
     mod = relative(normal(2 * KEYS))
     for some in ([arrays[0], *(array[..., :0, :] for array in arrays[1:])], [arrays[0][..., :0, :], *arrays[1:]]):
         rows = some[0].shape[-2]
-        (found,) = gradients(["table"], some, grad_out[..., :rows, :], score_mod=mod)
+        (found,) = gradients(["table"], some, grad_out[..., :rows, :], score_mod=mod, backend=backend)
         assert found.shape == (2 * KEYS,)
         assert not found.any()
 
@@ -211,14 +229,19 @@ def test_each_has_the_dtype_of_its_array(captured: Any) -> None:
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 
-def test_an_array_that_is_read_several_times_at_one_place_is_refused() -> None:
-    arrays, grad_out, _ = inputs()
-    table = normal(KEYS)
+def in_a_loop(table: Array) -> Any:
+    """An element for each turn of a loop."""
 
     def in_a_loop(score: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
         for i in range(2):
             score = score + table[(key + i) % 7]
         return score
+
+    return in_a_loop
+
+
+def called_twice(table: Array) -> Any:
+    """Two elements, which may be the same, by a function that is called."""
 
     def read(key: Any) -> Any:
         return table[key]
@@ -226,43 +249,57 @@ def test_an_array_that_is_read_several_times_at_one_place_is_refused() -> None:
     def called_twice(score: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
         return score + read(key) * read(query)
 
-    for mod in (in_a_loop, called_twice):
-        with pytest.raises(ValueError, match=f"^grads: score_mod: .*{mod.__name__} reads an array more than once"):
-            gradients(["table"], arrays, grad_out, score_mod=mod)
+    return called_twice
 
 
-def test_an_index_that_is_out_of_range() -> None:
+@pytest.mark.parametrize("make", [in_a_loop, called_twice])
+def test_an_array_that_is_read_several_times_at_one_place_is_refused(make: Any) -> None:
+    arrays, grad_out, _ = inputs()
+    with pytest.raises(ValueError, match=f"^grads: score_mod: .*{make.__name__} reads an array more than once"):
+        gradients(["table"], arrays, grad_out, score_mod=make(normal(KEYS)))
+
+
+@pytest.mark.parametrize("make", [in_a_loop, called_twice])
+def test_the_reference_may_read_an_array_several_times(make: Any) -> None:
+    check(make, {"table": normal(KEYS)}, backend="reference")
+
+
+@backends
+def test_an_index_that_is_out_of_range(backend: str) -> None:
     arrays, grad_out, _ = inputs()
     table = normal(KEYS - 1)
     options: dict[str, Any] = {"score_mod": lambda s, b, h, q, k: s + table[k]}
     out, lse = fastattn.attention(*arrays, **options, key_lengths=KEYS - 1, return_lse=True)
     call: Any = (grad_out, *arrays, out, lse)
     with pytest.raises(IndexError, match="^score_mod: .*an index was out of range"):
-        fastattn.attention_backward(*call, grads=("table",), **options)
-    (found,) = fastattn.attention_backward(*call, grads=("table",), key_lengths=KEYS - 1, **options)
+        fastattn.attention_backward(*call, grads=("table",), **options, backend=backend)
+    options |= {"key_lengths": KEYS - 1, "backend": backend}
+    (found,) = fastattn.attention_backward(*call, grads=("table",), **options)
     assert np.isfinite(found).all()
 
 
-def test_names_of_what_has_no_gradient_are_refused() -> None:
+@backends
+def test_names_of_what_has_no_gradient_are_refused(backend: str) -> None:
     arrays, grad_out, _ = inputs()
     whole, number, table = np.arange(KEYS), 0.5, normal(KEYS)
     options = {"score_mod": lambda s, b, h, q, k: s * number + whole[k] + table[k]}
     for name in ("whole", "number", "nothing"):
         with pytest.raises(ValueError, match=f"^grads: '{name}' is among them; expected some of .*'table'"):
-            gradients([name], arrays, grad_out, **options)
+            gradients([name], arrays, grad_out, backend=backend, **options)
     seen = {"mask_mod": lambda b, h, q, k: table[k] > -9}
     with pytest.raises(ValueError, match="^grads: 'table' is among them"):
-        gradients(["table"], arrays, grad_out, **seen)
+        gradients(["table"], arrays, grad_out, backend=backend, **seen)
 
 
-def test_an_array_that_is_called_as_an_argument_goes_by_the_name_of_the_function_too() -> None:
+@backends
+def test_an_array_that_is_called_as_an_argument_goes_by_the_name_of_the_function_too(backend: str) -> None:
     arrays, grad_out, _ = inputs()
     key = table = normal(2 * KEYS)
 
     def score_mod(score: Any, batch: Any, head: Any, i: Any, j: Any) -> Any:
         return score + key[i - j]
 
-    found = gradients(["key of score_mod", "key"], arrays, grad_out, score_mod=score_mod)
-    (wanted,) = gradients(["table"], arrays, grad_out, score_mod=relative(table))
+    found = gradients(["key of score_mod", "key"], arrays, grad_out, score_mod=score_mod, backend=backend)
+    (wanted,) = gradients(["table"], arrays, grad_out, score_mod=relative(table), backend=backend)
     np.testing.assert_array_equal(found[0], wanted)
     assert found[1].shape == arrays[1].shape

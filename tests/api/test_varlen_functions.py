@@ -101,7 +101,9 @@ def test_each_sequence_has_the_bits_of_its_row_of_a_batch(dtype: Any, which: str
 def test_the_reference_is_close(which: str) -> None:
     arrays, options = packed(SMALL, dtype=np.float64), options_of(which, len(SMALL))
     options |= {"enable_gqa": True}
-    names = ("value", "query", "key", *(name for name in ("sinks", "alibi_slopes") if name in options))
+    read = ("BY_SEQUENCE", "BY_DISTANCE") if options.get("score_mod") is of_sequence else ()
+    read = ("BY_DISTANCE",) if options.get("score_mod") is of_distance else read
+    names = ("value", "query", "key", *(name for name in ("sinks", "alibi_slopes") if name in options), *read)
     found = []
     for backend in ("cpu", "reference"):
         out, lse = fastattn.attention_varlen(*arrays, **options, return_lse=True, backend=backend)

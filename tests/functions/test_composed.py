@@ -9,15 +9,23 @@ import additive_gradients
 import numpy as np
 import tolerances
 from additive_cases import additive_calls
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from strategies import Call, bias_in, calls
 
 import fastattn
 from fastattn import reference
 from fastattn.call.arrays import as_operands
 from fastattn.call.shapes import describe
+from fastattn.call.upstream import captured_sources
 
 PLAIN = ("usual", "tiny")
+
+
+def captured_by(call: Call) -> dict[str, Any]:
+    """Return the floating arrays that the function of scores of a call captures, by name."""
+    options = {name: given for name, given in call.options.items() if name != "rng"}
+    problem, operands = describe(*as_operands(*call.args), **options)
+    return captured_sources(problem, operands.captured)
 
 
 @settings(max_examples=settings().max_examples // 2)
@@ -68,6 +76,22 @@ def test_gradients(call: Call) -> None:
     )
     problem, exact, bounds = tolerances.expected_gradients(grad_out, *call.args, **call.options)
     tolerances.check_gradients(gradients, call.args, problem, exact, bounds)
+
+
+@settings(max_examples=settings().max_examples // 4)
+@given(call=calls(with_functions=True, sizes=PLAIN, dropout=True))
+def test_gradients_of_captured_arrays(call: Call) -> None:
+    sources = captured_by(call)
+    assume(sources)
+    query, key, value, mask = call.args
+    out, lse = fastattn.attention(*call.args, **call.options, return_lse=True)
+    rng = np.random.default_rng(0)
+    grad_out, grad_lse = (rng.standard_normal(array.shape).astype(out.dtype) for array in (out, lse))
+    told = {**call.options, "grad_lse": grad_lse}
+    gradients = fastattn.attention_backward(grad_out, query, key, value, out, lse, mask, **told, grads=tuple(sources))
+    tolerances.check_captured_gradients(
+        dict(zip(sources, gradients, strict=True)), sources, grad_out, *call.args, **told
+    )
 
 
 @settings(max_examples=settings().max_examples // 4)

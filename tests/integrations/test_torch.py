@@ -613,8 +613,10 @@ def test_forward_mode_is_refused_and_not_dropped(grad: bool) -> None:
 
 def test_a_mask_that_requires_grad_in_additive_attention() -> None:
     query, key, value, weight = leaves((2, 4, 3), (2, 5, 3), (2, 5, 3), (3,))
-    mask = torch.zeros(4, 5, requires_grad=True)
-    with pytest.raises(NotImplementedError, match="attn_mask: requires grad"):
-        additive_attention(query, key, value, weight, mask)
-    with torch.no_grad():
-        additive_attention(query, key, value, weight, mask)
+    for shape in ((4, 5), (2, 1, 5), (1,)):
+        mask = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        assert gradcheck(additive_attention, (query, key, value, weight, mask), check_batched_grad=True)
+        keep = torch.rand(4, 5) < 0.7
+        assert gradcheck(lambda mask, keep=keep: additive_attention(query, key, value, weight, (mask, keep)), (mask,))
+        with torch.no_grad():
+            assert not additive_attention(query, key, value, weight, mask).requires_grad

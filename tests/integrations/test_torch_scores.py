@@ -241,6 +241,9 @@ def test_opcheck_of_additive_attention() -> None:
     plain = [tensor.detach() for tensor in tensors]
     out, lse = ADDITIVE(*plain, None, "no", keep, *FURTHER["rows"])
     torch.library.opcheck(ADDITIVE_BACKWARD, (out, *plain, out, lse, None, "no", keep, *FURTHER["rows"]))
+    mask = torch.randn(QUERIES, KEYS, dtype=torch.float64, requires_grad=True)
+    torch.library.opcheck(ADDITIVE, (*tensors, mask, "no"))
+    torch.library.opcheck(ADDITIVE, (*tensors, mask, "no", keep, *FURTHER["rows"]))
 
 
 @pytest.mark.parametrize("softcap", [None, 0.7])

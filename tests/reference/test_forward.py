@@ -125,7 +125,7 @@ def test_it_imports_nothing_but_numpy_and_the_checks_of_arguments() -> None:
     for module in described:
         below = {name for name in imports(sys.modules[module].__file__ or "") if name and name.startswith("fastattn")}
         assert below <= {"fastattn.functions", "fastattn.machine.digest", "fastattn.machine.objects"}, module
-    parts = {f"fastattn.reference.{name}" for name in ("forward", "backward", "dropout", "functions")}
+    parts = {f"fastattn.reference.{name}" for name in ("forward", "backward", "captured", "dropout", "functions")}
     for module in parts:
         own = imports(sys.modules[module].__file__ or "") - plain - parts - described
         assert all(name and name.startswith("fastattn.call.") for name in own), module

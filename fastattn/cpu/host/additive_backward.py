@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from fastattn.call.head_gradients import gradient_of_sinks, gradient_of_slopes
-from fastattn.call.problem import Array, Operands, Problem
+from fastattn.call.problem import Array, Operands, Problem, Shape
 from fastattn.call.rounding import limit_of, slack
+from fastattn.call.shapes import split_shape
 from fastattn.call.upstream import Upstream
 from fastattn.cpu.host import session
+from fastattn.cpu.host.additive_score_gradients import Pass, over_parts, over_rectangles
+from fastattn.cpu.host.backward import own_axes
 from fastattn.cpu.host.calls import Plan
-from fastattn.cpu.host.functions import prepared
+from fastattn.cpu.host.functions import Parts, captured_among, prepared
 from fastattn.cpu.host.kernels import describe, steps_of
-from fastattn.cpu.host.plan import TASK_FLOPS, aligned, draft_forward, fields_of_softcap, padded, share_of_keys
+from fastattn.cpu.host.plan import TASK_FLOPS, Draft, aligned, draft_forward, fields_of_softcap, padded, share_of_keys
 from fastattn.cpu.kernels.records import ADDITIVE_BACKWARD, ADDITIVE_PLACES, QUERY_NUMBERS
 from fastattn.machine.objects import address_of
 from fastattn.machine.table import Blocking
@@ -24,7 +27,13 @@ from fastattn.machine.tile import TileShape
 
 
 def backward(
-    problem: Problem, operands: Operands, weight: Array, upstream: Upstream, names: Sequence[str], threads: int
+    problem: Problem,
+    operands: Operands,
+    weight: Array,
+    upstream: Upstream,
+    shapes: Mapping[str, Shape],
+    names: Sequence[str],
+    threads: int,
 ) -> dict[str, Array]:
     """Return the gradients of the operands, query, key and value, and that of weight.
 
@@ -34,6 +43,8 @@ def backward(
     operands : Operands
     weight : ndarray, shape (D,)
     upstream : Upstream
+    shapes : mapping of str to tuple of int
+        That of the argument attn_mask.
     names : sequence of str
         Of the arguments whose gradients are wanted.
     threads : int
@@ -41,8 +52,13 @@ def backward(
     Returns
     -------
     dict of str to ndarray
-        By the names of the arguments, those that are wanted among them: of "query", "key" and "value" with the axes of
-        the operands, of "weight" shape (D,), of "alibi_slopes" and "sinks" (*batch, H, 1).
+        By the names of the arguments, those that are wanted among them.
+
+        - "query", "key", "value": with the axes of the operands.
+        - "weight": shape (D,)
+        - "attn_mask": with 1 for the axes that the mask does not have, float64
+        - "alibi_slopes", "sinks": (*batch, H, 1)
+        - arrays that the function of scores captures: of their shapes, float64
     """
     lead, dtype = problem.rows_shape, problem.real
     heads = math.prod(lead)
@@ -58,14 +74,20 @@ def backward(
         "sink_weights": np.full_like(lse, np.nan) if "sinks" in names else None,
         "slope_sums": np.zeros_like(lse) if "alibi_slopes" in names else None,
     }
+    parts = Parts(problem, operands, captured_among(problem, names))
+    if "attn_mask" in names:
+        split = split_shape(shapes["attn_mask"], problem)
+        axes = own_axes(problem, split)
+        found["attn_mask"] = np.zeros((*(n if axis in axes else 1 for axis, n in enumerate(lead)), *split[-2:]))
     if worked:
         arrays = {"out": out, "lse": lse, **found, **of_heads}
-        found["weight"] = _run(problem, operands, weight, upstream, arrays, threads)
+        found["weight"] = _run(problem, operands, weight, upstream, arrays, parts, threads)
     with np.errstate(all="ignore"):
         if of_heads["slope_sums"] is not None:
             found["alibi_slopes"] = gradient_of_slopes(of_heads["slope_sums"], 1.0)
         if of_heads["sink_weights"] is not None:
             found["sinks"] = gradient_of_sinks(problem, operands, upstream, of_heads["sink_weights"])
+        found |= parts.sums()
     return found
 
 
@@ -74,10 +96,11 @@ def _run(
     operands: Operands,
     weight: Array,
     upstream: Upstream,
-    arrays: dict[str, Array | None],
+    arrays: dict[str, Any],
+    of_captured: Parts,
     threads: int,
 ) -> Array:
-    """Write the gradients to `arrays`, where they have their places; return that of weight."""
+    """Write the gradients to `arrays` and `of_captured`, where they have their places; return that of weight."""
     dtype, heads, ragged = problem.real, math.prod(problem.rows_shape), "keys" in problem.scores.own
     make = np.zeros if ragged else np.empty
     plan, given = plan_rounds(problem, operands, upstream.grad_out, threads)
@@ -92,8 +115,16 @@ def _run(
     cuts = np.array([_cut(problem, length, blocking) for length in lengths], np.int64)
     _note(given, grad_weight=parts, sums=sums, turns=turns, cuts=cuts if lengths else None)
     given["precise"], given["slack"] = limit_of(dtype, upstream.rounded), slack(upstream.rounded, problem.head_dim)
-    with prepared(problem, operands, session.current.row.tile(dtype.type.__name__)) as ready:
-        session.current.run(plan, (*ready, given, arrays["lse"], weight, None, None, 0))
+    passes = [Pass(plan, given)]
+    if "attn_mask" in arrays:
+        draft = _draft("additive_mask_gradient", problem, operands, upstream.grad_out, threads)
+        passes.append(over_rectangles(draft, given, arrays["attn_mask"], threads))
+    if of_captured.names:
+        draft = _draft("additive_captured_gradient", problem, operands, upstream.grad_out, threads)
+        passes.append(over_parts(draft, given, of_captured.number, threads))
+    with prepared(problem, operands, session.current.row.tile(dtype.type.__name__), of_captured) as ready:
+        for each in passes:
+            session.current.run(each.plan, (*ready, each.given, arrays["lse"], weight, None, None, 0))
     with np.errstate(all="ignore"):
         summed: Array = parts.sum(axis=0, dtype=np.float64).astype(dtype)
     return summed
@@ -110,25 +141,39 @@ def plan_rounds(problem: Problem, operands: Operands, grad_out: Array, threads: 
 
     They depend on the shapes of one head alone.
     """
-    features, value_dim, itemsize = problem.head_dim, problem.value_dim, problem.real.itemsize
+    blocking = session.current.row.blocking
+    query_block, _ = _blocks(problem, blocking)
+    chunks, query_blocks, key_blocks = _cut(problem, problem.keys, blocking)
+    given: Any = np.zeros(1, ADDITIVE_BACKWARD)
+    given["query_block"], given["query_blocks"], given["key_blocks"] = query_block, query_blocks, key_blocks
+    given["term_queries"] = _term_queries(problem)
+    draft = _draft("additive_backward", problem, operands, grad_out, threads)
+    draft.fields.update(blocks=chunks, group=1, groups=chunks, tasks=math.prod(problem.rows_shape) * chunks**2)
+    return draft.finish(threads), given
+
+
+def _draft(work: str, problem: Problem, operands: Operands, grad_out: Array, threads: int) -> Draft:
+    """Write down everything but how the work is split."""
     row = session.current.row
     tile, blocking = row.tile(problem.real.type.__name__), row.blocking
     query_block, key_block = _blocks(problem, blocking)
-    chunks, query_blocks, key_blocks = _cut(problem, problem.keys, blocking)
-    row_bytes = padded(tile, features) * itemsize
-    given: Any = np.zeros(1, ADDITIVE_BACKWARD)
-    given["query_block"], given["query_blocks"], given["key_blocks"] = query_block, query_blocks, key_blocks
-    term_queries = max(1, min(query_block, blocking.additive_terms_bytes // max(1, tile.lanes * row_bytes)))
-    given["term_queries"] = term_queries
-
-    kernel = describe("additive_backward", tile, row, "additive", steps_of(problem, all_of=True))
+    kernel = describe(work, tile, row, "additive", steps_of(problem, all_of=True))
     draft = draft_forward(kernel, problem, operands, grad_out, threads)
-    heads = math.prod(problem.rows_shape)
-    draft.fields.update(key_block=key_block, blocks=chunks, group=1, groups=chunks, tasks=heads * chunks**2)
+    draft.fields.update(key_block=key_block)
     draft.fields.update(fields_of_softcap(problem, 1.0))  # scores are in base e here
-    draft.flops = heads * _flops(problem, problem.keys, blocking) * share_of_keys(problem)
-    draft.scratch_bytes = aligned(_scratch_bytes(tile, query_block, key_block, features, value_dim, term_queries))
-    return draft.finish(threads), given
+    draft.flops = math.prod(problem.rows_shape) * _flops(problem, problem.keys, blocking) * share_of_keys(problem)
+    sizes = problem.head_dim, problem.value_dim, _term_queries(problem)
+    draft.scratch_bytes = aligned(_scratch_bytes(tile, query_block, key_block, *sizes))
+    return draft
+
+
+def _term_queries(problem: Problem) -> int:
+    """How many queries meet a vector of keys at a time: as many as there is room for terms of."""
+    row = session.current.row
+    tile, blocking = row.tile(problem.real.type.__name__), row.blocking
+    query_block, _ = _blocks(problem, blocking)
+    row_bytes = padded(tile, problem.head_dim) * tile.itemsize
+    return max(1, min(query_block, blocking.additive_terms_bytes // max(1, tile.lanes * row_bytes)))
 
 
 def _blocks(problem: Problem, blocking: Blocking) -> tuple[int, int]:

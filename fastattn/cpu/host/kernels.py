@@ -63,7 +63,8 @@ def every_kernel(row: Isa) -> Iterator[Kernel]:
         yield describe("backward", tile, row, steps=PLAIN)
         for work in ("backward", "mask_gradient"):
             yield describe(work, tile, row)
-        yield describe("additive_backward", tile, row, "additive")
+        for work in ("additive_backward", "additive_mask_gradient"):
+            yield describe(work, tile, row, "additive")
 
 
 def load(kernel: Kernel) -> Library:

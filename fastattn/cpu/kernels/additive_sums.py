@@ -78,7 +78,7 @@ def absorb_keys(kernel, plan, given, head, places, first_query, first_key, lse, 
                 bias = tile_load(tile.vector, places.hidden + i * hidden_bytes + j * tile.itemsize, 0)
                 score = biased(tile, score, bias)
                 if "function" in kernel.steps:
-                    score, _ = apply_along(tile, head, score, first_query + i, first_key + j)
+                    score, _ = apply_along(tile, head, score, bias, first_query + i, first_key + j)
                     score = where_greater(lowest(tile), bias, MINUS_INFINITY, score)
                 absorb_vector(kernel, places.weights + i * hidden_bytes, score)
 

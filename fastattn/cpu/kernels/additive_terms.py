@@ -123,6 +123,9 @@ def slopes_of(
 ):
     """Make P of scores, over dO · value at `weights`, and -dS at `slopes`, which may be where `lanes` is; returns dS.
 
+    The gradients of a mask and of captured arrays want another dS at `weights`, before the slope of a softcap; the
+    latter also before that of the function, and at `slopes` the scores that this is given.
+
     `hidden` is what is added to the scores: -inf for a key that the query may not look at, and from here on for one
     that the user's function hides. P is 2 to the power of (score - shift) log2(e) - rest: the shift is usually the
     log-sum-exp, and the rest 0 (`fastattn.cpu.kernels.additive_sums`). `distances`, unless 0: where to add dS, before
@@ -137,7 +140,9 @@ def slopes_of(
         score, descent = capped(tile, plan, score)
     score = saturate(tile, score + bias)
     if "function" in kernel.steps:
-        score, own_descent = apply_along(tile, head, score, query, key)
+        if kernel.work == "additive_captured_gradient":
+            tile_store(score, slopes, 0)
+        score, own_descent = apply_along(tile, head, score, bias, query, key)
         bias = where_greater(lowest(tile), score, MINUS_INFINITY, bias)
         tile_store(bias, hidden, 0)
     if odd:
@@ -145,8 +150,11 @@ def slopes_of(
     # of a sum of exp(score) no score takes more than all of it
     weight = minimum(1.0, exp2(kernel, (score - shift) * LOG2_E - rest))
     slope = weight * (tile_load(tile.vector, weights, 0) - row_sum)
-    if "function" in kernel.steps:
+    if "function" in kernel.steps and kernel.work != "additive_captured_gradient":
         slope = slope * own_descent
+    if kernel.work != "additive_backward":
+        tile_store(where_greater(lowest(tile), bias, 0.0, slope), weights, 0)
+        return slope
     if distances != 0:
         taken = where_greater(lowest(tile), bias, 0.0, slope)
         apart = absolute(tile_iota(tile.vector) - (head.offset + query - key) * 1.0)

@@ -44,9 +44,8 @@ def add_block(kernel, call, plan, head, own, block, scratch):
                 found = scratch + plan.score_grads_at + s * plan.score_panel + rows_at
                 there = min(tile.width, plan.queries - first)
                 first_key = start_key + part.begin
-                add_to_captured(
-                    plan, head, own, scratch + plan.raws_at + rows_at, found, count, there, first, first_key
-                )
+                raws = scratch + plan.raws_at + rows_at
+                add_to_captured(head, own, raws, found, count, there, 0, first, first_key)
 
 
 def task_function(kernel):

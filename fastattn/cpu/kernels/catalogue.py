@@ -4,7 +4,15 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from fastattn.cpu.kernels import additive_backward, backward, captured_gradient, mask_gradient, schedule, several
+from fastattn.cpu.kernels import (
+    additive_backward,
+    additive_score_gradients,
+    backward,
+    captured_gradient,
+    mask_gradient,
+    schedule,
+    several,
+)
 from fastattn.cpu.kernels.entry import in_default_mode, note, overlaps, quick_function, shared, signature
 from fastattn.cpu.kernels.forward import forward_group
 from fastattn.cpu.kernels.key_weights import sum_weights
@@ -75,6 +83,8 @@ FUNCTIONS: dict[str, Callable[[Kernel], dict[str, Any]]] = {
     "mask_gradient": partial(_gradients, mask_gradient),
     "captured_gradient": partial(_gradients, captured_gradient),
     "additive_backward": partial(_gradients, additive_backward),
+    "additive_mask_gradient": partial(_gradients, additive_score_gradients),
+    "additive_captured_gradient": partial(_gradients, additive_score_gradients),
     "score_function": score_functions,
     "captured_function": captured_functions,
     "seen_function": seen_functions,

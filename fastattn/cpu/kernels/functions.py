@@ -2,7 +2,9 @@
 
 from collections import namedtuple
 
+from fastattn.cpu.kernels.masks import lowest
 from fastattn.cpu.kernels.records import EMPTY, FULL, FUNCTIONS, KIND_KEYS, KIND_QUERIES
+from fastattn.cpu.kernels.softmax import MINUS_INFINITY
 from fastattn.simd import (
     call_compiled,
     jit,
@@ -13,6 +15,7 @@ from fastattn.simd import (
     tile_fill,
     tile_load,
     tile_store,
+    where_greater,
 )
 
 functions_view = record_view(FUNCTIONS)
@@ -52,8 +55,11 @@ def apply_function(plan, head, scores, grads, count, first_query, first_key):
 
 
 @jit
-def apply_along(tile, head, score, query, key):
-    """What the function makes of the scores of one query with a vector of keys, in the lanes, and its derivatives."""
+def apply_along(tile, head, score, bias, query, key):
+    """What the function makes of the scores of one query with a vector of keys, in the lanes, and its derivatives.
+
+    `bias` is -inf for a key that the query may not look at: there an index may be out of range.
+    """
     functions = functions_view(head.functions)
     if functions.value == 0:
         return score, tile_fill(tile.vector, 1.0)
@@ -61,8 +67,13 @@ def apply_along(tile, head, score, query, key):
     slopes = row + tile.vector_bytes
     tile_store(score, row, 0)
     at = where_of(head, query, key)
-    call_compiled(functions.along, (row, slopes, at.batch, at.head, at.query, at.key, functions.score_captured))
-    return tile_load(tile.vector, row, 0), tile_load(tile.vector, slopes, 0)
+    given = (row, slopes, at.batch, at.head, at.query, at.key, functions.score_captured)
+    inside = call_compiled(functions.along, given) != 0
+    score = tile_load(tile.vector, row, 0)
+    if not inside:
+        tile_store(where_greater(lowest(tile), bias, MINUS_INFINITY, score), row, 0)
+        note_marks(head, row, 1, tile.lanes)
+    return score, tile_load(tile.vector, slopes, 0)
 
 
 @jit
@@ -78,10 +89,9 @@ def hide_unseen(plan, head, scores, count, first_query, first_key):
 
 
 @jit
-def note_marks(tile, plan, head, scores, count, first_query):
-    """Note that an index was out of range, if a query may look at the key."""
+def note_marks(head, scores, count, present):
+    """Note that an index was out of range where a mark is left, in so many rows of which so many lanes are there."""
     functions = functions_view(head.functions)
-    present = min(tile.width, plan.queries - first_query)
     if call_compiled(functions.marks, (scores, count, present)) != 0:
         store_i64(head.functions + 8 * OUT_OF_RANGE, 1)
 
@@ -115,11 +125,14 @@ def seen_part(tile, plan, head, first_query, first_key, begin, end):
 
 
 @jit
-def add_to_captured(plan, head, part, scores, grads, count, present, first_query, first_key):
-    """Add what a block contributes to the gradients of captured arrays, to those that a part of the work has."""
+def add_to_captured(head, part, scores, grads, count, present, along, first_query, first_key):
+    """Add what a block contributes to the gradients of captured arrays, to those that a part of the work has.
+
+    `along`: 0 where the lanes are queries, as everywhere, 1 where they are keys, of one query.
+    """
     functions = functions_view(head.functions)
     at = where_of(head, first_query, first_key)
     captured, targets = functions.score_captured, functions.targets + part * functions.arrays * 8
-    given = (scores, grads, count, present, at.batch, at.head, at.query, at.key, captured, targets)
+    given = (scores, grads, count, present, along, at.batch, at.head, at.query, at.key, captured, targets)
     if call_compiled(functions.add, given) != 0:
         store_i64(head.functions + 8 * REPEATED, 1)

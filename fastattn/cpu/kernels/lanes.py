@@ -94,10 +94,11 @@ def captured_functions(kernel):
     )
 
     @jit
-    def add(scores, grads, count, present, batch, head, query, key, captured, targets):
+    def add(scores, grads, count, present, along, batch, head, query, key, captured, targets):
         """Add grads[j][i] times the derivatives to the elements that were read.
 
-        `targets`: the addresses of arrays without gaps, of float64. Returns 1 if an element was read in a loop.
+        `along`: 0, or 1 where the lanes of a row are keys, of one query. `targets`: the addresses of arrays without
+        gaps, of float64. Returns 1 if an element was read in a loop.
         """
         repeated = 0
         for j in range(count):
@@ -106,7 +107,8 @@ def captured_functions(kernel):
                 grad = score_in(beside, i)
                 if grad != 0.0:  # of a hidden key it is 0
                     score = score_in(row, i)
-                    repeated |= add_all(score, grad, batch, head, query + i, key + j, captured, targets)
+                    own_query, own_key = query + i * (1 - along), key + j + i * along
+                    repeated |= add_all(score, grad, batch, head, own_query, own_key, captured, targets)
         return repeated
 
     return {"add": add}

@@ -278,6 +278,15 @@ ADDITIVE_BACKWARD = np.dtype(
         ("slope_sums", i8),
         ("precise", f8),  # as in GRADIENT_PLAN
         ("slack", f8),
+        # of `fastattn.cpu.kernels.additive_score_gradients`
+        ("head_blocks", i8),  # blocks of queries of a head
+        ("outer", i8),  # heads of a mask, and how many heads share each; where there is none, all heads and 1
+        ("inner", i8),
+        ("shared_by", i8),  # the numbers of these, for each head of a mask
+        ("grad_bias", i8),  # of float64
+        ("grad_bias_head", i8),  # strides; 0 where the mask is broadcast
+        ("grad_bias_row", i8),
+        ("grad_bias_column", i8),
     ]
 )
 

@@ -34,6 +34,7 @@ from fastattn.simd import (
 HALF_MINUS_INFINITY, BFLOAT16_MINUS_INFINITY = 0xFC00, 0xFF80
 EXACT = 1 << 24  # whole numbers up to here are numbers of float32
 NEGLIGIBLE = 1e31  # no finite number of float32 becomes infinite by the sum with one below
+ADDITIVE_GRADIENTS = ("additive_backward", "additive_mask_gradient", "additive_captured_gradient")
 FAR = 1 << 20  # more than any block is wide; small enough to be exact in float32
 
 # Keys of a block, by their numbers in it: any of its queries looks at those from `begin` to `end`, all of them at those
@@ -306,12 +307,12 @@ def restrict_with_functions(kernel, plan, head, scores, grads, count, first_quer
             tile_store(tile_load(tile.single, scores + offset, 0), grads + offset, 0)
         grads = 0
     inside = True
-    if kernel.work != "additive_backward":  # which does that by itself
+    if kernel.work not in ADDITIVE_GRADIENTS:  # which do that by themselves
         inside = apply_function(plan, head, scores, grads, count, first_query, first_key)
     hide_by_squares(kernel, plan, head, scores, count, first_query, first_key, buffer)
     inside = hide_unseen(plan, head, scores, count, first_query, first_key) and inside
     if not inside:
-        note_marks(tile, plan, head, scores, count, first_query)
+        note_marks(head, scores, count, min(tile.width, plan.queries - first_query))
     best = tile_load(tile.single, top, 0)
     for j in range(count):
         best = maximum(tile_load(tile.single, scores + j * tile.row_bytes, 0), best)
