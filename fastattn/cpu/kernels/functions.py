@@ -2,7 +2,8 @@
 
 from collections import namedtuple
 
-from fastattn.cpu.kernels.records import EMPTY, FULL, FUNCTIONS, KIND_KEYS, KIND_QUERIES
+from fastattn.cpu.kernels.records import FUNCTIONS
+from fastattn.functions.kinds import EMPTY, FULL, KIND_KEYS, KIND_QUERIES
 from fastattn.simd import (
     call_compiled,
     jit,
