@@ -46,7 +46,9 @@ COMPILE = """
 import json
 from cuda_ptx import ptx
 from fastattn.cuda.host import backward, choice, plan
+from fastattn.cuda.kernels import deltas
 from fastattn.cuda.kernels import portable_backward as gradients
+from fastattn.cuda.kernels.backward_tiles import Backward
 from fastattn.call.problem import Problem
 from fastattn.call.scores import Scores
 from fastattn.functions.function import described
@@ -78,8 +80,8 @@ if CAPABILITY == (8, 0):
     work = [choice.choose_forward(facts), choice.choose_weights(facts)]
     work.append(choice.choose_shifts(storage, mask, problem, False))
     kernels = [(chosen.factory, chosen.spec) for chosen in work]
-    spec = gradients.Backward(storage, mask, True, backward.tiling_for(storage, problem), extreme=True)
-    for factory in (gradients.find_deltas, gradients.grad_queries, gradients.grad_keys, gradients.grad_mask):
+    spec = Backward(storage, mask, True, backward.tiling_for(storage, problem), extreme=True)
+    for factory in (deltas.find_deltas, gradients.grad_queries, gradients.grad_keys, gradients.grad_mask):
         kernels.append((factory, spec))
     for factory, spec in kernels:
         made[f"{factory.__name__} of an extreme scale"] = ptx(factory, spec, CAPABILITY)
@@ -89,7 +91,7 @@ if CAPABILITY == (8, 0):
         problem = Problem(real, real, (), 1, 1, 9, 9, 64, 64, (1, 9, 64), 0.0, scores)
         facts = choice.Facts("float32", "none", problem, plan.make_table(problem, []), (0,) * 4, CAPABILITY)
         chosen, tiling = choice.choose_forward(facts), backward.tiling_for("float32", problem)
-        spec = gradients.Backward("float32", "none", False, tiling, **choice.kind_of(problem))
+        spec = Backward("float32", "none", False, tiling, **choice.kind_of(problem))
         for factory, spec in ((chosen.factory, chosen.spec), (gradients.grad_keys, spec)):
             made[f"{factory.__name__} of {name}"] = ptx(factory, spec, CAPABILITY)
 print(json.dumps(made))
