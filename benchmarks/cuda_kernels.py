@@ -163,7 +163,8 @@ def portable_ones() -> Iterator[Kernel]:
 def with_functions() -> Iterator[Kernel]:
     """The portable kernels with functions of the user's: a bias by distance from a table, and documents."""
     from fastattn.cuda.host import backward, choice
-    from fastattn.cuda.kernels import portable, portable_backward
+    from fastattn.cuda.host import functions as host_functions
+    from fastattn.cuda.kernels import kinds, portable, portable_backward
     from fastattn.cuda.kernels.backward_tiles import Backward
     from fastattn.functions.function import described
 
@@ -188,6 +189,12 @@ def with_functions() -> Iterator[Kernel]:
             ("gradients of queries", portable_backward.grad_queries),
         ):
             yield Kernel(f"portable {what}, float32, 64, {name}", factory, spec, {}, tiling.threads, 1)
+        if name == "score_mod":
+            what, spec = "gradient of a captured array", backward.differentiating(spec, (0, 0))
+            yield Kernel(f"portable {what}, float32, 64", portable_backward.captured_parts, spec, {}, tiling.threads, 1)
+        else:
+            spec = kinds.Looking(functions[name], "float32", host_functions.THREADS)
+            yield Kernel("portable, kinds of blocks", kinds.find_kinds, spec, {}, spec.threads, 1)
 
 
 # -- tools -------------------------------------------------------------------------------------------------------------

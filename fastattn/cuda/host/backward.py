@@ -370,8 +370,13 @@ def queue_captured(call: Call, plan: Plan, others: dict[str, Given], numbers: Gi
     spec, common = _common(call, plan, others, numbers, "query", seed)
     for by in parts.reads(call.problem, call.real):
         arguments = (*common, parts.elements, parts.fresh, parts.memory.memory())
-        _queue(call, portable.captured_parts, spec._replace(by=by), parts.count, arguments)
+        _queue(call, portable.captured_parts, differentiating(spec, by), parts.count, arguments)
         parts.fresh = False
+
+
+def differentiating(spec: Backward, by: tuple[int, int]) -> Backward:
+    """The specification of what differentiates by a captured array: 2 x 2 scores a thread leave registers for it."""
+    return spec._replace(by=by, tiling=spec.tiling._replace(rows=2))
 
 
 def storage_of(argument: Any, problem: Problem) -> str:

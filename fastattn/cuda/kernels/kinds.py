@@ -24,22 +24,17 @@ class Looking(NamedTuple):
 
 def find_kinds(spec: Looking) -> Any:
     """The kernel: a block of threads for each block of queries and keys, of so many heads of each row of the batch."""
-    look, threads, queries_of_block, keys_of_block = (
-        calling(spec.mask_mod, spec.dtype),
-        spec.threads,
-        KIND_QUERIES,
-        KIND_KEYS,
-    )
+    look, threads = calling(spec.mask_mod, spec.dtype), spec.threads
 
     def kernel(kinds, starts, first_row, heads, queries, keys, captured, place):
-        key_blocks = (keys + keys_of_block - 1) // keys_of_block
-        query_blocks = (queries + queries_of_block - 1) // queries_of_block
+        key_blocks = (keys + KIND_KEYS - 1) // KIND_KEYS
+        query_blocks = (queries + KIND_QUERIES - 1) // KIND_QUERIES
         column, row = cuda.blockIdx.x % key_blocks, cuda.blockIdx.x // key_blocks
         slice_, row = row // query_blocks, row % query_blocks
         batch, head = slice_ // heads, slice_ % heads
         some, every = False, True
-        for e in range(cuda.threadIdx.x, queries_of_block * keys_of_block, threads):
-            query, key = row * queries_of_block + e // keys_of_block, column * keys_of_block + e % keys_of_block
+        for e in range(cuda.threadIdx.x, KIND_QUERIES * KIND_KEYS, threads):
+            query, key = row * KIND_QUERIES + e // KIND_KEYS, column * KIND_KEYS + e % KIND_KEYS
             if query < queries and key < keys:
                 answer, valid = look((first_row + batch, head, starts[batch] + query, key), captured, place)
                 # whether an index that is out of range matters depends on what else hides the key
