@@ -130,7 +130,7 @@ def compiled(capability: tuple[int, int]) -> dict[str, str]:
     kernels = {name: kernel for name, kernel in KERNELS.items() if capability == LEAST or name in SAMPLE or SLOW}
     given = f"{json.dumps(kernels)!r}, {PAIRS!r}, {EXTREME!r}, {capability!r}"
     code = f"KERNELS, PAIRS, EXTREME, CAPABILITY = {given}\n{COMPILE}"
-    made: dict[str, str] = json.loads(processes.run(code, timeout=300, NUMBA_ENABLE_CUDASIM="0"))
+    made: dict[str, str] = json.loads(processes.run(code, timeout=600, NUMBA_ENABLE_CUDASIM="0"))
     return made
 
 
