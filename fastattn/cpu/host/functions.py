@@ -132,9 +132,9 @@ def kinds_of_blocks(
     blocks = operands.captured.blocks
     if blocks is not None and blocks.shape[2:] == (problem.queries, problem.keys):
         return blocks.kinds
-    if problem.queries < WORTH_LOOKING or problem.keys < WORTH_LOOKING or problem.scores.first_key:
+    if min(problem.queries, problem.keys) < WORTH_LOOKING or problem.scores.first_key or 0 in problem.rows_shape:
         return None
-    batches = int(np.prod(problem.batch, dtype=np.int64)) or 1
+    batches = math.prod(problem.batch)
     offsets: Any = [problem.scores.offset]
     if operands.heads is not None and "offset" in problem.scores.own:
         offsets = operands.heads["offset"].reshape(batches, -1)[:, 0]
