@@ -210,6 +210,14 @@ def test_few_queries_are_not_worth_it() -> None:
         assert not host._kinds
 
 
+@pytest.mark.parametrize("offsets", [2, np.zeros(0, np.int64)])
+def test_an_empty_batch(offsets: Any) -> None:
+    call = [array[:0] for array in inputs()]
+    with small_blocks():
+        found = all_of(*call, mask_mod=of_row, query_offset=offsets)
+    assert [array.size for array in found] == [0] * 6
+
+
 def test_an_index_out_of_range_is_said_where_it_matters() -> None:
     _, query, key, value = inputs()
     short = np.ones(KEYS - 3)

@@ -14,6 +14,7 @@ from fastattn.call.problem import Captures, Operands, Problem
 from fastattn.cuda.available import SIMULATED
 from fastattn.cuda.host.arrays import Place, allocating
 from fastattn.cuda.host.compile import kernel, launch, table
+from fastattn.cuda.host.plan import slices_of
 from fastattn.cuda.kernels.kinds import Looking, find_kinds
 from fastattn.cuda.kernels.plan import CAPTURED, KIND_WORDS, OUT_OF_RANGE, REPEATED
 from fastattn.cuda.kernels.scores import kinds_at
@@ -23,7 +24,7 @@ from fastattn.machine.objects import address_of
 
 Array = NDArray[Any]
 
-REMEMBERED = 32  # maps of blocks
+REMEMBERED, MOST_BYTES = 256, 1 << 26  # maps of blocks, and bytes of them together
 THREADS = 4 if SIMULATED else 256  # of a block that looks at one of the map
 _kinds: dict[Any, Any] = {}
 
@@ -79,14 +80,15 @@ class Words:
         blocks = given.blocks
         if blocks is not None and blocks.shape[2:] == (problem.queries, problem.keys):
             told[:] = self._said_of(self._moved(np.ascontiguousarray(blocks.kinds)), blocks.kinds.shape, problem)
-        elif min(problem.queries, problem.keys) >= WORTH_LOOKING:
+        elif min(problem.queries, problem.keys) >= WORTH_LOOKING and slices_of(problem):
             shape, kinds = self._found(function, problem, operands, real)
             self._held.append(kinds)
             told[:] = self._said_of(_address_of(kinds), shape, problem)
-        if SIMULATED:
-            self._record[self._kinds_at : self._kinds_at + KIND_WORDS] = told
-        else:
-            self.memory[self._kinds_at : self._kinds_at + KIND_WORDS].copy_to_device(told, stream=self.place.stream)
+        words = slice(self._kinds_at, self._kinds_at + KIND_WORDS)
+        if (self._record[words] != told).any():
+            self._record[words] = told
+            if not SIMULATED:
+                self.memory[words].copy_to_device(told, stream=self.place.stream)
 
     def _said_of(self, address: int, shape: tuple[int, ...], problem: Problem) -> list[int]:
         """The words of a map: rows of the batch are counted from the first of the whole call."""
@@ -115,16 +117,15 @@ class Words:
         if kinds is None:
             count = int(np.prod(shape))
             with allocating("blocks of keys", shape, "bool"):
-                kinds = cuda.device_array(max(1, count), np.uint8, stream=self.place.stream)
-            if count:
-                starts = np.broadcast_to(starts, rows).copy()
-                of_function = (self.memory, self._kinds_at + KIND_WORDS)
-                arguments = (kinds, table(starts, device), first_row, heads, *sizes[2:], *of_function)
-                made = kernel(find_kinds, Looking(function, dtype, THREADS))
-                launch(made, count, (THREADS, 1), self.place.stream, arguments)
-                if not SIMULATED:
-                    self.place.wait()  # calls on other streams may use it as soon as it is remembered
-            if len(_kinds) >= REMEMBERED:
+                kinds = cuda.device_array(count, np.uint8, stream=self.place.stream)
+            starts = np.broadcast_to(starts, rows).copy()
+            of_function = (self.memory, self._kinds_at + KIND_WORDS)
+            arguments = (kinds, table(starts, device), first_row, heads, *sizes[2:], *of_function)
+            made = kernel(find_kinds, Looking(function, dtype, THREADS))
+            launch(made, count, (THREADS, 1), self.place.stream, arguments)
+            if not SIMULATED:
+                self.place.wait()  # calls on other streams may use it as soon as it is remembered
+            if len(_kinds) >= REMEMBERED or sum(each.size for each in _kinds.values()) + count > MOST_BYTES:
                 _kinds.clear()
             _kinds[identity] = kinds
         return shape, kinds
