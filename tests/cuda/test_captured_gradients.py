@@ -87,6 +87,24 @@ def test_they_are_the_cpus(options: dict[str, Any]) -> None:
     check(relative(normal(2 * KEYS + 3)), "table", **options)
 
 
+def test_differences_agree() -> None:
+    arrays, grad_out, grad_lse = inputs()
+    options: dict[str, Any] = {"softcap": 1.5, "window": (4, 3), "enable_gqa": True}
+
+    def factor(table: Array) -> Any:
+        return lambda score, batch, head, query, key: score * table[(query - key) % 5]
+
+    def loss(table: Array) -> float:
+        told: dict[str, Any] = {"score_mod": factor(table), "backend": "cuda", **options}
+        out, lse = fastattn.attention(*arrays, **told, return_lse=True)
+        return float((out * grad_out).sum() + (lse * grad_lse).sum())
+
+    table, step = normal(5), 1e-5
+    (found,) = gradients(["table"], arrays, grad_out, grad_lse, score_mod=factor(table), **options)
+    wanted = [(loss(table + step * each) - loss(table - step * each)) / (2 * step) for each in np.eye(5)]
+    np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-8)
+
+
 def test_several_arrays_and_several_places() -> None:
     """Of which one is read in two places, one by a function that is called, and one has no axes."""
     nodes = np.arange(KEYS)[::-1] % 5
