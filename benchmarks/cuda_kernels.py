@@ -138,6 +138,7 @@ def portable_ones() -> Iterator[Kernel]:
     """The kernels of any storage type for any GPU."""
     from fastattn.cuda.host import backward, choice
     from fastattn.cuda.kernels import portable, portable_backward
+    from fastattn.cuda.kernels.backward_tiles import Backward
 
     for storage, width in (("float32", 64), ("float32", 128), ("bfloat16", 64), ("float64", 64)):
         real = np.dtype(np.float64 if storage == "float64" else np.float32)
@@ -151,7 +152,7 @@ def portable_ones() -> Iterator[Kernel]:
         shifts = choice.choose_shifts(storage, "none", problem, base_2=False).spec
         yield Kernel(f"portable shifts, {storage}, {width}", portable.find_shifts, shifts, {}, tiles.threads, 1)
         tiling = backward.tiling_for(storage, problem)
-        spec = portable_backward.Backward(storage, "none", False, tiling)
+        spec = Backward(storage, "none", False, tiling)
         for what, factory in (
             ("gradients of keys, values", portable_backward.grad_keys),
             ("gradients of queries", portable_backward.grad_queries),
@@ -162,7 +163,9 @@ def portable_ones() -> Iterator[Kernel]:
 def with_functions() -> Iterator[Kernel]:
     """The portable kernels with functions of the user's: a bias by distance from a table, and documents."""
     from fastattn.cuda.host import backward, choice
-    from fastattn.cuda.kernels import portable, portable_backward
+    from fastattn.cuda.host import functions as host_functions
+    from fastattn.cuda.kernels import kinds, portable, portable_backward
+    from fastattn.cuda.kernels.backward_tiles import Backward
     from fastattn.functions.function import described
 
     table, documents, real = np.zeros((8, 127), np.float32), np.zeros(64, np.int32), np.dtype(np.float32)
@@ -180,12 +183,18 @@ def with_functions() -> Iterator[Kernel]:
         tiling = backward.tiling_for("float32", problem)
         spec: Any = portable.Forward("float32", "none", False, tiles, **kind)
         yield Kernel(f"portable forward, float32, 64, {name}", portable.forward, spec, {}, tiles.threads, 1)
-        spec = portable_backward.Backward("float32", "none", False, tiling, **kind)
+        spec = Backward("float32", "none", False, tiling, **kind)
         for what, factory in (
             ("gradients of keys, values", portable_backward.grad_keys),
             ("gradients of queries", portable_backward.grad_queries),
         ):
             yield Kernel(f"portable {what}, float32, 64, {name}", factory, spec, {}, tiling.threads, 1)
+        if name == "score_mod":
+            what, spec = "gradient of a captured array", backward.differentiating(spec, (0, 0))
+            yield Kernel(f"portable {what}, float32, 64", portable_backward.captured_parts, spec, {}, tiling.threads, 1)
+        else:
+            spec = kinds.Looking(functions[name], "float32", host_functions.THREADS)
+            yield Kernel("portable, kinds of blocks", kinds.find_kinds, spec, {}, spec.threads, 1)
 
 
 # -- tools -------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,17 @@ import numpy as np
 from numba import cuda, types
 
 from fastattn.cuda.host.compile import python_kernel
-from fastattn.cuda.kernels import decode, portable, portable_backward, tensor_cores, tensor_cores_backward
+from fastattn.cuda.kernels import (
+    captured_gradient,
+    decode,
+    deltas,
+    head_gradients,
+    kinds,
+    portable,
+    portable_backward,
+    tensor_cores,
+    tensor_cores_backward,
+)
 from fastattn.cuda.kernels.elements import MASKS, STORAGE, real_of
 
 
@@ -137,6 +147,38 @@ def of_mask_gradient(spec: Any) -> tuple[Any, ...]:
     return (*of_gradients(spec), types.int64, types.int64, array(MASKS[spec.mask]))
 
 
+def of_slope_rows(spec: Any) -> tuple[Any, ...]:
+    """Of what slopes get from each query."""
+    return (*of_gradients(spec), array(spec.real))
+
+
+def of_captured_parts(spec: Any) -> tuple[Any, ...]:
+    """Of the parts of the gradient of a captured array."""
+    return (*of_gradients(spec), types.int64, types.boolean, array(np.float64))
+
+
+def of_sink_rows(spec: Any) -> tuple[Any, ...]:
+    """Of what sinks get from each query."""
+    real = real_of(spec.storage, spec.extreme)
+    return (array(real), array(real, 2), array(np.int64), array(real))
+
+
+def of_row_sums(spec: Any) -> tuple[Any, ...]:
+    """Of the sums over rows, of float64 here."""
+    return (array(np.float64), array(np.int64, 2), types.int64, array(STORAGE[spec.storage]))
+
+
+def of_part_sums(spec: Any) -> tuple[Any, ...]:
+    """Of the sums of the parts of a captured array."""
+    return (array(np.float64), types.int64, types.int64, array(STORAGE[spec.storage]))
+
+
+def of_kinds(spec: Any) -> tuple[Any, ...]:
+    """Of what looks at blocks of keys."""
+    numbers = (types.int64,) * 4
+    return (array(np.uint8), array(np.int64), *numbers, array(np.int64), types.int64)
+
+
 def of_tensor_core_gradients(spec: Any) -> tuple[Any, ...]:
     """Of gradients on tensor cores."""
     element, real = array(STORAGE[spec.shape.storage]), array(np.float32)
@@ -156,10 +198,16 @@ ARGUMENTS = {
     portable.weights: of_weights,
     portable.find_shifts: of_shifts,
     portable.copy: of_copy,
-    portable_backward.find_deltas: of_deltas,
+    deltas.find_deltas: of_deltas,
     portable_backward.grad_queries: of_query_gradients,
     portable_backward.grad_keys: of_key_gradients,
     portable_backward.grad_mask: of_mask_gradient,
+    portable_backward.slope_rows: of_slope_rows,
+    portable_backward.captured_parts: of_captured_parts,
+    head_gradients.sink_rows: of_sink_rows,
+    head_gradients.sum_rows: of_row_sums,
+    captured_gradient.sum_parts: of_part_sums,
+    kinds.find_kinds: of_kinds,
     decode.split_keys: of_split,
     decode.merge_splits: of_merge,
     tensor_cores.forward: of_tensor_core_forward,

@@ -15,9 +15,9 @@ from fastattn.call.arrays import as_array
 from fastattn.call.blocks import Blocks
 from fastattn.call.score_options import MaskMod
 from fastattn.cpu.host.functions import look_at, seen
-from fastattn.cpu.kernels.records import EMPTY
 from fastattn.functions import masks
 from fastattn.functions.function import described, rebuilt
+from fastattn.functions.kinds import EMPTY
 
 __all__ = ["BlockMask"]
 

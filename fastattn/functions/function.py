@@ -25,7 +25,18 @@ from fastattn.functions import names
 from fastattn.machine.digest import written
 from fastattn.machine.objects import address_of
 
-__all__ = ["ARGUMENTS", "SCORE", "SEEN", "Captured", "Function", "captured_by", "described", "rebuilt", "record_of"]
+__all__ = [
+    "ARGUMENTS",
+    "SCORE",
+    "SEEN",
+    "Captured",
+    "Function",
+    "captured_by",
+    "contents",
+    "described",
+    "rebuilt",
+    "record_of",
+]
 
 #: The arguments of a function of a score, and of one that says which keys are seen.
 SCORE = ("score", "batch", "head", "query", "key")
@@ -337,6 +348,16 @@ def record_of(
         else:
             words.append(int(np.int64(value)))
     return np.array(words or [0], np.int64)
+
+
+def contents(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What captured values are known by: numbers, and hashes of arrays."""
+    return tuple(
+        (value.shape, hashlib.blake2b(value.tobytes(), digest_size=16).digest())
+        if isinstance(value, np.ndarray)
+        else value
+        for value in values
+    )
 
 
 _NOTHING = np.zeros(1, np.int64)  # what is read of an array without elements

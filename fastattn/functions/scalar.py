@@ -16,12 +16,12 @@ from numba.core.targetconfig import ConfigStack
 from numba.core.typing.templates import signature
 from numba.extending import intrinsic
 
-from fastattn.functions.compiler import compiled
+from fastattn.functions.compiler import compiled, reads_of
 from fastattn.functions.dual import real_of, value_as
-from fastattn.functions.rows import is_set, is_true, new_flag, slope_of, with_slope
+from fastattn.functions.rows import is_set, is_true, new_flag, new_note, noted, slope_of, with_slope
 from fastattn.simd.compiler import OPTIONS
 
-__all__ = ["arguments_of", "in_llvm", "refresh", "scalar"]
+__all__ = ["arguments_of", "in_llvm", "number_of_places", "refresh", "scalar"]
 
 WORD = types.int64
 COMPILED = njit(**OPTIONS)
@@ -29,14 +29,22 @@ COMPILED = njit(**OPTIONS)
 InLlvm = namedtuple("InLlvm", "modules name type")
 
 
-def scalar(function, dtype, sloping=False, decorated=COMPILED):
+def scalar(function, dtype, sloping=False, by=None, decorated=COMPILED):
     """Numba's function of one score, compiled by what `decorated` is.
 
     Of a score, batch, head, query, key, and the address of what is captured it returns the new score, if `sloping` the
     derivative by the score, and 1 if every index was in range, else 0. Of a function that says which keys are seen,
     which is given no score, it returns 1 or 0, and the same.
+
+    `by` are the number of a captured array, and that of a place where it is read: then the derivative is by the element
+    that is read there, and behind it come the number of that element in an array without gaps, and how often one was
+    read.
     """
-    user = compiled(function, dtype)
+    if by is None:
+        user = compiled(function, dtype)
+    else:
+        names = (function.captured[by[0]].name,)
+        user = compiled(function, dtype, names, reads_of(function, dtype, names)[by[1]][1])
 
     def seen(batch, head, query, key, captured):
         flag = new_flag()
@@ -53,9 +61,23 @@ def scalar(function, dtype, sloping=False, decorated=COMPILED):
         found = user((with_slope(score), batch, head, query, key, captured, flag))
         return value_of(score, found), slope_of(score, found), is_set(flag)
 
+    def by_element(score, batch, head, query, key, captured):
+        note = new_note()
+        found = user((score, batch, head, query, key, captured, note))
+        number, times = noted(note)
+        return value_of(score, found), slope_of(score, found), number, times, is_set(note)
+
     if function.role == "mask_mod":
         return decorated(seen)
+    if by is not None:
+        return decorated(by_element)
     return decorated(slope if sloping else value)
+
+
+@lru_cache(maxsize=256)
+def number_of_places(function, dtype, name):
+    """At how many places a function reads elements of a captured array."""
+    return len(reads_of(function, dtype, (name,)))
 
 
 def arguments_of(function, dtype):
@@ -119,7 +141,7 @@ def refresh():
 
 
 @lru_cache(maxsize=256)
-def in_llvm(function, dtype, sloping=False):
+def in_llvm(function, dtype, sloping=False, by=None):
     """LLVM IR of `scalar`: its modules, the name of the function, and LLVM's type of it.
 
     It is called as Numba calls functions: with a pointer to the result, one for exceptions, which there are none of,
@@ -132,7 +154,7 @@ def in_llvm(function, dtype, sloping=False):
         before = context._internal_codegen, context.cached_internal_func
         context._internal_codegen, context.cached_internal_func = _Codegen("fastattn scalar"), {}
         try:
-            made, arguments = scalar(function, dtype, sloping), arguments_of(function, dtype)
+            made, arguments = scalar(function, dtype, sloping, by), arguments_of(function, dtype)
             made.compile(arguments)
             result = made.overloads[arguments]
         finally:

@@ -171,6 +171,8 @@ def in_autocast(tensor: Tensor) -> Tensor:
 def sums_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return what a call is computed in, and the log-sum-exp: of half precision, float32."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
 def draw_seed() -> Tensor:
     """Draw from PyTorch's generator what decides which weights are dropped."""
     return torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")

@@ -10,7 +10,7 @@ from fastattn.call.advice import said
 from fastattn.call.blocks import Blocks
 from fastattn.call.options import check_flag
 from fastattn.call.problem import Array
-from fastattn.cpu.kernels.records import KIND_KEYS, KIND_QUERIES
+from fastattn.functions.kinds import KIND_KEYS, KIND_QUERIES
 from fastattn.plot.colours import RAMP
 from fastattn.plot.maps import FEWEST_FIELDS, FRAME, cells
 from fastattn.plot.weights import Head, Weights

@@ -221,6 +221,16 @@ def test_what_is_in_an_empty_block_does_not_leak() -> None:
     assert (fastattn.attention(query, key, value, block_mask=mask) == wanted).all()
 
 
+@pytest.mark.parametrize("rows", [(0, 3), (2, 0)])
+def test_no_rows_of_a_batch_and_no_heads_have_no_blocks(rows: tuple[int, int]) -> None:
+    """Nobody is asked where nobody looks, also where each row has an offset."""
+    query, key, value = (np.zeros((*rows, 140, 4), np.float32) for _ in range(3))
+    out = fastattn.attention(
+        query, key, value, mask_mod=lambda batch, head, query, key: query >= key + batch, query_offset=[1] * rows[0]
+    )
+    assert out.shape == (*rows, 140, 4)
+
+
 def test_a_mask_that_is_kept_is_not_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
     query, key, value, _ = operands()
     mask = BlockMask.from_array(booleans(2, 3))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,8 +13,9 @@ from numpy.typing import NDArray
 from fastattn.call.problem import Operands, Problem
 from fastattn.cpu.host import session
 from fastattn.cpu.host.kernels import load
-from fastattn.cpu.kernels.records import FULL, FUNCTIONS, KIND_KEYS, KIND_QUERIES
-from fastattn.functions.function import Function, record_of
+from fastattn.cpu.kernels.records import FUNCTIONS
+from fastattn.functions.function import Function, contents, record_of
+from fastattn.functions.kinds import FULL, KIND_KEYS, KIND_QUERIES, WORTH_LOOKING
 from fastattn.machine.kernel import Kernel
 from fastattn.machine.libraries import Library
 from fastattn.machine.objects import address_of
@@ -24,7 +24,6 @@ from fastattn.machine.tile import TileShape
 Array = NDArray[Any]
 
 MOST_PARTS, MOST_ELEMENTS = 16, 1 << 22  # of the work on gradients of captured arrays, and of their sums together
-WORTH_LOOKING = 2 * KIND_QUERIES  # queries and keys from which on blocks are looked at
 
 
 class Parts:
@@ -133,9 +132,9 @@ def kinds_of_blocks(
     blocks = operands.captured.blocks
     if blocks is not None and blocks.shape[2:] == (problem.queries, problem.keys):
         return blocks.kinds
-    if problem.queries < WORTH_LOOKING or problem.keys < WORTH_LOOKING or problem.scores.first_key:
+    if min(problem.queries, problem.keys) < WORTH_LOOKING or problem.scores.first_key or 0 in problem.rows_shape:
         return None
-    batches = int(np.prod(problem.batch, dtype=np.int64)) or 1
+    batches = math.prod(problem.batch)
     offsets: Any = [problem.scores.offset]
     if operands.heads is not None and "offset" in problem.scores.own:
         offsets = operands.heads["offset"].reshape(batches, -1)[:, 0]
@@ -177,13 +176,3 @@ def seen(function: Function, captured: tuple[Any, ...], shape: tuple[int, int, i
 
 def _library_to_look(function: Function) -> Library:
     return compiled("seen_function", function, session.current.row.tile("float32"))
-
-
-def contents(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What captured values are known by: numbers, and hashes of arrays."""
-    return tuple(
-        (value.shape, hashlib.blake2b(value.tobytes(), digest_size=16).digest())
-        if isinstance(value, np.ndarray)
-        else value
-        for value in values
-    )

@@ -3,8 +3,9 @@
 from collections import namedtuple
 
 from fastattn.cpu.kernels.masks import lowest
-from fastattn.cpu.kernels.records import EMPTY, FULL, FUNCTIONS, KIND_KEYS, KIND_QUERIES
+from fastattn.cpu.kernels.records import FUNCTIONS
 from fastattn.cpu.kernels.softmax import MINUS_INFINITY
+from fastattn.functions.kinds import EMPTY, FULL, KIND_KEYS, KIND_QUERIES
 from fastattn.simd import (
     call_compiled,
     jit,

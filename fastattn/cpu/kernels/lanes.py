@@ -8,9 +8,9 @@ An index that was out of range leaves a mark, a NaN of its own. What hides keys 
 error.
 """
 
-from fastattn.cpu.kernels.records import EMPTY, FULL, PARTIAL
 from fastattn.cpu.kernels.softmax import MINUS_INFINITY
 from fastattn.functions.compiler import compiled, reads_of
+from fastattn.functions.kinds import EMPTY, FULL, PARTIAL
 from fastattn.functions.rows import (
     chosen,
     is_marked,

@@ -238,8 +238,6 @@ FUNCTIONS = np.dtype(
         ("out_of_range", i8),  # set to 1 where a query may look at a key for which an index was out of range
     ]
 )
-KIND_QUERIES, KIND_KEYS = 64, 64  # the size of these blocks
-EMPTY, PARTIAL, FULL = range(3)  # no query may look at any key, some at some, all at all
 
 # Where the summary of a call is kept (`call.out` is the address of this record): contiguous arrays with one element, or
 # `top_k` elements, for each query, and of `key_weights` one for each key, of all heads. 0: not wanted.

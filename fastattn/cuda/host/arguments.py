@@ -12,7 +12,7 @@ import numpy as np
 
 from fastattn.call.arrays import as_operands, is_pair
 from fastattn.call.halves import name_of
-from fastattn.call.problem import Operands, Problem
+from fastattn.call.problem import Captures, Operands, Problem
 from fastattn.call.shapes import describe, masks_of
 from fastattn.cuda.host.arrays import Given, on_host, read
 from fastattn.cuda.kernels.elements import real_of
@@ -42,8 +42,8 @@ def options_of(
 # -- in host memory ----------------------------------------------------------------------------------------------------
 
 
-def checked(given: dict[str, Any], options: Options) -> tuple[dict[str, Any], Problem]:
-    """Make NumPy arrays of the arguments, and describe the call before anything is moved."""
+def checked(given: dict[str, Any], options: Options) -> tuple[dict[str, Any], Problem, Captures | None]:
+    """Make NumPy arrays of the arguments, and describe the call, and what functions capture, before all is moved."""
     query, key, value, mask = given["query"], given["key"], given["value"], given["attn_mask"]
     *made, masks = as_operands(query, key, value, (mask, given[KEEP]) if KEEP in given else mask)
     bias, keep = masks_of(masks)
@@ -56,7 +56,8 @@ def checked(given: dict[str, Any], options: Options) -> tuple[dict[str, Any], Pr
         for name, array in arrays.items()
         if array is not None
     }
-    return arrays, described(shapes, options)[0]
+    problem, operands = described(shapes, options)
+    return arrays, problem, operands.captured
 
 
 # -- in device memory --------------------------------------------------------------------------------------------------

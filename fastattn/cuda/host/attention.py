@@ -33,7 +33,7 @@ from fastattn.cuda.host.arguments import (
 from fastattn.cuda.host.arrays import Given, HostPlace, Place, check_together, nothing, place_of, read, settle
 from fastattn.cuda.host.choice import Choice, Facts, choose_forward, choose_shifts, choose_weights, wants_rows
 from fastattn.cuda.host.compile import kernel, launch, table
-from fastattn.cuda.host.functions import captured
+from fastattn.cuda.host.functions import Words, captured
 from fastattn.cuda.host.plan import Table, copy_table, is_extreme, make_table, own_of, sizes_of, slices_of
 from fastattn.cuda.kernels import portable, tensor_cores
 from fastattn.cuda.kernels.elements import LOG2_E, MASKS, real_of
@@ -71,8 +71,8 @@ class Call(NamedTuple):
         Views without memory, for their strides.
     givens : dict of str to Given
         By the names of the arguments.
-    captured : array or None
-        The words that tell of what the user's functions capture.
+    captured : Words or None
+        What kernels are told of the user's functions.
     """
 
     problem: Problem
@@ -80,7 +80,7 @@ class Call(NamedTuple):
     storage: str
     operands: Operands
     givens: dict[str, Given]
-    captured: Any = None
+    captured: Words | None = None
 
     @property
     def mask(self) -> str:
@@ -143,7 +143,7 @@ def _of_host_arrays(
     out: Any,
 ) -> Any:
     """Compute attention of NumPy arrays: they are moved to the device, and the results back."""
-    arrays, problem = checked(given, options)
+    arrays, problem, _ = checked(given, options)
     dtype = arrays["query"].dtype
     return_lse, return_weights = check_flag("return_lse", return_lse), check_flag("return_weights", return_weights)
     seed = seed_from(rng, problem.dropout_p > 0)
@@ -206,6 +206,8 @@ def evaluate(call: Call, seed: int, out: Given | None, want_weights: bool) -> tu
     """Queue the work of a call; the result, in `out` if given, the log-sum-exp, and the weights if wanted."""
     problem, place = call.problem, call.place
     inputs = call.givens.values()
+    if call.captured is not None:
+        call.captured.look(problem, call.operands, call.real)
     splits_keys = decoding.work_for(problem, call.storage, call.mask, aligned=True) is not None
     in_rows = not splits_keys and wants_rows(call.storage, call.mask, problem, capability_of(place.device))
     if in_rows:
@@ -301,7 +303,7 @@ def keep_of(call: Call) -> Any:
 
 def captured_of(call: Call) -> Any:
     """The words that tell of what functions capture, or what stands for them where there are no functions."""
-    return nothing(np.int64) if call.captured is None else call.captured
+    return nothing(np.int64) if call.captured is None else call.captured.memory
 
 
 def plan_of(call: Call, kind: str, choose: Callable[[Facts], Choice], out: Given) -> Plan:

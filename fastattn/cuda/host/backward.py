@@ -18,6 +18,7 @@ from fastattn.call.upstream import (
     OF_HEADS,
     Names,
     Upstream,
+    captured_sources,
     describe_upstream,
     own_dtype,
     seed_of_forward,
@@ -56,15 +57,16 @@ from fastattn.cuda.host.attention import (
     uploaded,
     with_rows,
 )
+from fastattn.cuda.host.captured_gradient import Parts, parts_among
 from fastattn.cuda.host.choice import kind_of, wants_rows
 from fastattn.cuda.host.compile import kernel, launch, table
 from fastattn.cuda.host.functions import captured
 from fastattn.cuda.host.plan import is_extreme, make_table, own_of, slices_of
 from fastattn.cuda.host.tensor_cores import block_of, grid_of
-from fastattn.cuda.kernels import head_gradients
+from fastattn.cuda.kernels import deltas, head_gradients
 from fastattn.cuda.kernels import portable_backward as portable
 from fastattn.cuda.kernels import tensor_cores_backward as on_tensor_cores
-from fastattn.cuda.kernels.backward_tiles import Tiling
+from fastattn.cuda.kernels.backward_tiles import Backward, Tiling
 from fastattn.cuda.kernels.elements import STORAGE
 from fastattn.cuda.kernels.plan import (
     GRAD_LSE,
@@ -160,12 +162,13 @@ def attention_backward(
         if array.storage != wanted:
             raise TypeError(f"{name}: dtype {array.storage}; expected {wanted}, with a query of dtype {storage}")
     _described(problem, others)  # for shapes that do not fit
-    names = wanted_gradients(grads, _sources(given, options), grad_mask, (operands.bias, operands.keep))
+    sources = _sources(given, options) | captured_sources(problem, operands.captured)
+    names = wanted_gradients(grads, sources, grad_mask, (operands.bias, operands.keep))
     seed = seed_of_forward(rng, problem)
     place = place_of({**givens, **others})
     with place.active(), captured(problem, operands.captured, place) as words:
         call = Call(problem, place, storage, operands, givens, words)
-        found = differentiate(call, others, seed, names, options)
+        found = gradients_of(call, others, seed, names, options)
         settle({**givens, **others}, place)
         return tuple(place.deliver(found[name]) for name in names)
 
@@ -174,7 +177,7 @@ def _of_host_arrays(
     given: dict[str, Any], arrived: dict[str, Any], options: Options, rng: Any, grad_mask: bool, grads: Names
 ) -> tuple[Any, ...]:
     """Compute the gradients of NumPy arrays: they are moved to the device, and the gradients back."""
-    arrays, problem = checked(given, options)
+    arrays, problem, functions = checked(given, options)
     dtype, mask = arrays["query"].dtype, arrays["attn_mask"]
     upstream = {}
     for name, array in arrived.items():
@@ -182,16 +185,17 @@ def _of_host_arrays(
             of_result = name in ("grad_out", "out")
             shape, of = (problem.out_shape, "the result") if of_result else (problem.lse_shape, "the log-sum-exp")
             upstream[name] = as_upstream(name, array, dtype if of_result else problem.real, shape, of)
-    sources = _sources(given, options)
+    sources = _sources(given, options) | captured_sources(problem, functions)
     names = wanted_gradients(grads, sources, grad_mask, (mask, arrays.get(KEEP)) if KEEP in arrays else mask)
     seed = seed_of_forward(rng, problem)
-    dtypes = {name_of(array.dtype): array.dtype for array in arrays.values() if array is not None}
+    further = [np.asarray(sources[name]) for name in names if name not in ARGUMENTS]
+    dtypes = {name_of(array.dtype): array.dtype for array in (*further, *arrays.values()) if array is not None}
     place = HostPlace(dtypes)
     with place.active():
         call = moved(arrays, options, place)
         others = {name: place.move(name, array) for name, array in upstream.items()}
         with captured(call.problem, call.operands.captured, place) as words:
-            found = differentiate(call._replace(captured=words), others, seed, names, options)
+            found = gradients_of(call._replace(captured=words), others, seed, names, options)
         gradients = {name: place.deliver(found[name]) for name in names}
     return tuple(own_dtype(gradient, sources[name], problem.real) for name, gradient in gradients.items())
 
@@ -212,11 +216,27 @@ def _described(problem: Problem, others: dict[str, Given]) -> Upstream:
 # -- the work ----------------------------------------------------------------------------------------------------------
 
 
-def differentiate(
+def gradients_of(
     call: Call, others: dict[str, Given], seed: int, names: Sequence[str], options: Options
 ) -> dict[str, Given]:
     """Queue the work of a call; the gradients of query, key and value, and what else is among the names."""
+    parts = parts_among(names, captured_sources(call.problem, call.operands.captured), call.place)
+    found = differentiate(call, others, seed, names, options, parts)
+    return found | {each.name: each.sums(call.place) for each in parts}
+
+
+def differentiate(
+    call: Call,
+    others: dict[str, Given],
+    seed: int,
+    names: Sequence[str],
+    options: Options,
+    parts: Sequence[Parts] = (),
+) -> dict[str, Given]:
+    """The same but for what functions capture, whose gradients are added to parts."""
     call, others = in_rows(call, others)
+    if call.captured is not None:
+        call.captured.look(call.problem, call.operands, call.real)
     problem, place, givens = call.problem, call.place, call.givens
     with_mask, of_heads = "attn_mask" in names, [name for name in names if name in OF_HEADS]
     of_arrays = ("query", "key", "value", *(("attn_mask",) if with_mask else ()))
@@ -236,6 +256,8 @@ def differentiate(
         queue_mask(call, plan, others, numbers, results["attn_mask"], seed)
     for name in of_heads:  # which tensor cores know nothing of
         results[name] = queue_head_gradient(call, plan, others, numbers, name, options[name], seed)
+    for each in parts:
+        queue_captured(call, plan, others, numbers, each, seed)
     return results
 
 
@@ -253,26 +275,26 @@ def queue_deltas(call: Call, plan: Plan, others: dict[str, Given]) -> Given:
     """Queue the deltas; the numbers of all queries, in which SHIFT and REST are still to be written."""
     tiling, with_lse, numbers = tiling_for(call.storage, call.problem), "grad_lse" in others, new_numbers(call)
     # whether there is a mask, or dropout, does not matter here: one kernel serves all
-    spec = portable.Backward(call.storage, "none", False, tiling, extreme=is_extreme(call.problem))
+    spec = Backward(call.storage, "none", False, tiling, extreme=is_extreme(call.problem))
     grad_lse = others["grad_lse"].memory() if with_lse else nothing(call.problem.real.type)
     arrived = (others["grad_out"].memory(), others["out"].memory(), grad_lse, with_lse)
     arguments = (*arrived, *plan.tables, numbers.memory())
-    _queue(call, portable.find_deltas, spec, -(-numbers.shape[0] // (NUMBERS * tiling.side)), arguments)
+    _queue(call, deltas.find_deltas, spec, -(-numbers.shape[0] // (NUMBERS * tiling.side)), arguments)
     return numbers
 
 
-def _queue(call: Call, factory: Any, spec: portable.Backward, blocks: int, arguments: tuple[Any, ...]) -> None:
+def _queue(call: Call, factory: Any, spec: Backward, blocks: int, arguments: tuple[Any, ...]) -> None:
     if blocks:
         launch(kernel(factory, spec), blocks, (spec.tiling.side, spec.tiling.side), call.place.stream, arguments)
 
 
 def _common(
     call: Call, plan: Plan, others: dict[str, Given], numbers: Given, name: str, seed: int
-) -> tuple[portable.Backward, tuple[Any, ...]]:
+) -> tuple[Backward, tuple[Any, ...]]:
     """The specification of the portable kernels, and the arguments that they have in common."""
     problem, givens = call.problem, call.givens
     tiling = tiling_for(call.storage, problem)
-    spec = portable.Backward(call.storage, call.mask, problem.dropout_p > 0, tiling, **kind_of(problem))
+    spec = Backward(call.storage, call.mask, problem.dropout_p > 0, tiling, **kind_of(problem))
     arrays = (*(givens[operand].memory() for operand in ("query", "key", "value")), mask_of(call))
     arrived = (others["grad_out"].memory(), numbers.memory())
     options = (scale_of(call), np.uint32(seed & 0xFFFFFFFF), np.uint32(seed >> 32), call.real(problem.keep_scale))
@@ -336,6 +358,20 @@ def queue_head_gradient(
         _queue(call, portable.slope_rows, spec, blocks, (*common, rows.memory()))
     queue_sums(rows, members, problem.queries, result, place)
     return result
+
+
+def queue_captured(call: Call, plan: Plan, others: dict[str, Given], numbers: Given, parts: Parts, seed: int) -> None:
+    """Queue what a captured array gets, which is added to the parts of its gradient."""
+    spec, common = _common(call, plan, others, numbers, "query", seed)
+    for by in parts.reads(call.problem, call.real):
+        arguments = (*common, parts.elements, parts.fresh, parts.memory.memory())
+        _queue(call, portable.captured_parts, differentiating(spec, by), parts.count, arguments)
+        parts.fresh = False
+
+
+def differentiating(spec: Backward, by: tuple[int, int]) -> Backward:
+    """The specification of what differentiates by a captured array: 2 x 2 scores a thread leave registers for it."""
+    return spec._replace(by=by, tiling=spec.tiling._replace(rows=2))
 
 
 def storage_of(argument: Any, problem: Problem) -> str:

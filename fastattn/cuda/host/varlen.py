@@ -17,12 +17,20 @@ from fastattn.call.problem import Array, Problem
 from fastattn.call.score_options import FurtherOptions
 from fastattn.call.seeds import seed_from
 from fastattn.call.shapes import split_shape
-from fastattn.call.upstream import OF_HEADS, Names, own_dtype, seed_of_forward, wanted_gradients
+from fastattn.call.upstream import (
+    OF_HEADS,
+    Names,
+    captured_sources,
+    own_dtype,
+    seed_of_forward,
+    wanted_gradients,
+)
 from fastattn.call.upstream import arrived as describe_arrived
 from fastattn.cuda.host.arguments import carriers_of, common_storage, read_arrays
 from fastattn.cuda.host.arrays import Given, HostPlace, Place, check_together, on_host, place_of, read, settle
 from fastattn.cuda.host.attention import Call, check_device_out, copy, evaluate, overlap
 from fastattn.cuda.host.backward import differentiate, members_of, queue_sums, storage_of
+from fastattn.cuda.host.captured_gradient import parts_among
 from fastattn.cuda.host.functions import captured
 from fastattn.cuda.kernels.elements import real_of
 
@@ -125,7 +133,8 @@ def backward(
     call = described(arrays, lengths, options, arrived)
     problem = call.packed.problem
     query, key, value = arrays
-    sources = sources_of_packed(query, key, value, call.further)
+    arrays_captured = captured_sources(problem, call.packed.captured)
+    sources = sources_of_packed(query, key, value, call.further) | arrays_captured
     names = wanted_gradients(grads, sources)
     seed = seed_of_forward(rng, problem)
     packed, place, givens = call.moved(_upstream(call, arrived))
@@ -134,16 +143,19 @@ def backward(
     with place.active(), captured(packed.problem, packed.captured, place) as words:
         results = {name: place.new(f"gradient of {name}", givens[name].shape, call.storage) for name in call.arrays}
         parts = {name: place.new(f"parts of {name}", (count, heads), "float64") for name in of_heads}
+        captured_parts = parts_among(names, arrays_captured, place)
         for number, (queries, keys) in enumerate(zip(packed.queries, packed.keys, strict=True)):
             others = {name: part(givens[name], queries) for name in arrived}
             one = sequence(packed, number, call.storage, place, givens)._replace(captured=words)
-            found = differentiate(one, others, seed, of_heads, dict.fromkeys(of_heads, np.zeros(heads)))
+            zeros = dict.fromkeys(of_heads, np.zeros(heads))
+            found = differentiate(one, others, seed, of_heads, zeros, captured_parts)
             for name, rows in (("query", queries), ("key", keys), ("value", keys)):
                 copy(found[name], part(results[name], rows), place)
             for name, own in parts.items():
                 copy(_as_row(found[name]), _row(own, number), place)
         for name, own in parts.items():
             results[name] = _summed(name, own, sources[name], problem, place)
+        results |= {each.name: each.sums(place) for each in captured_parts}
         settle(givens, place)
         gradients = {name: place.deliver(results[name]) for name in names}
     if call.on_device:

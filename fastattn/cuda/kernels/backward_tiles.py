@@ -12,11 +12,17 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from fastattn.cuda.kernels.elements import device, keeps, loader
-from fastattn.cuda.kernels.plan import DELTA, NUMBERS, REST, SHIFT
-from fastattn.cuda.kernels.scores import score_functions
+import numpy as np
 
-__all__ = ["Tiles", "Tiling", "make_tiles"]
+from fastattn.cuda.kernels.elements import device, keeps, loader, real_of
+from fastattn.cuda.kernels.plan import DELTA, NUMBERS, REPEATED, REST, SHIFT
+from fastattn.cuda.kernels.scores import kinds, score_functions
+from fastattn.functions.function import Function
+from fastattn.functions.kinds import FULL
+
+__all__ = ["PADDING", "Backward", "Tiles", "Tiling", "make_tiles"]
+
+PADDING = 1  # of a row in shared memory, so that a column of it lies in different banks
 
 
 class Tiling(NamedTuple):
@@ -55,6 +61,56 @@ class Tiling(NamedTuple):
         return self.side * self.side
 
 
+class Backward(NamedTuple):
+    """What a kernel is compiled for.
+
+    Attributes
+    ----------
+    storage : {"float16", "bfloat16", "float32", "float64"}
+        What operands and gradients are stored in. The arithmetic is in float32, or in float64 for float64.
+    mask : str
+        The same of the mask, or "bool", or "none".
+    dropout : bool
+    tiling : Tiling
+    key, value : bool
+        What `grad_keys` computes: both at once where the same slices share key and value.
+    extreme : bool
+        What `fastattn.cuda.host.plan` says of scale and softcap: the arithmetic is in float64.
+    keep : bool
+        Whether there is a boolean mask beside a floating one.
+    softcap : bool
+    adds : bool
+        Whether something is added to scores.
+    own : tuple of str
+        Which fields of `fastattn.call.scores.HEAD` heads have of their own, but for those in `BOUNDING`.
+    score_mod, mask_mod : Function or None
+        The user's functions.
+    by : (int, int) or None
+        What `captured_parts` differentiates by: the number of an array that score_mod captures, and that of the place
+        where it is read.
+    """
+
+    storage: str
+    mask: str
+    dropout: bool
+    tiling: Tiling
+    key: bool = True
+    value: bool = True
+    extreme: bool = False
+    keep: bool = False
+    softcap: bool = False
+    adds: bool = False
+    own: tuple[str, ...] = ()
+    score_mod: Function | None = None
+    mask_mod: Function | None = None
+    by: tuple[int, int] | None = None
+
+    @property
+    def real(self) -> Any:
+        """The NumPy type of the arithmetic."""
+        return real_of(self.storage, self.extreme)
+
+
 class Tiles(NamedTuple):
     """Device functions."""
 
@@ -65,20 +121,20 @@ class Tiles(NamedTuple):
     stage: Any
     load_rows: Any
     weigh: Any
+    add_up: Any
 
 
-def make_tiles(spec: Any, with_slope: bool = True) -> Tiles:
-    """Make the device functions for a kernel of `fastattn.cuda.kernels.portable_backward.Backward`.
+def make_tiles(spec: Backward, with_slope: bool = True) -> Tiles:
+    """Make the device functions for a kernel of `Backward`.
 
-    `with_slope`: gradients of scores become those of scale · (query · key); without, they are those of the mask.
+    `with_slope`: gradients of scores become those of scale · (query · key); without, they are those of the mask, or
+    of what the kernel differentiates by.
     """
     tiling, real = spec.tiling, spec.real
     stage_across, stage = _make_stages(tiling, spec.storage, real)
     clear, multiply, multiply_visible = _make_sums(tiling, real)
-    sloping = spec.score_mod is not None
-    functions, with_slope = score_functions(spec, sloping), with_slope and spec.softcap
-    load_rows, weigh = _make_weights(tiling, spec.dropout, real, functions, sloping, with_slope)
-    return Tiles(clear, multiply, multiply_visible, stage_across, stage, load_rows, weigh)
+    load_rows, weigh = _make_load_rows(tiling, real), _make_weigh(spec, with_slope and spec.softcap)
+    return Tiles(clear, multiply, multiply_visible, stage_across, stage, load_rows, weigh, _make_add_up(tiling))
 
 
 def _make_sums(tiling: Tiling, real: Any) -> tuple[Any, Any, Any]:
@@ -147,11 +203,8 @@ def _make_stages(tiling: Tiling, storage: str, real: Any) -> tuple[Any, Any]:
     return stage_across, stage
 
 
-def _make_weights(
-    tiling: Tiling, dropout: bool, real: Any, functions: tuple[Any, Any], sloping: bool, with_slope: bool
-) -> tuple[Any, Any]:
-    side, rows, tile, threads = tiling.side, tiling.rows, tiling.tile, tiling.threads
-    (value, slope), zero, hidden, lowest = functions, real(0.0), real(-0.0), real(-math.inf)
+def _make_load_rows(tiling: Tiling, real: Any) -> Any:
+    tile, threads, zero, lowest = tiling.tile, tiling.threads, real(0.0), real(-math.inf)
 
     @device
     def load_rows(numbers_here, numbers, at, first_query, queries, thread):
@@ -163,12 +216,26 @@ def _make_weights(
                 shift, rest, delta = numbers[own + SHIFT], numbers[own + REST], numbers[own + DELTA]
             numbers_here[SHIFT, i], numbers_here[REST, i], numbers_here[DELTA, i] = shift, rest, delta
 
+    return load_rows
+
+
+def _make_weigh(spec: Backward, with_slope: bool) -> Any:
+    side, rows, tile, real, dropout = spec.tiling.side, spec.tiling.rows, spec.tiling.tile, spec.real, spec.dropout
+    differentiates, sloping = spec.by is not None, spec.by is None and spec.score_mod is not None
+    (value, slope), (kind_of, _) = score_functions(spec, sloping, spec.by), kinds(spec)
+    zero, hidden, lowest = real(0.0), real(-0.0), real(-math.inf)
+
     @device
     def weigh(
-        scores, grads, numbers_here, mask, keep, sizes, head, number, first_query, first_key, seed_low, seed_high,
-        keep_scale, tx, ty,
+        scores, grads, elements, numbers_here, mask, keep, sizes, head, number, first_query, first_key, seed_low,
+        seed_high, keep_scale, tx, ty,
     ):  # fmt: skip
-        """Turn scores into weights after dropout, and dO · value into dS; -0.0 and 0 where hidden."""
+        """Turn scores into weights after dropout, and dO · value into dS; -0.0 and 0 where hidden.
+
+        Of a kernel that differentiates by a captured array, dS is by the element of it that was read, whose number is
+        written to `elements`, or -1.
+        """
+        whole = kind_of(head, first_query, first_key) == FULL
         for r in range(rows):
             i = first_query + ty + r * side
             shift, rest = numbers_here[SHIFT, ty + r * side], numbers_here[REST, ty + r * side]
@@ -176,7 +243,7 @@ def _make_weights(
             for c in range(rows):
                 j = first_key + tx + c * side
                 raw = scores[r, c]
-                score, visible, gain = value(raw, mask, keep, head, i, j)
+                score, visible, gain = value(raw, mask, keep, head, i, j, whole)
                 visible = visible and shift != lowest
                 weight, grad = hidden, zero
                 if visible:
@@ -195,7 +262,37 @@ def _make_weights(
                         grad *= gain
                     if with_slope:
                         grad *= slope(raw, head)
+                if differentiates:
+                    steepness, element, times = gain
+                    if grad == zero or times != 1:
+                        element = -1
+                    if grad != zero and times > 1:
+                        head.captured[REPEATED] = 1
+                    elements[(ty + r * side) * tile + tx + c * side] = element
+                    grad *= steepness
                 scores[r, c] = weight
                 grads[r, c] = grad
 
-    return load_rows, weigh
+    return weigh
+
+
+def _make_add_up(tiling: Tiling) -> Any:
+    scores_of_tile, threads, zero = tiling.tile * tiling.tile, tiling.threads, np.float64(0.0)
+
+    @device
+    def add_up(elements, terms, held, total, result, first, thread):
+        """Go through the elements and terms of a tile, for those whose numbers leave `thread` as a remainder.
+
+        An element that follows itself is held, and its sum, which is returned, is not in `result` yet.
+        """
+        for e in range(scores_of_tile):
+            element = np.int64(elements[e])
+            if element >= 0 and element % threads == thread:
+                if element != held:
+                    if held >= 0:
+                        result[first + held] += total
+                    held, total = element, zero
+                total += np.float64(terms[e])
+        return held, total
+
+    return add_up

@@ -5,6 +5,7 @@ The compiler of a GPU is of LLVM 7 in its language, and has its own names for el
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import re
 from typing import Any
@@ -16,7 +17,7 @@ from fastattn.cuda.available import SIMULATED
 from fastattn.functions.function import Function
 from fastattn.functions.scalar import arguments_of, in_llvm, refresh, scalar
 
-__all__ = ["calling"]
+__all__ = ["byte_at", "calling"]
 
 #: What is different in the language of another LLVM.
 DIALECT = (
@@ -30,22 +31,31 @@ DIALECT = (
 )
 
 
-def calling(function: Function, real: Any, sloping: bool = False) -> Any:
+def calling(function: Function, real: Any, sloping: bool = False, by: tuple[int, int] | None = None) -> Any:
     """A device function that calls `fastattn.functions.scalar.scalar`, which says what it returns.
 
     Its arguments are a tuple of a score, if the function is one of scores, batch, head, query and key; the array of
     words that tell of captured values; and at which of them those of this function begin.
     """
-    return _calling(function, np.dtype(real).name, sloping)
+    return _calling(function, np.dtype(real).name, sloping, by)
+
+
+def numbers_of(function: Function, sloping: bool, by: tuple[int, int] | None) -> int:
+    """How many of the first that a call returns are of the dtype of scores."""
+    return 0 if function.role == "mask_mod" else 2 if sloping or by is not None else 1
 
 
 if SIMULATED:
 
-    def _calling(function: Function, dtype: str, sloping: bool) -> Any:
+    def byte_at(address: Any) -> int:
+        """The byte at an address."""
+        return ctypes.c_uint8.from_address(int(address)).value
+
+    def _calling(function: Function, dtype: str, sloping: bool, by: tuple[int, int] | None) -> Any:
         """Machine code, called from Python."""
-        compiled = scalar(function, dtype, sloping, njit(error_model="numpy"))
+        compiled = scalar(function, dtype, sloping, by, njit(error_model="numpy"))
         compiled.compile(arguments_of(function, dtype))
-        real, numbers = np.dtype(dtype).type, 1 + sloping if function.role == "score_mod" else 0
+        real, numbers = np.dtype(dtype).type, numbers_of(function, sloping, by)
 
         def call(given: Any, captured: Any, place: int) -> Any:
             found = compiled(*given, np.asarray(captured).ctypes.data + 8 * place)
@@ -61,6 +71,15 @@ else:
     from numba.cuda.extending import intrinsic
     from numba.cuda.typing.templates import signature
 
+    @intrinsic
+    def byte_at(typingctx, address):
+        """The byte at an address."""
+
+        def codegen(context, builder, sig, values):
+            return builder.load(builder.inttoptr(values[0], ir.IntType(8).as_pointer()))
+
+        return signature(types.uint8, address), codegen
+
     class _Module:
         """The text of a module, for Numba to compile beside those of a kernel."""
 
@@ -73,10 +92,10 @@ else:
             return self.text
 
     @functools.lru_cache(maxsize=256)
-    def _texts(function: Function, dtype: str, sloping: bool) -> tuple[str, ...]:
+    def _texts(function: Function, dtype: str, sloping: bool, by: tuple[int, int] | None) -> tuple[str, ...]:
         """The modules of a function."""
         made = []
-        for module in in_llvm(function, dtype, sloping).modules:
+        for module in in_llvm(function, dtype, sloping, by).modules:
             module.triple, module.data_layout = "nvptx64-nvidia-cuda", nvvm.NVVM().data_layout
             nvvm.add_ir_version(module)
             for each in module.functions:
@@ -98,20 +117,21 @@ else:
         library.finalize()
         return library
 
-    def _calling(function: Function, dtype: str, sloping: bool) -> Any:
+    def _calling(function: Function, dtype: str, sloping: bool, by: tuple[int, int] | None) -> Any:
         """An intrinsic, which compiles the function when a kernel is compiled that calls it."""
         refresh()
 
         @intrinsic
         def call(typingctx, given, captured, place):
-            _, name, kind = in_llvm(function, dtype, sloping)
+            _, name, kind = in_llvm(function, dtype, sloping, by)
             real = types.float32 if dtype == "float32" else types.float64
-            numbers = (real,) * (1 + sloping) if function.role == "score_mod" else (types.int64,)
-            result = types.Tuple((*numbers, types.int64))
+            numbers = (real,) * numbers_of(function, sloping, by)
+            others = 3 if by is not None else 2 if function.role == "mask_mod" else 1
+            result = types.Tuple((*numbers, *[types.int64] * others))
             wanted = [real] * (len(given) - 4) + [types.int64] * 4
 
             def codegen(context, builder, sig, values):
-                library = _library(context, _texts(function, dtype, sloping))
+                library = _library(context, _texts(function, dtype, sloping, by))
                 context.active_code_library.add_linking_library(library)
                 arguments = [
                     context.cast(builder, value, ty, target)

@@ -41,6 +41,13 @@ BOUNDING = ("offset", "keys")
 #: kernels have it. The softcap is in the base that scores are in, and what heads have of their own is as it was given.
 OWN = ("softcap", *(HEAD.names or ()))
 
-#: Words that tell of what a user's functions capture: whether an index was out of range, which kernels set to 1, and
-#: those of `fastattn.functions.function.record_of`, first of score_mod.
+#: Words that tell of a user's functions: whether an index was out of range, which kernels set to 1; from CAPTURED on
+#: what score_mod captures, as `fastattn.functions.function.record_of` says it; then of what kind blocks of keys are for
+#: mask_mod, in so many words, and what it captures; and last whether an element of which a gradient is wanted was read
+#: more than once at one place.
 OUT_OF_RANGE, CAPTURED = range(2)
+REPEATED = -1
+#: The address of a byte for each block of `fastattn.functions.kinds`, or 0 if nobody has looked; and the steps from row
+#: to row of the batch, from head to head, and from block to block of queries.
+KINDS, KINDS_BATCH, KINDS_HEAD, KINDS_QUERY = range(4)
+KIND_WORDS = 4

@@ -47,16 +47,18 @@ from fastattn.cuda.kernels.plan import (
     VALUE,
     VALUE_DIM,
 )
-from fastattn.cuda.kernels.scores import head_of, in_base_2, keys_of_queries, restriction, score_functions
+from fastattn.cuda.kernels.scores import head_of, in_base_2, keys_of_queries, kinds, restriction
 from fastattn.cuda.kernels.tiles import (
     Tiles,
     addition,
     dropping,
     multiplication,
+    parts_of_work,
     softmax_functions,
     tile_loader,
 )
 from fastattn.functions.function import Function
+from fastattn.functions.kinds import EMPTY
 
 
 class Forward(NamedTuple):
@@ -122,23 +124,6 @@ class Copy(NamedTuple):
     storage: str
 
 
-class Block(NamedTuple):
-    """What a block of threads of the forward pass has to do.
-
-    Attributes
-    ----------
-    slice, query, value
-        The slice, the first of its queries, and the first column of the result.
-    queries
-        How many queries there are.
-    """
-
-    slice: int
-    query: int
-    value: int
-    queries: int
-
-
 def forward(spec: Forward) -> Any:
     """The kernel of the result and the log-sum-exp.
 
@@ -148,13 +133,13 @@ def forward(spec: Forward) -> Any:
     dropout, tiles, real = spec.dropout, spec.tiles, real_of(spec.storage, spec.extreme)
     find_scores, drop = _make_find_scores(spec), dropping(tiles, real)
     publish, absorb = softmax_functions(tiles, real, in_base_2(spec.adds, spec.extreme))
-    part_of, add_values, finish = _make_part_of(tiles), _make_add_values(spec), _make_finish(spec)
+    part_of, add_values, finish = parts_of_work(tiles), _make_add_values(spec), _make_finish(spec)
     threads_x, rows, columns, values = tiles.threads_x, tiles.rows, tiles.columns, tiles.values
     block_q, block_k, features = tiles.queries, tiles.keys, tiles.features
     # rows of shared tiles are an element longer, so that the threads of a warp read from different banks
     query_size, key_size = block_q * (features + 1), max(block_k * (features + 1), block_q * (block_k + 1))
     value_size = max(tiles.value_rows * tiles.value_columns, block_q * threads_x)
-    lowest, zero = real(-math.inf), real(0)
+    lowest, zero, (kind_of, first_of) = real(-math.inf), real(0), kinds(spec)
 
     def kernel(
         query, key, value, mask, out, lse, offsets, steps, sizes, scale, keep_scale, seed_low, seed_high, keep, own,
@@ -172,6 +157,7 @@ def forward(spec: Forward) -> Any:
         here, head_dim, value_dim = part_of(cuda.blockIdx.x, sizes), sizes[HEAD_DIM], sizes[VALUE_DIM]
         head = head_of(here.slice, offsets, steps, sizes, own, captured)
         begin, end = keys_of_queries(head, here.query, here.query + here.queries - 1, block_k)
+        begin = first_of(head, here.query, begin, end)
         value_base = offsets[VALUE, here.slice] + here.value * steps[VALUE, 1]
 
         for i in range(rows):
@@ -181,6 +167,8 @@ def forward(spec: Forward) -> Any:
                 sums[i, c] = zero
 
         for first_key in range(begin, end, block_k):
+            if kind_of(head, here.query, first_key) == EMPTY:
+                continue
             count = min(block_k, end - first_key)
             find_scores(
                 scores, seen, query_tile, key_tile, query, key, mask, keep, offsets, steps, sizes, head, scale,
@@ -201,29 +189,11 @@ def forward(spec: Forward) -> Any:
     return kernel
 
 
-def _make_part_of(tiles: Tiles) -> Any:
-    """A device function of a block's number."""
-    block_q, block_v = tiles.queries, tiles.value_columns
-
-    @device
-    def part_of(block, sizes):
-        """What a block has to do."""
-        queries = sizes[QUERIES]
-        parts = max(1, (sizes[VALUE_DIM] + block_v - 1) // block_v)
-        blocks = (queries + block_q - 1) // block_q
-        first_value = block % parts * block_v
-        block = block // parts
-        first_query = (blocks - 1 - block % blocks) * block_q
-        return Block(block // blocks, first_query, first_value, min(block_q, queries - first_query))
-
-    return part_of
-
-
 def _make_find_scores(spec: Forward | Weights | Shifts) -> Any:
     """A device function of a block of queries and one of keys."""
     tiles, real = spec.tiles, real_of(spec.storage, spec.extreme)
     load_tile, multiply = tile_loader(loader(spec.storage, real), real), multiplication(tiles)
-    restrict = restriction(tiles, score_functions(spec)[0])
+    restrict = restriction(spec)
     threads, block_q, block_k, features = tiles.threads, tiles.queries, tiles.keys, tiles.features
     rows, columns, threads_x, pitch = tiles.rows, tiles.columns, tiles.threads_x, tiles.features + 1
     one, zero = real(1), real(0)
@@ -348,7 +318,7 @@ def find_shifts(spec: Shifts) -> Any:
     to_scores, from_base_2 = real(LOG2_E if base_2 else 1.0), real(1.0 if base_2 else LN_2)
     coarse = real(PRECISE[np.dtype(real_of(storage)).name])
     with_sink, largest = "sink" in spec.own, real(np.finfo(real).max)
-    to_base_2 = real(1.0 if base_2 else LOG2_E)
+    to_base_2, (kind_of, _) = real(1.0 if base_2 else LOG2_E), kinds(spec)
 
     def kernel(query, key, mask, lse, numbers, offsets, steps, sizes, scale, slack, keep, own, captured):
         query_tile = cuda.shared.array(query_size, real)
@@ -356,8 +326,7 @@ def find_shifts(spec: Shifts) -> Any:
         shared_tile = cuda.shared.array(shared_size, real)  # what a row's threads tell each other
         scores = cuda.local.array((rows, columns), real)
         seen = cuda.local.array((rows, columns), np.bool_)
-        m = cuda.local.array(rows, real)
-        total = cuda.local.array(rows, real)
+        m, total = cuda.local.array(rows, real), cuda.local.array(rows, real)
         x, y = cuda.threadIdx.x, cuda.threadIdx.y
 
         queries = sizes[QUERIES]
@@ -381,6 +350,8 @@ def find_shifts(spec: Shifts) -> Any:
         head = head_of(slice_, offsets, steps, sizes, own, captured)
         begin, end = keys_of_queries(head, first_query, min(queries, first_query + block_q) - 1, block_k)
         for first_key in range(begin, end, block_k):
+            if kind_of(head, first_query, first_key) == EMPTY:
+                continue
             find_scores(
                 scores, seen, query_tile, key_tile, query, key, mask, keep, offsets, steps, sizes, head, scale, slice_,
                 first_query, first_key, queries - first_query, head.keys - first_key, True, y, x,
@@ -424,7 +395,7 @@ def weights(spec: Weights) -> Any:
     threads_y, threads_x, rows, columns, _, features, _ = tiles
     block_q, block_k, pitch = tiles.queries, tiles.keys, features + 1
     query_size, key_size = block_q * pitch, max(block_k * pitch, block_q * (block_k + 1))
-    lowest, one, zero = real(-math.inf), real(1), real(0)
+    lowest, one, zero, (kind_of, _) = real(-math.inf), real(1), real(0), kinds(spec)
     to_base_2 = real(1.0 if in_base_2(spec.adds, spec.extreme) else LOG2_E)
 
     def kernel(
@@ -448,10 +419,15 @@ def weights(spec: Weights) -> Any:
         slice_ = block // query_blocks
 
         head = head_of(slice_, offsets, steps, sizes, own, captured)
-        find_scores(
-            scores, seen, query_tile, key_tile, query, key, mask, keep, offsets, steps, sizes, head, scale, slice_,
-            first_query, first_key, queries - first_query, keys - first_key, True, y, x,
-        )  # fmt: skip
+        if kind_of(head, first_query, first_key) == EMPTY:
+            for i in range(rows):
+                for j in range(columns):
+                    scores[i, j] = lowest
+        else:
+            find_scores(
+                scores, seen, query_tile, key_tile, query, key, mask, keep, offsets, steps, sizes, head, scale, slice_,
+                first_query, first_key, queries - first_query, keys - first_key, True, y, x,
+            )  # fmt: skip
         cuda.syncthreads()
         for i in range(rows):
             row = first_query + y + i * threads_y

@@ -32,86 +32,35 @@ they may be looked at: a tile of queries that has any takes a slower product, wh
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numba import cuda
 
-from fastattn.cuda.kernels.backward_tiles import Tiles, Tiling, make_tiles
-from fastattn.cuda.kernels.elements import device, loader, real_of, storer
+from fastattn.cuda.kernels.backward_tiles import PADDING, Backward, Tiles, make_tiles
+from fastattn.cuda.kernels.elements import device, storer
 from fastattn.cuda.kernels.plan import (
-    DELTA,
-    GRAD_LSE,
     GRAD_OUT,
     HEAD_DIM,
     KEY,
     KEYS,
     NUMBERS,
-    OUT,
     QUERIES,
     QUERY,
     SLICES,
     VALUE,
     VALUE_DIM,
 )
-from fastattn.cuda.kernels.scores import head_of, keys_of_queries, queries_of_keys
-from fastattn.functions.function import Function
+from fastattn.cuda.kernels.scores import head_of, keys_of_queries, kinds, queries_of_keys
+from fastattn.functions.kinds import EMPTY
 
-__all__ = ["Backward", "find_deltas", "grad_keys", "grad_mask", "grad_queries", "slope_rows"]
-
-PADDING = 1  # of a row in shared memory, so that a column of it lies in different banks
+__all__ = ["captured_parts", "grad_keys", "grad_mask", "grad_queries", "slope_rows"]
 
 
-class Backward(NamedTuple):
-    """What a kernel is compiled for.
-
-    Attributes
-    ----------
-    storage : {"float16", "bfloat16", "float32", "float64"}
-        What operands and gradients are stored in. The arithmetic is in float32, or in float64 for float64.
-    mask : str
-        The same of the mask, or "bool", or "none".
-    dropout : bool
-    tiling : Tiling
-    key, value : bool
-        What `grad_keys` computes: both at once where the same slices share key and value.
-    extreme : bool
-        What `fastattn.cuda.host.plan` says of scale and softcap: the arithmetic is in float64.
-    keep : bool
-        Whether there is a boolean mask beside a floating one.
-    softcap : bool
-    adds : bool
-        Whether something is added to scores.
-    own : tuple of str
-        Which fields of `fastattn.call.scores.HEAD` heads have of their own, but for those in `BOUNDING`.
-    score_mod, mask_mod : Function or None
-        The user's functions.
-    """
-
-    storage: str
-    mask: str
-    dropout: bool
-    tiling: Tiling
-    key: bool = True
-    value: bool = True
-    extreme: bool = False
-    keep: bool = False
-    softcap: bool = False
-    adds: bool = False
-    own: tuple[str, ...] = ()
-    score_mod: Function | None = None
-    mask_mod: Function | None = None
-
-    @property
-    def real(self) -> Any:
-        """The NumPy type of the arithmetic."""
-        return real_of(self.storage, self.extreme)
-
-
-def _make_differentiate(spec: Backward, tiles: Tiles) -> Any:
+def _make_both_products(spec: Backward, tiles: Tiles) -> Any:
     """A device function of a tile of queries and one of keys."""
     side, rows, depth = spec.tiling.side, spec.tiling.rows, spec.tiling.depth
-    real, stage_across, weigh = spec.real, tiles.stage_across, tiles.weigh
+    real, stage_across = spec.real, tiles.stage_across
     zero, unscaled = real(0.0), real(1.0)
 
     @device
@@ -142,57 +91,47 @@ def _make_differentiate(spec: Backward, tiles: Tiles) -> Any:
         return odd
 
     @device
-    def differentiate(
-        weights, grads, left, right, numbers_here, query, key, value, mask, keep, grad_out, offsets, steps, sizes, head,
-        number, first_query, first_key, scale, seed_low, seed_high, keep_scale,
+    def both_products(
+        scores, grads, left, right, query, key, value, grad_out, offsets, steps, sizes, number, first_query, first_key,
+        scale,
     ):  # fmt: skip
-        """P · Z and dS of slice `number`, -0.0 and 0 where hidden. How many elements of dO were not finite."""
+        """scale · (query · key) and dO · value of slice `number`. How many elements of dO were not finite."""
         queries, keys = sizes[QUERIES], sizes[KEYS]
         odd = products(
             grads, unscaled, left, right, steps, GRAD_OUT, grad_out, offsets[GRAD_OUT, number], first_query, queries,
             VALUE, value, offsets[VALUE, number], first_key, keys, sizes[VALUE_DIM],
         )  # fmt: skip
         products(
-            weights, scale, left, right, steps, QUERY, query, offsets[QUERY, number], first_query, queries,
+            scores, scale, left, right, steps, QUERY, query, offsets[QUERY, number], first_query, queries,
             KEY, key, offsets[KEY, number], first_key, keys, sizes[HEAD_DIM],
         )  # fmt: skip
+        return odd
+
+    return both_products
+
+
+def _make_differentiate(spec: Backward, tiles: Tiles) -> Any:
+    """A device function of a tile of queries and one of keys."""
+    both_products, weigh = _make_both_products(spec, tiles), tiles.weigh
+
+    @device
+    def differentiate(
+        weights, grads, left, right, numbers_here, query, key, value, mask, keep, grad_out, offsets, steps, sizes, head,
+        number, first_query, first_key, scale, seed_low, seed_high, keep_scale,
+    ):  # fmt: skip
+        """P · Z and dS of slice `number`, -0.0 and 0 where hidden. How many elements of dO were not finite."""
+        odd = both_products(
+            weights, grads, left, right, query, key, value, grad_out, offsets, steps, sizes, number, first_query,
+            first_key, scale,
+        )  # fmt: skip
+        no_elements = weights
         weigh(
-            weights, grads, numbers_here, mask, keep, sizes, head, number, first_query, first_key, seed_low, seed_high,
-            keep_scale, cuda.threadIdx.x, cuda.threadIdx.y,
+            weights, grads, no_elements, numbers_here, mask, keep, sizes, head, number, first_query, first_key,
+            seed_low, seed_high, keep_scale, cuda.threadIdx.x, cuda.threadIdx.y,
         )  # fmt: skip
         return odd
 
     return differentiate
-
-
-def find_deltas(spec: Backward) -> Any:
-    """The kernel of delta: `side` threads a row, and so many rows a block."""
-    storage, side, real = spec.storage, spec.tiling.side, spec.real
-    load, zero, width = loader(storage, real), real(0.0), side + PADDING
-
-    def kernel(grad_out, out, grad_lse, with_lse, offsets, steps, sizes, numbers):
-        partial = cuda.shared.array((side, width), real)
-        tx, ty = cuda.threadIdx.x, cuda.threadIdx.y
-        queries, features = sizes[QUERIES], sizes[VALUE_DIM]
-        row = cuda.blockIdx.x * side + ty
-        number, i = row // queries, row % queries
-        here = row < sizes[SLICES] * queries
-        total = zero
-        if here:
-            at = offsets[GRAD_OUT, number] + i * steps[GRAD_OUT, 0]
-            out_at = offsets[OUT, number] + i * steps[OUT, 0]
-            for f in range(tx, features, side):
-                total += load(grad_out[at + f * steps[GRAD_OUT, 1]]) * load(out[out_at + f * steps[OUT, 1]])
-        partial[ty, tx] = total
-        cuda.syncthreads()
-        if here and tx == 0:
-            for other in range(1, side):
-                total += partial[ty, other]
-            if with_lse:
-                total -= grad_lse[offsets[GRAD_LSE, number] + i * steps[GRAD_LSE, 0]]
-            numbers[NUMBERS * row + DELTA] = total
-
-    return kernel
 
 
 def grad_keys(spec: Backward) -> Any:
@@ -207,7 +146,7 @@ def grad_keys(spec: Backward) -> Any:
     real, store = spec.real, storer(spec.storage)
     tiles = make_tiles(spec)
     clear, load_rows, differentiate = tiles.clear, tiles.load_rows, _make_differentiate(spec, tiles)
-    add_products = _make_add_products(spec, tiles)
+    add_products, (kind_of, _) = _make_add_products(spec, tiles), kinds(spec)
 
     def kernel(
         query, key, value, mask, grad_out, numbers, offsets, steps, sizes, members, scale, seed_low, seed_high,
@@ -239,6 +178,8 @@ def grad_keys(spec: Backward) -> Any:
             numbers_at = NUMBERS * number * queries
             begin, end = queries_of_keys(head, first_key, min(keys, first_key + tile) - 1, tile)
             for first_query in range(begin, end, tile):
+                if kind_of(head, first_query, first_key) == EMPTY:
+                    continue
                 load_rows(numbers_here, numbers, numbers_at, first_query, queries, thread)
                 cuda.syncthreads()
                 odd = differentiate(
@@ -314,7 +255,7 @@ def grad_queries(spec: Backward) -> Any:
     real, store = spec.real, storer(spec.storage)
     tiles = make_tiles(spec)
     clear, multiply, stage, load_rows = tiles.clear, tiles.multiply, tiles.stage, tiles.load_rows
-    differentiate = _make_differentiate(spec, tiles)
+    differentiate, (kind_of, _) = _make_differentiate(spec, tiles), kinds(spec)
 
     def kernel(
         query, key, value, mask, grad_out, numbers, offsets, steps, sizes, members, scale, seed_low, seed_high,
@@ -344,6 +285,8 @@ def grad_queries(spec: Backward) -> Any:
             head = head_of(number, offsets, steps, sizes, own, captured)
             begin, end = keys_of_queries(head, first_query, min(queries, first_query + tile) - 1, tile)
             for first_key in range(begin, end, tile):
+                if kind_of(head, first_query, first_key) == EMPTY:
+                    continue
                 differentiate(
                     weights_here, grads_here, left, right, numbers_here, query, key, value, mask, keep, grad_out,
                     offsets, steps, sizes, head, number, first_query, first_key, scale, seed_low, seed_high, keep_scale,
@@ -380,6 +323,7 @@ def grad_mask(spec: Backward) -> Any:
     real, store = spec.real, storer(spec.mask)
     tiles = make_tiles(spec, with_slope=False)
     load_rows, differentiate, zero = tiles.load_rows, _make_differentiate(spec, tiles), real(0.0)
+    kind_of, _ = kinds(spec)
 
     def kernel(
         query, key, value, mask, grad_out, numbers, offsets, steps, sizes, members, scale, seed_low, seed_high,
@@ -393,11 +337,9 @@ def grad_mask(spec: Backward) -> Any:
         grads_here = cuda.local.array((rows, rows), real)
         sums = cuda.local.array((rows, rows), real)
         tx, ty = cuda.threadIdx.x, cuda.threadIdx.y
-        thread = ty * side + tx
-        queries, keys = sizes[QUERIES], sizes[KEYS]
+        thread, queries, keys = ty * side + tx, sizes[QUERIES], sizes[KEYS]
 
-        key_tiles = (mask_keys + tile - 1) // tile
-        query_tiles = (mask_queries + tile - 1) // tile
+        key_tiles, query_tiles = (mask_keys + tile - 1) // tile, (mask_queries + tile - 1) // tile
         own_key = cuda.blockIdx.x % key_tiles * tile
         own_query = cuda.blockIdx.x // key_tiles % query_tiles * tile
         owner = cuda.blockIdx.x // key_tiles // query_tiles
@@ -418,6 +360,8 @@ def grad_mask(spec: Backward) -> Any:
                 cuda.syncthreads()
                 begin, end = keys_of_queries(head, first_query, min(queries, first_query + tile) - 1, tile)
                 for first_key in range(max(begin, own_key), min(end, key_end), tile):
+                    if kind_of(head, first_query, first_key) == EMPTY:
+                        continue
                     differentiate(
                         weights_here, grads_here, left, right, numbers_here, query, key, value, mask, keep, grad_out,
                         offsets, steps, sizes, head, number, first_query, first_key, scale, seed_low, seed_high,
@@ -450,7 +394,8 @@ def slope_rows(spec: Backward) -> Any:
     tiling = spec.tiling
     side, rows, depth, tile, width = tiling.side, tiling.rows, tiling.depth, tiling.tile, tiling.tile + PADDING
     real, tiles, zero = spec.real, make_tiles(spec, with_slope=False), spec.real(0.0)
-    load_rows, differentiate = tiles.load_rows, _make_differentiate(spec, tiles)
+    load_rows, differentiate, (kind_of, _) = tiles.load_rows, _make_differentiate(spec, tiles), kinds(spec)
+    pitch = side + PADDING
 
     def kernel(
         query, key, value, mask, grad_out, numbers, offsets, steps, sizes, members, scale, seed_low, seed_high,
@@ -458,7 +403,7 @@ def slope_rows(spec: Backward) -> Any:
     ):  # fmt: skip
         left = cuda.shared.array((depth, width), real)
         right = cuda.shared.array((depth, width), real)
-        partial = cuda.shared.array((tile, side + PADDING), real)
+        partial = cuda.shared.array((tile, pitch), real)
         numbers_here = cuda.shared.array((NUMBERS, tile), real)
         weights_here = cuda.local.array((rows, rows), real)
         grads_here = cuda.local.array((rows, rows), real)
@@ -473,6 +418,8 @@ def slope_rows(spec: Backward) -> Any:
         cuda.syncthreads()
         begin, end = keys_of_queries(head, first_query, min(queries, first_query + tile) - 1, tile)
         for first_key in range(begin, end, tile):
+            if kind_of(head, first_query, first_key) == EMPTY:
+                continue
             differentiate(
                 weights_here, grads_here, left, right, numbers_here, query, key, value, mask, keep, grad_out,
                 offsets, steps, sizes, head, number, first_query, first_key, scale, seed_low, seed_high, keep_scale,
@@ -487,5 +434,67 @@ def slope_rows(spec: Backward) -> Any:
             for other in range(side):
                 total += partial[i, other]
             result[number * queries + first_query + i] = total
+
+    return kernel
+
+
+def captured_parts(spec: Backward) -> Any:
+    """The kernel of what a captured array gets where it is read at one place: a block for each part of the work.
+
+    A part is some tiles of queries, of some slices, whose keys the block goes through in order. For each score threads
+    write which element was read, and what its gradient gets; then each thread reads all of that, in order, and adds up
+    what is of its own elements. So every sum has one order, whatever the function reads where.
+    """
+    tiling = spec.tiling
+    rows, depth, tile, threads, width = tiling.rows, tiling.depth, tiling.tile, tiling.threads, tiling.tile + PADDING
+    side, real, zero, (kind_of, _) = tiling.side, spec.real, np.float64(0.0), kinds(spec)
+    tiles = make_tiles(spec, with_slope=False)
+    load_rows, weigh, add_up = tiles.load_rows, tiles.weigh, tiles.add_up
+    both_products, scores_of_tile = _make_both_products(spec, tiles), tile * tile
+
+    def kernel(
+        query, key, value, mask, grad_out, numbers, offsets, steps, sizes, members, scale, seed_low, seed_high,
+        keep_scale, keep, own, captured, count, fresh, result,
+    ):  # fmt: skip
+        left = cuda.shared.array((depth, width), real)
+        right = cuda.shared.array((depth, width), real)
+        numbers_here = cuda.shared.array((NUMBERS, tile), real)
+        elements = cuda.shared.array(scores_of_tile, np.int32)
+        terms = cuda.shared.array(scores_of_tile, real)
+        scores = cuda.local.array((rows, rows), real)
+        grads = cuda.local.array((rows, rows), real)
+        tx, ty = cuda.threadIdx.x, cuda.threadIdx.y
+        thread, queries, first = ty * side + tx, sizes[QUERIES], cuda.blockIdx.x * count
+        query_tiles = (queries + tile - 1) // tile
+        if fresh:
+            for e in range(thread, count, threads):
+                result[first + e] = zero
+        held, total = np.int64(-1), zero  # an element, and what is to be added to it
+        part, parts, blocks = cuda.blockIdx.x, cuda.gridDim.x, sizes[SLICES] * query_tiles
+        for block in range(part * blocks // parts, (part + 1) * blocks // parts):
+            number, first_query = block // query_tiles, block % query_tiles * tile
+            head, numbers_at = head_of(number, offsets, steps, sizes, own, captured), NUMBERS * number * queries
+            load_rows(numbers_here, numbers, numbers_at, first_query, queries, thread)
+            cuda.syncthreads()
+            begin, end = keys_of_queries(head, first_query, min(queries, first_query + tile) - 1, tile)
+            for first_key in range(begin, end, tile):
+                if kind_of(head, first_query, first_key) == EMPTY:
+                    continue
+                both_products(
+                    scores, grads, left, right, query, key, value, grad_out, offsets, steps, sizes, number, first_query,
+                    first_key, scale,
+                )  # fmt: skip
+                weigh(
+                    scores, grads, elements, numbers_here, mask, keep, sizes, head, number, first_query, first_key,
+                    seed_low, seed_high, keep_scale, tx, ty,
+                )  # fmt: skip
+                for r in range(rows):
+                    for c in range(rows):
+                        terms[(ty + r * side) * tile + tx + c * side] = grads[r, c]
+                cuda.syncthreads()
+                held, total = add_up(elements, terms, held, total, result, first, thread)
+                cuda.syncthreads()
+        if held >= 0:
+            result[first + held] += total
 
     return kernel

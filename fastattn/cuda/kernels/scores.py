@@ -3,7 +3,8 @@
 For a call's kind of scores (`fastattn.call.scores.Scores`) this file has all that the portable kernels know of it: the
 interval of keys (`keys_of_queries`, `queries_of_keys`), what becomes of one score (`value`), the slope of that for the
 backward pass (`slope`), and whether one query looks at one key (`sees`). Positions are numbers of keys. The user's
-functions (`fastattn.cuda.kernels.functions`) are asked about keys alone that nothing else hides.
+functions (`fastattn.cuda.kernels.functions`) are asked about keys alone that nothing else hides; that of which keys are
+seen about none of a block that is known to be full, or empty, which is skipped (`kinds`).
 
 Nothing here asks `cuda` for anything: the simulator lends that to the module of the kernel alone.
 """
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastattn.cuda.kernels.elements import device, mask_loader, real_of
-from fastattn.cuda.kernels.functions import calling
+from fastattn.cuda.kernels.functions import byte_at, calling
 from fastattn.cuda.kernels.plan import (
     BOUND_FIRST,
     BOUND_KEYS,
@@ -27,13 +28,22 @@ from fastattn.cuda.kernels.plan import (
     FIRST_BATCH,
     HEADS,
     KEEP,
+    KIND_WORDS,
+    KINDS,
+    KINDS_BATCH,
+    KINDS_HEAD,
+    KINDS_QUERY,
     MASK,
     OUT_OF_RANGE,
     OWN,
     QUERIES,
     SIZES,
 )
-from fastattn.cuda.kernels.tiles import Tiles
+from fastattn.functions.function import Function
+from fastattn.functions.kinds import EMPTY, FULL, KIND_KEYS, KIND_QUERIES, PARTIAL
+
+#: Where no element was read: a slope, which element, and how often.
+UNREAD = {real: (real(0), np.int64(0), np.int64(0)) for real in (np.float32, np.float64)}
 
 SOFTCAP, OFFSET, SLOPE, SINK = map(OWN.index, ("softcap", "offset", "slope", "sink"))
 
@@ -145,29 +155,63 @@ def sees(head, query, key):
     return near and key >= query + head.first and key <= query + head.last
 
 
+def kinds(spec: Any) -> tuple[Any, Any]:
+    """The device functions `kind_of` and `first_of` of blocks of keys, for what a portable kernel is compiled for.
+
+    A tile, which lies in one block, is asked for by its first query and key.
+    """
+    with_mask, place = spec.mask_mod is not None, kinds_at(spec.score_mod)
+
+    @device
+    def kind_of(head, query, key):
+        """Whether the user's function hides all keys of a tile, or some as far as is known, or none."""
+        if with_mask and head.captured[place + KINDS] != 0:
+            of_head = head.row * head.captured[place + KINDS_BATCH] + head.number * head.captured[place + KINDS_HEAD]
+            row = query // KIND_QUERIES * head.captured[place + KINDS_QUERY]
+            return byte_at(head.captured[place + KINDS] + of_head + row + key // KIND_KEYS)
+        return PARTIAL
+
+    @device
+    def first_of(head, query, begin, end):
+        """The first of these keys from which on a tile is not empty."""
+        if with_mask:
+            while begin < end and kind_of(head, query, begin) == EMPTY:
+                begin += KIND_KEYS - begin % KIND_KEYS
+        return begin
+
+    return kind_of, first_of
+
+
+def kinds_at(score_mod: Function | None) -> int:
+    """At which word what is told of blocks of keys begins, behind what a function of scores captures."""
+    return CAPTURED + (0 if score_mod is None else score_mod.words)
+
+
 # -- scores ------------------------------------------------------------------------------------------------------------
 
 
-def score_functions(spec: Any, sloping: bool = False) -> tuple[Any, Any]:
+def score_functions(spec: Any, sloping: bool = False, by: tuple[int, int] | None = None) -> tuple[Any, Any]:
     """The device functions `value` and `slope` of a score, for what a portable kernel is compiled for.
 
     What is added is held in the range of the dtype that the call has where nothing is extreme. `sloping`: the slope of
-    the user's function is wanted.
+    the user's function is wanted. `by`: that by an element of a captured array is, with which element it was, and how
+    often one was read, as `fastattn.cuda.kernels.functions.calling` says.
     """
     real, narrow = real_of(spec.storage, spec.extreme), real_of(spec.storage)
     has_bool, has_bias, with_keep, with_softcap = spec.mask == "bool", is_floating(spec.mask), spec.keep, spec.softcap
     load_bias = mask_loader(spec.mask if has_bias else "float32", real, narrow)
     lowest, zero, one, twice, four = real(-math.inf), real(0), real(1), real(-2), real(4)
     with_slope, steepest, largest = "slope" in spec.own, real(np.finfo(narrow).max), real(np.finfo(real).max)
-    with_functions, ask = spec.score_mod is not None or spec.mask_mod is not None, _asking(spec, real, sloping)
+    with_functions, ask = spec.score_mod is not None or spec.mask_mod is not None, _asking(spec, real, sloping, by)
+    plain: Any = one if by is None else UNREAD[real]
 
     @device
-    def value(score, mask, keep, head, query, key):
+    def value(score, mask, keep, head, query, key, whole):
         """What becomes of scale · (query · key), and whether the query may look at the key; -inf where it may not.
 
-        Third the slope of the user's function there, if it is wanted.
+        Third what is wanted of the slope of the user's function. `whole`: mask_mod hides nothing there.
         """
-        seen, gain = sees(head, query, key), one
+        seen, gain = sees(head, query, key), plain
         if with_softcap:
             score = head.softcap * real(math.tanh(score / head.softcap))
         if has_bool and seen:
@@ -189,7 +233,7 @@ def score_functions(spec: Any, sloping: bool = False) -> tuple[Any, Any]:
         elif has_bias and seen:
             score += added
         if with_functions and seen:
-            score, seen, gain = ask(score, head, query, key)
+            score, seen, gain = ask(score, head, query, key, whole)
         if not seen:
             score = lowest
         return score, seen, gain
@@ -206,23 +250,32 @@ def score_functions(spec: Any, sloping: bool = False) -> tuple[Any, Any]:
     return value, slope
 
 
-def _asking(spec: Any, real: Any, sloping: bool) -> Any:
+def _asking(spec: Any, real: Any, sloping: bool, by: tuple[int, int] | None) -> Any:
     """The device function of a score that calls the user's functions: the score, whether it is seen, and the slope."""
+    plain: Any = real(1) if by is None else UNREAD[real]
     score_mod, mask_mod = spec.score_mod, spec.mask_mod
-    with_score, with_mask, one, lowest = score_mod is not None, mask_mod is not None, real(1), real(-math.inf)
-    words = score_mod.words if score_mod is not None else 0
-    change: Any = calling(score_mod, real, sloping) if score_mod is not None else None
+    with_score, with_mask, lowest, differentiates = (
+        score_mod is not None,
+        mask_mod is not None,
+        real(-math.inf),
+        by is not None,
+    )
+    place = kinds_at(score_mod) + KIND_WORDS
+    change: Any = calling(score_mod, real, sloping, by) if score_mod is not None else None
     look: Any = calling(mask_mod, real) if mask_mod is not None else None
 
     @device
-    def ask(score, head, query, key):
-        seen, gain, inside, position = True, one, True, head.start + query
-        if with_mask:
-            answer, valid = look((head.row, head.number, position, key), head.captured, CAPTURED + words)
+    def ask(score, head, query, key, whole):
+        seen, gain, inside, position = True, plain, True, head.start + query
+        if with_mask and not whole:
+            answer, valid = look((head.row, head.number, position, key), head.captured, place)
             seen, inside = answer != 0, valid != 0
         if with_score and seen:
             given = (score, head.row, head.number, position, key)
-            if sloping:
+            if differentiates:
+                score, slope, element, times, valid = change(given, head.captured, CAPTURED)
+                gain = slope, element, times
+            elif sloping:
                 score, gain, valid = change(given, head.captured, CAPTURED)
             else:
                 score, valid = change(given, head.captured, CAPTURED)
@@ -234,16 +287,18 @@ def _asking(spec: Any, real: Any, sloping: bool) -> Any:
     return ask
 
 
-def restriction(tiles: Tiles, value: Any) -> Any:
-    """The device function that makes scores of a tile of products, with `value` of `score_functions`."""
+def restriction(spec: Any) -> Any:
+    """The device function that makes scores of a tile of products, for what a portable kernel is compiled for."""
+    tiles, (value, _), (kind_of, _) = spec.tiles, score_functions(spec), kinds(spec)
     rows, columns, threads_y, threads_x = tiles.rows, tiles.columns, tiles.threads_y, tiles.threads_x
 
     @device
     def restrict(scores, seen, mask, keep, head, first_query, first_key, y, x):
         """What becomes of each score; where the query may not look -inf, and not `seen`."""
+        whole = kind_of(head, first_query, first_key) == FULL
         for i in range(rows):
             for j in range(columns):
                 query, key = first_query + y + i * threads_y, first_key + x + j * threads_x
-                scores[i, j], seen[i, j], _ = value(scores[i, j], mask, keep, head, query, key)
+                scores[i, j], seen[i, j], _ = value(scores[i, j], mask, keep, head, query, key, whole)
 
     return restrict

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastattn.cuda.kernels.elements import LOG2_E, device, exp2, minus_zero_test, philox
-from fastattn.cuda.kernels.plan import DROP_BELOW, FIRST_BATCH, HEADS
+from fastattn.cuda.kernels.plan import DROP_BELOW, FIRST_BATCH, HEADS, QUERIES, VALUE_DIM
 
 
 class Tiles(NamedTuple):
@@ -52,6 +52,41 @@ class Tiles(NamedTuple):
     def value_columns(self) -> int:
         """Columns of the result that a block computes."""
         return self.threads_x * self.values
+
+
+class Block(NamedTuple):
+    """What a block of threads of the forward pass has to do.
+
+    Attributes
+    ----------
+    slice, query, value
+        The slice, the first of its queries, and the first column of the result.
+    queries
+        How many queries there are.
+    """
+
+    slice: int
+    query: int
+    value: int
+    queries: int
+
+
+def parts_of_work(tiles: Tiles) -> Any:
+    """The device function of the work of a block of threads, by its number."""
+    block_q, block_v = tiles.queries, tiles.value_columns
+
+    @device
+    def part_of(block, sizes):
+        """What a block has to do."""
+        queries = sizes[QUERIES]
+        parts = max(1, (sizes[VALUE_DIM] + block_v - 1) // block_v)
+        blocks = (queries + block_q - 1) // block_q
+        first_value = block % parts * block_v
+        block = block // parts
+        first_query = (blocks - 1 - block % blocks) * block_q
+        return Block(block // blocks, first_query, first_value, min(block_q, queries - first_query))
+
+    return part_of
 
 
 def tile_loader(load: Any, real: Any) -> Any:
