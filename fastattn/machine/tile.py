@@ -64,9 +64,24 @@ class TileShape:
         return replace(self, rows=4, vectors=1)
 
     @property
+    def long(self) -> TileShape:
+        """One row of four vectors."""
+        return replace(self, rows=1, vectors=4)
+
+    @property
+    def narrow(self) -> TileShape:
+        """As many rows, of one vector."""
+        return replace(self, vectors=1)
+
+    @property
     def strip(self) -> TileShape:
         """Up to four rows of one vector, no more than a square has."""
         return replace(self, rows=min(4, self.lanes), vectors=1)
+
+    @property
+    def lane(self) -> TileShape:
+        """A single element: a block of one query, whose scores stand side by side."""
+        return TileShape(self.dtype, 1, 1, 1)
 
     @property
     def vector(self) -> TileShape:

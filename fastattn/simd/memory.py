@@ -111,6 +111,38 @@ def tile_load(typingctx, shape, address, row_bytes):
 
 
 @intrinsic
+def tile_load_part(typingctx, shape, address, row_bytes, rows, columns):
+    """The same of which only so many rows and columns are there, the first ones: nothing else is read, but is 0.
+
+    One vector in a row.
+    """
+    if not is_shape(shape):
+        return None
+    tile = TileType(shape.value)
+
+    def codegen(context, builder, sig, values):
+        s, word = shape.value, ir.IntType(64)
+        numbers = ir.Constant(ir.VectorType(word, s.lanes), list(range(s.lanes)))
+        zero, nothing = ir.Constant(vector_of(s), [0.0] * s.lanes), ir.Constant(word, 0)
+        pointer = vector_of(s).as_pointer()
+        mask = ir.VectorType(ir.IntType(1), s.lanes)
+        fnty = ir.FunctionType(vector_of(s), [pointer, ir.IntType(32), mask, vector_of(s)])
+        name = f"llvm.masked.load.v{s.lanes}f{8 * s.itemsize}.p0"
+        function = cgutils.get_or_insert_function(builder.module, fnty, name)
+        loaded = []
+        for r, place in enumerate(_rows(builder, s, values[1], values[2])):
+            there = builder.icmp_signed("<", ir.Constant(word, r), values[3])
+            count = builder.select(there, values[4], nothing)
+            present = builder.icmp_signed("<", numbers, splat(builder, count, s.lanes))
+            align = ir.Constant(ir.IntType(32), s.itemsize)
+            given = [pointer_to(builder, place, vector_of(s)), align, present, zero]
+            loaded.append(builder.call(function, given))
+        return make_tile(builder, s, loaded)
+
+    return signature(tile, shape, *[types.intp] * 4), codegen
+
+
+@intrinsic
 def tile_load_column(typingctx, shape, address, stride):
     """A tile whose row r is filled with the scalar at `address + r * stride`."""
     if not is_shape(shape):

@@ -14,7 +14,7 @@ from fastattn.machine.tile import TileShape
 
 PLAIN: tuple[str, ...] = ()
 STEPS = ("dropout", "mask")
-BY_BLOCKS = ("weights", "known_weights")  # take blocks of queries one by one: too few to lay out keys for
+IN_PLACE = ("decode", "weights", "known_weights")  # take few queries, or blocks of them one by one: too few to lay out keys for
 
 
 def describe(work: str, tile: TileShape, row: Isa, score: str = "dot", steps: tuple[str, ...] = STEPS) -> Kernel:
@@ -23,7 +23,7 @@ def describe(work: str, tile: TileShape, row: Isa, score: str = "dot", steps: tu
     A kernel for all that may happen to scores does what one without these steps does, more slowly. The forward and the
     backward pass have both: a single one would make a first call wait for what it does not use.
     """
-    if work in BY_BLOCKS or tile.vectors == 1:  # a tall tile is for few queries
+    if work in IN_PLACE or tile.vectors == 1:  # a tall tile is for few queries
         reads = "strided"
     else:
         reads = "panels" if row.panels else "rows"
@@ -54,6 +54,8 @@ def every_kernel(row: Isa) -> Iterator[Kernel]:
                 yield describe(work, shape, row)
             for work in ("forward", "weights"):
                 yield describe(work, shape, row, "additive")
+        for steps in (PLAIN, STEPS):
+            yield describe("decode", row.wide_tile(dtype), row, steps=steps)
         yield describe("backward", tile, row, steps=PLAIN)
         for work in ("backward", "mask_gradient"):
             yield describe(work, tile, row)

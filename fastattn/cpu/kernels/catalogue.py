@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from fastattn.cpu.kernels import additive_backward, backward, captured_gradient, mask_gradient, schedule, several
+from fastattn.cpu.kernels import additive_backward, backward, captured_gradient, decode, mask_gradient, schedule, several
 from fastattn.cpu.kernels.entry import in_default_mode, note, overlaps, quick_function, shared, signature
 from fastattn.cpu.kernels.forward import forward_group
 from fastattn.cpu.kernels.key_weights import sum_weights
@@ -46,7 +46,7 @@ def _attention(work, kernel, on_keys=None):
     return _tasks(task_function(kernel, work, on_keys))
 
 
-def _gradients(module, kernel):
+def _of_module(module, kernel):
     """A module's own tasks."""
     return _tasks(module.task_function(kernel))
 
@@ -67,13 +67,14 @@ def _peak(kernel):
 # From a kernel's work to its functions by name.
 FUNCTIONS: dict[str, Callable[[Kernel], dict[str, Any]]] = {
     "forward": partial(_attention, forward_group),
+    "decode": partial(_of_module, decode),
     "weights": partial(_attention, weigh_group),
     "known_weights": partial(_attention, weigh_known_group),
     "summary": partial(_attention, summarise_group, on_keys=sum_weights),
-    "backward": partial(_gradients, backward),
-    "mask_gradient": partial(_gradients, mask_gradient),
-    "captured_gradient": partial(_gradients, captured_gradient),
-    "additive_backward": partial(_gradients, additive_backward),
+    "backward": partial(_of_module, backward),
+    "mask_gradient": partial(_of_module, mask_gradient),
+    "captured_gradient": partial(_of_module, captured_gradient),
+    "additive_backward": partial(_of_module, additive_backward),
     "score_function": score_functions,
     "captured_function": captured_functions,
     "seen_function": seen_functions,

@@ -66,6 +66,13 @@ _PARTS = [
     ("value_bytes", i8),  # of a block of values; 0 where they are
     ("key_step", i8),  # from row to row as the micro-kernel finds them, in place or copied
     ("value_step", i8),
+    ("group_heads", i8),  # with few queries: query heads on one head of keys, whose rows are taken together
+    ("shares", i8),  # tasks that the keys of these rows are cut into
+    ("pieces", i8),  # pieces of the keys, at most
+    ("row_numbers", i8),  # room for a number of each of these rows
+    ("score_bytes", i8),  # of a row of scores, and of one of sums
+    ("sum_bytes", i8),
+    ("partial_bytes", i8),  # of what a piece leaves
 ]
 PLAN = np.dtype([*_SCHEDULE, *_PARTS])
 
@@ -89,6 +96,7 @@ CALL = np.dtype(
         ("weights", i8),
         ("seed", i8),
         ("first_batch", i8),  # the number of the first row of the batch in the call that this may be a piece of
+        ("partials", i8),  # with few queries, where keys are shared: counters of what has been done, then partials
     ]
 )
 
