@@ -64,14 +64,27 @@ class TileShape:
         return replace(self, rows=4, vectors=1)
 
     @property
-    def long(self) -> TileShape:
-        """One row of four vectors."""
-        return replace(self, rows=1, vectors=4)
+    def factor(self) -> TileShape:
+        """Two or four rows of one vector: with each of these, the rows of `cofactor` are as many as a square has."""
+        return replace(self, rows=4 if self.lanes >= 8 else 2, vectors=1)
 
     @property
-    def narrow(self) -> TileShape:
-        """As many rows, of one vector."""
-        return replace(self, vectors=1)
+    def cofactor(self) -> TileShape:
+        return replace(self, rows=self.lanes // self.factor.rows, vectors=1)
+
+    @property
+    def cofactor_row(self) -> TileShape:
+        """A row of as many elements as `cofactor` has rows."""
+        return TileShape(self.dtype, self.cofactor.rows, 1, 1)
+
+    @property
+    def long(self) -> TileShape:
+        """One row of eight vectors."""
+        return replace(self, rows=1, vectors=8)
+
+    @property
+    def half_long(self) -> TileShape:
+        return replace(self, rows=1, vectors=4)
 
     @property
     def strip(self) -> TileShape:

@@ -13,6 +13,7 @@ function for it.
 from fastattn.machine.tile import TileShape
 from fastattn.simd.arithmetic import (
     absolute,
+    add_dot,
     all_finite,
     all_zero,
     exponent_bits,
@@ -58,6 +59,7 @@ from fastattn.simd.memory import (
     store_f32,
     store_f64,
     store_i64,
+    store_split,
     store_u8,
     store_u16,
     tile_fill,
@@ -73,6 +75,7 @@ from fastattn.simd.memory import (
     tile_repeat,
     tile_row_index,
     tile_store,
+    tile_stretch,
     tile_transpose,
 )
 from fastattn.simd.philox import keep_rows
@@ -82,6 +85,7 @@ __all__ = [
     "TileShape",
     "TileType",
     "absolute",
+    "add_dot",
     "all_finite",
     "all_zero",
     "as_element",
@@ -124,6 +128,7 @@ __all__ = [
     "store_f32",
     "store_f64",
     "store_i64",
+    "store_split",
     "store_u8",
     "store_u16",
     "sum_lanes",
@@ -141,6 +146,7 @@ __all__ = [
     "tile_repeat",
     "tile_row_index",
     "tile_store",
+    "tile_stretch",
     "tile_transpose",
     "where_greater",
 ]

@@ -249,6 +249,22 @@ def _over_rows(combine, a):
 
 
 @intrinsic
+def add_dot(typingctx, a, b, c):
+    """c plus the sum over the vectors of a * b, one after the other: a and b are rows, c is one vector."""
+    if not (isinstance(a, TileType) and a == b and a.shape.rows == 1 and c == TileType(a.shape.vector)):
+        return None
+
+    def codegen(context, builder, sig, values):
+        one, other, total = (vectors_of(builder, ty.shape, value) for ty, value in zip(sig.args, values, strict=True))
+        acc = total[0]
+        for left, right in zip(one, other, strict=True):
+            acc = call_llvm(builder, "fmuladd", acc.type, [left, right, acc])
+        return make_tile(builder, c.shape, [acc])
+
+    return signature(c, a, b, c), codegen
+
+
+@intrinsic
 def largest_row(typingctx, a):
     """The maximum over the rows of a tile: one row."""
     return _over_rows(select_max, a)

@@ -7,6 +7,7 @@ from numba.core.typing.templates import signature
 from numba.extending import intrinsic
 from numba.np.numpy_support import from_dtype
 
+from fastattn.machine.tile import TileShape
 from fastattn.simd.tile import (
     TileType,
     call_llvm,
@@ -85,6 +86,21 @@ def tile_repeat(typingctx, shape, row):
         return make_tile(builder, shape.value, vectors_of(builder, row.shape, values[1]) * shape.value.rows)
 
     return signature(tile, shape, row), codegen
+
+
+@intrinsic
+def tile_stretch(typingctx, shape, tile):
+    """A tile of which each row is one of another tile, the first ones first, each as often as it takes."""
+    if not (is_shape(shape) and isinstance(tile, TileType)):
+        return None
+
+    def codegen(context, builder, sig, values):
+        s, given = shape.value, tile.shape
+        vectors, times = vectors_of(builder, given, values[1]), s.rows // given.rows
+        rows = [vectors[r // times * s.vectors + v] for r in range(s.rows) for v in range(s.vectors)]
+        return make_tile(builder, s, rows)
+
+    return signature(TileType(shape.value), shape, tile), codegen
 
 
 def _rows(builder, shape, address, row_bytes):
@@ -258,6 +274,24 @@ def tile_store(typingctx, tile, address, row_bytes):
         return context.get_dummy_value()
 
     return signature(types.none, tile, types.intp, types.intp), codegen
+
+
+@intrinsic
+def store_split(typingctx, shape, vector, address, row_bytes):
+    """Write a vector in pieces, each a row of a shape that has fewer lanes, to rows `row_bytes` apart."""
+    if not (is_shape(shape) and isinstance(vector, TileType)):
+        return None
+
+    def codegen(context, builder, sig, values):
+        s, whole = shape.value, vectors_of(builder, vector.shape, values[1])[0]
+        rows = TileShape(s.dtype, s.lanes, vector.shape.lanes // s.lanes, 1)
+        for r, place in enumerate(_rows(builder, rows, values[2], values[3])):
+            lanes = ir.Constant(ir.VectorType(ir.IntType(32), s.lanes), list(range(r * s.lanes, (r + 1) * s.lanes)))
+            piece = builder.shuffle_vector(whole, whole, lanes)
+            builder.store(piece, pointer_to(builder, place, vector_of(s)), align=s.itemsize)
+        return context.get_dummy_value()
+
+    return signature(types.none, shape, vector, types.intp, types.intp), codegen
 
 
 @intrinsic
