@@ -60,7 +60,7 @@ from fastattn.simd import (
 
 memory_of_a_square = stack_memory(16 * 64)
 WORD = 8
-KEYS_AT_ONCE = 64  # whose values are multiplied for all rows in turn: they stay in the first-level cache meanwhile
+KEYS_AT_ONCE = 32  # whose values are multiplied for all rows in turn: they stay in the first-level cache meanwhile
 
 # Rows of a group of heads that a task has: the number of the first head and where that is, the first row, how many.
 Rows = namedtuple("Rows", "number head first count")
@@ -173,11 +173,11 @@ def crossed_products(kernel, plan, q, key, wanted):
     for offset in range(0, whole * tile.itemsize, tile.vector_bytes):
         queries = tile_stretch(tile.square, tile_load(tile.factor, q + offset, plan.query_bytes))
         total = fma(load_rows(tile.cofactor, key + offset, row), queries, total)
+        ask(wanted)
     if whole < features:
         offset, rows = whole * tile.itemsize, tile.cofactor.rows
         queries = tile_stretch(tile.square, tile_load(tile.factor, q + offset, plan.query_bytes))
         total = fma(load_part_of_rows(tile.cofactor, key + offset, row, rows, features - whole), queries, total)
-    ask(wanted)
     return row_sums(total)
 
 
@@ -401,9 +401,9 @@ def want_values(kernel, plan, rows, keys, values, wanted):
     """List the values of a piece, which are asked for while its scores are computed."""
     tile = kernel.tile
     crossed = rows.count - rows.count % tile.factor.rows
-    steps = crossed // tile.factor.rows * tile.factor.rows + (rows.count - crossed) * (plan.head_dim // tile.lanes)
+    steps = crossed * (plan.head_dim // tile.lanes)
     want_nothing(wanted, keys // tile.lanes * steps)
-    if plan.prefetch_distance > 0:
+    if plan.prefetch_distance > 0 and crossed > 0:
         want(wanted, values, plan.value_row, plan.value_dim * tile.itemsize, keys)
 
 
@@ -411,12 +411,9 @@ def want_values(kernel, plan, rows, keys, values, wanted):
 def want_keys(kernel, plan, rows, keys, source, wanted):
     """List the keys of the next piece, which are asked for while values are added up."""
     tile = kernel.tile
-    whole = rows.count // tile.rows
-    strips = whole * (plan.value_dim // tile.width) + (rows.count - whole * tile.rows) * (
-        plan.value_dim // tile.long.width
-    )
+    strips = rows.count // tile.rows * (plan.value_dim // tile.width)
     want_nothing(wanted, keys // 4 * strips)
-    if plan.prefetch_distance > 0:
+    if plan.prefetch_distance > 0 and strips > 0:
         want(wanted, source, plan.key_row, plan.head_dim * tile.itemsize, keys)
 
 
