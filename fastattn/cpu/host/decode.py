@@ -23,9 +23,9 @@ PIECE = 256  # keys of a piece: how a row's result is summed up depends on it, s
 MOST_ROWS = 32  # of a group of heads, that a task takes together
 WORD = 8
 #: Operations of the micro-kernel that take the time in which a byte arrives, about: threads and turns go by operations.
-FLOPS_PER_BYTE = 4.0
+FLOPS_PER_BYTE = 2.0
 #: Operations for each row, key and feature, of which half a vector are worth two: sums over the lanes, and softmax.
-ROW_FLOPS = 3.0
+ROW_FLOPS = 2.5
 
 
 def is_decode(row: Isa, problem: Problem) -> bool:

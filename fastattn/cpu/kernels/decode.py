@@ -86,6 +86,8 @@ def lay_out(kernel, plan, scratch):
 @jit
 def head_of(call, plan, rows, r):
     """The head that a row belongs to."""
+    if plan.group_heads == 1:
+        return rows.head
     return locate(call, plan, rows.number + (rows.first + r) // plan.queries)
 
 
@@ -164,20 +166,24 @@ def products(kernel, plan, q, key, present):
 
 
 @jit
-def crossed_products(kernel, plan, q, key, wanted):
-    """q[r] · key[j] for some rows and some keys, that make a vector together: the keys of the first row come first."""
+def crossed_products(kernel, plan, q, key, present, wanted):
+    """q[r] · key[j] for some rows and some keys, that make a vector together: the keys of the first row come first.
+
+    So many of the keys are there.
+    """
     tile = kernel.tile
-    row, features = plan.key_step, plan.head_dim
-    whole = features - features % tile.lanes
+    row, features, columns = plan.key_step, plan.head_dim, tile.cofactor.rows
+    whole = features - features % tile.lanes if present >= columns else 0
     total = tile_fill(tile.square, 0.0)
     for offset in range(0, whole * tile.itemsize, tile.vector_bytes):
         queries = tile_stretch(tile.square, tile_load(tile.factor, q + offset, plan.query_bytes))
         total = fma(load_rows(tile.cofactor, key + offset, row), queries, total)
         ask(wanted)
-    if whole < features:
-        offset, rows = whole * tile.itemsize, tile.cofactor.rows
+    for p in range(whole, features, tile.lanes):
+        offset = p * tile.itemsize
         queries = tile_stretch(tile.square, tile_load(tile.factor, q + offset, plan.query_bytes))
-        total = fma(load_part_of_rows(tile.cofactor, key + offset, row, rows, features - whole), queries, total)
+        keys = load_part_of_rows(tile.cofactor, key + offset, row, present, min(tile.lanes, features - p))
+        total = fma(keys, queries, total)
     return row_sums(total)
 
 
@@ -189,13 +195,13 @@ def score_rows(kernel, plan, count, queries, key, keys, scores, wanted):
     """
     tile = kernel.tile
     rows, columns = tile.factor.rows, tile.cofactor.rows
+    crossed = count - count % rows
     for j in range(0, keys, tile.lanes):
         present = min(tile.lanes, keys - j)
-        crossed = count - count % rows if present == tile.lanes else 0
         for r in range(0, crossed, rows):
             q, at = queries + r * plan.query_bytes, scores + r * plan.score_bytes + j * tile.itemsize
-            for i in range(0, tile.lanes, columns):
-                some = crossed_products(kernel, plan, q, key + i * plan.key_step, wanted)
+            for i in range(0, present, columns):
+                some = crossed_products(kernel, plan, q, key + i * plan.key_step, present - i, wanted)
                 store_split(tile.cofactor_row, some, at + i * tile.itemsize, plan.score_bytes)
         for r in range(crossed, count):
             q, at = queries + r * plan.query_bytes, scores + r * plan.score_bytes + j * tile.itemsize
@@ -550,24 +556,27 @@ def attend_share(kernel, call, plan, rows, share, counter, partials, scratch):
     first_piece = begin // plan.key_block
     pieces = (end - 1) // plan.key_block + 1 - first_piece if begin < end else 0
     load_queries(kernel, call, plan, rows, room.queries)
-    if plan.shares == 1:
-        clear(tile, plan, room.state)
     start, stop = pieces * share // plan.shares, pieces * (share + 1) // plan.shares
+    if plan.shares == 1 and pieces != 1:
+        clear(tile, plan, room.state)
     for number in range(start, stop):
         piece = piece_of(plan, first_piece + number, begin, end, False)
         same = piece.first >= last_begin and piece.first + piece.count <= first_end and "function" not in kernel.steps
         piece = Piece(piece.first, piece.count, same)
         partial = room.partial if plan.shares == 1 else partials + number * plan.partial_bytes
         attend(kernel, call, plan, rows, piece, room, partial, number == stop - 1)
-        if plan.shares == 1:
+        if plan.shares == 1 and pieces > 1:
             merge(kernel, plan, rows, room.state, room.factors, partial)
-    if plan.shares > 1:
-        if finish(counter) < plan.shares:
-            return
+    if plan.shares > 1 and finish(counter) < plan.shares:
+        return
+    if plan.shares > 1 and pieces != 1:
         clear(tile, plan, room.state)
         for number in range(pieces):
             merge(kernel, plan, rows, room.state, room.factors, partials + number * plan.partial_bytes)
-    finish_rows(kernel, call, plan, rows, room.state)
+    state = room.state
+    if pieces == 1:
+        state = room.partial if plan.shares == 1 else partials
+    finish_rows(kernel, call, plan, rows, state)
 
 
 def task_function(kernel):
