@@ -273,7 +273,6 @@ def weigh_rows(kernel, call, plan, rows, piece, room, partial):
         if "dropout" in kernel.steps and plan.drop_below > 0:
             a = rows.first + r
             number, query = rows.number + a // plan.queries, a % plan.queries
-            # words of dropout are those of four keys: a piece begins with the first of four
             drop_row(tile, plan, call, scores, piece.count, number, query, piece.first, room.buffer)
         scores += plan.score_bytes
 
@@ -553,6 +552,8 @@ def attend_share(kernel, call, plan, rows, share, counter, partials, scratch):
     last_begin, first_end = keys_of_queries(plan, rows.head, queries - 1, queries - 1)[0], end
     if plan.right_bound:
         first_end = min(end, rows.head.offset + plan.right + 1)
+    if "dropout" in kernel.steps:
+        begin -= begin % 4  # its random words are those of four keys
     first_piece = begin // plan.key_block
     pieces = (end - 1) // plan.key_block + 1 - first_piece if begin < end else 0
     load_queries(kernel, call, plan, rows, room.queries)
