@@ -125,7 +125,7 @@ class Isa:
         return _shape(dtype, self.vector_bytes // ITEMSIZE[dtype], self.tall_rows, 1)
 
     def wide_tile(self, dtype: str) -> TileShape:
-        """The tile of four queries whose features are in the lanes, for very few; as many accumulators as the others."""
+        """The tile with features in the lanes, for very few queries: four rows, as many accumulators as the others."""
         return _shape(dtype, self.vector_bytes // ITEMSIZE[dtype], 4, max(1, self.rows * self.vectors // 4))
 
 

@@ -13,7 +13,6 @@ function for it.
 from fastattn.machine.tile import TileShape
 from fastattn.simd.arithmetic import (
     absolute,
-    add_dot,
     all_finite,
     all_zero,
     exponent_bits,
@@ -21,14 +20,11 @@ from fastattn.simd.arithmetic import (
     fraction,
     fraction_of_sixteenths,
     horner,
-    largest_lane,
     largest_row,
     maximum,
     minimum,
     pick_sixteenth,
-    row_sums,
     scale_by_power,
-    sum_lanes,
     sum_rows,
     where_greater,
 )
@@ -59,7 +55,6 @@ from fastattn.simd.memory import (
     store_f32,
     store_f64,
     store_i64,
-    store_split,
     store_u8,
     store_u16,
     tile_fill,
@@ -69,16 +64,23 @@ from fastattn.simd.memory import (
     tile_load_column,
     tile_load_half,
     tile_load_other,
-    tile_load_part,
     tile_rank1,
     tile_rank1_reciprocals,
     tile_repeat,
     tile_row_index,
     tile_store,
-    tile_stretch,
     tile_transpose,
 )
 from fastattn.simd.philox import keep_rows
+from fastattn.simd.rows import (
+    add_dot,
+    largest_lane,
+    row_sums,
+    store_split,
+    sum_lanes,
+    tile_load_part,
+    tile_stretch,
+)
 from fastattn.simd.tile import TileType, make_tile
 
 __all__ = [

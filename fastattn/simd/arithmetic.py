@@ -249,22 +249,6 @@ def _over_rows(combine, a):
 
 
 @intrinsic
-def add_dot(typingctx, a, b, c):
-    """c plus the sum over the vectors of a * b, one after the other: a and b are rows, c is one vector."""
-    if not (isinstance(a, TileType) and a == b and a.shape.rows == 1 and c == TileType(a.shape.vector)):
-        return None
-
-    def codegen(context, builder, sig, values):
-        one, other, total = (vectors_of(builder, ty.shape, value) for ty, value in zip(sig.args, values, strict=True))
-        acc = total[0]
-        for left, right in zip(one, other, strict=True):
-            acc = call_llvm(builder, "fmuladd", acc.type, [left, right, acc])
-        return make_tile(builder, c.shape, [acc])
-
-    return signature(c, a, b, c), codegen
-
-
-@intrinsic
 def largest_row(typingctx, a):
     """The maximum over the rows of a tile: one row."""
     return _over_rows(select_max, a)
@@ -274,67 +258,3 @@ def largest_row(typingctx, a):
 def sum_rows(typingctx, a):
     """The sum over the rows of a tile: one row."""
     return _over_rows(lambda builder, shape, a, b: builder.fadd(a, b), a)
-
-
-def _halves(count, width):
-    """Lanes of two vectors side by side: of each run of so many lanes the first half, and the second half.
-
-    Where the result is one vector of halves of both, a run of the first, then the same run of the second.
-    """
-    half = width // 2
-    first = [lane if lane % width < half else count + lane - half for lane in range(count)]
-    return first, [lane + half for lane in first]
-
-
-@intrinsic
-def row_sums(typingctx, a):
-    """The sum of each row of a square tile, row r's in lane r: one vector.
-
-    Always in one order: the halves of a row are added, then the halves of what that gives, and so on.
-    """
-    if not (isinstance(a, TileType) and a.shape == a.shape.square):
-        return None
-    row = TileType(a.shape.vector)
-
-    def codegen(context, builder, sig, values):
-        lanes, rows = a.shape.lanes, vectors_of(builder, a.shape, values[0])
-        width = lanes
-        while len(rows) > 1:
-            first, second = (ir.Constant(ir.VectorType(ir.IntType(32), lanes), half) for half in _halves(lanes, width))
-            middle, width = len(rows) // 2, width // 2
-            rows = [
-                builder.fadd(builder.shuffle_vector(one, other, first), builder.shuffle_vector(one, other, second))
-                for one, other in zip(rows[:middle], rows[middle:], strict=True)
-            ]
-        return make_tile(builder, row.shape, rows)
-
-    return signature(row, a), codegen
-
-
-def _over_lanes(combine, a):
-    """Signature and lowering of one number made of a vector's lanes by `combine(builder, shape, one, other)`."""
-    if not (isinstance(a, TileType) and a.shape == a.shape.vector):
-        return None
-
-    def codegen(context, builder, sig, values):
-        vector, i32 = vectors_of(builder, a.shape, values[0])[0], ir.IntType(32)
-        half = a.shape.lanes // 2
-        while half:
-            order = ir.Constant(ir.VectorType(i32, a.shape.lanes), [lane ^ half for lane in range(a.shape.lanes)])
-            vector = combine(builder, a.shape, vector, builder.shuffle_vector(vector, vector, order))
-            half //= 2
-        return builder.extract_element(vector, ir.Constant(i32, 0))
-
-    return signature(a.element, a), codegen
-
-
-@intrinsic
-def largest_lane(typingctx, a):
-    """The maximum over the lanes of a vector."""
-    return _over_lanes(select_max, a)
-
-
-@intrinsic
-def sum_lanes(typingctx, a):
-    """The sum over the lanes of a vector, in the order of `row_sums`."""
-    return _over_lanes(lambda builder, shape, a, b: builder.fadd(a, b), a)

@@ -7,7 +7,6 @@ from numba.core.typing.templates import signature
 from numba.extending import intrinsic
 from numba.np.numpy_support import from_dtype
 
-from fastattn.machine.tile import TileShape
 from fastattn.simd.tile import (
     TileType,
     call_llvm,
@@ -88,22 +87,7 @@ def tile_repeat(typingctx, shape, row):
     return signature(tile, shape, row), codegen
 
 
-@intrinsic
-def tile_stretch(typingctx, shape, tile):
-    """A tile of which each row is one of another tile, the first ones first, each as often as it takes."""
-    if not (is_shape(shape) and isinstance(tile, TileType)):
-        return None
-
-    def codegen(context, builder, sig, values):
-        s, given = shape.value, tile.shape
-        vectors, times = vectors_of(builder, given, values[1]), s.rows // given.rows
-        rows = [vectors[r // times * s.vectors + v] for r in range(s.rows) for v in range(s.vectors)]
-        return make_tile(builder, s, rows)
-
-    return signature(TileType(shape.value), shape, tile), codegen
-
-
-def _rows(builder, shape, address, row_bytes):
+def rows_at(builder, shape, address, row_bytes):
     """The address of each vector of a tile in memory."""
     for row in range(shape.rows):
         start = address if row == 0 else builder.add(address, builder.mul(row_bytes, ir.Constant(address.type, row)))
@@ -120,42 +104,10 @@ def tile_load(typingctx, shape, address, row_bytes):
 
     def codegen(context, builder, sig, values):
         s = shape.value
-        places = _rows(builder, s, values[1], values[2])
+        places = rows_at(builder, s, values[1], values[2])
         return make_tile(builder, s, [load_from(builder, place, vector_of(s), s.itemsize) for place in places])
 
     return signature(tile, shape, types.intp, types.intp), codegen
-
-
-@intrinsic
-def tile_load_part(typingctx, shape, address, row_bytes, rows, columns):
-    """The same of which only so many rows and columns are there, the first ones: nothing else is read, but is 0.
-
-    One vector in a row.
-    """
-    if not is_shape(shape):
-        return None
-    tile = TileType(shape.value)
-
-    def codegen(context, builder, sig, values):
-        s, word = shape.value, ir.IntType(64)
-        numbers = ir.Constant(ir.VectorType(word, s.lanes), list(range(s.lanes)))
-        zero, nothing = ir.Constant(vector_of(s), [0.0] * s.lanes), ir.Constant(word, 0)
-        pointer = vector_of(s).as_pointer()
-        mask = ir.VectorType(ir.IntType(1), s.lanes)
-        fnty = ir.FunctionType(vector_of(s), [pointer, ir.IntType(32), mask, vector_of(s)])
-        name = f"llvm.masked.load.v{s.lanes}f{8 * s.itemsize}.p0"
-        function = cgutils.get_or_insert_function(builder.module, fnty, name)
-        loaded = []
-        for r, place in enumerate(_rows(builder, s, values[1], values[2])):
-            there = builder.icmp_signed("<", ir.Constant(word, r), values[3])
-            count = builder.select(there, values[4], nothing)
-            present = builder.icmp_signed("<", numbers, splat(builder, count, s.lanes))
-            align = ir.Constant(ir.IntType(32), s.itemsize)
-            given = [pointer_to(builder, place, vector_of(s)), align, present, zero]
-            loaded.append(builder.call(function, given))
-        return make_tile(builder, s, loaded)
-
-    return signature(tile, shape, *[types.intp] * 4), codegen
 
 
 @intrinsic
@@ -268,30 +220,12 @@ def tile_store(typingctx, tile, address, row_bytes):
 
     def codegen(context, builder, sig, values):
         s = tile.shape
-        places = _rows(builder, s, values[1], values[2])
+        places = rows_at(builder, s, values[1], values[2])
         for vector, place in zip(vectors_of(builder, s, values[0]), places, strict=True):
             builder.store(vector, pointer_to(builder, place, vector_of(s)), align=s.itemsize)
         return context.get_dummy_value()
 
     return signature(types.none, tile, types.intp, types.intp), codegen
-
-
-@intrinsic
-def store_split(typingctx, shape, vector, address, row_bytes):
-    """Write a vector in pieces, each a row of a shape that has fewer lanes, to rows `row_bytes` apart."""
-    if not (is_shape(shape) and isinstance(vector, TileType)):
-        return None
-
-    def codegen(context, builder, sig, values):
-        s, whole = shape.value, vectors_of(builder, vector.shape, values[1])[0]
-        rows = TileShape(s.dtype, s.lanes, vector.shape.lanes // s.lanes, 1)
-        for r, place in enumerate(_rows(builder, rows, values[2], values[3])):
-            lanes = ir.Constant(ir.VectorType(ir.IntType(32), s.lanes), list(range(r * s.lanes, (r + 1) * s.lanes)))
-            piece = builder.shuffle_vector(whole, whole, lanes)
-            builder.store(piece, pointer_to(builder, place, vector_of(s)), align=s.itemsize)
-        return context.get_dummy_value()
-
-    return signature(types.none, shape, vector, types.intp, types.intp), codegen
 
 
 @intrinsic

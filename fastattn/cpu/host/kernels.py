@@ -14,7 +14,8 @@ from fastattn.machine.tile import TileShape
 
 PLAIN: tuple[str, ...] = ()
 STEPS = ("dropout", "mask")
-IN_PLACE = ("decode", "weights", "known_weights")  # take few queries, or blocks of them one by one: too few to lay out keys for
+#: These take few queries, or blocks of them one by one: too few to lay out keys for.
+IN_PLACE = ("decode", "weights", "known_weights")
 
 
 def describe(work: str, tile: TileShape, row: Isa, score: str = "dot", steps: tuple[str, ...] = STEPS) -> Kernel:

@@ -21,7 +21,7 @@ from fastattn.call.packed import Packed, heads_first
 from fastattn.call.problem import Array, Operands, Problem, Shape
 from fastattn.call.shapes import split_shape
 from fastattn.call.upstream import OF_HEADS, Upstream, folded
-from fastattn.cpu.host import session, several
+from fastattn.cpu.host import several
 from fastattn.cpu.host.backward import CALL_NAMES as GRADIENT_NAMES
 from fastattn.cpu.host.backward import Arrays, by_keys, by_parts, factor_of_scores, own_axes, planned, tile_of
 from fastattn.cpu.host.backward import run as run_alone

@@ -4,7 +4,15 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from fastattn.cpu.kernels import additive_backward, backward, captured_gradient, decode, mask_gradient, schedule, several
+from fastattn.cpu.kernels import (
+    additive_backward,
+    backward,
+    captured_gradient,
+    decode,
+    mask_gradient,
+    schedule,
+    several,
+)
 from fastattn.cpu.kernels.entry import in_default_mode, note, overlaps, quick_function, shared, signature
 from fastattn.cpu.kernels.forward import forward_group
 from fastattn.cpu.kernels.key_weights import sum_weights
