@@ -173,3 +173,10 @@ def test_pieces_without_a_key_that_is_seen() -> None:
     out, lse = fastattn.attention(query, key, value, bias, enable_gqa=True, return_lse=True)
     assert not out.any()
     assert (lse == -np.inf).all()
+
+
+@pytest.mark.parametrize("position", [4, 6, PIECE + 2, PIECE + 13])
+def test_dropout_under_a_window_is_that_of_its_keys(lanes: str, position: int) -> None:
+    query, key, value = inputs((2, 4, 2, 8), 2 * PIECE, 2)
+    options: Any = {"window": (3, 1), "query_offset": position, "dropout_p": 0.5, "rng": 1}
+    tolerances.check_call(fastattn.attention, query, key, value, enable_gqa=True, **options)
