@@ -13,6 +13,7 @@ from fastattn.cpu.host.pool import TURN_FLOPS, concurrency
 from fastattn.cpu.kernels.records import PLAN
 from fastattn.machine.kernel import Kernel
 from fastattn.machine.table import Isa
+from fastattn.machine.tile import TileShape
 
 __all__ = ["draft_decode", "is_decode"]
 
@@ -23,13 +24,13 @@ MOST_ROWS = 32  # of a group of heads, that a task takes together
 WORD = 8
 #: Operations of the micro-kernel that take the time in which a byte arrives, about: threads and turns go by operations.
 FLOPS_PER_BYTE = 2.0
-#: Operations for each row, key and feature, of which half a vector are worth two: sums over the lanes, and softmax.
+#: Operations in the time of a row, a key and a feature: two, and what sums over the lanes and the softmax take.
 ROW_FLOPS = 2.5
 
 
 def is_decode(row: Isa, problem: Problem) -> bool:
     """Whether so few queries look at each key of a head that their features are in the lanes, and not they."""
-    return problem.queries <= row.wide_tile(problem.real.type.__name__).lanes // 2
+    return problem.queries <= row.tile(problem.real.type.__name__).lanes // 2
 
 
 def draft_decode(kernel: Kernel, problem: Problem, operands: Operands, out: Array, threads: int) -> Draft:
@@ -74,7 +75,7 @@ def shares_of(parts: int, pieces: int, flops: float, threads: int) -> int:
     return max(1, min(pieces, max(wanted, int(flops / max(1, parts) / TURN_FLOPS))))
 
 
-def room_of_rows(tile: Any, problem: Problem, operands: Operands, rows: int) -> dict[str, int]:
+def room_of_rows(tile: TileShape, problem: Problem, operands: Operands, rows: int) -> dict[str, int]:
     """The fields of a plan that say how rows are laid out, and keys and values where they are not read in place."""
     query_bytes, sum_bytes = (padded(tile, size) * tile.itemsize for size in (problem.head_dim, problem.value_dim))
     row_numbers = padded(tile, rows)
@@ -93,6 +94,6 @@ def room_of_rows(tile: Any, problem: Problem, operands: Operands, rows: int) -> 
     return sizes
 
 
-def padded(tile: Any, size: int) -> int:
+def padded(tile: TileShape, size: int) -> int:
     """So many elements, with what is added to fill vectors."""
     return -(-size // tile.lanes) * tile.lanes

@@ -29,7 +29,7 @@ from fastattn.cpu.kernels.pack import copy_rows
 from fastattn.cpu.kernels.prefetch import NOTHING, list_memory
 from fastattn.cpu.kernels.row_products import add_to_row, add_values, score_rows, want_keys, want_values
 from fastattn.cpu.kernels.score_rows import keys_of_row, restrict_row
-from fastattn.cpu.kernels.scores import keys_of_queries, sees
+from fastattn.cpu.kernels.scores import Part, keys_of_queries, sees
 from fastattn.cpu.kernels.sinks import LN_2, log_sum, sink_of, term_of
 from fastattn.cpu.kernels.softmax import MINUS_INFINITY, exp2
 from fastattn.cpu.kernels.stages import finish
@@ -89,21 +89,16 @@ def head_of(call, plan, rows, r):
 @jit
 def load_queries(kernel, call, plan, rows, target):
     """target[r][p] = feature p of row r, times the scale; 0 behind the last feature."""
-    tile = kernel.tile
+    tile, features, column = kernel.tile, plan.head_dim, plan.query_column
     for r in range(rows.count):
         source = head_of(call, plan, rows, r).query + (rows.first + r) % plan.queries * plan.query_row
-        for p in range(0, plan.head_dim, tile.lanes):
-            if plan.query_column == tile.itemsize:
-                columns = min(tile.lanes, plan.head_dim - p)
-                features = tile_load_part(tile.vector, source + p * tile.itemsize, 0, 1, columns) * plan.scale
-                tile_store(features, target + p * tile.itemsize, 0)
-            else:
-                tile_store(tile_fill(tile.vector, 0.0), target + p * tile.itemsize, 0)
-                for i in range(p, min(p + tile.lanes, plan.head_dim)):
-                    feature = load_element(tile, source + i * plan.query_column)
-                    store_element(tile, target + i * tile.itemsize, feature)
-                features = tile_load(tile.vector, target + p * tile.itemsize, 0) * plan.scale
-                tile_store(features, target + p * tile.itemsize, 0)
+        if column != tile.itemsize:
+            copy_rows(tile, target, 0, source, 0, column, 1, features)
+            source = target
+        for p in range(0, features, tile.lanes):
+            offset = p * tile.itemsize
+            part = tile_load_part(tile.vector, source + offset, 0, 1, min(tile.lanes, features - p))
+            tile_store(part * plan.scale, target + offset, 0)
         target += plan.query_bytes
 
 
@@ -220,10 +215,16 @@ def are_sums_finite(tile, plan, rows, sums):
 @jit
 def clear(tile, plan, partial):
     """Make a partial that of no keys."""
-    ends = partial + plan.row_numbers * tile.itemsize, partial + plan.partial_bytes
-    for at in range(partial, ends[0], tile.vector_bytes):
+    l_at = partial + plan.row_numbers * tile.itemsize
+    for at in range(partial, l_at, tile.vector_bytes):
         tile_store(tile_fill(tile.vector, MINUS_INFINITY), at, 0)
-    for at in range(ends[0], ends[1], tile.vector_bytes):
+    clear_rows(tile, l_at, partial + plan.partial_bytes)
+
+
+@jit
+def clear_rows(tile, begin, end):
+    """Fill whole vectors with 0."""
+    for at in range(begin, end, tile.vector_bytes):
         tile_store(tile_fill(tile.vector, 0.0), at, 0)
 
 
@@ -255,8 +256,7 @@ def attend(kernel, call, plan, rows, piece, room, partial, is_last):
     want_keys(kernel, plan, rows.count, 0 if is_last else piece.count, next_keys, wanted)
     add_values(kernel, plan, rows.count, room.scores, piece.count, values, sums, wanted)
     if may_hide(kernel, plan) and not are_sums_finite(tile, plan, rows, sums):
-        for at in range(sums, sums + rows.count * plan.sum_bytes, tile.vector_bytes):
-            tile_store(tile_fill(tile.vector, 0.0), at, 0)
+        clear_rows(tile, sums, sums + rows.count * plan.sum_bytes)
         add_visible_values(kernel, call, plan, rows, piece, room.scores, values, sums)
 
 
@@ -320,8 +320,7 @@ def finish_rows(kernel, call, plan, rows, state):
         row, factor = sums + r * plan.sum_bytes, plan.keep_scale / (total + term)
         if total == 0.0:  # no key, or none with a score above -inf: 0 even where a value it has looked at is NaN
             factor = 0.0
-            for at in range(row, row + plan.sum_bytes, tile.vector_bytes):
-                tile_store(tile_fill(tile.vector, 0.0), at, 0)
+            clear_rows(tile, row, row + plan.sum_bytes)
         write_row(tile, plan, row, as_element(tile, factor), head.out + query * plan.out_row)
 
 
@@ -329,47 +328,49 @@ def finish_rows(kernel, call, plan, rows, state):
 
 
 @jit
-def piece_of(plan, number, begin, end, all_alike):
-    """The keys of the piece of a number, of those from `begin` to `end`."""
-    first, last = max(begin, number * plan.key_block), min(end, (number + 1) * plan.key_block)
-    return Piece(first, last - first, all_alike)
+def keys_of_rows(kernel, plan, head):
+    """The keys that some rows look at: any, and all of them."""
+    last = plan.queries - 1
+    begin, end = keys_of_queries(plan, head, 0, last)
+    full, full_end = keys_of_queries(plan, head, last, last)[0], keys_of_queries(plan, head, 0, 0)[1]
+    if "function" in kernel.steps:
+        full_end = 0
+    if "dropout" in kernel.steps:
+        begin -= begin % 4  # its random words are those of four keys
+    return Part(begin, full, full_end, end)
+
+
+@jit
+def piece_of(plan, keys, number):
+    """The piece of a number, of these keys."""
+    first, end = max(keys.begin, number * plan.key_block), min(keys.end, (number + 1) * plan.key_block)
+    return Piece(first, end - first, first >= keys.full and end <= keys.full_end)
 
 
 @jit
 def attend_share(kernel, call, plan, rows, share, counter, partials, scratch):
     """One task: a share of the pieces of the keys that some rows look at. Whoever ends last merges, and writes."""
-    tile, queries = kernel.tile, plan.queries
-    room = lay_out(kernel, plan, scratch)
-    begin, end = keys_of_queries(plan, rows.head, 0, queries - 1)
-    last_begin, first_end = keys_of_queries(plan, rows.head, queries - 1, queries - 1)[0], end
-    if plan.right_bound:
-        first_end = min(end, rows.head.offset + plan.right + 1)
-    if "dropout" in kernel.steps:
-        begin -= begin % 4  # its random words are those of four keys
-    first_piece = begin // plan.key_block
-    pieces = (end - 1) // plan.key_block + 1 - first_piece if begin < end else 0
-    load_queries(kernel, call, plan, rows, room.queries)
+    tile, is_alone = kernel.tile, plan.shares == 1
+    room, keys = lay_out(kernel, plan, scratch), keys_of_rows(kernel, plan, rows.head)
+    first = keys.begin // plan.key_block
+    pieces = (keys.end - 1) // plan.key_block + 1 - first if keys.begin < keys.end else 0
     start, stop = pieces * share // plan.shares, pieces * (share + 1) // plan.shares
-    if plan.shares == 1 and pieces != 1:
-        clear(tile, plan, room.state)
+    load_queries(kernel, call, plan, rows, room.queries)
+    clear(tile, plan, room.state)
     for number in range(start, stop):
-        piece = piece_of(plan, first_piece + number, begin, end, False)
-        same = piece.first >= last_begin and piece.first + piece.count <= first_end and "function" not in kernel.steps
-        piece = Piece(piece.first, piece.count, same)
-        partial = room.partial if plan.shares == 1 else partials + number * plan.partial_bytes
+        piece = piece_of(plan, keys, first + number)
+        partial = room.partial if is_alone else partials + number * plan.partial_bytes
         attend(kernel, call, plan, rows, piece, room, partial, number == stop - 1)
-        if plan.shares == 1 and pieces > 1:
+        if is_alone and pieces > 1:
             merge(kernel, plan, rows, room.state, room.factors, partial)
-    if plan.shares > 1 and finish(counter) < plan.shares:
+    if not is_alone and finish(counter) < plan.shares:
         return
-    if plan.shares > 1 and pieces != 1:
-        clear(tile, plan, room.state)
-        for number in range(pieces):
-            merge(kernel, plan, rows, room.state, room.factors, partials + number * plan.partial_bytes)
-    state = room.state
-    if pieces == 1:
-        state = room.partial if plan.shares == 1 else partials
-    finish_rows(kernel, call, plan, rows, state)
+    if pieces == 1:  # nothing to merge it with
+        finish_rows(kernel, call, plan, rows, room.partial if is_alone else partials)
+        return
+    for number in range(0 if is_alone else pieces):
+        merge(kernel, plan, rows, room.state, room.factors, partials + number * plan.partial_bytes)
+    finish_rows(kernel, call, plan, rows, room.state)
 
 
 def task_function(kernel):
@@ -384,9 +385,8 @@ def task_function(kernel):
         of_group = plan.group_heads * plan.queries
         number = group * plan.group_heads
         rows = Rows(number, locate(call, plan, number), first, min(plan.group, of_group - first))
-        counters = plan.tasks // plan.shares
-        partials = call.partials + WORD * counters + part * plan.pieces * plan.partial_bytes
-        scratch = call.scratch + slot * plan.scratch_bytes
-        attend_share(kernel, call, plan, rows, share, call.partials + WORD * part, partials, scratch)
+        counters, scratch = call.partials, call.scratch + slot * plan.scratch_bytes
+        partials = counters + WORD * (plan.tasks // plan.shares) + part * plan.pieces * plan.partial_bytes
+        attend_share(kernel, call, plan, rows, share, counters + WORD * part, partials, scratch)
 
     return task

@@ -56,7 +56,7 @@ _PARTS = [
     ("heads", i8),  # length of their last two, the query heads of one batch row
     ("blocks", i8),  # query blocks per head
     ("key_block", i8),  # keys taken through the softmax at a time
-    ("group", i8),  # query blocks taken through the keys together
+    ("group", i8),  # query blocks taken through the keys together; with few queries, rows
     ("groups", i8),  # tasks per head
     ("key_group", i8),  # of a summary, besides: key blocks whose weights are a task, and how many such tasks a head has
     ("key_groups", i8),
