@@ -42,6 +42,7 @@ from fastattn.simd import (
     keep_rows,
     largest_lane,
     load_element,
+    load_u8,
     maximum,
     store_element,
     sum_lanes,
@@ -348,6 +349,18 @@ def piece_of(plan, keys, number):
 
 
 @jit
+def without_padding(call, plan, rows, piece):
+    """A piece without the keys at its end that a boolean mask hides from all rows: padding, usually."""
+    count, mask = piece.count, rows.head.keep
+    alike = plan.queries == 1 or plan.keep_row == 0
+    if plan.keep and alike and head_of(call, plan, rows, rows.count - 1).keep == mask:
+        mask += piece.first * plan.keep_column
+        while count > 0 and load_u8(mask + (count - 1) * plan.keep_column) == 0:
+            count -= 1
+    return Piece(piece.first, count, piece.all)
+
+
+@jit
 def attend_share(kernel, call, plan, rows, share, counter, partials, scratch):
     """One task: a share of the pieces of the keys that some rows look at. Whoever ends last merges, and writes."""
     tile, is_alone = kernel.tile, plan.shares == 1
@@ -359,6 +372,8 @@ def attend_share(kernel, call, plan, rows, share, counter, partials, scratch):
     clear(tile, plan, room.state)
     for number in range(start, stop):
         piece = piece_of(plan, keys, first + number)
+        if "mask" in kernel.steps:
+            piece = without_padding(call, plan, rows, piece)
         partial = room.partial if is_alone else partials + number * plan.partial_bytes
         attend(kernel, call, plan, rows, piece, room, partial, number == stop - 1)
         if is_alone and pieces > 1:

@@ -126,6 +126,7 @@ def test_hidden_keys_of_a_piece_change_no_bit(lanes: str, first_key: int) -> Non
     query, key, value = inputs((1, 3, 2, 33), 2 * PIECE + 70, 1)
     keep = np.arange(key.shape[2]) >= first_key
     keep[[first_key + 5, -3]] = False
+    keep[len(keep) - first_key :] = False
     wanted = of_both(query, key, value, keep)
     value[:, :, ~keep, ::2] = np.nan
     key[:, :, ~keep] = np.inf
