@@ -134,6 +134,10 @@ class Isa:
         """The tile that is one vector wide, for calls with few queries."""
         return _shape(dtype, self.vector_bytes // ITEMSIZE[dtype], self.tall_rows, 1)
 
+    def wide_tile(self, dtype: str) -> TileShape:
+        """The tile with features in the lanes, for very few queries: four rows, as many accumulators as the others."""
+        return _shape(dtype, self.vector_bytes // ITEMSIZE[dtype], 4, max(1, self.rows * self.vectors // 4))
+
 
 _GENERIC = Isa("generic", cpu="", needs=(), vector_bytes=16, rows=4, vectors=2)
 _AVX2 = replace(

@@ -64,9 +64,37 @@ class TileShape:
         return replace(self, rows=4, vectors=1)
 
     @property
+    def factor(self) -> TileShape:
+        """Two or four rows of one vector: with each of these, the rows of `cofactor` are as many as a square has."""
+        return replace(self, rows=4 if self.lanes >= 8 else 2, vectors=1)
+
+    @property
+    def cofactor(self) -> TileShape:
+        return replace(self, rows=self.lanes // self.factor.rows, vectors=1)
+
+    @property
+    def cofactor_row(self) -> TileShape:
+        """A row of as many elements as `cofactor` has rows."""
+        return TileShape(self.dtype, self.cofactor.rows, 1, 1)
+
+    @property
+    def long(self) -> TileShape:
+        """One row of eight vectors."""
+        return replace(self, rows=1, vectors=8)
+
+    @property
+    def half_long(self) -> TileShape:
+        return replace(self, rows=1, vectors=4)
+
+    @property
     def strip(self) -> TileShape:
         """Up to four rows of one vector, no more than a square has."""
         return replace(self, rows=min(4, self.lanes), vectors=1)
+
+    @property
+    def lane(self) -> TileShape:
+        """A single element: a block of one query, whose scores stand side by side."""
+        return TileShape(self.dtype, 1, 1, 1)
 
     @property
     def vector(self) -> TileShape:

@@ -104,6 +104,26 @@ def functions(dtype: str, lanes: int) -> dict[str, tuple[Callable[..., Any], int
                 s.tile_load_other(tile.vector, source + (12 - tile.itemsize) * i, 0), out + i * tile.itemsize, 0
             )
 
+    def load_part(source, row, rows, columns, out):
+        part = s.tile_load_part(tile.square, source, row, rows, columns)
+        s.tile_store(part, out, tile.vector_bytes)
+
+    def over_lanes(source, out):
+        square, vector = s.tile_load(tile.square, source, tile.vector_bytes), s.tile_load(tile.vector, source, 0)
+        s.tile_store(s.row_sums(square), out, 0)
+        s.store_element(tile, out + tile.vector_bytes, s.sum_lanes(vector))
+        s.store_element(tile, out + tile.vector_bytes + tile.itemsize, s.largest_lane(vector))
+
+    def of_factors(source, row, out):
+        few = s.tile_load(tile.factor, source, row)
+        s.tile_store(s.tile_stretch(tile.square, few), out, tile.vector_bytes)
+        out += tile.square.rows * tile.vector_bytes
+        s.store_split(tile.cofactor_row, s.tile_load(tile.vector, source, 0), out, row)
+
+    def dot(a, b, c, out):
+        left, right = s.tile_load(tile.half_long, a, 0), s.tile_load(tile.half_long, b, 0)
+        s.tile_store(s.add_dot(left, right, s.tile_load(tile.vector, c, 0)), out, 0)
+
     def power(source, count, out):
         for i in range(0, count * tile.itemsize, tile.vector_bytes):
             s.tile_store(exp2(kernel, s.tile_load(tile.vector, source + i, 0)), out + i, 0)
@@ -117,6 +137,7 @@ def functions(dtype: str, lanes: int) -> dict[str, tuple[Callable[..., Any], int
         for function in (
             *(arithmetic, making, all_zero, transpose, power, twice),
             *(load_bool, load_half, load_bfloat16, load_other),
+            *(load_part, over_lanes, of_factors, dot),
         )
     }
 
@@ -237,6 +258,52 @@ def test_transpose(call: Callable[..., Any], shape: tuple[str, int]) -> None:
     source, out = numbers(shape, lanes, lanes + 3), np.empty((lanes, lanes), shape[0])
     call("transpose", source, source.strides[0], out)
     np.testing.assert_array_equal(out, source[:, :lanes].T)
+
+
+def test_a_part_of_a_tile_reads_nothing_else(call: Callable[..., Any], shape: tuple[str, int]) -> None:
+    lanes = shape[1]
+    source, out = numbers(shape, lanes, lanes + 3), np.empty((lanes, lanes), shape[0])
+    for rows, columns in ((lanes, lanes), (lanes, 1), (1, lanes - 1), (0, lanes), (lanes - 1, 0)):
+        call("load_part", source, source.strides[0], rows, columns, out)
+        wanted = np.zeros_like(out)
+        wanted[:rows, :columns] = source[:rows, :columns]
+        np.testing.assert_array_equal(out, wanted)
+    call("load_part", 0, 1 << 40, 0, lanes, out)  # not even where nothing is
+    assert not out.any()
+
+
+def test_sums_over_lanes_have_one_order(call: Callable[..., Any], shape: tuple[str, int]) -> None:
+    lanes = shape[1]
+    source, out = numbers(shape, lanes, lanes), np.empty(lanes + 2, shape[0])
+    call("over_lanes", source, out)
+    sums = source
+    while sums.shape[1] > 1:
+        half = sums.shape[1] // 2
+        sums = sums[:, :half] + sums[:, half:]
+    np.testing.assert_array_equal(out[:lanes], sums[:, 0])
+    assert out[lanes] == sums[0, 0]
+    assert out[lanes + 1] == source[0].max()
+
+
+def test_factors_of_a_square(call: Callable[..., Any], shape: tuple[str, int]) -> None:
+    lanes = shape[1]
+    rows = s.TileShape(shape[0], lanes, 1, 1).factor.rows
+    source = numbers(shape, rows, lanes + 1)
+    out = np.full((lanes * lanes) + rows * (lanes + 1), np.nan, shape[0])
+    call("of_factors", source, source.strides[0], out)
+    np.testing.assert_array_equal(
+        out[: lanes * lanes].reshape(lanes, lanes), source[:, :lanes].repeat(lanes // rows, 0)
+    )
+    pieces = out[lanes * lanes :].reshape(rows, lanes + 1)[:, : lanes // rows]
+    np.testing.assert_array_equal(pieces, source[0, :lanes].reshape(rows, -1))
+
+
+def test_a_dot_product_by_lanes(call: Callable[..., Any], shape: tuple[str, int]) -> None:
+    a, b, c, out = (numbers(shape, *size, seed=i) for i, size in enumerate([(4, shape[1])] * 2 + [(shape[1],)] * 2))
+    call("dot", a, b, c, out)
+    for left, right in zip(a, b, strict=True):
+        c = multiply_add(left, right, c)
+    np.testing.assert_array_equal(out, c)
 
 
 def test_every_boolean_byte(call: Callable[..., Any], shape: tuple[str, int]) -> None:

@@ -120,6 +120,10 @@ class Plan:
         That may work on it.
     memory_bytes : int
         Working memory of all threads.
+    counters : int
+        Words at the beginning of the partials, which are 0 when a call begins.
+    partials_bytes : int
+        What tasks leave for each other, 0 where there is nothing.
     is_small : bool
         Whether it is not worth to be shared, or to be looked after.
     """
@@ -137,6 +141,14 @@ class Plan:
     threads: int
     memory_bytes: int
     is_small: bool
+    counters: int = 0
+    partials_bytes: int = 0
+
+    def new_partials(self, calls: int = 1) -> Array:
+        """Memory for what the tasks of some calls leave for each other, a row for each call."""
+        partials = np.empty((calls, self.partials_bytes // 8), np.int64)
+        partials[:, : self.counters] = 0
+        return partials
 
 
 def packed(layout: np.dtype[Any], fields: Mapping[str, float], axes: Iterable[tuple[int, ...]]) -> Array:

@@ -13,10 +13,12 @@ from fastattn.call.out import delivered, target_for
 from fastattn.call.problem import Operands, Problem
 from fastattn.cpu.host import session
 from fastattn.cpu.host.calls import Plan
+from fastattn.cpu.host.decode import draft_decode, is_decode
 from fastattn.cpu.host.functions import prepared
 from fastattn.cpu.host.kernels import describe, steps_of
 from fastattn.cpu.host.plan import choose_tile, draft_forward
 from fastattn.cpu.host.threads import get_num_threads
+from fastattn.machine.tile import TileShape
 
 Array = NDArray[Any]
 
@@ -56,9 +58,9 @@ def evaluate(
     alike = all(array is other for array, other in zip(arrays, given, strict=True))  # nothing had to be converted
     if asked and alike and (out is None or target is out):
         session.current.plans.keep(asked, plan)
-    with prepared(problem, operands, choose_tile(session.current.row, problem.real, problem.queries)) as ready:
-        # first: out may be the query
-        matrix = weights(problem, ready, target, seed, threads, weight, score) if return_weights else None
+    # first: out may be the query
+    matrix = weights(problem, operands, target, seed, threads, weight, score) if return_weights else None
+    with prepared(problem, operands, tile_of_functions(problem, score)) as ready:
         result = attention(plan, *ready, target, return_lse, seed, weight, problem.scores.first_batch)
     if matrix is not None:
         result = (*(result if return_lse else (result,)), matrix)
@@ -75,11 +77,22 @@ def plan_forward(problem: Problem, operands: Operands, out: Array, threads: int,
 
 def _plan(work: str, problem: Problem, operands: Operands, out: Array, threads: int, score: str) -> Plan:
     row = session.current.row
-    tile = choose_tile(row, problem.real, problem.queries)
-    steps = steps_of(problem, all_of=work != "forward" or score != "dot")
-    kernel = describe(work, tile, row, score, steps, name_of(problem.storage))
     split = out.reshape(*problem.rows_shape, *out.shape[-2:])
+    steps = steps_of(problem, all_of=work != "forward" or score != "dot")
+    if work == "forward" and score == "dot" and is_decode(row, problem):
+        kernel = describe("decode", row.wide_tile(problem.real.type.__name__), row, steps=steps)
+        return draft_decode(kernel, problem, operands, split, threads).finish(threads)
+    tile = choose_tile(row, problem.real, problem.queries)
+    kernel = describe(work, tile, row, score, steps, name_of(problem.storage))
     return draft_forward(kernel, problem, operands, split, threads).finish(threads)
+
+
+def tile_of_functions(problem: Problem, score: str = "dot") -> TileShape:
+    """The tile of the blocks of scores that a call gives to the user's functions."""
+    row = session.current.row
+    if score == "dot" and is_decode(row, problem):
+        return row.wide_tile(problem.real.type.__name__).lane
+    return choose_tile(row, problem.real, problem.queries)
 
 
 def attention(
@@ -117,7 +130,8 @@ def attention(
         )
         # fmt: on
     else:
-        here.run(plan, (query, key, value, bias, keep, heads, functions, out, lse, weight, None, seed, first_batch))
+        objects = (query, key, value, bias, keep, heads, functions, out, lse, weight, None, seed, first_batch)
+        here.run(plan, (*objects, plan.new_partials()) if plan.partials_bytes else objects)
     return out if lse is None else (out, lse)
 
 
@@ -133,7 +147,8 @@ def weights(
     """Return the matrix of weights, which few calls want."""
     matrix = np.empty(problem.weights_shape, problem.storage)
     plan = _plan("weights", problem, operands, out, threads, score)
-    query, key, _, *others = operands
     first_batch = problem.scores.first_batch
-    session.current.run(plan, (query, key, None, *others, None, None, weight, matrix, seed, first_batch))
+    with prepared(problem, operands, choose_tile(session.current.row, problem.real, problem.queries)) as ready:
+        query, key, _, *others = ready
+        session.current.run(plan, (query, key, None, *others, None, None, weight, matrix, seed, first_batch))
     return matrix

@@ -15,7 +15,8 @@ from fastattn.machine.tile import TileShape
 PLAIN: tuple[str, ...] = ()
 STEPS = ("dropout", "mask")
 ON_PAIRS = ("forward",)  # multiplies pairs of bfloat16, where the machine does
-BY_BLOCKS = ("weights", "known_weights")  # take blocks of queries one by one: too few to lay out keys for
+#: These take few queries, or blocks of them one by one: too few to lay out keys for.
+IN_PLACE = ("decode", "weights", "known_weights")
 
 
 def describe(
@@ -26,7 +27,7 @@ def describe(
     A kernel for all that may happen to scores does what one without these steps does, more slowly. The forward and the
     backward pass have both: a single one would make a first call wait for what it does not use.
     """
-    few = work in BY_BLOCKS or tile.vectors == 1  # a tall tile is for few queries
+    few = work in IN_PLACE or tile.vectors == 1  # a tall tile is for few queries
     if storage == "bfloat16" and row.pairs and work in ON_PAIRS:
         reads = "pairs"
     elif few and storage in ("", tile.dtype):
@@ -60,6 +61,8 @@ def every_kernel(row: Isa) -> Iterator[Kernel]:
                 yield describe(work, shape, row)
             for work in ("forward", "weights"):
                 yield describe(work, shape, row, "additive")
+        for steps in (PLAIN, STEPS):
+            yield describe("decode", row.wide_tile(dtype), row, steps=steps)
         yield describe("backward", tile, row, steps=PLAIN)
         for work in ("backward", "mask_gradient"):
             yield describe(work, tile, row)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastattn.call.halves import is_bfloat16
-from fastattn.call.problem import Operands, Problem
+from fastattn.call.problem import Operands, Problem, Shape
 from fastattn.call.scores import HEAD
 from fastattn.cpu.host import pool
 from fastattn.cpu.host.calls import Plan, calls_of, packed
@@ -117,6 +117,8 @@ class Draft:
     flops: float
     scratch_bytes: int = 0
     task_flops: float = 0.0  # of the longest tasks, where some are of another kind than others
+    counters: int = 0  # of tasks that wait for others
+    partials_bytes: int = 0  # of these, and of what the tasks leave for each other
 
     def finish(self, threads: int) -> Plan:
         """Write it down."""
@@ -137,6 +139,8 @@ class Draft:
             flops=self.flops,
             threads=threads,
             memory_bytes=RECORD_BYTES + threads * self.scratch_bytes,
+            counters=self.counters,
+            partials_bytes=self.partials_bytes,
             is_small=tasks > 0 and threads == 1 and self.flops < pool.WORTH_SHARING,
         )
 
@@ -209,7 +213,7 @@ def draft_forward(kernel: Kernel, problem: Problem, operands: Operands, out: Arr
 
     `out` has the axes of the operands: (*batch, Hk, G, Lq, Dv).
     """
-    query, key, value, bias, keep = operands[:5]
+    key, value, bias = operands.key, operands.value, operands.bias
     row, tile, lead = kernel.row, kernel.tile, problem.rows_shape
     heads, blocks = math.prod(lead), -(-problem.queries // tile.width)
     feature_flops = row.blocking.additive_cost if kernel.score == "additive" else 2.0
@@ -221,10 +225,7 @@ def draft_forward(kernel: Kernel, problem: Problem, operands: Operands, out: Arr
     groups = -(-blocks // group)
     fields: dict[str, Any] = {**sizes_of(problem), **fields_of_scores(problem, bias), **room}
     fields.update(fields_of_pairs(problem, fields) if kernel.reads == "pairs" else {}, out_itemsize=out.itemsize)
-    arrays = {"query": query, "key": key, "value": value, "bias": bias, "keep": keep, "out": out}
-    for name, array in arrays.items():
-        if array is not None:
-            fields[name + "_row"], fields[name + "_column"] = array.strides[-2:]
+    axes = axes_of(fields, lead, operands, out)
     everything = heads * (problem.queries + problem.keys) * (problem.head_dim + problem.value_dim) * tile.itemsize
     fields.update(
         key_block=key_block,
@@ -234,8 +235,6 @@ def draft_forward(kernel: Kernel, problem: Problem, operands: Operands, out: Arr
         groups=groups,
         tasks=heads * groups,
     )
-    strides = [(0,) * len(lead) if array is None else array.strides for array in arrays.values()]
-    axes = [(size, *(of_array[i] for of_array in strides)) for i, size in enumerate(lead)]
     scores = (WORK_ROWS + key_block) * tile.row_bytes + tile.lanes * tile.lanes * 8
     return Draft(
         problem,
@@ -246,6 +245,16 @@ def draft_forward(kernel: Kernel, problem: Problem, operands: Operands, out: Arr
         flops=heads * blocks * flops_per_block * share_of_keys(problem),
         scratch_bytes=aligned(group * state + room["key_bytes"] + room["value_bytes"] + scores),
     )
+
+
+def axes_of(fields: dict[str, Any], lead: Shape, operands: Operands, out: Array) -> list[tuple[int, ...]]:
+    """Fill in the fields that say how matrices lie in memory; return the table of the axes before the last two."""
+    arrays = {name: getattr(operands, name) for name in ("query", "key", "value", "bias", "keep")} | {"out": out}
+    for name, array in arrays.items():
+        if array is not None:
+            fields[name + "_row"], fields[name + "_column"] = array.strides[-2:]
+    strides = [(0,) * len(lead) if array is None else array.strides for array in arrays.values()]
+    return [(size, *(of_array[i] for of_array in strides)) for i, size in enumerate(lead)]
 
 
 def sizes_of(problem: Problem) -> dict[str, int]:

@@ -21,14 +21,13 @@ from fastattn.call.packed import Packed, heads_first
 from fastattn.call.problem import Array, Operands, Problem, Shape
 from fastattn.call.shapes import split_shape
 from fastattn.call.upstream import OF_HEADS, Upstream, folded
-from fastattn.cpu.host import session, several
+from fastattn.cpu.host import several
 from fastattn.cpu.host.backward import CALL_NAMES as GRADIENT_NAMES
 from fastattn.cpu.host.backward import Arrays, by_keys, by_parts, factor_of_scores, own_axes, planned, tile_of
 from fastattn.cpu.host.backward import run as run_alone
 from fastattn.cpu.host.calls import Plan
-from fastattn.cpu.host.forward import plan_forward
+from fastattn.cpu.host.forward import plan_forward, tile_of_functions
 from fastattn.cpu.host.functions import Parts, captured_among, prepared
-from fastattn.cpu.host.plan import choose_tile
 from fastattn.cpu.kernels.records import CALL, GRADIENT_ARRAYS
 
 CALL_NAMES = (CALL.names or ())[2:]  # behind the plan and the working memory
@@ -57,11 +56,12 @@ def attention(packed: Packed, out: Array | None, return_lse: bool, seed: int, th
             rows = heads_first(target[queries])
             plan = plan_forward(one, operands, rows, threads)
             lse = None if sums is None else sums[queries.start * problem.heads :]
-            tile = choose_tile(session.current.row, one.real, one.queries)
-            ready = until_run.enter_context(prepared(_numbered(one, numbers[0]), operands, tile))
+            ready = until_run.enter_context(prepared(_numbered(one, numbers[0]), operands, tile_of_functions(one)))
             objects = {**ready._asdict(), "functions": ready.captured, "out": rows, "lse": lse, "seed": seed}
             objects["first_batch"] = numbers[0]
-            calls.append(_alike(packed, numbers, plan, objects, CALL_NAMES, steps))
+            partials = plan.new_partials(len(numbers))
+            own = {**steps, "partials": (0, 0, 0, partials.strides[0])}
+            calls.append(_alike(packed, numbers, plan, {**objects, "partials": partials}, CALL_NAMES, own))
         several.run(calls, threads)
     result = delivered(target, target, out)
     return result if sums is None else (result, sums[_places(packed)])

@@ -9,6 +9,7 @@ from fastattn.cpu.kernels import (
     additive_score_gradients,
     backward,
     captured_gradient,
+    decode,
     mask_gradient,
     schedule,
     several,
@@ -54,7 +55,7 @@ def _attention(work, kernel, on_keys=None):
     return _tasks(task_function(kernel, work, on_keys))
 
 
-def _gradients(module, kernel):
+def _of_module(module, kernel):
     """A module's own tasks."""
     return _tasks(module.task_function(kernel))
 
@@ -76,15 +77,16 @@ def _peak(kernel):
 # From a kernel's work to its functions by name.
 FUNCTIONS: dict[str, Callable[[Kernel], dict[str, Any]]] = {
     "forward": partial(_attention, forward_group),
+    "decode": partial(_of_module, decode),
     "weights": partial(_attention, weigh_group),
     "known_weights": partial(_attention, weigh_known_group),
     "summary": partial(_attention, summarise_group, on_keys=sum_weights),
-    "backward": partial(_gradients, backward),
-    "mask_gradient": partial(_gradients, mask_gradient),
-    "captured_gradient": partial(_gradients, captured_gradient),
-    "additive_backward": partial(_gradients, additive_backward),
-    "additive_mask_gradient": partial(_gradients, additive_score_gradients),
-    "additive_captured_gradient": partial(_gradients, additive_score_gradients),
+    "backward": partial(_of_module, backward),
+    "mask_gradient": partial(_of_module, mask_gradient),
+    "captured_gradient": partial(_of_module, captured_gradient),
+    "additive_backward": partial(_of_module, additive_backward),
+    "additive_mask_gradient": partial(_of_module, additive_score_gradients),
+    "additive_captured_gradient": partial(_of_module, additive_score_gradients),
     "score_function": score_functions,
     "captured_function": captured_functions,
     "seen_function": seen_functions,

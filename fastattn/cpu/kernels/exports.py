@@ -9,6 +9,7 @@ _TASKS = {"task": 3, "alone": 3, "note": 3, "quick": 3, "shared": 3}
 
 EXPORTS: dict[str, dict[str, int]] = {
     "forward": _TASKS,
+    "decode": _TASKS,
     "weights": _TASKS,
     "known_weights": _TASKS,
     "summary": _TASKS,

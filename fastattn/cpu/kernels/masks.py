@@ -1,7 +1,8 @@
 """Squares of masks, laid out as scores are.
 
 A mask is read tile by tile where it lies: a square of `lanes` queries by `lanes` keys is loaded along the keys and
-transposed in registers, so that it meets the scores with queries in the lanes.
+transposed in registers, so that it meets the scores with queries in the lanes. Where keys are in the lanes, a row of a
+mask meets them as it lies.
 """
 
 from fastattn.cpu.kernels.records import BIAS_BFLOAT16, BIAS_OTHER, BIAS_SAME, KEEP
@@ -38,25 +39,25 @@ LARGEST_FLOAT64 = 1.7976931348623157e308
 
 
 @jit
-def load_mask(tile, kind, at, row):
-    """A square of a mask, [query][key], as values to add: a boolean is 0 or -inf."""
+def load_mask(shape, kind, at, row):
+    """A square of a mask, [query][key], or a row of one, as values to add: a boolean is 0 or -inf."""
     if kind == KEEP:
-        return tile_load_bool(tile.square, at, row)
+        return tile_load_bool(shape, at, row)
     if kind == BIAS_SAME:
-        return tile_load(tile.square, at, row)
+        return tile_load(shape, at, row)
     if kind == BIAS_OTHER:
-        return tile_load_other(tile.square, at, row)
+        return tile_load_other(shape, at, row)
     if kind == BIAS_BFLOAT16:
-        return tile_load_bfloat16(tile.square, at, row)
-    return tile_load_half(tile.square, at, row)
+        return tile_load_bfloat16(shape, at, row)
+    return tile_load_half(shape, at, row)
 
 
 @jit
-def gather_mask(tile, kind, itemsize, at, row, column, rows, columns, buffer):
-    """The same for a square that lies apart in memory, or reaches over an edge: elements are copied together first."""
+def gather_mask(shape, kind, itemsize, at, row, column, rows, columns, buffer):
+    """The same for one that lies apart in memory, or reaches over an edge: elements are copied together first."""
     for i in range(rows):
         source = at + i * row
-        target = buffer + i * tile.lanes * itemsize
+        target = buffer + i * shape.lanes * itemsize
         for _ in range(columns):
             if itemsize == 1:
                 store_u8(target, load_u8(source))
@@ -68,7 +69,7 @@ def gather_mask(tile, kind, itemsize, at, row, column, rows, columns, buffer):
                 store_f64(target, load_f64(source))
             source += column
             target += itemsize
-    return load_mask(tile, kind, buffer, tile.lanes * itemsize)
+    return load_mask(shape, kind, buffer, shape.lanes * itemsize)
 
 
 @jit
@@ -114,5 +115,13 @@ def add_square(tile, scores, mask, row, best):
 def square_of(tile, kind, itemsize, at, row, column, rows, columns, buffer):
     """A square of a mask with queries in the lanes, of which so many rows and columns are there."""
     if column == itemsize and rows == tile.lanes and columns == tile.lanes:
-        return tile_transpose(load_mask(tile, kind, at, row))
-    return tile_transpose(gather_mask(tile, kind, itemsize, at, row, column, rows, columns, buffer))
+        return tile_transpose(load_mask(tile.square, kind, at, row))
+    return tile_transpose(gather_mask(tile.square, kind, itemsize, at, row, column, rows, columns, buffer))
+
+
+@jit
+def row_of(tile, kind, itemsize, at, column, columns, buffer):
+    """A vector of a row of a mask, of which so many columns are there."""
+    if column == itemsize and columns == tile.lanes:
+        return load_mask(tile.vector, kind, at, 0)
+    return gather_mask(tile.vector, kind, itemsize, at, 0, column, 1, columns, buffer)

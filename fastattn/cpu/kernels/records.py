@@ -58,7 +58,7 @@ _PARTS = [
     ("heads", i8),  # length of their last two, the query heads of one batch row
     ("blocks", i8),  # query blocks per head
     ("key_block", i8),  # keys taken through the softmax at a time
-    ("group", i8),  # query blocks taken through the keys together
+    ("group", i8),  # query blocks taken through the keys together; with few queries, rows
     ("groups", i8),  # tasks per head
     ("key_group", i8),  # of a summary, besides: key blocks whose weights are a task, and how many such tasks a head has
     ("key_groups", i8),
@@ -68,6 +68,13 @@ _PARTS = [
     ("value_bytes", i8),  # of a block of values; 0 where they are
     ("key_step", i8),  # from row to row as the micro-kernel finds them, in place or copied
     ("value_step", i8),
+    ("group_heads", i8),  # with few queries: query heads on one head of keys, whose rows are taken together
+    ("shares", i8),  # tasks that the keys of these rows are cut into
+    ("pieces", i8),  # pieces of the keys, at most
+    ("row_numbers", i8),  # room for a number of each of these rows
+    ("score_bytes", i8),  # of a row of scores, and of one of sums
+    ("sum_bytes", i8),
+    ("partial_bytes", i8),  # of what a piece leaves
 ]
 PLAN = np.dtype([*_SCHEDULE, *_PARTS])
 
@@ -91,6 +98,7 @@ CALL = np.dtype(
         ("weights", i8),
         ("seed", i8),
         ("first_batch", i8),  # the number of the first row of the batch in the call that this may be a piece of
+        ("partials", i8),  # with few queries, where keys are shared: counters of what has been done, then partials
     ]
 )
 

@@ -1,0 +1,234 @@
+"""Both products of attention with features in the lanes, for few queries: rows, each of a query of some head.
+
+    scores[r][j] = q[r] · key[j]                    q[r][p]: the rows, times the scale
+    sums[r][p]  += Σ_j weights[r][j] · value[j][p]
+
+Keys and values are read where they lie, through `load_rows`. What is computed for a row is the same, in the same order,
+whatever other rows there are.
+"""
+
+from fastattn.cpu.kernels.prefetch import ask, want, want_nothing
+from fastattn.simd import (
+    add_dot,
+    fma,
+    inline,
+    jit,
+    row_sums,
+    stack_memory,
+    store_split,
+    tile_fill,
+    tile_load,
+    tile_load_column,
+    tile_load_part,
+    tile_store,
+    tile_stretch,
+)
+
+memory_of_a_square = stack_memory(16 * 64)  # of the widest vectors
+KEYS_AT_ONCE = 32  # whose values are multiplied for all rows in turn: they stay in the first-level cache meanwhile
+
+
+# -- scores ------------------------------------------------------------------------------------------------------------
+
+
+@jit
+def load_rows(shape, at, row):
+    """Rows of keys or values, as many as a shape has, as they are computed with."""
+    return tile_load(shape, at, row)
+
+
+@jit
+def load_part_of_rows(shape, at, row, rows, columns):
+    """The same where not all rows and columns are there."""
+    return tile_load_part(shape, at, row, rows, columns)
+
+
+@inline
+def add_products(tile, strip, q, key, row, first, features, sums):
+    """sums[j] += q · key[j] by lanes, for a vector of keys and as many whole strips of features as follow `first`.
+
+    Returns where these end. Keys are read row by row: memory is fastest in its own order.
+    """
+    p = first
+    while p + strip.width <= features:
+        offset = p * tile.itemsize
+        features_of_q, at, place = tile_load(strip, q + offset, 0), key + offset, sums
+        for _ in range(tile.lanes):
+            tile_store(add_dot(features_of_q, load_rows(strip, at, 0), tile_load(tile.vector, place, 0)), place, 0)
+            at += row
+            place += tile.vector_bytes
+        p += strip.width
+    return p
+
+
+@jit
+def products(kernel, plan, q, key, present):
+    """q · key[j] for a vector of keys, of which so many are there, and one row."""
+    tile = kernel.tile
+    row, features = plan.key_step, plan.head_dim
+    sums = memory_of_a_square()
+    tile_store(tile_fill(tile.square, 0.0), sums, tile.vector_bytes)
+    p = 0
+    if present == tile.lanes:
+        p = add_products(tile, tile.long, q, key, row, p, features, sums)
+        p = add_products(tile, tile.half_long, q, key, row, p, features, sums)
+        p = add_products(tile, tile.vector, q, key, row, p, features, sums)
+    total = tile_load(tile.square, sums, tile.vector_bytes)
+    for first in range(p, features, tile.lanes):
+        offset = first * tile.itemsize
+        keys = load_part_of_rows(tile.square, key + offset, row, present, min(tile.lanes, features - first))
+        total = fma(keys, tile_load(tile.vector, q + offset, 0), total)
+    return row_sums(total)
+
+
+@jit
+def crossed_products(kernel, plan, q, key, present, wanted):
+    """q[r] · key[j] for some rows and some keys, that make a vector together: the keys of the first row come first.
+
+    So many of the keys are there.
+    """
+    tile = kernel.tile
+    row, features, columns = plan.key_step, plan.head_dim, tile.cofactor.rows
+    whole = features - features % tile.lanes if present >= columns else 0
+    total = tile_fill(tile.square, 0.0)
+    for offset in range(0, whole * tile.itemsize, tile.vector_bytes):
+        queries = tile_stretch(tile.square, tile_load(tile.factor, q + offset, plan.query_bytes))
+        total = fma(load_rows(tile.cofactor, key + offset, row), queries, total)
+        ask(wanted)
+    for p in range(whole, features, tile.lanes):
+        offset = p * tile.itemsize
+        queries = tile_stretch(tile.square, tile_load(tile.factor, q + offset, plan.query_bytes))
+        keys = load_part_of_rows(tile.cofactor, key + offset, row, present, min(tile.lanes, features - p))
+        total = fma(keys, queries, total)
+    return row_sums(total)
+
+
+@jit
+def score_rows(kernel, plan, count, queries, key, keys, scores, wanted):
+    """scores[r][j] = q[r] · key[j] for `count` rows; meanwhile what is on the list is asked for.
+
+    Some rows at a time share what is loaded of the keys. A product is summed in the same order either way.
+    """
+    tile = kernel.tile
+    rows, columns = tile.factor.rows, tile.cofactor.rows
+    crossed = count - count % rows
+    for j in range(0, keys, tile.lanes):
+        present = min(tile.lanes, keys - j)
+        for r in range(0, crossed, rows):
+            q, at = queries + r * plan.query_bytes, scores + r * plan.score_bytes + j * tile.itemsize
+            for i in range(0, present, columns):
+                some = crossed_products(kernel, plan, q, key + i * plan.key_step, present - i, wanted)
+                store_split(tile.cofactor_row, some, at + i * tile.itemsize, plan.score_bytes)
+        for r in range(crossed, count):
+            q, at = queries + r * plan.query_bytes, scores + r * plan.score_bytes + j * tile.itemsize
+            tile_store(products(kernel, plan, q, key, present), at, 0)
+        key += tile.lanes * plan.key_step
+
+
+# -- sums of values ----------------------------------------------------------------------------------------------------
+
+
+@inline
+def add_to_columns(kernel, plan, weights, strip, value, count, sums, wanted):
+    """sums[r][p] += Σ_j weights[r][j] · value[j][p], for as many rows and columns as a strip has."""
+    acc = tile_load(strip, sums, plan.sum_bytes)
+    itemsize, row, step = kernel.tile.itemsize, plan.score_bytes, plan.value_step
+    for _ in range(count >> 2):
+        for _ in range(4):
+            acc = fma(tile_load_column(strip, weights, row), load_rows(strip.single, value, 0), acc)
+            weights += itemsize
+            value += step
+        ask(wanted)
+    for _ in range(count & 3):
+        acc = fma(tile_load_column(strip, weights, row), load_rows(strip.single, value, 0), acc)
+        weights += itemsize
+        value += step
+    tile_store(acc, sums, plan.sum_bytes)
+
+
+@jit
+def add_to_strips(kernel, plan, weights, strip, value, count, sums, first, wanted):
+    """The same for as many whole strips as there are from a column on; where they end."""
+    tile, p = kernel.tile, first
+    while p + strip.width <= plan.value_dim:
+        offset = p * tile.itemsize
+        add_to_columns(kernel, plan, weights, strip, value + offset, count, sums + offset, wanted)
+        p += strip.width
+    return p
+
+
+@jit
+def add_to_rest(kernel, plan, weights, narrow, value, count, sums, first):
+    """The same for the columns behind the last whole vector, if there are any."""
+    tile, offset, columns = kernel.tile, first * kernel.tile.itemsize, plan.value_dim - first
+    if columns == 0:
+        return
+    acc, at, weight = tile_load(narrow, sums + offset, plan.sum_bytes), value + offset, weights
+    for _ in range(count):
+        part = load_part_of_rows(tile.vector, at, 0, 1, columns)
+        acc = fma(tile_load_column(narrow, weight, plan.score_bytes), part, acc)
+        weight += tile.itemsize
+        at += plan.value_step
+    tile_store(acc, sums + offset, plan.sum_bytes)
+
+
+@jit
+def add_to_tile(kernel, plan, weights, value, count, sums, wanted):
+    """The same for all columns of as many rows as a tile has."""
+    tile = kernel.tile
+    p = add_to_strips(kernel, plan, weights, tile, value, count, sums, 0, wanted)
+    p = add_to_strips(kernel, plan, weights, tile.quad, value, count, sums, p, wanted)
+    add_to_rest(kernel, plan, weights, tile.quad, value, count, sums, p)
+
+
+@jit
+def add_to_row(kernel, plan, weights, value, count, sums, wanted):
+    """The same for one row."""
+    tile = kernel.tile
+    p = add_to_strips(kernel, plan, weights, tile.long, value, count, sums, 0, wanted)
+    p = add_to_strips(kernel, plan, weights, tile.half_long, value, count, sums, p, wanted)
+    p = add_to_strips(kernel, plan, weights, tile.vector, value, count, sums, p, wanted)
+    add_to_rest(kernel, plan, weights, tile.vector, value, count, sums, p)
+
+
+@jit
+def add_values(kernel, plan, count, weights, keys, value, sums, wanted):
+    """sums[r] += Σ_j weights[r][j] · value[j] for `count` rows; meanwhile what is on the list is asked for."""
+    tile = kernel.tile
+    whole = count - count % tile.rows
+    for first in range(0, keys, KEYS_AT_ONCE):
+        here = min(KEYS_AT_ONCE, keys - first)
+        at, place = weights + first * tile.itemsize, sums
+        for _ in range(0, whole, tile.rows):
+            add_to_tile(kernel, plan, at, value, here, place, wanted)
+            at += tile.rows * plan.score_bytes
+            place += tile.rows * plan.sum_bytes
+        for _ in range(whole, count):
+            add_to_row(kernel, plan, at, value, here, place, wanted)
+            at += plan.score_bytes
+            place += plan.sum_bytes
+        value += here * plan.value_step
+
+
+# -- what is asked for ahead -------------------------------------------------------------------------------------------
+
+
+@jit
+def want_values(kernel, plan, count, keys, values, wanted):
+    """List the values of a piece, which are asked for while its scores are computed."""
+    tile = kernel.tile
+    crossed = count - count % tile.factor.rows
+    steps = crossed * (plan.head_dim // tile.lanes)
+    want_nothing(wanted, keys // tile.lanes * steps)
+    if plan.prefetch_distance > 0 and crossed > 0:
+        want(wanted, values, plan.value_row, plan.value_dim * tile.itemsize, keys)
+
+
+@jit
+def want_keys(kernel, plan, count, keys, source, wanted):
+    """List the keys of the next piece, which are asked for while values are added up."""
+    tile = kernel.tile
+    strips = count // tile.rows * (plan.value_dim // tile.width)
+    want_nothing(wanted, keys // 4 * strips)
+    if plan.prefetch_distance > 0 and strips > 0:
+        want(wanted, source, plan.key_row, plan.head_dim * tile.itemsize, keys)

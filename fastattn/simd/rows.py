@@ -1,0 +1,156 @@
+"""Rows with features, or keys, in the lanes: parts of them, sums over lanes, and tiles that a few of them make."""
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.core.typing.templates import signature
+from numba.extending import intrinsic
+
+from fastattn.machine.tile import TileShape
+from fastattn.simd.arithmetic import select_max
+from fastattn.simd.storage import places_of
+from fastattn.simd.tile import TileType, call_llvm, is_shape, make_tile, pointer_to, splat, vector_of, vectors_of
+
+
+@intrinsic
+def tile_load_part(typingctx, shape, address, row_bytes, rows, columns):
+    """The tile at `address` of which the first so many rows and columns are there: nothing else is read, but is 0.
+
+    One vector in a row.
+    """
+    if not is_shape(shape):
+        return None
+    tile = TileType(shape.value)
+
+    def codegen(context, builder, sig, values):
+        s, word = shape.value, ir.IntType(64)
+        numbers = ir.Constant(ir.VectorType(word, s.lanes), list(range(s.lanes)))
+        zero, nothing = ir.Constant(vector_of(s), [0.0] * s.lanes), ir.Constant(word, 0)
+        pointer = vector_of(s).as_pointer()
+        mask = ir.VectorType(ir.IntType(1), s.lanes)
+        fnty = ir.FunctionType(vector_of(s), [pointer, ir.IntType(32), mask, vector_of(s)])
+        name = f"llvm.masked.load.v{s.lanes}f{8 * s.itemsize}.p0"
+        function = cgutils.get_or_insert_function(builder.module, fnty, name)
+        loaded = []
+        for r, place in enumerate(places_of(builder, s, s.itemsize, values[1], values[2])):
+            there = builder.icmp_signed("<", ir.Constant(word, r), values[3])
+            count = builder.select(there, values[4], nothing)
+            present = builder.icmp_signed("<", numbers, splat(builder, count, s.lanes))
+            align = ir.Constant(ir.IntType(32), s.itemsize)
+            given = [pointer_to(builder, place, vector_of(s)), align, present, zero]
+            loaded.append(builder.call(function, given))
+        return make_tile(builder, s, loaded)
+
+    return signature(tile, shape, *[types.intp] * 4), codegen
+
+
+@intrinsic
+def tile_stretch(typingctx, shape, tile):
+    """A tile of which each row is one of another tile, the first ones first, each as often as it takes."""
+    if not (is_shape(shape) and isinstance(tile, TileType)):
+        return None
+
+    def codegen(context, builder, sig, values):
+        s, given = shape.value, tile.shape
+        vectors, times = vectors_of(builder, given, values[1]), s.rows // given.rows
+        rows = [vectors[r // times * s.vectors + v] for r in range(s.rows) for v in range(s.vectors)]
+        return make_tile(builder, s, rows)
+
+    return signature(TileType(shape.value), shape, tile), codegen
+
+
+@intrinsic
+def store_split(typingctx, shape, vector, address, row_bytes):
+    """Write a vector in pieces, each a row of a shape that has fewer lanes, to rows `row_bytes` apart."""
+    if not (is_shape(shape) and isinstance(vector, TileType)):
+        return None
+
+    def codegen(context, builder, sig, values):
+        s, whole = shape.value, vectors_of(builder, vector.shape, values[1])[0]
+        rows = TileShape(s.dtype, s.lanes, vector.shape.lanes // s.lanes, 1)
+        for r, place in enumerate(places_of(builder, rows, rows.itemsize, values[2], values[3])):
+            lanes = ir.Constant(ir.VectorType(ir.IntType(32), s.lanes), list(range(r * s.lanes, (r + 1) * s.lanes)))
+            piece = builder.shuffle_vector(whole, whole, lanes)
+            builder.store(piece, pointer_to(builder, place, vector_of(s)), align=s.itemsize)
+        return context.get_dummy_value()
+
+    return signature(types.none, shape, vector, types.intp, types.intp), codegen
+
+
+@intrinsic
+def add_dot(typingctx, a, b, c):
+    """c plus the sum over the vectors of a * b, one after the other: a and b are rows, c is one vector."""
+    if not (isinstance(a, TileType) and a == b and a.shape.rows == 1 and c == TileType(a.shape.vector)):
+        return None
+
+    def codegen(context, builder, sig, values):
+        one, other, total = (vectors_of(builder, ty.shape, value) for ty, value in zip(sig.args, values, strict=True))
+        acc = total[0]
+        for left, right in zip(one, other, strict=True):
+            acc = call_llvm(builder, "fmuladd", acc.type, [left, right, acc])
+        return make_tile(builder, c.shape, [acc])
+
+    return signature(c, a, b, c), codegen
+
+
+def _halves(count, width):
+    """Lanes of two vectors side by side: of each run of so many lanes the first half, and the second half.
+
+    Where the result is one vector of halves of both, a run of the first, then the same run of the second.
+    """
+    half = width // 2
+    first = [lane if lane % width < half else count + lane - half for lane in range(count)]
+    return first, [lane + half for lane in first]
+
+
+@intrinsic
+def row_sums(typingctx, a):
+    """The sum of each row of a square tile, row r's in lane r: one vector.
+
+    Always in one order: the halves of a row are added, then the halves of what that gives, and so on.
+    """
+    if not (isinstance(a, TileType) and a.shape == a.shape.square):
+        return None
+    row = TileType(a.shape.vector)
+
+    def codegen(context, builder, sig, values):
+        lanes, rows = a.shape.lanes, vectors_of(builder, a.shape, values[0])
+        width = lanes
+        while len(rows) > 1:
+            first, second = (ir.Constant(ir.VectorType(ir.IntType(32), lanes), half) for half in _halves(lanes, width))
+            middle, width = len(rows) // 2, width // 2
+            rows = [
+                builder.fadd(builder.shuffle_vector(one, other, first), builder.shuffle_vector(one, other, second))
+                for one, other in zip(rows[:middle], rows[middle:], strict=True)
+            ]
+        return make_tile(builder, row.shape, rows)
+
+    return signature(row, a), codegen
+
+
+def _over_lanes(combine, a):
+    """Signature and lowering of one number made of a vector's lanes by `combine(builder, shape, one, other)`."""
+    if not (isinstance(a, TileType) and a.shape == a.shape.vector):
+        return None
+
+    def codegen(context, builder, sig, values):
+        vector, i32 = vectors_of(builder, a.shape, values[0])[0], ir.IntType(32)
+        half = a.shape.lanes // 2
+        while half:
+            order = ir.Constant(ir.VectorType(i32, a.shape.lanes), [lane ^ half for lane in range(a.shape.lanes)])
+            vector = combine(builder, a.shape, vector, builder.shuffle_vector(vector, vector, order))
+            half //= 2
+        return builder.extract_element(vector, ir.Constant(i32, 0))
+
+    return signature(a.element, a), codegen
+
+
+@intrinsic
+def largest_lane(typingctx, a):
+    """The maximum over the lanes of a vector."""
+    return _over_lanes(select_max, a)
+
+
+@intrinsic
+def sum_lanes(typingctx, a):
+    """The sum over the lanes of a vector, in the order of `row_sums`."""
+    return _over_lanes(lambda builder, shape, a, b: builder.fadd(a, b), a)

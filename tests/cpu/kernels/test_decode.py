@@ -1,0 +1,183 @@
+"""Few queries: pieces of the keys, merged; a row's bits depend on its own keys alone, and on no other row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import tolerances
+from numpy.typing import NDArray
+
+import fastattn
+from fastattn.call.arrays import as_operands
+from fastattn.call.shapes import describe
+from fastattn.cpu.host import decode, forward, plan, session
+from fastattn.cpu.host.kernels import load
+
+Array = NDArray[Any]
+
+PIECE = decode.PIECE
+
+
+def inputs(shape: tuple[int, ...], keys: int, kv_heads: int, dtype: Any = np.float32, seed: int = 0) -> list[Array]:
+    """Return query of a shape (B, H, Lq, D), key and value, whose rows have five features more than keys."""
+    rng = np.random.default_rng(seed)
+    sizes = shape, (shape[0], kv_heads, keys, shape[-1]), (shape[0], kv_heads, keys, shape[-1] + 5)
+    return [rng.standard_normal(size).astype(dtype) for size in sizes]
+
+
+def of_both(*args: Any, **options: Any) -> bytes:
+    """Return the bits of a result and its log-sum-exp."""
+    return b"".join(array.tobytes() for array in fastattn.attention(*args, **options, return_lse=True, enable_gqa=True))
+
+
+def plan_of(query: Array, key: Array, value: Array, threads: int) -> Any:
+    problem, operands = describe(*as_operands(query, key, value, None), enable_gqa=True)
+    return forward.plan_forward(problem, operands, np.empty(problem.out_shape, problem.real), threads)
+
+
+@pytest.fixture(params=["here", "sixteen"])
+def lanes(request: pytest.FixtureRequest) -> Any:
+    """Have calls use the lanes that this machine has, and sixteen."""
+    if request.param == "sixteen":
+        request.getfixturevalue("sixteen_lanes")
+    return request.param
+
+
+# -- which calls these are ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_half_a_vector_of_queries_decides(dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    works: list[str] = []
+    monkeypatch.setattr(plan, "load", lambda kernel: works.append(kernel.work) or load(kernel))
+    few = session.current.row.tile(np.dtype(dtype).name).lanes // 2
+    for batch, heads, keys in ((1, 1, 3), (7, 3, 3), (1, 3, 5000)):  # and nothing else
+        for queries in (few, few + 1):
+            plan_of(*inputs((batch, heads, queries, 17), keys, 1, dtype), threads=2)
+            assert works.pop() == ("decode" if queries == few else "forward")
+
+
+def test_long_sequences_are_shared_by_threads() -> None:
+    long, short = inputs((1, 1, 1, 64), 40_000, 1), inputs((1, 1, 1, 64), PIECE, 1)
+    assert plan_of(*long, threads=2).tasks > 4
+    assert plan_of(*long, threads=1).partials_bytes == 0
+    assert plan_of(*short, threads=2).tasks == 1
+
+
+# -- the same bits -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("heads", "queries"), [(1, 1), (2, 1), (8, 1), (6, 3)])
+def test_the_same_bits_in_any_batch_capacity_and_thread_count(lanes: str, dtype: Any, heads: int, queries: int) -> None:
+    lengths = np.array([1, 17, PIECE - 1, PIECE, PIECE + 1, 9 * PIECE + 100])
+    query, key, value = inputs((len(lengths), heads, queries, 40), 12 * PIECE, heads // 2 or 1, dtype)
+    for row, length in enumerate(lengths):
+        key[row, :, length:] = value[row, :, length:] = np.nan  # padding
+    options: Any = {"is_causal": "bottom-right"}
+    found = []
+    for threads in (1, 2, 5):
+        with fastattn.num_threads(threads):
+            found.append(of_both(query, key, value, key_lengths=lengths, **options))
+    assert found[0] == found[1] == found[2]
+    out, lse = fastattn.attention(query, key, value, key_lengths=lengths, return_lse=True, enable_gqa=True, **options)
+    for row, length in enumerate(lengths):
+        alone = query[row : row + 1], key[row : row + 1, :, :length], value[row : row + 1, :, :length]
+        assert of_both(*alone, **options) == out[row].tobytes() + lse[row].tobytes()
+    packed = [np.concatenate([x[row, :, :n].swapaxes(0, 1) for row, n in enumerate(lengths)]) for x in (key, value)]
+    cu_seqlens = (
+        np.concatenate([[0], np.cumsum(np.full(len(lengths), queries))]),
+        np.concatenate([[0], lengths.cumsum()]),
+    )
+    rows = query.swapaxes(1, 2).reshape(-1, heads, 40)
+    with fastattn.num_threads(3):
+        of_packed = fastattn.attention_varlen(rows, *packed, *cu_seqlens, enable_gqa=True, **options)
+    assert of_packed.tobytes() == out.swapaxes(1, 2).tobytes()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("group", [2, 3, 4, 7])
+def test_heads_that_share_keys_are_computed_as_if_they_had_their_own(lanes: str, dtype: Any, group: int) -> None:
+    query, key, value = inputs((2, 2 * group, 1, 67), 2 * PIECE + 9, 2, dtype)
+    repeated = [np.repeat(array, group, axis=1) for array in (key, value)]
+    assert of_both(query, key, value) == of_both(query, *repeated)
+    assert of_both(query, key, value, window=(300, 0), query_offset=500) == of_both(
+        query, *repeated, window=(300, 0), query_offset=500
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"window": (PIECE + 3, 0)}, {"softcap": 2.0}, {"sinks": np.arange(4) / 3}])
+def test_queries_together_are_as_one_after_the_other(lanes: str, options: Any) -> None:
+    """What is decoded ahead, and checked at once, has the bits of what is decoded step by step."""
+    few, keys = session.current.row.tile("float32").lanes // 2, 2 * PIECE + 50
+    query, key, value = inputs((1, 4, few, 64), keys, 2)
+    out = fastattn.attention(query, key, value, is_causal="bottom-right", enable_gqa=True, **options)
+    for i in range(few):
+        seen = keys - few + 1 + i
+        step = query[:, :, i : i + 1], key[:, :, :seen], value[:, :, :seen]
+        alone = fastattn.attention(*step, is_causal="bottom-right", enable_gqa=True, **options)
+        assert alone.tobytes() == out[:, :, i : i + 1].tobytes()
+
+
+@pytest.mark.parametrize("first_key", [0, 3, PIECE - 1, PIECE, PIECE + 60])
+def test_hidden_keys_of_a_piece_change_no_bit(lanes: str, first_key: int) -> None:
+    query, key, value = inputs((1, 3, 2, 33), 2 * PIECE + 70, 1)
+    keep = np.arange(key.shape[2]) >= first_key
+    keep[[first_key + 5, -3]] = False
+    keep[len(keep) - first_key :] = False
+    wanted = of_both(query, key, value, keep)
+    value[:, :, ~keep, ::2] = np.nan
+    key[:, :, ~keep] = np.inf
+    assert of_both(query, key, value, keep) == wanted
+    hides: Any = keep.astype(np.int32)
+
+    def seen(batch: Any, head: Any, query: Any, key: Any) -> Any:
+        return hides[key] == 1
+
+    assert of_both(query, key, value, mask_mod=seen) == wanted
+
+
+def test_a_value_that_is_not_finite_reaches_those_that_look_at_it(lanes: str) -> None:
+    query, key, value = inputs((1, 2, 2, 16), PIECE + 40, 1)
+    value[0, 0, PIECE + 39, 3] = np.nan
+    value[0, 0, 7, 4] = np.inf
+    out = fastattn.attention(query, key, value, is_causal="bottom-right", enable_gqa=True)
+    assert np.isnan(out[0, :, 1, 3]).all()
+    assert np.isposinf(out[..., 4]).all()
+    assert np.isfinite(np.delete(out, (3, 4), axis=-1)).all()
+    assert np.isfinite(out[0, :, 0, 3]).all()
+
+
+# -- right results -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("features", [1, 5, 16, 64, 130])
+def test_pieces_are_merged(lanes: str, dtype: Any, features: int) -> None:
+    query, key, value = inputs((1, 5, 1, features), 3 * PIECE + 33, 1, dtype)
+    for rising in (1, -1):  # the maximum is that of the last piece, or of the first
+        key[0, 0, :, 0] = rising * np.linspace(-20, 20, key.shape[2])
+        query[..., 0] = np.abs(query[..., 0]) + 1
+        for threads in (1, 4):
+            with fastattn.num_threads(threads):
+                tolerances.check_call(fastattn.attention, query, key, value, enable_gqa=True)
+
+
+def test_pieces_without_a_key_that_is_seen() -> None:
+    query, key, value = inputs((1, 2, 1, 64), 5 * PIECE, 1)
+    bias = np.full(key.shape[2], -np.inf, np.float32)
+    bias[[2 * PIECE, 4 * PIECE + 1]] = 0.5, -1
+    tolerances.check_call(fastattn.attention, query, key, value, bias, enable_gqa=True)
+    bias[:] = -np.inf
+    out, lse = fastattn.attention(query, key, value, bias, enable_gqa=True, return_lse=True)
+    assert not out.any()
+    assert (lse == -np.inf).all()
+
+
+@pytest.mark.parametrize("position", [4, 6, PIECE + 2, PIECE + 13])
+def test_dropout_under_a_window_is_that_of_its_keys(lanes: str, position: int) -> None:
+    query, key, value = inputs((2, 4, 2, 8), 2 * PIECE, 2)
+    options: Any = {"window": (3, 1), "query_offset": position, "dropout_p": 0.5, "rng": 1}
+    tolerances.check_call(fastattn.attention, query, key, value, enable_gqa=True, **options)
