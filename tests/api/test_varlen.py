@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from packed_cases import LENGTHS, alone, packed, padded, starts, together
 from strategies import (
+    ALL_DTYPES,
     SEEDS,
     bits_of,
     causal,
@@ -30,6 +31,7 @@ from strategies import (
 
 import fastattn
 from fastattn import reference
+from fastattn.call.halves import cast, finfo
 
 INF, NAN = np.inf, np.nan
 
@@ -346,7 +348,7 @@ def calls(draw: st.DrawFn) -> tuple[list[Any], dict[str, Any]]:
     lengths = draw(st.lists(st.tuples(length, length), max_size=5))
     kv_heads, group = draw(st.sampled_from(((1, 1), (2, 1), (1, 3), (2, 2))))
     features = draw(st.tuples(st.integers(1, 20), st.integers(1, 20)))
-    dtype = draw(st.sampled_from((np.float32, np.float64)))
+    dtype = draw(ALL_DTYPES)
     rng = np.random.default_rng(draw(SEEDS))
     queries, keys = (sum(each) for each in zip(*lengths, strict=True)) if lengths else (0, 0)
     arrays: list[Any] = [
@@ -374,6 +376,16 @@ def calls(draw: st.DrawFn) -> tuple[list[Any], dict[str, Any]]:
     return [*arrays, *cu], options
 
 
+def close(found: Any, exact: Any, roundings: int) -> None:
+    """Assert that results agree to so many roundings of what they are computed in, and one more of their own."""
+    for got, wanted in zip(found, exact, strict=True):
+        assert got.dtype == wanted.dtype
+        own = float(finfo(got.dtype).eps)
+        eps = max(own, roundings * min(own, 2.0**-23))
+        got, wanted = (cast(each, np.dtype(np.float64)) for each in (got, wanted))
+        np.testing.assert_allclose(got, wanted, rtol=eps, atol=eps)
+
+
 @given(call=calls(), threads=st.sampled_from((1, 2, 3)))
 def test_any_call(call: tuple[list[Any], dict[str, Any]], threads: int) -> None:
     arrays, options = call
@@ -381,14 +393,11 @@ def test_any_call(call: tuple[list[Any], dict[str, Any]], threads: int) -> None:
     exact = reference.attention_varlen(*arrays, **options, return_lse=True)
     with fastattn.num_threads(threads):
         found = fastattn.attention_varlen(*arrays, **options, return_lse=True)
-        eps = float(np.finfo(found[0].dtype).eps)
-        for got, wanted in zip(found, exact, strict=True):
-            np.testing.assert_allclose(got, wanted, rtol=400 * eps, atol=400 * eps)
+        close(found, exact, 400)
         grad_out = np.random.default_rng(0).standard_normal(found[0].shape).astype(found[0].dtype)
         backward: Any = (grad_out, *arrays[:3], *found, *arrays[3:])
         gradients = fastattn.attention_varlen_backward(*backward, **options)
-    for got, wanted in zip(gradients, reference.attention_varlen_backward(*backward, **options), strict=True):
-        np.testing.assert_allclose(got, wanted, rtol=4000 * eps, atol=4000 * eps)
+    close(gradients, reference.attention_varlen_backward(*backward, **options), 4000)
     if "dropout_p" in options:
         return
     for number, (*operands, own) in enumerate(alone(*arrays, **options)):

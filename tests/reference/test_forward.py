@@ -18,6 +18,7 @@ from strategies import Call, calls
 from fastattn import reference
 from fastattn.call import problem
 from fastattn.call.arrays import as_operands
+from fastattn.call.halves import cast
 from fastattn.call.problem import Problem
 from fastattn.call.shapes import describe
 
@@ -81,9 +82,9 @@ def one_by_one(call: Call) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         for c in range(problem.value_dim):
             out[(*index, c)] = math.fsum(weights[(*index, j)] * float(v[j, c]) for j in looked_at)
     return (
-        out.reshape(problem.out_shape).astype(problem.real),
+        cast(out.reshape(problem.out_shape), problem.storage),
         lse.reshape(problem.lse_shape).astype(problem.real),
-        weights.reshape(problem.weights_shape).astype(problem.real),
+        cast(weights.reshape(problem.weights_shape), problem.storage),
     )
 
 
