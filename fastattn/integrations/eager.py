@@ -38,6 +38,8 @@ _batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda tensor
 def call(name: str, *args: Any) -> Any:
     """Call the operator of that name, with all of its arguments; the result and its log-sum-exp."""
     if _compiled():
+        if torch.compiler.is_compiling() and _has_functions(args):  # from a caller that PyTorch compiles no more
+            return apart(call, name, *args)
         return _operate(name, args)
     compute, function, transformed = WAYS[name]
     if _transforming() or forward_ad._current_level >= 0:
@@ -49,6 +51,13 @@ def call(name: str, *args: Any) -> Any:
 def apart(function: Any, *args: Any, **options: Any) -> Any:
     """Call a function between the parts of a program that PyTorch compiles."""
     return function(*args, **options)
+
+
+def _has_functions(args: tuple[Any, ...]) -> bool:
+    for arg in args:
+        if isinstance(arg, Functions):
+            return True
+    return False
 
 
 def _compiled() -> bool:
@@ -97,7 +106,7 @@ def _blame(operator: Any, args: tuple[Any, ...], error: Exception) -> None:
     """Say why an operator could not be called, if it is a subclass of ``torch.Tensor`` that did not let it, or if there
     are functions among the arguments.
     """
-    if any(isinstance(given, Functions) for given in args):
+    if _has_functions(args):
         raise NotImplementedError(
             "score_mod, mask_mod, block_mask: given with tensors of a subclass, or under vmap, a tracer or a mode of "
             "PyTorch's, which see an operator, and no function; expected plain tensors in memory"
