@@ -380,12 +380,13 @@ def attend_share(kernel, call, plan, rows, share, counter, partials, scratch):
             merge(kernel, plan, rows, room.state, room.factors, partial)
     if not is_alone and finish(counter) < plan.shares:
         return
+    state = room.state
     if pieces == 1:  # nothing to merge it with
-        finish_rows(kernel, call, plan, rows, room.partial if is_alone else partials)
-        return
-    for number in range(0 if is_alone else pieces):
-        merge(kernel, plan, rows, room.state, room.factors, partials + number * plan.partial_bytes)
-    finish_rows(kernel, call, plan, rows, room.state)
+        state = room.partial if is_alone else partials
+    elif not is_alone:
+        for number in range(pieces):
+            merge(kernel, plan, rows, state, room.factors, partials + number * plan.partial_bytes)
+    finish_rows(kernel, call, plan, rows, state)
 
 
 def task_function(kernel):
