@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastattn.call.halves import name_of
+from fastattn.call.halves import BITS, name_of
 from fastattn.call.out import delivered, target_for
 from fastattn.call.problem import Operands, Problem
 from fastattn.cpu.host import session
@@ -56,7 +56,7 @@ def evaluate(
     score = "dot" if weight is None else "additive"
     plan = plan_forward(problem, operands, target, threads, score)
     alike = all(array is other for array, other in zip(arrays, given, strict=True))  # nothing had to be converted
-    if asked and alike and (out is None or target is out):
+    if asked and alike and (out is None or target is out) and problem.storage != BITS:  # whose signature others have
         session.current.plans.keep(asked, plan)
     # first: out may be the query
     matrix = weights(problem, operands, target, seed, threads, weight, score) if return_weights else None
@@ -71,7 +71,7 @@ def plan_forward(problem: Problem, operands: Operands, out: Array, threads: int,
     """Plan a call, or find the plan of one like it; `out` is an array like those that will be written to."""
     strides = tuple(None if array is None else array.strides for array in operands[:5])
     bias = None if operands.bias is None else operands.bias.dtype
-    key = (problem, strides, bias, out.strides, threads, score)
+    key = (problem, strides, bias, out.strides, out.dtype, threads, score)
     return session.current.plans.of(key, lambda: _plan("forward", problem, operands, out, threads, score))
 
 
