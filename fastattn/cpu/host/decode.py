@@ -29,12 +29,8 @@ ROW_FLOPS = 2.5
 
 
 def is_decode(row: Isa, problem: Problem) -> bool:
-    """Whether so few queries look at each key of a head that their features are in the lanes, and not they.
-
-    Of half precision keys and values would have to be widened here: not yet.
-    """
-    few = problem.queries <= row.tile(problem.real.type.__name__).lanes // 2
-    return few and problem.storage == problem.real
+    """Whether so few queries look at each key of a head that their features are in the lanes, and not they."""
+    return problem.queries <= row.tile(problem.real.type.__name__).lanes // 2
 
 
 def draft_decode(kernel: Kernel, problem: Problem, operands: Operands, out: Array, threads: int) -> Draft:
@@ -48,7 +44,7 @@ def draft_decode(kernel: Kernel, problem: Problem, operands: Operands, out: Arra
     flops_per_part = problem.keys * features * max(ROW_FLOPS * chunk, FLOPS_PER_BYTE * tile.itemsize)
     flops = parts * flops_per_part * share_of_keys(problem)
     shares = shares_of(parts, pieces, flops, threads)
-    sizes = room_of_rows(tile, problem, operands, chunk)
+    sizes = room_of_rows(kernel, problem, operands, chunk)
     everything = parts * problem.keys * features * tile.itemsize
     copied = sizes["key_bytes"] + sizes["value_bytes"]
     fields: dict[str, Any] = {**sizes_of(problem), **fields_of_scores(problem, operands.bias), **sizes}
@@ -59,6 +55,7 @@ def draft_decode(kernel: Kernel, problem: Problem, operands: Operands, out: Arra
         group=chunk,
         groups=-(-rows // chunk),
         group_heads=problem.group,
+        out_itemsize=out.itemsize,
         shares=shares,
         pieces=pieces,
         tasks=parts * shares,
@@ -79,8 +76,9 @@ def shares_of(parts: int, pieces: int, flops: float, threads: int) -> int:
     return max(1, min(pieces, max(wanted, int(flops / max(1, parts) / TURN_FLOPS))))
 
 
-def room_of_rows(tile: TileShape, problem: Problem, operands: Operands, rows: int) -> dict[str, int]:
+def room_of_rows(kernel: Kernel, problem: Problem, operands: Operands, rows: int) -> dict[str, int]:
     """The fields of a plan that say how rows are laid out, and keys and values where they are not read in place."""
+    tile = kernel.tile
     query_bytes, sum_bytes = (padded(tile, size) * tile.itemsize for size in (problem.head_dim, problem.value_dim))
     row_numbers = padded(tile, rows)
     sizes = {
@@ -92,7 +90,7 @@ def room_of_rows(tile: TileShape, problem: Problem, operands: Operands, rows: in
     }
     for name, array, row_bytes in (("key", operands.key, query_bytes), ("value", operands.value, sum_bytes)):
         step, column = array.strides[-2:]
-        in_place = column == tile.itemsize
+        in_place = column == tile.itemsize and kernel.storage == tile.dtype
         sizes[name + "_bytes"] = 0 if in_place else aligned(PIECE * row_bytes)
         sizes[name + "_step"] = step if in_place else row_bytes
     return sizes

@@ -45,11 +45,13 @@ from fastattn.simd import (
     load_u8,
     maximum,
     store_element,
+    store_stored,
     sum_lanes,
     tile_fill,
     tile_load,
     tile_load_part,
     tile_store,
+    tile_store_stored,
     where_greater,
 )
 
@@ -93,8 +95,8 @@ def load_queries(kernel, call, plan, rows, target):
     tile, features, column = kernel.tile, plan.head_dim, plan.query_column
     for r in range(rows.count):
         source = head_of(call, plan, rows, r).query + (rows.first + r) % plan.queries * plan.query_row
-        if column != tile.itemsize:
-            copy_rows(tile, target, 0, source, 0, column, 1, features)
+        if kernel.storage != tile.dtype or column != tile.itemsize:
+            copy_rows(kernel, tile, target, 0, source, 0, column, 1, features)
             source = target
         for p in range(0, features, tile.lanes):
             offset = p * tile.itemsize
@@ -187,7 +189,7 @@ def add_visible_values(kernel, call, plan, rows, piece, weights, value, sums):
     source = rows.head.value + piece.first * plan.value_row
     start = 0
     for j in range(piece.count + 1):
-        if j < piece.count and are_finite(tile, plan, source + j * plan.value_row, 1):
+        if j < piece.count and are_finite(kernel, plan, source + j * plan.value_row, 1):
             continue
         at = weights + start * tile.itemsize
         add_values(kernel, plan, rows.count, at, j - start, value + start * plan.value_step, sums, NOTHING)
@@ -243,11 +245,12 @@ def attend(kernel, call, plan, rows, piece, room, partial, is_last):
     next_keys, wanted = keys + piece.count * plan.key_row, list_memory()
     want_values(kernel, plan, rows.count, piece.count, values, wanted)
     if plan.key_bytes > 0:
-        copy_rows(tile, room.keys, plan.key_step, keys, plan.key_row, plan.key_column, piece.count, plan.head_dim)
+        row, column = plan.key_row, plan.key_column
+        copy_rows(kernel, tile, room.keys, plan.key_step, keys, row, column, piece.count, plan.head_dim)
         keys = room.keys
     if plan.value_bytes > 0:
         row, column = plan.value_row, plan.value_column
-        copy_rows(tile, room.values, plan.value_step, values, row, column, piece.count, plan.value_dim)
+        copy_rows(kernel, tile, room.values, plan.value_step, values, row, column, piece.count, plan.value_dim)
         values = room.values
     clear(tile, plan, partial)
     score_rows(kernel, plan, rows.count, room.queries, keys, piece.count, room.scores, wanted)
@@ -290,15 +293,16 @@ def merge(kernel, plan, rows, state, factors, partial):
 
 
 @jit
-def write_row(tile, plan, sums, factor, out):
-    """out[p] = sums[p] · factor."""
+def write_row(place, tile, plan, sums, factor, out):
+    """out[p] = sums[p] · factor. `place`: of the output."""
     done = 0
-    if plan.out_column == tile.itemsize:
+    if plan.out_column == place.itemsize:
         done = plan.value_dim - plan.value_dim % tile.lanes
-        for offset in range(0, done * tile.itemsize, tile.vector_bytes):
-            tile_store(tile_load(tile.vector, sums + offset, 0) * factor, out + offset, 0)
+        for p in range(0, done, tile.lanes):
+            numbers = tile_load(tile.vector, sums + p * tile.itemsize, 0) * factor
+            tile_store_stored(place, numbers, out + p * place.itemsize, 0)
     for p in range(done, plan.value_dim):
-        store_element(tile, out + p * plan.out_column, load_element(tile, sums + p * tile.itemsize) * factor)
+        store_stored(place, out + p * plan.out_column, load_element(tile, sums + p * tile.itemsize) * factor)
 
 
 @jit
@@ -322,7 +326,11 @@ def finish_rows(kernel, call, plan, rows, state):
         if total == 0.0:  # no key, or none with a score above -inf: 0 even where a value it has looked at is NaN
             factor = 0.0
             clear_rows(tile, row, row + plan.sum_bytes)
-        write_row(tile, plan, row, as_element(tile, factor), head.out + query * plan.out_row)
+        out = head.out + query * plan.out_row
+        if kernel.storage != tile.dtype and plan.out_itemsize == tile.itemsize:
+            write_row(tile, tile, plan, row, as_element(tile, factor), out)
+        else:
+            write_row(kernel, tile, plan, row, as_element(tile, factor), out)
 
 
 # -- tasks -------------------------------------------------------------------------------------------------------------

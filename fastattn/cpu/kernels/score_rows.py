@@ -102,6 +102,6 @@ def restrict_row(kernel, plan, head, scores, begin, end, filled, query, first_ke
         if "function" in kernel.steps:
             inside = hide_unseen(plan, head, row, count, query, key) and inside
             if not inside:
-                note_marks(tile.lane, plan, head, row, count, query)
+                note_marks(head, row, count, 1)
     fill_row(tile, scores, 0, begin, MINUS_INFINITY)
     fill_row(tile, scores, end, filled, MINUS_INFINITY)
