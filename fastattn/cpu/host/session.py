@@ -34,7 +34,8 @@ class Plans(dict[Hashable, Any]):
         """The plan of that key, which is made if it is not there."""
         plan: T | None = self.get(key)
         if plan is None:
-            plan = self.older.get(key) or make()
+            plan = self.older.get(key)
+            plan = make() if plan is None else plan
             self.keep(key, plan)
         return plan
 
