@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 
 from fastattn.call.problem import Problem
@@ -47,25 +47,34 @@ def steps_of(problem: Problem, all_of: bool = False) -> tuple[str, ...]:
     return STEPS if all_of or scores.adds or scores.keep or problem.dropout_p > 0 else PLAIN
 
 
-def every_kernel(row: Isa) -> Iterator[Kernel]:
-    """All kernels that calls run on a machine."""
+def every_kernel(row: Isa, dtypes: Iterable[str]) -> Iterator[Kernel]:
+    """All kernels that calls with arrays of these dtypes run on a machine, but those for softcaps and functions."""
     yield Kernel("schedule", row)
     yield Kernel("signature", row)
     yield Kernel("overlaps", row)
     yield Kernel("several", row)
-    for dtype in ("float32", "float64"):
-        tile = row.tile(dtype)
-        for shape in (tile, row.tall_tile(dtype)):
-            yield describe("forward", shape, row, steps=PLAIN)
-            for work in ("forward", "weights", "summary", "known_weights"):
-                yield describe(work, shape, row)
-            for work in ("forward", "weights"):
+    for dtype in dtypes:
+        yield from kernels_of(row, dtype)
+
+
+def kernels_of(row: Isa, storage: str) -> Iterator[Kernel]:
+    """Those of them that are for arrays of one dtype; of half precision, those that read it as it lies."""
+    real = "float64" if storage == "float64" else "float32"
+    tile, is_half = row.tile(real), storage != real
+    of_blocks = ("forward", "weights", "summary", *(() if is_half else ("known_weights",)))
+    for shape in (tile, row.tall_tile(real)):
+        yield describe("forward", shape, row, steps=PLAIN, storage=storage)
+        for work in of_blocks:
+            yield describe(work, shape, row, storage=storage)
+    for steps in (PLAIN, STEPS):
+        yield describe("decode", row.wide_tile(real), row, steps=steps, storage=storage)
+    yield describe("backward", tile, row, steps=PLAIN, storage=storage)
+    for work in ("backward", "mask_gradient"):
+        yield describe(work, tile, row, storage=storage)
+    if not is_half:
+        for work in ("forward", "weights"):
+            for shape in (tile, row.tall_tile(real)):
                 yield describe(work, shape, row, "additive")
-        for steps in (PLAIN, STEPS):
-            yield describe("decode", row.wide_tile(dtype), row, steps=steps)
-        yield describe("backward", tile, row, steps=PLAIN)
-        for work in ("backward", "mask_gradient"):
-            yield describe(work, tile, row)
         for work in ("additive_backward", "additive_mask_gradient"):
             yield describe(work, tile, row, "additive")
 
