@@ -233,6 +233,7 @@ class Attention(Operator):
 class Varlen(Operator):
     """The operator of attention of packed sequences."""
 
+    others = ("alibi_slopes", "sinks")
     differentiates_lse = True
 
     def forward_fake(self, query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
