@@ -204,7 +204,10 @@ def test_half_precision_and_autocast(dtype: Any) -> None:
     (out, lse), (exact, _) = (attention_varlen(*each, *lengths, enable_gqa=True) for each in (narrow, wide))
     assert (out.dtype, lse.dtype) == (dtype, torch.float32)
     eps = torch.finfo(dtype).eps
-    torch.testing.assert_close(out.double(), exact, rtol=eps, atol=1e-5)
+    # the result is rounded, and weights may be (tolerances.py)
+    torch.testing.assert_close(
+        out.double(), exact, rtol=eps / 2, atol=eps / 2 * float(wide[2].detach().abs().max()) + 1e-5
+    )
     out.sin().sum().backward()
     exact.sin().sum().backward()
     for one, other in zip(narrow, wide, strict=True):
