@@ -101,7 +101,7 @@ def warn_not_kept() -> None:
 
 @cache
 def _source_digest() -> bytes:
-    call = ("fastattn.call.rounding", "fastattn.call.scores")
+    call = (f"fastattn.call.{name}" for name in ("broadcasting", "halves", "rounding", "scores"))
     modules = of_modules("fastattn.machine", "fastattn.simd", "fastattn.functions", "fastattn.cpu.kernels", *call)
     versions = [version(name) for name in ("numba", "llvmlite")]
     identity = (versions, platform.python_version(), platform.machine(), sys.platform, object.__basicsize__)

@@ -31,6 +31,8 @@ Factory = Callable[[Any], Any]
 
 #: What takes part in compiling.
 COMPILED = (
+    "fastattn.call.broadcasting",
+    "fastattn.call.halves",
     "fastattn.call.rounding",
     "fastattn.call.scores",
     "fastattn.cuda.kernels",
