@@ -1757,6 +1757,18 @@ def test_in_half_precision_large_numbers_and_scales_are_finite_work(
     tolerances.check_call(attention, query, key, value, scale=scale)
 
 
+@pytest.mark.parametrize("dtype", [*HALVES, np.float32])
+@pytest.mark.parametrize("scale", [1.0, 1.38, 1.5])
+def test_large_values_have_room_where_scores_rise(attention: Attention, dtype: Any, scale: float) -> None:
+    # weights grow, and sums of values with them, until the reference follows: by 2^8 at most
+    size = 1e36 if dtype is not np.float16 else 6e4
+    query, key, value = np.ones((40, 1)), np.zeros((1500, 1)), np.ones((1500, 17))
+    for rise in np.linspace(4, 8, 17):
+        key[-1], value[-1] = rise, size
+        arrays = halves_of(dtype, query, key, value)
+        tolerances.check_out(attention(*arrays, scale=scale), tolerances.expected(*arrays, scale=scale))
+
+
 @halves
 @pytest.mark.parametrize("mask_dtype", HALVES)
 @lengths
