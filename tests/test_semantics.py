@@ -2194,6 +2194,20 @@ def test_the_same_bits_in_any_memory_layout(
         assert_same(cpu_attention(*(laid_out(array, layout) for array in (*arrays, mask)), **options), wanted)
 
 
+@halves
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_same_bits_of_the_least_numbers_in_any_memory_layout(
+    cpu_attention: Attention, dtype: Any, layout: str
+) -> None:
+    # times the scale, queries are rounded to subnormal numbers, or from there to the least normal one
+    info = finfo(np.dtype(dtype))
+    size = float(info.tiny) * (2 - float(info.eps))
+    query, key, value = inputs((40, 70), features=32)
+    arrays = halves_of(dtype, np.where(query > 0, size, -size), key / size, value)
+    wanted = cpu_attention(*arrays, scale=0.4, return_lse=True)
+    assert_same(cpu_attention(*(laid_out(array, layout) for array in arrays), scale=0.4, return_lse=True), wanted)
+
+
 def test_the_same_bits_of_broadcast_and_repeated_arrays(cpu_attention: Attention) -> None:
     query, key, value = normal(2, 3, 65, 24), normal(65, 24, seed=1), normal(65, 24, seed=2)
     full = [np.broadcast_to(array, query.shape) for array in (key, value)]
