@@ -1757,6 +1757,18 @@ def test_in_half_precision_large_numbers_and_scales_are_finite_work(
     tolerances.check_call(attention, query, key, value, scale=scale)
 
 
+@pytest.mark.parametrize("dtype", [*HALVES, np.float32])
+@pytest.mark.parametrize("scale", [1.0, 1.38, 1.5])
+def test_large_values_have_room_where_scores_rise(attention: Attention, dtype: Any, scale: float) -> None:
+    # weights grow, and sums of values with them, until the reference follows: by 2^8 at most
+    size = 1e36 if dtype is not np.float16 else 6e4
+    query, key, value = np.ones((40, 1)), np.zeros((1500, 1)), np.ones((1500, 17))
+    for rise in np.linspace(4, 8, 17):
+        key[-1], value[-1] = rise, size
+        arrays = halves_of(dtype, query, key, value)
+        tolerances.check_out(attention(*arrays, scale=scale), tolerances.expected(*arrays, scale=scale))
+
+
 @halves
 @pytest.mark.parametrize("mask_dtype", HALVES)
 @lengths
@@ -2180,6 +2192,20 @@ def test_the_same_bits_in_any_memory_layout(
             args[which] = laid_out(args[which], layout)
             assert_same(cpu_attention(*args, **options), wanted)
         assert_same(cpu_attention(*(laid_out(array, layout) for array in (*arrays, mask)), **options), wanted)
+
+
+@halves
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_same_bits_of_the_least_numbers_in_any_memory_layout(
+    cpu_attention: Attention, dtype: Any, layout: str
+) -> None:
+    # times the scale, queries are rounded to subnormal numbers, or from there to the least normal one
+    info = finfo(np.dtype(dtype))
+    size = float(info.tiny) * (2 - float(info.eps))
+    query, key, value = inputs((40, 70), features=32)
+    arrays = halves_of(dtype, np.where(query > 0, size, -size), key / size, value)
+    wanted = cpu_attention(*arrays, scale=0.4, return_lse=True)
+    assert_same(cpu_attention(*(laid_out(array, layout) for array in arrays), scale=0.4, return_lse=True), wanted)
 
 
 def test_the_same_bits_of_broadcast_and_repeated_arrays(cpu_attention: Attention) -> None:

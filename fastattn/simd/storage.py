@@ -251,15 +251,15 @@ def tile_round_to_pairs(typingctx, first, second):
 
 @intrinsic
 def tile_scale_pairs(typingctx, pairs, factor):
-    """Pairs times a power of two."""
+    """Pairs times a power of two; what becomes subnormal by that is rounded as `store_stored` does it."""
 
     def emit(builder, shape, words, by):
         ints = ir.VectorType(INT, shape.lanes)
-        words, upper = builder.bitcast(words, ints), constant(ints, 0xFFFF0000)
-        halves = builder.shl(words, constant(ints, 16)), builder.and_(words, upper)
-        low, high = (builder.bitcast(builder.fmul(builder.bitcast(h, by.type), by), ints) for h in halves)
-        pairs = builder.or_(builder.lshr(low, constant(ints, 16)), builder.and_(high, upper))
-        return builder.bitcast(pairs, by.type)
+        words = builder.bitcast(words, ints)
+        halves = builder.shl(words, constant(ints, 16)), builder.and_(words, constant(ints, 0xFFFF0000))
+        products = (builder.fmul(builder.bitcast(half, by.type), by) for half in halves)
+        low, high = (builder.zext(round_to_bfloat16(builder, product), ints) for product in products)
+        return builder.bitcast(builder.or_(low, builder.shl(high, constant(ints, 16))), by.type)
 
     return elementwise(emit, pairs, factor)
 

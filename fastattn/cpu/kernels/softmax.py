@@ -149,8 +149,9 @@ def absorb(kernel, scores, count, top, relative, to_base_2, m_at, l_at, out, fea
     m = tile_load(tile.single, m_at, tile.row_bytes)
     total = tile_load(tile.single, l_at, tile.row_bytes)
     current = zero if relative else m
+    slack = SLACK / to_base_2 if kernel.reads == "pairs" else SLACK
     # A query that has seen no key yet (l = 0) takes whatever maximum comes, unless that is still -inf.
-    bound = where_greater(total, zero, current + SLACK, MINUS_INFINITY)
+    bound = where_greater(total, zero, current + slack, MINUS_INFINITY)
     shift = where_greater(top, bound, top, current)
     if all_zero(shift - current):
         if relative:
