@@ -112,10 +112,10 @@ def restrict_rows(kernel, call, plan, rows, piece, scores, buffer):
     filled = (piece.count + tile.lanes - 1) // tile.lanes * tile.lanes
     for r in range(rows.count):
         begin, end, query, head = 0, piece.count, (rows.first + r) % plan.queries, rows.head
+        if "mask" in kernel.steps:  # and functions, whose empty blocks may be a head's own
+            head = head_of(call, plan, rows, r)
         if not piece.all:
             begin, end = keys_of_row(kernel, plan, head, query, piece.first, piece.first + piece.count)
-        if "mask" in kernel.steps:
-            head = head_of(call, plan, rows, r)
         restrict_row(kernel, plan, head, scores, begin, end, filled, query, piece.first, buffer)
         scores += plan.score_bytes
 

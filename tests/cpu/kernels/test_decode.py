@@ -108,6 +108,17 @@ def test_heads_that_share_keys_are_computed_as_if_they_had_their_own(lanes: str,
     )
 
 
+@pytest.mark.parametrize("queries", [1, 2])
+def test_heads_that_share_keys_have_empty_blocks_of_their_own(lanes: str, queries: int) -> None:
+    def seen(batch: Any, head: Any, query: Any, key: Any) -> Any:
+        return key // 128 % 4 == head
+
+    query, key, value = inputs((1, 4, queries, 17), 3 * PIECE, 1)
+    blocks = fastattn.BlockMask.from_function(seen, queries, key.shape[2], heads=4)
+    for options in ({"block_mask": blocks}, {"mask_mod": seen}):
+        tolerances.check_call(fastattn.attention, query, key, value, enable_gqa=True, **options)
+
+
 @pytest.mark.parametrize("options", [{}, {"window": (PIECE + 3, 0)}, {"softcap": 2.0}, {"sinks": np.arange(4) / 3}])
 def test_queries_together_are_as_one_after_the_other(lanes: str, options: Any) -> None:
     """What is decoded ahead, and checked at once, has the bits of what is decoded step by step."""
