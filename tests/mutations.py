@@ -308,6 +308,13 @@ MUTATIONS = (
         ("cpu/kernels/test_decode.py", "test_heads_that_share_keys and here and float32"),
     ),
     Mutation(
+        "few queries: the empty blocks of a head are those of the first of its group",
+        "cpu/kernels/decode.py",
+        "keys_of_row(kernel, plan, head, query,",
+        "keys_of_row(kernel, plan, rows.head, query,",
+        ("cpu/kernels/test_decode.py", "test_heads_that_share_keys_have_empty_blocks_of_their_own and here"),
+    ),
+    Mutation(
         "the weights of keys are summed when all tasks on queries but one are done",
         "cpu/kernels/key_weights.py",
         "wait_for(out.finished + number * WORD, plan.groups)",
