@@ -16,7 +16,7 @@ from fastattn.cpu.host.calls import Plan
 from fastattn.cpu.host.decode import draft_decode, is_decode
 from fastattn.cpu.host.functions import prepared
 from fastattn.cpu.host.kernels import describe, steps_of
-from fastattn.cpu.host.plan import choose_tile, draft_forward
+from fastattn.cpu.host.plan import choose_tile, draft_forward, may_be_in_pairs
 from fastattn.cpu.host.threads import get_num_threads
 from fastattn.machine.tile import TileShape
 
@@ -84,7 +84,7 @@ def _plan(work: str, problem: Problem, operands: Operands, out: Array, threads: 
         kernel = describe("decode", tile, row, steps=steps, storage=name_of(problem.storage))
         return draft_decode(kernel, problem, operands, split, threads).finish(threads)
     tile = choose_tile(row, problem.real, problem.queries)
-    kernel = describe(work, tile, row, score, steps, name_of(problem.storage))
+    kernel = describe(work, tile, row, score, steps, name_of(problem.storage), may_be_in_pairs(problem))
     return draft_forward(kernel, problem, operands, split, threads).finish(threads)
 
 

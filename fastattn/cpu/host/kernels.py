@@ -14,21 +14,29 @@ from fastattn.machine.tile import TileShape
 
 PLAIN: tuple[str, ...] = ()
 STEPS = ("dropout", "mask")
-ON_PAIRS = ("forward",)  # multiplies pairs of bfloat16, where the machine does
+ON_PAIRS = ("forward",)
 #: These take few queries, or blocks of them one by one: too few to lay out keys for.
 IN_PLACE = ("decode", "weights", "known_weights")
 
 
 def describe(
-    work: str, tile: TileShape, row: Isa, score: str = "dot", steps: tuple[str, ...] = STEPS, storage: str = ""
+    work: str,
+    tile: TileShape,
+    row: Isa,
+    score: str = "dot",
+    steps: tuple[str, ...] = STEPS,
+    storage: str = "",
+    in_pairs: bool = True,
 ) -> Kernel:
     """Describe the kernel of some work on scores, for a register tile, and arrays of another dtype than its own.
+
+    `in_pairs`: pairs of bfloat16 may be multiplied, where the machine does that.
 
     A kernel for all that may happen to scores does what one without these steps does, more slowly. The forward and the
     backward pass have both: a single one would make a first call wait for what it does not use.
     """
     few = work in IN_PLACE or tile.vectors == 1  # a tall tile is for few queries
-    if storage == "bfloat16" and row.pairs and work in ON_PAIRS:
+    if in_pairs and storage == "bfloat16" and row.pairs and work in ON_PAIRS:
         reads = "pairs"
     elif few and storage in ("", tile.dtype):
         reads = "strided"

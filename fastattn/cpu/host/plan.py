@@ -37,6 +37,7 @@ LOG2_E = 1.4426950408889634
 TASK_FLOPS = 4e9  # at most, where a group can be made smaller: no thread is away from Python for long
 #: A dtype divides by softcaps up to this, and by those from its inverse on. No score of any use is near either.
 SOFTCAP_LIMITS = {"float32": 2.0**120, "float64": 2.0**1000}
+MODERATE = 2.0**-16  # a scale, or its inverse
 WORK_ROWS = 2  # rows of a tile needed besides the scores: maxima, and factors of the weights
 
 
@@ -184,6 +185,14 @@ def fields_of_softcap(problem: Problem, base: float) -> dict[str, float]:
     limit = SOFTCAP_LIMITS[problem.real.type.__name__]
     softcap = min(max(problem.scores.softcap * base, 1 / limit), limit)
     return {"softcap": softcap, "softcap_factor": 2.0 * LOG2_E / softcap}
+
+
+def may_be_in_pairs(problem: Problem) -> bool:
+    """Whether queries times the power of two of the scale are as large as queries are, or nearly.
+
+    Multiplied in pairs, numbers below 2^-126 count as 0.
+    """
+    return MODERATE <= abs(problem.scores.scale) <= 1 / MODERATE or problem.scores.scale == 0
 
 
 def fields_of_pairs(problem: Problem, fields: dict[str, Any]) -> dict[str, float]:
