@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from strategies import Call, bias_in, bits_of, calls, each
 
 import fastattn
+from fastattn.call.halves import is_bfloat16
 
 Gradients = dict[str, Any]
 FEW = settings().max_examples // 3
@@ -53,17 +54,26 @@ def test_pytorch_has_the_bits_of_numpy(call: Call) -> None:
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
     from fastattn.integrations.torch import attention_with_lse
 
+    def tensor_of(array: Any) -> Any:
+        if not is_bfloat16(array.dtype):
+            return torch.from_numpy(np.array(array))
+        return torch.from_numpy(np.array(array).view(np.int16)).view(torch.bfloat16)
+
     def leaf(array: Any) -> Any:
-        tensor = torch.from_numpy(np.array(array))
+        tensor = tensor_of(array)
         return tensor.requires_grad_(tensor.is_floating_point())
+
+    def array_of(tensor: Any) -> Any:
+        found = tensor.detach()
+        return found.view(torch.int16).numpy() if found.dtype == torch.bfloat16 else found.numpy()
 
     results, above, wanted = by_numpy(call)
     args, options = made(call, leaf)
     found = attention_with_lse(*args, **options)
-    assert bits_of(*(result.detach().numpy() for result in found)) == bits_of(*results)
+    assert bits_of(*map(array_of, found)) == bits_of(*results)
     sources = sources_of([*args[:3], None], options) | {"attn_mask": torch_bias(args[3])}
-    gradients = torch.autograd.grad(found, [sources[name] for name in wanted], list(map(torch.from_numpy, above)))
-    assert bits_of(*(gradient.numpy() for gradient in gradients)) == bits_of(*wanted.values())
+    gradients = torch.autograd.grad(found, [sources[name] for name in wanted], list(map(tensor_of, above)))
+    assert bits_of(*map(array_of, gradients)) == bits_of(*wanted.values())
 
 
 def torch_bias(mask: Any) -> Any:
