@@ -210,7 +210,7 @@ def test_sixteen_lanes_on_any_machine(monkeypatch: pytest.MonkeyPatch, sixteen_l
         monkeypatch.setattr(pool, name, 0)
     assert broad.check((np.float32,)) == 16
     assert broad.check((np.float32,), of=broad.intervals) == 5
-    assert any(kernel.row is sixteen_lanes for kernel in kernels._loaded)
+    assert any(kernel.row == sixteen_lanes for kernel in kernels._loaded)
 
 
 @pytest.mark.parametrize("row", [row for row in isa.TABLE if isa.runs_here(row)], ids=lambda row: row.name)
