@@ -27,6 +27,7 @@ from fastattn.cpu.kernels.additive_terms import differentiate_vector, places_vie
 from fastattn.cpu.kernels.blocks import clear
 from fastattn.cpu.kernels.pack import pack_queries, unpack_rows
 from fastattn.cpu.kernels.records import ADDITIVE_BACKWARD, ADDITIVE_PLACES, QUERY_NUMBERS
+from fastattn.cpu.kernels.score_rows import fill_row
 from fastattn.cpu.kernels.scores import keys_of_block, restrict
 from fastattn.cpu.kernels.softmax import MINUS_INFINITY
 from fastattn.cpu.kernels.stages import finish, wait_for
@@ -108,13 +109,6 @@ def fill(tile, at, size, value):
     vector = tile_fill(tile.vector, value)
     for offset in range(0, size, tile.vector_bytes):
         tile_store(vector, at + offset, 0)
-
-
-@jit
-def fill_row(tile, at, first, end, value):
-    """at[first:end] = value."""
-    for j in range(first, end):
-        store_element(tile, at + j * tile.itemsize, value)
 
 
 # -- the weight, queries and keys --------------------------------------------------------------------------------------
@@ -370,15 +364,21 @@ def find_sums(kernel, plan, given, head, places, first_query, queries, lse, sums
 
 
 @jit
-def differentiate_block(kernel, plan, head, places, first_query, first_key, queries, count, filled):
-    """All that a block of queries and one of keys, where there is anything to look at, have to do with each other."""
-    tile = kernel.tile
+def load_block(tile, plan, head, places, first_key, queries, count, filled):
+    """Lay out a block of keys for the queries that meet it, and weights[i][j] = dO[i] · value[j]."""
     key, value = head.key + first_key * plan.key_row, head.value + first_key * plan.value_row
     load_keys(tile, plan, places, key, value, queries, count, filled)
     if values_stay_rows(tile, queries):
         sums_with_values(tile, plan, places, queries, filled)
     else:
         product_with_values(tile, plan, places, queries, filled)
+
+
+@jit
+def differentiate_block(kernel, plan, head, places, first_query, first_key, queries, count, filled):
+    """All that a block of queries and one of keys, where there is anything to look at, have to do with each other."""
+    tile = kernel.tile
+    load_block(tile, plan, head, places, first_key, queries, count, filled)
     for j in range(0, filled, tile.lanes):
         differentiate_vector(kernel, places, plan, head, first_query, first_key, queries, j)
     add_to_values(tile, plan, places, queries, filled)

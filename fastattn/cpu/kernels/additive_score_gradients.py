@@ -20,11 +20,8 @@ from fastattn.cpu.kernels.additive_backward import (
     begin_queries,
     hide,
     lay_out,
-    load_keys,
+    load_block,
     load_weight,
-    product_with_values,
-    sums_with_values,
-    values_stay_rows,
 )
 from fastattn.cpu.kernels.additive_terms import looks_at_none, slopes_of, terms_of
 from fastattn.cpu.kernels.functions import add_to_captured
@@ -90,12 +87,7 @@ def differentiate_scores(kernel, call, plan, given, number, places, block, start
         count = min(plan.key_block, end - first_key)
         filled = (count + tile.width - 1) // tile.width * tile.width
         if hide(kernel, plan, head, places, first, queries, first_key, filled, lse):
-            key, value = head.key + first_key * plan.key_row, head.value + first_key * plan.value_row
-            load_keys(tile, plan, places, key, value, queries, count, filled)
-            if values_stay_rows(tile, queries):
-                sums_with_values(tile, plan, places, queries, filled)
-            else:
-                product_with_values(tile, plan, places, queries, filled)
+            load_block(tile, plan, head, places, first_key, queries, count, filled)
             differentiate_pairs(kernel, plan, given, head, places, first, first_key, queries, count, target)
 
 
