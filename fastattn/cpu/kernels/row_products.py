@@ -3,8 +3,8 @@
     scores[r][j] = q[r] · key[j]                    q[r][p]: the rows, times the scale
     sums[r][p]  += Σ_j weights[r][j] · value[j][p]
 
-Keys and values are read where they lie, through `load_rows`. What is computed for a row is the same, in the same order,
-whatever other rows there are.
+Keys and values are read where they lie, or have been copied to. What is computed for a row is the same, in the same
+order, whatever other rows there are.
 """
 
 from fastattn.cpu.kernels.prefetch import ask, want, want_nothing
@@ -31,18 +31,6 @@ KEYS_AT_ONCE = 32  # whose values are multiplied for all rows in turn: they stay
 # -- scores ------------------------------------------------------------------------------------------------------------
 
 
-@jit
-def load_rows(shape, at, row):
-    """Rows of keys or values, as many as a shape has, as they are computed with."""
-    return tile_load(shape, at, row)
-
-
-@jit
-def load_part_of_rows(shape, at, row, rows, columns):
-    """The same where not all rows and columns are there."""
-    return tile_load_part(shape, at, row, rows, columns)
-
-
 @inline
 def add_products(tile, strip, q, key, row, first, features, sums):
     """sums[j] += q · key[j] by lanes, for a vector of keys and as many whole strips of features as follow `first`.
@@ -54,7 +42,7 @@ def add_products(tile, strip, q, key, row, first, features, sums):
         offset = p * tile.itemsize
         features_of_q, at, place = tile_load(strip, q + offset, 0), key + offset, sums
         for _ in range(tile.lanes):
-            tile_store(add_dot(features_of_q, load_rows(strip, at, 0), tile_load(tile.vector, place, 0)), place, 0)
+            tile_store(add_dot(features_of_q, tile_load(strip, at, 0), tile_load(tile.vector, place, 0)), place, 0)
             at += row
             place += tile.vector_bytes
         p += strip.width
@@ -76,7 +64,7 @@ def products(kernel, plan, q, key, present):
     total = tile_load(tile.square, sums, tile.vector_bytes)
     for first in range(p, features, tile.lanes):
         offset = first * tile.itemsize
-        keys = load_part_of_rows(tile.square, key + offset, row, present, min(tile.lanes, features - first))
+        keys = tile_load_part(tile.square, key + offset, row, present, min(tile.lanes, features - first))
         total = fma(keys, tile_load(tile.vector, q + offset, 0), total)
     return row_sums(total)
 
@@ -93,12 +81,12 @@ def crossed_products(kernel, plan, q, key, present, wanted):
     total = tile_fill(tile.square, 0.0)
     for offset in range(0, whole * tile.itemsize, tile.vector_bytes):
         queries = tile_stretch(tile.square, tile_load(tile.factor, q + offset, plan.query_bytes))
-        total = fma(load_rows(tile.cofactor, key + offset, row), queries, total)
+        total = fma(tile_load(tile.cofactor, key + offset, row), queries, total)
         ask(wanted)
     for p in range(whole, features, tile.lanes):
         offset = p * tile.itemsize
         queries = tile_stretch(tile.square, tile_load(tile.factor, q + offset, plan.query_bytes))
-        keys = load_part_of_rows(tile.cofactor, key + offset, row, present, min(tile.lanes, features - p))
+        keys = tile_load_part(tile.cofactor, key + offset, row, present, min(tile.lanes, features - p))
         total = fma(keys, queries, total)
     return row_sums(total)
 
@@ -135,12 +123,12 @@ def add_to_columns(kernel, plan, weights, strip, value, count, sums, wanted):
     itemsize, row, step = kernel.tile.itemsize, plan.score_bytes, plan.value_step
     for _ in range(count >> 2):
         for _ in range(4):
-            acc = fma(tile_load_column(strip, weights, row), load_rows(strip.single, value, 0), acc)
+            acc = fma(tile_load_column(strip, weights, row), tile_load(strip.single, value, 0), acc)
             weights += itemsize
             value += step
         ask(wanted)
     for _ in range(count & 3):
-        acc = fma(tile_load_column(strip, weights, row), load_rows(strip.single, value, 0), acc)
+        acc = fma(tile_load_column(strip, weights, row), tile_load(strip.single, value, 0), acc)
         weights += itemsize
         value += step
     tile_store(acc, sums, plan.sum_bytes)
@@ -165,7 +153,7 @@ def add_to_rest(kernel, plan, weights, narrow, value, count, sums, first):
         return
     acc, at, weight = tile_load(narrow, sums + offset, plan.sum_bytes), value + offset, weights
     for _ in range(count):
-        part = load_part_of_rows(tile.vector, at, 0, 1, columns)
+        part = tile_load_part(tile.vector, at, 0, 1, columns)
         acc = fma(tile_load_column(narrow, weight, plan.score_bytes), part, acc)
         weight += tile.itemsize
         at += plan.value_step
