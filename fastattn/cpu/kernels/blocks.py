@@ -9,7 +9,7 @@ from fastattn.cpu.kernels.pack import copy_rows, key_steps, pack_keys, pack_quer
 from fastattn.cpu.kernels.prefetch import NOTHING, ask
 from fastattn.cpu.kernels.scores import cap, restrict, sees
 from fastattn.cpu.kernels.softmax import MINUS_INFINITY
-from fastattn.cpu.kernels.tiles import product, product_of_pairs, unrolled_product
+from fastattn.cpu.kernels.tiles import row_product, tile_product
 from fastattn.simd import (
     all_zero,
     jit,
@@ -98,12 +98,7 @@ def score_block(kernel, plan, q, key, first, count, start, scores, best, wanted)
     initial = tile_repeat(tile, start)
     whole = count - count % tile.rows
     for _ in range(0, whole, tile.rows):
-        if kernel.reads == "pairs":
-            acc = product_of_pairs(tile, initial, key, row, column, q, features)
-        elif kernel.reads != "strided":
-            acc = unrolled_product(tile, initial, key, row, column, q, features)
-        else:
-            acc = product(initial, key, row, column, q, tile.row_bytes, features)
+        acc = tile_product(kernel, initial, key, row, column, q, features)
         if kernel.reads == "pairs" and "mask" in kernel.steps:
             acc = acc * plan.factor
         tile_store(acc, scores, tile.row_bytes)
@@ -112,10 +107,7 @@ def score_block(kernel, plan, q, key, first, count, start, scores, best, wanted)
         key += panel
         scores += tile.rows * tile.row_bytes
     for _ in range(whole, count):
-        if kernel.reads == "pairs":
-            one = product_of_pairs(tile, start, key, row, column, q, features)
-        else:
-            one = product(start, key, row, column, q, tile.row_bytes, features)
+        one = row_product(kernel, start, key, row, column, q, features)
         if kernel.reads == "pairs" and "mask" in kernel.steps:
             one = one * plan.factor
         tile_store(one, scores, tile.row_bytes)
@@ -145,22 +137,14 @@ def add_values(kernel, plan, weights, count, value, out, wanted):
     whole = features - features % tile.rows
     for _ in range(0, whole, tile.rows):
         acc = tile_load(tile, out, tile.row_bytes)
-        if kernel.reads == "pairs":
-            acc = product_of_pairs(tile, acc, value, column, row, weights, count)
-        elif kernel.reads != "strided":
-            acc = unrolled_product(tile, acc, value, column, row, weights, count)
-        else:
-            acc = product(acc, value, column, row, weights, tile.row_bytes, count)
+        acc = tile_product(kernel, acc, value, column, row, weights, count)
         tile_store(acc, out, tile.row_bytes)
         ask(wanted)
         value += panel
         out += tile.rows * tile.row_bytes
     for _ in range(whole, features):
         one = tile_load(tile.single, out, tile.row_bytes)
-        if kernel.reads == "pairs":
-            one = product_of_pairs(tile, one, value, column, row, weights, count)
-        else:
-            one = product(one, value, column, row, weights, tile.row_bytes, count)
+        one = row_product(kernel, one, value, column, row, weights, count)
         tile_store(one, out, tile.row_bytes)
         value += column
         out += tile.row_bytes

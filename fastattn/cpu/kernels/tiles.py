@@ -48,3 +48,21 @@ def unrolled(step):
 
 unrolled_product = unrolled(tile_rank1)
 product_of_pairs = unrolled(tile_rank2)  # of which `count` is the number
+
+
+@inline
+def tile_product(kernel, start, a, a_row, a_column, b, count):
+    """The product for a whole tile, by the way in which a kernel finds a."""
+    if kernel.reads == "pairs":
+        return product_of_pairs(kernel.tile, start, a, a_row, a_column, b, count)
+    if kernel.reads != "strided":
+        return unrolled_product(kernel.tile, start, a, a_row, a_column, b, count)
+    return product(start, a, a_row, a_column, b, kernel.tile.row_bytes, count)
+
+
+@inline
+def row_product(kernel, start, a, a_row, a_column, b, count):
+    """The same for one row of a tile, of which there are few: they are not worth a round of four."""
+    if kernel.reads == "pairs":
+        return product_of_pairs(kernel.tile, start, a, a_row, a_column, b, count)
+    return product(start, a, a_row, a_column, b, kernel.tile.row_bytes, count)
