@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from differences import central_differences
 from strategies import bits_of
 
 import fastattn
@@ -58,14 +59,7 @@ def check(layer: Any, given: dict[str, Array], **options: Any) -> None:
         return float((layer(QUERY, KEY, **told({**given, name: array}), **options) * grad_out).sum())
 
     for (name, array), found in zip(given.items(), named, strict=True):
-        wanted = np.zeros(array.shape)
-        for place in np.ndindex(array.shape):
-            ends = []
-            for step in (STEP, -STEP):
-                moved = array.copy()
-                moved[place] += step
-                ends.append(loss(name, moved))
-            wanted[place] = (ends[0] - ends[1]) / (2 * STEP)
+        wanted = central_differences(partial(loss, name), array, STEP)
         assert found.shape == array.shape
         np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-7, err_msg=name)
 
