@@ -4,6 +4,7 @@ from fastattn.api.additive import additive_attention
 from fastattn.api.attention import attention
 from fastattn.api.backward import additive_attention_backward, attention_backward
 from fastattn.api.block_mask import BlockMask
+from fastattn.api.blocks import attention_blocks
 from fastattn.api.merge import merge
 from fastattn.api.varlen import attention_varlen, attention_varlen_backward
 from fastattn.api.weights import AttentionSummary, attention_summary, attention_weights
@@ -21,6 +22,7 @@ __all__ = [
     "additive_attention_backward",
     "attention",
     "attention_backward",
+    "attention_blocks",
     "attention_summary",
     "attention_varlen",
     "attention_varlen_backward",

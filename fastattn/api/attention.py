@@ -16,7 +16,7 @@ from fastattn.call.blocks import Blocks
 from fastattn.call.options import check_flag
 from fastattn.call.out import check_out
 from fastattn.call.problem import Array, Problem
-from fastattn.call.score_options import FurtherOptions, MaskMod, ScoreMod
+from fastattn.call.score_options import FurtherOptions, MaskMod, PieceOptions, ScoreMod
 from fastattn.call.seeds import Rng, seed_from
 from fastattn.call.shapes import describe
 from fastattn.call.widening import narrowed, scale_in_float64, widened, wider_type
@@ -219,13 +219,13 @@ def _on_backend(
         return cuda.attention(*call, **wanted, **further)
     if backend == "reference":
         return reference.attention(*call, **wanted, **further)
-    return _on_cpu(asked, further, *call, **wanted)
+    return on_cpu(asked, further, *call, **wanted)  # type: ignore[arg-type]  # options of a piece may be missing
 
 
 @in_default_mode
-def _on_cpu(
+def on_cpu(
     asked: Hashable,
-    further: FurtherOptions,
+    further: PieceOptions,
     query: Any,
     key: Any,
     value: Any,
@@ -252,7 +252,7 @@ def _on_cpu(
         options = (dropout_p, is_causal, scale_in_float64(problem), enable_gqa)
         call: Any = (*widened(*arrays[:3], mask=arrays[3], to=wide), *options)
         wanted: Any = {"return_lse": True, "return_weights": return_weights, "rng": seed, "out": target}
-        return rounded(problem, checked, return_lse, *attention(*call, **wanted, **further, backend="cpu"))
+        return rounded(problem, checked, return_lse, *on_cpu(b"", further, *call, **wanted))
     made, given = (*arrays[:3], *masks_in(arrays[3])), (query, key, value, *masks_in(attn_mask))
     return cpu.evaluate(asked, problem, operands, made, given, checked, return_lse, return_weights, seed)
 

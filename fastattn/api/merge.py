@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import reduce
 from typing import Any
 
-import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastattn.call.pieces import as_pieces
-from fastattn.call.problem import FLOAT64
-from fastattn.call.rounding import saturated
+from fastattn.call.pieces import Merged, as_pieces
 from fastattn.cpu.host.builtin import in_default_mode
 
 
@@ -74,15 +70,7 @@ def merge(outs: Iterable[ArrayLike], lses: Iterable[ArrayLike]) -> tuple[NDArray
     True
     """
     pieces = as_pieces(outs, lses)
-    dtype = pieces[0][0].dtype
-    with np.errstate(all="ignore"):
-        highest = reduce(np.maximum, [lse for _, lse in pieces]).astype(FLOAT64)
-        highest = np.where(highest == -np.inf, 0.0, highest)
-        weights = [np.exp(lse - highest) for _, lse in pieces]
-        total = reduce(np.add, weights)
-        result = np.zeros(pieces[0][0].shape, dtype)
-        for (out, lse), weight in zip(pieces, weights, strict=True):
-            share = (weight / total).astype(dtype)
-            # a piece without keys counts for nothing, whatever its result says
-            result += np.where((lse == -np.inf)[..., None], dtype.type(0), share[..., None] * out)
-        return result, saturated(highest + np.log(total), dtype).astype(dtype)
+    result = Merged()
+    for out, lse in pieces:
+        result.add(out, lse)
+    return result.finish(pieces[0][0].dtype)

@@ -1,17 +1,51 @@
-"""Results over pieces of the keys, from what was given to arrays of one dtype."""
+"""Results over pieces of the keys: from what was given to arrays of one dtype, and what they come to together."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
+import numpy as np
 from numpy.typing import ArrayLike
 
 from fastattn.call.advice import said
 from fastattn.call.arrays import as_common
 from fastattn.call.halves import cast, common_dtype
-from fastattn.call.problem import FLOAT32, Array
+from fastattn.call.problem import FLOAT32, FLOAT64, Array
+from fastattn.call.rounding import saturated
 
-__all__ = ["as_pieces"]
+__all__ = ["Merged", "as_pieces"]
+
+
+class Merged:
+    """The result over the pieces so far, each counted with its share of the sum of weights: an online softmax.
+
+    In float64, whatever the pieces are: there may be many.
+    """
+
+    def __init__(self) -> None:
+        # m, l and the sums of values: l = Σ exp(lse - m), sums = Σ exp(lse - m) · out
+        self.highest: Any = np.float64(-np.inf)
+        self.total: Any = np.float64(0.0)
+        self.sums: Any = np.float64(0.0)
+
+    def add(self, out: Array, lse: Array) -> None:
+        """Count one more piece; one without keys counts for nothing, whatever its result says."""
+        with np.errstate(all="ignore"):
+            highest = np.maximum(self.highest, lse.astype(FLOAT64))
+            shift = np.where(highest == -np.inf, 0.0, highest)
+            before, here = np.exp(self.highest - shift), np.exp(lse - shift)
+            self.total = self.total * before + here
+            own = np.where((lse == -np.inf)[..., None], 0.0, here[..., None] * out)
+            self.sums = self.sums * before[..., None] + own
+            self.highest = highest
+
+    def finish(self, dtype: np.dtype[Any]) -> tuple[Array, Array]:
+        """Return the result and its log-sum-exp, in a dtype: 0 and -inf for a query that sees no key of any piece."""
+        with np.errstate(all="ignore"):
+            out = np.where(self.total[..., None] == 0, 0.0, self.sums / self.total[..., None])
+            shift = np.where(self.highest == -np.inf, 0.0, self.highest)
+            return out.astype(dtype), saturated(shift + np.log(self.total), dtype).astype(dtype)
 
 
 def as_pieces(outs: Iterable[ArrayLike], lses: Iterable[ArrayLike]) -> list[tuple[Array, Array]]:

@@ -20,7 +20,16 @@ from fastattn.call.scores import FARTHEST, Scores
 from fastattn.functions.function import Function, described
 from fastattn.functions.masks import asked_nearer, both
 
-__all__ = ["FurtherOptions", "PieceOptions", "ScoreOptions", "check_names", "scores_from"]
+__all__ = [
+    "FurtherOptions",
+    "PieceOptions",
+    "ScoreOptions",
+    "as_integers",
+    "check_names",
+    "check_window",
+    "held_within",
+    "scores_from",
+]
 
 
 #: A function of (score, batch, head, query, key), and one of (batch, head, query, key) that says which keys are seen.
@@ -46,6 +55,9 @@ class PieceOptions(FurtherOptions, total=False):
     """And what the package itself says of a call that is a piece of another."""
 
     first_batch: int  # the number of its first row of the batch there
+    first_head: int
+    first_query: int  # positions are said by query_offset, which counts from the first key of the piece
+    first_key: int
 
 
 class ScoreOptions(PieceOptions, total=False):
@@ -118,6 +130,9 @@ def scores_from(
         score_mod=score_mod,
         mask_mod=mask_mod,
         first_batch=options.get("first_batch", 0),
+        first_head=options.get("first_head", 0),
+        first_query=options.get("first_query", 0),
+        first_key=options.get("first_key", 0),
     )
     if not own:
         return scores, None, captured
@@ -219,7 +234,8 @@ def _as_lengths(given: ArrayLike | None, batch: Shape, keys: int) -> Array | Non
     """Return the number of keys of each row of a batch."""
     if given is None:
         return None
-    lengths = _as_integers("key_lengths", given, batch)
+    lengths = as_integers("key_lengths", given)
+    check_broadcasts("key_lengths", lengths.shape, batch, "the batch")
     if lengths.size and not (lengths.min() >= 0 and lengths.max() <= keys):
         raise ValueError(f"key_lengths: {lengths.min()} to {lengths.max()}; expected 0 to {keys}, the length of key")
     return _of_rows(lengths, batch)
@@ -231,12 +247,11 @@ def _as_offset(given: ArrayLike | None, batch: Shape) -> tuple[int, Array | None
         return 0, None
     if isinstance(given, int) and not isinstance(given, bool):
         return given, None
-    offsets = _as_integers("query_offset", given, batch)
+    offsets = as_integers("query_offset", given)
+    check_broadcasts("query_offset", offsets.shape, batch, "the batch")
     if offsets.ndim == 0:
         return int(offsets), None
-    if offsets.dtype.kind == "u":
-        offsets = np.minimum(offsets, FARTHEST)
-    return 0, _of_rows(offsets.astype(np.int64).clip(-FARTHEST, FARTHEST), batch)
+    return 0, _of_rows(held_within(offsets), batch)
 
 
 def _as_slopes(given: ArrayLike | None, batch: Shape, heads: int) -> Array | None:
@@ -267,15 +282,27 @@ def _of_heads(name: str, given: ArrayLike, batch: Shape, heads: int) -> Array:
     return np.broadcast_to(cast(numbers, FLOAT64), (*batch, heads)).reshape(math.prod(batch), heads)
 
 
-def _as_integers(name: str, given: ArrayLike, batch: Shape) -> Array:
-    """Return an array of integers that broadcasts to the axes of a batch."""
+def as_integers(name: str, given: ArrayLike) -> Array:
+    """Return an array of integers.
+
+    Raises
+    ------
+    TypeError
+        If it is of another dtype.
+    """
     integers = as_array(name, given)
     if integers.size == 0 and not isinstance(given, np.ndarray):
         integers = integers.astype(np.int64)  # an empty list has no integers to tell its type by
     if integers.dtype.kind not in "iu":
         raise TypeError(f"{name}: dtype {integers.dtype}; expected integers, one for each row of the batch")
-    check_broadcasts(name, integers.shape, batch, "the batch")
     return integers
+
+
+def held_within(integers: Array) -> Array:
+    """Return integers of 64 bits, none farther than the farthest position."""
+    if integers.dtype == np.uint64:
+        integers = np.minimum(integers, np.uint64(FARTHEST))
+    return integers.astype(np.int64).clip(-FARTHEST, FARTHEST)
 
 
 def _of_rows(integers: Array, batch: Shape) -> Array:

@@ -85,11 +85,10 @@ class Scores:
         Which fields of `HEAD` each head has of its own, in the operand `heads`.
     score_mod, mask_mod : Function or None
         The user's functions; what they capture is in the operand `captured`.
-    first_batch : int
-        The number of the first row of the batch, where a call is a piece of another: what depends on numbers of rows is
-        that of the whole.
-    first_key : int
-        The number that key 0 has for these: not 0 in a part of a call. Positions count from there as well.
+    first_batch, first_head, first_query, first_key : int
+        The numbers that the first row of the batch, head, query and key have in the whole, where a call is a piece of
+        another: what depends on such numbers, functions and dropout, is that of the whole. Positions here count from
+        the first key of the piece, as lengths do; a function is told those of the whole.
     """
 
     scale: float = 1.0
@@ -103,6 +102,8 @@ class Scores:
     score_mod: Function | None = None
     mask_mod: Function | None = None
     first_batch: int = 0
+    first_head: int = 0
+    first_query: int = 0
     first_key: int = 0
 
     @property

@@ -13,13 +13,20 @@ __all__ = ["keep_mask", "kept_weights", "philox"]
 def kept_weights(problem: Problem, seed: int) -> NDArray[np.bool_]:
     """Say which weights dropout keeps, shape (..., Lq, Lk)."""
     batch = problem.scores.first_batch + np.arange(int(np.prod(problem.batch)))[:, None]
-    head = np.arange(problem.heads)
-    kept = keep_mask(seed, batch, head, problem.queries, problem.keys, problem.dropout_p)
+    scores = problem.scores
+    head, first = scores.first_head + np.arange(problem.heads), (scores.first_query, scores.first_key)
+    kept = keep_mask(seed, batch, head, problem.queries, problem.keys, problem.dropout_p, first)
     return kept.reshape(*problem.rows_shape, problem.queries, problem.keys)
 
 
 def keep_mask(
-    seed: int, batch_index: ArrayLike, head_index: ArrayLike, queries: int, keys: int, p: float
+    seed: int,
+    batch_index: ArrayLike,
+    head_index: ArrayLike,
+    queries: int,
+    keys: int,
+    p: float,
+    first: tuple[int, int] = (0, 0),
 ) -> NDArray[np.bool_]:
     """Say which weights dropout keeps: this depends on seed, batch, head, query and key alone.
 
@@ -36,6 +43,8 @@ def keep_mask(
         Lq and Lk.
     p : float
         Probability that a weight is dropped.
+    first : tuple of two int
+        The numbers of the first query and key.
 
     Returns
     -------
@@ -43,17 +52,18 @@ def keep_mask(
         With the axes of the broadcast indices on the left.
     """
     batch_index, head_index = np.broadcast_arrays(batch_index, head_index)
-    blocks = -(-keys // 4)
+    query, key = first
+    blocks = np.arange(key // 4, -(-(key + keys) // 4))
     words = philox(
         (
-            np.arange(blocks),
-            np.arange(queries)[:, None],
+            blocks,
+            query + np.arange(queries)[:, None],
             head_index[..., None, None],
             batch_index[..., None, None],
         ),
         (seed & 0xFFFFFFFF, seed >> 32),
     )
-    words = words.reshape(*words.shape[:-2], 4 * blocks)[..., :keys]
+    words = words.reshape(*words.shape[:-2], 4 * len(blocks))[..., key % 4 :][..., :keys]
     return words >= np.uint64(round(p * 2**32))
 
 

@@ -61,7 +61,8 @@ def where_all(problem: Problem, heads: Array | None) -> Where:
     rows = np.arange(math.prod(lead)).reshape(*lead, 1, 1)
     offset: Any = problem.scores.offset if heads is None else heads["offset"].reshape(*lead, 1, 1)
     query, key = np.arange(problem.queries)[:, None] + problem.scores.first_key, np.arange(problem.keys)
-    batch, head = problem.scores.first_batch + rows // max(1, problem.heads), rows % max(1, problem.heads)
+    batch = problem.scores.first_batch + rows // max(1, problem.heads)
+    head = problem.scores.first_head + rows % max(1, problem.heads)
     return Where(*np.broadcast_arrays(batch, head, query + offset, key + problem.scores.first_key))
 
 

@@ -94,6 +94,10 @@ def test_a_number_for_each_row_of_the_batch(kind: Any) -> None:
 
 def test_offsets_of_rows_that_mean_nothing_are_not_kept() -> None:
     assert scores_of(batch=(2,), query_offset=[1, 2]) == (Scores(scale=0.5), None)
+    for dtype in (np.uint8, np.uint16, np.uint32, np.uint64):  # of which the narrow do not reach to the farthest
+        own = scores_of(batch=(2,), query_offset=np.array([1, 2], dtype), window=(1, 1))[1]
+        assert own is not None
+        assert own["offset"][:: len(own) // 2].tolist() == [1, 2]
     scores, own = scores_of(batch=(2,), query_offset=[1, 2], key_lengths=[3, 4])
     assert scores.own == ("keys",)
     assert own is not None

@@ -81,7 +81,8 @@ def prepared(problem: Problem, operands: Operands, tile: TileShape, parts: Parts
     scores, given = problem.scores, operands.captured
     record = np.zeros(1, FUNCTIONS)
     record["heads"] = max(1, problem.heads)
-    record["first_row"], record["first_key"] = scores.first_batch, scores.first_key
+    record["first_row"], record["first_head"] = scores.first_batch, scores.first_head
+    record["first_key"] = scores.first_key
     held: list[Array] = []
     if scores.score_mod is not None:
         library = compiled("score_function", scores.score_mod, tile)
@@ -132,31 +133,43 @@ def kinds_of_blocks(
     blocks = operands.captured.blocks
     if blocks is not None and blocks.shape[2:] == (problem.queries, problem.keys):
         return blocks.kinds
-    if min(problem.queries, problem.keys) < WORTH_LOOKING or problem.scores.first_key or 0 in problem.rows_shape:
+    if min(problem.queries, problem.keys) < WORTH_LOOKING or 0 in problem.rows_shape:
         return None
     batches = math.prod(problem.batch)
     offsets: Any = [problem.scores.offset]
     if operands.heads is not None and "offset" in problem.scores.own:
         offsets = operands.heads["offset"].reshape(batches, -1)[:, 0]
-    first_row = problem.scores.first_batch if "batch" in function.reads else 0
+    scores = problem.scores
+    first_row = scores.first_batch if "batch" in function.reads else 0
+    first_head = scores.first_head if "head" in function.reads else 0
     rows = batches if "batch" in function.reads or len(offsets) > 1 else 1
     heads = problem.heads if "head" in function.reads else 1
     shape = (rows, heads, problem.queries, problem.keys)
     of_rows = bytes(np.asarray(offsets, np.int64))
-    key = ("kinds", function, contents(operands.captured.seen), of_rows, first_row, shape)
-    return session.current.plans.of(key, lambda: kinds_found(library, record, shape, offsets, first_row))
+    first = first_row, first_head, scores.first_key
+    key = ("kinds", function, contents(operands.captured.seen), of_rows, first, shape)
+    return session.current.plans.of(key, lambda: kinds_found(library, record, shape, offsets, first))
 
 
 def kinds_found(
-    library: Library, record: Array, shape: tuple[int, int, int, int], offsets: Any = (0,), first_row: int = 0
+    library: Library,
+    record: Array,
+    shape: tuple[int, int, int, int],
+    offsets: Any = (0,),
+    numbers: tuple[int, int, int] = (0, 0, 0),
 ) -> Array:
-    """Look at all blocks, for so many rows, heads, queries and keys; `offsets` are of each row, or one for all."""
+    """Look at all blocks, for so many rows, heads, queries and keys; `offsets` are of each row, or one for all.
+
+    `numbers` are those that the first row, head and key have for the function.
+    """
+    first_row, first_head, first_key = numbers
     rows, heads, queries, keys = shape
     kinds = np.empty((rows, heads, -(-queries // KIND_QUERIES), -(-keys // KIND_KEYS)), np.uint8)
     for row, head, block in np.ndindex(kinds.shape[:3]):
-        first, offset = block * KIND_QUERIES, int(offsets[row % len(offsets)])
-        where = (first_row + row, head, first, min(KIND_QUERIES, queries - first), offset, keys, KIND_KEYS)
-        library.look(address_of(kinds[row, head, block]), *where, address_of(record))
+        first = block * KIND_QUERIES
+        where = (first_row + row, first_head + head, first_key + int(offsets[row % len(offsets)]) + first)
+        some = (min(KIND_QUERIES, queries - first), first_key, keys, KIND_KEYS)
+        library.look(address_of(kinds[row, head, block]), *where, *some, address_of(record))
     return kinds
 
 

@@ -174,6 +174,9 @@ def fields_of_scores(problem: Problem, bias: Array | None) -> dict[str, float]:
         "right": scores.right or 0,
         "drop_below": problem.drop_threshold,
         "keep_scale": problem.keep_scale,
+        "first_head": scores.first_head,
+        "first_query": scores.first_query,
+        "first_key": scores.first_key,
         **{"own_" + name: head[name].item() for name in HEAD.names or ()},
     }
 

@@ -23,6 +23,7 @@ import math
 from collections import namedtuple
 
 from fastattn.cpu.kernels.blocks import are_finite
+from fastattn.cpu.kernels.dropout import numbers_of_head
 from fastattn.cpu.kernels.forward import may_hide
 from fastattn.cpu.kernels.masks import lowest
 from fastattn.cpu.kernels.pack import copy_rows
@@ -146,12 +147,13 @@ def exponentials(kernel, plan, scores, count):
 
 @jit
 def drop_row(tile, plan, call, weights, count, number, query, first_key, buffer):
-    """Set to 0 what dropout takes from a row of weights; first_key is a multiple of 4."""
-    batch, head = call.first_batch + number // plan.heads, number % plan.heads
-    for j in range(0, count, 4):
+    """Set to 0 what dropout takes from a row of weights; the row is filled to a multiple of four keys."""
+    batch, head = numbers_of_head(call, plan, number)
+    query, first_key = plan.first_query + query, plan.first_key + first_key
+    for j in range(-(first_key % 4), count, 4):
         keep = keep_rows(tile.lane, (first_key + j) // 4, query, head, batch, call.seed, plan.drop_below)
         tile_store(keep, buffer, tile.itemsize)
-        for i in range(4):
+        for i in range(max(0, -j), min(4, count - j)):
             at = weights + (j + i) * tile.itemsize
             store_element(tile, at, load_element(tile, at) * load_element(tile, buffer + i * tile.itemsize))
 

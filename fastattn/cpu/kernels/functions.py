@@ -32,7 +32,8 @@ Where = namedtuple("Where", "batch head query key")
 def where_of(head, first_query, first_key):
     """Where the first score of a block stands."""
     functions = functions_view(head.functions)
-    batch, number = functions.first_row + head.number // functions.heads, head.number % functions.heads
+    batch = functions.first_row + head.number // functions.heads
+    number = functions.first_head + head.number % functions.heads
     moved = functions.first_key  # what counts the keys counts positions
     return Where(batch, number, moved + head.offset + first_query, moved + first_key)
 

@@ -172,14 +172,14 @@ def seen_functions(kernel):
         return inside
 
     @jit
-    def look(kinds, batch, head, query, queries, position, keys, size, captured):
-        """Write of which kind the blocks of keys are for some queries: EMPTY, PARTIAL or FULL."""
+    def look(kinds, batch, head, query, queries, first_key, keys, size, captured):
+        """Write of which kind the blocks of keys are for some queries, from a position on: EMPTY, PARTIAL or FULL."""
         for block in range(0, keys, size):
             some, every = 0, 1
             for j in range(block, min(block + size, keys)):
                 for i in range(queries):
                     flag = new_flag()
-                    seen = is_true(function((batch, head, query + position + i, j, captured, flag)))
+                    seen = is_true(function((batch, head, query + i, first_key + j, captured, flag)))
                     valid = is_set(flag)
                     some |= seen | (valid ^ 1)
                     every &= seen & valid

@@ -54,6 +54,9 @@ _PARTS = [
     ("out_itemsize", i8),  # of results in half precision or wider
     ("drop_below", i8),  # an element is dropped if its 32 random bits are below this
     ("keep_scale", f8),  # 1 / (1 - dropout_p), 0 if nothing is kept
+    ("first_head", i8),  # the numbers of the first head, query and key in the call that this may be a piece of
+    ("first_query", i8),
+    ("first_key", i8),
     ("axes", i8),  # rows of the table of leading axes
     ("heads", i8),  # length of their last two, the query heads of one batch row
     ("blocks", i8),  # query blocks per head
@@ -224,6 +227,7 @@ FUNCTIONS = np.dtype(
     [
         ("heads", i8),  # query heads of one row of the batch
         ("first_row", i8),  # the number of the first row of the batch
+        ("first_head", i8),
         ("first_key", i8),  # that of the first key, which positions of queries count from as well
         ("value", i8),  # of a score
         ("slope", i8),
