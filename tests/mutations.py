@@ -1278,9 +1278,30 @@ MUTATIONS = (
     ),
     Mutation(
         "what is merged counts where its query saw no key",
-        "api/merge.py",
+        "call/pieces.py",
         "np.where((lse == -np.inf)[..., None]",
         "np.where((lse == np.inf)[..., None]",
         ("api/test_merge.py", "test_a_piece_without_keys_counts_for_nothing_whatever_it_holds"),
+    ),
+    Mutation(
+        "dropout of a piece of a call takes its first key for a multiple of four",
+        "cpu/kernels/dropout.py",
+        "before = first_key % 4",
+        "before = 0",
+        ("cpu/host/test_pieces.py", "test_dropout_of_a_piece_is_that_of_the_whole and by_kernels"),
+    ),
+    Mutation(
+        "what a function hides of a piece of a call is what it hides of the first",
+        "cpu/host/functions.py",
+        "contents(operands.captured.seen), of_rows, first, shape)",
+        "contents(operands.captured.seen), of_rows, shape)",
+        ("cpu/host/test_pieces.py", "test_blocks_that_a_function_hides_are_those_of_the_whole"),
+    ),
+    Mutation(
+        "sinks count in every block of keys",
+        "call/positions.py",
+        'self.options["sinks"] = None',
+        "pass",
+        ("api/test_blocks.py", "test_a_pair_is_cut_into_blocks"),
     ),
 )
