@@ -12,7 +12,7 @@ from fastattn.api.backends import BACKENDS, backend_of_attention
 from fastattn.call.arrays import as_additive_operands, as_operands
 from fastattn.call.blocks import Blocks
 from fastattn.call.options import check_backend
-from fastattn.call.score_options import FurtherOptions, MaskMod, ScoreMod
+from fastattn.call.score_options import FurtherOptions, MaskMod, PieceOptions, ScoreMod
 from fastattn.call.seeds import Rng
 from fastattn.call.shapes import describe, describe_additive
 from fastattn.call.upstream import (
@@ -157,11 +157,12 @@ def attention_backward(
     wanted: Any = {"rng": rng, "grad_lse": grad_lse, "grad_mask": grad_mask, "grads": grads}
     if backend == "reference":
         return reference.attention_backward(*call, **wanted, **further)
-    return _on_cpu(*call, further, **wanted)
+    return on_cpu(further, *call, **wanted)  # type: ignore[arg-type]  # options of a piece may be missing
 
 
 @in_default_mode
-def _on_cpu(
+def on_cpu(
+    further: PieceOptions,
     grad_out: ArrayLike,
     query: ArrayLike,
     key: ArrayLike,
@@ -173,12 +174,12 @@ def _on_cpu(
     is_causal: bool | str,
     scale: float | None,
     enable_gqa: bool,
-    further: FurtherOptions,
     rng: Rng | None,
     grad_lse: ArrayLike | None,
     grad_mask: bool,
     grads: Names,
 ) -> tuple[NDArray[Any], ...]:
+    """Gradients of a call, or of a piece of one."""
     arrays = as_operands(query, key, value, attn_mask)
     problem, operands = describe(*arrays, dropout_p, is_causal, scale, enable_gqa, **further)
     upstream = describe_upstream(problem, grad_out, out, lse, grad_lse)
@@ -190,8 +191,8 @@ def _on_cpu(
         *wider, mask = widened(*arrays[:3], mask=arrays[3], to=wide)
         sums = lse if wide == problem.real else upstream.lse.reshape(problem.lse_shape)
         given: Any = (grad_out, *wider, out, sums, mask, dropout_p, is_causal, scale_in_float64(problem), enable_gqa)
-        wanted: Any = {"rng": seed, "grad_lse": grad_lse, "grads": names, "backend": "cpu"}
-        gradients = dict(zip(names, attention_backward(*given, **wanted, **further), strict=True))
+        wanted: Any = {"rng": seed, "grad_lse": grad_lse, "grad_mask": False, "grads": names}
+        gradients = dict(zip(names, on_cpu(further, *given, **wanted), strict=True))
         return tuple(own_dtype(each, sources[name], problem.real) for name, each in gradients.items())
     shapes = {name: np.shape(sources[name]) for name in ("key", "value", "attn_mask") if sources[name] is not None}
     found = cpu.attention_backward(problem, operands, upstream, shapes, names, seed, get_num_threads())

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastattn.api.attention import on_cpu
+from fastattn.api.pieces import First, attend
 from fastattn.call.arrays import as_array, as_common, as_masks
 from fastattn.call.blocks import Blocks
 from fastattn.call.options import check_flag
@@ -165,11 +165,10 @@ class _Work:
         """Take all queries through a block."""
         assert self.problem is not None
         dropout_p, scale, enable_gqa = self.options
-        mask, causal, further = self.whole.piece(block.first, block.key.shape[-2], self.problem.dropout_p > 0)
-        out, lse = on_cpu(
-            b"", further, self.whole.query, block.key, block.value, mask, dropout_p, causal, scale, enable_gqa,
-            True, False, self.seed, self.partial,
-        )  # fmt: skip
+        mask, causal, options = self.whole.piece(block.first, block.key.shape[-2])
+        call = (self.whole.query, block.key, block.value, mask, dropout_p, causal, scale, enable_gqa)
+        first = First(key=block.first)
+        out, lse = attend(*call, first=first, seed=self.seed, out=self.partial, options=options)
         self._add(out, lse)
 
     @in_default_mode

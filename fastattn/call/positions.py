@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from fastattn.call.score_options import FurtherOptions, PieceOptions, as_integer
 from fastattn.call.scores import FARTHEST
 from fastattn.functions.masks import asked_nearer, both
 
-__all__ = ["Whole"]
+__all__ = ["Whole", "of_piece"]
 
 
 class Whole:
@@ -123,11 +124,8 @@ class Whole:
             if own is not None and (own != keys if exactly else own < keys):
                 raise ValueError(f"{what}; expected {keys} keys, as all blocks have together")
 
-    def piece(self, first: int, count: int, numbered: bool) -> tuple[Mask, bool, PieceOptions]:
-        """Return the mask of some keys, whether they are causal, and all other options; sinks go with the first.
-
-        `numbered`: what happens to a weight depends on the number of its key, even without functions.
-        """
+    def piece(self, first: int, count: int) -> tuple[Mask, bool, dict[str, Any]]:
+        """Return the mask of some keys, whether they are causal, and all other options; sinks go with the first."""
         masks = tuple(None if mask is None else _columns_of(mask, first, count) for mask in self.masks)
         options = dict(self.options)
         self.options["sinks"] = None  # one score of all pieces
@@ -135,11 +133,8 @@ class Whole:
         if blocks is not None:
             own = asked_nearer(blocks.function.python, *self._offsets())
             options["mask_mod"] = own if options["mask_mod"] is None else both(own, options["mask_mod"])
-        if numbered or options["score_mod"] is not None or options["mask_mod"] is not None:
-            options["first_key"] = first
-        options["query_offset"] = self.offset - first
-        if self.lengths is not None:
-            options["key_lengths"] = np.clip(self.lengths - first, 0, count)
+        options["query_offset"] = self.offset
+        options["key_lengths"] = self.lengths
         return masks if self.is_pair else masks[0], self.causal != "no", options  # type: ignore[return-value]
 
     def _offsets(self) -> tuple[int, Array | None]:
@@ -161,3 +156,28 @@ def _columns_of(mask: Array, first: int, count: int) -> Array:
     if part.shape[-1] != count:
         raise ValueError(f"attn_mask: shape {mask.shape}; expected at least {first + count} keys, as blocks have them")
     return part
+
+
+def of_piece(options: Mapping[str, Any], first: Sequence[int], keys: int, drops: bool) -> PieceOptions:
+    """Return what options of a whole are for a piece of it.
+
+    Parameters
+    ----------
+    options : mapping
+        `FurtherOptions` in the whole's positions, those of rows and heads cut to the piece's.
+    first : sequence of four int
+        The numbers of its first row of the batch, head, query and key.
+    keys : int
+        How many it has.
+    drops : bool
+        Whether weights are dropped.
+    """
+    own: Any = {**options}
+    offset, lengths = own.get("query_offset"), own.get("key_lengths")
+    own["query_offset"] = (0 if offset is None else offset) + (first[2] - first[3])
+    if lengths is not None:
+        own["key_lengths"] = np.clip(lengths - np.int64(first[3]), 0, keys)
+    if drops or own.get("score_mod") is not None or own.get("mask_mod") is not None:
+        # a plan is made for these numbers: without need each piece would have one of its own
+        own |= zip(("first_batch", "first_head", "first_query", "first_key"), first, strict=True)
+    return own  # type: ignore[no-any-return]
