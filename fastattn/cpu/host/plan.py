@@ -255,7 +255,7 @@ def draft_forward(kernel: Kernel, problem: Problem, operands: Operands, out: Arr
         fields,
         axes,
         flops=heads * blocks * flops_per_block * share_of_keys(problem),
-        scratch_bytes=aligned(group * state + room["key_bytes"] + room["value_bytes"] + scores),
+        scratch_bytes=aligned(group * (state + ALIGNMENT) + room["key_bytes"] + room["value_bytes"] + scores),
     )
 
 

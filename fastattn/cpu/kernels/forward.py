@@ -16,6 +16,8 @@ order, whatever the others hold. (Only how additive attention computes a score d
 import math
 from collections import namedtuple
 
+import numpy as np
+
 from fastattn.cpu.kernels.blocks import (
     add_values,
     add_visible_values,
@@ -30,20 +32,28 @@ from fastattn.cpu.kernels.blocks import (
     scores_of,
 )
 from fastattn.cpu.kernels.dropout import drop
-from fastattn.cpu.kernels.forward_prefetch import foresee, list_wanted, next_head
+from fastattn.cpu.kernels.forward_prefetch import Turn, foresee, list_wanted, next_head
+from fastattn.cpu.kernels.functions import seen_keys
 from fastattn.cpu.kernels.pack import unpack_rows, value_steps
 from fastattn.cpu.kernels.pairs import clean_values
 from fastattn.cpu.kernels.prefetch import list_memory
+from fastattn.cpu.kernels.records import ALIGNMENT
 from fastattn.cpu.kernels.scores import keys_of_block, keys_of_queries
 from fastattn.cpu.kernels.sinks import LN_2, log_sum, sink_of, term_of
 from fastattn.cpu.kernels.softmax import MINUS_INFINITY, absorb
 from fastattn.cpu.kernels.tasks import locate
-from fastattn.simd import jit, load_element, store_element, tile_load
+from fastattn.simd import jit, load_element, record_view, store_element, tile_load
 
-# Where in working memory a task has what: the state of a query block (queries, output, m, l) is repeated for each.
-Room = namedtuple("Room", "states state_bytes out m keys values work")
+# Where in working memory a task has what: the state of a query block (queries, output, m, l) is repeated for each, and
+# so is its span.
+Room = namedtuple("Room", "states state_bytes out m keys values spans work")
 # What a group of query blocks has in common: the first query, how many blocks, and the keys that any of them looks at.
 Group = namedtuple("Group", "first_query blocks begin end")
+# The keys that a query block of a group looks at, from the first of a block of keys on, to the end of them.
+SPAN = np.dtype([("begin", np.int64), ("end", np.int64)])
+SPAN_BYTES = ALIGNMENT  # of working memory, for each
+
+span_view = record_view(SPAN)
 
 
 @jit
@@ -55,7 +65,8 @@ def lay_out(kernel, plan, blocks, scratch):
     state_bytes = m + 2 * tile.row_bytes
     keys = scratch + blocks * state_bytes
     values = keys + plan.key_bytes
-    return Room(scratch, state_bytes, out, m, keys, values, values + plan.value_bytes)
+    spans = values + plan.value_bytes
+    return Room(scratch, state_bytes, out, m, keys, values, spans, spans + blocks * SPAN_BYTES)
 
 
 @jit
@@ -65,6 +76,30 @@ def group_of(kernel, plan, head, first_block, blocks):
     last = min(first + blocks * kernel.tile.width, plan.queries) - 1
     begin, end = keys_of_queries(plan, head, first, last)
     return Group(first, blocks, begin - begin % plan.key_block, end)
+
+
+@jit
+def note_spans(kernel, plan, head, group, spans):
+    """Write down which keys each query block of a group looks at; the group, with those that any of them looks at.
+
+    A block that looks at none goes through the first keys of the group.
+    """
+    begin, end = group.end, group.begin
+    for b in range(group.blocks):
+        span = span_view(spans + b * SPAN_BYTES)
+        first = group.first_query + b * kernel.tile.width
+        span.begin, span.end = keys_of_queries(plan, head, first, min(first + kernel.tile.width, plan.queries) - 1)
+        if "function" in kernel.steps:
+            span.begin, span.end = seen_keys(kernel.tile, plan, head, first, span.begin, span.end)
+        span.begin -= span.begin % plan.key_block if span.begin < span.end else 0
+        if span.begin < span.end:
+            begin, end = min(begin, span.begin), max(end, span.end)
+    begin = min(begin, end)
+    for b in range(group.blocks):
+        span = span_view(spans + b * SPAN_BYTES)
+        if span.begin >= span.end:
+            span.begin, span.end = begin, begin
+    return Group(group.first_query, group.blocks, begin, end)
 
 
 @jit
@@ -154,13 +189,17 @@ def may_hide(kernel, plan):
 
 
 @jit
-def any_looks(kernel, plan, head, group, first_key):
-    """Whether any query of a group looks at a block of keys."""
+def looking(kernel, plan, head, group, spans, first_key):
+    """How many query blocks of a group look at a block of keys, or may do: 0 if none does."""
+    count, any_looks = 0, "function" not in kernel.steps
     for b in range(group.blocks):
-        part = keys_of_block(kernel, plan, head, group.first_query + b * kernel.tile.width, first_key)
-        if part.end > part.begin:
-            return True
-    return False
+        span = span_view(spans + b * SPAN_BYTES)
+        if span.begin <= first_key and first_key < span.end:
+            count += 1
+            if "function" in kernel.steps and not any_looks:
+                part = keys_of_block(kernel, plan, head, group.first_query + b * kernel.tile.width, first_key)
+                any_looks = part.end > part.begin
+    return count if any_looks else 0
 
 
 @jit
@@ -169,39 +208,39 @@ def forward_group(kernel, call, plan, number, first_block, blocks, scratch):
     tile = kernel.tile
     head = locate(call, plan, number)
     room = lay_out(kernel, plan, blocks, scratch)
-    group = group_of(kernel, plan, head, first_block, blocks)
+    group = note_spans(kernel, plan, head, group_of(kernel, plan, head, first_block, blocks), room.spans)
     then = next_head(kernel, call, plan, number, head)
     wanted = list_memory()
     foresee(kernel, plan, head, group)
     if kernel.score == "additive":  # in working memory that packed keys need later
         begin_blocks(kernel, call, plan, head, group, room)
     for first_key in range(group.begin, max(group.end, group.begin + 1), plan.key_block):
+        share, shares = 0, looking(kernel, plan, head, group, room.spans, first_key)
         rows = head.value + first_key * plan.value_row
-        count = max(0, min(plan.key_block, group.end - first_key))
-        if "function" in kernel.steps and not any_looks(kernel, plan, head, group, first_key):
-            count = 0
+        count = min(plan.key_block, group.end - first_key) if shares > 0 else 0
         keys = load_keys(kernel, plan, room.keys, head.key + first_key * plan.key_row, count)
         values = load_values(kernel, plan, room.values, rows, count)
         finite = not may_hide(kernel, plan) or are_finite(kernel, plan, rows, count)
         if kernel.reads == "pairs" and not finite:
             clean_values(kernel, values, plan.value_step, count, plan.value_dim)
-        skipped = 0
         for b in range(blocks):
+            span = span_view(room.spans + b * SPAN_BYTES)
+            is_first, is_last = first_key == span.begin, first_key + plan.key_block >= span.end
+            if not is_first and (first_key < span.begin or first_key >= span.end):
+                continue
             first = group.first_query + b * tile.width
-            present = min(tile.width, plan.queries - first)
             state = room.states + b * room.state_bytes
-            if first_key == group.begin and kernel.score != "additive":
-                load_queries(kernel, call, plan, state, head.query + first * plan.query_row, present, 0)
+            if is_first and kernel.score != "additive":
+                source, present = head.query + first * plan.query_row, min(tile.width, plan.queries - first)
+                load_queries(kernel, call, plan, state, source, present, 0)
                 clear(tile, state + room.out, plan.value_dim + 2)
-            _, own_end = keys_of_queries(plan, head, first, first + present - 1)
-            is_last = first_key + plan.key_block >= own_end and (first_key == group.begin or first_key < own_end)
             part = keys_of_block(kernel, plan, head, first, first_key)
             if part.end > part.begin:
-                list_wanted(kernel, plan, head, then, group, wanted, b, skipped, part, first_key, is_last)
+                turn = Turn(first_key, is_first, is_last, share, shares)
+                list_wanted(kernel, plan, head, then, group, wanted, b, part, turn)
                 attend(
                     kernel, call, plan, head, number, state, room, part, first, first_key, keys, values, finite, wanted
                 )
-            else:
-                skipped += 1
+                share += 1
             if is_last:
                 finish_block(kernel, call, plan, head, number, state, room, first)

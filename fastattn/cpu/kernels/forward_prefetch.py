@@ -6,10 +6,16 @@ each query block asks for a share, and below the mask's rows those of the next q
 head come the first of the head that this thread is likely to do next.
 """
 
+from collections import namedtuple
+
 from fastattn.cpu.kernels.prefetch import prefetch_rows, want, want_nothing, want_share
 from fastattn.cpu.kernels.records import BIAS_NONE
 from fastattn.cpu.kernels.tasks import locate
 from fastattn.simd import jit
+
+# A query block's turn with a block of keys: the first of these, whether they are the first or the last that it looks
+# at, how many blocks had a turn with them before, and how many will have had one.
+Turn = namedtuple("Turn", "first_key is_first is_last share shares")
 
 
 @jit
@@ -29,42 +35,38 @@ def foresee(kernel, plan, head, group):
 
 
 @jit
-def list_wanted(kernel, plan, head, then, group, wanted, b, skipped, part, first_key, is_last):
-    """Write down what query block `b` of a group asks for, what is wanted first before the rest.
-
-    So many blocks before it have been skipped, and asked for nothing.
-    """
+def list_wanted(kernel, plan, head, then, group, wanted, b, part, turn):
+    """Write down what query block `b` of a group asks for, what is wanted first before the rest."""
     tile = kernel.tile
     goes_on = then.query != head.query or then.key != head.key
     first = group.first_query + b * tile.width
     key_bytes, value_bytes = plan.head_dim * kernel.itemsize, plan.value_dim * kernel.itemsize
     want_nothing(wanted, (part.end - part.begin + plan.value_dim) // tile.rows)
     if plan.prefetch_distance > 0:
-        if is_last:
+        if turn.is_last:
             present = min(tile.width, plan.queries - first)
             want(wanted, head.out + first * plan.out_row, plan.out_row, value_bytes, present)
             if b + 1 == group.blocks and goes_on:
                 rows = then.query + group.first_query * plan.query_row
                 want(wanted, rows, plan.query_row, key_bytes, tile.width)
-        if first_key == group.begin and b + 1 < group.blocks:
+        if turn.is_first and b + 1 < group.blocks:
             rows = head.query + (first + tile.width) * plan.query_row
             want(wanted, rows, plan.query_row, key_bytes, min(tile.width, plan.queries - first - tile.width))
-    source, next_key = head, first_key + plan.key_block
+    source, next_key = head, turn.first_key + plan.key_block
     count = min(plan.key_block, group.end - next_key)
     if count <= 0 and goes_on:
         source, next_key = then, group.begin
         count = min(plan.key_block, plan.keys - group.begin)
     if count > 0:
-        share, shares = b - skipped, group.blocks - skipped
         rows = source.key + next_key * plan.key_row
-        want_share(wanted, rows, plan.key_row, key_bytes, count, share, shares)
+        want_share(wanted, rows, plan.key_row, key_bytes, count, turn.share, turn.shares)
         rows = source.value + next_key * plan.value_row
-        want_share(wanted, rows, plan.value_row, value_bytes, count, share, shares)
+        want_share(wanted, rows, plan.value_row, value_bytes, count, turn.share, turn.shares)
     if "mask" in kernel.steps:
         below = first + tile.width
         if plan.bias_kind != BIAS_NONE and plan.bias_row != 0:
-            rows = head.bias + below * plan.bias_row + first_key * plan.bias_column
+            rows = head.bias + below * plan.bias_row + turn.first_key * plan.bias_column
             want(wanted, rows, plan.bias_row, plan.key_block * plan.bias_itemsize, tile.width)
         if plan.keep and plan.keep_row != 0:
-            rows = head.keep + below * plan.keep_row + first_key * plan.keep_column
+            rows = head.keep + below * plan.keep_row + turn.first_key * plan.keep_column
             want(wanted, rows, plan.keep_row, plan.key_block, tile.width)

@@ -99,6 +99,43 @@ def note_marks(head, scores, count, present):
 
 
 @jit
+def kinds_of_queries(tile, plan, head, first_query):
+    """Where the kinds of blocks are that a block of queries is in, the first row of them, and how many rows."""
+    functions = functions_view(head.functions)
+    rows = functions.kinds + head.number // functions.heads * functions.kinds_batch
+    rows += head.number % functions.heads * functions.kinds_head
+    first = first_query // KIND_QUERIES
+    last = (min(first_query + tile.width, plan.queries) - 1) // KIND_QUERIES
+    return rows + first * functions.kinds_row, last + 1 - first
+
+
+@jit
+def is_empty(head, rows, count, column):
+    """Whether so many rows of blocks see none of the keys of a column."""
+    step = functions_view(head.functions).kinds_row
+    for row in range(count):
+        if load_u8(rows + row * step + column) != EMPTY:
+            return False
+    return True
+
+
+@jit
+def seen_keys(tile, plan, head, first_query, begin, end):
+    """The first key and the end, between two, of those that a block of queries sees any of, by the kinds of blocks."""
+    if functions_view(head.functions).kinds == 0 or begin >= end:
+        return begin, end
+    rows, count = kinds_of_queries(tile, plan, head, first_query)
+    first, last = begin // KIND_KEYS, (end - 1) // KIND_KEYS
+    while first <= last and is_empty(head, rows, count, first):
+        first += 1
+    if first > last:
+        return begin, begin
+    while is_empty(head, rows, count, last):
+        last -= 1
+    return max(begin, first * KIND_KEYS), min(end, (last + 1) * KIND_KEYS)
+
+
+@jit
 def seen_part(tile, plan, head, first_query, first_key, begin, end):
     """Keys of a block, between two, outside of which the queries of a block see none; and whether they see all there.
 
@@ -107,23 +144,13 @@ def seen_part(tile, plan, head, first_query, first_key, begin, end):
     functions = functions_view(head.functions)
     if functions.kinds == 0 or begin >= end:
         return begin, end, functions.hide == 0
-    rows = functions.kinds + head.number // functions.heads * functions.kinds_batch
-    rows += head.number % functions.heads * functions.kinds_head
-    first_row = first_query // KIND_QUERIES
-    last_row = (min(first_query + tile.width, plan.queries) - 1) // KIND_QUERIES
-    first, last = (first_key + begin) // KIND_KEYS, (first_key + end - 1) // KIND_KEYS
-    some_first, some_last, whole = last + 1, first - 1, True
-    for column in range(first, last + 1):
-        for row in range(first_row, last_row + 1):
-            if load_u8(rows + row * functions.kinds_row + column) != EMPTY:
-                some_first, some_last = min(some_first, column), column
-    if some_first > some_last:
-        return begin, begin, True
-    for column in range(some_first, some_last + 1):  # an empty one between two others is looked at
-        for row in range(first_row, last_row + 1):
+    begin, end = seen_keys(tile, plan, head, first_query, first_key + begin, first_key + end)
+    rows, count = kinds_of_queries(tile, plan, head, first_query)
+    whole = True
+    for column in range(begin // KIND_KEYS, (end - 1) // KIND_KEYS + 1 if begin < end else 0):
+        for row in range(count):  # an empty one between two others is looked at
             whole = whole and load_u8(rows + row * functions.kinds_row + column) == FULL
-    begin, end = max(begin, some_first * KIND_KEYS - first_key), min(end, (some_last + 1) * KIND_KEYS - first_key)
-    return begin, end, whole
+    return begin - first_key, end - first_key, whole
 
 
 @jit
