@@ -54,27 +54,36 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[[Case, E
 
 @pytest.fixture
 def alternate(benchmark: Any) -> Callable[..., None]:
-    """Time a call, alternating with a peer's, whose share is the ratio in the extra info, beside the peer's time."""
+    """Time a call, alternating with a peer's, whose share is the ratio in the extra info, beside the peer's time.
+
+    Each is warmed up when the other's threads have come to rest: PyTorch's spin for 8 ms after a call, on the cores that
+    the next one wants.
+    """
 
     def run(
         ours: Callable[[], object], theirs: Callable[[], object], peer: str, rounds: int, work: float = 1.0
     ) -> None:
-        theirs()
-        ours()
-        settle()
         before: list[float] = []
         ratios: list[float] = []
 
+        def warm_up(call: Callable[[], object]) -> None:
+            settle()
+            call()
+
         def setup() -> None:
+            warm_up(theirs)
             begin = time.perf_counter()
             theirs()
             before.append(time.perf_counter() - begin)
+            warm_up(ours)
 
         def timed() -> None:
             begin = time.perf_counter()
             ours()
             ratios.append(work * before[-1] / (time.perf_counter() - begin))
 
+        theirs()
+        ours()
         benchmark.pedantic(timed, setup=setup, rounds=rounds)
         benchmark.extra_info.update({"ratio": statistics.median(ratios), peer: statistics.median(before)})
 
