@@ -9,6 +9,7 @@ from fastattn.machine.table import Isa
 from fastattn.machine.tile import ITEMSIZE, TileShape
 
 NO_TILE = TileShape("", 0, 0, 0)
+PLAIN: tuple[str, ...] = ()  # steps of a kernel in which nothing more happens to scores
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Kernel:
     storage: str = ""
     score: str = "dot"
     reads: str = "strided"
-    steps: tuple[str, ...] = ()
+    steps: tuple[str, ...] = PLAIN
     function: Hashable = None
 
     @property

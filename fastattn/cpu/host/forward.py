@@ -80,7 +80,7 @@ def _plan(work: str, problem: Problem, operands: Operands, out: Array, threads: 
     split = out.reshape(*problem.rows_shape, *out.shape[-2:])
     steps = steps_of(problem, all_of=work != "forward" or score != "dot")
     if work == "forward" and score == "dot" and is_decode(row, problem):
-        tile = row.wide_tile(problem.real.type.__name__)
+        tile, steps = row.wide_tile(problem.real.type.__name__), steps_of(problem, all_of=problem.scores.has_functions)
         kernel = describe("decode", tile, row, steps=steps, storage=name_of(problem.storage))
         return draft_decode(kernel, problem, operands, split, threads).finish(threads)
     tile = choose_tile(row, problem.real, problem.queries)

@@ -7,13 +7,13 @@ from functools import cache
 
 from fastattn.call.problem import Problem
 from fastattn.cpu.kernels.exports import EXPORTS
-from fastattn.machine.kernel import Kernel
+from fastattn.machine.kernel import PLAIN, Kernel
 from fastattn.machine.libraries import Library, library
 from fastattn.machine.table import Isa
 from fastattn.machine.tile import TileShape
 
-PLAIN: tuple[str, ...] = ()
 STEPS = ("dropout", "mask")
+FUNCTION = ("function",)
 ON_PAIRS = ("forward",)
 #: These take few queries, or blocks of them one by one: too few to lay out keys for.
 IN_PLACE = ("decode", "weights", "known_weights")
@@ -48,11 +48,12 @@ def describe(
 def steps_of(problem: Problem, all_of: bool = False) -> tuple[str, ...]:
     """Return what may happen to the scores of a call; `all_of`: there is no kernel without masks and dropout."""
     scores = problem.scores
+    masked = all_of or scores.bias or scores.keep or "slope" in scores.own or problem.dropout_p > 0
     if scores.has_functions:
-        return (*STEPS, "softcap", "function")
+        return (*STEPS, "softcap", "function") if masked or scores.softcap is not None else FUNCTION
     if scores.softcap is not None:
         return (*STEPS, "softcap")
-    return STEPS if all_of or scores.adds or scores.keep or problem.dropout_p > 0 else PLAIN
+    return STEPS if masked else PLAIN
 
 
 def every_kernel(row: Isa, dtypes: Iterable[str]) -> Iterator[Kernel]:

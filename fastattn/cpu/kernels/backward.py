@@ -49,6 +49,7 @@ from fastattn.cpu.kernels.softmax import MINUS_INFINITY, exp2
 from fastattn.cpu.kernels.stages import finish, wait_for
 from fastattn.cpu.kernels.sums import any_has_lost, find_sums, hide_keys, load_sums, relate
 from fastattn.cpu.kernels.tasks import own_of, own_view
+from fastattn.machine.kernel import PLAIN
 from fastattn.simd import (
     absolute,
     all_finite,
@@ -120,7 +121,7 @@ def differentiate(kernel, plan, scores, grads, count, hidden, late, start, delta
     tile = kernel.tile
     for _ in range(count):
         score = tile_load(tile.single, scores, 0)
-        if ("mask" in kernel.steps or "softcap" in kernel.steps) and late:
+        if kernel.steps != PLAIN and late:
             exponent = (score - start) * plan.to_base_2
         else:
             exponent = score
@@ -245,7 +246,7 @@ def weigh(kernel, call, plan, head, s, first_query, first_key, offset, lost, scr
     late = starts_late(kernel, plan)
     zero = tile_fill(tile.single, 0.0)
     begin, grad_begin = start, zero - delta
-    if "mask" in kernel.steps or "softcap" in kernel.steps:
+    if kernel.steps != PLAIN:
         if late:
             begin = zero
         if plan.drop_below > 0:

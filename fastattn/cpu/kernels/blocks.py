@@ -10,6 +10,7 @@ from fastattn.cpu.kernels.prefetch import NOTHING, ask
 from fastattn.cpu.kernels.scores import cap, restrict, sees
 from fastattn.cpu.kernels.softmax import MINUS_INFINITY
 from fastattn.cpu.kernels.tiles import row_product, tile_product
+from fastattn.machine.kernel import PLAIN
 from fastattn.simd import (
     all_zero,
     jit,
@@ -99,7 +100,7 @@ def score_block(kernel, plan, q, key, first, count, start, scores, best, wanted)
     whole = count - count % tile.rows
     for _ in range(0, whole, tile.rows):
         acc = tile_product(kernel, initial, key, row, column, q, features)
-        if kernel.reads == "pairs" and "mask" in kernel.steps:
+        if kernel.reads == "pairs" and kernel.steps != PLAIN:
             acc = acc * plan.factor
         tile_store(acc, scores, tile.row_bytes)
         best = maximum(largest_row(acc), best)
@@ -108,7 +109,7 @@ def score_block(kernel, plan, q, key, first, count, start, scores, best, wanted)
         scores += tile.rows * tile.row_bytes
     for _ in range(whole, count):
         one = row_product(kernel, start, key, row, column, q, features)
-        if kernel.reads == "pairs" and "mask" in kernel.steps:
+        if kernel.reads == "pairs" and kernel.steps != PLAIN:
             one = one * plan.factor
         tile_store(one, scores, tile.row_bytes)
         best = maximum(one, best)

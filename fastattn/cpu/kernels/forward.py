@@ -42,6 +42,7 @@ from fastattn.cpu.kernels.scores import keys_of_block, keys_of_queries
 from fastattn.cpu.kernels.sinks import LN_2, log_sum, sink_of, term_of
 from fastattn.cpu.kernels.softmax import MINUS_INFINITY, absorb
 from fastattn.cpu.kernels.tasks import locate
+from fastattn.machine.kernel import PLAIN
 from fastattn.simd import jit, load_element, record_view, store_element, tile_load
 
 # Where in working memory a task has what: the state of a query block (queries, output, m, l) is repeated for each, and
@@ -120,8 +121,8 @@ def attend(kernel, call, plan, head, number, state, room, part, first, first_key
     tile = kernel.tile
     m, block = state + room.m, state + room.out
     # m may stem from what is added, and be far from the scores; a softcap wants them as they are.
-    relative = "softcap" not in kernel.steps and ("mask" not in kernel.steps or not plan.adds)
-    to_base_2 = plan.to_base_2 if "mask" in kernel.steps or kernel.reads == "pairs" else 1.0
+    relative = "softcap" not in kernel.steps and (kernel.steps == PLAIN or not plan.adds)
+    to_base_2 = plan.to_base_2 if kernel.steps != PLAIN or kernel.reads == "pairs" else 1.0
     scores_of(kernel, plan, head, state, m, relative, part, first, first_key, keys, room.work, wanted)
     count = part.end - part.begin
     scores = place_of_scores(tile, room.work) + part.begin * tile.row_bytes

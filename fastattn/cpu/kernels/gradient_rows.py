@@ -8,6 +8,7 @@ from fastattn.cpu.kernels.masks import INFINITY
 from fastattn.cpu.kernels.pack import pack_queries
 from fastattn.cpu.kernels.panels import are_finite, clean_panels, clear_row, pack_panels
 from fastattn.cpu.kernels.softmax import MINUS_INFINITY
+from fastattn.machine.kernel import PLAIN
 from fastattn.simd import jit, load_element, store_element, tile_load, tile_store
 
 LOG2_E = 1.4426950408889634
@@ -30,8 +31,8 @@ def row_product(tile, a, b, panel, features, buffer):
 
 @jit
 def starts_late(kernel, plan):
-    """Whether an lse is subtracted from finished scores: what a mask or a softcap makes of them comes first."""
-    return "softcap" in kernel.steps or ("mask" in kernel.steps and plan.to_base_2 != 1.0)
+    """Whether an lse is subtracted from finished scores: what is made of them comes first."""
+    return "softcap" in kernel.steps or (kernel.steps != PLAIN and plan.to_base_2 != 1.0)
 
 
 @jit

@@ -97,7 +97,7 @@ def keys_of_block(kernel, plan, head, first_query, first_key):
     if "function" in kernel.steps:
         begin, end, whole = seen_part(tile, plan, head, first_query, first_key, begin, end)
         full = max(full, begin)
-        if not whole:
+        if not whole or plan.adds:
             full_end = 0
     full_end = min(full_end, end)
     if full > 0 or full_end < end:
@@ -282,7 +282,7 @@ def by_squares(restrict_one):
 def hide_behind_function(kernel, plan, head, square, query, key, rows, columns, buffer):
     """`hide_in_square`, and -inf where a floating mask has it, whatever a function has made of that."""
     square = hide_in_square(kernel, plan, head, square, query, key, rows, columns, buffer)
-    if rows > 0 and plan.bias_kind != BIAS_NONE:
+    if "mask" in kernel.steps and rows > 0 and plan.bias_kind != BIAS_NONE:
         tile, row, column = kernel.tile, plan.bias_row, plan.bias_column
         at = head.bias + query * row + key * column
         bias = square_of(tile, plan.bias_kind, plan.bias_itemsize, at, row, column, rows, columns, buffer)
@@ -300,7 +300,7 @@ def restrict_with_functions(kernel, plan, head, scores, grads, count, first_quer
     Where gradients of captured arrays are wanted, the scores before the function are kept there.
     """
     tile = kernel.tile
-    if plan.adds and (plan.bias_kind != BIAS_NONE or own_view(head.own).slope != 0.0):
+    if "mask" in kernel.steps and (plan.bias_kind != BIAS_NONE or own_view(head.own).slope != 0.0):
         add_by_squares(kernel, plan, head, scores, count, first_query, first_key, buffer)
     if kernel.work == "captured_gradient" and grads != 0:
         for offset in range(0, count * tile.row_bytes, tile.row_bytes):
