@@ -22,7 +22,7 @@ from numba.core.typed_passes import (
     NopythonTypeInference,
     PreLowerStripPhis,
 )
-from numba.core.untyped_passes import FixupArgs, IRProcessing, ReconstructSSA, TranslateByteCode
+from numba.core.untyped_passes import FixupArgs, ReconstructSSA, TranslateByteCode
 
 from fastattn.simd.static import StaticType, is_static
 
@@ -167,7 +167,7 @@ class KernelCompiler(CompilerBase):
 
     def define_pipelines(self):
         """The passes, in order."""
-        return pipelines("kernel", TranslateByteCode, FixupArgs, IRProcessing, DecideBranches, ReconstructSSA, *TYPED)
+        return pipelines("kernel", TranslateByteCode, FixupArgs, DecideBranches, ReconstructSSA, *TYPED)
 
 
 def jit(function, inline=False):
