@@ -56,8 +56,8 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[[Case, E
 def alternate(benchmark: Any) -> Callable[..., None]:
     """Time a call, alternating with a peer's, whose share is the ratio in the extra info, beside the peer's time.
 
-    Each is warmed up when the other's threads have come to rest: PyTorch's spin for 8 ms after a call, on the cores that
-    the next one wants.
+    Each is warmed up when the other's threads have come to rest: PyTorch's spin for 8 ms after a call, on the cores
+    that the next one wants.
     """
 
     def run(
