@@ -203,7 +203,9 @@ class _Backward:
 
 
 def _numbered(problem: Problem, number: int) -> Problem:
-    """Return the problem of a sequence that knows its number, for functions."""
+    """Return the problem of a sequence that knows its number, if there are functions, which are told."""
+    if not problem.scores.has_functions:
+        return problem
     return replace(problem, scores=replace(problem.scores, first_batch=number))
 
 
@@ -219,6 +221,8 @@ def _alike(
     packed: Packed, numbers: list[int], plan: Plan, objects: dict[str, Any], names: Sequence[str], steps: Steps
 ) -> several.Alike:
     """Describe the calls of sequences of one kind, where `objects` are those of the first."""
+    if len(numbers) == 1:
+        return several.alike(plan, objects, names, np.zeros((1, len(names)), np.int64))
     starts = [(packed.queries[n].start, packed.keys[n].start, n, rank) for rank, n in enumerate(numbers)]
     between = np.array(starts, np.int64)
     none = (0, 0, 0, 0)
