@@ -142,16 +142,15 @@ def absorb(kernel, scores, count, top, relative, to_base_2, m_at, l_at, out, fea
     """Turn a block of scores into weights, bring m and l up to date, and rescale the output if m rose.
 
     `top` is the block's maximum for every query. `relative`: m has been subtracted from the scores, and from top.
-    Differences of scores are times `to_base_2`, which is 1 there, except of pairs of bfloat16.
+    Differences of scores are times `to_base_2`, which is 1 there, except of pairs of bfloat16; and so is the slack.
     """
     tile = kernel.tile
     zero = tile_fill(tile.single, 0.0)
     m = tile_load(tile.single, m_at, tile.row_bytes)
     total = tile_load(tile.single, l_at, tile.row_bytes)
     current = zero if relative else m
-    slack = SLACK / to_base_2 if kernel.reads == "pairs" else SLACK
     # A query that has seen no key yet (l = 0) takes whatever maximum comes, unless that is still -inf.
-    bound = where_greater(total, zero, current + slack, MINUS_INFINITY)
+    bound = where_greater(total, zero, current + SLACK / to_base_2, MINUS_INFINITY)
     shift = where_greater(top, bound, top, current)
     if all_zero(shift - current):
         if relative:
