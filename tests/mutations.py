@@ -230,9 +230,23 @@ MUTATIONS = (
     Mutation(
         "a block of queries is finished with its first keys",
         "cpu/kernels/forward.py",
-        "is_last = first_key + plan.key_block >= own_end and (first_key == group.begin or first_key < own_end)",
-        "is_last = first_key == group.begin",
+        "is_first, is_last = first_key == span.begin, first_key + plan.key_block >= span.end",
+        "is_first, is_last = first_key == span.begin, first_key == span.begin",
         ("cpu/host/test_builtin.py", "test_keys_and_values_may_lie_anyhow"),
+    ),
+    Mutation(
+        "a function is asked of no single key where values are not finite",
+        "cpu/kernels/scores.py",
+        "        return says_yes(kernel, plan, head, query, key)",
+        "        return True",
+        ("test_semantics.py", "test_a_key_that_a_mask_mod_lets_through and cpu"),
+    ),
+    Mutation(
+        "weights grow further where something is added to scores",
+        "cpu/kernels/softmax.py",
+        "current + SLACK / to_base_2",
+        "current + SLACK",
+        ("test_semantics.py", "test_large_values_have_as_much_room and cpu"),
     ),
     Mutation(
         "two threads may claim the same task",

@@ -701,6 +701,18 @@ def test_what_a_score_mod_hides_never_leaks_into_gradients_of_additive_attention
         np.testing.assert_array_equal(found, wanted)
 
 
+@pytest.mark.parametrize("length", [(20, 30), (70, 130)])
+def test_a_key_that_a_mask_mod_lets_through_is_looked_at_whatever_its_score(
+    attention: Attention, length: tuple[int, int]
+) -> None:
+    query, key, value = inputs(length)
+    query[..., 0], key[..., 7, 0], value[..., 7, :] = 1.0, -np.inf, np.nan  # a weight of 0, and a value of NaN
+    out = attention(query, key, value, mask_mod=lambda b, h, q, k: (k != 7) | (q % 3 > 0))
+    assert np.isfinite(out[..., ::3, :]).all()
+    assert np.isnan(out[..., 1::3, :]).all()
+    assert np.isnan(out[..., 2::3, :]).all()
+
+
 def test_where_a_mask_mod_hides_everything_out_is_zero(attention: Attention) -> None:
     query, key, value = inputs((70, 90))
     out, lse = attention(query, key, value, mask_mod=lambda b, h, q, k: False, return_lse=True)
@@ -1769,6 +1781,15 @@ def test_large_values_have_room_where_scores_rise(attention: Attention, dtype: A
         key[-1], value[-1] = rise, size
         arrays = halves_of(dtype, query, key, value)
         tolerances.check_out(attention(*arrays, scale=scale), tolerances.expected(*arrays, scale=scale))
+
+
+@pytest.mark.parametrize("options", [{"attn_mask": np.zeros(1500)}, {"alibi_slopes": 1e-30}], ids=["mask", "slopes"])
+def test_large_values_have_as_much_room_where_something_is_added(attention: Attention, options: dict[str, Any]) -> None:
+    query, key, value = np.ones((40, 1)), np.zeros((1500, 1)), np.ones((1500, 17))
+    for rise in np.linspace(4, 8, 17):
+        key[-1], value[-1] = rise, 1e36
+        arrays = [array.astype(np.float32) for array in (query, key, value)]
+        tolerances.check_out(attention(*arrays, **options), tolerances.expected(*arrays, **options))
 
 
 @halves

@@ -5,6 +5,7 @@ out[p][i]   += Σ_j value[j][p] · weights[j][i]
 """
 
 from fastattn.cpu.kernels import additive, pairs
+from fastattn.cpu.kernels.functions import has_score_function
 from fastattn.cpu.kernels.pack import copy_rows, key_steps, pack_keys, pack_queries, pack_values, value_steps
 from fastattn.cpu.kernels.prefetch import NOTHING, ask
 from fastattn.cpu.kernels.scores import cap, restrict, sees
@@ -180,7 +181,7 @@ def add_visible_values(kernel, plan, head, weights, count, first_query, first_ke
     """`add_values` for keys with values that are not finite and queries that may not look at some of them.
 
     There 0 · NaN must not reach a query. `value` is where the micro-kernel finds the row of the first key; `seen` what
-    `note_seen` has noted, where users' functions have a say.
+    `note_seen` has noted, where a function of scores has a say.
     """
     tile = kernel.tile
     source = head.value + first_key * plan.value_row
@@ -209,7 +210,7 @@ def add_visible_row(kernel, plan, head, weights, first_query, key, value, out, s
     """Add a row of values to the queries that may look at its key; of pairs, what is not finite in it."""
     tile = kernel.tile
     for i in range(min(tile.width, plan.queries - first_query)):
-        if "function" in kernel.steps:
+        if "function" in kernel.steps and has_score_function(head):
             looks = (load_i64(seen) >> i) & 1 != 0
         else:
             looks = sees(kernel, plan, head, first_query + i, key)

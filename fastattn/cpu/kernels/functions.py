@@ -9,6 +9,7 @@ from fastattn.functions.kinds import EMPTY, FULL, KIND_KEYS, KIND_QUERIES
 from fastattn.simd import (
     call_compiled,
     jit,
+    load_element,
     load_u8,
     record_view,
     stack_memory,
@@ -88,6 +89,21 @@ def hide_unseen(plan, head, scores, count, first_query, first_key):
     last = at.query + (plan.queries - 1 - first_query)
     given = (scores, count, at.batch, at.head, at.query, at.key, last, functions.seen_captured)
     return call_compiled(functions.hide, given) != 0
+
+
+@jit
+def has_score_function(head):
+    """Whether there is a function of scores, which may hide keys by what it returns."""
+    return functions_view(head.functions).value != 0
+
+
+@jit
+def says_yes(kernel, plan, head, query, key):
+    """Whether the user's function says that one query may look at one key, as the function of a block's rows does."""
+    tile, row = kernel.tile, memory_of_two_vectors()
+    tile_store(tile_fill(tile.single, 0.0), row, 0)
+    hide_unseen(plan, head, row, 1, query, key)
+    return load_element(tile, row) == 0.0
 
 
 @jit

@@ -3,6 +3,7 @@
 dv[j][:] += Σ_i p[j][i] · do[i][:]          dk[j][:] += Σ_i ds[j][i] · q[i][:]
 """
 
+from fastattn.cpu.kernels.functions import has_score_function
 from fastattn.cpu.kernels.panels import add_along
 from fastattn.cpu.kernels.scores import sees
 from fastattn.cpu.kernels.softmax import MINUS_INFINITY
@@ -90,9 +91,9 @@ def add_rows(tile, plan, offset, row, rows, first, present, scratch):
 def looks(kernel, plan, head, query, key, grad):
     """Whether a query, of which an element of do is not finite, may look at a key.
 
-    Where users' functions have a say that is read off ds, `grad`: 0 where the key is hidden, and not finite elsewhere.
+    Where a function of scores has a say that is read off ds, `grad`: 0 where the key is hidden, not finite elsewhere.
     """
-    if "function" in kernel.steps:
+    if "function" in kernel.steps and has_score_function(head):
         return load_element(kernel.tile, grad) != 0.0
     return sees(kernel, plan, head, query, key)
 

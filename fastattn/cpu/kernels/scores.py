@@ -7,7 +7,7 @@ the backward pass (`cap_with_slope`), and whether one query looks at one key (`s
 
 from collections import namedtuple
 
-from fastattn.cpu.kernels.functions import apply_function, hide_unseen, note_marks, seen_part
+from fastattn.cpu.kernels.functions import apply_function, hide_unseen, note_marks, says_yes, seen_part
 from fastattn.cpu.kernels.masks import add_bias, add_square, hide, lowest, saturate, square_of
 from fastattn.cpu.kernels.records import BIAS_BFLOAT16, BIAS_HALF, BIAS_NONE, BIAS_SAME, KEEP
 from fastattn.cpu.kernels.softmax import MINUS_INFINITY
@@ -321,7 +321,17 @@ def restrict_with_functions(kernel, plan, head, scores, grads, count, first_quer
 
 @jit
 def sees(kernel, plan, head, query, key):
-    """Whether one query may look at one key, both by their numbers; users' functions aside."""
+    """Whether one query may look at one key, both by their numbers; what a function of scores hides aside."""
+    if not is_kept(kernel, plan, head, query, key):
+        return False
+    if "function" in kernel.steps:
+        return says_yes(kernel, plan, head, query, key)
+    return True
+
+
+@jit
+def is_kept(kernel, plan, head, query, key):
+    """The same by interval and masks alone."""
     position = head.offset + query
     if plan.right_bound and position + plan.right < key:
         return False
