@@ -216,6 +216,7 @@ def additive_attention_backward(
     softcap: float | None = None,
     alibi_slopes: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
+    grad_lse: ArrayLike | None = None,
     grad_mask: bool = False,
     grads: Names = None,
     score_mod: ScoreMod | None = None,
@@ -236,6 +237,8 @@ def additive_attention_backward(
         What attention returned.
     lse : array_like, shape (..., Lq)
         What it returned with ``return_lse=True``.
+    grad_lse : array_like, shape (..., Lq), optional
+        The gradient by the log-sum-exp, where the loss depends on that as well.
     grad_mask : bool
         Return the gradient by `attn_mask`, a floating one, as well; of (bias, keep), that by the bias.
     grads : sequence of str, optional
@@ -294,8 +297,9 @@ def additive_attention_backward(
     call = (grad_out, query, key, value, weight, out, lse, attn_mask, is_causal)
     check_backend(backend, BACKENDS)
     if backend == "reference":
-        return reference.additive_attention_backward(*call, grad_mask=grad_mask, grads=grads, **further)
-    return _additive_on_cpu(*call, grad_mask, grads, further)
+        wanted: Any = {"grad_lse": grad_lse, "grad_mask": grad_mask, "grads": grads}
+        return reference.additive_attention_backward(*call, **wanted, **further)
+    return _additive_on_cpu(*call, grad_lse, grad_mask, grads, further)
 
 
 @in_default_mode
@@ -309,20 +313,22 @@ def _additive_on_cpu(
     lse: ArrayLike,
     attn_mask: ArrayLike | None,
     is_causal: bool | str,
+    grad_lse: ArrayLike | None,
     grad_mask: bool,
     grads: Names,
     further: FurtherOptions,
 ) -> tuple[NDArray[Any], ...]:
     arrays = as_additive_operands(query, key, value, weight, attn_mask)
     problem, operands = describe_additive(*arrays, is_causal, **further)
-    upstream = describe_upstream(problem, grad_out, out, lse)
+    upstream = describe_upstream(problem, grad_out, out, lse, grad_lse)
     sources = sources_of(query, key, value, attn_mask, further, weight)
     sources |= captured_sources(problem, operands.captured)
     names = wanted_gradients(grads, sources, grad_mask, arrays[4])
     if not reads_halves(problem, "additive_backward"):
         *wider, mask = widened(*arrays[:4], mask=arrays[4], to=problem.real)
         given: Any = (grad_out, *wider, out, lse, mask, is_causal)
-        gradients = dict(zip(names, additive_attention_backward(*given, grads=names, **further), strict=True))
+        wanted: Any = {"grad_lse": grad_lse, "grads": names}
+        gradients = dict(zip(names, additive_attention_backward(*given, **wanted, **further), strict=True))
         return tuple(own_dtype(each, sources[name], problem.real) for name, each in gradients.items())
     shapes = {"attn_mask": np.shape(sources["attn_mask"])}
     found = additive_gradients.backward(problem, operands, arrays[3], upstream, shapes, names, get_num_threads())

@@ -154,6 +154,7 @@ def additive_attention_backward(
     attn_mask: ArrayLike | None = None,
     is_causal: bool | str = False,
     *,
+    grad_lse: ArrayLike | None = None,
     grad_mask: bool = False,
     grads: Names = None,
     **options: Unpack[FurtherOptions],
@@ -173,7 +174,7 @@ def additive_attention_backward(
     """
     arrays = as_additive_operands(query, key, value, weight, attn_mask)
     problem, operands = describe_additive(*arrays, is_causal, **options)
-    upstream = describe_upstream(problem, grad_out, out, lse)
+    upstream = describe_upstream(problem, grad_out, out, lse, grad_lse)
     sources = sources_of(query, key, value, attn_mask, options, weight) | captured_sources(problem, operands.captured)
     names = wanted_gradients(grads, sources, grad_mask, arrays[4])
     gradients = differentiate(problem, operands, upstream, weight=arrays[3], names=names)

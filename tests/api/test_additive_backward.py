@@ -154,6 +154,45 @@ def test_finite_differences(seed: int, queries: int, keys: int, features: int, w
     assert abs((loss(step) - loss(-step)) / (2 * step) - slope) <= 1e-6 * max(1, abs(slope))
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"sinks": 0.5}, {"softcap": 2.0}], ids=str)
+def test_the_log_sum_exp_has_gradients(options: dict[str, Any], backend: str) -> None:
+    rng = np.random.default_rng(3)
+    arrays, steps = (
+        [rng.standard_normal(shape) for shape in ((2, 4, 5), (2, 6, 5), (2, 6, 3), (5,))] for _ in range(2)
+    )
+    grad_out, grad_lse = rng.standard_normal((2, 4, 3)), rng.standard_normal((2, 4))
+
+    def loss(step: float) -> float:
+        moved = [array + step * to for array, to in zip(arrays, steps, strict=True)]
+        out, lse = additive_attention(*moved, **options, return_lse=True)
+        return float((out * grad_out).sum() + (lse * grad_lse).sum())
+
+    results = additive_attention(*arrays, **options, return_lse=True)
+    given: Any = {"grad_lse": grad_lse, "backend": backend}
+    grads = fastattn.additive_attention_backward(grad_out, *arrays, *results, **options, **given)
+    slope = sum(float((grad * to).sum()) for grad, to in zip(grads, steps, strict=True))
+    assert abs((loss(1e-5) - loss(-1e-5)) / 2e-5 - slope) <= 1e-6 * max(1, abs(slope))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_gradients_of_the_log_sum_exp_are_those_of_the_reference(dtype: Any) -> None:
+    rng = np.random.default_rng(4)
+    arrays = [numbers(rng, shape, dtype) for shape in ((2, 300, 8), (2, 270, 8), (2, 270, 5), (8,))]
+    out, lse = additive_attention(*arrays, sinks=0.5, return_lse=True)
+    names = ("query", "key", "value", "weight", "sinks")
+    given: Any = {"sinks": 0.5, "grad_lse": numbers(rng, lse.shape, dtype), "grads": names}
+    found, wanted = (
+        fastattn.additive_attention_backward(
+            numbers(rng, out.shape, dtype) * 0, *arrays, out, lse, **given, backend=backend
+        )
+        for backend in ("cpu", "reference")
+    )
+    for name, own, other in zip(names, found, wanted, strict=True):
+        limit = 1e4 * np.finfo(dtype).eps * max(1.0, float(np.abs(other).max()))
+        np.testing.assert_allclose(own, other, rtol=0, atol=limit, err_msg=name)
+
+
 # -- whole calls -------------------------------------------------------------------------------------------------------
 
 

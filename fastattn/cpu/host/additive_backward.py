@@ -80,7 +80,8 @@ def backward(
         axes = own_axes(problem, split)
         found["attn_mask"] = np.zeros((*(n if axis in axes else 1 for axis, n in enumerate(lead)), *split[-2:]))
     if worked:
-        arrays = {"out": out, "lse": lse, **found, **of_heads}
+        grad_lse = None if upstream.grad_lse is None else np.ascontiguousarray(upstream.grad_lse)
+        arrays = {"out": out, "lse": lse, "grad_lse": grad_lse, **found, **of_heads}
         found["weight"] = _run(problem, operands, weight, upstream, arrays, parts, threads)
     with np.errstate(all="ignore"):
         if of_heads["slope_sums"] is not None:
@@ -110,7 +111,7 @@ def _run(
     sums = np.empty((heads * problem.queries, 2), dtype)
     gradients = {f"grad_{name}": arrays[name] for name in ("query", "key", "value")}
     of_heads = {name: arrays[name] for name in ("sink_weights", "slope_sums")}
-    _note(given, grad_out=upstream.grad_out, out=arrays["out"], **gradients, **of_heads)
+    _note(given, grad_out=upstream.grad_out, out=arrays["out"], grad_lse=arrays["grad_lse"], **gradients, **of_heads)
     lengths = operands.heads["keys"][:: problem.heads].tolist() if ragged and operands.heads is not None else ()
     cuts = np.array([_cut(problem, length, blocking) for length in lengths], np.int64)
     _note(given, grad_weight=parts, sums=sums, turns=turns, cuts=cuts if lengths else None)

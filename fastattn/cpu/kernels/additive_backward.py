@@ -385,6 +385,14 @@ def differentiate_block(kernel, plan, head, places, first_query, first_key, quer
 
 
 @jit
+def subtract_from_sums(tile, numbers, grad_lse, queries):
+    """Subtract the gradient by the log-sum-exp from the sum of each query."""
+    for i in range(queries):
+        at = numbers + (i * QUERY_NUMBERS + 1) * tile.itemsize
+        store_element(tile, at, load_element(tile, at) - load_element(tile, grad_lse + i * tile.itemsize))
+
+
+@jit
 def begin_queries(kernel, call, plan, given, head, number, places, first, queries, first_round):
     """Lay out a block of queries, with what arrives at them; in the first round form the sums that an lse has lost."""
     tile = kernel.tile
@@ -395,6 +403,8 @@ def begin_queries(kernel, call, plan, given, head, number, places, first, querie
     out = given.out + row * plan.value_dim * tile.itemsize
     grad_out = given.grad_out + (head.out - call.out) + first * plan.out_row
     load_upstream(tile, plan, places, grad_out, out, lse, queries)
+    if given.grad_lse != 0:
+        subtract_from_sums(tile, places.numbers, given.grad_lse + row * tile.itemsize, queries)
     if any_has_lost(tile, given, lse, queries):
         sums = given.sums + 2 * row * tile.itemsize
         if first_round:

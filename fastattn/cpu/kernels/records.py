@@ -277,6 +277,7 @@ ADDITIVE_BACKWARD = np.dtype(
         ("term_queries", i8),  # queries that meet a vector of keys at a time
         ("grad_out", i8),
         ("out", i8),
+        ("grad_lse", i8),  # 0: there is none
         ("grad_query", i8),
         ("grad_key", i8),
         ("grad_value", i8),
@@ -308,7 +309,8 @@ ADDITIVE_PLACES = np.dtype(
         ("sums", i8),  # of the weights, in lanes
         ("slope_sums", i8),  # of all dS, in lanes
         ("distances", i8),  # of dS times the positions between query and key, in lanes, for each query; 0: not wanted
-        ("numbers", i8),  # lse, Σ dO · out, whether dO is not finite, 0; or m and log2(l) for the first and the last
+        # lse, Σ dO · out less the gradient of lse, whether dO is not finite, 0; or m and log2(l) for the first and last
+        ("numbers", i8),
         ("q_largest", i8),  # the largest |query|, |key|; raws and exponentials as in `fastattn.cpu.kernels.additive`
         ("q_raws", i8),
         ("q_exps", i8),
