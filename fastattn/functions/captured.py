@@ -4,8 +4,9 @@ An index that is out of range reads the first element, and clears a flag that th
 error depends on whether the query may look at the key. Loads are told to be of memory that no kernel writes to, so that
 LLVM may gather a vector of them.
 
-To differentiate by the elements of an array, one place in the function where it is indexed is chosen at a time: what is
-read there is a dual number of slope 1, and behind the flag is noted which element it was, and how often that happened.
+To differentiate by the elements of an array, one place in the function where it is indexed is chosen at a time, and if
+elements are read there several times, one of these: what is read then is a dual number of slope 1, at other times of
+slope 0, and behind the flag is noted which element it was, and how often one was read.
 """
 
 from collections import namedtuple
@@ -143,9 +144,10 @@ def item_at(real, is_chosen, read):
             element = context.cast(builder, _element(context, builder, array, found.pointer), array.element, ty)
             if dual is None:
                 return element
-            _note(builder, given.flag, found.number)
+            is_wanted = _note(builder, given.flag, found.number)
             value = context.cast(builder, element, ty, real)
-            return make_dual(context, builder, dual, value, context.get_constant(real, 1.0))
+            slope = builder.select(is_wanted, context.get_constant(real, 1.0), context.get_constant(real, 0.0))
+            return make_dual(context, builder, dual, value, slope)
 
         return signature(dual or ty, array, index), codegen
 
@@ -192,11 +194,14 @@ def _found(builder, array, indices):
 
 
 def _note(builder, flag, number):
-    """Note behind the flag which element was read, and that it was once more."""
+    """Note behind the flag that an element was read, and which, if it is the time that is wanted; whether it is."""
     words = builder.bitcast(flag, _WORD.as_pointer())
-    builder.store(number, builder.gep(words, [ir.Constant(_WORD, 1)]))
-    times = builder.gep(words, [ir.Constant(_WORD, 2)])
-    builder.store(builder.add(builder.load(times), ir.Constant(_WORD, 1)), times)
+    known, times, wanted = (builder.gep(words, [ir.Constant(_WORD, word)]) for word in (1, 2, 3))
+    before = builder.load(times)
+    is_wanted = builder.icmp_signed("==", before, builder.load(wanted))
+    builder.store(builder.select(is_wanted, number, builder.load(known)), known)
+    builder.store(builder.add(before, ir.Constant(_WORD, 1)), times)
+    return is_wanted
 
 
 def _from_half(builder, half):

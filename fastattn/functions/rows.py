@@ -20,6 +20,7 @@ __all__ = [
     "new_flag",
     "new_note",
     "noted",
+    "numbers_at",
     "put_score",
     "row_at",
     "score_in",
@@ -44,6 +45,17 @@ def row_at(typingctx, tile, address):
         return builder.inttoptr(values[1], context.get_value_type(ty))
 
     return signature(ty, tile, types.intp), codegen
+
+
+@intrinsic
+def numbers_at(typingctx, address):
+    """The same of whole numbers."""
+    ty = types.CPointer(types.int64)
+
+    def codegen(context, builder, sig, values):
+        return builder.inttoptr(values[0], context.get_value_type(ty))
+
+    return signature(ty, types.intp), codegen
 
 
 @intrinsic
@@ -132,16 +144,20 @@ def new_flag(typingctx):
 
 
 @intrinsic
-def new_note(typingctx):
-    """A flag that is set, with room behind it for which element of a chosen array was read, and how often."""
+def new_note(typingctx, wanted):
+    """A flag that is set, with room behind it for which element of a chosen array was read, and how often one was.
+
+    `wanted`: if elements are read several times, which of these times counts.
+    """
 
     def codegen(context, builder, sig, values):
-        words = cgutils.alloca_once(builder, ir.IntType(64), size=3)
-        for number, value in ((0, 1), (2, 0)):
-            builder.store(ir.Constant(ir.IntType(64), value), builder.gep(words, [ir.Constant(ir.IntType(64), number)]))
+        word = ir.IntType(64)
+        words = cgutils.alloca_once(builder, word, size=4)
+        for number, value in enumerate((ir.Constant(word, 1), ir.Constant(word, 0), ir.Constant(word, 0), values[0])):
+            builder.store(value, builder.gep(words, [ir.Constant(word, number)]))
         return builder.bitcast(words, ir.IntType(8).as_pointer())
 
-    return signature(FLAG), codegen
+    return signature(FLAG, types.int64), codegen
 
 
 @intrinsic

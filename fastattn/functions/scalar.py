@@ -62,7 +62,7 @@ def scalar(function, dtype, sloping=False, by=None, decorated=COMPILED):
         return value_of(score, found), slope_of(score, found), is_set(flag)
 
     def by_element(score, batch, head, query, key, captured):
-        note = new_note()
+        note = new_note(0)
         found = user((score, batch, head, query, key, captured, note))
         number, times = noted(note)
         return value_of(score, found), slope_of(score, found), number, times, is_set(note)

@@ -294,9 +294,8 @@ def flex_attention(
 
     Notes
     -----
-    Differentiable once, in query, key and value, and in floating tensors that score_mod captures: one that is read in a
-    loop, or in a function that is called twice, is a ValueError in the backward pass. A program that is compiled by
-    ``torch.compile`` is interrupted here.
+    Differentiable once, in query, key and value, and in floating tensors that score_mod captures. A program that is
+    compiled by ``torch.compile`` is interrupted here.
 
     Examples
     --------

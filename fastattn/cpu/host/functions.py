@@ -107,11 +107,6 @@ def prepared(problem: Problem, operands: Operands, tile: TileShape, parts: Parts
             steps = (step if size > 1 else 0 for step, size in zip(kinds.strides, kinds.shape, strict=True))
             record["kinds_batch"], record["kinds_head"], record["kinds_row"] = [*list(steps)[:2], kinds.strides[2]]
     yield operands._replace(captured=record)  # type: ignore[arg-type]
-    if record["repeated"]:
-        raise ValueError(
-            f"grads: {scores.score_mod.label if scores.score_mod else ''} reads an array more than once at one place, "
-            "in a loop or a function called twice; there is no gradient of that"
-        )
     if record["out_of_range"]:
         names = [function.label for function in (scores.score_mod, scores.mask_mod) if function is not None]
         raise IndexError(f"{', '.join(names)}: an index was out of range, for a key that the query may look at")

@@ -22,7 +22,7 @@ from fastattn.simd import (
 
 functions_view = record_view(FUNCTIONS)
 memory_of_two_vectors = stack_memory(2 * 64)
-OUT_OF_RANGE, REPEATED = map((FUNCTIONS.names or ()).index, ("out_of_range", "repeated"))
+OUT_OF_RANGE = (FUNCTIONS.names or ()).index("out_of_range")
 
 
 # Where a score stands, as functions are told: the row of the batch, the head, the position of the query, and the key.
@@ -101,7 +101,8 @@ def has_score_function(head):
 def says_yes(kernel, plan, head, query, key):
     """Whether the user's function says that one query may look at one key, as the function of a block's rows does."""
     tile, row = kernel.tile, memory_of_two_vectors()
-    tile_store(tile_fill(tile.single, 0.0), row, 0)
+    for offset in range(0, 2 * tile.vector_bytes, tile.vector_bytes):
+        tile_store(tile_fill(tile.vector, 0.0), row + offset, 0)
     hide_unseen(plan, head, row, 1, query, key)
     return load_element(tile, row) == 0.0
 
@@ -179,5 +180,4 @@ def add_to_captured(head, part, scores, grads, count, present, along, first_quer
     at = where_of(head, first_query, first_key)
     captured, targets = functions.score_captured, functions.targets + part * functions.arrays * 8
     given = (scores, grads, count, present, along, at.batch, at.head, at.query, at.key, captured, targets)
-    if call_compiled(functions.add, given) != 0:
-        store_i64(head.functions + 8 * REPEATED, 1)
+    call_compiled(functions.add, given)

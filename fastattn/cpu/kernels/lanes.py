@@ -20,13 +20,17 @@ from fastattn.functions.rows import (
     new_flag,
     new_note,
     noted,
+    numbers_at,
     put_score,
     row_at,
     score_in,
     slope_of,
     with_slope,
 )
-from fastattn.simd import as_element, jit, load_f64, load_i64, store_f64, store_u8
+from fastattn.simd import as_element, jit, load_f64, load_i64, stack_memory, store_f64, store_u8
+
+NOWHERE = -1  # instead of the number of an element
+memory_of_a_row = stack_memory(2 * 8 * 64)  # no row is wider
 
 
 def score_functions(kernel):
@@ -88,7 +92,7 @@ def captured_functions(kernel):
     tile, row_bytes, names = kernel.tile, kernel.tile.row_bytes, kernel.steps
     add_all = _one_after_the_other(
         [
-            _adder(compiled(kernel.function, tile.dtype, (name,), place), 8 * names.index(name))
+            _adder(tile, compiled(kernel.function, tile.dtype, (name,), place), 8 * names.index(name))
             for name, place in reads_of(kernel.function, tile.dtype, names)
         ]
     )
@@ -98,56 +102,66 @@ def captured_functions(kernel):
         """Add grads[j][i] times the derivatives to the elements that were read.
 
         `along`: 0, or 1 where the lanes of a row are keys, of one query. `targets`: the addresses of arrays without
-        gaps, of float64. Returns 1 if an element was read in a loop.
+        gaps, of float64.
         """
-        repeated = 0
         for j in range(count):
             row, beside = row_at(tile, scores + j * row_bytes), row_at(tile, grads + j * row_bytes)
-            for i in range(present):
-                grad = score_in(beside, i)
-                if grad != 0.0:  # of a hidden key it is 0
-                    score = score_in(row, i)
-                    own_query, own_key = query + i * (1 - along), key + j + i * along
-                    repeated |= add_all(score, grad, batch, head, own_query, own_key, captured, targets)
-        return repeated
+            add_all(row, beside, present, along, batch, head, query, key + j, captured, targets)
+        return 0
 
     return {"add": add}
 
 
 def _one_after_the_other(functions):
-    """A function that calls some, and says whether any said 1."""
+    """A function that calls some."""
     if not functions:
         return _nothing
     first, others = functions[0], _one_after_the_other(functions[1:])
 
     @jit
-    def both(score, grad, batch, head, query, key, captured, targets):
-        one = first(score, grad, batch, head, query, key, captured, targets)
-        return others(score, grad, batch, head, query, key, captured, targets) | one
+    def both(row, beside, present, along, batch, head, query, key, captured, targets):
+        first(row, beside, present, along, batch, head, query, key, captured, targets)
+        others(row, beside, present, along, batch, head, query, key, captured, targets)
 
     return both
 
 
 @jit
-def _nothing(score, grad, batch, head, query, key, captured, targets):
+def _nothing(row, beside, present, along, batch, head, query, key, captured, targets):
     """Add nothing."""
-    return 0
 
 
-def _adder(function, word):
-    """A function that adds what one score contributes to the gradient of an array, by one place where that is read."""
+def _adder(tile, function, word):
+    """A function that adds what a row contributes to the gradient of an array, by one place where that is read.
+
+    First for all lanes which elements these are, and the derivatives by them, in vectors; then the sums, one by one. If
+    elements are read several times at that place, all of it is done for each time.
+    """
 
     @jit
-    def add_at(score, grad, batch, head, query, key, captured, targets):
-        note = new_note()
-        slope = slope_of(score, function((score, batch, head, query, key, captured, note)))
-        number, times = noted(note)
-        if times == 1:
-            at = load_i64(targets + word) + number * 8
-            store_f64(at, load_f64(at) + slope * 1.0 * grad)
-        return 1 if times > 1 else 0
+    def add_row(row, beside, present, along, batch, head, query, key, captured, targets):
+        room = memory_of_a_row()
+        numbers, slopes = numbers_at(room), row_at(tile, room + 8 * tile.width)
+        target, wanted, most = load_i64(targets + word), 0, 1
+        while wanted < most:
+            for i in range(present):
+                note = new_note(wanted)
+                own_query, own_key = query + i * (1 - along), key + i * along
+                score = score_in(row, i)
+                put_score(
+                    slopes, i, slope_of(score, function((score, batch, head, own_query, own_key, captured, note)))
+                )
+                number, times = noted(note)
+                put_score(numbers, i, number if times > wanted else NOWHERE)
+                most = max(most, times)
+            for i in range(present):
+                grad, number = score_in(beside, i), score_in(numbers, i)
+                if grad != 0.0 and number != NOWHERE:  # of a hidden key it is 0
+                    at = target + number * 8
+                    store_f64(at, load_f64(at) + score_in(slopes, i) * 1.0 * grad)
+            wanted += 1
 
-    return add_at
+    return add_row
 
 
 def seen_functions(kernel):

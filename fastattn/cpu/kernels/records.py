@@ -239,7 +239,6 @@ FUNCTIONS = np.dtype(
         ("add", i8),  # to the gradients of captured arrays
         ("targets", i8),  # their addresses: for each part of the work one of each array
         ("arrays", i8),  # how many there are
-        ("repeated", i8),  # set to 1 where an element was read in a loop
         (
             "kinds",
             i8,
