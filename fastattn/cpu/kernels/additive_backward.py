@@ -22,7 +22,7 @@ these are the better part of a round before it, and hardly anybody waits.
 """
 
 from fastattn.cpu.kernels.additive import copy_row, load_rows, padded, sum_of
-from fastattn.cpu.kernels.additive_sums import absorb_keys, clear_states, store_sums, take_sums
+from fastattn.cpu.kernels.additive_sums import absorb_keys, clear_states, store_sums, subtract_from_sums, take_sums
 from fastattn.cpu.kernels.additive_terms import differentiate_vector, places_view
 from fastattn.cpu.kernels.blocks import clear
 from fastattn.cpu.kernels.pack import pack_queries, unpack_rows
@@ -382,14 +382,6 @@ def differentiate_block(kernel, plan, head, places, first_query, first_key, quer
     for j in range(0, filled, tile.lanes):
         differentiate_vector(kernel, places, plan, head, first_query, first_key, queries, j)
     add_to_values(tile, plan, places, queries, filled)
-
-
-@jit
-def subtract_from_sums(tile, numbers, grad_lse, queries):
-    """Subtract the gradient by the log-sum-exp from the sum of each query."""
-    for i in range(queries):
-        at = numbers + (i * QUERY_NUMBERS + 1) * tile.itemsize
-        store_element(tile, at, load_element(tile, at) - load_element(tile, grad_lse + i * tile.itemsize))
 
 
 @jit

@@ -125,3 +125,11 @@ def take_sums(tile, given, places, lse, queries, sums):
                 store_element(tile, numbers, m)
                 rest = load_element(tile, sums + (2 * i + 1) * tile.itemsize)
                 store_element(tile, numbers + 3 * tile.itemsize, rest)
+
+
+@jit
+def subtract_from_sums(tile, numbers, grad_lse, queries):
+    """Subtract the gradient by the log-sum-exp from the sum of each query."""
+    for i in range(queries):
+        at = numbers + (i * QUERY_NUMBERS + 1) * tile.itemsize
+        store_element(tile, at, load_element(tile, at) - load_element(tile, grad_lse + i * tile.itemsize))
