@@ -1,46 +1,14 @@
-"""Rows with features, or keys, in the lanes: parts of them, sums over lanes, and tiles that a few of them make."""
+"""Rows with features, or keys, in the lanes: sums over lanes, and tiles that a few of them make."""
 
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba.core import types
 from numba.core.typing.templates import signature
 from numba.extending import intrinsic
 
 from fastattn.machine.tile import TileShape
 from fastattn.simd.arithmetic import select_max
 from fastattn.simd.storage import places_of
-from fastattn.simd.tile import TileType, call_llvm, is_shape, make_tile, pointer_to, splat, vector_of, vectors_of
-
-
-@intrinsic
-def tile_load_part(typingctx, shape, address, row_bytes, rows, columns):
-    """The tile at `address` of which the first so many rows and columns are there: nothing else is read, but is 0.
-
-    One vector in a row.
-    """
-    if not is_shape(shape):
-        return None
-    tile = TileType(shape.value)
-
-    def codegen(context, builder, sig, values):
-        s, word = shape.value, ir.IntType(64)
-        numbers = ir.Constant(ir.VectorType(word, s.lanes), list(range(s.lanes)))
-        zero, nothing = ir.Constant(vector_of(s), [0.0] * s.lanes), ir.Constant(word, 0)
-        pointer = vector_of(s).as_pointer()
-        mask = ir.VectorType(ir.IntType(1), s.lanes)
-        fnty = ir.FunctionType(vector_of(s), [pointer, ir.IntType(32), mask, vector_of(s)])
-        name = f"llvm.masked.load.v{s.lanes}f{8 * s.itemsize}.p0"
-        function = cgutils.get_or_insert_function(builder.module, fnty, name)
-        loaded = []
-        for r, place in enumerate(places_of(builder, s, s.itemsize, values[1], values[2])):
-            there = builder.icmp_signed("<", ir.Constant(word, r), values[3])
-            count = builder.select(there, values[4], nothing)
-            present = builder.icmp_signed("<", numbers, splat(builder, count, s.lanes))
-            align = ir.Constant(ir.IntType(32), s.itemsize)
-            given = [pointer_to(builder, place, vector_of(s)), align, present, zero]
-            loaded.append(builder.call(function, given))
-        return make_tile(builder, s, loaded)
-
-    return signature(tile, shape, *[types.intp] * 4), codegen
+from fastattn.simd.tile import TileType, call_llvm, is_shape, make_tile, pointer_to, vector_of, vectors_of
 
 
 @intrinsic

@@ -59,17 +59,34 @@ class _Memory:
         self.converts = isinstance(place, Kernel) and "f16c" in place.row.needs
         self.itemsize = place.itemsize
 
+    @property
+    def element(self):
+        """What lies there; where it has to be widened, the bits of it."""
+        return element_of(self.tile) if self.dtype == self.tile.dtype else SHORT
+
     def load(self, builder, address, count):
         """So many elements in a vector of the tile's dtype; one alone, where `count` is None."""
+        kind = self.element if count is None else ir.VectorType(self.element, count)
+        return self.widen(builder, load_from(builder, address, kind, self.itemsize))
+
+    def load_part(self, builder, address, present):
+        """A vector of the elements that are there, one for each of these truth values, and of 0: no others are read."""
+        kind = ir.VectorType(self.element, present.type.count)
+        types = [kind.as_pointer(), INT, present.type, kind]
+        name = f"llvm.masked.load.v{kind.count}{'i16' if self.element == SHORT else f'f{8 * self.itemsize}'}.p0"
+        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, types), name)
+        pointer, align = pointer_to(builder, address, kind), INT(self.itemsize)
+        return self.widen(builder, builder.call(function, [pointer, align, present, ir.Constant(kind, None)]))
+
+    def widen(self, builder, found):
+        """Numbers of the tile's dtype."""
         if self.dtype == self.tile.dtype:
-            kind = element_of(self.tile)
-            return load_from(builder, address, kind if count is None else ir.VectorType(kind, count), self.itemsize)
-        kind = ir.HalfType() if self.dtype == "float16" and self.converts else SHORT
-        found = load_from(builder, address, kind if count is None else ir.VectorType(kind, count), 2)
-        wide = FLOAT if count is None else ir.VectorType(FLOAT, count)
+            return found
         if self.dtype == "bfloat16":
             return widen_bfloat16(builder, found)
-        return builder.fpext(found, wide) if self.converts else widen_float16(builder, found)
+        if not self.converts:
+            return widen_float16(builder, found)
+        return builder.fpext(builder.bitcast(found, like(found, ir.HalfType())), like(found, FLOAT))
 
     def store(self, builder, value, address):
         """Write numbers of the tile's dtype."""
@@ -196,6 +213,62 @@ def tile_load_stored(typingctx, place, shape, address, row_bytes):
         return make_tile(builder, s, [memory.load(builder, at, s.lanes) for at in places])
 
     return signature(TileType(shape.value), place, shape, types.intp, types.intp), codegen
+
+
+def _load_part(memory, s, builder, address, row_bytes, rows, columns):
+    """The tile at `address` of which the first so many rows and columns are there. One vector in a row."""
+    word, loaded = ir.IntType(64), []
+    numbers = ir.Constant(ir.VectorType(word, s.lanes), list(range(s.lanes)))
+    for r, at in enumerate(places_of(builder, s, memory.itemsize, address, row_bytes)):
+        there = builder.icmp_signed("<", ir.Constant(word, r), rows)
+        count = builder.select(there, columns, ir.Constant(word, 0))
+        present = builder.icmp_signed("<", numbers, splat(builder, count, s.lanes))
+        loaded.append(memory.load_part(builder, at, present))
+    return make_tile(builder, s, loaded)
+
+
+@intrinsic
+def tile_load_part(typingctx, shape, address, row_bytes, rows, columns):
+    """The tile at `address` of which the first so many rows and columns are there: nothing else is read, but is 0.
+
+    One vector in a row.
+    """
+    if not is_shape(shape):
+        return None
+    memory = _Memory(shape.value)
+
+    def codegen(context, builder, sig, values):
+        return _load_part(memory, shape.value, builder, *values[1:])
+
+    return signature(TileType(shape.value), shape, *[types.intp] * 4), codegen
+
+
+@intrinsic
+def tile_load_part_stored(typingctx, place, shape, address, row_bytes, rows, columns):
+    """The same of elements as they lie in a place."""
+    if not (is_place(place) and is_shape(shape)):
+        return None
+    memory = _Memory(place.value)
+
+    def codegen(context, builder, sig, values):
+        return _load_part(memory, shape.value, builder, *values[2:])
+
+    return signature(TileType(shape.value), place, shape, *[types.intp] * 4), codegen
+
+
+@intrinsic
+def copy_stored(typingctx, place, target, source):
+    """Copy the element at one address to another, as it is."""
+    if not is_place(place):
+        return None
+    kind = ir.IntType(8 * place.value.itemsize)
+
+    def codegen(context, builder, sig, values):
+        found = load_from(builder, values[2], kind, place.value.itemsize)
+        builder.store(found, pointer_to(builder, values[1], kind), align=place.value.itemsize)
+        return context.get_dummy_value()
+
+    return signature(types.none, place, types.intp, types.intp), codegen
 
 
 @intrinsic

@@ -46,7 +46,17 @@ def compiled(row: Isa, storage: str) -> Library:
         for i in range(count):
             s.store_stored(kernel, target + i * kernel.itemsize, s.load_element(tile, source + i * tile.itemsize))
 
-    functions = {each.__name__: (s.jit(each), 3) for each in (widen, widen_elements, narrow, narrow_elements)}
+    def copy(source, target, count):
+        for i in range(count):
+            s.copy_stored(kernel, target + i * kernel.itemsize, source + i * kernel.itemsize)
+
+    def widen_part(source, target, count):
+        part = s.tile_load_part_stored(kernel, tile.square, source, 2 * tile.lanes * kernel.itemsize, count, count)
+        s.tile_store(part, target, tile.vector_bytes)
+
+    functions = {
+        each.__name__: (s.jit(each), 3) for each in (widen, widen_elements, narrow, narrow_elements, copy, widen_part)
+    }
     return Library(build.emit(functions, row), row, dict.fromkeys(functions, 3))
 
 
@@ -65,6 +75,24 @@ def test_every_number_is_widened(row: Isa, storage: str) -> None:
         found = np.empty(numbers.size, np.float32)
         getattr(library, name)(numbers.ctypes.data, found.ctypes.data, numbers.size)
         assert same(found, cast(numbers, found.dtype)), name
+
+
+@rows
+@pytest.mark.parametrize("storage", DTYPES)
+def test_parts_of_rows_are_widened_and_elements_copied(row: Isa, storage: str) -> None:
+    library, numbers = compiled(row, storage), np.arange(65536, dtype=np.uint16)
+    found = np.zeros_like(numbers)
+    library.copy(numbers.ctypes.data, found.ctypes.data, numbers.size)
+    assert (found == numbers).all()
+    lanes = row.tile("float32").lanes
+    for first in (0, 0x3C00, 0x7C00 - lanes, 0x8000):
+        for count in range(lanes + 1):
+            rows = numbers[first:][: 2 * lanes * lanes].view(DTYPES[storage]).reshape(lanes, -1)
+            part = np.full((lanes, lanes), np.nan, np.float32)
+            library.widen_part(rows.ctypes.data, part.ctypes.data, count)
+            wanted = np.zeros_like(part)
+            wanted[:count, :count] = cast(rows[:count, :count], part.dtype)
+            assert same(part, wanted), (first, count)
 
 
 @rows

@@ -41,11 +41,11 @@ def draft_decode(kernel: Kernel, problem: Problem, operands: Operands, out: Arra
     parts = math.prod(lead[:-1]) * -(-rows // chunk)
     pieces = max(1, -(-problem.keys // PIECE))
     features = problem.head_dim + problem.value_dim
-    flops_per_part = problem.keys * features * max(ROW_FLOPS * chunk, FLOPS_PER_BYTE * tile.itemsize)
+    flops_per_part = problem.keys * features * max(ROW_FLOPS * chunk, FLOPS_PER_BYTE * kernel.itemsize)
     flops = parts * flops_per_part * share_of_keys(problem)
     shares = shares_of(parts, pieces, flops, threads)
     sizes = room_of_rows(kernel, problem, operands, chunk)
-    everything = parts * problem.keys * features * tile.itemsize
+    everything = parts * problem.keys * features * kernel.itemsize
     copied = sizes["key_bytes"] + sizes["value_bytes"]
     fields: dict[str, Any] = {**sizes_of(problem), **fields_of_scores(problem, operands.bias), **sizes}
     axes = axes_of(fields, lead, operands, out)
@@ -88,9 +88,9 @@ def room_of_rows(kernel: Kernel, problem: Problem, operands: Operands, rows: int
         "row_numbers": row_numbers,
         "partial_bytes": 2 * row_numbers * tile.itemsize + rows * sum_bytes,
     }
-    for name, array, row_bytes in (("key", operands.key, query_bytes), ("value", operands.value, sum_bytes)):
+    for name, array in (("key", operands.key), ("value", operands.value)):
         step, column = array.strides[-2:]
-        in_place = column == tile.itemsize and kernel.storage == tile.dtype
+        in_place, row_bytes = column == kernel.itemsize, array.shape[-1] * kernel.itemsize
         sizes[name + "_bytes"] = 0 if in_place else aligned(PIECE * row_bytes)
         sizes[name + "_step"] = step if in_place else row_bytes
     return sizes

@@ -26,7 +26,7 @@ from fastattn.cpu.kernels.blocks import are_finite
 from fastattn.cpu.kernels.dropout import numbers_of_head
 from fastattn.cpu.kernels.forward import may_hide
 from fastattn.cpu.kernels.masks import lowest
-from fastattn.cpu.kernels.pack import copy_rows
+from fastattn.cpu.kernels.pack import copy_as_they_lie, copy_rows
 from fastattn.cpu.kernels.prefetch import NOTHING, list_memory
 from fastattn.cpu.kernels.row_products import add_to_row, add_values, score_rows, want_keys, want_values
 from fastattn.cpu.kernels.score_rows import keys_of_row, restrict_row
@@ -248,11 +248,11 @@ def attend(kernel, call, plan, rows, piece, room, partial, is_last):
     want_values(kernel, plan, rows.count, piece.count, values, wanted)
     if plan.key_bytes > 0:
         row, column = plan.key_row, plan.key_column
-        copy_rows(kernel, tile, room.keys, plan.key_step, keys, row, column, piece.count, plan.head_dim)
+        copy_as_they_lie(kernel, room.keys, plan.key_step, keys, row, column, piece.count, plan.head_dim)
         keys = room.keys
     if plan.value_bytes > 0:
         row, column = plan.value_row, plan.value_column
-        copy_rows(kernel, tile, room.values, plan.value_step, values, row, column, piece.count, plan.value_dim)
+        copy_as_they_lie(kernel, room.values, plan.value_step, values, row, column, piece.count, plan.value_dim)
         values = room.values
     clear(tile, plan, partial)
     score_rows(kernel, plan, rows.count, room.queries, keys, piece.count, room.scores, wanted)

@@ -15,6 +15,7 @@ of bfloat16 (`fastattn.cpu.kernels.pairs`), they stay what they are.
 
 from fastattn.simd import (
     as_element,
+    copy_stored,
     jit,
     load_element,
     load_stored,
@@ -106,6 +107,21 @@ def copy_rows(place, tile, target, target_row, source, row, column, count, featu
                 p += tile.lanes
         for q in range(p, features):
             store_element(tile, target + q * tile.itemsize, load_stored(place, source + q * column))
+        source += row
+        target += target_row
+
+
+@jit
+def copy_as_they_lie(kernel, target, target_row, source, row, column, count, features):
+    """The same without widening: the target has elements as memory has them, next to each other."""
+    vector, whole = kernel.tile.vector, 0
+    if column == kernel.itemsize:
+        whole = features * column // vector.vector_bytes * vector.vector_bytes
+    for _ in range(count):
+        for offset in range(0, whole, vector.vector_bytes):
+            tile_store(tile_load(vector, source + offset, 0), target + offset, 0)
+        for p in range(whole // kernel.itemsize, features):
+            copy_stored(kernel, target + p * kernel.itemsize, source + p * column)
         source += row
         target += target_row
 

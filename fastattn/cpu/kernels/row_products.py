@@ -3,8 +3,8 @@
     scores[r][j] = q[r] · key[j]                    q[r][p]: the rows, times the scale
     sums[r][p]  += Σ_j weights[r][j] · value[j][p]
 
-Keys and values are read where they lie, or have been copied to. What is computed for a row is the same, in the same
-order, whatever other rows there are.
+Keys and values are read where they lie, or have been copied to, as they are: half precision is widened in registers.
+What is computed for a row is the same, in the same order, whatever other rows there are.
 """
 
 from fastattn.cpu.kernels.prefetch import ask, want, want_nothing
@@ -19,7 +19,8 @@ from fastattn.simd import (
     tile_fill,
     tile_load,
     tile_load_column,
-    tile_load_part,
+    tile_load_part_stored,
+    tile_load_stored,
     tile_store,
     tile_stretch,
 )
@@ -32,17 +33,17 @@ KEYS_AT_ONCE = 32  # whose values are multiplied for all rows in turn: they stay
 
 
 @inline
-def add_products(tile, strip, q, key, row, first, features, sums):
+def add_products(kernel, strip, q, key, row, first, features, sums):
     """sums[j] += q · key[j] by lanes, for a vector of keys and as many whole strips of features as follow `first`.
 
     Returns where these end. Keys are read row by row: memory is fastest in its own order.
     """
-    p = first
+    tile, p = kernel.tile, first
     while p + strip.width <= features:
-        offset = p * tile.itemsize
-        features_of_q, at, place = tile_load(strip, q + offset, 0), key + offset, sums
+        features_of_q, at, place = tile_load(strip, q + p * tile.itemsize, 0), key + p * kernel.itemsize, sums
         for _ in range(tile.lanes):
-            tile_store(add_dot(features_of_q, tile_load(strip, at, 0), tile_load(tile.vector, place, 0)), place, 0)
+            features_of_key = tile_load_stored(kernel, strip, at, 0)
+            tile_store(add_dot(features_of_q, features_of_key, tile_load(tile.vector, place, 0)), place, 0)
             at += row
             place += tile.vector_bytes
         p += strip.width
@@ -58,14 +59,14 @@ def products(kernel, plan, q, key, present):
     tile_store(tile_fill(tile.square, 0.0), sums, tile.vector_bytes)
     p = 0
     if present == tile.lanes:
-        p = add_products(tile, tile.long, q, key, row, p, features, sums)
-        p = add_products(tile, tile.half_long, q, key, row, p, features, sums)
-        p = add_products(tile, tile.vector, q, key, row, p, features, sums)
+        p = add_products(kernel, tile.long, q, key, row, p, features, sums)
+        p = add_products(kernel, tile.half_long, q, key, row, p, features, sums)
+        p = add_products(kernel, tile.vector, q, key, row, p, features, sums)
     total = tile_load(tile.square, sums, tile.vector_bytes)
     for first in range(p, features, tile.lanes):
-        offset = first * tile.itemsize
-        keys = tile_load_part(tile.square, key + offset, row, present, min(tile.lanes, features - first))
-        total = fma(keys, tile_load(tile.vector, q + offset, 0), total)
+        at, columns = key + first * kernel.itemsize, min(tile.lanes, features - first)
+        keys = tile_load_part_stored(kernel, tile.square, at, row, present, columns)
+        total = fma(keys, tile_load(tile.vector, q + first * tile.itemsize, 0), total)
     return row_sums(total)
 
 
@@ -79,15 +80,14 @@ def crossed_products(kernel, plan, q, key, present, wanted):
     row, features, columns = plan.key_step, plan.head_dim, tile.cofactor.rows
     whole = features - features % tile.lanes if present >= columns else 0
     total = tile_fill(tile.square, 0.0)
-    for offset in range(0, whole * tile.itemsize, tile.vector_bytes):
-        queries = tile_stretch(tile.square, tile_load(tile.factor, q + offset, plan.query_bytes))
-        total = fma(tile_load(tile.cofactor, key + offset, row), queries, total)
+    for p in range(0, whole, tile.lanes):
+        queries = tile_stretch(tile.square, tile_load(tile.factor, q + p * tile.itemsize, plan.query_bytes))
+        total = fma(tile_load_stored(kernel, tile.cofactor, key + p * kernel.itemsize, row), queries, total)
         ask(wanted)
     for p in range(whole, features, tile.lanes):
-        offset = p * tile.itemsize
-        queries = tile_stretch(tile.square, tile_load(tile.factor, q + offset, plan.query_bytes))
-        keys = tile_load_part(tile.cofactor, key + offset, row, present, min(tile.lanes, features - p))
-        total = fma(keys, queries, total)
+        queries = tile_stretch(tile.square, tile_load(tile.factor, q + p * tile.itemsize, plan.query_bytes))
+        at, columns = key + p * kernel.itemsize, min(tile.lanes, features - p)
+        total = fma(tile_load_part_stored(kernel, tile.cofactor, at, row, present, columns), queries, total)
     return row_sums(total)
 
 
@@ -123,12 +123,12 @@ def add_to_columns(kernel, plan, weights, strip, value, count, sums, wanted):
     itemsize, row, step = kernel.tile.itemsize, plan.score_bytes, plan.value_step
     for _ in range(count >> 2):
         for _ in range(4):
-            acc = fma(tile_load_column(strip, weights, row), tile_load(strip.single, value, 0), acc)
+            acc = fma(tile_load_column(strip, weights, row), tile_load_stored(kernel, strip.single, value, 0), acc)
             weights += itemsize
             value += step
         ask(wanted)
     for _ in range(count & 3):
-        acc = fma(tile_load_column(strip, weights, row), tile_load(strip.single, value, 0), acc)
+        acc = fma(tile_load_column(strip, weights, row), tile_load_stored(kernel, strip.single, value, 0), acc)
         weights += itemsize
         value += step
     tile_store(acc, sums, plan.sum_bytes)
@@ -139,8 +139,8 @@ def add_to_strips(kernel, plan, weights, strip, value, count, sums, first, wante
     """The same for as many whole strips as there are from a column on; where they end."""
     tile, p = kernel.tile, first
     while p + strip.width <= plan.value_dim:
-        offset = p * tile.itemsize
-        add_to_columns(kernel, plan, weights, strip, value + offset, count, sums + offset, wanted)
+        at, place = value + p * kernel.itemsize, sums + p * tile.itemsize
+        add_to_columns(kernel, plan, weights, strip, at, count, place, wanted)
         p += strip.width
     return p
 
@@ -148,16 +148,17 @@ def add_to_strips(kernel, plan, weights, strip, value, count, sums, first, wante
 @jit
 def add_to_rest(kernel, plan, weights, narrow, value, count, sums, first):
     """The same for the columns behind the last whole vector, if there are any."""
-    tile, offset, columns = kernel.tile, first * kernel.tile.itemsize, plan.value_dim - first
+    tile, columns = kernel.tile, plan.value_dim - first
     if columns == 0:
         return
-    acc, at, weight = tile_load(narrow, sums + offset, plan.sum_bytes), value + offset, weights
+    place, at, weight = sums + first * tile.itemsize, value + first * kernel.itemsize, weights
+    acc = tile_load(narrow, place, plan.sum_bytes)
     for _ in range(count):
-        part = tile_load_part(tile.vector, at, 0, 1, columns)
+        part = tile_load_part_stored(kernel, tile.vector, at, 0, 1, columns)
         acc = fma(tile_load_column(narrow, weight, plan.score_bytes), part, acc)
         weight += tile.itemsize
         at += plan.value_step
-    tile_store(acc, sums + offset, plan.sum_bytes)
+    tile_store(acc, place, plan.sum_bytes)
 
 
 @jit
@@ -209,7 +210,7 @@ def want_values(kernel, plan, count, keys, values, wanted):
     steps = crossed * (plan.head_dim // tile.lanes)
     want_nothing(wanted, keys // tile.lanes * steps)
     if plan.prefetch_distance > 0 and crossed > 0:
-        want(wanted, values, plan.value_row, plan.value_dim * tile.itemsize, keys)
+        want(wanted, values, plan.value_row, plan.value_dim * kernel.itemsize, keys)
 
 
 @jit
@@ -219,4 +220,4 @@ def want_keys(kernel, plan, count, keys, source, wanted):
     strips = count // tile.rows * (plan.value_dim // tile.width)
     want_nothing(wanted, keys // 4 * strips)
     if plan.prefetch_distance > 0 and strips > 0:
-        want(wanted, source, plan.key_row, plan.head_dim * tile.itemsize, keys)
+        want(wanted, source, plan.key_row, plan.head_dim * kernel.itemsize, keys)

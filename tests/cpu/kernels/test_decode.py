@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 
 import fastattn
 from fastattn.call.arrays import as_operands
+from fastattn.call.halves import BITS, cast
 from fastattn.call.shapes import describe
 from fastattn.cpu.host import decode, forward, plan, session
 from fastattn.cpu.host.kernels import load
+from fastattn.cpu.kernels.records import PLAN
 
 Array = NDArray[Any]
 
@@ -159,6 +161,27 @@ def test_a_value_that_is_not_finite_reaches_those_that_look_at_it(lanes: str) ->
     assert np.isposinf(out[..., 4]).all()
     assert np.isfinite(np.delete(out, (3, 4), axis=-1)).all()
     assert np.isfinite(out[0, :, 0, 3]).all()
+
+
+@pytest.mark.parametrize("storage", [np.dtype(np.float16), BITS], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize("heads", [1, 2, 7])
+def test_half_precision_has_the_bits_of_its_numbers_in_float32(lanes: str, storage: Any, heads: int) -> None:
+    """It is widened as it is read: nothing else is different, until the result is rounded."""
+    query, key, value = (cast(x, storage) for x in inputs((2, 2 * heads, 2, 70), 2 * PIECE + 21, 2))
+    lengths = np.array([PIECE + 5, 2 * PIECE + 21])
+    value.view(np.uint16)[0, :, lengths[0] :] = 0xFFFF  # NaN
+    options: Any = {"key_lengths": lengths, "is_causal": "bottom-right", "return_lse": True, "enable_gqa": True}
+    wide = [cast(x, np.dtype(np.float32)) for x in (query, key, value)]
+    wanted, wanted_lse = fastattn.attention(*wide, **options)
+    columns, rows = np.repeat(key, 2, axis=-1)[..., ::2], value[..., ::-1, :].copy()[..., ::-1, :]
+    for keys, values in ((key, value), (columns, rows), (columns, np.repeat(value, 2, axis=-1)[..., ::2])):
+        problem, operands = describe(*as_operands(query, keys, values), enable_gqa=True)
+        record = forward.plan_forward(problem, operands, np.empty(problem.out_shape, storage), 1).record
+        assert bool(record[: PLAN.itemsize].view(PLAN)["key_bytes"][0]) == (keys is columns)
+        out = np.empty(wanted.shape, np.float32)
+        _, lse = fastattn.attention(query, keys, values, **options, out=out)
+        assert out.tobytes() == wanted.tobytes()
+        assert lse.tobytes() == wanted_lse.tobytes()
 
 
 # -- right results -----------------------------------------------------------------------------------------------------
