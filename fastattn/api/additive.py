@@ -177,4 +177,5 @@ def _on_cpu(
         return rounded(problem, checked, return_lse, *additive_attention(*call, **wanted, **further))
     made = (*arrays[:3], weight_, *masks_in(arrays[4]))
     given = (query, key, value, weight, *masks_in(attn_mask))
-    return cpu.evaluate(asked, problem, operands, made, given, checked, return_lse, return_weights, None, weight_)
+    wanted = checked, return_lse, return_weights, None, weight_
+    return cpu.evaluate(asked, problem, operands, made, given, *wanted, options=further)

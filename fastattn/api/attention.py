@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Any
 
-import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastattn import reference
-from fastattn.api.asked import ends_of, key_of_others, masks_in
+from fastattn.api.asked import ends_of, key_of_others, masks_in, number_in, plain, with_functions
 from fastattn.api.backends import backend_of_attention
 from fastattn.call.arrays import as_operands
 from fastattn.call.blocks import Blocks
@@ -174,29 +173,28 @@ def attention(
     (1, 8, 16, 64)
     """
     asked: Any = b""
-    if (
-        return_weights is False
-        and (backend is None or backend == "cpu")
-        and key_lengths is alibi_slopes is sinks is score_mod is mask_mod is block_mask is None  # type: ignore[comparison-overlap]
-        and (query_offset is None or not isinstance(query_offset, np.ndarray))
-    ):
+    if return_weights is False and (backend is None or backend == "cpu") and block_mask is None:
         mask, keep = masks_in(attn_mask) if isinstance(attn_mask, tuple) else (attn_mask, None)
         left, right = (None, None) if window is None else ends_of(window)
-        threads = threads_of_call()
+        causal = is_causal if is_causal is False else plain(is_causal)
+        numbers: Any = number_in(query_offset), key_lengths, alibi_slopes, sinks
         # fmt: off
-        asked = signatures.of(
-            threads, dropout_p, is_causal, scale, enable_gqa, left, right, query_offset, softcap, return_lse,
-            query, key, value, mask, keep, out,
-        ) or key_of_others(
-            threads, dropout_p, is_causal, scale, enable_gqa, left, right, query_offset, softcap, return_lse,
+        described: Any = (
+            threads_of_call(), dropout_p, causal, scale, enable_gqa, left, right, softcap, return_lse, *numbers,
             query, key, value, mask, keep, out,
         )
         # fmt: on
-        plan = session.current.plans.get(asked)
+        asked = signatures.of(*described) or key_of_others(*described)
+        found, captured = asked, ((), ())
+        if not score_mod is mask_mod is None:
+            found, captured = with_functions(asked, score_mod, mask_mod)
+        plan = session.current.plans.get(found)
         if plan is not None and (out is None or not signatures.overlap(out, query, key, value, mask, keep)):
             seed = seed_from(rng, plan.drops) if plan.drops or rng is not None else None
-            # what has a signature is an array
-            return cpu.attention(plan, query, key, value, mask, keep, None, None, out, return_lse, seed)  # type: ignore[arg-type]
+            arrays: Any = query, key, value, mask, keep  # what has a signature is an array
+            result = cpu.again(plan, numbers, captured, arrays, out, return_lse, seed)
+            if result is not None:
+                return result
 
     further: FurtherOptions = {
         "window": window, "query_offset": query_offset, "key_lengths": key_lengths, "softcap": softcap,
@@ -254,7 +252,9 @@ def on_cpu(
         wanted: Any = {"return_lse": True, "return_weights": return_weights, "rng": seed, "out": target}
         return rounded(problem, checked, return_lse, *on_cpu(b"", further, *call, **wanted))
     made, given = (*arrays[:3], *masks_in(arrays[3])), (query, key, value, *masks_in(attn_mask))
-    return cpu.evaluate(asked, problem, operands, made, given, checked, return_lse, return_weights, seed)
+    return cpu.evaluate(
+        asked, problem, operands, made, given, checked, return_lse, return_weights, seed, options=further
+    )
 
 
 def rounded(problem: Problem, target: Array | None, return_lse: bool, out: Any, lse: Any, *weights: Any) -> Any:

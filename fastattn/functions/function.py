@@ -34,6 +34,7 @@ __all__ = [
     "captured_by",
     "contents",
     "described",
+    "names_around",
     "rebuilt",
     "record_of",
 ]
@@ -246,7 +247,7 @@ def captured_by(role: str, function: FunctionType) -> Iterator[tuple[str, Any]]:
         If it reads a variable that is not there.
     """
     code = function.__code__
-    for name in _read_by(code):
+    for name in names_around(code):
         if name in code.co_freevars:
             cell = (function.__closure__ or ())[code.co_freevars.index(name)]
             try:
@@ -306,7 +307,7 @@ def _locals_read_by(code: CodeType) -> frozenset[str]:
 
 
 @lru_cache(maxsize=256)
-def _read_by(code: CodeType) -> list[str]:
+def names_around(code: CodeType) -> list[str]:
     """The names of variables around a code object that it reads."""
     found: dict[str, None] = {}
     for step in dis.get_instructions(code):

@@ -126,6 +126,11 @@ class Plan:
         What tasks leave for each other, 0 where there is nothing.
     is_small : bool
         Whether it is not worth to be shared, or to be looked after.
+    own : callable or None
+        Of calls that are known by what they were asked: what makes the table of what heads have of their own, from the
+        arguments (`fastattn.cpu.host.own`).
+    functions : object or None
+        The same for the user's functions (`fastattn.cpu.host.functions.KnownFunctions`).
     """
 
     out_shape: Shape
@@ -143,6 +148,8 @@ class Plan:
     is_small: bool
     counters: int = 0
     partials_bytes: int = 0
+    own: Callable[..., Array | None] | None = None
+    functions: Any = None
 
     def new_partials(self, calls: int = 1) -> Array:
         """Memory for what the tasks of some calls leave for each other, a row for each call."""

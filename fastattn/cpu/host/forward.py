@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,8 +16,9 @@ from fastattn.call.problem import Operands, Problem
 from fastattn.cpu.host import session
 from fastattn.cpu.host.calls import Plan
 from fastattn.cpu.host.decode import draft_decode, is_decode
-from fastattn.cpu.host.functions import prepared
+from fastattn.cpu.host.functions import known_functions, prepared
 from fastattn.cpu.host.kernels import describe, steps_of
+from fastattn.cpu.host.own import own_heads
 from fastattn.cpu.host.plan import choose_tile, draft_forward, may_be_in_pairs
 from fastattn.cpu.host.threads import get_num_threads
 from fastattn.machine.tile import TileShape
@@ -34,6 +37,8 @@ def evaluate(
     return_weights: bool,
     seed: int | None = None,
     weight: Array | None = None,
+    *,
+    options: Mapping[str, Any],
 ) -> Any:
     """Plan a call and run it; one like it, of which the same is `asked`, will find the plan.
 
@@ -51,13 +56,15 @@ def evaluate(
     seed : int, optional
     weight : ndarray, shape (D,), optional
         That of additive attention, contiguous.
+    options : mapping of str to object
+        Those that are arrays or functions, by name: what `again` will be given.
     """
     target, threads = target_for(out, problem, arrays), get_num_threads()
     score = "dot" if weight is None else "additive"
     plan = plan_forward(problem, operands, target, threads, score)
     alike = all(array is other for array, other in zip(arrays, given, strict=True))  # nothing had to be converted
     if asked and alike and (out is None or target is out) and problem.storage != BITS:  # whose signature others have
-        session.current.plans.keep(asked, plan)
+        keep(asked, plan, problem, options, tile_of_functions(problem, score))
     # first: out may be the query
     matrix = weights(problem, operands, target, seed, threads, weight, score) if return_weights else None
     with prepared(problem, operands, tile_of_functions(problem, score)) as ready:
@@ -65,6 +72,52 @@ def evaluate(
     if matrix is not None:
         result = (*(result if return_lse else (result,)), matrix)
     return delivered(result, target, out)
+
+
+def keep(asked: Hashable, plan: Plan, problem: Problem, options: Mapping[str, Any], tile: TileShape) -> None:
+    """Have calls of which the same is asked find their plan, if numbers and captured values are all that differs."""
+    with suppress(LookupError):
+        own, known = own_heads(problem, options), known_functions(problem, options, tile)
+        if known is not None:
+            plan, asked = replace(plan, functions=known[0]), (asked, *known[1])
+        session.current.plans.keep(asked, plan if own is None else replace(plan, own=own))
+
+
+def again(
+    plan: Plan,
+    numbers: tuple[Any, ...],
+    captured: tuple[tuple[Any, ...], ...],
+    arrays: tuple[Array, Array, Array, Array | None, Array | None],
+    out: Array | None,
+    return_lse: bool,
+    seed: int | None,
+) -> Any:
+    """Run a call like an earlier one, of which a plan was kept; None if its numbers are not such as calls may have.
+
+    Parameters
+    ----------
+    plan : Plan
+    numbers : tuple
+        The arguments that heads have numbers of their own from, as `fastattn.cpu.host.own` names them.
+    captured : tuple of tuple
+        What the function of scores captures, and that of masks.
+    arrays : tuple
+        Query, key, value and both masks, as `attention` takes them.
+    out, return_lse, seed
+        As there.
+    """
+    heads = None
+    if plan.own is not None:
+        heads = plan.own(*numbers)
+        if heads is None:
+            return None
+    if plan.functions is None:
+        return attention(plan, *arrays, heads, None, out, return_lse, seed)
+    record, held = plan.functions.record(captured)
+    result = attention(plan, *arrays, heads, record, out, return_lse, seed)
+    del held
+    plan.functions.check(record)
+    return result
 
 
 def plan_forward(problem: Problem, operands: Operands, out: Array, threads: int, score: str = "dot") -> Plan:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,11 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastattn.call.problem import Operands, Problem
+from fastattn.call.scores import Scores
 from fastattn.cpu.host import session
 from fastattn.cpu.host.kernels import load
 from fastattn.cpu.kernels.records import FUNCTIONS
 from fastattn.functions.function import Function, contents, record_of
 from fastattn.functions.kinds import FULL, KIND_KEYS, KIND_QUERIES, WORTH_LOOKING
+from fastattn.functions.recall import recalled, remember
 from fastattn.machine.kernel import Kernel
 from fastattn.machine.libraries import Library
 from fastattn.machine.objects import address_of
@@ -23,6 +25,9 @@ from fastattn.machine.tile import TileShape
 
 Array = NDArray[Any]
 
+SCORE_CAPTURED, SEEN_CAPTURED, OUT_OF_RANGE = (
+    (FUNCTIONS.names or ()).index(name) for name in ("score_captured", "seen_captured", "out_of_range")
+)
 MOST_PARTS, MOST_ELEMENTS = 16, 1 << 22  # of the work on gradients of captured arrays, and of their sums together
 
 
@@ -79,27 +84,19 @@ def prepared(problem: Problem, operands: Operands, tile: TileShape, parts: Parts
         yield operands
         return
     scores, given = problem.scores, operands.captured
-    record = np.zeros(1, FUNCTIONS)
-    record["heads"] = max(1, problem.heads)
-    record["first_row"], record["first_head"] = scores.first_batch, scores.first_head
-    record["first_key"] = scores.first_key
-    held: list[Array] = []
+    record, held = record_of_functions(problem, tile), list[Array]()
     if scores.score_mod is not None:
-        library = compiled("score_function", scores.score_mod, tile)
         held.append(record_of(scores.score_mod, given.score))
         record["score_captured"] = address_of(held[-1])
-        for name in ("value", "slope", "along", "marks"):
-            record[name] = library.addresses[name]
         if parts is not None and parts.names:
             adding = compiled("captured_function", scores.score_mod, tile, parts.names)
             held.append(parts.addresses())
             record["add"], record["arrays"] = adding.addresses["add"], len(parts.names)
             record["targets"] = address_of(held[-1])
     if scores.mask_mod is not None:
-        library = compiled("seen_function", scores.mask_mod, tile)
         held.append(record_of(scores.mask_mod, given.seen))
         record["seen_captured"] = address_of(held[-1])
-        record["hide"], record["marks"] = library.addresses["hide"], library.addresses["marks"]
+        library = compiled("seen_function", scores.mask_mod, tile)
         kinds = kinds_of_blocks(problem, operands, library, scores.mask_mod, held[-1])
         if kinds is not None:
             held.append(kinds)
@@ -108,8 +105,82 @@ def prepared(problem: Problem, operands: Operands, tile: TileShape, parts: Parts
             record["kinds_batch"], record["kinds_head"], record["kinds_row"] = [*list(steps)[:2], kinds.strides[2]]
     yield operands._replace(captured=record)  # type: ignore[arg-type]
     if record["out_of_range"]:
-        names = [function.label for function in (scores.score_mod, scores.mask_mod) if function is not None]
-        raise IndexError(f"{', '.join(names)}: an index was out of range, for a key that the query may look at")
+        raise out_of_range(scores)
+
+
+def out_of_range(scores: Scores) -> IndexError:
+    """What to raise where a function has read out of range."""
+    names = [function.label for function in (scores.score_mod, scores.mask_mod) if function is not None]
+    return IndexError(f"{', '.join(names)}: an index was out of range, for a key that the query may look at")
+
+
+def record_of_functions(problem: Problem, tile: TileShape) -> Array:
+    """The record of the user's functions, without what they capture."""
+    scores, record = problem.scores, np.zeros(1, FUNCTIONS)
+    record["heads"] = max(1, problem.heads)
+    record["first_row"], record["first_head"] = scores.first_batch, scores.first_head
+    record["first_key"] = scores.first_key
+    if scores.score_mod is not None:
+        library = compiled("score_function", scores.score_mod, tile)
+        for name in ("value", "slope", "along", "marks"):
+            record[name] = library.addresses[name]
+    if scores.mask_mod is not None:
+        library = compiled("seen_function", scores.mask_mod, tile)
+        record["hide"], record["marks"] = library.addresses["hide"], library.addresses["marks"]
+    return record
+
+
+class KnownFunctions:
+    """The user's functions in calls like one that was looked at: other values of what they capture are data.
+
+    Attributes
+    ----------
+    scores : Scores
+    """
+
+    def __init__(self, problem: Problem, tile: TileShape):
+        self.scores = problem.scores
+        self._words = record_of_functions(problem, tile).view(np.int64)
+        self._functions = (self.scores.score_mod, SCORE_CAPTURED), (self.scores.mask_mod, SEEN_CAPTURED)
+
+    def record(self, captured: tuple[tuple[Any, ...], ...]) -> tuple[Array, list[Array]]:
+        """The record for a call whose functions, of scores and of masks, capture this; and what has to live as long."""
+        record, held = self._words.copy(), []
+        for (function, word), values in zip(self._functions, captured, strict=True):
+            if function is not None:
+                held.append(record_of(function, values))
+                record[word] = address_of(held[-1])
+        return record, held
+
+    def check(self, record: Array) -> None:
+        """Refuse what a call has done.
+
+        Raises
+        ------
+        IndexError
+            If a function has read out of range for a key that a query may look at.
+        """
+        if record[OUT_OF_RANGE]:
+            raise out_of_range(self.scores)
+
+
+def known_functions(problem: Problem, options: Mapping[str, Any], tile: TileShape) -> tuple[KnownFunctions, Any] | None:
+    """What calls with functions like these need, and what those are known by; None if there are no functions.
+
+    Raises
+    ------
+    LookupError
+        If each such call has to be looked at: functions are not recalled, or blocks of keys are.
+    """
+    if not problem.scores.has_functions:
+        return None
+    if problem.scores.mask_mod is not None and min(problem.queries, problem.keys) >= WORTH_LOOKING:
+        raise LookupError("mask_mod")
+    numbers = []
+    for role in ("score_mod", "mask_mod"):
+        known = recalled(role, options[role])
+        numbers.append(remember(role, options[role]) if known is None else known[0])
+    return KnownFunctions(problem, tile), tuple(numbers)
 
 
 def compiled(work: str, function: Function, tile: TileShape, names: tuple[str, ...] = ()) -> Library:

@@ -61,6 +61,7 @@ def every_kernel(row: Isa, dtypes: Iterable[str]) -> Iterator[Kernel]:
     yield Kernel("schedule", row)
     yield Kernel("signature", row)
     yield Kernel("overlaps", row)
+    yield Kernel("own_heads", row)
     yield Kernel("several", row)
     for dtype in dtypes:
         yield from kernels_of(row, dtype)

@@ -18,6 +18,7 @@ from fastattn.cpu.kernels.entry import in_default_mode, note, overlaps, quick_fu
 from fastattn.cpu.kernels.forward import forward_group
 from fastattn.cpu.kernels.key_weights import sum_weights
 from fastattn.cpu.kernels.lanes import captured_functions, score_functions, seen_functions
+from fastattn.cpu.kernels.own import own_heads
 from fastattn.cpu.kernels.summary import summarise_group, weigh_known_group
 from fastattn.cpu.kernels.tasks import task_function
 from fastattn.cpu.kernels.tiles import product_of_pairs, unrolled_product
@@ -95,4 +96,5 @@ FUNCTIONS: dict[str, Callable[[Kernel], dict[str, Any]]] = {
     "schedule": lambda kernel: vars(schedule),
     "signature": lambda kernel: {"signature": signature, "in_default_mode": in_default_mode},
     "overlaps": lambda kernel: {"overlaps": overlaps},
+    "own_heads": lambda kernel: {"own_heads": own_heads},
 }

@@ -16,7 +16,7 @@ from fastattn.machine.objects import (
 )
 from fastattn.simd import call_compiled, jit, load_i64, record_view, stack_memory, store_i64
 
-MOST_ARRAYS, MOST_OBJECTS = 7, 24  # of which a signature is made
+MOST_ARRAYS, MOST_OBJECTS = 12, 24  # of which a signature is made
 MOST_AXES = 32  # of an array that has a signature
 WORD = 8
 NONE, TRUE, FALSE, FLOAT, INT = -1, -2, -3, -4, -5  # in a signature, in the place of an array's rank

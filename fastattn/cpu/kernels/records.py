@@ -110,6 +110,27 @@ SEVERAL = np.dtype([("plan", i8), ("scratch", i8), ("runs", i8)])
 # Of these: the address of the kernel's function, that of the record of the call, the first task, and where they end.
 RUN = ("task", "call", "first", "end")
 
+# How what heads have of their own is made of the arrays of a call: for how many heads, what one has that has nothing of
+# its own, and how many of `SOURCE` there are, behind it.
+OWN = np.dtype([("heads", i8), *((name, HEAD[name].type) for name in HEAD.names or ()), ("sources", i8)])
+SOURCE = np.dtype(
+    [
+        ("argument", i8),  # which of the arrays the numbers of a field are in
+        ("kind", i8),  # what its elements are: one of WHOLE, UNSIGNED, REAL, SHORT_REAL
+        ("itemsize", i8),
+        ("places", i8),  # the address of the places of the elements of all heads, in bytes from the array's first
+        ("field", i8),  # where in HEAD the numbers go, in bytes
+        ("is_whole", i8),  # 1: they are whole numbers
+        ("less", i8),  # what is subtracted from these
+        ("low", i8),  # others than from here
+        ("high", i8),  # to here are refused
+        ("finite", i8),  # 1: of others, those that are not finite are
+        ("largest", f8),  # of sinks, in the dtype of the call; 0: they are no sinks
+        ("single", i8),  # 1: that is float32, which they are rounded to
+    ]
+)
+WHOLE, UNSIGNED, REAL, SHORT_REAL = range(4)  # SHORT_REAL: bfloat16
+
 # What a compiled function that Python calls as a builtin is bound to.
 LINK = np.dtype(
     [

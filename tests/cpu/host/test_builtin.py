@@ -214,6 +214,172 @@ def test_builtins_take_seeds_of_64_bits(plans: dict[Any, Any]) -> None:
         np.testing.assert_allclose(weights @ value, out, rtol=1e-5, atol=1e-6)
 
 
+# -- options that are arrays, and functions ----------------------------------------------------------------------------
+
+
+def decoding(batch: int = 3, heads: int = 4, keys: int = 40) -> Any:
+    """Return query, key and value of one decoded token."""
+    rng = np.random.default_rng(0)
+    shapes = (batch, heads, 1, 8), *[(batch, heads, keys, 8)] * 2
+    return [rng.standard_normal(shape, dtype=np.float32) for shape in shapes]
+
+
+def of_both(*args: Any, **options: Any) -> bytes:
+    return b"".join(array.tobytes() for array in fastattn.attention(*args, **options, return_lse=True))
+
+
+def twice(monkeypatch: pytest.MonkeyPatch, arrays: Any, first: Any, then: Any, **options: Any) -> None:
+    """Call with some options, then with others like these, which have the results of a call that is described."""
+    wanted = of_both(*arrays, **then, **options)
+    session.current.plans.clear()
+    of_both(*arrays, **first, **options)
+    with monkeypatch.context() as context:
+        context.setattr("fastattn.api.attention.describe", None)
+        assert of_both(*arrays, **then, **options) == wanted
+
+
+KINDS_OF_NUMBERS = [
+    {"key_lengths": np.array([40, 7, 0])},
+    {"key_lengths": np.array([40, 7, 0], np.uint8), "is_causal": "bottom-right"},
+    {"key_lengths": np.array(13), "window": (5, 0), "query_offset": np.array([3, -2, 60], np.int16), "is_causal": True},
+    {"query_offset": np.array([3, -2, 60])[::-1], "is_causal": True},
+    {"query_offset": np.array([-(2**63), 2**63 - 1, 5]), "window": (3, 3)},
+    {"query_offset": np.array([3, 2, 60], np.uint32)},  # which changes nothing
+    {"sinks": np.array([-1.0, 2.0, -np.inf, 1e300])},
+    {"sinks": np.array([-1.0, 2.0, np.inf, np.nan], np.float16)},
+    {"sinks": np.arange(12, dtype=np.int8).reshape(3, 4) - 6, "alibi_slopes": np.array([1, -2, 3, 2**40])},
+    {"sinks": np.float32(0.5) * np.ones(1, np.float32), "alibi_slopes": np.linspace(0, 1, 8)[::2]},
+    {"alibi_slopes": np.array([6e-8, -6.1e-5, 65504, 0.3], np.float16), "query_offset": np.array([50])},
+]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("options", KINDS_OF_NUMBERS, ids=lambda options: " ".join(options))
+def test_numbers_of_heads_are_those_of_each_call(
+    options: dict[str, Any], dtype: Any, monkeypatch: pytest.MonkeyPatch, plans: dict[Any, Any]
+) -> None:
+    arrays = [x.astype(dtype) for x in decoding()]
+    others = {name: np.zeros_like(x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
+    for name, x in options.items():
+        if isinstance(x, np.ndarray):  # laid out as the other is
+            others[name] = np.lib.stride_tricks.as_strided(np.zeros(64, x.dtype)[32:], x.shape, x.strides)
+    twice(monkeypatch, arrays, others, options)
+
+
+def test_numbers_of_heads_in_bfloat16(monkeypatch: pytest.MonkeyPatch, plans: dict[Any, Any]) -> None:
+    bfloat16 = pytest.importorskip("ml_dtypes").bfloat16
+    sinks, slopes = np.array([[1.5, -np.inf, 3e38, np.nan], [0.1, 0.2, 0.3, 1e-40]]).astype(bfloat16)
+    options = {"sinks": sinks, "alibi_slopes": slopes}
+    twice(monkeypatch, decoding(), {name: np.zeros_like(x) for name, x in options.items()}, options)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "message"),
+    [
+        ({"key_lengths": np.array([1, 2, 3])}, {"key_lengths": np.array([1, -2, 3])}, "key_lengths: -2 to 3"),
+        ({"key_lengths": np.array([1, 2, 40])}, {"key_lengths": np.array([1, 2, 41])}, "key_lengths: 1 to 41"),
+        ({"key_lengths": np.array([1, 2, 3], np.int8)}, {"key_lengths": np.array([1, 2, 99], np.int8)}, "1 to 99"),
+        ({"alibi_slopes": np.ones(4)}, {"alibi_slopes": np.array([0, 1, np.inf, 3])}, "alibi_slopes: inf"),
+        ({"alibi_slopes": np.ones(4)}, {"alibi_slopes": np.array([0, 1, 2, np.nan])}, "alibi_slopes: nan"),
+    ],
+    ids=lambda each: each if isinstance(each, str) else "",
+)
+def test_numbers_out_of_range_are_refused_by_name_after_calls_that_were_right(
+    right: Any, wrong: Any, message: str
+) -> None:
+    arrays = decoding()
+    for _ in range(2):
+        fastattn.attention(*arrays, **right)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            fastattn.attention(*arrays, **wrong)
+    fastattn.attention(*arrays, **right)
+
+
+def test_what_is_no_array_of_such_numbers_is_looked_at_each_time(plans: dict[Any, Any]) -> None:
+    arrays = decoding()
+    for given in ([40, 3, 1], 7, np.array([1, 2, 3], ">i8"), np.array([1, 2, 3], np.uint64)):
+        wanted = of_both(*arrays, key_lengths=np.broadcast_to(given, 3).astype(np.int64))
+        assert of_both(*arrays, key_lengths=given) == of_both(*arrays, key_lengths=given) == wanted
+    for wrong in (True, np.array([1.0, 2, 3]), np.array(["1"]), np.ma.masked_array([1, 2, 3])):
+        with pytest.raises(TypeError, match="key_lengths"):
+            fastattn.attention(*arrays, key_lengths=wrong)
+
+
+def test_what_functions_capture_is_that_of_each_call(monkeypatch: pytest.MonkeyPatch, plans: dict[Any, Any]) -> None:
+    table, last, here = np.linspace(0, 1, 40), 30, 0.5
+
+    def score(score: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
+        return score + here * np.sqrt(table[key]) + head
+
+    def seen(batch: Any, head: Any, query: Any, key: Any) -> Any:
+        return key < last
+
+    def found() -> bytes:
+        return of_both(*decoding(), score_mod=score, mask_mod=seen)
+
+    found()
+    for change in range(4):
+        if change == 0:
+            table[3] = 7
+        elif change == 1:
+            table = np.arange(80.0)[::2]
+        elif change == 2:
+            last = 11
+        else:
+            here = -0.25
+        with monkeypatch.context() as context:
+            context.setattr("fastattn.api.attention.describe", None)
+            quick = found()
+        session.current.plans.clear()
+        assert found() == quick
+    last = 12.5  # type: ignore[assignment]  # of another kind: described, and then known
+    wanted = found()
+    monkeypatch.setattr("fastattn.api.attention.describe", None)
+    assert found() == wanted
+
+
+def test_functions_of_the_same_code_are_known_by_what_stands_around_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def window(size: Any) -> Any:
+        return lambda batch, head, query, key: key >= size
+
+    wanted = {size: of_both(*decoding(), np.arange(40) >= size) for size in (3, 8, 20)}
+    of_both(*decoding(), mask_mod=window(5))
+    monkeypatch.setattr("fastattn.api.attention.describe", None)
+    for size, result in wanted.items():
+        assert of_both(*decoding(), mask_mod=window(size)) == result
+
+
+def helper(number: Any) -> Any:
+    return 2 * number
+
+
+def test_functions_that_call_others_are_described_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    def score(score: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
+        return helper(score)
+
+    first = of_both(*decoding(), score_mod=score)
+    assert of_both(*decoding(), score_mod=score) == first
+    monkeypatch.setitem(globals(), "helper", lambda number: 3 * number)
+    assert of_both(*decoding(), score_mod=score) != first
+
+
+def test_a_function_that_reads_out_of_range_is_refused_after_calls_in_which_it_did_not() -> None:
+    table = np.zeros(40)
+
+    def score(score: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
+        return score + table[key]
+
+    for _ in range(2):
+        fastattn.attention(*decoding(), score_mod=score)
+    table = np.zeros(39)
+    with pytest.raises(IndexError, match="score"):
+        fastattn.attention(*decoding(), score_mod=score)
+    table = np.zeros((40, 1))  # which has one axis more
+    with pytest.raises(TypeError):
+        fastattn.attention(*decoding(), score_mod=score)
+
+
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 
