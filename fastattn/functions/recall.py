@@ -69,7 +69,8 @@ class _Kind:
 
     def __init__(self, value: Any):
         self.type = type(value)
-        self.dtype, self.axes = (value.dtype, value.ndim) if self.type is np.ndarray else (None, -1)
+        self.dtype: Any = value.dtype if self.type is np.ndarray else None
+        self.axes: int = value.ndim if self.type is np.ndarray else -1
 
     def is_of(self, value: Any) -> bool:
         """Whether another value is as well."""

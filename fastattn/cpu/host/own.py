@@ -25,6 +25,7 @@ Array = NDArray[Any]
 ARGUMENTS = ("query_offset", "key_lengths", "alibi_slopes", "sinks")
 FIELDS = dict(zip(HEAD.names or (), ARGUMENTS, strict=True))
 KINDS = {"i": WHOLE, "u": UNSIGNED, "f": REAL}
+PLACES = {name: place[1] for name, place in (HEAD.fields or {}).items()}  # in HEAD, in bytes
 WORD_LIMITS = np.iinfo(np.int64)
 
 
@@ -48,7 +49,7 @@ class OwnHeads:
             source["kind"] = KINDS.get(array.dtype.kind, SHORT_REAL)
             source["itemsize"] = array.itemsize
             source["places"] = address_of(self.places[field])
-            source["field"] = (HEAD.fields or {})[field][1]
+            source["field"] = PLACES[field]
             source["is_whole"] = HEAD[field].kind == "i"
             source["low"], source["high"] = WORD_LIMITS.min, WORD_LIMITS.max
             if argument == "key_lengths":
