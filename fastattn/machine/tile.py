@@ -49,6 +49,21 @@ class TileShape:
         return replace(self, rows=2)
 
     @property
+    def wide_pair(self) -> TileShape:
+        """Two rows twice as long."""
+        return replace(self, rows=2, vectors=2 * self.vectors)
+
+    @property
+    def triple(self) -> TileShape:
+        """The same row, three times."""
+        return replace(self, rows=3)
+
+    @property
+    def column(self) -> TileShape:
+        """As many rows of one vector."""
+        return replace(self, vectors=1)
+
+    @property
     def square(self) -> TileShape:
         """`lanes` rows of one vector: what is transposed in registers."""
         return replace(self, rows=self.lanes, vectors=1)

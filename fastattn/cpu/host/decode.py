@@ -60,7 +60,7 @@ def draft_decode(kernel: Kernel, problem: Problem, operands: Operands, out: Arra
         pieces=pieces,
         tasks=parts * shares,
     )
-    of_rows = chunk * (sizes["query_bytes"] + sizes["score_bytes"]) + 2 * sizes["row_numbers"] * tile.itemsize
+    of_rows = (chunk + 1) * (sizes["query_bytes"] + sizes["score_bytes"]) + 2 * sizes["row_numbers"] * tile.itemsize
     draft = Draft(problem, kernel, PLAN, fields, axes, flops)
     draft.scratch_bytes = aligned(of_rows + 2 * sizes["partial_bytes"] + tile.buffer_bytes + copied)
     if shares > 1:

@@ -70,8 +70,8 @@ Piece = namedtuple("Piece", "first count all")
 def lay_out(kernel, plan, scratch):
     """Say where in working memory things are."""
     tile = kernel.tile
-    scores = scratch + plan.group * plan.query_bytes
-    partial = scores + plan.group * plan.score_bytes
+    scores = scratch + (plan.group + 1) * plan.query_bytes  # a row may be added to three
+    partial = scores + (plan.group + 1) * plan.score_bytes
     state = partial + plan.partial_bytes
     factors = state + plan.partial_bytes
     buffer = factors + 2 * plan.row_numbers * tile.itemsize
@@ -92,7 +92,7 @@ def head_of(call, plan, rows, r):
 
 @jit
 def load_queries(kernel, call, plan, rows, target):
-    """target[r][p] = feature p of row r, times the scale; 0 behind the last feature."""
+    """target[r][p] = feature p of row r, times the scale; 0 behind the last feature, and in one row behind the last."""
     tile, features, column = kernel.tile, plan.head_dim, plan.query_column
     for r in range(rows.count):
         source = head_of(call, plan, rows, r).query + (rows.first + r) % plan.queries * plan.query_row
@@ -104,6 +104,7 @@ def load_queries(kernel, call, plan, rows, target):
             part = tile_load_part(tile.vector, source + offset, 0, 1, min(tile.lanes, features - p))
             tile_store(part * plan.scale, target + offset, 0)
         target += plan.query_bytes
+    clear_rows(tile, target, target + plan.query_bytes)
 
 
 @jit

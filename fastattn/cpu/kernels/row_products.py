@@ -36,14 +36,17 @@ KEYS_AT_ONCE = 32  # whose values are multiplied for all rows in turn: they stay
 def add_products(kernel, strip, q, key, row, first, features, sums):
     """sums[j] += q · key[j] by lanes, for a vector of keys and as many whole strips of features as follow `first`.
 
-    Returns where these end. Keys are read row by row: memory is fastest in its own order.
+    Returns where these end. Keys are read row by row: memory is fastest in its own order. Until there are sums, from
+    the first strip on, these count as 0.
     """
     tile, p = kernel.tile, first
     while p + strip.width <= features:
         features_of_q, at, place = tile_load(strip, q + p * tile.itemsize, 0), key + p * kernel.itemsize, sums
         for _ in range(tile.lanes):
-            features_of_key = tile_load_stored(kernel, strip, at, 0)
-            tile_store(add_dot(features_of_q, features_of_key, tile_load(tile.vector, place, 0)), place, 0)
+            total = tile_fill(tile.vector, 0.0)
+            if p > 0:
+                total = tile_load(tile.vector, place, 0)
+            tile_store(add_dot(features_of_q, tile_load_stored(kernel, strip, at, 0), total), place, 0)
             at += row
             place += tile.vector_bytes
         p += strip.width
@@ -55,14 +58,13 @@ def products(kernel, plan, q, key, present):
     """q · key[j] for a vector of keys, of which so many are there, and one row."""
     tile = kernel.tile
     row, features = plan.key_step, plan.head_dim
-    sums = memory_of_a_square()
-    tile_store(tile_fill(tile.square, 0.0), sums, tile.vector_bytes)
-    p = 0
+    sums, total, p = memory_of_a_square(), tile_fill(tile.square, 0.0), 0
     if present == tile.lanes:
         p = add_products(kernel, tile.long, q, key, row, p, features, sums)
         p = add_products(kernel, tile.half_long, q, key, row, p, features, sums)
         p = add_products(kernel, tile.vector, q, key, row, p, features, sums)
-    total = tile_load(tile.square, sums, tile.vector_bytes)
+    if p > 0:
+        total = tile_load(tile.square, sums, tile.vector_bytes)
     for first in range(p, features, tile.lanes):
         at, columns = key + first * kernel.itemsize, min(tile.lanes, features - first)
         keys = tile_load_part_stored(kernel, tile.square, at, row, present, columns)
@@ -92,14 +94,20 @@ def crossed_products(kernel, plan, q, key, present, wanted):
 
 
 @jit
-def score_rows(kernel, plan, count, queries, key, keys, scores, wanted):
-    """scores[r][j] = q[r] · key[j] for `count` rows; meanwhile what is on the list is asked for.
+def crossed_rows(tile, count):
+    """How many of some rows share what is loaded of the keys, so many at a time. Three have one without a query."""
+    rows = tile.factor.rows
+    return (count + rows // 4) // rows * rows
 
-    Some rows at a time share what is loaded of the keys. A product is summed in the same order either way.
+
+@jit
+def score_rows(kernel, plan, count, queries, key, keys, scores, wanted):
+    """scores[r][j] = q[r] · key[j] for `count` rows, or one more; meanwhile what is on the list is asked for.
+
+    A product is summed in the same order, whichever way.
     """
     tile = kernel.tile
-    rows, columns = tile.factor.rows, tile.cofactor.rows
-    crossed = count - count % rows
+    rows, columns, crossed = tile.factor.rows, tile.cofactor.rows, crossed_rows(tile, count)
     for j in range(0, keys, tile.lanes):
         present = min(tile.lanes, keys - j)
         for r in range(0, crossed, rows):
@@ -162,12 +170,21 @@ def add_to_rest(kernel, plan, weights, narrow, value, count, sums, first):
 
 
 @jit
-def add_to_tile(kernel, plan, weights, value, count, sums, wanted):
+def add_to_tile(kernel, plan, weights, tile, value, count, sums, wanted):
     """The same for all columns of as many rows as a tile has."""
-    tile = kernel.tile
     p = add_to_strips(kernel, plan, weights, tile, value, count, sums, 0, wanted)
-    p = add_to_strips(kernel, plan, weights, tile.quad, value, count, sums, p, wanted)
-    add_to_rest(kernel, plan, weights, tile.quad, value, count, sums, p)
+    p = add_to_strips(kernel, plan, weights, tile.column, value, count, sums, p, wanted)
+    add_to_rest(kernel, plan, weights, tile.column, value, count, sums, p)
+
+
+@jit
+def add_to_pair(kernel, plan, weights, value, count, sums, wanted):
+    """The same for two rows, for which nothing is asked for ahead: whole rows of values are read, if they fit."""
+    tile = kernel.tile
+    p = add_to_strips(kernel, plan, weights, tile.wide_pair, value, count, sums, 0, wanted)
+    p = add_to_strips(kernel, plan, weights, tile.pair, value, count, sums, p, wanted)
+    p = add_to_strips(kernel, plan, weights, tile.pair.column, value, count, sums, p, wanted)
+    add_to_rest(kernel, plan, weights, tile.pair.column, value, count, sums, p)
 
 
 @jit
@@ -184,18 +201,20 @@ def add_to_row(kernel, plan, weights, value, count, sums, wanted):
 def add_values(kernel, plan, count, weights, keys, value, sums, wanted):
     """sums[r] += Σ_j weights[r][j] · value[j] for `count` rows; meanwhile what is on the list is asked for."""
     tile = kernel.tile
-    whole = count - count % tile.rows
+    whole, others = count - count % tile.rows, count % tile.rows
     for first in range(0, keys, KEYS_AT_ONCE):
         here = min(KEYS_AT_ONCE, keys - first)
         at, place = weights + first * tile.itemsize, sums
         for _ in range(0, whole, tile.rows):
-            add_to_tile(kernel, plan, at, value, here, place, wanted)
+            add_to_tile(kernel, plan, at, tile, value, here, place, wanted)
             at += tile.rows * plan.score_bytes
             place += tile.rows * plan.sum_bytes
-        for _ in range(whole, count):
+        if others == 1:
             add_to_row(kernel, plan, at, value, here, place, wanted)
-            at += plan.score_bytes
-            place += plan.sum_bytes
+        elif others == 2:
+            add_to_pair(kernel, plan, at, value, here, place, wanted)
+        elif others == 3:
+            add_to_tile(kernel, plan, at, tile.triple, value, here, place, wanted)
         value += here * plan.value_step
 
 
@@ -206,7 +225,7 @@ def add_values(kernel, plan, count, weights, keys, value, sums, wanted):
 def want_values(kernel, plan, count, keys, values, wanted):
     """List the values of a piece, which are asked for while its scores are computed."""
     tile = kernel.tile
-    crossed = count - count % tile.factor.rows
+    crossed = crossed_rows(tile, count)
     steps = crossed * (plan.head_dim // tile.lanes)
     want_nothing(wanted, keys // tile.lanes * steps)
     if plan.prefetch_distance > 0 and crossed > 0:
@@ -217,7 +236,7 @@ def want_values(kernel, plan, count, keys, values, wanted):
 def want_keys(kernel, plan, count, keys, source, wanted):
     """List the keys of the next piece, which are asked for while values are added up."""
     tile = kernel.tile
-    strips = count // tile.rows * (plan.value_dim // tile.width)
+    strips = (count // tile.rows + (count % tile.rows > 1)) * (plan.value_dim // tile.width)
     want_nothing(wanted, keys // 4 * strips)
     if plan.prefetch_distance > 0 and strips > 0:
         want(wanted, source, plan.key_row, plan.head_dim * kernel.itemsize, keys)

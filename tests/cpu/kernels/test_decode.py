@@ -100,7 +100,7 @@ def test_the_same_bits_in_any_batch_capacity_and_thread_count(lanes: str, dtype:
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("group", [2, 3, 4, 7])
+@pytest.mark.parametrize("group", [2, 3, 4, 5, 6, 7])
 def test_heads_that_share_keys_are_computed_as_if_they_had_their_own(lanes: str, dtype: Any, group: int) -> None:
     query, key, value = inputs((2, 2 * group, 1, 67), 2 * PIECE + 9, 2, dtype)
     repeated = [np.repeat(array, group, axis=1) for array in (key, value)]
