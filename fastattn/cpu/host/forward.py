@@ -63,7 +63,7 @@ def evaluate(
     score = "dot" if weight is None else "additive"
     plan = plan_forward(problem, operands, target, threads, score)
     alike = all(array is other for array, other in zip(arrays, given, strict=True))  # nothing had to be converted
-    if asked and alike and (out is None or target is out) and problem.storage != BITS:  # whose signature others have
+    if asked and alike and (out is None or target is out) and all(map(has_lasting_dtype, (*given, out))):
         keep(asked, plan, problem, options, tile_of_functions(problem, score))
     # first: out may be the query
     matrix = weights(problem, operands, target, seed, threads, weight, score) if return_weights else None
@@ -72,6 +72,11 @@ def evaluate(
     if matrix is not None:
         result = (*(result if return_lse else (result,)), matrix)
     return delivered(result, target, out)
+
+
+def has_lasting_dtype(array: Array | None) -> bool:
+    """Whether no other dtype can come to be where an array's is: a signature may have nothing else of a structure's."""
+    return array is None or array.dtype.names is None or array.dtype is BITS
 
 
 def keep(asked: Hashable, plan: Plan, problem: Problem, options: Mapping[str, Any], tile: TileShape) -> None:

@@ -21,9 +21,10 @@ MOST_AXES = 32  # of an array that has a signature
 WORD = 8
 NONE, TRUE, FALSE, FLOAT, INT = -1, -2, -3, -4, -5  # in a signature, in the place of an array's rank
 ITEMSIZE = 8  # of an element, at most
+STRUCTURE = 0x56  # the kind of such dtypes, "V"
 
 link_view, schedule_view = record_view(LINK), record_view(SCHEDULE)
-signature_memory = stack_memory((MOST_ARRAYS * (2 + 2 * MOST_AXES) + 2 * MOST_OBJECTS) * WORD)
+signature_memory = stack_memory((MOST_ARRAYS * (3 + 2 * MOST_AXES) + 2 * MOST_OBJECTS) * WORD)
 overflow_memory = stack_memory(WORD)
 
 
@@ -103,14 +104,20 @@ def in_default_mode(self, arguments, keywords):
 
 @jit
 def describe_array(at, array):
-    """Write down an array's rank, dtype, shape and strides; returns where this ends, 0 if it has very many axes."""
+    """Write down an array's rank, dtype, shape and strides; returns where this ends, 0 if it has very many axes.
+
+    Dtypes that are structures have one number together: where theirs is tells them apart, as long as they live.
+    """
     array += OBJECT_HEADER
     rank = load_i64(array + ARRAY_RANK) & 0xFFFFFFFF
     if rank > MOST_AXES:
         return 0
+    dtype = load_i64(array + ARRAY_DTYPE)
+    number = load_i64(dtype + OBJECT_HEADER + DTYPE_NUMBER)
     store_i64(at, rank)
-    store_i64(at + WORD, load_i64(load_i64(array + ARRAY_DTYPE) + OBJECT_HEADER + DTYPE_NUMBER))
-    at += 2 * WORD
+    store_i64(at + WORD, number)
+    store_i64(at + 2 * WORD, dtype if number & 0xFF == STRUCTURE else 0)
+    at += 3 * WORD
     for axes in (load_i64(array + ARRAY_DIMENSIONS), load_i64(array + ARRAY_STRIDES)):
         for offset in range(0, rank * WORD, WORD):
             store_i64(at, load_i64(axes + offset))

@@ -12,6 +12,7 @@ import pytest
 import fastattn
 from fastattn.api import additive
 from fastattn.api import attention as api
+from fastattn.call.halves import BITS, cast
 from fastattn.cpu.host import builtin, calls, session
 from fastattn.cpu.kernels import prefetch as ahead
 from fastattn.cpu.kernels.records import PLAN
@@ -94,6 +95,8 @@ def test_signatures_tell_apart_what_plans_depend_on() -> None:
         np.zeros((4, 0), np.float32),
         np.broadcast_to(array[:1], (4, 6)),
         np.zeros((1,) * 32, np.float32),
+        array.astype(np.uint16).view(BITS),
+        array.astype(np.uint16).view([("other", np.uint16)]),
         None,
     ]
     of = builtin.signatures.of
@@ -165,6 +168,21 @@ def test_a_call_like_an_earlier_one_is_not_described_again(
     monkeypatch.setattr("fastattn.api.attention.describe", None)
     np.testing.assert_array_equal(fastattn.attention(query, key, value, **same)[0], wanted[0])
     np.testing.assert_array_equal(fastattn.attention(query, key, value, **same, out=out)[0], wanted[0])
+
+
+def test_bits_of_bfloat16_are_known_again_and_no_other_structures(
+    monkeypatch: pytest.MonkeyPatch, plans: dict[Any, Any]
+) -> None:
+    query, key, value = (cast(x, BITS) for x in inputs(1, 2, 9, 8))
+    wanted = fastattn.attention(query, key, value)
+    same, other = ([x.view([(name, np.uint16)]) for x in (query, key, value)] for name in ("bfloat16", "other"))
+    assert same[0].dtype is not BITS
+    fastattn.attention(*same)
+    assert len(plans) == 2  # one by what it is, and one by what was asked, with `BITS` itself
+    monkeypatch.setattr("fastattn.api.attention.describe", None)
+    assert fastattn.attention(query, key, value).tobytes() == wanted.tobytes()
+    with pytest.raises(TypeError, match="query"):
+        fastattn.attention(*other)
 
 
 def test_offsets_of_rows_are_those_of_each_call() -> None:
