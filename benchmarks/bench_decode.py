@@ -22,7 +22,7 @@ ROUNDS = 21
 #: Batch, query heads, heads of keys, keys, features.
 LONG = ((1, 32, 32, 8192, 128), (4, 32, 8, 4096, 128), (1, 8, 1, 65536, 64))
 SHORT = ((1, 12, 12, 1024, 64), (1, 8, 8, 256, 64), (1, 9, 3, 512, 64))
-DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": BITS}
+DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": BITS}
 
 Call = Callable[[], object]
 

@@ -114,9 +114,10 @@ def test_needs_cover_what_llvm_may_use() -> None:
 
 
 @cache
-def assembly(name: str, storage: str = "float32") -> list[str]:
+def assembly(name: str, storage: str = "float32", work: str = "forward") -> list[str]:
     """Return the lines of the forward pass's assembly for a row of the table, with LLVM's comments."""
     row = ROWS[name]
+    tile = row.wide_tile("float32") if work == "decode" else row.tile("float32")
 
     def assembler(row: isa.Isa) -> Any:
         target = machine.target_machine(row)
@@ -126,7 +127,7 @@ def assembly(name: str, storage: str = "float32") -> list[str]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "target_machine", assembler)
-        code = catalogue.build(describe("forward", row.tile("float32"), row, steps=PLAIN, storage=storage), {"task": 3})
+        code = catalogue.build(describe(work, tile, row, steps=PLAIN, storage=storage), {"task": 3})
     return code.decode().splitlines()
 
 
@@ -199,6 +200,23 @@ def test_the_micro_kernel_stays_in_registers(name: str) -> None:
         assert not re.search(r"(16|32|64)-byte (Folded )?(Spill|Reload)", text), text
         assert not re.search(r"\(%rsp.*%[xyz]mm|%[xyz]mm.*\(%rsp", text), text
     assert found >= 2
+
+
+@on_x86
+@pytest.mark.parametrize("storage", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", ["zen4", "avx512", "avx2"])
+def test_few_queries_of_half_precision_are_widened_in_registers(name: str, storage: str) -> None:
+    """In the loops of both products: one row, and four, of queries. What is widened goes to no memory."""
+    widen = r"\tvcvtph2ps\t" if storage == "float16" else r"\tvpmovzxwd\t"
+    found = 0
+    for loop in loops(assembly(name, storage, "decode")):
+        text = "\n".join(loop)
+        if re.search(widen, text) and len(re.findall(r"\tvfmadd\w+ps\t", text)) >= 4:
+            found += 1
+            stored = re.findall(r"\tvmov[au]ps\t%[yz]mm\d+, ", text)
+            assert len(stored) <= 1, text  # the sum of a row
+            assert not re.search(r"-byte (Folded )?Spill", text), text
+    assert found >= 4
 
 
 # -- the results -------------------------------------------------------------------------------------------------------
