@@ -122,8 +122,8 @@ def copy_as_they_lie(kernel, target, target_row, source, row, column, count, fea
             tile_store(tile_load(vector, source + offset, 0), target + offset, 0)
         for p in range(whole // kernel.itemsize, features):
             copy_stored(kernel, target + p * kernel.itemsize, source + p * column)
-        source += row
         target += target_row
+        source += row
 
 
 @jit
