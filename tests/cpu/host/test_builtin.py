@@ -352,7 +352,8 @@ def test_what_functions_capture_is_that_of_each_call(monkeypatch: pytest.MonkeyP
         session.current.plans.clear()
         assert found() == quick
     last = 12.5  # type: ignore[assignment]  # of another kind: described, and then known
-    wanted = found()
+    wanted = of_both(*decoding(), np.arange(40) < last, score_mod=score)
+    assert found() == wanted
     monkeypatch.setattr("fastattn.api.attention.describe", None)
     assert found() == wanted
 
