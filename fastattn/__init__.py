@@ -5,6 +5,7 @@ from fastattn.api.attention import attention
 from fastattn.api.backward import additive_attention_backward, attention_backward
 from fastattn.api.block_mask import BlockMask
 from fastattn.api.merge import merge
+from fastattn.api.paged import attention_paged
 from fastattn.api.varlen import attention_varlen, attention_varlen_backward
 from fastattn.api.weights import AttentionSummary, attention_summary, attention_weights
 from fastattn.cpu.host.threads import get_num_threads, num_threads, set_num_threads
@@ -21,6 +22,7 @@ __all__ = [
     "additive_attention_backward",
     "attention",
     "attention_backward",
+    "attention_paged",
     "attention_summary",
     "attention_varlen",
     "attention_varlen_backward",

@@ -28,7 +28,7 @@ class Kernel:
     tile : TileShape
         The register tile, of the dtype that is computed in; `NO_TILE` where nothing is computed.
     storage : str
-        The dtype of what lies in memory.
+        The dtype of what lies in memory, other than queries and results where these have one of their own.
     score : {"dot", "additive"}
         What the score of a query and a key is made of.
     reads : {"strided", "rows", "panels", "pairs"}
@@ -38,6 +38,10 @@ class Kernel:
     steps : tuple of str
         What may happen to scores besides: "dropout", "mask", "softcap", "function". (Every kernel knows causality.)
         Code for a step that is not among them is not even typed.
+    queries : str
+        The dtype of queries, and of results, where it is not that of keys and values but what is computed in.
+    pages : str
+        The dtype of keys and values that lie in pages, where they do.
     function : hashable
         A user's function (`fastattn.functions.function.Function`), where that is what is compiled: its work is
         "score_function" or "seen_function".
@@ -50,12 +54,19 @@ class Kernel:
     score: str = "dot"
     reads: str = "strided"
     steps: tuple[str, ...] = ()
+    queries: str = ""
+    pages: str = ""
     function: Hashable = None
 
     @property
     def itemsize(self) -> int:
         """Bytes of an element in memory."""
         return ITEMSIZE[self.storage]
+
+    @property
+    def query_place(self) -> Kernel | TileShape:
+        """What has the dtype of queries in memory, and of results."""
+        return self.tile if self.queries else self
 
     @property
     def label(self) -> str:
@@ -68,4 +79,6 @@ class Kernel:
         words.append(self.row.name)
         if self.score != "dot":
             words.append(self.score)
+        if self.pages:
+            words.append("pages")
         return "-".join([*words, *self.steps])

@@ -27,22 +27,26 @@ def describe(
     steps: tuple[str, ...] = STEPS,
     storage: str = "",
     in_pairs: bool = True,
+    queries: str = "",
+    pages: str = "",
 ) -> Kernel:
     """Describe the kernel of some work on scores, for a register tile, and arrays of another dtype than its own.
 
-    `in_pairs`: pairs of bfloat16 may be multiplied, where the machine does that.
+    `in_pairs`: pairs of bfloat16 may be multiplied, where the machine does that. `queries` and `pages` are those of a
+    `Kernel`.
 
     A kernel for all that may happen to scores does what one without these steps does, more slowly. The forward and the
     backward pass have both: a single one would make a first call wait for what it does not use.
     """
     few = work in IN_PLACE or tile.vectors == 1  # a tall tile is for few queries
-    if in_pairs and storage == "bfloat16" and row.pairs and work in ON_PAIRS:
+    if in_pairs and storage == "bfloat16" and not queries and row.pairs and work in ON_PAIRS:
         reads = "pairs"
     elif few and storage in ("", tile.dtype):
         reads = "strided"
     else:
         reads = "panels" if row.panels and not few else "rows"
-    return Kernel(work, row, tile, storage=storage or tile.dtype, score=score, reads=reads, steps=steps)
+    storage = storage or tile.dtype
+    return Kernel(work, row, tile, storage=storage, score=score, reads=reads, steps=steps, queries=queries, pages=pages)
 
 
 def steps_of(problem: Problem, all_of: bool = False) -> tuple[str, ...]:

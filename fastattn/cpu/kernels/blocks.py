@@ -41,7 +41,8 @@ def load_queries(kernel, call, plan, q, source, present, work):
     elif kernel.reads == "pairs":
         pairs.pack_queries(kernel, q, source, plan.query_row, plan.query_column, present, plan.head_dim, plan.scale)
     else:
-        pack_queries(kernel, tile, q, source, plan.query_row, plan.query_column, present, plan.head_dim, plan.scale)
+        row, column, place = plan.query_row, plan.query_column, kernel.query_place
+        pack_queries(place, tile, q, source, row, column, present, plan.head_dim, plan.scale)
 
 
 @jit

@@ -26,6 +26,7 @@ from fastattn.cpu.kernels.blocks import are_finite
 from fastattn.cpu.kernels.forward import may_hide
 from fastattn.cpu.kernels.masks import lowest
 from fastattn.cpu.kernels.pack import copy_rows
+from fastattn.cpu.kernels.pages import behind_gathered, foreseen, with_rows
 from fastattn.cpu.kernels.prefetch import NOTHING, list_memory
 from fastattn.cpu.kernels.row_products import add_to_row, add_values, score_rows, want_keys, want_values
 from fastattn.cpu.kernels.score_rows import keys_of_row, restrict_row
@@ -63,6 +64,8 @@ Rows = namedtuple("Rows", "number head first count")
 Room = namedtuple("Room", "queries scores partial state factors buffer keys values")
 # Keys of a piece that any row looks at: the first, how many, and whether each row looks at all of them.
 Piece = namedtuple("Piece", "first count all")
+# Keys that will be wanted next: where they are, and how many.
+Ahead = namedtuple("Ahead", "keys count")
 
 
 @jit
@@ -95,8 +98,8 @@ def load_queries(kernel, call, plan, rows, target):
     tile, features, column = kernel.tile, plan.head_dim, plan.query_column
     for r in range(rows.count):
         source = head_of(call, plan, rows, r).query + (rows.first + r) % plan.queries * plan.query_row
-        if kernel.storage != tile.dtype or column != tile.itemsize:
-            copy_rows(kernel, tile, target, 0, source, 0, column, 1, features)
+        if kernel.query_place.itemsize != tile.itemsize or column != tile.itemsize:
+            copy_rows(kernel.query_place, tile, target, 0, source, 0, column, 1, features)
             source = target
         for p in range(0, features, tile.lanes):
             offset = p * tile.itemsize
@@ -238,11 +241,11 @@ def sums_of(tile, plan, partial):
 
 
 @jit
-def attend(kernel, call, plan, rows, piece, room, partial, is_last):
-    """Take all rows through a piece of the keys, which leaves a partial."""
+def attend(kernel, call, plan, rows, piece, room, partial, ahead):
+    """Take all rows through a piece of the keys, which leaves a partial. Those `ahead` will be wanted next."""
     tile = kernel.tile
     keys, values = rows.head.key + piece.first * plan.key_row, rows.head.value + piece.first * plan.value_row
-    next_keys, wanted = keys + piece.count * plan.key_row, list_memory()
+    wanted = list_memory()
     want_values(kernel, plan, rows.count, piece.count, values, wanted)
     if plan.key_bytes > 0:
         row, column = plan.key_row, plan.key_column
@@ -257,7 +260,7 @@ def attend(kernel, call, plan, rows, piece, room, partial, is_last):
     restrict_rows(kernel, call, plan, rows, piece, room.scores, room.buffer)
     weigh_rows(kernel, call, plan, rows, piece, room, partial)
     sums = sums_of(tile, plan, partial)
-    want_keys(kernel, plan, rows.count, 0 if is_last else piece.count, next_keys, wanted)
+    want_keys(kernel, plan, rows.count, ahead.count, ahead.keys, wanted)
     add_values(kernel, plan, rows.count, room.scores, piece.count, values, sums, wanted)
     if may_hide(kernel, plan) and not are_sums_finite(tile, plan, rows, sums):
         clear_rows(tile, sums, sums + rows.count * plan.sum_bytes)
@@ -357,6 +360,14 @@ def piece_of(plan, keys, number):
 
 
 @jit
+def keys_behind(kernel, call, plan, head, piece, is_last):
+    """The keys that are wanted after a piece."""
+    first = piece.first + piece.count
+    head, count = foreseen(kernel, call, plan, head, first, 0 if is_last else piece.count)
+    return Ahead(head.key + first * plan.key_row, count)
+
+
+@jit
 def without_padding(call, plan, rows, piece):
     """A piece without the keys at its end that a boolean mask hides from all rows: padding, usually."""
     count, mask = piece.count, rows.head.keep
@@ -372,7 +383,8 @@ def without_padding(call, plan, rows, piece):
 def attend_share(kernel, call, plan, rows, share, counter, partials, scratch):
     """One task: a share of the pieces of the keys that some rows look at. Whoever ends last merges, and writes."""
     tile, is_alone = kernel.tile, plan.shares == 1
-    room, keys = lay_out(kernel, plan, scratch), keys_of_rows(kernel, plan, rows.head)
+    room = lay_out(kernel, plan, behind_gathered(kernel, plan, scratch))
+    keys = keys_of_rows(kernel, plan, rows.head)
     first = keys.begin // plan.key_block
     pieces = (keys.end - 1) // plan.key_block + 1 - first if keys.begin < keys.end else 0
     start, stop = pieces * share // plan.shares, pieces * (share + 1) // plan.shares
@@ -383,7 +395,10 @@ def attend_share(kernel, call, plan, rows, share, counter, partials, scratch):
         if "mask" in kernel.steps:
             piece = without_padding(call, plan, rows, piece)
         partial = room.partial if is_alone else partials + number * plan.partial_bytes
-        attend(kernel, call, plan, rows, piece, room, partial, number == stop - 1)
+        ahead = keys_behind(kernel, call, plan, rows.head, piece, number == stop - 1)
+        here = with_rows(kernel, call, plan, rows.head, piece.first, piece.count, scratch)
+        of_piece = Rows(rows.number, here, rows.first, rows.count)
+        attend(kernel, call, plan, of_piece, piece, room, partial, ahead)
         if is_alone and pieces > 1:
             merge(kernel, plan, rows, room.state, room.factors, partial)
     if not is_alone and finish(counter) < plan.shares:

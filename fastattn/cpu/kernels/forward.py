@@ -32,6 +32,7 @@ from fastattn.cpu.kernels.blocks import (
 from fastattn.cpu.kernels.dropout import drop
 from fastattn.cpu.kernels.forward_prefetch import foresee, list_wanted, next_head
 from fastattn.cpu.kernels.pack import unpack_rows, value_steps
+from fastattn.cpu.kernels.pages import behind_gathered, with_rows
 from fastattn.cpu.kernels.pairs import clean_values
 from fastattn.cpu.kernels.prefetch import list_memory
 from fastattn.cpu.kernels.scores import keys_of_block, keys_of_queries
@@ -168,19 +169,20 @@ def forward_group(kernel, call, plan, number, first_block, blocks, scratch):
     """One task: `blocks` query blocks of one head, from `first_block` on, through all keys they look at."""
     tile = kernel.tile
     head = locate(call, plan, number)
-    room = lay_out(kernel, plan, blocks, scratch)
+    room = lay_out(kernel, plan, blocks, behind_gathered(kernel, plan, scratch))
     group = group_of(kernel, plan, head, first_block, blocks)
     then = next_head(kernel, call, plan, number, head)
     wanted = list_memory()
-    foresee(kernel, plan, head, group)
+    foresee(kernel, call, plan, head, group)
     if kernel.score == "additive":  # in working memory that packed keys need later
         begin_blocks(kernel, call, plan, head, group, room)
     for first_key in range(group.begin, max(group.end, group.begin + 1), plan.key_block):
-        rows = head.value + first_key * plan.value_row
         count = max(0, min(plan.key_block, group.end - first_key))
         if "function" in kernel.steps and not any_looks(kernel, plan, head, group, first_key):
             count = 0
-        keys = load_keys(kernel, plan, room.keys, head.key + first_key * plan.key_row, count)
+        here = with_rows(kernel, call, plan, head, first_key, count, scratch)
+        rows = here.value + first_key * plan.value_row
+        keys = load_keys(kernel, plan, room.keys, here.key + first_key * plan.key_row, count)
         values = load_values(kernel, plan, room.values, rows, count)
         finite = not may_hide(kernel, plan) or are_finite(kernel, plan, rows, count)
         if kernel.reads == "pairs" and not finite:
@@ -197,9 +199,9 @@ def forward_group(kernel, call, plan, number, first_block, blocks, scratch):
             is_last = first_key + plan.key_block >= own_end and (first_key == group.begin or first_key < own_end)
             part = keys_of_block(kernel, plan, head, first, first_key)
             if part.end > part.begin:
-                list_wanted(kernel, plan, head, then, group, wanted, b, skipped, part, first_key, is_last)
+                list_wanted(kernel, call, plan, head, then, group, wanted, b, skipped, part, first_key, is_last)
                 attend(
-                    kernel, call, plan, head, number, state, room, part, first, first_key, keys, values, finite, wanted
+                    kernel, call, plan, here, number, state, room, part, first, first_key, keys, values, finite, wanted
                 )
             else:
                 skipped += 1

@@ -6,6 +6,7 @@ each query block asks for a share, and below the mask's rows those of the next q
 head come the first of the head that this thread is likely to do next.
 """
 
+from fastattn.cpu.kernels.pages import foreseen
 from fastattn.cpu.kernels.prefetch import prefetch_rows, want, want_nothing, want_share
 from fastattn.cpu.kernels.records import BIAS_NONE
 from fastattn.cpu.kernels.tasks import locate
@@ -21,15 +22,15 @@ def next_head(kernel, call, plan, number, head):
 
 
 @jit
-def foresee(kernel, plan, head, group):
+def foresee(kernel, call, plan, head, group):
     """Ask for the first block of keys and values, at once."""
-    count = min(plan.key_block, group.end - group.begin)
+    head, count = foreseen(kernel, call, plan, head, group.begin, min(plan.key_block, group.end - group.begin))
     prefetch_rows(head.key + group.begin * plan.key_row, plan.key_row, count, plan.head_dim * kernel.itemsize)
     prefetch_rows(head.value + group.begin * plan.value_row, plan.value_row, count, plan.value_dim * kernel.itemsize)
 
 
 @jit
-def list_wanted(kernel, plan, head, then, group, wanted, b, skipped, part, first_key, is_last):
+def list_wanted(kernel, call, plan, head, then, group, wanted, b, skipped, part, first_key, is_last):
     """Write down what query block `b` of a group asks for, what is wanted first before the rest.
 
     So many blocks before it have been skipped, and asked for nothing.
@@ -54,6 +55,7 @@ def list_wanted(kernel, plan, head, then, group, wanted, b, skipped, part, first
     if count <= 0 and goes_on:
         source, next_key = then, group.begin
         count = min(plan.key_block, plan.keys - group.begin)
+    source, count = foreseen(kernel, call, plan, source, next_key, count)
     if count > 0:
         share, shares = b - skipped, group.blocks - skipped
         rows = source.key + next_key * plan.key_row
