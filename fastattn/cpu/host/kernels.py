@@ -60,7 +60,7 @@ def steps_of(problem: Problem, all_of: bool = False) -> tuple[str, ...]:
 
 
 def every_kernel(row: Isa, dtypes: Iterable[str]) -> Iterator[Kernel]:
-    """All kernels that calls with arrays of these dtypes run on a machine, but those for softcaps and functions."""
+    """All kernels that calls with arrays of these dtypes run on a machine, but for softcaps, functions and pages."""
     yield Kernel("schedule", row)
     yield Kernel("signature", row)
     yield Kernel("overlaps", row)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from numpy.lib.stride_tricks import as_strided
 from fastattn.call.halves import name_of
 from fastattn.call.packed import heads_first
 from fastattn.call.packed_pages import PackedPages
-from fastattn.call.pages import Pages
+from fastattn.call.pages import Pages, room_for
 from fastattn.call.problem import Array, Operands, Problem
 from fastattn.call.scores import HEAD
 from fastattn.cpu.host import session, several
@@ -23,7 +24,7 @@ from fastattn.cpu.host.kernels import describe, steps_of
 from fastattn.cpu.host.plan import Draft, aligned, choose_key_block, choose_tile, draft_forward
 from fastattn.cpu.host.varlen import CALL_NAMES, places_of
 
-__all__ = ["attention", "packed"]
+__all__ = ["attention", "attention_again", "packed", "recalled"]
 
 
 class Layout(NamedTuple):
@@ -43,11 +44,59 @@ def layout_of(pages: Pages) -> Layout:
     return Layout(pages.page, pages.key.strides, pages.value.strides, pages.key.dtype, table.strides, table.itemsize)
 
 
+class Again(NamedTuple):
+    """What a call like an earlier one needs, besides its arrays and the lengths of its rows.
+
+    Attributes
+    ----------
+    plan : Plan
+    heads : ndarray of `HEAD`, shape (B, Hq)
+        What heads have of their own, but for these lengths.
+    follows : bool
+        Whether the last query stands at the last key.
+    """
+
+    plan: Plan
+    heads: Array
+    follows: bool
+
+
+def recalled(asked: Hashable, pages: Pages) -> Again | None:
+    """What there is for calls of which the same is `asked`, if one of about these lengths has been planned."""
+    found: Again | None = session.current.plans.get(("paged", asked, room_for(pages.longest)))
+    return found
+
+
+def attention_again(again: Again, query: Array, pages: Pages, out: Array, return_lse: bool) -> Array | None:
+    """Compute attention into `out` as for an earlier call; the log-sum-exp, if it is wanted."""
+    plan, heads, lengths = again.plan, again.heads.copy(), pages.lengths[:, None]
+    heads["keys"] = lengths
+    if again.follows:
+        heads["offset"] = lengths - query.shape[2]
+    lse = np.empty(plan.out_shape[:-1], plan.real) if return_lse else None
+    run(plan, Operands(query, pages.key, pages.value, heads=heads), pages, out, lse, None, 0)
+    return lse
+
+
 def attention(
-    problem: Problem, operands: Operands, pages: Pages, out: Array, return_lse: bool, seed: int | None, threads: int
+    problem: Problem,
+    operands: Operands,
+    pages: Pages,
+    out: Array,
+    return_lse: bool,
+    seed: int | None,
+    threads: int,
+    asked: Hashable = b"",
 ) -> Array | None:
-    """Compute attention into `out`, shape (B, Hq, Lq, Dv); the log-sum-exp, if it is wanted."""
+    """Compute attention into `out`, shape (B, Hq, Lq, Dv); the log-sum-exp, if it is wanted.
+
+    One like it, of which the same is `asked`, will find the plan.
+    """
     plan = plan_paged(problem, operands, pages, out, threads)
+    if asked and operands.heads is not None:
+        heads = operands.heads.reshape(len(pages.table), -1)
+        again = Again(plan, heads, "offset" in problem.scores.own)
+        session.current.plans.keep(("paged", asked, room_for(pages.longest)), again)
     lse = np.empty(problem.lse_shape, problem.real) if return_lse else None
     with prepared(problem, operands, tile_of_functions(problem)) as ready:
         run(plan, ready, pages, out, lse, seed, problem.scores.first_batch)

@@ -14,7 +14,7 @@ from fastattn.cpu.kernels import (
     schedule,
     several,
 )
-from fastattn.cpu.kernels.entry import in_default_mode, note, overlaps, quick_function, shared, signature
+from fastattn.cpu.kernels.entry import in_default_mode, longest, note, overlaps, quick_function, shared, signature
 from fastattn.cpu.kernels.forward import forward_group
 from fastattn.cpu.kernels.key_weights import sum_weights
 from fastattn.cpu.kernels.lanes import captured_functions, score_functions, seen_functions
@@ -95,4 +95,5 @@ FUNCTIONS: dict[str, Callable[[Kernel], dict[str, Any]]] = {
     "schedule": lambda kernel: vars(schedule),
     "signature": lambda kernel: {"signature": signature, "in_default_mode": in_default_mode},
     "overlaps": lambda kernel: {"overlaps": overlaps},
+    "longest": lambda kernel: {"longest": longest},
 }

@@ -27,4 +27,5 @@ EXPORTS: dict[str, dict[str, int]] = {
     "schedule": {"start": 6, "take_part": 2, "cancel": 2, "work": 3},
     "signature": {"signature": 3, "in_default_mode": 3},
     "overlaps": {"overlaps": 3},
+    "longest": {"longest": 3},
 }
