@@ -168,7 +168,7 @@ def attention_paged(
         return reference.attention_paged(*call, **{**options, **wanted, **further})
     rows, pages = _as_pages(query, key_pages, value_pages, page_table, key_lengths, cu_seqlens_q is not None)
     if cu_seqlens_q is not None:
-        refuse_masks(attn_mask=attn_mask, block_mask=block_mask)
+        refuse_masks(attn_mask=attn_mask, block_mask=further.pop("block_mask"))
         return _on_packed(rows, pages, cu_seqlens_q, options, further, **wanted)
     return on_pages(rows, pages, attn_mask, length_first=True, **options, **wanted, further=further)
 

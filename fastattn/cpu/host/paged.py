@@ -93,8 +93,8 @@ def attention(
     One like it, of which the same is `asked`, will find the plan.
     """
     plan = plan_paged(problem, operands, pages, out, threads)
-    if asked and operands.heads is not None:
-        heads = operands.heads.reshape(len(pages.table), -1)
+    if asked and operands.heads is not None:  # lengths are always among what heads have of their own
+        heads = operands.heads.reshape(len(pages.table), problem.heads)
         again = Again(plan, heads, "offset" in problem.scores.own)
         session.current.plans.keep(("paged", asked, room_for(pages.longest)), again)
     lse = np.empty(problem.lse_shape, problem.real) if return_lse else None
