@@ -231,16 +231,14 @@ def refuse_masks(**given: object) -> None:
 
 def _keys_of_call(longest: int, mask: Mask, blocks: Any) -> int:
     """Return the length of the key axis: what masks have, or else a power of two with room for the longest row."""
-    shapes = [("attn_mask", each.shape) for each in masks_of(mask) if each is not None]
+    masks = [each.shape for each in masks_of(mask) if each is not None]
+    shapes = [("attn_mask", shape) for shape in masks if shape and shape[-1] != 1]  # others are broadcast
     if isinstance(blocks, Blocks):
         shapes.append(("block_mask", blocks.shape))
     for name, shape in shapes:
-        keys = int(shape[-1]) if shape else 1
-        if keys > 1:
-            if keys < longest:
-                raise ValueError(f"{name}: shape {shape}; expected at least {longest} keys, the largest of key_lengths")
-            return keys
-    return room_for(longest)
+        if shape[-1] < longest:
+            raise ValueError(f"{name}: shape {shape}; expected at least {longest} keys, the largest of key_lengths")
+    return int(shapes[0][1][-1]) if shapes else room_for(longest)
 
 
 def room_for(longest: int) -> int:
