@@ -143,6 +143,14 @@ class Calls:
         call = grad_out, query, key, value, out, lse, *lengths
         return [out, lse, *fastattn.attention_varlen_backward(*call, **self.options)]
 
+    def paged(self) -> Any:
+        query, key, value = (array.swapaxes(1, 2) for array in (self.query, self.key, self.value))
+        call = query, key, value, [[1, 0], [0, 1]], [70 + 33, 70]  # each row of the batch is a page
+        return [
+            *fastattn.attention_paged(*call, is_causal="bottom-right", return_lse=True),
+            fastattn.attention_paged(query[:, 0], *call[1:], [0, 1, 2]),
+        ]
+
     def merge(self) -> Any:
         out, lse = self.attention()
         return fastattn.merge([out, out[..., ::-1], self.grad_out], [lse, lse[..., ::-1], lse[:, ::-1]])

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fastattn.call.packed import BY_ROW, as_starts, by_row, has_rows, heads_first, slices
-from fastattn.call.pages import Pages, describe_paged
+from fastattn.call.pages import Pages, describe_paged, room_for
 from fastattn.call.problem import Array, Operands, Problem
 from fastattn.call.score_options import FurtherOptions
 
@@ -47,21 +47,24 @@ class PackedPages:
     own: dict[str, Array]
 
     def kinds(self) -> list[list[int]]:
-        """Return the numbers of the sequences, those together that can have one plan: they differ in lengths of keys.
+        """Return the numbers of the sequences, those together that can have one plan, with room for about as many keys.
 
-        These are alike, up to a factor of two. Functions of the user's are told of each sequence alone.
+        Functions of the user's are told of each sequence alone.
         """
         found = defaultdict(list)
         for number, (queries, length) in enumerate(zip(self.queries, self.pages.lengths.tolist(), strict=True)):
             name = number if self.problem.scores.has_functions else -1
-            found[queries.stop - queries.start, length.bit_length(), name].append(number)
+            found[queries.stop - queries.start, room_for(length), name].append(number)
         return list(found.values())
 
     def rows(self, numbers: list[int]) -> tuple[Problem, Operands]:
-        """Return sequences with as many queries each as a batch. Its queries are those of the first of them."""
+        """Return sequences with as many queries each, as a batch: its queries are those of the first of them.
+
+        Keys and values are one page, as `describe_paged` has them.
+        """
         first, pages = self.query[self.queries[numbers[0]]], self.pages
         query = np.broadcast_to(heads_first(first), (len(numbers), *heads_first(first).shape))
-        of_rows = replace(pages, table=pages.table[numbers], lengths=pages.lengths[numbers])
+        of_rows = replace(pages, table=pages.table[:, :0][numbers], lengths=pages.lengths[numbers])
         own: dict[str, Any] = {name: rows[numbers] for name, rows in self.own.items()}
         return describe_paged(query, of_rows, **self.options, **own, first_batch=numbers[0])
 

@@ -122,6 +122,17 @@ def test_many_rows_that_decode_and_a_prompt() -> None:
     np.testing.assert_array_equal(out[49:], alone_.swapaxes(0, 1))
 
 
+def test_packed_queries_whose_keys_are_cut_among_threads() -> None:
+    lengths = (1024, 4000, 1025, 8000, 512, 4096)
+    held = cache(lengths, 256, heads=1, features=(64, 64))
+    query = queries(len(lengths), 16, 64)
+    for threads in (1, 2, 4):
+        with fastattn.num_threads(threads):
+            found = fastattn.attention_paged(query, *held.args, list(range(len(lengths) + 1)), return_lse=True)
+        for number, results in enumerate(alone(query[:, None], held, {})):
+            assert bits_of(*(each[number] for each in found)) == bits_of(*(each[0] for each in results))
+
+
 @pytest.mark.parametrize("count", [1, 30])
 @pytest.mark.parametrize("page", [7, 256])
 def test_where_pages_lie_changes_no_bit(page: int, count: int) -> None:

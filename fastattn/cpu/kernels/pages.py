@@ -11,10 +11,12 @@ many rows as a block has. What is computed of them is the same either way, and w
 
 from fastattn.cpu.kernels.pack import copy_rows
 from fastattn.cpu.kernels.pairs import copy_keys
+from fastattn.cpu.kernels.prefetch import prefetch_rows
 from fastattn.cpu.kernels.tasks import Head
 from fastattn.simd import jit, load_i32, load_i64
 
 LONG = 8  # bytes of a number of a page, which otherwise has half as many
+AHEAD = 16  # rows that are asked for before they are gathered
 
 
 @jit
@@ -31,35 +33,51 @@ def behind_gathered(kernel, plan, scratch):
 
 
 @jit
-def bring(kernel, target, target_row, source, row, column, count, features):
-    """target[j][p] = source[j][p] for some rows of one page."""
-    if kernel.storage == kernel.tile.dtype:
-        copy_rows(kernel, kernel.tile, target, target_row, source, row, column, count, features)
-    else:
-        copy_keys(kernel, target, target_row, source, row, column, count, features)
+def bring(kernel, target, target_row, source, row, column, count, features, ahead):
+    """target[j][p] = source[j][p] for some rows of one page; meanwhile rows from `ahead` on are asked for."""
+    for _ in range(count):
+        if kernel.storage == kernel.tile.dtype:
+            copy_rows(kernel, kernel.tile, target, target_row, source, row, column, 1, features)
+        else:
+            copy_keys(kernel, target, target_row, source, row, column, 1, features)
+        if ahead != 0:
+            prefetch_rows(ahead, row, 1, features * kernel.itemsize)
+            ahead += row
+        source += row
+        target += target_row
+
+
+@jit
+def run_of(plan, key, end):
+    """How many keys from one on are in one page, and so are the keys that stand `AHEAD` of them; up to an end."""
+    return min(end - key, plan.page - key % plan.page, plan.page - (key + AHEAD) % plan.page)
 
 
 @jit
 def gather(kernel, call, plan, head, first, count, keys, values):
     """Bring the rows of `count` keys from `first` on, and of their values, one behind the other."""
-    done = 0
-    while done < count:
-        page, row = page_of(call, plan, head.number, first + done), (first + done) % plan.page
-        rows = min(plan.page - row, count - done)
-        source = head.key + page * plan.key_page + row * plan.key_page_row
-        target, step = keys + done * plan.key_row, plan.key_row
-        bring(kernel, target, step, source, plan.key_page_row, plan.key_page_column, rows, plan.head_dim)
-        source = head.value + page * plan.value_page + row * plan.value_page_row
-        target, step = values + done * plan.value_row, plan.value_row
-        bring(kernel, target, step, source, plan.value_page_row, plan.value_page_column, rows, plan.value_dim)
-        done += rows
+    key, end = first, first + count
+    while key < end:
+        rows, goes_on = run_of(plan, key, end), key + AHEAD < head.keys
+        here = beside(call, plan, head, key)
+        then = beside(call, plan, head, key + AHEAD) if goes_on else here
+        source, row = here.key + key * plan.key_page_row, plan.key_page_row
+        ahead = then.key + (key + AHEAD) * row if goes_on else 0
+        bring(kernel, keys, plan.key_row, source, row, plan.key_page_column, rows, plan.head_dim, ahead)
+        source, row = here.value + key * plan.value_page_row, plan.value_page_row
+        ahead = then.value + (key + AHEAD) * row if goes_on else 0
+        bring(kernel, values, plan.value_row, source, row, plan.value_page_column, rows, plan.value_dim, ahead)
+        keys += rows * plan.key_row
+        values += rows * plan.value_row
+        key += rows
 
 
 @jit
 def beside(call, plan, head, key):
     """A head whose keys lie as those do that are in one page with this one: as if there were no other pages."""
     page, first = page_of(call, plan, head.number, key), key - key % plan.page
-    return moved(head, page * plan.key_page - first * plan.key_row, page * plan.value_page - first * plan.value_row)
+    key, value = first * plan.key_page_row, first * plan.value_page_row
+    return moved(head, page * plan.key_page - key, page * plan.value_page - value)
 
 
 @jit
