@@ -145,7 +145,8 @@ class Calls:
 
     def paged(self) -> Any:
         query, key, value = (array.swapaxes(1, 2) for array in (self.query, self.key, self.value))
-        call = query, key, value, [[1, 0], [0, 1]], [70 + 33, 70]  # each row of the batch is a page
+        pages = [array.reshape(2, 35, 2, -1) for array in (key, value)]
+        call = query, *pages, np.array([[1, 0], [0, -1]]), np.array([60, 35])
         return [
             *fastattn.attention_paged(*call, is_causal="bottom-right", return_lse=True),
             fastattn.attention_paged(query[:, 0], *call[1:], [0, 1, 2]),
