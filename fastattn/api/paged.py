@@ -18,6 +18,7 @@ from fastattn.call.blocks import Blocks
 from fastattn.call.halves import BITS
 from fastattn.call.options import check_backend, check_flag
 from fastattn.call.out import check_out, delivered, target_for
+from fastattn.call.packed import as_starts
 from fastattn.call.packed_pages import describe_packed_pages
 from fastattn.call.pages import PACKED, PADDED, Pages, as_pages, as_query, describe_paged, refuse_masks
 from fastattn.call.problem import Array
@@ -169,7 +170,9 @@ def attention_paged(
     rows, pages = _as_pages(query, key_pages, value_pages, page_table, key_lengths, cu_seqlens_q is not None)
     if cu_seqlens_q is not None:
         refuse_masks(attn_mask=attn_mask, block_mask=further.pop("block_mask"))
-        return _on_packed(rows, pages, cu_seqlens_q, options, further, **wanted)
+        if not _are_alike(rows, pages, cu_seqlens_q, out):
+            return _on_packed(rows, pages, cu_seqlens_q, options, further, **wanted)
+        return _as_batch(rows, pages, options, further, **wanted)
     return on_pages(rows, pages, attn_mask, length_first=True, **options, **wanted, further=further)
 
 
@@ -287,6 +290,39 @@ def _on_pages(
     if not return_lse:
         return delivered(target, target, out)
     return delivered((target, lse.swapaxes(1, 2) if length_first else lse), target, out)
+
+
+def _are_alike(query: Array, pages: Pages, cu_seqlens_q: ArrayLike, out: object) -> bool:
+    """Whether packed queries are as many for each row, as they are where all rows decode: then they are a batch."""
+    count, total = len(pages.table), len(query)
+    if not count or not total or total % count:
+        return False
+    if out is not None and not (isinstance(out, np.ndarray) and out.shape == (*query.shape[:2], pages.value.shape[3])):
+        return False
+    return np.array_equal(
+        as_starts("cu_seqlens_q", cu_seqlens_q, "query", total), np.arange(count + 1) * (total // count)
+    )
+
+
+def _as_batch(
+    query: Array,
+    pages: Pages,
+    options: dict[str, Any],
+    further: FurtherOptions,
+    return_lse: bool,
+    rng: Rng | None,
+    out: NDArray[Any] | None,
+) -> Any:
+    """Compute attention of packed queries that are as many for each row."""
+    count = len(pages.table)
+    rows, target = (None if array is None else array.reshape(count, -1, *array.shape[1:]) for array in (query, out))
+    wanted: Any = {"return_lse": return_lse, "rng": rng, "out": target}
+    found = on_pages(rows, pages, length_first=True, **options, **wanted, further=further)  # type: ignore[arg-type]
+    results = found if isinstance(found, tuple) else (found,)
+    packed = [array.reshape(-1, *array.shape[2:]) for array in results]
+    if out is not None:
+        packed[0] = out
+    return tuple(packed) if len(packed) > 1 else packed[0]
 
 
 @in_default_mode

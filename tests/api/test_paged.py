@@ -62,6 +62,12 @@ def alone(query: Any, held: Cache, options: dict[str, Any]) -> list[tuple[Any, A
     return found
 
 
+def with_an_empty_row(held: Cache) -> tuple[Any, Any, Any, Any]:
+    """Return what `attention_paged` takes behind the query, with one more row, that has no keys."""
+    table, lengths = np.pad(held.page_table, ((0, 1), (0, 0)), constant_values=-1), np.append(held.key_lengths, 0)
+    return held.key_pages, held.value_pages, table, lengths
+
+
 # -- bits --------------------------------------------------------------------------------------------------------------
 
 
@@ -122,13 +128,29 @@ def test_many_rows_that_decode_and_a_prompt() -> None:
     np.testing.assert_array_equal(out[49:], alone_.swapaxes(0, 1))
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_packed_queries_that_are_as_many_for_each_row_are_a_batch(count: int) -> None:
+    held, query = cache(LENGTHS, 16), queries(len(LENGTHS), count, 4, 16)
+    cu_seqlens = np.arange(len(LENGTHS) + 1) * count
+    for options in (*OPTIONS, {"dropout_p": 0.3, "rng": 5}):
+        batch = fastattn.attention_paged(query, *held.args, **options, return_lse=True)
+        for whole in (query, laid_out(query, "every second"), np.asfortranarray(query)):
+            packed = whole.reshape(-1, 4, 16)
+            found = fastattn.attention_paged(packed, *held.args, cu_seqlens, **options, return_lse=True)
+            assert bits_of(*found) == bits_of(*(each.reshape(-1, *each.shape[2:]) for each in batch))
+            out = laid_out(np.zeros_like(found[0]), "every second")
+            assert fastattn.attention_paged(packed, *held.args, cu_seqlens, **options, out=out) is out
+            assert bits_of(out) == bits_of(found[0])
+
+
 def test_packed_queries_whose_keys_are_cut_among_threads() -> None:
     lengths = (1024, 4000, 1025, 8000, 512, 4096)
     held = cache(lengths, 256, heads=1, features=(64, 64))
-    query = queries(len(lengths), 16, 64)
+    query, call = queries(len(lengths), 16, 64), with_an_empty_row(held)
+    cu_seqlens = [*range(len(lengths) + 1), len(lengths)]
     for threads in (1, 2, 4):
         with fastattn.num_threads(threads):
-            found = fastattn.attention_paged(query, *held.args, list(range(len(lengths) + 1)), return_lse=True)
+            found = fastattn.attention_paged(query, *call, cu_seqlens, return_lse=True)
         for number, results in enumerate(alone(query[:, None], held, {})):
             assert bits_of(*(each[number] for each in found)) == bits_of(*(each[0] for each in results))
 
@@ -321,9 +343,10 @@ def test_dropout_keeps_what_it_keeps_in_the_padded_batch(options: dict[str, Any]
     wanted = fastattn.attention(rows, held.key, held.value, **options, key_lengths=lengths, enable_gqa=True)
     for backend in ("cpu", "reference"):
         out = fastattn.attention_paged(query, *held.args, **options, backend=backend)
-        packed = fastattn.attention_paged(query[:, 0], *held.args, [0, 1, 2, 3], **options, backend=backend)
         np.testing.assert_allclose(out, wanted.swapaxes(1, 2), rtol=0, atol=1e-6)
-        np.testing.assert_allclose(packed, out[:, 0], rtol=0, atol=1e-6)
+        for call, cu_seqlens in ((held.args, [0, 1, 2, 3]), (with_an_empty_row(held), [0, 1, 2, 3, 3])):
+            packed = fastattn.attention_paged(query[:, 0], *call, cu_seqlens, **options, backend=backend)
+            np.testing.assert_allclose(packed, out[:, 0], rtol=0, atol=1e-6)
 
 
 # -- a call like an earlier one ----------------------------------------------------------------------------------------
@@ -481,23 +504,20 @@ def calls(draw: st.DrawFn) -> tuple[Any, Cache, Any, dict[str, Any]]:
 def test_any_call(call: tuple[Any, Cache, Any, dict[str, Any]], threads: int) -> None:
     query, held, mask, options = call
     rows, before = query.swapaxes(1, 2), bits_of(query, *held.args)
-    own: dict[str, Any] = {**options, "key_lengths": held.key_lengths, "enable_gqa": True, "return_lse": True}
-    wanted = fastattn.attention(query, held.key, held.value, mask, **own)
+    padded: dict[str, Any] = {**options, "key_lengths": held.key_lengths, "enable_gqa": True, "return_lse": True}
+    wanted = fastattn.attention(query, held.key, held.value, mask, **padded)
     with fastattn.num_threads(threads):
         for _ in range(2):
             found = fastattn.attention_paged(rows, *held.args, None, mask, **options, return_lse=True)
             assert bits_of(*(each.swapaxes(1, 2) for each in found)) == bits_of(*wanted)
         if mask is None and "block_mask" not in options:
-            packed = rows.reshape(-1, *rows.shape[2:])
-            cu_seqlens = np.arange(len(rows) + 1) * rows.shape[1]
-            alike = fastattn.attention_paged(
-                packed, *held.args, cu_seqlens, **by_row(options, query.shape), return_lse=True
-            )
-            assert bits_of(*(each.reshape(other.shape) for each, other in zip(alike, found, strict=True))) == bits_of(
-                *found
-            )
+            packed, ends = rows.reshape(-1, *rows.shape[2:]), np.arange(len(rows) + 1) * rows.shape[1]
+            for call, cu_seqlens in ((held.args, ends), (with_an_empty_row(held), [*ends, ends[-1]])):
+                own = by_row(options, len(call[3]), query.shape)
+                alike = fastattn.attention_paged(packed, *call, cu_seqlens, **own, return_lse=True)
+                assert bits_of(*alike) == bits_of(*(each.reshape(-1, *each.shape[2:]) for each in found))
     exact = reference.attention_paged(rows, *held.args, None, mask, **options, return_lse=True)
-    of_arrays = reference.attention(query, held.key, held.value, mask, **own)
+    of_arrays = reference.attention(query, held.key, held.value, mask, **padded)
     for got, exactly in zip(exact, of_arrays, strict=True):
         eps = float(finfo(got.dtype).eps)
         wide = [cast(each, np.dtype(np.float64)) for each in (got.swapaxes(1, 2), exactly)]
@@ -505,10 +525,11 @@ def test_any_call(call: tuple[Any, Cache, Any, dict[str, Any]], threads: int) ->
     assert bits_of(query, *held.args) == before
 
 
-def by_row(options: dict[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
-    """Return options of which each row has its own, where any has."""
+def by_row(options: dict[str, Any], rows: int, shape: tuple[int, ...]) -> dict[str, Any]:
+    """Return options of which each of so many rows has its own, where any has: those beyond the batch have zeros."""
     found = dict(options)
     for name, full in (("query_offset", shape[:1]), ("alibi_slopes", shape[:2]), ("sinks", shape[:2])):
         if isinstance(found.get(name), np.ndarray):
-            found[name] = np.broadcast_to(found[name], full)
+            own = np.broadcast_to(found[name], full)
+            found[name] = np.concatenate([own, np.zeros((rows - len(own), *full[1:]), own.dtype)])
     return found
