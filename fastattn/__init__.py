@@ -4,6 +4,7 @@ from fastattn.api.additive import additive_attention
 from fastattn.api.attention import attention
 from fastattn.api.backward import additive_attention_backward, attention_backward
 from fastattn.api.block_mask import BlockMask
+from fastattn.api.cache import KVCache
 from fastattn.api.merge import merge
 from fastattn.api.paged import attention_paged
 from fastattn.api.varlen import attention_varlen, attention_varlen_backward
@@ -16,6 +17,7 @@ __all__ = [
     "AttentionSummary",
     "BahdanauAttention",
     "BlockMask",
+    "KVCache",
     "LuongAttention",
     "MultiHeadAttention",
     "additive_attention",
