@@ -9,15 +9,21 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastattn.api.attention import attention, rounded
-from fastattn.call.arrays import as_array, check_operand
+from fastattn.api.backends import ATTENTION_BACKENDS
+from fastattn.call.arrays import as_array, as_plain, check_operand
 from fastattn.call.blocks import Blocks
 from fastattn.call.halves import cast, name_of, native, real_of
-from fastattn.call.options import check_flag
-from fastattn.call.out import check_out
+from fastattn.call.options import check_backend, check_flag
+from fastattn.call.out import check_out, delivered, target_for
+from fastattn.call.pages import describe_paged
 from fastattn.call.problem import FLOAT64, Array
-from fastattn.call.score_options import MaskMod, ScoreMod, check_window
-from fastattn.call.seeds import Rng
+from fastattn.call.score_options import FurtherOptions, MaskMod, ScoreMod, check_window
+from fastattn.call.seeds import Rng, seed_from
 from fastattn.call.shapes import describe
+from fastattn.call.widening import exceeds_float32
+from fastattn.cpu.host import paged as cpu
+from fastattn.cpu.host.builtin import in_default_mode
+from fastattn.cpu.host.threads import get_num_threads
 from fastattn.kv_cache import files
 from fastattn.kv_cache.arguments import (
     as_counts,
@@ -281,13 +287,31 @@ class KVCache:
         causal, offset, offsets = self._positions(queries.shape[2], is_causal, query_lengths, query_offset)
         reach = self.window if window is None else check_window(window)
         check_dropped(self._sequences, offsets, None if reach is None else reach[0])
-        options: Any = {
-            "attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": causal, "scale": scale, "window": reach,
-            "query_offset": offset, "softcap": softcap, "alibi_slopes": alibi_slopes, "sinks": sinks,
+        further: FurtherOptions = {
+            "window": reach, "query_offset": offset, "softcap": softcap, "alibi_slopes": alibi_slopes, "sinks": sinks,
             "score_mod": score_mod, "mask_mod": mask_mod, "block_mask": block_mask,
         }  # fmt: skip
-        wanted: Any = {"return_lse": return_lse, "return_weights": return_weights, "rng": rng}
-        return self._gathered(queries, options, wanted, out, backend)
+        call = attn_mask, dropout_p, causal, scale
+        if check_backend(backend, ATTENTION_BACKENDS) not in (None, "cpu") or return_weights:
+            wanted: Any = {"return_lse": return_lse, "return_weights": return_weights, "rng": rng}
+            return self._gathered(queries, call, {**further}, wanted, out, backend)
+        return self._on_pages(queries, call, further, return_lse, rng, out)
+
+    @in_default_mode
+    def _on_pages(
+        self, query: Array, call: Any, further: FurtherOptions, return_lse: bool, rng: Rng | None, out: Any
+    ) -> Any:
+        """Compute it on the CPU, where keys and values lie."""
+        pages = self._sequences.pages()
+        query = as_plain(query, FLOAT64 if query.dtype.kind in "biu" else native(query.dtype))
+        problem, operands = describe_paged(query, pages, *call, **further)
+        return_lse, seed = check_flag("return_lse", return_lse), seed_from(rng, problem.dropout_p > 0)
+        out = check_out(out, problem)
+        if exceeds_float32(problem):
+            return self._gathered(query, call, {**further}, {"return_lse": return_lse, "rng": seed}, out, "cpu")
+        target = target_for(out, problem, (query, operands.bias, operands.keep))
+        lse = cpu.attention(problem, operands, pages, target, return_lse, seed, get_num_threads())
+        return delivered(target if lse is None else (target, lse), target, out)
 
     def _positions(self, queries: int, is_causal: Any, query_lengths: Any, query_offset: Any) -> Any:
         """Return `is_causal` and `query_offset` for `attention`, and where the first query of each row stands."""
@@ -308,14 +332,18 @@ class KVCache:
         offsets = [length - count for length, count in zip(sequences.lengths, counts, strict=True)]
         return True, np.array(offsets, np.int64), offsets
 
-    def _gathered(self, query: Array, options: dict[str, Any], wanted: Any, out: Any, backend: str | None) -> Any:
+    def _gathered(
+        self, query: Array, options: Any, further: dict[str, Any], wanted: Any, out: Any, backend: str | None
+    ) -> Any:
         """Compute it from copies of keys and values: in the dtype of the queries if the cache has that, or wider."""
         layout, sequences = self._layout, self._sequences
         dtype = FLOAT64 if query.dtype.kind in "biu" else native(query.dtype)
         is_alike = name_of(dtype) == layout.key_format.name == layout.value_format.name
         common = dtype if is_alike else real_of(dtype)
         keys, values = sequences.gathered(common, common)
-        call: Any = {**options, "enable_gqa": True, "key_lengths": self.lengths}
+        names = "attn_mask", "dropout_p", "is_causal", "scale"
+        call: Any = {**dict(zip(names, options, strict=True)), **further, "enable_gqa": True}
+        call["key_lengths"] = self.lengths
         if common == dtype:
             return attention(cast(query, dtype), keys, values, **call, **wanted, out=out, backend=backend)
         problem, _ = describe(query, _of_dtype(keys, dtype), _of_dtype(values, dtype), enable_gqa=True)

@@ -16,10 +16,10 @@ import numpy as np
 from fastattn.call.advice import said
 from fastattn.call.halves import BITS, cast, is_bfloat16, name_of
 from fastattn.call.problem import FLOAT32, FLOAT64, Array
+from fastattn.machine.tile import BLOCK
 
 __all__ = ["BLOCK", "FORMATS", "Format", "format_of", "formats_of"]
 
-BLOCK = 32  # numbers that have a scale in common
 STEPS = 127  # from 0 to the largest number of a block
 FLOAT16 = np.dtype(np.float16)
 BYTE = np.dtype(np.uint8)
@@ -33,6 +33,8 @@ class Format(NamedTuple):
     name : str
     dtype : numpy.dtype
         Of the elements of what rows are kept as: the numbers, or bytes.
+    kind : numpy.dtype
+        What kernels know such rows as.
     width : function
         From the numbers of a row to its elements.
     encode, decode : function
@@ -42,6 +44,7 @@ class Format(NamedTuple):
 
     name: str
     dtype: np.dtype[Any]
+    kind: np.dtype[Any]
     width: Callable[[int], int]
     encode: Callable[[Array], Array]
     decode: Callable[[Array, int, np.dtype[Any]], Array]
@@ -118,7 +121,7 @@ def _floating(dtype: np.dtype[Any]) -> Format:
     def decode(rows: Array, features: int, to: np.dtype[Any]) -> Array:
         return rows.view(to) if is_bfloat16(dtype) and is_bfloat16(to) else cast(rows, to)
 
-    return Format(name_of(dtype), dtype, lambda features: features, encode, decode)
+    return Format(name_of(dtype), dtype, dtype, lambda features: features, encode, decode)
 
 
 FORMATS = {
@@ -127,7 +130,7 @@ FORMATS = {
         _floating(FLOAT32),
         _floating(BITS),
         _floating(FLOAT16),
-        Format("int8", BYTE, _int8_width, _to_int8, _from_int8),
+        Format("int8", BYTE, np.dtype(np.int8), _int8_width, _to_int8, _from_int8),
     )
 }
 

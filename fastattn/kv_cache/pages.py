@@ -7,7 +7,7 @@ larger pieces of memory, so that growing copies nothing.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -52,10 +52,33 @@ class Layout(NamedTuple):
         """Where the values begin, in bytes."""
         return _aligned(self.kv_heads * PAGE * self.key_format.row_bytes(self.head_dim))
 
+    def views(self, address: int) -> tuple[Array, Array]:
+        """Return the keys and values of a page there, (1, 256, Hk, D) and (1, 256, Hk, Dv), as kernels know them.
+
+        The next page is said to be a byte further, so that the number of a page is how many bytes further it is.
+        """
+        keys = _at(address, self.key_format, self.kv_heads, self.head_dim)
+        return keys, _at(address + self.values_at, self.value_format, self.kv_heads, self.value_dim)
+
     @property
     def page_bytes(self) -> int:
         """Bytes of a page."""
         return self.values_at + _aligned(self.kv_heads * PAGE * self.value_format.row_bytes(self.value_dim))
+
+
+class _Place:
+    """What NumPy makes an array of that lies somewhere."""
+
+    def __init__(self, **interface: Any) -> None:
+        self.__array_interface__ = interface
+
+
+def _at(address: int, kept: Format, heads: int, features: int) -> Array:
+    row, itemsize = kept.row_bytes(features), kept.kind.itemsize
+    strides = 1, row, PAGE * row, itemsize
+    words = np.dtype(f"u{itemsize}").str
+    place = _Place(data=(address, True), shape=(1, PAGE, heads, features), strides=strides, typestr=words, version=3)
+    return np.asarray(place).view(kept.kind)
 
 
 def _aligned(size: int) -> int:

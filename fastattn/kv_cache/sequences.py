@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from fastattn.call.pages import Pages as PagesOfCall
 from fastattn.call.problem import Array
 from fastattn.kv_cache.pages import PAGE, Layout, Page, Pages
 from fastattn.machine.objects import address_of
@@ -43,6 +44,7 @@ class Sequences:
         self.dropped = [0] * rows
         self.anchor = np.zeros(64, np.uint8)
         self.table = np.zeros((rows, 1), np.int64)
+        self.views = layout.views(address_of(self.anchor))
 
     @property
     def nbytes(self) -> int:
@@ -53,6 +55,10 @@ class Sequences:
     def keys(self) -> int:
         """How many keys the longest row has had."""
         return max(self.lengths, default=0)
+
+    def pages(self) -> PagesOfCall:
+        """Return the pages for kernels. (What is kept in int8 is said to be so many whole numbers.)"""
+        return PagesOfCall(*self.views, self.table, np.array(self.lengths, np.int64))
 
     def append(self, keys: Array, values: Array, counts: Sequence[int], left: int | None) -> None:
         """Append the first so many of some keys and values to each row, of shape (B, Hk, n, elements of a row).

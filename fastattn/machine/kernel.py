@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastattn.machine.table import Isa
 from fastattn.machine.tile import ITEMSIZE, TileShape
@@ -28,7 +28,8 @@ class Kernel:
     tile : TileShape
         The register tile, of the dtype that is computed in; `NO_TILE` where nothing is computed.
     storage : str
-        The dtype of what lies in memory, other than queries and results where these have one of their own.
+        The dtype of what lies in memory: of keys, and of the others unless they have one of their own. "int8" are
+        numbers in blocks (`fastattn.cpu.kernels.int8`).
     score : {"dot", "additive"}
         What the score of a query and a key is made of.
     reads : {"strided", "rows", "panels", "pairs"}
@@ -39,7 +40,9 @@ class Kernel:
         What may happen to scores besides: "dropout", "mask", "softcap", "function". (Every kernel knows causality.)
         Code for a step that is not among them is not even typed.
     queries : str
-        The dtype of queries, and of results, where it is not that of keys and values but what is computed in.
+        The dtype of queries, and of results, where it is not that of keys.
+    values : str
+        The dtype of values, where it is not that of keys.
     pages : str
         The dtype of keys and values that lie in pages, where they do.
     function : hashable
@@ -55,6 +58,7 @@ class Kernel:
     reads: str = "strided"
     steps: tuple[str, ...] = ()
     queries: str = ""
+    values: str = ""
     pages: str = ""
     function: Hashable = None
 
@@ -64,9 +68,25 @@ class Kernel:
         return ITEMSIZE[self.storage]
 
     @property
-    def query_place(self) -> Kernel | TileShape:
-        """What has the dtype of queries in memory, and of results."""
-        return self.tile if self.queries else self
+    def query_place(self) -> Kernel:
+        """The kernel as if its storage were that of queries, and of results."""
+        return self.place(self.queries or self.storage)
+
+    @property
+    def value_place(self) -> Kernel:
+        """The kernel as if its storage were that of values."""
+        return self.place(self.values or self.storage)
+
+    @property
+    def scale_place(self) -> Kernel:
+        """The kernel as if its storage were that of the scales of int8."""
+        return self.place("float16")
+
+    def place(self, storage: str) -> Kernel:
+        """The kernel as if all memory were of one dtype."""
+        if storage == self.storage:
+            return self
+        return replace(self, storage=storage, queries="", values="")
 
     @property
     def label(self) -> str:
@@ -76,6 +96,10 @@ class Kernel:
             words += [self.tile.dtype, f"{self.tile.rows}x{self.tile.vectors}"]
             if self.storage != self.tile.dtype:
                 words.append(f"of-{self.storage}")
+            if self.values:
+                words.append(f"and-{self.values}")
+            if self.queries:
+                words.append(f"for-{self.queries}")
         words.append(self.row.name)
         if self.score != "dot":
             words.append(self.score)

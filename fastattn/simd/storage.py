@@ -29,7 +29,7 @@ from fastattn.simd.tile import (
 )
 
 WORD = 4  # bytes of a pair
-SHORT, INT, FLOAT = ir.IntType(16), ir.IntType(32), ir.FloatType()
+BYTE, SHORT, INT, FLOAT = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
 
 
 class _BFloat(ir.types.Type):
@@ -55,15 +55,25 @@ class _Memory:
 
     def __init__(self, place):
         self.tile = place.tile if isinstance(place, Kernel) else place
-        self.dtype = place.storage if isinstance(place, Kernel) else place.dtype
+        self.dtype = place.storage
         self.converts = isinstance(place, Kernel) and "f16c" in place.row.needs
         self.itemsize = place.itemsize
 
     def load(self, builder, address, count):
         """So many elements in a vector of the tile's dtype; one alone, where `count` is None."""
+        real = element_of(self.tile) if count is None else ir.VectorType(element_of(self.tile), count)
         if self.dtype == self.tile.dtype:
-            kind = element_of(self.tile)
-            return load_from(builder, address, kind if count is None else ir.VectorType(kind, count), self.itemsize)
+            return load_from(builder, address, real, self.itemsize)
+        if self.dtype == "int8":
+            found = load_from(builder, address, BYTE if count is None else ir.VectorType(BYTE, count), self.itemsize)
+            return builder.sitofp(builder.sext(found, like(found, INT)), real)
+        found = self._load_float32(builder, address, count)
+        return found if found.type == real else builder.fpext(found, real)
+
+    def _load_float32(self, builder, address, count):
+        """The same in float32, of what is no wider."""
+        if self.dtype == "float32":
+            return load_from(builder, address, FLOAT if count is None else ir.VectorType(FLOAT, count), self.itemsize)
         kind = ir.HalfType() if self.dtype == "float16" and self.converts else SHORT
         found = load_from(builder, address, kind if count is None else ir.VectorType(kind, count), 2)
         wide = FLOAT if count is None else ir.VectorType(FLOAT, count)

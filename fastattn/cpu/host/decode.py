@@ -88,9 +88,12 @@ def room_of_rows(kernel: Kernel, problem: Problem, operands: Operands, rows: int
         "row_numbers": row_numbers,
         "partial_bytes": 2 * row_numbers * tile.itemsize + rows * sum_bytes,
     }
-    for name, array, row_bytes in (("key", operands.key, query_bytes), ("value", operands.value, sum_bytes)):
+    for name, array, place, row_bytes in (
+        ("key", operands.key, kernel, query_bytes),
+        ("value", operands.value, kernel.value_place, sum_bytes),
+    ):
         step, column = array.strides[-2:]
-        in_place = column == tile.itemsize and kernel.storage == tile.dtype
+        in_place = column == tile.itemsize and place.storage == tile.dtype
         sizes[name + "_bytes"] = 0 if in_place else aligned(PIECE * row_bytes)
         sizes[name + "_step"] = step if in_place else row_bytes
     return sizes

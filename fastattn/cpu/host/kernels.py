@@ -28,25 +28,27 @@ def describe(
     storage: str = "",
     in_pairs: bool = True,
     queries: str = "",
+    values: str = "",
     pages: str = "",
 ) -> Kernel:
     """Describe the kernel of some work on scores, for a register tile, and arrays of another dtype than its own.
 
-    `in_pairs`: pairs of bfloat16 may be multiplied, where the machine does that. `queries` and `pages` are those of a
-    `Kernel`.
+    `in_pairs`: pairs of bfloat16 may be multiplied, where the machine does that. `queries`, `values` and `pages` are
+    those of a `Kernel`.
 
     A kernel for all that may happen to scores does what one without these steps does, more slowly. The forward and the
     backward pass have both: a single one would make a first call wait for what it does not use.
     """
     few = work in IN_PLACE or tile.vectors == 1  # a tall tile is for few queries
-    if in_pairs and storage == "bfloat16" and not queries and row.pairs and work in ON_PAIRS:
+    storage = storage or tile.dtype
+    queries, values = ("" if each == storage else each for each in (queries, values))
+    if in_pairs and storage == "bfloat16" and not queries and not values and row.pairs and work in ON_PAIRS:
         reads = "pairs"
-    elif few and storage in ("", tile.dtype):
+    elif few and storage == tile.dtype and not values:
         reads = "strided"
     else:
-        reads = "panels" if row.panels and not few else "rows"
-    storage = storage or tile.dtype
-    return Kernel(work, row, tile, storage=storage, score=score, reads=reads, steps=steps, queries=queries, pages=pages)
+        reads = "panels" if row.panels and not few and "int8" not in (storage, values) else "rows"
+    return Kernel(work, row, tile, storage, score, reads, steps, queries, values, pages)
 
 
 def steps_of(problem: Problem, all_of: bool = False) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from fastattn.cpu.host.decode import PIECE, draft_decode, is_decode
 from fastattn.cpu.host.forward import tile_of_functions
 from fastattn.cpu.host.functions import prepared
 from fastattn.cpu.host.kernels import describe, steps_of
-from fastattn.cpu.host.plan import Draft, aligned, choose_key_block, choose_tile, draft_forward
+from fastattn.cpu.host.plan import Draft, aligned, choose_key_block, choose_tile, draft_forward, may_be_in_pairs
 from fastattn.cpu.host.varlen import CALL_NAMES, places_of
 
 __all__ = ["attention", "attention_again", "packed", "recalled"]
@@ -33,15 +33,15 @@ class Layout(NamedTuple):
     page: int
     key: tuple[int, ...]  # strides
     value: tuple[int, ...]
-    dtype: np.dtype[Any]
+    dtypes: tuple[np.dtype[Any], np.dtype[Any]]
     table: tuple[int, ...]
     table_itemsize: int
 
 
 def layout_of(pages: Pages) -> Layout:
     """Say how pages lie."""
-    table = pages.table
-    return Layout(pages.page, pages.key.strides, pages.value.strides, pages.key.dtype, table.strides, table.itemsize)
+    key, value, table = pages.key, pages.value, pages.table
+    return Layout(pages.page, key.strides, value.strides, (key.dtype, value.dtype), table.strides, table.itemsize)
 
 
 class Again(NamedTuple):
@@ -172,10 +172,10 @@ def _plan(problem: Problem, operands: Operands, layout: Layout, out: Array, thre
     split = out.reshape(*problem.rows_shape, *out.shape[-2:])
     few = is_decode(row, problem)
     tile = row.wide_tile(real.type.__name__) if few else choose_tile(row, real, problem.queries)
-    storage = name_of(layout.dtype)
-    queries = "" if problem.storage == layout.dtype else name_of(problem.storage)
-    work = "decode" if few else "forward"
-    kernel = describe(work, tile, row, steps=steps_of(problem), storage=storage, queries=queries, pages=storage)
+    keys, values = map(name_of, layout.dtypes)
+    of_memory = {"storage": keys, "values": values, "queries": name_of(problem.storage), "pages": keys}
+    steps, in_pairs = steps_of(problem), may_be_in_pairs(problem)
+    kernel = describe("decode" if few else "forward", tile, row, steps=steps, in_pairs=in_pairs, **of_memory)
     block = PIECE if few else choose_key_block(row, problem)
     gathers = layout.page % block != 0
     placed = operands._replace(key=_rows(operands.key, gathers), value=_rows(operands.value, gathers))

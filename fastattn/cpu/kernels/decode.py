@@ -98,7 +98,7 @@ def load_queries(kernel, call, plan, rows, target):
     tile, features, column = kernel.tile, plan.head_dim, plan.query_column
     for r in range(rows.count):
         source = head_of(call, plan, rows, r).query + (rows.first + r) % plan.queries * plan.query_row
-        if kernel.query_place.itemsize != tile.itemsize or column != tile.itemsize:
+        if kernel.query_place.storage != tile.dtype or column != tile.itemsize:
             copy_rows(kernel.query_place, tile, target, 0, source, 0, column, 1, features)
             source = target
         for p in range(0, features, tile.lanes):
@@ -253,7 +253,9 @@ def attend(kernel, call, plan, rows, piece, room, partial, ahead):
         keys = room.keys
     if plan.value_bytes > 0:
         row, column = plan.value_row, plan.value_column
-        copy_rows(kernel, tile, room.values, plan.value_step, values, row, column, piece.count, plan.value_dim)
+        copy_rows(
+            kernel.value_place, tile, room.values, plan.value_step, values, row, column, piece.count, plan.value_dim
+        )
         values = room.values
     clear(tile, plan, partial)
     score_rows(kernel, plan, rows.count, room.queries, keys, piece.count, room.scores, wanted)
@@ -330,10 +332,10 @@ def finish_rows(kernel, call, plan, rows, state):
             factor = 0.0
             clear_rows(tile, row, row + plan.sum_bytes)
         out = head.out + query * plan.out_row
-        if kernel.storage != tile.dtype and plan.out_itemsize == tile.itemsize:
+        if kernel.query_place.storage != tile.dtype and plan.out_itemsize == tile.itemsize:
             write_row(tile, tile, plan, row, as_element(tile, factor), out)
         else:
-            write_row(kernel, tile, plan, row, as_element(tile, factor), out)
+            write_row(kernel.query_place, tile, plan, row, as_element(tile, factor), out)
 
 
 # -- tasks -------------------------------------------------------------------------------------------------------------

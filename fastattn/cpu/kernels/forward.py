@@ -127,10 +127,10 @@ def finish(kernel, plan, head, m, l, block, out, lse, present):
         if total == 0.0:  # no key, or none with a score above -inf: 0 even where a value it has looked at is NaN
             for p in range(plan.value_dim):
                 store_element(tile, block + p * tile.row_bytes + i * tile.itemsize, 0.0)
-    if kernel.storage != tile.dtype and plan.out_itemsize == tile.itemsize:
+    if kernel.query_place.storage != tile.dtype and plan.out_itemsize == tile.itemsize:
         unpack_rows(tile, tile, block, l, out, plan.out_row, plan.out_column, present, plan.value_dim)
     else:
-        unpack_rows(kernel, tile, block, l, out, plan.out_row, plan.out_column, present, plan.value_dim)
+        unpack_rows(kernel.query_place, tile, block, l, out, plan.out_row, plan.out_column, present, plan.value_dim)
 
 
 @jit

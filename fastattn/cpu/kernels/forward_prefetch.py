@@ -26,7 +26,9 @@ def foresee(kernel, call, plan, head, group):
     """Ask for the first block of keys and values, at once."""
     head, count = foreseen(kernel, call, plan, head, group.begin, min(plan.key_block, group.end - group.begin))
     prefetch_rows(head.key + group.begin * plan.key_row, plan.key_row, count, plan.head_dim * kernel.itemsize)
-    prefetch_rows(head.value + group.begin * plan.value_row, plan.value_row, count, plan.value_dim * kernel.itemsize)
+    prefetch_rows(
+        head.value + group.begin * plan.value_row, plan.value_row, count, plan.value_dim * kernel.value_place.itemsize
+    )
 
 
 @jit
@@ -38,7 +40,7 @@ def list_wanted(kernel, call, plan, head, then, group, wanted, b, skipped, part,
     tile = kernel.tile
     goes_on = then.query != head.query or then.key != head.key
     first = group.first_query + b * tile.width
-    key_bytes, value_bytes = plan.head_dim * kernel.itemsize, plan.value_dim * kernel.itemsize
+    key_bytes, value_bytes = plan.head_dim * kernel.itemsize, plan.value_dim * kernel.value_place.itemsize
     want_nothing(wanted, (part.end - part.begin + plan.value_dim) // tile.rows)
     if plan.prefetch_distance > 0:
         if is_last:
