@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastattn.api.attention import attention, rounded
+from fastattn.api import cached
 from fastattn.api.backends import ATTENTION_BACKENDS
-from fastattn.call.arrays import as_array, as_plain, check_operand
+from fastattn.call.arrays import as_array, check_operand
 from fastattn.call.blocks import Blocks
-from fastattn.call.halves import cast, name_of, native, real_of
-from fastattn.call.options import check_backend, check_flag
-from fastattn.call.out import check_out, delivered, target_for
-from fastattn.call.pages import describe_paged
-from fastattn.call.problem import FLOAT64, Array
+from fastattn.call.options import check_backend
+from fastattn.call.problem import Array
 from fastattn.call.score_options import FurtherOptions, MaskMod, ScoreMod, check_window
-from fastattn.call.seeds import Rng, seed_from
-from fastattn.call.shapes import describe
-from fastattn.call.widening import exceeds_float32
-from fastattn.cpu.host import paged as cpu
-from fastattn.cpu.host.builtin import in_default_mode
-from fastattn.cpu.host.threads import get_num_threads
+from fastattn.call.seeds import Rng
 from fastattn.kv_cache import files
 from fastattn.kv_cache.arguments import (
     as_counts,
@@ -281,77 +274,35 @@ class KVCache:
         >>> cache.attention(query, query_lengths=[12, 7]).shape
         (2, 8, 12, 64)
         """
+        sequences = self._sequences
+        reach = self.window if window is None else window
+        asked: Hashable = b""
+        if (
+            attn_mask is query_lengths is query_offset is alibi_slopes is sinks is score_mod is mask_mod is None  # type: ignore[comparison-overlap]
+            and block_mask is rng is is_causal is None  # type: ignore[comparison-overlap]
+            and return_weights is False
+            and isinstance(return_lse, bool)
+            and (backend is None or backend == "cpu")
+        ):
+            asked = cached.asked(sequences, query, reach, dropout_p, scale, softcap, out)
+            found = cached.again(asked, sequences, query, reach, return_lse, out)
+            if found is not None:
+                return found
         queries = as_array("query", query)
         check_operand("query", queries, query)
         check_query(queries, self._layout, self.batch)
-        causal, offset, offsets = self._positions(queries.shape[2], is_causal, query_lengths, query_offset)
-        reach = self.window if window is None else check_window(window)
-        check_dropped(self._sequences, offsets, None if reach is None else reach[0])
+        causal, offset = cached.positions(sequences, queries.shape[2], is_causal, query_lengths, query_offset)
+        left, _ = check_window(reach)
+        check_dropped(sequences, offset, left)
         further: FurtherOptions = {
             "window": reach, "query_offset": offset, "softcap": softcap, "alibi_slopes": alibi_slopes, "sinks": sinks,
             "score_mod": score_mod, "mask_mod": mask_mod, "block_mask": block_mask,
         }  # fmt: skip
         call = attn_mask, dropout_p, causal, scale
-        if check_backend(backend, ATTENTION_BACKENDS) not in (None, "cpu") or return_weights:
-            wanted: Any = {"return_lse": return_lse, "return_weights": return_weights, "rng": rng}
-            return self._gathered(queries, call, {**further}, wanted, out, backend)
-        return self._on_pages(queries, call, further, return_lse, rng, out)
-
-    @in_default_mode
-    def _on_pages(
-        self, query: Array, call: Any, further: FurtherOptions, return_lse: bool, rng: Rng | None, out: Any
-    ) -> Any:
-        """Compute it on the CPU, where keys and values lie."""
-        pages = self._sequences.pages()
-        query = as_plain(query, FLOAT64 if query.dtype.kind in "biu" else native(query.dtype))
-        problem, operands = describe_paged(query, pages, *call, **further)
-        return_lse, seed = check_flag("return_lse", return_lse), seed_from(rng, problem.dropout_p > 0)
-        out = check_out(out, problem)
-        if exceeds_float32(problem):
-            return self._gathered(query, call, {**further}, {"return_lse": return_lse, "rng": seed}, out, "cpu")
-        target = target_for(out, problem, (query, operands.bias, operands.keep))
-        lse = cpu.attention(problem, operands, pages, target, return_lse, seed, get_num_threads())
-        return delivered(target if lse is None else (target, lse), target, out)
-
-    def _positions(self, queries: int, is_causal: Any, query_lengths: Any, query_offset: Any) -> Any:
-        """Return `is_causal` and `query_offset` for `attention`, and where the first query of each row stands."""
-        sequences = self._sequences
-        rows = len(sequences.rows)
-        if query_offset is not None:
-            if query_lengths is not None:
-                raise ValueError("query_lengths: given together with query_offset, which they set; expected None")
-            offsets = np.broadcast_to(as_array("query_offset", query_offset), (rows,)).tolist()
-            return (True if is_causal is None else is_causal), query_offset, offsets
-        if is_causal is not None and is_causal != "bottom-right":
-            if query_lengths is not None:
-                raise ValueError(f"query_lengths: given together with is_causal={is_causal!r}; expected None")
-            return is_causal, None, [0] * rows
-        counts = [queries] * rows
-        if query_lengths is not None:
-            counts = as_lengths(query_lengths, rows, counts, "the length of query", "query_lengths")
-        offsets = [length - count for length, count in zip(sequences.lengths, counts, strict=True)]
-        return True, np.array(offsets, np.int64), offsets
-
-    def _gathered(
-        self, query: Array, options: Any, further: dict[str, Any], wanted: Any, out: Any, backend: str | None
-    ) -> Any:
-        """Compute it from copies of keys and values: in the dtype of the queries if the cache has that, or wider."""
-        layout, sequences = self._layout, self._sequences
-        dtype = FLOAT64 if query.dtype.kind in "biu" else native(query.dtype)
-        is_alike = name_of(dtype) == layout.key_format.name == layout.value_format.name
-        common = dtype if is_alike else real_of(dtype)
-        keys, values = sequences.gathered(common, common)
-        names = "attn_mask", "dropout_p", "is_causal", "scale"
-        call: Any = {**dict(zip(names, options, strict=True)), **further, "enable_gqa": True}
-        call["key_lengths"] = self.lengths
-        if common == dtype:
-            return attention(cast(query, dtype), keys, values, **call, **wanted, out=out, backend=backend)
-        problem, _ = describe(query, _of_dtype(keys, dtype), _of_dtype(values, dtype), enable_gqa=True)
-        checked = check_out(out, problem)
-        target = checked if checked is not None and checked.dtype == common else None
-        wanted["return_lse"], return_lse = True, check_flag("return_lse", wanted["return_lse"])
-        results = attention(cast(query, common), keys, values, **call, **wanted, out=target, backend=backend)
-        return rounded(problem, checked, return_lse, *results)
+        if check_backend(backend, ATTENTION_BACKENDS) in (None, "cpu") and not return_weights:
+            return cached.on_pages(asked, sequences, queries, call, further, return_lse, rng, out)
+        wanted: Any = {"return_lse": return_lse, "return_weights": return_weights, "rng": rng}
+        return cached.on_copies(sequences, queries, call, further, wanted, out, backend)
 
     def truncate(self, lengths: ArrayLike) -> None:
         """Leave the first tokens of each row, in place: what was appended in advance, and has been refused, goes.
@@ -464,11 +415,6 @@ class KVCache:
     def __reduce__(self) -> tuple[Any, ...]:
         tensors, said = stored(self._sequences)
         return _restored, ({name: tensor.whole() for name, tensor in tensors.items()}, said | self._options())
-
-
-def _of_dtype(array: Array, dtype: np.dtype[Any]) -> Array:
-    """Return an array with the shape of another, and nothing in it."""
-    return np.broadcast_to(np.zeros((), dtype), array.shape)
 
 
 def _restored(tensors: dict[str, Array], said: dict[str, Any]) -> KVCache:

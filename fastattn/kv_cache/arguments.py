@@ -176,19 +176,24 @@ def check_query(query: Array, layout: Layout, rows: int) -> None:
         )
 
 
-def check_dropped(sequences: Sequences, offsets: Sequence[int], left: int | None) -> None:
-    """Refuse queries, the first of each row at these positions, that would look at keys that have been dropped.
+def check_dropped(sequences: Sequences, offset: Any, left: int | None) -> None:
+    """Refuse queries that would look at keys that have been dropped.
+
+    `offset`: the position of the first of all rows, or of each; None is 0.
 
     Raises
     ------
     ValueError
         If one would.
     """
-    for row, (offset, dropped) in enumerate(zip(offsets, sequences.dropped, strict=True)):
+    if not any(sequences.dropped):
+        return
+    at = np.broadcast_to(as_array("query_offset", 0 if offset is None else offset), (len(sequences.rows),)).tolist()
+    for row, (position, dropped) in enumerate(zip(at, sequences.dropped, strict=True)):
         first = dropped * PAGE
-        if first and (left is None or offset - left < first):
+        if first and (left is None or position - left < first):
             raise ValueError(
-                f"window: a query of row {row}, at position {offset}, looks back "
+                f"window: a query of row {row}, at position {position}, looks back "
                 f"{'without limit' if left is None else f'by {left}'}; expected no key before {first}, which are those "
                 "that the cache's window has dropped"
             )

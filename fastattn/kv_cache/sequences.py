@@ -57,7 +57,7 @@ class Sequences:
         return max(self.lengths, default=0)
 
     def pages(self) -> PagesOfCall:
-        """Return the pages for kernels. (What is kept in int8 is said to be so many whole numbers.)"""
+        """Return the pages for kernels."""
         return PagesOfCall(*self.views, self.table, np.array(self.lengths, np.int64))
 
     def append(self, keys: Array, values: Array, counts: Sequence[int], left: int | None) -> None:
