@@ -13,6 +13,7 @@ from numba.core.typing.templates import signature
 from numba.extending import intrinsic
 
 from fastattn.machine.kernel import Kernel
+from fastattn.machine.tile import BLOCK
 from fastattn.simd.static import StaticType
 from fastattn.simd.tile import (
     TileType,
@@ -223,6 +224,29 @@ def tile_store_stored(typingctx, place, tile, address, row_bytes):
         return context.get_dummy_value()
 
     return signature(types.none, place, tile, types.intp, types.intp), codegen
+
+
+@intrinsic
+def tile_load_blocks(typingctx, place, shape, address, scales):
+    """The tile of one row of whole numbers at `address`, times their scales, which lie at `scales`.
+
+    The first number is the first of its block, or all are of one.
+    """
+    if not (is_place(place) and is_shape(shape) and shape.value.rows == 1):
+        return None
+    memory, of_scales = _Memory(place.value), _Memory(place.value.scale_place)
+
+    def codegen(context, builder, sig, values):
+        s = shape.value
+        every = of_scales.load(builder, values[3], max(1, s.width // BLOCK))
+        vectors = []
+        for v, at in enumerate(places_of(builder, s, memory.itemsize, values[2], values[2])):
+            lanes = ir.Constant(ir.VectorType(INT, s.lanes), [v * s.lanes // BLOCK] * s.lanes)
+            scale = builder.shuffle_vector(every, ir.Constant(every.type, ir.Undefined), lanes)
+            vectors.append(builder.fmul(memory.load(builder, at, s.lanes), scale))
+        return make_tile(builder, s, vectors)
+
+    return signature(TileType(shape.value), place, shape, types.intp, types.intp), codegen
 
 
 # -- pairs of bfloat16 -------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from fastattn.cpu.kernels.masks import lowest
 from fastattn.cpu.kernels.pack import copy_rows
 from fastattn.cpu.kernels.pages import behind_gathered, foreseen, with_rows
 from fastattn.cpu.kernels.prefetch import NOTHING, list_memory
-from fastattn.cpu.kernels.row_products import add_to_row, add_values, score_rows, want_keys, want_values
+from fastattn.cpu.kernels.row_products import add_to_row, add_values, bring_values, score_rows, want_keys, want_values
 from fastattn.cpu.kernels.score_rows import keys_of_row, restrict_row
 from fastattn.cpu.kernels.scores import Part, keys_of_queries, sees
 from fastattn.cpu.kernels.sinks import LN_2, log_sum, sink_of, term_of
@@ -61,7 +61,7 @@ WORD = 8
 # Rows of a group of heads that a task has: the number of the first head and where that is, the first row, how many.
 Rows = namedtuple("Rows", "number head first count")
 # Where a task has what in its working memory.
-Room = namedtuple("Room", "queries scores partial state factors buffer keys values")
+Room = namedtuple("Room", "queries scores partial state factors buffer rows")
 # Keys of a piece that any row looks at: the first, how many, and whether each row looks at all of them.
 Piece = namedtuple("Piece", "first count all")
 # Keys that will be wanted next: where they are, and how many.
@@ -77,8 +77,7 @@ def lay_out(kernel, plan, scratch):
     state = partial + plan.partial_bytes
     factors = state + plan.partial_bytes
     buffer = factors + 2 * plan.row_numbers * tile.itemsize
-    keys = buffer + tile.buffer_bytes
-    return Room(scratch, scores, partial, state, factors, buffer, keys, keys + plan.key_bytes)
+    return Room(scratch, scores, partial, state, factors, buffer, buffer + tile.buffer_bytes)
 
 
 @jit
@@ -186,24 +185,23 @@ def looks(kernel, call, plan, rows, r, piece, j, weight):
 
 
 @jit
-def add_visible_values(kernel, call, plan, rows, piece, weights, value, sums):
+def add_visible_values(kernel, call, plan, rows, piece, weights, source, sums, buffer):
     """`add_values` where values are not finite, and rows may not look at some of them: 0 · NaN must not reach these."""
     tile = kernel.tile
-    source = rows.head.value + piece.first * plan.value_row
     start = 0
     for j in range(piece.count + 1):
         if j < piece.count and are_finite(kernel, plan, source + j * plan.value_row, 1):
             continue
         at = weights + start * tile.itemsize
-        add_values(kernel, plan, rows.count, at, j - start, value + start * plan.value_step, sums, NOTHING)
+        add_values(kernel, plan, rows.count, at, j - start, source + start * plan.value_row, sums, buffer, NOTHING)
         start = j + 1
         if j == piece.count:
             break
+        value = bring_values(kernel, plan, source + j * plan.value_row, 1, buffer)
         for r in range(rows.count):
             at = weights + r * plan.score_bytes + j * tile.itemsize
             if looks(kernel, call, plan, rows, r, piece, j, load_element(tile, at)):
-                row, place = value + j * plan.value_step, sums + r * plan.sum_bytes
-                add_to_row(kernel, plan, at, row, 1, place, NOTHING)
+                add_to_row(kernel, plan, at, value, 1, sums + r * plan.sum_bytes, NOTHING)
 
 
 @jit
@@ -247,26 +245,16 @@ def attend(kernel, call, plan, rows, piece, room, partial, ahead):
     keys, values = rows.head.key + piece.first * plan.key_row, rows.head.value + piece.first * plan.value_row
     wanted = list_memory()
     want_values(kernel, plan, rows.count, piece.count, values, wanted)
-    if plan.key_bytes > 0:
-        row, column = plan.key_row, plan.key_column
-        copy_rows(kernel, tile, room.keys, plan.key_step, keys, row, column, piece.count, plan.head_dim)
-        keys = room.keys
-    if plan.value_bytes > 0:
-        row, column = plan.value_row, plan.value_column
-        copy_rows(
-            kernel.value_place, tile, room.values, plan.value_step, values, row, column, piece.count, plan.value_dim
-        )
-        values = room.values
     clear(tile, plan, partial)
-    score_rows(kernel, plan, rows.count, room.queries, keys, piece.count, room.scores, wanted)
+    score_rows(kernel, plan, rows.count, room.queries, keys, piece.count, room.scores, room.rows, wanted)
     restrict_rows(kernel, call, plan, rows, piece, room.scores, room.buffer)
     weigh_rows(kernel, call, plan, rows, piece, room, partial)
     sums = sums_of(tile, plan, partial)
     want_keys(kernel, plan, rows.count, ahead.count, ahead.keys, wanted)
-    add_values(kernel, plan, rows.count, room.scores, piece.count, values, sums, wanted)
+    add_values(kernel, plan, rows.count, room.scores, piece.count, values, sums, room.rows, wanted)
     if may_hide(kernel, plan) and not are_sums_finite(tile, plan, rows, sums):
         clear_rows(tile, sums, sums + rows.count * plan.sum_bytes)
-        add_visible_values(kernel, call, plan, rows, piece, room.scores, values, sums)
+        add_visible_values(kernel, call, plan, rows, piece, room.scores, values, sums, room.rows)
 
 
 @jit

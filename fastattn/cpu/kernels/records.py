@@ -338,6 +338,7 @@ ADDITIVE_PLACES = np.dtype(
     ]
 )
 
+KEYS_AT_ONCE = 32  # whose values few queries multiply in turn, no fewer than any tile has lanes
 QUERY_NUMBERS = 4  # of a query: `numbers`
 
 # What a mask is made of: of the dtype of the call, or not.
