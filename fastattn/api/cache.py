@@ -195,12 +195,7 @@ class KVCache:
         if values.shape[2] != tokens:
             raise ValueError(f"value: shape {values.shape}; expected {tokens} tokens, as key of shape {keys.shape}")
         counts = as_counts(lengths, tokens, sequences, self.capacity)
-        longest = max(counts, default=0)
-        kept = (
-            layout.key_format.encode(keys[:, :, :longest]),
-            layout.value_format.encode(values[:, :, :longest]),
-        )
-        sequences.append(*kept, counts, self._left)
+        sequences.append(keys, values, counts, self._left)
 
     def attention(
         self,

@@ -16,6 +16,7 @@ import numpy as np
 from fastattn.call.advice import said
 from fastattn.call.halves import BITS, cast, is_bfloat16, name_of
 from fastattn.call.problem import FLOAT32, FLOAT64, Array
+from fastattn.cpu.host.convert import converter
 from fastattn.machine.tile import BLOCK
 
 __all__ = ["BLOCK", "FORMATS", "Format", "format_of", "formats_of"]
@@ -48,6 +49,15 @@ class Format(NamedTuple):
     width: Callable[[int], int]
     encode: Callable[[Array], Array]
     decode: Callable[[Array, int, np.dtype[Any]], Array]
+
+    def write(self, rows: Array, to: Array) -> None:
+        """Write rows of numbers, (Hk, n, D), to where they are kept, (Hk, n, width)."""
+        dtype = rows.dtype
+        convert = converter(name_of(dtype), self.name) if dtype.isnative and rows.flags.aligned else None
+        if convert is None:
+            to[...] = self.encode(rows)
+        else:
+            convert(rows, to)
 
     def row_bytes(self, features: int) -> int:
         """Bytes of a row."""

@@ -61,7 +61,7 @@ class Sequences:
         return PagesOfCall(*self.views, self.table, np.array(self.lengths, np.int64))
 
     def append(self, keys: Array, values: Array, counts: Sequence[int], left: int | None) -> None:
-        """Append the first so many of some keys and values to each row, of shape (B, Hk, n, elements of a row).
+        """Append the first so many of some keys and values to each row, of shape (B, Hk, n, features).
 
         `left`: how many keys before its position a query looks at, if it does not look at all. A query of what is
         appended still finds its keys; what is too far from these is dropped.
@@ -92,14 +92,14 @@ class Sequences:
             self.table = np.pad(self.table, ((0, 0), (0, room)), mode="edge")
 
     def _write(self, row: int, keys: Array, values: Array, count: int) -> None:
-        length, done = self.lengths[row], 0
+        layout, length, done = self.layout, self.lengths[row], 0
         while done < count:
             number, at = divmod(length + done, PAGE)
             page = self._writable(row, number)
             end = min(PAGE, at + count - done)
             stop = done + end - at
-            page.keys[:, at:end] = keys[:, done:stop]
-            page.values[:, at:end] = values[:, done:stop]
+            layout.key_format.write(keys[:, done:stop], page.keys[:, at:end])
+            layout.value_format.write(values[:, done:stop], page.values[:, at:end])
             done = stop
         self.lengths[row] = length + count
 

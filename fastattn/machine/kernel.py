@@ -22,7 +22,8 @@ class Kernel:
         known), "summary" (what is said of the weights of each query, and of each key), "backward", "mask_gradient",
         "captured_gradient", "additive_backward", "additive_mask_gradient", "additive_captured_gradient"; "several" are
         calls of these as one. "peak" is the micro-kernel alone.
-        "schedule", "signature", "overlaps" and "longest" are compiled functions around all of these.
+        "schedule", "signature", "overlaps" and "longest" are compiled functions around all of these; "convert" writes
+        rows in another dtype.
     row : Isa
         The row of the ISA table to generate code for.
     tile : TileShape

@@ -17,6 +17,7 @@ from fastattn.machine.tile import BLOCK
 from fastattn.simd.static import StaticType
 from fastattn.simd.tile import (
     TileType,
+    call_llvm,
     element_of,
     elementwise,
     is_shape,
@@ -83,7 +84,9 @@ class _Memory:
         return builder.fpext(found, wide) if self.converts else widen_float16(builder, found)
 
     def store(self, builder, value, address):
-        """Write numbers of the tile's dtype."""
+        """Write numbers of the tile's dtype; in int8, those near whole ones."""
+        if self.dtype == "int8":
+            value = builder.fptosi(call_llvm(builder, "rint", value.type, [value]), like(value, BYTE))
         if self.dtype == "bfloat16":
             value = round_to_bfloat16(builder, value)
         elif self.dtype == "float16":

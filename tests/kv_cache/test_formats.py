@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 import tolerances
@@ -14,7 +15,7 @@ from hypothesis.extra import numpy as hnp
 from fastattn.call.halves import cast
 from fastattn.kv_cache.formats import BLOCK, FORMATS, joined, parts
 
-FLOAT32, FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
+FLOAT32, FLOAT64, BFLOAT16 = np.dtype(np.float32), np.dtype(np.float64), np.dtype(ml_dtypes.bfloat16)
 rows = hnp.arrays(
     st.sampled_from([np.float32, np.float64]),
     st.tuples(st.integers(1, 3), st.integers(1, 70)),
@@ -93,3 +94,21 @@ def test_floating_rows_are_rounded_once(name: str, dtype: Any) -> None:
     array = np.random.default_rng(0).standard_normal((3, 41)).astype(dtype)
     kept = FORMATS[name]
     np.testing.assert_array_equal(kept.decode(kept.encode(array), 41, FLOAT64), cast(cast(array, kept.dtype), FLOAT64))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, BFLOAT16, np.float32], ids=str)
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("features", [1, 15, 32, 40, 128])
+def test_compiled_code_writes_what_numpy_does(dtype: Any, name: str, features: int) -> None:
+    rng = np.random.default_rng(features)
+    array = rng.standard_normal((3, 7, features)) * 2.0 ** rng.integers(-30, 30, (3, 7, features))
+    array[0, 0], array[0, 1, 0], array[1, 2, -1], array[2, 3] = 0, np.nan, np.inf, 1e38
+    array[1, :, 0] = 2.0**-24 * np.arange(7) * 127.2
+    array = cast(array, np.dtype(dtype))
+    kept = FORMATS[name]
+    for given in (array, np.asfortranarray(array), array[::-1, ::2]):
+        with np.errstate(all="ignore"):
+            wanted = kept.encode(given)
+        found = np.zeros(wanted.shape, wanted.dtype)
+        kept.write(given, found)
+        assert found.tobytes() == np.ascontiguousarray(wanted).tobytes()

@@ -9,6 +9,7 @@ from fastattn.cpu.kernels import (
     additive_score_gradients,
     backward,
     captured_gradient,
+    convert,
     decode,
     mask_gradient,
     schedule,
@@ -96,4 +97,5 @@ FUNCTIONS: dict[str, Callable[[Kernel], dict[str, Any]]] = {
     "signature": lambda kernel: {"signature": signature, "in_default_mode": in_default_mode},
     "overlaps": lambda kernel: {"overlaps": overlaps},
     "longest": lambda kernel: {"longest": longest},
+    "convert": lambda kernel: {"convert": convert.function(kernel)},
 }
