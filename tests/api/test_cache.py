@@ -172,6 +172,36 @@ def test_int8_is_as_far_from_the_exact_result_as_is_said(kept: Any, size: float)
         assert error > bound / 100  # the bound says something
 
 
+@pytest.mark.parametrize("queries", [1, 3, 40])
+def test_blocks_of_int8_have_scales_of_their_own_in_kernels(queries: int) -> None:
+    query, key, value = arrays(1, 300, dim=160)
+    for array in (key, value):
+        array *= np.repeat([1e-3, 1.0, 30.0, 0.1, 2.0], 32).astype(np.float32)
+    cache = filled(key, value, dtype="int8")
+    check_kept(query[:, :, -queries:], cache, *cache.attention(query[:, :, -queries:], return_lse=True))
+
+
+def test_few_queries_have_the_bits_of_each_alone_in_int8() -> None:
+    query, key, value = arrays(1, 300, heads=2, dim=64)
+    cache = filled(key, value, dtype="int8")
+    query = query[:, :, -3:]
+    alone = [cache.attention(query[:, :, i : i + 1], query_offset=297 + i) for i in range(3)]
+    assert_same_bits(cache.attention(query), np.concatenate(alone, 2))
+    grouped = cache.attention(query.repeat(4, axis=1))  # four rows share the keys, which are copied
+    assert_same_bits(np.ascontiguousarray(grouped[:, ::4]), np.concatenate(alone, 2))
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+@pytest.mark.parametrize("queries", [2, 40])
+def test_nan_in_int8_reaches_those_that_see_it_alone(wrong: float, queries: int) -> None:
+    query, key, value = arrays(1, 300, dim=40)
+    value[0, :, -1, 3] = wrong
+    out = filled(key, value, dtype="int8").attention(query[:, :, -queries:])
+    assert np.isfinite(out[:, :, :-1]).all()
+    assert np.isnan(out[:, :, -1, :32]).all()
+    assert np.isfinite(out[:, :, -1, 32:]).all()
+
+
 def test_all_of_the_options_of_attention() -> None:
     query, key, value = arrays(2, 40)
     lengths = np.array([40, 23])

@@ -16,7 +16,7 @@ from fastattn.call.halves import cast
 from fastattn.kv_cache.formats import BLOCK, FORMATS, joined, parts
 
 FLOAT32, FLOAT64, BFLOAT16 = np.dtype(np.float32), np.dtype(np.float64), np.dtype(ml_dtypes.bfloat16)
-rows = hnp.arrays(
+numbers = hnp.arrays(
     st.sampled_from([np.float32, np.float64]),
     st.tuples(st.integers(1, 3), st.integers(1, 70)),
     elements=st.one_of(
@@ -33,19 +33,19 @@ def of_int8(array: Any, dtype: Any = FLOAT64) -> Any:
     return kept.decode(encoded, array.shape[-1], dtype)
 
 
-@given(rows)
+@given(numbers)
 def test_numbers_in_int8_are_off_by_half_a_scale_at_most(array: Any) -> None:
     off = np.abs(of_int8(array) - array.astype(np.float64))
     assert (off <= tolerances.off_in_int8(array)).all()
 
 
-@given(rows)
+@given(numbers)
 def test_what_has_been_in_int8_stays_what_it_is(array: Any) -> None:
     once = of_int8(array)
     np.testing.assert_array_equal(of_int8(once), once)
 
 
-@given(rows)
+@given(numbers)
 def test_scale_and_whole_number_have_an_exact_product_in_float32(array: Any) -> None:
     np.testing.assert_array_equal(of_int8(array, FLOAT32), of_int8(array))
 
@@ -106,9 +106,9 @@ def test_compiled_code_writes_what_numpy_does(dtype: Any, name: str, features: i
     array[1, :, 0] = 2.0**-24 * np.arange(7) * 127.2
     array = cast(array, np.dtype(dtype))
     kept = FORMATS[name]
-    for given in (array, np.asfortranarray(array), array[::-1, ::2]):
+    for rows in (array, np.asfortranarray(array), array[::-1, ::2]):
         with np.errstate(all="ignore"):
-            wanted = kept.encode(given)
+            wanted = kept.encode(rows)
         found = np.zeros(wanted.shape, wanted.dtype)
-        kept.write(given, found)
+        kept.write(rows, found)
         assert found.tobytes() == np.ascontiguousarray(wanted).tobytes()
