@@ -58,7 +58,9 @@ def test_models_write_what_they_write_with_a_dynamic_cache(implementation: str, 
 
 
 def test_layers_with_a_window_are_those_of_the_dynamic_cache() -> None:
-    config = transformers.MistralConfig(**SIZES, **TOKENS, num_attention_heads=4, sliding_window=4)
+    config = transformers.MistralConfig(
+        **SIZES, **TOKENS, num_attention_heads=4, num_key_value_heads=2, sliding_window=4
+    )
     kinds = [
         [type(layer) for layer in cache(config=config).layers]
         for cache in (transformers.DynamicCache, ours.GrowingCache)
