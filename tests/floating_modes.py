@@ -152,6 +152,16 @@ class Calls:
             fastattn.attention_paged(query[:, 0], *call[1:], [0, 1, 2]),
         ]
 
+    def cached(self) -> Any:
+        query, key, value = self.query[:1], self.key, self.value
+        found: list[Any] = []
+        for dtype in ("bfloat16", "int8"):
+            cache = fastattn.KVCache(1, 2, 24, 9, dtype=dtype)
+            cache.append(key, value)
+            found += cache.attention(query, return_lse=True)
+            found.append(cache.attention(query, scale=1e-60, backend="reference"))
+        return found
+
     def merge(self) -> Any:
         out, lse = self.attention()
         return fastattn.merge([out, out[..., ::-1], self.grad_out], [lse, lse[..., ::-1], lse[:, ::-1]])

@@ -102,6 +102,7 @@ def on_pages(
     return delivered(target if lse is None else (target, lse), target, out)
 
 
+@in_default_mode
 def on_copies(
     sequences: Sequences, query: Array, options: Any, further: Any, wanted: Any, out: Any, backend: str | None
 ) -> Any:

@@ -16,6 +16,7 @@ import numpy as np
 from fastattn.call.advice import said
 from fastattn.call.halves import BITS, cast, is_bfloat16, name_of
 from fastattn.call.problem import FLOAT32, FLOAT64, Array
+from fastattn.cpu.host.builtin import in_default_mode
 from fastattn.cpu.host.convert import converter
 from fastattn.machine.tile import BLOCK
 
@@ -55,13 +56,18 @@ class Format(NamedTuple):
         dtype = rows.dtype
         convert = converter(name_of(dtype), self.name) if dtype.isnative and rows.flags.aligned else None
         if convert is None:
-            to[...] = self.encode(rows)
+            _write(self, rows, to)
         else:
             convert(rows, to)
 
     def row_bytes(self, features: int) -> int:
         """Bytes of a row."""
         return self.width(features) * self.dtype.itemsize
+
+
+@in_default_mode
+def _write(kept: Format, rows: Array, to: Array) -> None:
+    to[...] = kept.encode(rows)
 
 
 def blocks_of(features: int) -> int:
