@@ -1393,6 +1393,6 @@ MUTATIONS = (
         "api/cached.py",
         "pages = sequences.pages()\n    found",
         "pages = sequences.pages()\n    pages.lengths.fill(min(sequences.lengths))\n    found",
-        ("api/test_cache.py", "test_rows_of_any_length_are_as_if_alone and float32"),
+        ("api/test_cache.py", "test_a_call_like_an_earlier_one_is_told_of_new_lengths_and_pages"),
     ),
 )

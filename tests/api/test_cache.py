@@ -97,6 +97,20 @@ def test_rows_of_any_length_are_as_if_alone(name: str) -> None:
         assert_same_bits((out[here], lse[here]), own)
 
 
+def test_a_call_like_an_earlier_one_is_told_of_new_lengths_and_pages() -> None:
+    query, key, value = arrays(2, 260)
+    cache = filled(key[:, :, :254], value[:, :, :254], [254, 100], dtype="float32")
+    lengths = [254, 100]
+    for token in range(254, 260):
+        at = slice(token, token + 1)
+        cache.append(key[:, :, at], value[:, :, at], [1, 0])
+        lengths[0] += 1
+        out = cache.attention(query[:, :, :1])
+        for row, length in enumerate(lengths):
+            here = slice(row, row + 1)
+            assert_same_bits(out[here], alone(query[here, :, :1], key[here, :, :length], value[here, :, :length]))
+
+
 def test_prompts_of_different_lengths_need_no_padding_in_front() -> None:
     query, key, value = arrays(3, 50)
     lengths = [50, 13, 1]
