@@ -143,6 +143,25 @@ class Calls:
         call = grad_out, query, key, value, out, lse, *lengths
         return [out, lse, *fastattn.attention_varlen_backward(*call, **self.options)]
 
+    def paged(self) -> Any:
+        query, key, value = (array.swapaxes(1, 2) for array in (self.query, self.key, self.value))
+        pages = [array.reshape(2, 35, 2, -1) for array in (key, value)]
+        call = query, *pages, np.array([[1, 0], [0, -1]]), np.array([60, 35])
+        return [
+            *fastattn.attention_paged(*call, is_causal="bottom-right", return_lse=True),
+            fastattn.attention_paged(query[:, 0], *call[1:], [0, 1, 2]),
+        ]
+
+    def cached(self) -> Any:
+        query, key, value = self.query[:1], self.key, self.value
+        found: list[Any] = []
+        for dtype in ("bfloat16", "int8"):
+            cache = fastattn.KVCache(1, 2, 24, 9, dtype=dtype)
+            cache.append(key, value)
+            found += cache.attention(query, return_lse=True)
+            found.append(cache.attention(query, scale=1e-60, backend="reference"))
+        return found
+
     def merge(self) -> Any:
         out, lse = self.attention()
         return fastattn.merge([out, out[..., ::-1], self.grad_out], [lse, lse[..., ::-1], lse[:, ::-1]])

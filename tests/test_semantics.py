@@ -1072,6 +1072,37 @@ def test_a_packed_sequence_has_the_bits_of_the_same_sequence_alone(dtype: Any, t
             np.testing.assert_array_equal(packed[part].swapaxes(0, 1), array)
 
 
+# -- keys in pages -----------------------------------------------------------------------------------------------------
+
+
+def in_pages(array: Any, lengths: Any, page: int, table: Any) -> Any:
+    """Return rows of a batch, (B, H, L, D), in pages, where those of a table say; elsewhere is NaN."""
+    pages = np.full((table.max() + 1, page, array.shape[1], array.shape[3]), np.nan, array.dtype)
+    for row, length in enumerate(lengths):
+        for j in range(length):
+            pages[table[row, j // page], j % page] = array[row, :, j]
+    return pages
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("queries", [1, 30])
+def test_a_cached_sequence_has_the_bits_of_the_same_sequence_alone(queries: int, threads: int) -> None:
+    rng, lengths = np.random.default_rng(0), np.array([300, 33, 0])
+    query = rng.standard_normal((3, 4, queries, 16)).astype(np.float32)
+    key, value = rng.standard_normal((2, 3, 2, 300, 16)).astype(np.float32)
+    options: dict[str, Any] = {"is_causal": "bottom-right", "return_lse": True}
+    for page, spare in ((1, 0), (7, 30), (16, 0), (256, 3), (1000, 0)):  # pages of any size, and room for more keys
+        table = rng.permutation(3 * (-(-300 // page) + spare)).reshape(3, -1)
+        pages = [in_pages(array, lengths, page, table) for array in (key, value)]
+        with fastattn.num_threads(threads):
+            found = fastattn.attention_paged(query.swapaxes(1, 2), *pages, table, lengths, **options)
+        for row, length in enumerate(lengths):
+            own = (array[row, :, :length] for array in (key, value))
+            alone = fastattn.attention(query[row], *own, **options, enable_gqa=True)
+            for whole, wanted in zip(found, alone, strict=True):
+                np.testing.assert_array_equal(whole[row].swapaxes(0, 1), wanted)
+
+
 # -- keys in pieces ----------------------------------------------------------------------------------------------------
 
 

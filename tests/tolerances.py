@@ -45,6 +45,11 @@ score. Then:
   (`FUNCTION_ROUNDINGS`) at the size of the score or of what it adds. What these are, and its second derivative, which
   an error of a score changes the slope by, the functions of the tests say (`strategies.of_size`). The reference has the
   slope from differences, of which it says how wrong they may be.
+- In a cache of int8 a number of a block of 32 is off by at most half of the scale. That is the least number of float16
+  of which 127 reach the largest of the block: a 127th of it, or more by 2^-10 of that, or by 2^-24 (`off_in_int8`).
+  Values change the result by what they are off by, as weights sum to 1. Keys change a score by d = Σ|q| |off| |scale|,
+  and its weight, relative to the others, by a factor within exp(±2d): what that does to the result is at most
+  exp(2d) - 1 times the largest value (`change_in_int8`).
 
 What is not finite must be the same, with one exception: where the exact result is infinite, because a value is, the
 weight of that value may be 0 in the narrower type, and 0 · inf is NaN.
@@ -583,3 +588,31 @@ def check_promise(gradients: tuple[Array, ...], exact: Any, dtype: Any) -> None:
     for gradient, want in zip(gradients, exact, strict=True):
         error = float(np.abs(gradient - want).max(initial=0))
         assert error <= GRADIENT_PROMISE[np.dtype(dtype)] * max(1.0, float(np.abs(want).max(initial=0))), error
+
+
+# -- int8 --------------------------------------------------------------------------------------------------------------
+
+
+def off_in_int8(array: Any) -> Array:
+    """Return how far each number may be from what is left of it in a cache of int8, which holds up to 127 · 65504."""
+    numbers = np.abs(in_float64(np.asarray(array)))
+    features = numbers.shape[-1]
+    padded = np.zeros((*numbers.shape[:-1], -(-features // 32) * 32))
+    padded[..., :features] = numbers
+    largest = padded.reshape(*numbers.shape[:-1], -1, 32).max(axis=-1)
+    scales = largest / 127 * (1 + 2.0**-10) + 2.0**-24
+    return np.repeat(scales / 2, 32, axis=-1)[..., :features]
+
+
+def change_in_int8(query: Any, key: Any, value: Any, scale: float, keys: bool = True, values: bool = True) -> float:
+    """Return how far a result may move where keys, or values, or both are kept in int8."""
+    change, largest = 0.0, float(np.abs(in_float64(np.asarray(value))).max(initial=0.0))
+    if values:
+        off = float(off_in_int8(value).max(initial=0.0))
+        change, largest = off, largest + off
+    if keys:
+        group = query.shape[-3] // key.shape[-3]
+        away = np.repeat(off_in_int8(key), group, axis=-3)
+        d = np.abs(in_float64(query)) @ away.swapaxes(-1, -2) * abs(scale)
+        change += float(np.expm1(2 * d.max(initial=0.0))) * largest
+    return change

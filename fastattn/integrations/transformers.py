@@ -31,11 +31,12 @@ except ImportError as error:
 
 from fastattn.call.scores import Scores
 from fastattn.integrations import intervals, masks
+from fastattn.integrations.growing import GrowingCache
 from fastattn.integrations.masks import EVERYTHING, Visible
 from fastattn.integrations.model_code import refusal
 from fastattn.integrations.torch import attention_varlen, attention_with_lse
 
-__all__ = ["attention", "padding_mask", "register"]
+__all__ = ["GrowingCache", "attention", "padding_mask", "register"]
 
 Tensor: TypeAlias = Any  # PyTorch's types are not known where it is not installed
 

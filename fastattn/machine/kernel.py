@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastattn.machine.table import Isa
 from fastattn.machine.tile import ITEMSIZE, TileShape
@@ -23,13 +23,15 @@ class Kernel:
         known), "summary" (what is said of the weights of each query, and of each key), "backward", "mask_gradient",
         "captured_gradient", "additive_backward", "additive_mask_gradient", "additive_captured_gradient"; "several" are
         calls of these as one. "peak" is the micro-kernel alone.
-        "schedule", "signature", "overlaps" and "own_heads" are compiled functions around all of these.
+        "schedule", "signature", "overlaps", "own_heads" and "longest" are compiled functions around all of these;
+        "convert" writes rows in another dtype.
     row : Isa
         The row of the ISA table to generate code for.
     tile : TileShape
         The register tile, of the dtype that is computed in; `NO_TILE` where nothing is computed.
     storage : str
-        The dtype of what lies in memory.
+        The dtype of what lies in memory: of keys, and of the others unless they have one of their own. "int8" are
+        numbers in blocks (`fastattn.cpu.kernels.int8`).
     score : {"dot", "additive"}
         What the score of a query and a key is made of.
     reads : {"strided", "rows", "panels", "pairs"}
@@ -39,6 +41,12 @@ class Kernel:
     steps : tuple of str
         What may happen to scores besides: "dropout", "mask", "softcap", "function". (Every kernel knows causality.)
         Code for a step that is not among them is not even typed.
+    queries : str
+        The dtype of queries, and of results, where it is not that of keys.
+    values : str
+        The dtype of values, where it is not that of keys.
+    pages : str
+        The dtype of keys and values that lie in pages, where they do.
     function : hashable
         A user's function (`fastattn.functions.function.Function`), where that is what is compiled: its work is
         "score_function" or "seen_function".
@@ -51,12 +59,36 @@ class Kernel:
     score: str = "dot"
     reads: str = "strided"
     steps: tuple[str, ...] = PLAIN
+    queries: str = ""
+    values: str = ""
+    pages: str = ""
     function: Hashable = None
 
     @property
     def itemsize(self) -> int:
         """Bytes of an element in memory."""
         return ITEMSIZE[self.storage]
+
+    @property
+    def query_place(self) -> Kernel:
+        """The kernel as if its storage were that of queries, and of results."""
+        return self.place(self.queries or self.storage)
+
+    @property
+    def value_place(self) -> Kernel:
+        """The kernel as if its storage were that of values."""
+        return self.place(self.values or self.storage)
+
+    @property
+    def scale_place(self) -> Kernel:
+        """The kernel as if its storage were that of the scales of int8."""
+        return self.place("float16")
+
+    def place(self, storage: str) -> Kernel:
+        """The kernel as if all memory were of one dtype."""
+        if storage == self.storage:
+            return self
+        return replace(self, storage=storage, queries="", values="")
 
     @property
     def label(self) -> str:
@@ -66,7 +98,13 @@ class Kernel:
             words += [self.tile.dtype, f"{self.tile.rows}x{self.tile.vectors}"]
             if self.storage != self.tile.dtype:
                 words.append(f"of-{self.storage}")
+            if self.values:
+                words.append(f"and-{self.values}")
+            if self.queries:
+                words.append(f"for-{self.queries}")
         words.append(self.row.name)
         if self.score != "dot":
             words.append(self.score)
+        if self.pages:
+            words.append("pages")
         return "-".join([*words, *self.steps])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+ITEMSIZE = {"int8": 1, "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+BLOCK = 32  # numbers of int8 that have a scale in common
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,11 @@ class TileShape:
     lanes: int
     rows: int
     vectors: int
+
+    @property
+    def storage(self) -> str:
+        """The dtype of what lies in working memory."""
+        return self.dtype
 
     @property
     def itemsize(self) -> int:
@@ -100,6 +106,11 @@ class TileShape:
     @property
     def half_long(self) -> TileShape:
         return replace(self, rows=1, vectors=4)
+
+    @property
+    def block(self) -> TileShape:
+        """One row of as many elements as have a scale in common in int8."""
+        return replace(self, rows=1, vectors=BLOCK // self.lanes)
 
     @property
     def strip(self) -> TileShape:

@@ -16,6 +16,7 @@ from fastattn.reference.forward import (
     summarise,
 )
 from fastattn.reference.merge import merge
+from fastattn.reference.paged import attention_paged
 from fastattn.reference.varlen import attention_varlen, attention_varlen_backward
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "additive_attention_backward",
     "attention",
     "attention_backward",
+    "attention_paged",
     "attention_summary",
     "attention_varlen",
     "attention_varlen_backward",

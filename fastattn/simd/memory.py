@@ -344,6 +344,7 @@ def _scalar_access(ty):
 
 load_u8, store_u8 = _scalar_access(types.uint8)
 load_u16, store_u16 = _scalar_access(types.uint16)
+load_i32, store_i32 = _scalar_access(types.int32)
 load_i64, store_i64 = _scalar_access(types.int64)
 load_f32, store_f32 = _scalar_access(types.float32)
 load_f64, store_f64 = _scalar_access(types.float64)

@@ -13,9 +13,11 @@ from numba.core.typing.templates import signature
 from numba.extending import intrinsic
 
 from fastattn.machine.kernel import Kernel
+from fastattn.machine.tile import BLOCK
 from fastattn.simd.static import StaticType
 from fastattn.simd.tile import (
     TileType,
+    call_llvm,
     element_of,
     elementwise,
     is_shape,
@@ -29,7 +31,7 @@ from fastattn.simd.tile import (
 )
 
 WORD = 4  # bytes of a pair
-SHORT, INT, FLOAT = ir.IntType(16), ir.IntType(32), ir.FloatType()
+BYTE, SHORT, INT, FLOAT = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
 
 
 class _BFloat(ir.types.Type):
@@ -55,14 +57,16 @@ class _Memory:
 
     def __init__(self, place):
         self.tile = place.tile if isinstance(place, Kernel) else place
-        self.dtype = place.storage if isinstance(place, Kernel) else place.dtype
+        self.dtype = place.storage
         self.converts = isinstance(place, Kernel) and "f16c" in place.row.needs
         self.itemsize = place.itemsize
 
     @property
     def element(self):
         """What lies there; where it has to be widened, the bits of it."""
-        return element_of(self.tile) if self.dtype == self.tile.dtype else SHORT
+        if self.dtype == self.tile.dtype:
+            return element_of(self.tile)
+        return {"int8": BYTE, "float32": FLOAT}.get(self.dtype, SHORT)
 
     def load(self, builder, address, count):
         """So many elements in a vector of the tile's dtype; one alone, where `count` is None."""
@@ -82,6 +86,16 @@ class _Memory:
         """Numbers of the tile's dtype."""
         if self.dtype == self.tile.dtype:
             return found
+        real = like(found, element_of(self.tile))
+        if self.dtype == "int8":
+            return builder.sitofp(builder.sext(found, like(found, INT)), real)
+        found = self._in_float32(builder, found)
+        return found if found.type == real else builder.fpext(found, real)
+
+    def _in_float32(self, builder, found):
+        """Numbers of float32, of what is no wider."""
+        if self.dtype == "float32":
+            return found
         if self.dtype == "bfloat16":
             return widen_bfloat16(builder, found)
         if not self.converts:
@@ -89,7 +103,9 @@ class _Memory:
         return builder.fpext(builder.bitcast(found, like(found, ir.HalfType())), like(found, FLOAT))
 
     def store(self, builder, value, address):
-        """Write numbers of the tile's dtype."""
+        """Write numbers of the tile's dtype; in int8, those near whole ones."""
+        if self.dtype == "int8":
+            value = builder.fptosi(call_llvm(builder, "rint", value.type, [value]), like(value, BYTE))
         if self.dtype == "bfloat16":
             value = round_to_bfloat16(builder, value)
         elif self.dtype == "float16":
@@ -286,6 +302,29 @@ def tile_store_stored(typingctx, place, tile, address, row_bytes):
         return context.get_dummy_value()
 
     return signature(types.none, place, tile, types.intp, types.intp), codegen
+
+
+@intrinsic
+def tile_load_blocks(typingctx, place, shape, address, scales):
+    """The tile of one row of whole numbers at `address`, times their scales, which lie at `scales`.
+
+    The first number is the first of its block, or all are of one.
+    """
+    if not (is_place(place) and is_shape(shape) and shape.value.rows == 1):
+        return None
+    memory, of_scales = _Memory(place.value), _Memory(place.value.scale_place)
+
+    def codegen(context, builder, sig, values):
+        s = shape.value
+        every = of_scales.load(builder, values[3], max(1, s.width // BLOCK))
+        vectors = []
+        for v, at in enumerate(places_of(builder, s, memory.itemsize, values[2], values[2])):
+            lanes = ir.Constant(ir.VectorType(INT, s.lanes), [v * s.lanes // BLOCK] * s.lanes)
+            scale = builder.shuffle_vector(every, ir.Constant(every.type, ir.Undefined), lanes)
+            vectors.append(builder.fmul(memory.load(builder, at, s.lanes), scale))
+        return make_tile(builder, s, vectors)
+
+    return signature(TileType(shape.value), place, shape, types.intp, types.intp), codegen
 
 
 # -- pairs of bfloat16 -------------------------------------------------------------------------------------------------

@@ -73,8 +73,10 @@ def make_tile(builder, shape, vectors):
 
 
 def call_llvm(builder, name, vector, args):
-    """Call an LLVM intrinsic that takes and gives vectors of one type."""
-    suffix = f"v{vector.count}f{32 if isinstance(vector.element, ir.FloatType) else 64}"
+    """Call an LLVM intrinsic that takes and gives vectors, or numbers, of one type."""
+    element = getattr(vector, "element", vector)
+    lanes = f"v{vector.count}" if element is not vector else ""
+    suffix = f"{lanes}f{32 if isinstance(element, ir.FloatType) else 64}"
     fnty = ir.FunctionType(vector, [vector] * len(args))
     return builder.call(cgutils.get_or_insert_function(builder.module, fnty, f"llvm.{name}.{suffix}"), args)
 

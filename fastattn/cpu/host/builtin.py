@@ -102,11 +102,15 @@ class Signatures:
     None, bools, floats or ints. It is b"" where an argument is something else, or has more than 32 axes.
 
     `overlap`: whether the first array may share memory with the others, of which the first may be the same once more.
+
+    `longest`: the most keys of a row, of a table of pages, its items' bytes, the keys of each row, and how many pages
+    and keys of a page there are; -1 where the table has no room for them, or names a page that does not exist.
     """
 
     def __init__(self) -> None:
         self.of: Callable[..., Hashable] = self._first
         self.overlap: Callable[..., int] = self._first_overlap
+        self.longest: Callable[..., int] = self._first_longest
 
     def _first(self, *arguments: Any) -> Hashable:
         expected = objects_are_as_expected()
@@ -118,10 +122,20 @@ class Signatures:
         self.overlap = bind(load(Kernel("overlaps", host())), "overlaps") if expected else _they_may
         return self.overlap(*arrays)
 
+    def _first_longest(self, *pages: Any) -> int:
+        expected = objects_are_as_expected()
+        self.longest = bind(load(Kernel("longest", host())), "longest") if expected else _not_known
+        return self.longest(*pages)
+
 
 def _they_may(*arrays: Array | None) -> int:
     """The same where it takes its time: a caller finds out when it has made sure of its plan."""
     return 1
+
+
+def _not_known(*pages: Any) -> int:
+    """The same: a caller finds out in another way."""
+    return -1
 
 
 signatures = Signatures()

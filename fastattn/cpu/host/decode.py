@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from fastattn.call.problem import Operands, Problem
 from fastattn.cpu.host.plan import TASKS_PER_THREAD, Draft, aligned, axes_of, fields_of_scores, share_of_keys, sizes_of
 from fastattn.cpu.host.pool import TURN_FLOPS, concurrency
-from fastattn.cpu.kernels.records import PLAN
+from fastattn.cpu.kernels.records import KEYS_AT_ONCE, PLAN
 from fastattn.machine.kernel import Kernel
 from fastattn.machine.table import Isa
 from fastattn.machine.tile import TileShape
@@ -46,7 +46,7 @@ def draft_decode(kernel: Kernel, problem: Problem, operands: Operands, out: Arra
     shares = shares_of(parts, pieces, flops, threads)
     sizes = room_of_rows(kernel, problem, operands, chunk)
     everything = parts * problem.keys * features * kernel.itemsize
-    copied = sizes["key_bytes"] + sizes["value_bytes"]
+    copied = max(sizes["key_bytes"], sizes["value_bytes"])
     fields: dict[str, Any] = {**sizes_of(problem), **fields_of_scores(problem, operands.bias), **sizes}
     axes = axes_of(fields, lead, operands, out)
     fields.update(
@@ -88,10 +88,15 @@ def room_of_rows(kernel: Kernel, problem: Problem, operands: Operands, rows: int
         "row_numbers": row_numbers,
         "partial_bytes": 2 * row_numbers * tile.itemsize + rows * sum_bytes,
     }
-    for name, array in (("key", operands.key), ("value", operands.value)):
+    for name, array, place, wide in (
+        ("key", operands.key, kernel, query_bytes),
+        ("value", operands.value, kernel.value_place, sum_bytes),
+    ):
         step, column = array.strides[-2:]
-        in_place, row_bytes = column == kernel.itemsize, array.shape[-1] * kernel.itemsize
-        sizes[name + "_bytes"] = 0 if in_place else aligned(PIECE * row_bytes)
+        in_place, row_bytes, together = column == place.itemsize, array.shape[-1] * place.itemsize, PIECE
+        if place.storage == "int8":  # widened for several rows, a few keys at a time
+            in_place, row_bytes, together = False, wide, KEYS_AT_ONCE
+        sizes[name + "_bytes"] = 0 if in_place else aligned(together * row_bytes)
         sizes[name + "_step"] = step if in_place else row_bytes
     return sizes
 

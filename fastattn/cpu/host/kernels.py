@@ -27,22 +27,28 @@ def describe(
     steps: tuple[str, ...] = STEPS,
     storage: str = "",
     in_pairs: bool = True,
+    queries: str = "",
+    values: str = "",
+    pages: str = "",
 ) -> Kernel:
     """Describe the kernel of some work on scores, for a register tile, and arrays of another dtype than its own.
 
-    `in_pairs`: pairs of bfloat16 may be multiplied, where the machine does that.
+    `in_pairs`: pairs of bfloat16 may be multiplied, where the machine does that. `queries`, `values` and `pages` are
+    those of a `Kernel`.
 
     A kernel for all that may happen to scores does what one without these steps does, more slowly. The forward and the
     backward pass have both: a single one would make a first call wait for what it does not use.
     """
     few = work in IN_PLACE or tile.vectors == 1  # a tall tile is for few queries
-    if in_pairs and storage == "bfloat16" and row.pairs and work in ON_PAIRS:
+    storage = storage or tile.dtype
+    queries, values = ("" if each == storage else each for each in (queries, values))
+    if in_pairs and storage == "bfloat16" and not queries and not values and row.pairs and work in ON_PAIRS:
         reads = "pairs"
-    elif few and storage in ("", tile.dtype):
+    elif few and storage == tile.dtype and not values:
         reads = "strided"
     else:
-        reads = "panels" if row.panels and not few else "rows"
-    return Kernel(work, row, tile, storage=storage or tile.dtype, score=score, reads=reads, steps=steps)
+        reads = "panels" if row.panels and not few and "int8" not in (storage, values) else "rows"
+    return Kernel(work, row, tile, storage, score, reads, steps, queries, values, pages)
 
 
 def steps_of(problem: Problem, all_of: bool = False) -> tuple[str, ...]:
@@ -57,7 +63,7 @@ def steps_of(problem: Problem, all_of: bool = False) -> tuple[str, ...]:
 
 
 def every_kernel(row: Isa, dtypes: Iterable[str]) -> Iterator[Kernel]:
-    """All kernels that calls with arrays of these dtypes run on a machine, but those for softcaps and functions."""
+    """All kernels that calls with arrays of these dtypes run on a machine, but for softcaps, functions and pages."""
     yield Kernel("schedule", row)
     yield Kernel("signature", row)
     yield Kernel("overlaps", row)

@@ -58,17 +58,17 @@ def choose_key_block(row: Isa, problem: Problem) -> int:
     return key_block
 
 
-def room_for_rows(kernel: Kernel, array: Array, elements: int, pairs: int) -> tuple[int, int]:
+def room_for_rows(place: Kernel, array: Array, elements: int, pairs: int) -> tuple[int, int]:
     """Room for a block of keys or values, 0 where they are read in place; and where rows are, how far apart they are.
 
-    `elements`: of a block in panels. `pairs`: of bfloat16 in a row, where these are multiplied.
+    `place`: of these. `elements`: of a block in panels. `pairs`: of bfloat16 in a row, where these are multiplied.
     """
-    row, tile = kernel.row, kernel.tile
+    row, tile = place.row, place.tile
     step, column = array.strides[-2:]
-    if kernel.reads == "pairs":
+    if place.reads == "pairs":
         dense, as_it_lies = pairs * tile.itemsize, column == 2 and 2 * pairs == array.shape[-1]
     else:
-        dense, as_it_lies = array.shape[-1] * tile.itemsize, kernel.storage == tile.dtype
+        dense, as_it_lies = array.shape[-1] * tile.itemsize, place.storage == tile.dtype
         if as_it_lies and tile.vectors == 1:
             return 0, step
         as_it_lies = as_it_lies and not row.panels and column == tile.itemsize
@@ -292,7 +292,7 @@ def room_of_blocks(kernel: Kernel, problem: Problem, key: Array, value: Array, k
         key_bytes, key_step = room_for_rows(kernel, key, key_block * features, -(-features // 2))
     panels = -(-problem.value_dim // tile.rows)
     elements = key_block * panels * tile.rows
-    value_bytes, value_step = room_for_rows(kernel, value, elements, problem.value_dim)
+    value_bytes, value_step = room_for_rows(kernel.value_place, value, elements, problem.value_dim)
     return {
         "query_bytes": query_bytes,
         "key_bytes": key_bytes,

@@ -64,7 +64,7 @@ def attention(packed: Packed, out: Array | None, return_lse: bool, seed: int, th
             calls.append(_alike(packed, numbers, plan, {**objects, "partials": partials}, CALL_NAMES, own))
         several.run(calls, threads)
     result = delivered(target, target, out)
-    return result if sums is None else (result, sums[_places(packed)])
+    return result if sums is None else (result, sums[places_of(packed.queries, problem.heads)])
 
 
 def backward(packed: Packed, upstream: Upstream, names: Sequence[str], seed: int, threads: int) -> dict[str, Array]:
@@ -100,7 +100,7 @@ class _Backward:
             "key": np.zeros((len(packed.key), shared, problem.head_dim), real),
             "value": np.zeros((len(packed.key), shared, problem.value_dim), real),
         }
-        places, count = _places(packed), len(packed.query) * problem.heads
+        places, count = places_of(packed.queries, problem.heads), len(packed.query) * problem.heads
         self.of_rows: dict[str, Any] = {
             "lse": _by_sequence(upstream.lse, places),
             "grad_lse": _by_sequence(upstream.grad_lse, places),
@@ -230,12 +230,11 @@ def _alike(
     return several.alike(plan, objects, names, (between - between[0]) @ np.array(by_name, np.int64).T)
 
 
-def _places(packed: Packed) -> Array:
+def places_of(sequences: Sequence[slice], heads: int) -> Array:
     """Return where the numbers of queries lie, shape (T, H), where each sequence has them as (H, its own length)."""
-    lengths = np.array([queries.stop - queries.start for queries in packed.queries], np.int64)
-    starts = np.array([queries.start for queries in packed.queries], np.int64)
-    heads = packed.problem.heads
-    first = np.arange(len(packed.query)) + np.repeat((heads - 1) * starts, lengths)
+    lengths = np.array([queries.stop - queries.start for queries in sequences], np.int64)
+    starts = np.array([queries.start for queries in sequences], np.int64)
+    first = np.arange(lengths.sum()) + np.repeat((heads - 1) * starts, lengths)
     return first[:, None] + np.repeat(lengths, lengths)[:, None] * np.arange(heads)
 
 

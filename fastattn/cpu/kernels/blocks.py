@@ -6,6 +6,7 @@ out[p][i]   += Σ_j value[j][p] · weights[j][i]
 
 from fastattn.cpu.kernels import additive, pairs
 from fastattn.cpu.kernels.functions import has_score_function
+from fastattn.cpu.kernels.int8 import are_scales_finite, load_number
 from fastattn.cpu.kernels.pack import copy_rows, key_steps, pack_keys, pack_queries, pack_values, value_steps
 from fastattn.cpu.kernels.prefetch import NOTHING, ask
 from fastattn.cpu.kernels.scores import cap, restrict, sees
@@ -43,7 +44,8 @@ def load_queries(kernel, call, plan, q, source, present, work):
     elif kernel.reads == "pairs":
         pairs.pack_queries(kernel, q, source, plan.query_row, plan.query_column, present, plan.head_dim, plan.scale)
     else:
-        pack_queries(kernel, tile, q, source, plan.query_row, plan.query_column, present, plan.head_dim, plan.scale)
+        row, column, place = plan.query_row, plan.query_column, kernel.query_place
+        pack_queries(place, tile, q, source, row, column, present, plan.head_dim, plan.scale)
 
 
 @jit
@@ -70,11 +72,13 @@ def load_values(kernel, plan, target, source, count):
     tile = kernel.tile
     if kernel.reads == "panels":
         panel, _, _ = value_steps(kernel, plan)
-        pack_values(kernel, tile, target, source, plan.value_row, plan.value_column, count, plan.value_dim, panel)
+        pack_values(
+            kernel.value_place, tile, target, source, plan.value_row, plan.value_column, count, plan.value_dim, panel
+        )
         return target
     if kernel.reads == "rows" and plan.value_bytes > 0:
         row, column = plan.value_row, plan.value_column
-        copy_rows(kernel, tile, target, plan.value_step, source, row, column, count, plan.value_dim)
+        copy_rows(kernel.value_place, tile, target, plan.value_step, source, row, column, count, plan.value_dim)
         return target
     if kernel.reads == "pairs":
         row, column = plan.value_row, plan.value_column
@@ -157,15 +161,20 @@ def add_values(kernel, plan, weights, count, value, out, wanted):
 @jit
 def are_finite(kernel, plan, value, count):
     """Whether `count` rows of values hold neither NaN nor infinity (x · 0 = 0 only for a finite x)."""
-    tile = kernel.tile
+    tile, place = kernel.tile, kernel.value_place
+    if kernel.value_place.storage == "int8":
+        for j in range(count):
+            if not are_scales_finite(place, value + j * plan.value_row, plan.value_dim):
+                return False
+        return True
     sums = tile_fill(tile.vector, 0.0)
-    vectors = plan.value_dim // tile.lanes if plan.value_column == kernel.itemsize else 0
+    vectors = plan.value_dim // tile.lanes if plan.value_column == place.itemsize else 0
     for j in range(count):
         row = value + j * plan.value_row
         for v in range(vectors):
-            sums = sums + tile_load_stored(kernel, tile.vector, row + v * tile.lanes * kernel.itemsize, 0) * 0.0
+            sums = sums + tile_load_stored(place, tile.vector, row + v * tile.lanes * place.itemsize, 0) * 0.0
         for p in range(vectors * tile.lanes, plan.value_dim):
-            if load_stored(kernel, row + p * plan.value_column) * 0.0 != 0.0:
+            if load_stored(place, row + p * plan.value_column) * 0.0 != 0.0:
                 return False
     return all_zero(sums)
 
@@ -220,7 +229,7 @@ def add_visible_row(kernel, plan, head, weights, first_query, key, value, out, s
             weight = load_element(tile, weights + i * tile.itemsize)
             for p in range(plan.value_dim):
                 place = out + p * tile.row_bytes + i * tile.itemsize
-                element = load_stored(kernel, value + p * plan.value_column)
+                element = load_number(kernel.value_place, value, p, plan.value_column, plan.value_dim)
                 if kernel.reads != "pairs" or element * 0.0 != 0.0:
                     store_element(tile, place, load_element(tile, place) + element * weight)
 

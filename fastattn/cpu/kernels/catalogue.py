@@ -9,12 +9,13 @@ from fastattn.cpu.kernels import (
     additive_score_gradients,
     backward,
     captured_gradient,
+    convert,
     decode,
     mask_gradient,
     schedule,
     several,
 )
-from fastattn.cpu.kernels.entry import in_default_mode, note, overlaps, quick_function, shared, signature
+from fastattn.cpu.kernels.entry import in_default_mode, longest, note, overlaps, quick_function, shared, signature
 from fastattn.cpu.kernels.forward import forward_group
 from fastattn.cpu.kernels.key_weights import sum_weights
 from fastattn.cpu.kernels.lanes import captured_functions, score_functions, seen_functions
@@ -97,4 +98,6 @@ FUNCTIONS: dict[str, Callable[[Kernel], dict[str, Any]]] = {
     "signature": lambda kernel: {"signature": signature, "in_default_mode": in_default_mode},
     "overlaps": lambda kernel: {"overlaps": overlaps},
     "own_heads": lambda kernel: {"own_heads": own_heads},
+    "longest": lambda kernel: {"longest": longest},
+    "convert": lambda kernel: {"convert": convert.function(kernel)},
 }

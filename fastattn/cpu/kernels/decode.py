@@ -25,10 +25,12 @@ from collections import namedtuple
 from fastattn.cpu.kernels.blocks import are_finite
 from fastattn.cpu.kernels.dropout import numbers_of_head
 from fastattn.cpu.kernels.forward import may_hide
+from fastattn.cpu.kernels.functions import has_score_function
 from fastattn.cpu.kernels.masks import lowest
 from fastattn.cpu.kernels.pack import copy_as_they_lie, copy_rows
+from fastattn.cpu.kernels.pages import behind_gathered, foreseen, with_rows
 from fastattn.cpu.kernels.prefetch import NOTHING, list_memory
-from fastattn.cpu.kernels.row_products import add_to_row, add_values, score_rows, want_keys, want_values
+from fastattn.cpu.kernels.row_products import add_values, score_rows, value_step, want_keys, want_values
 from fastattn.cpu.kernels.score_rows import keys_of_row, restrict_row
 from fastattn.cpu.kernels.scores import Part, keys_of_queries, sees
 from fastattn.cpu.kernels.sinks import LN_2, log_sum, sink_of, term_of
@@ -61,9 +63,11 @@ WORD = 8
 # Rows of a group of heads that a task has: the number of the first head and where that is, the first row, how many.
 Rows = namedtuple("Rows", "number head first count")
 # Where a task has what in its working memory.
-Room = namedtuple("Room", "queries scores partial state factors buffer keys values")
+Room = namedtuple("Room", "queries scores partial state factors buffer rows")
 # Keys of a piece that any row looks at: the first, how many, and whether each row looks at all of them.
 Piece = namedtuple("Piece", "first count all")
+# Keys that will be wanted next: where they are, and how many.
+Ahead = namedtuple("Ahead", "keys count")
 
 
 @jit
@@ -75,8 +79,7 @@ def lay_out(kernel, plan, scratch):
     state = partial + plan.partial_bytes
     factors = state + plan.partial_bytes
     buffer = factors + 2 * plan.row_numbers * tile.itemsize
-    keys = buffer + tile.buffer_bytes
-    return Room(scratch, scores, partial, state, factors, buffer, keys, keys + plan.key_bytes)
+    return Room(scratch, scores, partial, state, factors, buffer, buffer + tile.buffer_bytes)
 
 
 @jit
@@ -96,8 +99,8 @@ def load_queries(kernel, call, plan, rows, target):
     tile, features, column = kernel.tile, plan.head_dim, plan.query_column
     for r in range(rows.count):
         source = head_of(call, plan, rows, r).query + (rows.first + r) % plan.queries * plan.query_row
-        if kernel.storage != tile.dtype or column != tile.itemsize:
-            copy_rows(kernel, tile, target, 0, source, 0, column, 1, features)
+        if kernel.query_place.storage != tile.dtype or column != tile.itemsize:
+            copy_rows(kernel.query_place, tile, target, 0, source, 0, column, 1, features)
             source = target
         for p in range(0, features, tile.lanes):
             offset = p * tile.itemsize
@@ -179,31 +182,29 @@ def weigh_rows(kernel, call, plan, rows, piece, room, partial):
 @jit
 def looks(kernel, call, plan, rows, r, piece, j, weight):
     """Whether a row looks at a key of a piece, where it has this weight."""
-    if "function" in kernel.steps:
+    if "function" in kernel.steps and has_score_function(rows.head):
         return weight != 0.0 or 1.0 / weight > 0.0
     query = (rows.first + r) % plan.queries
     return sees(kernel, plan, head_of(call, plan, rows, r), query, piece.first + j)
 
 
 @jit
-def add_visible_values(kernel, call, plan, rows, piece, weights, value, sums):
+def add_visible_values(kernel, call, plan, rows, piece, weights, value, sums, buffer):
     """`add_values` where values are not finite, and rows may not look at some of them: 0 · NaN must not reach these."""
-    tile = kernel.tile
-    source = rows.head.value + piece.first * plan.value_row
+    tile, source, step = kernel.tile, rows.head.value + piece.first * plan.value_row, value_step(kernel, plan)
     start = 0
     for j in range(piece.count + 1):
         if j < piece.count and are_finite(kernel, plan, source + j * plan.value_row, 1):
             continue
         at = weights + start * tile.itemsize
-        add_values(kernel, plan, rows.count, at, j - start, value + start * plan.value_step, sums, NOTHING)
+        add_values(kernel, plan, rows.count, at, j - start, value + start * step, sums, buffer, NOTHING)
         start = j + 1
         if j == piece.count:
             break
         for r in range(rows.count):
             at = weights + r * plan.score_bytes + j * tile.itemsize
             if looks(kernel, call, plan, rows, r, piece, j, load_element(tile, at)):
-                row, place = value + j * plan.value_step, sums + r * plan.sum_bytes
-                add_to_row(kernel, plan, at, row, 1, place, NOTHING)
+                add_values(kernel, plan, 1, at, 1, value + j * step, sums + r * plan.sum_bytes, buffer, NOTHING)
 
 
 @jit
@@ -241,30 +242,30 @@ def sums_of(tile, plan, partial):
 
 
 @jit
-def attend(kernel, call, plan, rows, piece, room, partial, is_last):
-    """Take all rows through a piece of the keys, which leaves a partial."""
+def attend(kernel, call, plan, rows, piece, room, partial, ahead):
+    """Take all rows through a piece of the keys, which leaves a partial. Those `ahead` will be wanted next."""
     tile = kernel.tile
     keys, values = rows.head.key + piece.first * plan.key_row, rows.head.value + piece.first * plan.value_row
-    next_keys, wanted = keys + piece.count * plan.key_row, list_memory()
+    wanted = list_memory()
     want_values(kernel, plan, rows.count, piece.count, values, wanted)
-    if plan.key_bytes > 0:
-        row, column = plan.key_row, plan.key_column
-        copy_as_they_lie(kernel, room.keys, plan.key_step, keys, row, column, piece.count, plan.head_dim)
-        keys = room.keys
-    if plan.value_bytes > 0:
-        row, column = plan.value_row, plan.value_column
-        copy_as_they_lie(kernel, room.values, plan.value_step, values, row, column, piece.count, plan.value_dim)
-        values = room.values
     clear(tile, plan, partial)
-    score_rows(kernel, plan, rows.count, room.queries, keys, piece.count, room.scores, wanted)
+    if plan.key_bytes > 0 and kernel.storage != "int8":
+        row, column = plan.key_row, plan.key_column
+        copy_as_they_lie(kernel, room.rows, plan.key_step, keys, row, column, piece.count, plan.head_dim)
+        keys = room.rows
+    score_rows(kernel, plan, rows.count, room.queries, keys, piece.count, room.scores, room.rows, wanted)
     restrict_rows(kernel, call, plan, rows, piece, room.scores, room.buffer)
     weigh_rows(kernel, call, plan, rows, piece, room, partial)
     sums = sums_of(tile, plan, partial)
-    want_keys(kernel, plan, rows.count, 0 if is_last else piece.count, next_keys, wanted)
-    add_values(kernel, plan, rows.count, room.scores, piece.count, values, sums, wanted)
+    if plan.value_bytes > 0 and kernel.value_place.storage != "int8":
+        place, row, column = kernel.value_place, plan.value_row, plan.value_column
+        copy_as_they_lie(place, room.rows, plan.value_step, values, row, column, piece.count, plan.value_dim)
+        values = room.rows
+    want_keys(kernel, plan, rows.count, ahead.count, ahead.keys, wanted)
+    add_values(kernel, plan, rows.count, room.scores, piece.count, values, sums, room.rows, wanted)
     if may_hide(kernel, plan) and not are_sums_finite(tile, plan, rows, sums):
         clear_rows(tile, sums, sums + rows.count * plan.sum_bytes)
-        add_visible_values(kernel, call, plan, rows, piece, room.scores, values, sums)
+        add_visible_values(kernel, call, plan, rows, piece, room.scores, values, sums, room.rows)
 
 
 @jit
@@ -330,10 +331,10 @@ def finish_rows(kernel, call, plan, rows, state):
             factor = 0.0
             clear_rows(tile, row, row + plan.sum_bytes)
         out = head.out + query * plan.out_row
-        if kernel.storage != tile.dtype and plan.out_itemsize == tile.itemsize:
+        if kernel.query_place.storage != tile.dtype and plan.out_itemsize == tile.itemsize:
             write_row(tile, tile, plan, row, as_element(tile, factor), out)
         else:
-            write_row(kernel, tile, plan, row, as_element(tile, factor), out)
+            write_row(kernel.query_place, tile, plan, row, as_element(tile, factor), out)
 
 
 # -- tasks -------------------------------------------------------------------------------------------------------------
@@ -360,6 +361,14 @@ def piece_of(plan, keys, number):
 
 
 @jit
+def keys_behind(kernel, call, plan, head, piece, is_last):
+    """The keys that are wanted after a piece."""
+    first = piece.first + piece.count
+    head, count = foreseen(kernel, call, plan, head, first, 0 if is_last else piece.count)
+    return Ahead(head.key + first * plan.key_row, count)
+
+
+@jit
 def without_padding(call, plan, rows, piece):
     """A piece without the keys at its end that a boolean mask hides from all rows: padding, usually."""
     count, mask = piece.count, rows.head.keep
@@ -375,7 +384,8 @@ def without_padding(call, plan, rows, piece):
 def attend_share(kernel, call, plan, rows, share, counter, partials, scratch):
     """One task: a share of the pieces of the keys that some rows look at. Whoever ends last merges, and writes."""
     tile, is_alone = kernel.tile, plan.shares == 1
-    room, keys = lay_out(kernel, plan, scratch), keys_of_rows(kernel, plan, rows.head)
+    room = lay_out(kernel, plan, behind_gathered(kernel, plan, scratch))
+    keys = keys_of_rows(kernel, plan, rows.head)
     first = keys.begin // plan.key_block
     pieces = (keys.end - 1) // plan.key_block + 1 - first if keys.begin < keys.end else 0
     start, stop = pieces * share // plan.shares, pieces * (share + 1) // plan.shares
@@ -386,7 +396,10 @@ def attend_share(kernel, call, plan, rows, share, counter, partials, scratch):
         if "mask" in kernel.steps:
             piece = without_padding(call, plan, rows, piece)
         partial = room.partial if is_alone else partials + number * plan.partial_bytes
-        attend(kernel, call, plan, rows, piece, room, partial, number == stop - 1)
+        ahead = keys_behind(kernel, call, plan, rows.head, piece, number == stop - 1)
+        here = with_rows(kernel, call, plan, rows.head, piece.first, piece.count, scratch)
+        of_piece = Rows(rows.number, here, rows.first, rows.count)
+        attend(kernel, call, plan, of_piece, piece, room, partial, ahead)
         if is_alone and pieces > 1:
             merge(kernel, plan, rows, room.state, room.factors, partial)
     if not is_alone and finish(counter) < plan.shares:

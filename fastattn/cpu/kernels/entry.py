@@ -14,7 +14,7 @@ from fastattn.machine.objects import (
     DTYPE_NUMBER,
     OBJECT_HEADER,
 )
-from fastattn.simd import call_compiled, jit, load_i64, record_view, stack_memory, store_i64
+from fastattn.simd import call_compiled, jit, load_i32, load_i64, record_view, stack_memory, store_i64
 
 MOST_ARRAYS, MOST_OBJECTS = 12, 24  # of which a signature is made
 MOST_AXES = 32  # of an array that has a signature
@@ -214,3 +214,51 @@ def overlaps(self, objects, count):
             if first < end and begin < last:
                 found = 1
     return call_compiled(link.to_int, (found,))
+
+
+@jit
+def length_of(array, axis):
+    """How long an axis of an array is."""
+    return load_i64(load_i64(array + OBJECT_HEADER + ARRAY_DIMENSIONS) + axis * WORD)
+
+
+@jit
+def stride_of(array, axis):
+    """How far apart the elements along an axis are, in bytes."""
+    return load_i64(load_i64(array + OBJECT_HEADER + ARRAY_STRIDES) + axis * WORD)
+
+
+@jit
+def are_there(row, step, itemsize, needed, pages):
+    """Whether so many of the pages in a row of a table exist."""
+    for at in range(needed):
+        place = row + at * step
+        number = load_i64(place) if itemsize == WORD else load_i32(place)
+        if number < 0 or number >= pages:
+            return False
+    return True
+
+
+@jit
+def longest(self, objects, count):
+    """The most keys that a row has, -1 where one has too many for a table of pages, or needs a page that is not there.
+
+    The objects: the table, of integers of 4 or 8 bytes, and how many these are; the keys of each row, of 8 bytes; how
+    many pages there are, and keys in each.
+    """
+    link = link_view(load_i64(self + OBJECT_HEADER))
+    table, lengths = load_i64(objects), load_i64(objects + 2 * WORD)
+    itemsize, pages = number_of(link, load_i64(objects + WORD)), number_of(link, load_i64(objects + 3 * WORD))
+    page = number_of(link, load_i64(objects + 4 * WORD))
+    row, keys = load_i64(table + OBJECT_HEADER), load_i64(lengths + OBJECT_HEADER)
+    columns, step, most = length_of(table, 1), stride_of(table, 1), 0
+    for _ in range(length_of(lengths, 0)):
+        length = load_i64(keys)
+        if length < 0 or length > columns * page:
+            return call_compiled(link.to_int, (-1,))
+        if not are_there(row, step, itemsize, (length + page - 1) // page, pages):
+            return call_compiled(link.to_int, (-1,))
+        most = max(most, length)
+        row += stride_of(table, 0)
+        keys += stride_of(lengths, 0)
+    return call_compiled(link.to_int, (most,))

@@ -28,4 +28,6 @@ EXPORTS: dict[str, dict[str, int]] = {
     "signature": {"signature": 3, "in_default_mode": 3},
     "overlaps": {"overlaps": 3},
     "own_heads": {"own_heads": 3},
+    "longest": {"longest": 3},
+    "convert": {"convert": 3},
 }

@@ -35,6 +35,7 @@ from fastattn.cpu.kernels.dropout import drop
 from fastattn.cpu.kernels.forward_prefetch import Turn, foresee, list_wanted, next_head
 from fastattn.cpu.kernels.functions import seen_keys
 from fastattn.cpu.kernels.pack import unpack_rows, value_steps
+from fastattn.cpu.kernels.pages import behind_gathered, with_rows
 from fastattn.cpu.kernels.pairs import clean_values
 from fastattn.cpu.kernels.prefetch import list_memory
 from fastattn.cpu.kernels.records import ALIGNMENT
@@ -162,10 +163,10 @@ def finish(kernel, plan, head, m, l, block, out, lse, present):
         if total == 0.0:  # no key, or none with a score above -inf: 0 even where a value it has looked at is NaN
             for p in range(plan.value_dim):
                 store_element(tile, block + p * tile.row_bytes + i * tile.itemsize, 0.0)
-    if kernel.storage != tile.dtype and plan.out_itemsize == tile.itemsize:
+    if kernel.query_place.storage != tile.dtype and plan.out_itemsize == tile.itemsize:
         unpack_rows(tile, tile, block, l, out, plan.out_row, plan.out_column, present, plan.value_dim)
     else:
-        unpack_rows(kernel, tile, block, l, out, plan.out_row, plan.out_column, present, plan.value_dim)
+        unpack_rows(kernel.query_place, tile, block, l, out, plan.out_row, plan.out_column, present, plan.value_dim)
 
 
 @jit
@@ -208,18 +209,19 @@ def forward_group(kernel, call, plan, number, first_block, blocks, scratch):
     """One task: `blocks` query blocks of one head, from `first_block` on, through all keys they look at."""
     tile = kernel.tile
     head = locate(call, plan, number)
-    room = lay_out(kernel, plan, blocks, scratch)
+    room = lay_out(kernel, plan, blocks, behind_gathered(kernel, plan, scratch))
     group = note_spans(kernel, plan, head, group_of(kernel, plan, head, first_block, blocks), room.spans)
     then = next_head(kernel, call, plan, number, head)
     wanted = list_memory()
-    foresee(kernel, plan, head, group)
+    foresee(kernel, call, plan, head, group)
     if kernel.score == "additive":  # in working memory that packed keys need later
         begin_blocks(kernel, call, plan, head, group, room)
     for first_key in range(group.begin, max(group.end, group.begin + 1), plan.key_block):
         share, shares = 0, looking(kernel, plan, head, group, room.spans, first_key)
-        rows = head.value + first_key * plan.value_row
         count = min(plan.key_block, group.end - first_key) if shares > 0 else 0
-        keys = load_keys(kernel, plan, room.keys, head.key + first_key * plan.key_row, count)
+        here = with_rows(kernel, call, plan, head, first_key, count, scratch)
+        rows = here.value + first_key * plan.value_row
+        keys = load_keys(kernel, plan, room.keys, here.key + first_key * plan.key_row, count)
         values = load_values(kernel, plan, room.values, rows, count)
         finite = not may_hide(kernel, plan) or are_finite(kernel, plan, rows, count)
         if kernel.reads == "pairs" and not finite:
@@ -238,9 +240,9 @@ def forward_group(kernel, call, plan, number, first_block, blocks, scratch):
             part = keys_of_block(kernel, plan, head, first, first_key)
             if part.end > part.begin:
                 turn = Turn(first_key, is_first, is_last, share, shares)
-                list_wanted(kernel, plan, head, then, group, wanted, b, part, turn)
+                list_wanted(kernel, call, plan, head, then, group, wanted, b, part, turn)
                 attend(
-                    kernel, call, plan, head, number, state, room, part, first, first_key, keys, values, finite, wanted
+                    kernel, call, plan, here, number, state, room, part, first, first_key, keys, values, finite, wanted
                 )
                 share += 1
             if is_last:

@@ -8,6 +8,7 @@ head come the first of the head that this thread is likely to do next.
 
 from collections import namedtuple
 
+from fastattn.cpu.kernels.pages import foreseen
 from fastattn.cpu.kernels.prefetch import prefetch_rows, want, want_nothing, want_share
 from fastattn.cpu.kernels.records import BIAS_NONE
 from fastattn.cpu.kernels.tasks import locate
@@ -27,20 +28,22 @@ def next_head(kernel, call, plan, number, head):
 
 
 @jit
-def foresee(kernel, plan, head, group):
+def foresee(kernel, call, plan, head, group):
     """Ask for the first block of keys and values, at once."""
-    count = min(plan.key_block, group.end - group.begin)
+    head, count = foreseen(kernel, call, plan, head, group.begin, min(plan.key_block, group.end - group.begin))
     prefetch_rows(head.key + group.begin * plan.key_row, plan.key_row, count, plan.head_dim * kernel.itemsize)
-    prefetch_rows(head.value + group.begin * plan.value_row, plan.value_row, count, plan.value_dim * kernel.itemsize)
+    prefetch_rows(
+        head.value + group.begin * plan.value_row, plan.value_row, count, plan.value_dim * kernel.value_place.itemsize
+    )
 
 
 @jit
-def list_wanted(kernel, plan, head, then, group, wanted, b, part, turn):
+def list_wanted(kernel, call, plan, head, then, group, wanted, b, part, turn):
     """Write down what query block `b` of a group asks for, what is wanted first before the rest."""
     tile = kernel.tile
     goes_on = then.query != head.query or then.key != head.key
     first = group.first_query + b * tile.width
-    key_bytes, value_bytes = plan.head_dim * kernel.itemsize, plan.value_dim * kernel.itemsize
+    key_bytes, value_bytes = plan.head_dim * kernel.itemsize, plan.value_dim * kernel.value_place.itemsize
     want_nothing(wanted, (part.end - part.begin + plan.value_dim) // tile.rows)
     if plan.prefetch_distance > 0:
         if turn.is_last:
@@ -57,6 +60,7 @@ def list_wanted(kernel, plan, head, then, group, wanted, b, part, turn):
     if count <= 0 and goes_on:
         source, next_key = then, group.begin
         count = min(plan.key_block, plan.keys - group.begin)
+    source, count = foreseen(kernel, call, plan, source, next_key, count)
     if count > 0:
         rows = source.key + next_key * plan.key_row
         want_share(wanted, rows, plan.key_row, key_bytes, count, turn.share, turn.shares)

@@ -13,6 +13,7 @@ Of half precision, numbers are widened on the way, and rounded on the way out. W
 of bfloat16 (`fastattn.cpu.kernels.pairs`), they stay what they are.
 """
 
+from fastattn.cpu.kernels.int8 import copy_blocks
 from fastattn.simd import (
     as_element,
     copy_stored,
@@ -98,6 +99,9 @@ def unpack_rows(place, tile, block, factors, target, row, column, present, featu
 @jit
 def copy_rows(place, tile, target, target_row, source, row, column, count, features):
     """target[j][p] = source[j][p], rows `target_row` bytes apart."""
+    if place.storage == "int8":
+        copy_blocks(place, tile, target, target_row, source, row, count, features)
+        return
     for _ in range(count):
         p = 0
         if column == place.itemsize:

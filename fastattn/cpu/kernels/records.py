@@ -78,6 +78,18 @@ _PARTS = [
     ("score_bytes", i8),  # of a row of scores, and of one of sums
     ("sum_bytes", i8),
     ("partial_bytes", i8),  # of what a piece leaves
+    ("page", i8),  # keys in a page, where there are pages: `fastattn.cpu.kernels.pages`
+    ("key_page", i8),  # strides: from page to page, and in a page, where rows are gathered
+    ("key_page_row", i8),
+    ("key_page_column", i8),
+    ("value_page", i8),
+    ("value_page_row", i8),
+    ("value_page_column", i8),
+    ("gathered_keys", i8),  # bytes of the rows of a block; 0 where they are read in their page
+    ("gathered_values", i8),
+    ("table_row", i8),  # strides of the table of pages, of which each row of the batch has a row
+    ("table_column", i8),
+    ("table_itemsize", i8),
 ]
 PLAN = np.dtype([*_SCHEDULE, *_PARTS])
 
@@ -102,6 +114,7 @@ CALL = np.dtype(
         ("seed", i8),
         ("first_batch", i8),  # the number of the first row of the batch in the call that this may be a piece of
         ("partials", i8),  # with few queries, where keys are shared: counters of what has been done, then partials
+        ("pages", i8),  # the table of the pages of the first row of the batch, where there are pages
     ]
 )
 
@@ -351,6 +364,7 @@ ADDITIVE_PLACES = np.dtype(
     ]
 )
 
+KEYS_AT_ONCE = 32  # whose values few queries multiply in turn, no fewer than any tile has lanes
 QUERY_NUMBERS = 4  # of a query: `numbers`
 
 # What a mask is made of: of the dtype of the call, or not.
