@@ -1,4 +1,4 @@
-"""The commands ``demo`` and ``demo search``."""
+"""The commands ``demo`` and ``demo search``; others have modules of their own."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from fastattn.console.terminal import (
     shaded_text,
     wrap,
 )
+from fastattn.demo.listen import cli as listening
 from fastattn.demo.words import Look, Word, find_word, in_words, join_pieces, sharpest
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def add_parsers(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--head", type=number("head", 0, 11), help="head, 0 to 11 (default: which looks most sharply)")
     parser.set_defaults(run=demo)
-    commands = parser.add_subparsers(title="and", metavar="search", dest="more")
+    commands = parser.add_subparsers(title="and", metavar="search, listen", dest="more")
     finder = commands.add_parser(
         "search",
         help="rank the sentences of text files by their meaning",
@@ -61,6 +62,15 @@ def add_parsers(parser: argparse.ArgumentParser) -> None:
     finder.add_argument("files", nargs="+", metavar="FILE", help="text files in UTF-8; - is standard input")
     finder.add_argument("--top", type=number("number of sentences", 1), default=5, help="how many to show (5)")
     finder.set_defaults(run=search)
+    listening.add_arguments(
+        commands.add_parser(
+            "listen",
+            help="write down what is said in a wav file",
+            description="Run Whisper base, a real pre-trained model of speech, with every attention by fastattn: write "
+            "down what is said in a wav file, or its translation, and draw which moment each word listened to.",
+            epilog=f"example: {program()} demo listen talk.wav --translate",
+        )
+    )
 
 
 def demo(args: argparse.Namespace) -> int:
