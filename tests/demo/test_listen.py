@@ -291,6 +291,11 @@ class TestRules:
                     break
 
 
+def test_a_guess_where_probably_nobody_speaks_is_silence() -> None:
+    for likely, silence, expected in ((-1.5, 0.9, True), (-0.5, 0.9, False), (-1.5, 0.3, False)):
+        assert decoding.Text([1], likely, silence).is_silence == expected
+
+
 class TestWindows:
     def cut(self, tokens: vocabulary.Vocabulary, *written: float | int) -> Any:
         """Return segments as (start, end, number of tokens), and the end, of a window of 20 s; floats are moments."""

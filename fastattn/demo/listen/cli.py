@@ -164,13 +164,12 @@ def statistics(listener: Listener, samples: Floats, window: Window, style: Style
         f"The first {window.length:.1f} s again, {ROUNDS} times, in turns with attention in plain NumPy; medians:",
         style.width,
     )
-    lines.append(
-        style.bold(f"{'':10}{'encoder':>9}{'attention':>11}{'a token':>11}{'attention':>11}{'all, to the sound':>20}")
-    )
     for each in measured:
         written = 1e3 * each.write.seconds / len(window.tokens)
-        lines.append(
-            f"{each.name:10}{each.hear.seconds:7.2f} s{each.hear.attention / each.hear.seconds:11.0%}{written:8.1f} ms"
-            f"{each.write.attention / each.write.seconds:11.0%}{each.seconds / window.length:20.3f}"
+        said = (
+            f"{each.name}: hearing {each.hear.seconds:.2f} s, {each.hear.attention / each.hear.seconds:.0%} of it "
+            f"attention; writing {written:.1f} ms a token, {each.write.attention / each.write.seconds:.0%} of it "
+            f"attention; all in all {each.seconds / window.length:.3f} times as long as the sound"
         )
+        lines += wrap(said, style.width, "  ")
     return lines

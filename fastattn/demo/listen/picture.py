@@ -106,5 +106,6 @@ def draw(segments: Sequence[Segment], path: Path) -> None:
         plot.heatmap(looks, words, [clock(heard + TICK * moment) for moment in range(moments)], ax=axes)
         every = np.arange(0, moments, round(1 / TICK))  # whole seconds
         axes.set_xticks(every, [f"{heard + TICK * moment:.0f}" for moment in every.tolist()], rotation=0)
+        axes.tick_params(axis="x", labelsize="medium")
         axes.set(xlabel="seconds", ylabel="words")
         figure.savefig(path, dpi=110)
