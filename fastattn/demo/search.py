@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fastattn.console.terminal import UserError, printable
 
-__all__ = ["Sentence", "check_readable", "rank", "read_sentences", "split_sentences", "unreadable"]
+__all__ = ["Sentence", "check_readable", "rank", "read_sentences", "split_sentences"]
 
 #: A sentence ends at . ! ? or …, perhaps with closing quotes or brackets, before a space and what may begin another.
 _END = re.compile(r"[.!?…]+[\"'”’»)\]]*\s+(?=[\"'“‘«(\[¿¡—–-]*[^\W_a-z])|[。！？]+[」』）]*")
@@ -82,11 +82,10 @@ def check_readable(files: Sequence[str]) -> None:
             if path.is_file() or path.is_dir():  # what is neither, such as a pipe, may be opened only once
                 path.open("rb").close()
         except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-            raise unreadable(str(path), error) from error
+            raise _unreadable(str(path), error) from error
 
 
-def unreadable(file: str, error: OSError | ValueError) -> UserError:
-    """The error that says why a file cannot be read."""
+def _unreadable(file: str, error: OSError | ValueError) -> UserError:
     reason = (error.strerror if isinstance(error, OSError) else str(error)) or str(error)
     return UserError(f"cannot read {printable(file)}: {reason}")
 
@@ -104,7 +103,7 @@ def read_sentences(files: Sequence[str]) -> list[Sentence]:
         try:
             data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
         except (OSError, ValueError) as error:
-            raise unreadable(file, error) from error
+            raise _unreadable(file, error) from error
         try:
             text = data.decode("utf-8-sig")
         except UnicodeDecodeError as error:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from fastattn.console.arguments import output_file
 from fastattn.console.terminal import Progress, Style, UserError, printable, wrap
-from fastattn.demo.search import unreadable
+from fastattn.demo.search import check_readable
 
 if TYPE_CHECKING:
     from fastattn.demo.listen.listener import Listener, Segment, Window
@@ -41,7 +41,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"draw the first half minute into a file ({', '.join(PICTURES)}; needs matplotlib)",
     )
     parser.add_argument("--stats", action="store_true", help="how long it takes, with fastattn and with plain NumPy")
-    parser.set_defaults(run=listen)
 
 
 def listen(args: argparse.Namespace) -> int:
@@ -49,9 +48,6 @@ def listen(args: argparse.Namespace) -> int:
     from fastattn.demo.listen.picture import draw, pages, picture
 
     style = Style.of(sys.stdout)
-    given = [f"--{name}" for name in ("text", "word", "layer", "head") if getattr(args, name) is not None]
-    if given:
-        raise UserError(f"listen reads no text, and has no use for {', '.join(given)}")
     if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise UserError('--plot needs matplotlib, not installed here: pip install "fastattn[plot]"')
     samples = read_sound(args.file)
@@ -87,12 +83,9 @@ def read_sound(file: str | None) -> Floats:
         if path is None:
             raise UserError(f"no FILE.wav is named, and the example's package is not installed here: {install}")
         file = str(path)
+    check_readable([file])
     try:
-        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise unreadable(file, error) from error
-    try:
-        return read_wav(data)
+        return read_wav(sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes())
     except ValueError as error:
         raise UserError(f"{printable(file)} is not a wav file that can be read: {error}") from error
 
