@@ -30,7 +30,6 @@ __all__ = [
     "Floats",
     "MiniLM",
     "fast_attention",
-    "gelu",
     "model_folder",
     "recording_attention",
 ]

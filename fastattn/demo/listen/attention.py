@@ -18,19 +18,27 @@ __all__ = ["Attention", "Cache", "PlainAttention", "RecordingAttention", "TimedA
 
 
 class Cache:
-    """The keys and values of the tokens so far, of one layer, shape (H, capacity, D)."""
+    """The keys and values of the tokens so far, of one layer, in memory for as many as there may be."""
 
     def __init__(self, heads: int, capacity: int, dimensions: int) -> None:
-        self.key = np.zeros((heads, capacity, dimensions), np.float32)
-        self.value = np.zeros_like(self.key)
+        self._key, self._value = np.empty((2, heads, capacity, dimensions), np.float32)
         self.length = 0
+
+    @property
+    def key(self) -> Floats:
+        """The keys so far, (H, length, D)."""
+        return self._key[:, : self.length]
+
+    @property
+    def value(self) -> Floats:
+        """The values so far, (H, length, D)."""
+        return self._value[:, : self.length]
 
     def append(self, key: Floats, value: Floats) -> None:
         """Add those of L more tokens, of shape (H, L, D)."""
-        end = self.length + key.shape[1]
-        self.key[:, self.length : end] = key
-        self.value[:, self.length : end] = value
-        self.length = end
+        new = slice(self.length, self.length + key.shape[1])
+        self._key[:, new], self._value[:, new] = key, value
+        self.length = new.stop
 
 
 class Attention:
@@ -43,9 +51,7 @@ class Attention:
 
     def of_text(self, query: Floats, cache: Cache) -> Floats:
         """In the decoder: L new tokens, which are in the cache already, look at what has been written up to each."""
-        out: Floats = fastattn.attention(
-            query, cache.key, cache.value, is_causal="bottom-right", key_lengths=cache.length
-        )
+        out: Floats = fastattn.attention(query, cache.key, cache.value, is_causal="bottom-right")
         return out
 
     def to_sound(self, query: Floats, key: Floats, value: Floats) -> Floats:
@@ -85,7 +91,7 @@ class PlainAttention(Attention):
         """In the decoder."""
         count = query.shape[1]
         hidden = None if count == 1 else ~np.tri(count, cache.length, cache.length - count, dtype=bool)
-        return _plain(query, cache.key[:, : cache.length], cache.value[:, : cache.length], hidden)
+        return _plain(query, cache.key, cache.value, hidden)
 
     def to_sound(self, query: Floats, key: Floats, value: Floats) -> Floats:
         """Cross-attention."""
