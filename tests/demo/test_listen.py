@@ -291,6 +291,58 @@ class TestRules:
                     break
 
 
+class Scripted:
+    """A model that writes one prepared text after another, whatever it hears."""
+
+    def __init__(self, size: int, *texts: list[int], sure: float = 30.0) -> None:
+        self.size, self.sure = size, sure
+        self.texts = list(texts)
+        self.rest: list[int] = []
+
+    def caches(self, capacity: int) -> list[Any]:
+        """Return nothing: it needs none."""
+        return []
+
+    def read(self, tokens: list[int], sound: Any, caches: Any, attention: Any) -> list[Any]:
+        """Return what comes next, after a prompt the first token of the next text."""
+        if len(tokens) > 1:
+            self.rest = self.texts.pop(0)
+        token, self.rest = self.rest[0], self.rest[1:] or self.rest
+        return [token]
+
+    def logits(self, token: int) -> np.ndarray[Any, Any]:
+        """Return how sure it is of this token, and that all others are alike."""
+        logits = np.zeros(self.size, np.float32)
+        logits[token] = self.sure
+        return logits
+
+
+class TestTries:
+    def tried(self, tokens: vocabulary.Vocabulary, *texts: list[int], sure: float = 30.0) -> tuple[str, int]:
+        """Return the text that is taken of some prepared ones, and how many are left."""
+        model: Any = Scripted(tokens.first_time + 1501, *texts, sure=sure)
+        told: list[int] = []
+        prompt = tokens.prompt("en", translate=False)
+        text = decoding.best_text(model, tokens, [], prompt, attention.Attention(), lambda all: told.append(len(all)))
+        assert told[-1] == len(text.tokens)
+        return tokens.text(text.tokens), len(model.texts)
+
+    def test_a_text_that_repeats_itself_is_tried_again(self, tokens: vocabulary.Vocabulary) -> None:
+        begin, end = number(tokens, 0.0), number(tokens, 2.0)
+        loop = [begin, *([256, 257] * 120)]
+        good = [begin, 256, 257, end, tokens.end]
+        assert self.tried(tokens, loop, good, good) == (" hello world", 1)
+        assert self.tried(tokens, good, loop) == (" hello world", 1)
+        text, left = self.tried(tokens, *[loop] * len(decoding.TEMPERATURES))
+        assert (text.count("hello"), left) == (decoding.LONGEST // 2, 0)  # the last try is taken, whatever it is
+
+    def test_a_guess_is_tried_again(self, tokens: vocabulary.Vocabulary) -> None:
+        good = [number(tokens, 0.0), 256, 257, number(tokens, 2.0), tokens.end]
+        tries = len(decoding.TEMPERATURES)
+        assert self.tried(tokens, *[good] * tries, sure=5.0)[1] == 0
+        assert self.tried(tokens, *[good] * tries, sure=20.0)[1] == tries - 1
+
+
 def test_a_guess_where_probably_nobody_speaks_is_silence() -> None:
     for likely, silence, expected in ((-1.5, 0.9, True), (-0.5, 0.9, False), (-1.5, 0.3, False)):
         assert decoding.Text([1], likely, silence).is_silence == expected
