@@ -6,13 +6,14 @@ import io
 import struct
 import wave
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from fastattn.console.terminal import Style
-from fastattn.demo.listen import attention, ctranslate2, decoding, listener, mel, picture, sound, vocabulary
+from fastattn.console.terminal import Style, UserError
+from fastattn.demo.listen import attention, cli, ctranslate2, decoding, listener, mel, picture, sound, vocabulary
 
 PLAIN = Style(colour=False, blocks=True, width=80)
 LANGUAGES = ["en", "fr", "ja"]
@@ -127,6 +128,22 @@ class TestSound:
     def test_the_same_rate_changes_nothing(self) -> None:
         samples = np.arange(5, dtype=np.float32)
         assert sound.resample(samples, 16000, 16000) is samples
+
+
+class TestFile:
+    def test_standard_input_is_read(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        file = io.BytesIO(wav(np.arange(5, dtype="<i2").tobytes()))
+        monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=file))
+        np.testing.assert_array_equal(cli.read_sound("-"), np.arange(5) / 2**15)
+
+    def test_a_file_that_is_no_sound_is_one_line(self, tmp_path: Path) -> None:
+        file = tmp_path / "text\x1b.wav"
+        file.write_text("no sound")
+        with pytest.raises(
+            UserError, match="text .wav is not a wav file that can be read: it does not begin"
+        ) as caught:
+            cli.read_sound(str(file))
+        assert str(caught.value).isprintable()
 
 
 class TestSpectrogram:

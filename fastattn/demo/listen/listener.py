@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fastattn.demo.listen.attention import Attention
 from fastattn.demo.listen.decoding import best_text, detect_language
@@ -65,7 +64,7 @@ class Segment:
     text: str
     words: list[str]
     window: Window
-    looks: NDArray[np.float64]
+    looks: Floats
 
 
 class Listener:
@@ -146,7 +145,7 @@ class Listener:
         layers = self.model.looks([*window.prompt, *window.tokens], sound)
         heads = np.mean([layers[layer, head] for layer, head in self.vocabulary.alignment_heads], axis=0)
         # A token is written by what stands before it: there it has looked
-        looks = heads[len(window.prompt) - 1 : -1, : window.moments].astype(np.float64)
+        looks = heads[len(window.prompt) - 1 : -1, : window.moments]
         for start, end, places in pieces:
             written = [place for place in places if window.tokens[place] < self.vocabulary.end]
             words = self.vocabulary.words([window.tokens[place] for place in written], language)
