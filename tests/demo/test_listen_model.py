@@ -80,10 +80,11 @@ def theirs(model: Whisper) -> Any:
             vocab_size=51865, d_model=512, encoder_layers=LAYERS, decoder_layers=LAYERS, encoder_attention_heads=8,
             decoder_attention_heads=8, encoder_ffn_dim=2048, decoder_ffn_dim=2048, attn_implementation="eager",
         )  # fmt: skip
-        whisper = transformers.WhisperForConditionalGeneration(config).eval()
+        with torch.device("meta"):  # without parameters of its own, which would be drawn
+            whisper = transformers.WhisperForConditionalGeneration(config).eval()
     _, variables = read_variables(package.read_file("model.bin.part1") + package.read_file("model.bin.part2"))
     state = {name: torch.from_numpy(array.astype(np.float32)) for name, array in names_of_theirs(variables).items()}
-    whisper.load_state_dict(state)
+    whisper.load_state_dict(state, assign=True)
     return whisper
 
 
