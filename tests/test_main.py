@@ -55,7 +55,7 @@ def process(*arguments: str, **options: Any) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-m", "fastattn", *arguments], env=environ, **options)
 
 
-@pytest.mark.parametrize("arguments", [[], ["demo"], ["demo", "search"], ["info"], ["warmup"]])
+@pytest.mark.parametrize("arguments", [[], ["demo"], ["demo", "search"], ["demo", "listen"], ["info"], ["warmup"]])
 def test_help(run: Any, arguments: Sequence[str]) -> None:
     status, out, err = run(*arguments, "--help")
     assert (status, err) == (0, "")
@@ -109,6 +109,11 @@ def test_no_command_prints_the_help_and_fails(run: Any) -> None:
         (["demo", "search", "query", "."], "cannot read .: "),
         (["demo", "--layer", "3", "search", "query", "file"], "has no use for --layer"),
         (["demo", "search", " \n", "no/such/file"], "the query is empty"),
+        (["demo", "listen", "no/such/file"], "cannot read no/such/file"),
+        (["demo", "listen", "."], "cannot read .: "),
+        (["demo", "listen", __file__], "is not a wav file that can be read: it does not begin"),
+        (["demo", "--word", "it", "listen", "file.wav"], "has no use for --word"),
+        (["demo", "listen", "file.wav", "--plot", "file.txt"], "does not end in .png or .svg or .pdf"),
         (["info", "more"], "more"),
     ],
 )

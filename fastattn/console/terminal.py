@@ -387,6 +387,10 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Take the line away, so that something else can be printed; the next word about the work brings it back."""
         self._write("")
 
     def __call__(self, done: int, total: int, label: Any = None) -> None:

