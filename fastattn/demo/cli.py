@@ -1,4 +1,4 @@
-"""The commands ``demo`` and ``demo search``."""
+"""The commands ``demo`` and ``demo search``; ``demo chat`` is in a package of its own."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,6 +26,7 @@ from fastattn.console.terminal import (
     shaded_text,
     wrap,
 )
+from fastattn.demo.chat import cli as chat
 from fastattn.demo.words import Look, Word, find_word, in_words, join_pieces, sharpest
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ MAX_BARS = 24
 
 
 def add_parsers(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of ``demo`` and its ``search``."""
+    """Add the arguments of ``demo`` and of what is below it."""
     parser.add_argument("--text", help=f"the sentence to read (default: {TEXT!r})")
     parser.add_argument("--word", help='the word that looks; "the:2" is the second "the" (default: the sharpest look)')
     parser.add_argument(
@@ -50,7 +51,7 @@ def add_parsers(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--head", type=number("head", 0, 11), help="head, 0 to 11 (default: which looks most sharply)")
     parser.set_defaults(run=demo)
-    commands = parser.add_subparsers(title="and", metavar="search", dest="more")
+    commands = parser.add_subparsers(title="and", metavar="COMMAND", dest="more")
     finder = commands.add_parser(
         "search",
         help="rank the sentences of text files by their meaning",
@@ -60,7 +61,28 @@ def add_parsers(parser: argparse.ArgumentParser) -> None:
     finder.add_argument("query", help="what to look for: a question or a few words")
     finder.add_argument("files", nargs="+", metavar="FILE", help="text files in UTF-8; - is standard input")
     finder.add_argument("--top", type=number("number of sentences", 1), default=5, help="how many to show (5)")
-    finder.set_defaults(run=search)
+    finder.set_defaults(run=alone("search", search))
+    talker = commands.add_parser(
+        "chat",
+        help="talk with a real language model",
+        description="Talk with SmolLM2-135M-Instruct, a real language model that runs in NumPy with every attention by "
+        "fastattn. Questions are read from the terminal, or line by line from a pipe.",
+        epilog=f'example: {program()} demo chat --prompt "What is the capital of France?" --show',
+    )
+    chat.add_arguments(talker)
+    talker.set_defaults(run=alone("chat", chat.chat))
+
+
+def alone(name: str, command: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    """A command that refuses the arguments of ``demo`` itself, which say what is drawn."""
+
+    def run(args: argparse.Namespace) -> int:
+        given = [f"--{option}" for option in ("text", "word", "layer", "head") if getattr(args, option) is not None]
+        if given:
+            raise UserError(f"{name} draws no head, and has no use for {', '.join(given)}")
+        return command(args)
+
+    return run
 
 
 def demo(args: argparse.Namespace) -> int:
@@ -115,6 +137,7 @@ def demo(args: argparse.Namespace) -> int:
     else:
         say("Next: --word, --layer and --head look elsewhere, and")
     say(f'{program()} demo search "query" FILE... searches by meaning.')
+    say(f"{program()} demo chat talks with a language model.")
     return 0
 
 
@@ -189,9 +212,6 @@ def search(args: argparse.Namespace) -> int:
     from fastattn.demo.search import check_readable, rank, read_sentences
 
     style = Style.of(sys.stdout)
-    given = [f"--{name}" for name in ("text", "word", "layer", "head") if getattr(args, name) is not None]
-    if given:
-        raise UserError(f"search draws no head, and has no use for {', '.join(given)}")
     query = printable(args.query)
     if not query:
         raise UserError("the query is empty")

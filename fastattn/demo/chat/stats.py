@@ -1,0 +1,62 @@
+"""How fast it is, against the same model with attention as one writes it in NumPy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from fastattn.console.terminal import Style, wrap
+from fastattn.demo.chat.caches import PlainCache
+from fastattn.demo.chat.conversation import Conversation
+from fastattn.demo.chat.reader import Pace, Reader
+
+__all__ = ["Comparison", "pace_in_words"]
+
+
+def pace_in_words(pace: Pace) -> str:
+    """What was read, how fast, and what attention took of the time."""
+    tokens = f"{pace.tokens:,} token" + "s" * (pace.tokens != 1)
+    return (
+        f"{tokens} in {pace.seconds:.1f} s: {pace.per_second:.3g} a second, attention is {pace.share:.0%} of the time."
+    )
+
+
+class Comparison:
+    """A second reader, which reads all that the first one reads, with plain attention.
+
+    Parameters
+    ----------
+    conversation : Conversation
+    """
+
+    def __init__(self, conversation: Conversation) -> None:
+        self.conversation = conversation
+        self.plain = Reader(conversation.reader.model, PlainCache)
+
+    def catch_up(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Read what the conversation's reader has read since the last time: text at once, an answer token by token."""
+        said, read = self.conversation.ids, self.conversation.reader.length
+        self.plain.restart_clock()
+        self.plain.forget(read)
+        written = min(read, self.conversation.answered_from)
+        if self.plain.length < written:
+            self.plain.read(said[self.plain.length : written], progress)
+        for token in said[self.plain.length : read]:
+            self.plain.read([token])
+
+    def lines(self, style: Style) -> Iterator[str]:
+        """The table."""
+        fast = self.conversation.reader
+        pairs = [
+            ("read (prefill)", fast.prefill, self.plain.prefill),
+            ("written (decode)", fast.decode, self.plain.decode),
+        ]
+        rows = [
+            (f"{ours.tokens:,} {what}", [f"{pace.per_second:.3g} /s, {pace.share:.0%}" for pace in (ours, theirs)])
+            for what, ours, theirs in pairs
+            if ours.tokens
+        ]
+        width = max(len(name) for name, _ in rows)
+        yield style.bold(f"{'tokens':{width}}  {'fastattn':>14}  {'plain NumPy':>14}")
+        for name, cells in rows:
+            yield f"{name:{width}}  {cells[0]:>14}  {cells[1]:>14}"
+        yield from map(style.dim, wrap("Tokens a second, and the share of attention in the time.", style.width))
