@@ -9,12 +9,11 @@ import io
 import itertools
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 
 from fastattn.console.arguments import number, real
-from fastattn.console.terminal import Progress, Style, UserError, is_terminal, printable, wrap
+from fastattn.console.terminal import Progress, Style, UserError, is_terminal, wrap
 from fastattn.demo.chat.conversation import SYSTEM, ContextFull, Conversation
 from fastattn.demo.chat.flow import Flow
 from fastattn.demo.chat.model import SmolLM2
@@ -25,12 +24,17 @@ from fastattn.demo.search import read_text
 
 __all__ = ["add_arguments", "chat"]
 
+#: What the model is told before texts, unless it is told something else.
+ABOUT = "Answer questions about this text in one short sentence."
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``demo chat``."""
     parser.add_argument("--prompt", metavar="TEXT", help="a question: it is answered, and that is all")
     parser.add_argument("--system", metavar="TEXT", help=f"what the model is told first (default: {SYSTEM!r})")
-    parser.add_argument("--file", metavar="FILE", help="a text in UTF-8 to read first, which questions are about")
+    parser.add_argument(
+        "--file", nargs="+", metavar="FILE", help="texts in UTF-8 to read first, which questions are about"
+    )
     parser.add_argument(
         "--temperature",
         type=real("temperature", 0.0),
@@ -62,14 +66,14 @@ def chat(args: argparse.Namespace) -> int:
     """Answer one question, or one after the other until there are no more."""
     if args.prompt is not None and not args.prompt.strip():
         raise UserError("--prompt has no word in it")
-    document = read_text(args.file).strip() if args.file is not None else ""
+    texts = [read_text(file).strip() for file in args.file or ()]
+    system = args.system or (ABOUT if texts else SYSTEM)
     with Progress("reading the model"):
         model = SmolLM2.load()
     sampling = Sampling(args.temperature, args.top_p, np.random.default_rng(args.seed))
-    conversation = Conversation(model, SYSTEM if args.system is None else args.system, document, sampling)
-    talk = Talk(conversation, args)
-    if document:
-        talk.read_document(args.file)
+    talk = Talk(Conversation(model, "\n\n".join([system, *texts]), sampling), args)
+    if texts:
+        talk.read_texts()
     if args.prompt is not None:
         talk.turn(args.prompt)
         return 0
@@ -102,19 +106,18 @@ class Talk:
                 "Ctrl-C stops an answer, Ctrl-D ends."
             )
 
-    def read_document(self, file: str) -> None:
-        """Read the text that questions are about, and say how long that took."""
+    def read_texts(self) -> None:
+        """Read the texts that questions are about, and say how long that took."""
         reader = self.conversation.reader
         try:
-            with Progress("reading the text") as progress:
+            with Progress("reading") as progress:
                 self.conversation.read_opening(progress)
         except ContextFull:
-            raise UserError(
-                f"{printable(file)} is too long for the {self.conversation.context:,} tokens of the model"
-            ) from None
-        self.say(f"Read {printable(Path(file).name)}, {pace_in_words(reader.prefill)}")
+            room = f"{self.conversation.context:,} tokens that the model can read"
+            raise UserError(f"--file is too long for the {room}") from None
+        self.say(f"Read {pace_in_words(reader.prefill)}")
         self.compare()
-        print()
+        print(flush=True)
 
     def questions(self) -> Iterator[str]:
         """Lines that are not empty, until there are no more."""
@@ -199,7 +202,7 @@ class Talk:
         words = words_of(conversation.ids, conversation.tokenizer)
         written = find_written(words, conversation.answered_from, self.args.show)
         weights = looks_to_write(conversation, words, written)
-        looks = sharpest(weights, words, conversation.spoken_from)
+        looks = sharpest(weights, words)
         places = " and ".join(f'"{words[look.target].text}" ({look.weight:.2f})' for look in looks)
         print()
         print(*wrap(f'To write "{words[written].text}", it looked at {places} most sharply.', style.width), sep="\n")

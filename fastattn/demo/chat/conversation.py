@@ -30,8 +30,6 @@ class Conversation:
     model : SmolLM2
     system : str
         What the model is told first.
-    document : str
-        A text that stands before the first question.
     sampling : Sampling, optional
         How to choose the next token; the likeliest one unless given.
 
@@ -39,36 +37,29 @@ class Conversation:
     ----------
     ids : list of int
         The tokens of all that has been said.
-    spoken_from, answered_from : int
-        Where among them the conversation begins, behind what the model is told first, and where the last answer does.
+    answered_from : int
+        Where among them the last answer begins.
     reader : Reader
     """
 
-    def __init__(
-        self, model: SmolLM2, system: str = SYSTEM, document: str = "", sampling: Sampling | None = None
-    ) -> None:
+    def __init__(self, model: SmolLM2, system: str = SYSTEM, sampling: Sampling | None = None) -> None:
         self.tokenizer = model.tokenizer
         self.context = model.context
         self.sampling = Sampling() if sampling is None else sampling
         self.reader = Reader(model)
         self._begin, self._end = self.tokenizer.marks[BEGIN], self.tokenizer.marks[END]
         self._newline = self.tokenizer.encode("\n")
-        self._opening = [*self._turn("system", system), self._end, *self._newline]
-        self.spoken_from = len(self._opening)
-        if document:
-            self._opening += self._turn("user", f"{document}\n\n")
-        self._document = bool(document)
+        self._opening = [*self._turn("system", system), self._end]
         self.restart()
 
     def restart(self) -> None:
         """Forget all questions and answers."""
         self.ids = list(self._opening)
         self.answered_from = len(self.ids)
-        self._first = True
         self.reader.forget(len(self.ids))
 
     def read_opening(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Read what stands before the first question now, and not with that question.
+        """Read what the model is told first now, and not with the first question.
 
         Raises
         ------
@@ -100,7 +91,6 @@ class Conversation:
             raise ContextFull
         self.ids += new
         self.answered_from = len(self.ids)
-        self._first = False
         for _ in range(min(limit, self.context - len(self.ids))):
             logits = self.reader.read(self.ids[self.reader.length :], progress)
             token = self.sampling.choose(logits)
@@ -111,14 +101,9 @@ class Conversation:
 
     def _question(self, text: str) -> list[int]:
         """The tokens from the end of what has been said to where the answer begins."""
-        if not self._first:
-            end = [] if self.ids[-1] == self._end else [self._end]
-            asked = [*end, *self._newline, *self._turn("user", text)]
-        elif self._document:
-            asked = self.tokenizer.encode(text)
-        else:
-            asked = self._turn("user", text)
-        return [*asked, self._end, *self._newline, *self._turn("assistant", "")]
+        end = [] if self.ids[-1] == self._end else [self._end]  # of an answer that was broken off
+        asked = [*end, *self._newline, *self._turn("user", text), self._end]
+        return [*asked, *self._newline, *self._turn("assistant", "")]
 
     def _turn(self, who: str, text: str) -> list[int]:
         return [self._begin, *self.tokenizer.encode(f"{who}\n{text}")]

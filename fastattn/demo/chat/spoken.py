@@ -26,20 +26,20 @@ def words_of(ids: Sequence[int], tokenizer: Tokenizer) -> list[Word]:
     begin, marks = tokenizer.marks[BEGIN], set(tokenizer.marks.values())
     words: list[Word] = []
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    unfinished = False
+    unfinished = apart = False  # whether a character is not whole yet, and whether there was a space before
     for index, number in enumerate(ids):
         piece = range(index, index + 1)
         text = decoder.decode(tokenizer.bytes_of(number))
+        space = text.isspace() and "\n" not in text
         if number in marks:
             words.append(Word("[", piece) if number == begin else Word("]", piece, ""))
-        elif words and (unfinished or _goes_on(words[-1].text, text)):
+        elif words and (unfinished or space or (not apart and _goes_on(words[-1].text, text))):
             last = words[-1]
             words[-1] = replace(last, text=printable(last.text + text), pieces=range(last.pieces.start, index + 1))
         else:
-            words.append(
-                Word(printable(text), piece, " " if text[:1].isspace() or not words or not words[-1].text else "")
-            )
-        unfinished = bool(decoder.getstate()[0])
+            apart = apart or text[:1].isspace() or not words or not words[-1].text
+            words.append(Word(printable(text), piece, " " if apart else ""))
+        unfinished, apart = bool(decoder.getstate()[0]), space
     return words
 
 
@@ -91,23 +91,21 @@ def looks_to_write(conversation: Conversation, words: Sequence[Word], written: i
     return merged
 
 
-def sharpest(weights: NDArray[np.float64], words: Sequence[Word], spoken_from: int) -> list[Look]:
+def sharpest(weights: NDArray[np.float64], words: Sequence[Word]) -> list[Look]:
     """The head that looks most sharply at a word, and the one that looks most sharply at another word.
 
-    Not counted are signs and the names of who speaks, where heads rest that find nothing, what stands before the
-    conversation, and the word that looks itself, which is the last one.
+    Not counted are signs and the names of who speaks, where heads rest that find nothing, and the word that looks
+    itself, which is the last one.
 
     Parameters
     ----------
     weights : ndarray, shape (layers, heads, words)
     words : sequence of Word
-    spoken_from : int
-        The token with which the conversation begins.
     """
     looker = weights.shape[2] - 1
     spelled = np.array([word.text.casefold() for word in words[: looker + 1]])
-    spoken = np.array([not word.is_mark and word.pieces.start >= spoken_from for word in words[: looker + 1]])
-    allowed = spoken & (np.roll(spelled, 1) != "[") & (np.arange(looker + 1) < looker)
+    meaning = np.array([not word.is_mark for word in words[: looker + 1]])
+    allowed = meaning & (np.roll(spelled, 1) != "[") & (np.arange(looker + 1) < looker)
     looks: list[Look] = []
     while allowed.any() and len(looks) < 2:
         considered = np.where(allowed, weights, -1.0)
@@ -146,7 +144,8 @@ def drawn(words: Sequence[Word], weights: NDArray[np.float64], looks: Sequence[L
     )
     if len(kept) <= looker:
         rest = ", ".join(f"{1 - sum(row[kept]):.2f}" for row in rows)
-        lines.append(style.dim(f"  and {looker + 1 - len(kept)} words less looked at, together {rest}"))
+        less = f"and {looker + 1 - len(kept)} words less looked at, together {rest}"
+        lines += map(style.dim, wrap(less, style.width, "  "))
     first = looks[0]
     shown = range(max(0, first.target - AROUND), min(looker + 1, first.target + AROUND))
     lines += ["", *wrap(f"Layer {first.layer}, head {first.head}, around what it looks at most:", style.width), ""]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 
 from fastattn.console.terminal import Style, wrap
@@ -31,16 +32,18 @@ class Comparison:
     def __init__(self, conversation: Conversation) -> None:
         self.conversation = conversation
         self.plain = Reader(conversation.reader.model, PlainCache)
+        self._heard: list[int] = []
 
     def catch_up(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Read what the conversation's reader has read since the last time: text at once, an answer token by token."""
-        said, read = self.conversation.ids, self.conversation.reader.length
+        said = self.conversation.ids[: self.conversation.reader.length]
         self.plain.restart_clock()
-        self.plain.forget(read)
-        written = min(read, self.conversation.answered_from)
-        if self.plain.length < written:
-            self.plain.read(said[self.plain.length : written], progress)
-        for token in said[self.plain.length : read]:
+        alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(self._heard, said, strict=False))
+        self.plain.forget(len(list(alike)))  # a conversation may have begun anew
+        self._heard = said
+        if new := said[self.plain.length : self.conversation.answered_from]:
+            self.plain.read(new, progress)
+        for token in said[self.plain.length :]:
             self.plain.read([token])
 
     def lines(self, style: Style) -> Iterator[str]:

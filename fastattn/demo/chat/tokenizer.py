@@ -2,7 +2,7 @@
 
 Text is cut into words, each with the space before it, and the UTF-8 bytes of a word are joined, pair by pair, in the
 order in which the pairs were found when the vocabulary was made: most frequent first. What is not in the vocabulary as
-a whole falls into pieces, at last into bytes, so that there is no text which has no tokens.
+a whole falls into pieces, at last into bytes. Some rare bytes it lacks: they are left out, as in the model's training.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Tokenizer:
 
     def _join(self, word: str) -> tuple[int, ...]:
         """The tokens of one word."""
-        pieces = [_SPELLED[byte] for byte in word.encode("utf-8", "replace")]
+        pieces = [_SPELLED[byte] for byte in word.encode("utf-8", "replace") if _SPELLED[byte] in self._numbers]
         last = len(self._ranks)
         while len(pieces) > 1:
             pairs = list(itertools.pairwise(pieces))
