@@ -143,9 +143,8 @@ class Talk:
     def turn_or_not(self, question: str) -> None:
         """Answer a question; Ctrl-C stops the answer, and what cannot be is said."""
         try:
-            self.turn(question)
-        except KeyboardInterrupt:
-            print(flush=True)
+            with contextlib.suppress(KeyboardInterrupt):
+                self.turn(question)
         except UserError as error:
             self.say(str(error))
         if not self.asks:

@@ -93,6 +93,7 @@ class Conversation:
         self.answered_from = len(self.ids)
         for _ in range(min(limit, self.context - len(self.ids))):
             logits = self.reader.read(self.ids[self.reader.length :], progress)
+            progress = None
             token = self.sampling.choose(logits)
             self.ids.append(token)
             if token == self._end:

@@ -94,7 +94,10 @@ def test_a_turn_after_one_that_was_broken_off_begins_with_its_end(small: SmolLM2
 
 def test_an_answer_ends_at_its_limit_or_where_there_is_no_more_room(small: SmolLM2) -> None:
     conversation = Conversation(small, "", Scripted(small, "a" * 1000))
-    assert len(list(conversation.answer("hi", 7))) == 7
+    seen: list[tuple[int, int]] = []
+    assert len(list(conversation.answer("hi", 7, lambda done, total: seen.append((done, total))))) == 7
+    asked = conversation.reader.prefill.tokens
+    assert seen == [(asked, asked)]  # of the question alone
     assert len(list(conversation.answer("hi", 1000))) < 256
     assert len(conversation.ids) == small.context
     before = list(conversation.ids)
