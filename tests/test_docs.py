@@ -137,7 +137,9 @@ def test_make_has_the_targets(page: Path) -> None:
 
 @every_page
 def test_the_command_line_has_the_commands(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for command, rest in re.findall(r"python -m fastattn ([a-z]+(?: search)?)\b([^`\n#]*)", page.read_text("utf-8")):
+    for command, rest in re.findall(
+        r"python -m fastattn ([a-z]+(?: search| chat)?)\b([^`\n#]*)", page.read_text("utf-8")
+    ):
         with pytest.raises(SystemExit) as end:
             main([*command.split(), "--help"])
         assert end.value.code == 0, f"{page.name}: {command}"

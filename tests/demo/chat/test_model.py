@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import warnings
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from fastattn.demo.chat.conversation import Conversation
 from fastattn.demo.chat.model import SmolLM2, model_file, silu
 from fastattn.demo.chat.reader import Reader
 
+takes_long = pytest.mark.skipif("FASTATTN_SLOW" not in os.environ, reason="takes long; FASTATTN_SLOW=1 runs it")
 QUESTION = "Write a short story about a crow and a fox."
 
 
@@ -69,7 +71,7 @@ def test_a_turn_is_that_of_the_template(model: SmolLM2, theirs: Any) -> None:
         messages.append({"role": "assistant", "content": theirs.tokenizer.decode(answer)})
 
 
-@pytest.mark.parametrize("tokens", [8, pytest.param(64, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tokens", [8, pytest.param(64, marks=takes_long)])
 def test_an_answer_is_that_of_transformers(model: SmolLM2, theirs: Any, tokens: int) -> None:
     """All logits on the way, and so each likeliest token, which is the one that was written."""
     conversation = Conversation(model)
@@ -81,7 +83,7 @@ def test_an_answer_is_that_of_transformers(model: SmolLM2, theirs: Any, tokens: 
     assert expected.argmax(axis=1).tolist() == answer == conversation.ids[start:]
 
 
-@pytest.mark.slow
+@takes_long
 def test_a_long_text_is_read_as_transformers_does(model: SmolLM2, theirs: Any) -> None:
     ids = model.tokenizer.encode("Crows are clever birds. " * 250)[:1200]  # in three pieces
     check(ours_of(model, ids, 1), theirs_of(theirs, ids, 1))
