@@ -67,7 +67,7 @@ def chat(args: argparse.Namespace) -> int:
     if args.prompt is not None and not args.prompt.strip():
         raise UserError("--prompt has no word in it")
     texts = [read_text(file).strip() for file in args.file or ()]
-    system = args.system or (ABOUT if texts else SYSTEM)
+    system = args.system if args.system is not None else ABOUT if texts else SYSTEM
     with Progress("reading the model"):
         model = SmolLM2.load()
     sampling = Sampling(args.temperature, args.top_p, np.random.default_rng(args.seed))
@@ -202,6 +202,8 @@ class Talk:
         written = find_written(words, conversation.answered_from, self.args.show)
         weights = looks_to_write(conversation, words, written)
         looks = sharpest(weights, words)
+        if not looks:
+            raise UserError("there is no word that it could have looked at")
         places = " and ".join(f'"{words[look.target].text}" ({look.weight:.2f})' for look in looks)
         print()
         print(*wrap(f'To write "{words[written].text}", it looked at {places} most sharply.', style.width), sep="\n")

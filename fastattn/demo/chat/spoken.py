@@ -94,8 +94,8 @@ def looks_to_write(conversation: Conversation, words: Sequence[Word], written: i
 def sharpest(weights: NDArray[np.float64], words: Sequence[Word]) -> list[Look]:
     """The head that looks most sharply at a word, and the one that looks most sharply at another word.
 
-    Not counted are signs and the names of who speaks, where heads rest that find nothing, and the word that looks
-    itself, which is the last one.
+    Not counted are signs and the names of who speaks, where heads rest that find nothing, and the word that looks,
+    which is the last one, wherever it stands.
 
     Parameters
     ----------
@@ -105,7 +105,7 @@ def sharpest(weights: NDArray[np.float64], words: Sequence[Word]) -> list[Look]:
     looker = weights.shape[2] - 1
     spelled = np.array([word.text.casefold() for word in words[: looker + 1]])
     meaning = np.array([not word.is_mark for word in words[: looker + 1]])
-    allowed = meaning & (np.roll(spelled, 1) != "[") & (np.arange(looker + 1) < looker)
+    allowed = meaning & (np.roll(spelled, 1) != "[") & (spelled != spelled[looker])
     looks: list[Look] = []
     while allowed.any() and len(looks) < 2:
         considered = np.where(allowed, weights, -1.0)

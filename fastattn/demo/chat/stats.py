@@ -12,13 +12,23 @@ from fastattn.demo.chat.reader import Pace, Reader
 
 __all__ = ["Comparison", "pace_in_words"]
 
+NAMES = ("fastattn", "plain NumPy")
+
 
 def pace_in_words(pace: Pace) -> str:
     """What was read, how fast, and what attention took of the time."""
     tokens = f"{pace.tokens:,} token" + "s" * (pace.tokens != 1)
-    return (
-        f"{tokens} in {pace.seconds:.1f} s: {pace.per_second:.3g} a second, attention is {pace.share:.0%} of the time."
-    )
+    return f"{tokens} in {pace.seconds:.1f} s: {_figure(pace)} a second, attention is {pace.share:.0%} of the time."
+
+
+def rate(pace: Pace) -> str:
+    """Tokens a second, and the share of attention, in few characters."""
+    return f"{_figure(pace)} /s, {pace.share:.0%}"
+
+
+def _figure(pace: Pace) -> str:
+    """Tokens a second, in three digits or more."""
+    return f"{pace.per_second:,.0f}" if pace.per_second >= 100 else f"{pace.per_second:.3g}"
 
 
 class Comparison:
@@ -53,13 +63,15 @@ class Comparison:
             ("read (prefill)", fast.prefill, self.plain.prefill),
             ("written (decode)", fast.decode, self.plain.decode),
         ]
-        rows = [
-            (f"{ours.tokens:,} {what}", [f"{pace.per_second:.3g} /s, {pace.share:.0%}" for pace in (ours, theirs)])
-            for what, ours, theirs in pairs
-            if ours.tokens
-        ]
-        width = max(len(name) for name, _ in rows)
-        yield style.bold(f"{'tokens':{width}}  {'fastattn':>14}  {'plain NumPy':>14}")
-        for name, cells in rows:
-            yield f"{name:{width}}  {cells[0]:>14}  {cells[1]:>14}"
+        rows = [(f"{ours.tokens:,} {what}", rate(ours), rate(theirs)) for what, ours, theirs in pairs if ours.tokens]
+        width = max(len(name) for name, *_ in rows)
+        wide = [f"{name:{width}}  {ours:>14}  {theirs:>14}" for name, ours, theirs in (("tokens", *NAMES), *rows)]
+        if len(wide[0]) <= style.width:
+            yield style.bold(wide[0])
+            yield from wide[1:]
+        else:  # one below another
+            for name, *cells in rows:
+                yield style.bold(name)
+                for what, cell in zip(NAMES, cells, strict=True):
+                    yield from wrap(f"{what}: {cell}", style.width, "  ")
         yield from map(style.dim, wrap("Tokens a second, and the share of attention in the time.", style.width))
