@@ -26,14 +26,14 @@ class Flow:
 
     Examples
     --------
-    >>> import sys
-    >>> flow = Flow(sys.stdout, 16)
+    >>> import io
+    >>> stream = io.StringIO()
+    >>> flow = Flow(stream, 16)
     >>> for text in ("It comes in pie", "ces, and", " is wrapped"):
     ...     flow.add(text)
     >>> flow.end()
-    It comes in
-    pieces, and is
-    wrapped
+    >>> stream.getvalue()
+    'It comes in\\npieces, and is\\nwrapped\\n'
     """
 
     def __init__(self, stream: TextIO, width: int) -> None:
