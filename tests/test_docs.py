@@ -138,7 +138,7 @@ def test_make_has_the_targets(page: Path) -> None:
 @every_page
 def test_the_command_line_has_the_commands(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for command, rest in re.findall(
-        r"python -m fastattn ([a-z]+(?: search| listen)?)\b([^`\n#]*)", page.read_text("utf-8")
+        r"python -m fastattn ([a-z]+(?: search| listen| chat)?)\b([^`\n#]*)", page.read_text("utf-8")
     ):
         with pytest.raises(SystemExit) as end:
             main([*command.split(), "--help"])

@@ -55,7 +55,9 @@ def process(*arguments: str, **options: Any) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-m", "fastattn", *arguments], env=environ, **options)
 
 
-@pytest.mark.parametrize("arguments", [[], ["demo"], ["demo", "search"], ["demo", "listen"], ["info"], ["warmup"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["demo"], *[["demo", name] for name in ("search", "listen", "chat")], ["info"], ["warmup"]]
+)
 def test_help(run: Any, arguments: Sequence[str]) -> None:
     status, out, err = run(*arguments, "--help")
     assert (status, err) == (0, "")

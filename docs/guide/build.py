@@ -1,6 +1,6 @@
 """Make the pages of this folder and their pictures: ``python docs/guide/build.py [NAME ...]``, all if none is named.
 
-Needs what the demo needs, and matplotlib. The pages themselves are in fastattn/guide/.
+Needs what the demo and `demo chat` need, and matplotlib. The pages themselves are in fastattn/guide/.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ import sys
 import time
 from pathlib import Path
 
-from fastattn.guide import PAGES, load
+from fastattn.demo.chat.model import SmolLM2
+from fastattn.guide import PAGES, language_model, load
 from fastattn.guide.markdown import contents, need_matplotlib, write
 
 FOLDER = Path(__file__).parent
@@ -21,6 +22,10 @@ if __name__ == "__main__":
     for name in sys.argv[1:] or PAGES:
         start = time.perf_counter()
         page = load(name)
-        written = write(page, page.steps(), FOLDER)
+        steps = page.steps()
+        if name == "language-model":  # which is read where its model is not installed, too
+            language_model.keep(language_model.measured(SmolLM2.load()))
+            steps = language_model.told(language_model.kept())
+        written = write(page, steps, FOLDER)
         print(f"{name}: {len(written) - 1} pictures, {time.perf_counter() - start:.1f} s")
     (FOLDER / "README.md").write_text(contents(), "utf-8")

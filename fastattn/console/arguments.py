@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import tempfile
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import NoReturn
 
 from fastattn.console.terminal import UserError, printable
 
-__all__ = ["Parser", "folder_to_write", "number", "output_file", "program"]
+__all__ = ["Parser", "folder_to_write", "number", "output_file", "program", "real"]
 
 
 def program() -> str:
@@ -43,6 +44,28 @@ def number(name: str, least: int = 0, most: int | None = None) -> Callable[[str]
             value = least - 1
         if value < least or (most is not None and value > most):
             allowed = f"of at least {least}" if most is None else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {name} {allowed}")
+        return value
+
+    return parse
+
+
+def real(name: str, least: float, most: float = math.inf) -> Callable[[str], float]:
+    """An argparse type: a finite number from `least` to `most`, of which there is perhaps none.
+
+    Examples
+    --------
+    >>> real("probability", 0.0, 1.0)("0.9")
+    0.9
+    """
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most or math.isinf(value):
+            allowed = f"of at least {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
             raise argparse.ArgumentTypeError(f"{text!r} is not a {name} {allowed}")
         return value
 

@@ -1,4 +1,4 @@
-"""The commands ``demo`` and ``demo search``; ``demo listen`` is in a package of its own."""
+"""The commands ``demo`` and ``demo search``; ``demo chat`` and ``demo listen`` are in packages of their own."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from fastattn.console.terminal import (
     shaded_text,
     wrap,
 )
+from fastattn.demo.chat import cli as chat
 from fastattn.demo.listen import cli as listen
 from fastattn.demo.words import Look, Word, find_word, in_words, join_pieces, sharpest
 
@@ -71,6 +72,15 @@ def add_parsers(parser: argparse.ArgumentParser) -> None:
     finder.add_argument("files", nargs="+", metavar="FILE", help="text files in UTF-8; - is standard input")
     finder.add_argument("--top", type=number("number of sentences", 1), default=5, help="how many to show (5)")
     finder.set_defaults(run=alone("search", search))
+    talker = commands.add_parser(
+        "chat",
+        help="talk with a real language model",
+        description="Talk with SmolLM2-135M-Instruct, a real language model that runs in NumPy with every attention by "
+        "fastattn. Questions are read from the terminal, or line by line from a pipe.",
+        epilog=f'example: {program()} demo chat --prompt "What is the capital of France?" --show',
+    )
+    chat.add_arguments(talker)
+    talker.set_defaults(run=alone("chat", chat.chat))
 
 
 def alone(name: str, command: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
@@ -138,6 +148,7 @@ def demo(args: argparse.Namespace) -> int:
         say("Next: --word, --layer and --head look elsewhere, and")
     say(f'{program()} demo search "query" FILE... searches by meaning.')
     say(f"{program()} demo listen FILE.wav writes down what is said.")
+    say(f"{program()} demo chat talks with a language model.")
     return 0
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fastattn.console.terminal import UserError, printable
 
-__all__ = ["Sentence", "check_readable", "rank", "read_sentences", "split_sentences"]
+__all__ = ["Sentence", "check_readable", "rank", "read_sentences", "read_text", "split_sentences"]
 
 #: A sentence ends at . ! ? or …, perhaps with closing quotes or brackets, before a space and what may begin another.
 _END = re.compile(r"[.!?…]+[\"'”’»)\]]*\s+(?=[\"'“‘«(\[¿¡—–-]*[^\W_a-z])|[。！？]+[」』）]*")
@@ -90,8 +90,29 @@ def _unreadable(file: str, error: OSError | ValueError) -> UserError:
     return UserError(f"cannot read {printable(file)}: {reason}")
 
 
+def read_text(file: str) -> str:
+    """Read a text file in UTF-8; "-" is standard input.
+
+    Raises
+    ------
+    UserError
+        If the file cannot be read, or is no text.
+    """
+    try:
+        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+    except (OSError, ValueError) as error:
+        raise _unreadable(file, error) from error
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{printable(file)} is not a text in UTF-8: byte {error.start} is no character") from error
+    if "\0" in text:
+        raise UserError(f"{printable(file)} is not a text: it has zero bytes")
+    return text.replace("\r\n", "\n")
+
+
 def read_sentences(files: Sequence[str]) -> list[Sentence]:
-    """Read the sentences of text files in UTF-8; "-" is standard input.
+    """Read the sentences of text files, as `read_text` does.
 
     Raises
     ------
@@ -100,17 +121,7 @@ def read_sentences(files: Sequence[str]) -> list[Sentence]:
     """
     sentences = []
     for file in files:
-        try:
-            data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-        except (OSError, ValueError) as error:
-            raise _unreadable(file, error) from error
-        try:
-            text = data.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{printable(file)} is not a text in UTF-8: byte {error.start} is no character") from error
-        if "\0" in text:
-            raise UserError(f"{printable(file)} is not a text: it has zero bytes")
-        sentences += [Sentence(sentence, file, line) for line, sentence in split_sentences(text.replace("\r\n", "\n"))]
+        sentences += [Sentence(sentence, file, line) for line, sentence in split_sentences(read_text(file))]
     if not sentences:
         raise UserError(f"there is no sentence in {', '.join(map(printable, files))}")
     return sentences

@@ -89,6 +89,12 @@ CONTENTS = (
         model=False,
     ),
     Page("history", "History and reading", "Who had which idea, and where is it written?", model=False),
+    Page(
+        "language-model",
+        "How a language model writes",
+        "How is a text written by a model that scores one token, and why does it keep keys and values?",
+        model=False,
+    ),
 )
 PAGES = tuple(page.name for page in CONTENTS)
 

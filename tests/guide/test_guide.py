@@ -27,6 +27,7 @@ from fastattn.guide import (
     data,
     formula,
     heads,
+    language_model,
     lookup,
     markdown,
     tiles,
@@ -318,6 +319,26 @@ def test_partners_are_words_of_the_sentences(pair: tuple[str, str, str]) -> None
 def test_the_fables_are_whole() -> None:
     assert [len(fable) for fable in data.fables()] == [2, 6, 4, 6, 7, 5, 3, 13, 8]
     assert all(sentence == sentence.strip() and sentence[-1] in '.!?"' for sentence in data.sentences())
+
+
+@needs_docs
+def test_without_its_model_a_page_says_what_was_measured() -> None:
+    page, steps = guide.load("language-model"), tuple(language_model.told(language_model.kept()))
+    committed = (FOLDER / "language-model.md").read_text("utf-8")
+    assert differences(markdown.text(page, steps), committed) == [], "run docs/guide/build.py"
+
+
+def test_a_page_that_keeps_what_was_measured_does_without_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == language_model.PACKAGE else found(name)
+    )
+    steps = tuple(guide.load("language-model").steps())
+    assert any(isinstance(step, Picture) for step in steps)
+    for style in (PLAIN, NARROW):
+        for step in steps:
+            if not isinstance(step, Listing):
+                assert max(map(display_width, cli.show(step, style))) <= style.width, step
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
