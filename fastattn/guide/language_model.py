@@ -102,8 +102,9 @@ def told(facts: dict[str, Any]) -> Iterator[Step]:
         "the same, to five digits.",
     )
     yield (
-        "So they can be kept, in what is called a *KV cache*. A step then reads one new token. It makes one query in "
-        "each head, which looks at all keys that are kept, and adds one key and one value:"
+        "So they can be kept, in what is called a *KV cache*: `fastattn.KVCache` here, one for each layer. A step then "
+        "reads one new token. It makes one query in each head, which looks at all keys that are kept, and adds one key "
+        "and one value:"
     )
     yield Listing.of(write_with_cache)
     yield claim(facts["same"], "It writes the same, token by token.")

@@ -77,7 +77,7 @@ class FastCache(Cache):
 
     def __init__(self, kv_heads: int, head_dim: int, capacity: int) -> None:
         super().__init__(kv_heads, head_dim, capacity)
-        self._kept = KVCache(1, kv_heads, head_dim, dtype="float32", capacity=capacity)
+        self._kept = fastattn.KVCache(1, kv_heads, head_dim, dtype="float32", capacity=capacity)
 
     def truncate(self, length: int) -> None:
         """Forget all but the first tokens, so many."""
@@ -126,34 +126,3 @@ class PlainCache(Cache):
             self.record.append(weights)
         out: Floats = (weights.reshape(len(key), -1, self.length) @ value).reshape(query.shape)
         return out
-
-
-class KVCache:
-    """Preallocated arrays, and attention to what of them is filled."""
-
-    def __init__(self, batch: int, kv_heads: int, head_dim: int, *, dtype: str, capacity: int) -> None:
-        self._key, self._value = np.empty((2, batch, kv_heads, capacity, head_dim), dtype)
-        self.lengths = np.zeros(batch, np.int64)
-
-    def append(self, key: Floats, value: Floats) -> None:
-        """Keep what is new."""
-        new = slice(self.lengths[0], self.lengths[0] + key.shape[2])
-        self._key[:, :, new], self._value[:, :, new] = key, value
-        self.lengths += key.shape[2]
-
-    def truncate(self, lengths: list[int]) -> None:
-        """Forget all but the first tokens, so many."""
-        self.lengths[:] = lengths
-
-    def attention(self, query: Floats, return_weights: bool = False) -> Any:
-        """Attention to what there is."""
-        out: Any = fastattn.attention(
-            query,
-            self._key,
-            self._value,
-            is_causal="bottom-right",
-            enable_gqa=True,
-            key_lengths=self.lengths,
-            return_weights=return_weights,
-        )
-        return (out[0], out[1][..., : self.lengths[0]]) if return_weights else out
