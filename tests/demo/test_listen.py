@@ -316,7 +316,7 @@ class Scripted:
         self.texts = list(texts)
         self.rest: list[int] = []
 
-    def caches(self, capacity: int) -> list[Any]:
+    def caches(self, attention: Any, capacity: int) -> list[Any]:
         """Return nothing: it needs none."""
         return []
 
@@ -392,12 +392,14 @@ def test_plain_attention_is_fastattns(count: int) -> None:
     rng = np.random.default_rng(5)
     query, key, value = (rng.standard_normal((8, size, 64)).astype(np.float32) for size in (count, 9, 9))
     fast, plain = attention.Attention(), attention.PlainAttention()
-    caches = [attention.Cache(8, 12, 64) for _ in range(2)]
-    for cache in caches:
-        for part in (slice(0, 5), slice(5, 9)):
-            cache.append(key[:, part], value[:, part])
-    of_text = fast.of_text(query, caches[0])
-    np.testing.assert_allclose(of_text, plain.of_text(query, caches[1]), rtol=0, atol=1e-5)
+    of_text = []
+    for kind in (fast, plain):
+        cache = kind.cache(8, 64, 12)
+        for part in (slice(0, 9 - count), slice(9 - count, 9)):
+            out = kind.of_text(np.resize(query, (8, part.stop - part.start, 64)), key[:, part], value[:, part], cache)
+        of_text.append(out)
+        assert cache.lengths.tolist() == [9]
+    np.testing.assert_allclose(*of_text, rtol=0, atol=1e-5)
     for name in ("of_sound", "to_sound"):
         np.testing.assert_allclose(
             getattr(fast, name)(query, key, value), getattr(plain, name)(query, key, value), rtol=0, atol=1e-5

@@ -146,7 +146,7 @@ class TestModel:
         prompt = vocabulary.prompt("en", translate=False)
         text = write(model, vocabulary, sound, prompt, Attention())
         tokens = [*prompt, *text.tokens]
-        logits = model.logits(model.read(tokens, sound, model.caches(len(tokens)), Attention()))
+        logits = model.logits(model.read(tokens, sound, model.caches(Attention(), len(tokens)), Attention()))
         with torch.no_grad():
             outputs = theirs(
                 encoder_outputs=(encoded,), decoder_input_ids=torch.tensor([tokens]), output_attentions=True
@@ -164,8 +164,8 @@ class TestModel:
 
     def test_token_by_token_it_is_the_same_as_at_once(self, model: Whisper, sound: list[Pair]) -> None:
         tokens = [50258, 50259, 50359, 50364, 7344, 3031, 11, 1562]
-        whole = model.read(tokens, sound, model.caches(), Attention())
-        caches = model.caches()
+        whole = model.read(tokens, sound, model.caches(Attention()), Attention())
+        caches = model.caches(Attention())
         single = np.concatenate([model.read([token], sound, caches, Attention()) for token in tokens])
         np.testing.assert_allclose(single, whole, rtol=0, atol=TOLERANCE * np.abs(whole).max())
 

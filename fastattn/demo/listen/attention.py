@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,44 +15,25 @@ from numpy.typing import NDArray
 import fastattn
 from fastattn.demo.parts import Floats
 
-__all__ = ["Attention", "Cache", "PlainAttention", "RecordingAttention", "TimedAttention"]
-
-
-class Cache:
-    """The keys and values of the tokens so far, of one layer, in memory for as many as there may be."""
-
-    def __init__(self, heads: int, capacity: int, dimensions: int) -> None:
-        self._key, self._value = np.empty((2, heads, capacity, dimensions), np.float32)
-        self.length = 0
-
-    @property
-    def key(self) -> Floats:
-        """The keys so far, (H, length, D)."""
-        return self._key[:, : self.length]
-
-    @property
-    def value(self) -> Floats:
-        """The values so far, (H, length, D)."""
-        return self._value[:, : self.length]
-
-    def append(self, key: Floats, value: Floats) -> None:
-        """Add those of L more tokens, of shape (H, L, D)."""
-        new = slice(self.length, self.length + key.shape[1])
-        self._key[:, new], self._value[:, new] = key, value
-        self.length = new.stop
+__all__ = ["Attention", "PlainAttention", "RecordingAttention", "TimedAttention"]
 
 
 class Attention:
     """Every attention that Whisper computes, by fastattn; all arrays are (H, length, D)."""
+
+    def cache(self, heads: int, dimensions: int, capacity: int) -> Any:
+        """Make what a layer keeps of the tokens so far, their keys and values."""
+        return fastattn.KVCache(1, heads, dimensions, dtype="float32", capacity=capacity)
 
     def of_sound(self, query: Floats, key: Floats, value: Floats) -> Floats:
         """In the encoder: every moment looks at all moments."""
         out: Floats = fastattn.attention(query, key, value)
         return out
 
-    def of_text(self, query: Floats, cache: Cache) -> Floats:
-        """In the decoder: L new tokens, which are in the cache already, look at what has been written up to each."""
-        out: Floats = fastattn.attention(query, cache.key, cache.value, is_causal="bottom-right")
+    def of_text(self, query: Floats, key: Floats, value: Floats, cache: Any) -> Floats:
+        """In the decoder: L new tokens look at what has been written up to each; the cache has them from now on."""
+        cache.append(key[None], value[None])
+        out: Floats = cache.attention(query[None])[0]
         return out
 
     def to_sound(self, query: Floats, key: Floats, value: Floats) -> Floats:
@@ -80,18 +62,38 @@ class RecordingAttention(Attention):
         return out
 
 
+class PlainCache:
+    """Keys and values in memory for as many tokens as there may be; `lengths` as of a `fastattn.KVCache`."""
+
+    def __init__(self, heads: int, dimensions: int, capacity: int) -> None:
+        self._key, self._value = np.empty((2, heads, capacity, dimensions), np.float32)
+        self.lengths = np.zeros(1, np.int64)
+
+    def append(self, key: Floats, value: Floats) -> tuple[Floats, Floats]:
+        """Add those of L more tokens, (H, L, D), and return all that there are."""
+        new = slice(self.lengths[0], self.lengths[0] + key.shape[1])
+        self._key[:, new], self._value[:, new] = key, value
+        self.lengths[0] = new.stop
+        return self._key[:, : new.stop], self._value[:, : new.stop]
+
+
 class PlainAttention(Attention):
     """The same as one writes it in NumPy."""
+
+    def cache(self, heads: int, dimensions: int, capacity: int) -> PlainCache:
+        """Make what a layer keeps of the tokens so far."""
+        return PlainCache(heads, dimensions, capacity)
 
     def of_sound(self, query: Floats, key: Floats, value: Floats) -> Floats:
         """In the encoder."""
         return _plain(query, key, value)
 
-    def of_text(self, query: Floats, cache: Cache) -> Floats:
+    def of_text(self, query: Floats, key: Floats, value: Floats, cache: PlainCache) -> Floats:
         """In the decoder."""
-        count = query.shape[1]
-        hidden = None if count == 1 else ~np.tri(count, cache.length, cache.length - count, dtype=bool)
-        return _plain(query, cache.key, cache.value, hidden)
+        key, value = cache.append(key, value)
+        count, length = query.shape[1], key.shape[1]
+        hidden = None if count == 1 else ~np.tri(count, length, length - count, dtype=bool)
+        return _plain(query, key, value, hidden)
 
     def to_sound(self, query: Floats, key: Floats, value: Floats) -> Floats:
         """Cross-attention."""
@@ -124,10 +126,14 @@ class TimedAttention(Attention):
         self.seconds += time.perf_counter() - start
         return out
 
-    def of_text(self, query: Floats, cache: Cache) -> Floats:
+    def cache(self, heads: int, dimensions: int, capacity: int) -> Any:
+        """Make what a layer keeps of the tokens so far."""
+        return self.inner.cache(heads, dimensions, capacity)
+
+    def of_text(self, query: Floats, key: Floats, value: Floats, cache: Any) -> Floats:
         """In the decoder."""
         start = time.perf_counter()
-        out = self.inner.of_text(query, cache)
+        out = self.inner.of_text(query, key, value, cache)
         self.seconds += time.perf_counter() - start
         return out
 

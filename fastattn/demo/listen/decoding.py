@@ -63,7 +63,7 @@ def detect_language(
     model: Whisper, vocabulary: Vocabulary, sound: list[Pair], attention: Attention
 ) -> tuple[str, float]:
     """The language that is spoken, and its probability among all that the model knows."""
-    vectors = model.read([vocabulary.start], sound, model.caches(1), attention)
+    vectors = model.read([vocabulary.start], sound, model.caches(attention, 1), attention)
     logits = model.logits(vectors[0])[list(vocabulary.languages.values())]
     best = int(logits.argmax())
     return list(vocabulary.languages)[best], float(1 / np.exp(logits - logits[best]).sum())
@@ -117,7 +117,7 @@ def write(
         Called with the tokens so far, as each comes.
     """
     rng = np.random.default_rng(0)
-    caches = model.caches(len(prompt) + LONGEST)
+    caches = model.caches(attention, len(prompt) + LONGEST)
     vectors = model.read(prompt, sound, caches, attention)
     silence = float(_log_softmax(model.logits(vectors[0]))[vocabulary.no_speech])
     tokens: list[int] = []

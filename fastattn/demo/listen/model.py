@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastattn.demo.listen.attention import Attention, Cache, RecordingAttention
+from fastattn.demo.listen.attention import Attention, RecordingAttention
 from fastattn.demo.parts import Floats, gelu, layer_norm, linear
 
 __all__ = ["HEADS", "LAYERS", "MAX_TOKENS", "Whisper"]
@@ -114,11 +114,11 @@ class Whisper:
             pairs.append((key, value))
         return pairs
 
-    def caches(self, capacity: int = MAX_TOKENS) -> list[Cache]:
+    def caches(self, attention: Attention, capacity: int = MAX_TOKENS) -> list[Any]:
         """Make what a text is kept in, of each layer, while it is written: empty."""
-        return [Cache(HEADS, capacity, self.tokens.shape[1] // HEADS) for _ in self.decoder]
+        return [attention.cache(HEADS, self.tokens.shape[1] // HEADS, capacity) for _ in self.decoder]
 
-    def read(self, tokens: Sequence[int], sound: list[Pair], caches: list[Cache], attention: Attention) -> Floats:
+    def read(self, tokens: Sequence[int], sound: list[Pair], caches: list[Any], attention: Attention) -> Floats:
         """Run the decoder on L more tokens, which the caches then have.
 
         Returns
@@ -126,12 +126,11 @@ class Whisper:
         ndarray, shape (L, E)
             Of each token a vector, which says what may follow: see `logits`.
         """
-        start = caches[0].length
+        start = int(caches[0].lengths[0])
         x = self.tokens[np.asarray(tokens)] + self.positions[start : start + len(tokens)]
         for (among, cross, forward), (sound_key, sound_value), cache in zip(self.decoder, sound, caches, strict=True):
             query, key, value = _heads(linear(_norm(x, among.norm), *among.query_key_value), 3)
-            cache.append(key, value)
-            x += linear(_joined(attention.of_text(query, cache)), *among.output)
+            x += linear(_joined(attention.of_text(query, key, value, cache)), *among.output)
             (query,) = _heads(linear(_norm(x, cross.norm), *cross.query), 1)
             x += linear(_joined(attention.to_sound(query, sound_key, sound_value)), *cross.output)
             x += _feed_forward(x, forward)
@@ -145,7 +144,7 @@ class Whisper:
     def looks(self, tokens: Sequence[int], sound: list[Pair]) -> Floats:
         """Where each of L tokens looks in the sound, in each head of the decoder, (layers, H, L, M)."""
         recording = RecordingAttention()
-        self.read(tokens, sound, self.caches(len(tokens)), recording)
+        self.read(tokens, sound, self.caches(recording, len(tokens)), recording)
         return np.stack(recording.weights)
 
 

@@ -86,7 +86,7 @@ def _once(
 
     timed.seconds = 0.0
     start = time.perf_counter()
-    caches = model.caches(len(prompt) + LONGEST)
+    caches = model.caches(timed, len(prompt) + LONGEST)
     vectors = model.read(prompt, sound, caches, timed)
     for token in tokens:
         model.logits(vectors[-1])
