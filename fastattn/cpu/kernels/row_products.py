@@ -4,8 +4,8 @@
     sums[r][p]  += Σ_j weights[r][j] · value[j][p]
 
 Keys and values are read where they lie, or have been copied to, as they are: half precision is widened in registers. So
-is int8 for a row or two; for more rows some keys at a time are widened first, to the first-level cache. `place` says what
-is read, and with that whether it has to be widened. What is computed for a row is the same, in the same order, whatever
+is int8 for a row or two; for more rows some keys at a time are widened first, to the first-level cache. `place` is what
+is read from, and says whether it has to be widened. What is computed for a row is the same, in the same order, whatever
 other rows there are.
 """
 
