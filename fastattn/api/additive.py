@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastattn import reference
-from fastattn.api.asked import ends_of, key_of_others, masks_in
+from fastattn.api.asked import ends_of, is_free, key_of_others, masks_in
 from fastattn.api.attention import rounded
 from fastattn.api.backends import BACKENDS
 from fastattn.call.arrays import as_additive_operands
@@ -132,7 +132,7 @@ def additive_attention(
         if not asked:
             asked = key_of_others(ADDITIVE, threads_of_call(), *options, *arrays)
         plan = session.current.plans.get(asked)
-        if plan is not None and (out is None or not signatures.overlap(out, query, key, value, weight, mask, keep)):
+        if plan is not None and (out is None or is_free(out, query, key, value, weight, mask, keep)):
             given: Any = query, key, value, mask, keep, None, None, out, return_lse, None, weight
             return cpu.attention(plan, *given)
 

@@ -11,7 +11,7 @@ import numpy as np
 from fastattn.cpu.host.builtin import signatures
 from fastattn.functions.recall import recalled
 
-__all__ = ["ends_of", "key_of_others", "masks_in", "number_in", "plain", "with_functions"]
+__all__ = ["ends_of", "is_free", "key_of_others", "masks_in", "number_in", "plain", "with_functions"]
 
 #: Stands for "bottom-right" in a key: a NaN that no arithmetic makes.
 BOTTOM_RIGHT = struct.unpack("=d", struct.pack("=Q", 0x7FF8_B077_0312_1647))[0]
@@ -40,6 +40,11 @@ def with_functions(asked: Hashable, score_mod: Any, mask_mod: Any) -> tuple[Hash
     if not asked or score is None or seen is None:
         return b"", ((), ())
     return (asked, score[0], seen[0]), (score[1], seen[1])
+
+
+def is_free(out: Any, *read: Any) -> bool:
+    """Whether results may be written to an array while others are read; the first of these may be the same."""
+    return bool(out.flags.writeable) and not signatures.overlap(out, *read)
 
 
 def ends_of(window: Any) -> tuple[Any, Any]:

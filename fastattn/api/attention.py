@@ -8,7 +8,7 @@ from typing import Any
 from numpy.typing import ArrayLike, NDArray
 
 from fastattn import reference
-from fastattn.api.asked import ends_of, key_of_others, masks_in, number_in, plain, with_functions
+from fastattn.api.asked import ends_of, is_free, key_of_others, masks_in, number_in, plain, with_functions
 from fastattn.api.backends import backend_of_attention
 from fastattn.call.arrays import as_operands
 from fastattn.call.blocks import Blocks
@@ -189,7 +189,7 @@ def attention(
         if not score_mod is mask_mod is None:
             found, captured = with_functions(asked, score_mod, mask_mod)
         plan = session.current.plans.get(found)
-        if plan is not None and (out is None or not signatures.overlap(out, query, key, value, mask, keep)):
+        if plan is not None and (out is None or is_free(out, query, key, value, mask, keep)):
             seed = seed_from(rng, plan.drops) if plan.drops or rng is not None else None
             arrays: Any = query, key, value, mask, keep  # what has a signature is an array
             result = cpu.again(plan, numbers, captured, arrays, out, return_lse, seed)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fastattn.api.asked import ends_of, key_of_others
+from fastattn.api.asked import ends_of, is_free, key_of_others
 from fastattn.api.attention import attention, rounded
 from fastattn.call.arrays import as_plain
 from fastattn.call.halves import BITS, cast, name_of, native, real_of
@@ -66,7 +66,7 @@ def again(asked: Hashable, sequences: Sequences, query: Any, window: Any, return
     """Compute a call like an earlier one, of which the same was asked; None if there has been none."""
     pages = sequences.pages()
     found = cpu.recalled(asked, pages) if asked else None
-    if found is None or (out is not None and (not out.flags.writeable or signatures.overlap(out, query))):
+    if found is None or (out is not None and not is_free(out, query)):
         return None
     if any(sequences.dropped):
         check_dropped(sequences, pages.lengths - query.shape[2], None if window is None else window[0])

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastattn import reference
-from fastattn.api.asked import BOTTOM_RIGHT, ends_of, key_of_others
+from fastattn.api.asked import BOTTOM_RIGHT, ends_of, is_free, key_of_others
 from fastattn.api.attention import attention
 from fastattn.api.backends import BACKENDS
 from fastattn.api.varlen import attention_varlen
@@ -240,7 +240,9 @@ def on_pages(
         )  # fmt: skip
         asked = signatures.of(*arguments) or key_of_others(*arguments)
         again = cpu.recalled(asked, pages) if asked else None
-        if again is not None and (out is None or _may_be_written(out, query, pages)):
+        if again is not None and (
+            out is None or is_free(out, query, pages.key, pages.value, pages.table, pages.lengths)
+        ):
             target = np.empty((*query.shape[:-1], pages.value.shape[3]), query.dtype) if out is None else out
             arrays = (query.swapaxes(1, 2), target.swapaxes(1, 2)) if length_first else (query, target)
             lse = cpu.attention_again(again, arrays[0], pages, arrays[1], bool(return_lse))
@@ -249,13 +251,6 @@ def on_pages(
             return target, lse.swapaxes(1, 2) if length_first else lse
     call = (attn_mask, dropout_p, is_causal, scale)
     return _on_pages(asked, query, pages, call, further, length_first, return_lse, rng, out)
-
-
-def _may_be_written(out: Array, query: Array, pages: Pages) -> bool:
-    """Whether the result can be written to an array like that of an earlier call, while the arguments are read."""
-    if out.dtype.kind == "V" or not out.flags.writeable:  # of dtypes with fields a signature does not say which
-        return False
-    return not signatures.overlap(out, query, pages.key, pages.value, pages.table, pages.lengths)
 
 
 @in_default_mode

@@ -223,6 +223,24 @@ def test_a_call_that_is_only_equal_to_an_earlier_one_is_refused(right: dict[str,
         fastattn.attention(query, key, value, **wrong)
 
 
+def test_a_read_only_out_is_refused_after_calls_that_were_right() -> None:
+    query, key, value = inputs(2, 5, 8)
+    pages, table, lengths = key[:, :, None], np.arange(2)[:, None], np.array([5, 3])
+    for call in (
+        lambda out: fastattn.attention(query, key, value, out=out),
+        lambda out: fastattn.additive_attention(query, key, value, query[0, 0], out=out),
+        lambda out: fastattn.attention_paged(query[:, :, None], pages, pages, table, lengths, out=out[:, :, None]),
+    ):
+        out, frozen = np.zeros_like(query), np.zeros_like(query)
+        frozen.flags.writeable = False
+        for _ in range(2):
+            call(out)
+        assert out.any()
+        with pytest.raises(ValueError, match="out: the array is read-only"):
+            call(frozen)
+        assert not frozen.any()
+
+
 def test_builtins_take_seeds_of_64_bits(plans: dict[Any, Any]) -> None:
     query, key, value = inputs(1, 2, 9, 8)
     for seed in (0, 1, 2**63, 2**64 - 1):
