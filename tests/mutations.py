@@ -1304,4 +1304,25 @@ MUTATIONS = (
         "pass",
         ("api/test_blocks.py", "test_a_pair_is_cut_into_blocks"),
     ),
+    Mutation(
+        "sinks count in every piece of a call on chunks",
+        "integrations/tasks.py",
+        'options["sinks"] = options["sinks"] if sinks else None',
+        "pass",
+        ("integrations/test_dask.py", "test_chunks_are_the_whole and sinks and keys"),
+    ),
+    Mutation(
+        "chunks that nobody sees are attended to all the same",
+        "integrations/grid.py",
+        "return any(max(begin, seen.begin) < min(end, seen.end) for seen in spans)",
+        "return True",
+        ("integrations/test_dask.py", "test_what_nobody_sees_is_no_task"),
+    ),
+    Mutation(
+        "rows of a piece are counted on where the batch has others between them",
+        "integrations/grid.py",
+        "for axis in range(max(cut, default=0)):",
+        "for axis in range(0):",
+        ("integrations/test_dask.py", "test_numbers_of_rows_are_those_of_the_whole_batch and dropout"),
+    ),
 )
