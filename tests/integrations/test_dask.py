@@ -11,7 +11,7 @@ import pytest
 import tolerances
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import Call, calls, each, of_size
+from strategies import Call, bias_in, calls, each, of_size
 
 import fastattn
 from fastattn import BlockMask
@@ -136,18 +136,87 @@ def test_gradients_of_chunks_are_those_of_the_whole(options: dict[str, Any], cut
         np.testing.assert_allclose(grad, want, atol=2e-5 * max(1, abs(want).max()), err_msg=name)
 
 
+def cut_anywhere(data: st.DataObject) -> Any:
+    """Return what makes of an array one in chunks of lengths that are drawn."""
+    return lambda array: da.from_array(
+        array, chunks=tuple(data.draw(st.integers(1, max(1, length))) for length in array.shape)
+    )
+
+
 @given(call=calls(further=True, dropout=True, with_functions=True, empty=True), data=st.data())
 def test_any_call(call: Call, data: st.DataObject) -> None:
-    def cut(array: Array) -> Any:
-        return da.from_array(array, chunks=tuple(data.draw(st.integers(1, max(1, length))) for length in array.shape))
-
-    query, key, value, mask = (each(cut, array) for array in call.args)
+    query, key, value, mask = (each(cut_anywhere(data), array) for array in call.args)
     wanted = tolerances.expected(*call.args, **call.options)
     out, lse = attention(query, key, value, mask, **call.options, return_lse=True, split_every=2)
     results = dask.compute(out, lse)
-    assert [(each.dtype, each.shape) for each in (out, lse)] == [(each.dtype, each.shape) for each in results]
+    assert [(array.dtype, array.shape) for array in (out, lse)] == [(array.dtype, array.shape) for array in results]
     tolerances.check_out(results[0], wanted)
     tolerances.check_lse(results[1], wanted)
+
+
+MASKS = (None, None, "bool", "padding", "float", "float, -inf")
+
+
+@given(call=calls(further=True, dropout=True, masks=MASKS), data=st.data())
+def test_any_gradient(call: Call, data: st.DataObject) -> None:
+    query, key, value, mask = (each(cut_anywhere(data), array) for array in call.args)
+    out, lse = fastattn.attention(*call.args, **call.options, return_lse=True)
+    rng = np.random.default_rng(0)
+    grad_out, grad_lse = (rng.standard_normal(array.shape).astype(array.dtype) for array in (out, lse))
+    names = ["query", "key", "value", *(["attn_mask"] if bias_in(call.args[3]) is not None else [])]
+    of_heads = [name for name in ("alibi_slopes", "sinks") if call.options.get(name) is not None]
+    upstream = map(cut_anywhere(data), (out, lse))
+    options = {**call.options, "grad_lse": cut_anywhere(data)(grad_lse), "grads": (*names, *of_heads)}
+    lazy = attention_backward(cut_anywhere(data)(grad_out), query, key, value, *upstream, mask, **options)
+    found = dask.compute(*lazy)
+    assert [(array.dtype, array.shape) for array in lazy] == [(array.dtype, array.shape) for array in found]
+    wanted = tolerances.expected_gradients(grad_out, *call.args, grad_lse=grad_lse, **call.options)
+    tolerances.check_gradients(found[: len(names)], call.args, *wanted)
+    heads = dict(zip(of_heads, found[len(names) :], strict=True))
+    tolerances.check_head_gradients(heads, grad_out, *call.args, grad_lse=grad_lse, **call.options)
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys"),
+    [
+        ((0, 2, 3, 4), (0, 2, 5, 4)),
+        ((1, 0, 3, 4), (1, 0, 5, 4)),
+        ((1, 2, 0, 4), (1, 2, 5, 4)),
+        ((1, 2, 3, 4), (1, 2, 0, 4)),
+        ((1, 2, 3, 0), (1, 2, 5, 0)),
+    ],
+    ids=["batch", "heads", "queries", "keys", "features"],
+)
+def test_axes_of_length_zero(queries: tuple[int, ...], keys: tuple[int, ...]) -> None:
+    query, key, of_heads = np.ones(queries), np.ones(keys), np.ones(queries[1])
+    options: dict[str, Any] = {"sinks": of_heads, "alibi_slopes": of_heads, "is_causal": True}
+    cut = [da.from_array(array, chunks=2) for array in (query, key, key)]
+    wanted = fastattn.attention(query, key, key, **options, return_lse=True)
+    found = attention(*cut, **options, return_lse=True)
+    told: dict[str, Any] = {**options, "grad_lse": wanted[1]}
+    told["grads"] = ("query", "key", "value", "sinks", "alibi_slopes")
+    wanted += fastattn.attention_backward(wanted[0], query, key, key, *wanted, **told)
+    found += attention_backward(wanted[0], *cut, *found, **told)
+    for lazy, want in zip(found, wanted, strict=True):
+        assert (lazy.dtype, lazy.shape) == (want.dtype, want.shape)
+        np.testing.assert_allclose(lazy.compute(), want, atol=1e-12)
+
+
+def test_gradients_of_what_a_function_captures() -> None:
+    arrays = inputs()
+    table, slope = np.linspace(-1, 1, 70, dtype=np.float32), np.array(0.3)
+
+    def relative(score: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
+        return score + table[key - query + 9] * (head + 1) - slope * batch
+
+    options: dict[str, Any] = {"score_mod": relative, "enable_gqa": True}
+    out, lse = fastattn.attention(*arrays, **options, return_lse=True)
+    names = ("table", "slope", "query")
+    wanted = fastattn.attention_backward(out, *arrays, out, lse, **options, grads=names)
+    found = attention_backward(out, *chunked(*arrays, CUTS["all"]), out, lse, **options, grads=names)
+    for lazy, want in zip(found, wanted, strict=True):
+        assert (lazy.dtype, lazy.shape) == (want.dtype, want.shape)
+        np.testing.assert_allclose(lazy.compute(), want, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64, np.int32])
