@@ -137,10 +137,14 @@ def test_gradients_of_chunks_are_those_of_the_whole(options: dict[str, Any], cut
 
 
 def cut_anywhere(data: st.DataObject) -> Any:
-    """Return what makes of an array one in chunks of lengths that are drawn."""
-    return lambda array: da.from_array(
-        array, chunks=tuple(data.draw(st.integers(1, max(1, length))) for length in array.shape)
-    )
+    """Return what makes of an array one in chunks of lengths that are drawn, up to three along each axis."""
+
+    def cut(array: Array) -> Any:
+        least = [max(1, -(-length // 3)) for length in array.shape]
+        chunks = [data.draw(st.integers(few, max(few, length))) for few, length in zip(least, array.shape, strict=True)]
+        return da.from_array(array, chunks=tuple(chunks))
+
+    return cut
 
 
 @given(call=calls(further=True, dropout=True, with_functions=True, empty=True), data=st.data())
