@@ -92,7 +92,9 @@ class Plan:
         """Take what arrives at a backward pass."""
         out, lse = self.problem.out_shape, self.problem.lse_shape
         shapes = {"grad_out": (out, "the result"), "out": (out, "the result")}
-        arrays = {name: _chunked(name, array) for name, array in given.items() if array is not None or name in shapes}
+        arrays = {
+            name: _chunked(name, array) for name, array in given.items() if array is not None or name != "grad_lse"
+        }
         for name, array in arrays.items():
             as_upstream(name, _hollow(array), self.problem.real, *shapes.get(name, (lse, "the log-sum-exp")))
         self._add(arrays)
@@ -115,10 +117,9 @@ class Plan:
 
     def chunks(self, index: Index, *names: str) -> list[Key]:
         """Return the keys of the chunks of arrays with these names at a place of the grid; None for others."""
-        return [self.chunk(name, index) if name in self.arrays else None for name in names]
+        return [self._chunk(name, index) if name in self.arrays else None for name in names]
 
-    def chunk(self, name: str, index: Index) -> Key:
-        """Return the key of the chunk of an array."""
+    def _chunk(self, name: str, index: Index) -> Key:
         array = self.arrays[name]
         return (array.name, *self.grid.cut(name, array.shape).at(index))
 

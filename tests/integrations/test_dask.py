@@ -427,6 +427,8 @@ def test_what_arrives_at_a_backward_pass_is_checked() -> None:
         attention_backward(out, query, key, value, out, out)
     with pytest.raises(TypeError, match="out: None"):
         attention_backward(out, query, key, value, None, lse)
+    with pytest.raises(TypeError, match="lse: None"):
+        attention_backward(out, query, key, value, out, None)
     with pytest.raises(ValueError, match="grads: 'sinks', but the call has none"):
         attention_backward(out, query, key, value, out, lse, grads=("sinks",))
     with pytest.raises(ValueError, match="rng: None with dropout_p"):
