@@ -12,7 +12,7 @@ import numba
 import pytest
 
 ROOT = Path(__file__).parent
-LIBRARIES = ("jax", "onnx", "torch", "transformers")  # of which the integrations need some
+LIBRARIES = ("dask", "jax", "onnx", "torch", "transformers")  # of which the integrations need some
 
 
 def needed_by(module: Path) -> set[str]:

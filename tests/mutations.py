@@ -1463,4 +1463,25 @@ MUTATIONS = (
         "pages = sequences.pages()\n    pages.lengths.fill(min(sequences.lengths))\n    found",
         ("api/test_cache.py", "test_a_call_like_an_earlier_one_is_told_of_new_lengths_and_pages"),
     ),
+    Mutation(
+        "sinks count in every piece of a call on chunks",
+        "integrations/tasks.py",
+        'options["sinks"] = options["sinks"] if sinks else None',
+        "pass",
+        ("integrations/test_dask.py", "test_chunks_are_the_whole and sinks and keys"),
+    ),
+    Mutation(
+        "chunks that nobody sees are attended to all the same",
+        "integrations/grid.py",
+        "return any(max(begin, seen.begin) < min(end, seen.end) for seen in spans)",
+        "return True",
+        ("integrations/test_dask.py", "test_what_nobody_sees_is_no_task"),
+    ),
+    Mutation(
+        "rows of a piece are counted on where the batch has others between them",
+        "integrations/grid.py",
+        "for axis in range(max(cut, default=0)):",
+        "for axis in range(0):",
+        ("integrations/test_dask.py", "test_numbers_of_rows_are_those_of_the_whole_batch and dropout"),
+    ),
 )

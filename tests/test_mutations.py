@@ -36,6 +36,8 @@ def test_the_tests_that_must_notice_are_there(mutation: Mutation) -> None:
 def test_a_broken_kernel_fails_a_test(mutation: Mutation, tmp_path: Path) -> None:
     if mutation.file.startswith("cuda/"):
         pytest.importorskip("numba_cuda", reason="CUDA's tests need numba-cuda")
+    if mutation.file.startswith("integrations/"):
+        pytest.importorskip("dask", reason="tests of chunks need Dask")
     for folder in (processes.PACKAGE, processes.TESTS):
         shutil.copytree(folder, tmp_path / folder.name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
     for settings in ("pyproject.toml", "conftest.py"):

@@ -96,6 +96,8 @@ class Whole:
         TypeError, ValueError
             If a block mask is for another, or a mask has another number of keys than a pair.
         """
+        if np.ndim(self.offset):
+            self.offset = np.broadcast_to(self.offset, problem.batch)
         blocks, keys = self.options["block_mask"], self.keys
         if blocks is not None:
             if keys is None:  # which shows at the end
@@ -127,15 +129,20 @@ class Whole:
     def piece(self, first: int, count: int) -> tuple[Mask, bool, dict[str, Any]]:
         """Return the mask of some keys, whether they are causal, and all other options; sinks go with the first."""
         masks = tuple(None if mask is None else _columns_of(mask, first, count) for mask in self.masks)
-        options = dict(self.options)
+        options = self.of_all()
         self.options["sinks"] = None  # one score of all pieces
+        return masks if self.is_pair else masks[0], self.causal != "no", options  # type: ignore[return-value]
+
+    def of_all(self) -> dict[str, Any]:
+        """Return all other options, in positions among all keys; a block mask as a function of these."""
+        options = dict(self.options)
         blocks: Any = options.pop("block_mask")
         if blocks is not None:
             own = asked_nearer(blocks.function.python, *self._offsets())
             options["mask_mod"] = own if options["mask_mod"] is None else both(own, options["mask_mod"])
         options["query_offset"] = self.offset
         options["key_lengths"] = self.lengths
-        return masks if self.is_pair else masks[0], self.causal != "no", options  # type: ignore[return-value]
+        return options
 
     def _offsets(self) -> tuple[int, Array | None]:
         """The position of query 0, one for all rows of a batch or one for each."""

@@ -59,6 +59,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "both masks": {"attn_mask": (np.linspace(-1, 1, 9 * 60).reshape(9, 60), np.arange(60) % 7 != 0)},
     "functions": {"score_mod": sloped, "mask_mod": half, "query_offset": 5},
     "block mask": {"block_mask": BlockMask.from_function(half, 9, 60, 2, 4), "query_offset": np.array([3, 9])},
+    "block mask, one offset": {"block_mask": BlockMask.from_function(half, 9, 60, 2, 4), "query_offset": np.array([3])},
     "dropout": {"dropout_p": 0.4, "rng": 3},
     "nothing is seen": {"window": (0, 0), "query_offset": 1000, "sinks": np.ones(4)},
 }
