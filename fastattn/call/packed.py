@@ -27,7 +27,17 @@ from fastattn.call.upstream import (
     summed_to,
 )
 
-__all__ = ["Packed", "as_given", "describe_packed", "heads_first", "sources_of_packed"]
+__all__ = [
+    "BY_ROW",
+    "Packed",
+    "as_given",
+    "as_starts",
+    "by_row",
+    "describe_packed",
+    "has_rows",
+    "heads_first",
+    "sources_of_packed",
+]
 
 #: Options that may have something for each row of a batch, and how many axes these have behind that of the batch.
 BY_ROW = {"query_offset": 0, "alibi_slopes": 1, "sinks": 1}
@@ -130,9 +140,9 @@ def describe_packed(
         As `fastattn.call.shapes.describe`, and where sequences are not what lies on the axes.
     """
     _check_shapes(query, key, value, enable_gqa)
-    starts = _as_starts("cu_seqlens_q", cu_seqlens_q, "query", len(query))
+    starts = as_starts("cu_seqlens_q", cu_seqlens_q, "query", len(query))
     if cu_seqlens_k is not None:
-        key_starts = _as_starts("cu_seqlens_k", cu_seqlens_k, "key", len(key))
+        key_starts = as_starts("cu_seqlens_k", cu_seqlens_k, "key", len(key))
         if len(key_starts) != len(starts):
             raise ValueError(
                 f"cu_seqlens_k: {len(key_starts)} numbers; expected {len(starts)}, as cu_seqlens_q has, a 0 and the "
@@ -153,7 +163,7 @@ def describe_packed(
         "enable_gqa": enable_gqa,
         **further,
     }
-    own = {name: _by_row(name, options.pop(name), count) for name in BY_ROW if _has_rows(name, options.get(name))}
+    own = {name: by_row(name, options.pop(name), count) for name in BY_ROW if has_rows(name, options.get(name))}
     first = {name: rows[0] for name, rows in own.items() if count}
     problem, operands = describe(heads_first(query), heads_first(key), heads_first(value), None, **options | first)
     packed = replace(problem, out_shape=(len(query), problem.heads, problem.value_dim))
@@ -210,7 +220,7 @@ def _check_shapes(query: Array, key: Array, value: Array, enable_gqa: bool) -> N
             )
 
 
-def _as_starts(name: str, given: ArrayLike, of: str, length: int) -> Array:
+def as_starts(name: str, given: ArrayLike, of: str, length: int) -> Array:
     """Return where sequences begin, and the end of the last one."""
     starts = as_array(name, given)
     expected = (
@@ -234,12 +244,12 @@ def _slices(starts: Array) -> list[slice]:
     return list(map(slice, ends[:-1], ends[1:]))
 
 
-def _has_rows(name: str, given: Any) -> bool:
+def has_rows(name: str, given: Any) -> bool:
     """Whether there is something in an option for each row of a batch."""
     return given is not None and not isinstance(given, int) and as_array(name, given).ndim > BY_ROW[name]
 
 
-def _by_row(name: str, given: Any, count: int) -> Array:
+def by_row(name: str, given: Any, count: int) -> Array:
     """Return an array with something for each of so many sequences."""
     rows = as_array(name, given)
     shape: Shape = (count, *rows.shape[1:])
