@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -226,8 +226,10 @@ class Call:
                 parcel = coming
 
 
-def call_of(comm: Any, query: Any, key: Any, value: Any, asked: Asked, check: Any = None) -> Call:
-    """Have all ranks agree on a call; `check` is what else is to be checked of a share.
+def call_of(
+    comm: Any, query: Any, key: Any, value: Any, asked: Asked, check: Callable[[Share], dict[str, str]]
+) -> Call:
+    """Have all ranks agree on a call; `check` checks what else there is, and says what more must be alike, in words.
 
     Raises
     ------
@@ -238,8 +240,7 @@ def call_of(comm: Any, query: Any, key: Any, value: Any, asked: Asked, check: An
     share, failure = None, None
     try:
         share = Share(query, key, value, asked)
-        if check is not None:
-            check(share)
+        share.words = check(share) | share.words
     except Exception as error:
         failure = error
     return Call(own, None if failure else share, failure)

@@ -144,7 +144,6 @@ class Backward(_Pass):
         names = (
             OPERANDS if grads is None else check_grads(grads, _sources(share, (share.query, share.key, share.value)))
         )
-        share.words["grads"] = repr(names)
         given = {"grad_out": grad_out, "out": out, "lse": lse}
         return {"upstream": tuple(as_array(name, array) for name, array in given.items()), "names": names}
 

@@ -112,7 +112,12 @@ def ring_attention(
     (1, 8, 16, 64)
     """
     asked = Asked(attn_mask, dropout_p, is_causal, scale, enable_gqa, layout, cu_seqlens, rng, options)
-    call = call_of(comm, query, key, value, asked, lambda share: check_flag("return_lse", return_lse))
+
+    def check(share: Share) -> dict[str, str]:
+        check_flag("return_lse", return_lse)
+        return {"function": "ring_attention"}
+
+    call = call_of(comm, query, key, value, asked, check)
     out, lse = Forward(call).run()
     return (out, lse) if return_lse else out
 
@@ -190,8 +195,9 @@ def ring_attention_backward(
     asked = Asked(attn_mask, dropout_p, is_causal, scale, enable_gqa, layout, cu_seqlens, rng, options)
     found: dict[str, Any] = {}
 
-    def check(share: Share) -> None:
+    def check(share: Share) -> dict[str, str]:
         found.update(Backward.check(share, grad_out, out, lse, grads))
+        return {"function": "ring_attention_backward", "grads": repr(found["names"])}
 
     call = call_of(comm, query, key, value, asked, check)
     return Backward(call, (query, key, value), **found).run()

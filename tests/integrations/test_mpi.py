@@ -1,0 +1,79 @@
+"""MPI: what several processes compute together, by tests/mpi_checks.py, and what it takes to have it."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import processes
+import pytest
+
+TESTS = Path(__file__).parents[1]
+CHECKS = TESTS / "mpi_checks.py"
+EXAMPLE = TESTS.parent / "docs" / "examples" / "sharded_cache.py"
+#: How it is started: that of the environment first, which the wheel of an MPI brings along.
+MPIEXEC = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+
+with_mpi = pytest.mark.skipif(
+    find_spec("mpi4py") is None or MPIEXEC is None, reason="mpi4py is not installed, or there is no mpiexec"
+)
+
+
+def names() -> list[str]:
+    """Return the checks that there are, without MPI."""
+    if find_spec("mpi4py") is None:
+        return [
+            each.name
+            for each in ast.parse(CHECKS.read_text("utf-8")).body
+            if isinstance(each, ast.FunctionDef) and each.decorator_list
+        ]
+    code = "import mpi_checks; print(*mpi_checks.CHECKS)"
+    return processes.run(code).split()
+
+
+def start(ranks: int, *arguments: str, timeout: float = 500) -> subprocess.CompletedProcess[str]:
+    """Run a Python file on so many ranks, each with one thread."""
+    assert MPIEXEC is not None
+    version = subprocess.run([MPIEXEC, "--version"], capture_output=True, text=True, check=False).stdout
+    more = ["--oversubscribe", "--allow-run-as-root"] if "Open MPI" in version or "OpenRTE" in version else []
+    settings = processes.environment(OMP_NUM_THREADS="1", NUMBA_NUM_THREADS="1")
+    command = [MPIEXEC, *more, "-n", str(ranks), sys.executable, *arguments]
+    return subprocess.run(command, env=settings, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+@cache
+def reports(ranks: int) -> tuple[dict[str, Any], str]:
+    """Return what each check says, and what else was said."""
+    ended = start(ranks, str(CHECKS))
+    lines = [json.loads(line) for line in ended.stdout.splitlines() if line.startswith("{")]
+    return {line["check"]: line["failures"] for line in lines}, f"status {ended.returncode}\n{ended.stderr}"
+
+
+@with_mpi
+@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_ranks_together(ranks: int, name: str) -> None:
+    failures, rest = reports(ranks)
+    assert name in failures, rest
+    assert not failures[name], "\n".join(failures[name])
+
+
+def test_without_mpi4py_a_line_says_what_it_needs() -> None:
+    code = """
+import sys
+sys.modules["mpi4py"] = None
+try:
+    import fastattn.integrations.mpi
+except ImportError as error:
+    print(error)
+"""
+    needed = "fastattn.integrations.mpi needs mpi4py, and MPI: pip install mpi4py mpich, or fastattn[mpi]\n"
+    assert processes.run(code) == needed
