@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,7 @@ def whole(queries: int, keys: int, causal: Any, **options: Any) -> Whole:
 def test_every_position_has_one_owner(length: int, ranks: int, layout: str) -> None:
     found = shares(length, ranks, layout)
     assert len(found) == ranks
-    assert sorted(sum(map(positions, found), [])) == list(range(length))
+    assert sorted(position for spans in found for position in positions(spans)) == list(range(length))
     sizes = [len(positions(spans)) for spans in found]
     assert max(sizes) - min(sizes) <= (1 if layout == "contiguous" else 2)
     for spans in found:
@@ -78,7 +77,7 @@ def test_keys_are_needed_by_who_has_a_query_that_may_look_at_them(options: Any, 
     starts = [np.array([0, length]) for length in (queries, keys)]
     runs = [runs_of(spans, starts[0]) for spans in cut[0]]
     found = needs(runs, cut[1], starts[1], lambda run: call.reach_of(run.first, run.length))
-    i, j = np.ogrid[:queries, :keys]
+    j = np.arange(keys)
     begin, end = zip(*(call.reach_of(row, 1) for row in range(queries)), strict=True)
     seen = (j >= np.array(begin)[:, None]) & (j < np.array(end)[:, None])
     wanted = [[seen[np.ix_(positions(a), positions(b))].any() for b in cut[1]] for a in cut[0]]
@@ -114,6 +113,6 @@ def test_keys_go_from_their_owner_to_all_who_need_them_and_to_nobody_else(seed: 
 
 
 def test_the_reach_of_some_queries_is_part_of_that_of_all() -> None:
-    reach = partial(whole(40, 50, True, window=(6, 0), query_offset=3).reach_of)
+    reach = whole(40, 50, True, window=(6, 0), query_offset=3).reach_of
     assert reach(0, 40) == (0, 43)
     assert reach(10, 5) == (7, 18)
