@@ -18,7 +18,7 @@ import pytest
 
 TESTS = Path(__file__).parents[1]
 CHECKS = TESTS / "mpi_checks.py"
-EXAMPLE = TESTS.parent / "docs" / "examples" / "sharded_cache.py"
+EXAMPLE = TESTS.parent / "docs" / "examples" / "decoding_mpi.py"
 #: How it is started: that of the environment first, which the wheel of an MPI brings along.
 MPIEXEC = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
 
@@ -77,3 +77,26 @@ except ImportError as error:
 """
     needed = "fastattn.integrations.mpi needs mpi4py, and MPI: pip install mpi4py mpich, or fastattn[mpi]\n"
     assert processes.run(code) == needed
+
+
+@with_mpi
+def test_the_example_decodes_over_shards() -> None:
+    ended = start(3, str(EXAMPLE), "--keys", "500", "--tokens", "4")
+    assert ended.returncode == 0, ended.stderr
+    assert "3 ranks, 504 keys, 168 of them on the first" in ended.stdout
+    assert float(ended.stdout.split()[-1]) < 1e-6
+
+
+@with_mpi
+def test_the_measurement_runs() -> None:
+    ended = start(2, str(TESTS.parent / "benchmarks" / "distributed.py"), "--length", "64", "--rounds", "1")
+    assert ended.returncode == 0, ended.stderr
+    assert "forward: 65536 bytes sent by a rank, 1.00 times its keys and values once around" in ended.stdout
+    assert "backward: 131072 bytes sent by a rank, 2.00 times its keys and values once around" in ended.stdout
+
+
+@with_mpi
+def test_doctests_run_on_one_rank() -> None:
+    code = "import doctest, fastattn.integrations.mpi as mpi; from fastattn.integrations.mpi import ring, sharding; "
+    code += "print([doctest.testmod(module) for module in (ring, sharding)])"
+    assert "failed=0, attempted=7" in processes.run(code)

@@ -151,24 +151,27 @@ class Backward(_Pass):
         """Return the gradients of this rank."""
         rank, route = self.call.comm.rank, self.call.route
         self.attempt(self._begin)
-        way = route.way(rank)
-        home = self._parcel(rank)
-        if self.moving and len(way) > 1:
-            self.courier.receive(home, way[-1], 2 * rank + 1)
+        home, from_others = self._parcel(rank), self._parcel(rank)
+        last = route.way(rank)[-1]
+        if self.moving and last != rank:
+            self.courier.receive(from_others, last, 2 * rank + 1)
         for owner, arrays in self.call.blocks(self.courier):
             before, after = route.neighbours(owner)
-            gradients = self._parcel(owner) if owner != rank or len(way) > 1 else home
-            if self.moving and before is not None:
+            gradients = home if owner == rank else self._parcel(owner)
+            gradients.numbers[...] = 0
+            so_far = None
+            if self.moving and before is not None and before != owner:  # the first after the owner begins
                 so_far = self._parcel(owner)
                 arrival = self.courier.receive(so_far, before, 2 * owner + 1)
-            gradients.numbers[...] = 0
             self.attempt(self._add_keys, owner, *arrays, dict(zip(self.moving, gradients.arrays, strict=True)))
-            if self.moving and before is not None:
+            if so_far is not None:
                 arrival.Wait()
                 self._add(gradients.numbers, so_far.numbers)
-            if self.moving and gradients is not home:
+            if self.moving and owner != rank:
                 self.courier.send(gradients, owner if after is None else after, 2 * owner + 1)
         self.settle()
+        if self.moving and last != rank:
+            self._add(home.numbers, from_others.numbers)
         return self._results(dict(zip(self.moving, home.arrays, strict=True)))
 
     def _parcel(self, owner: int) -> Parcel:

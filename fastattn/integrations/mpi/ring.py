@@ -177,7 +177,7 @@ def ring_attention_backward(
 
     Notes
     -----
-    Gradients of keys and values are summed in the order of the ring, beginning with their owner, and what ranks have in
+    Gradients of keys and values are summed in the order of the ring, that of their owner last, and what ranks have in
     common in the order of ranks: the same bits each time.
 
     Examples
