@@ -86,18 +86,36 @@ def all_together(arrays: Arrays) -> dict[str, Callable[[], object]]:
     }
 
 
-def bytes_sent(call: Callable[[], object]) -> int:
-    """Return how many bytes this rank sends."""
+def observed(call: Callable[[], object]) -> tuple[int, float]:
+    """Return how many bytes this rank sends, and the processor's seconds in which it computes, without waiting."""
     couriers: list[Courier] = []
+    busy: list[float] = []
+    attempt = passes.Forward.attempt
 
     class Kept(Courier):
         def __init__(self, comm: Any) -> None:
             super().__init__(comm)
             couriers.append(self)
 
-    with mock.patch.object(passes, "Courier", Kept):
+    def counted(self: Any, function: Any, *arguments: Any) -> None:
+        begin = time.thread_time()
+        attempt(self, function, *arguments)
+        busy.append(time.thread_time() - begin)
+
+    with (
+        mock.patch.object(passes, "Courier", Kept),
+        mock.patch.object(passes.Forward, "attempt", counted),
+        mock.patch.object(passes.Backward, "attempt", counted),
+    ):
         call()
-    return couriers[0].sent
+    return couriers[0].sent, sum(busy)
+
+
+def of_processor(call: Callable[[], object]) -> float:
+    """Return the processor's seconds of a call in one thread."""
+    begin = time.thread_time()
+    call()
+    return time.thread_time() - begin
 
 
 def network() -> tuple[float, float]:
@@ -130,13 +148,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             times["alone"].append(alone(call))
             for kind, calls in shared.items():
                 times[kind].append(timed(calls[what]))
-        work = Work(length, HEADS, HEADS, FEATURES)
+        work, ring = Work(length, HEADS, HEADS, FEATURES), shared["strong"][what]
         flops = step_of(work, Machine(1.0, 1.0, 0.0, 0.0, 0.0), 1, what).computing / statistics.median(times["alone"])
         machine = Machine(flops, bandwidth, latency, overhead=5e-4, merging=2.5e-9)
-        sent, least = (
-            bytes_sent(shared["strong"][what]),
-            max(1, ranks - 1) * 2 * HEADS * (length // ranks) * FEATURES * 4,
-        )
+        seen = [(of_processor(call), *observed(ring)) for _ in range(given.rounds)]
+        works = [COMM.allreduce(own) / COMM.allreduce(busy) / ranks for own, _, busy in seen]
+        sent, least = seen[0][1], max(1, ranks - 1) * 2 * HEADS * (length // ranks) * FEATURES * 4
         for kind, factor in (("strong", ranks), ("weak", 1)):
             ratios = [a / b / factor for a, b in zip(times["alone"], times[kind], strict=True)]
             size = Work(length if kind == "strong" else grown, HEADS, HEADS, FEATURES)
@@ -144,6 +161,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             lines.append(f"{what}, {kind}: efficiency {statistics.median(ratios):.2f}, by the model {wanted:.2f}")
         lines.append(
             f"{what}: {sent} bytes sent by a rank, {sent / max(1, least):.2f} times its keys and values once around"
+        )
+        step = step_of(work, machine, ranks, what)
+        lines.append(
+            f"{what}, strong, without waiting: efficiency {statistics.median(works):.2f}, by the model "
+            f"{step.computing / step.busy:.2f}"
         )
     if COMM.rank == 0:
         print("\n".join(lines))

@@ -33,13 +33,15 @@ class Merged:
 
     def add(self, out: Array, lse: Array) -> None:
         """Count one more piece; one without keys counts for nothing, whatever its result says."""
+        if not self.sums.ndim:
+            self.sums, self.total, self.highest = np.zeros(out.shape), np.zeros(lse.shape), np.full(lse.shape, -np.inf)
+        if (lse == -np.inf).all():
+            return
         with np.errstate(all="ignore"):
             highest = np.maximum(self.highest, lse.astype(FLOAT64))
             shift = np.where(highest == -np.inf, 0.0, highest)
             before, here = np.exp(self.highest - shift), np.exp(lse - shift)
             self.total = self.total * before + here
-            if not self.sums.ndim:
-                self.sums = np.zeros(out.shape)
             features = out.shape[-1]
             flat = [array.reshape(-1) for array in (lse, before, here)]
             sums, results = (array.reshape(lse.size, features) for array in (self.sums, out))
