@@ -149,8 +149,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for kind, calls in shared.items():
                 times[kind].append(timed(calls[what]))
         work, ring = Work(length, HEADS, HEADS, FEATURES), shared["strong"][what]
-        flops = step_of(work, Machine(1.0, 1.0, 0.0, 0.0, 0.0), 1, what).computing / statistics.median(times["alone"])
-        machine = Machine(flops, bandwidth, latency, overhead=5e-4, merging=2.5e-9)
+        flops = step_of(work, Machine(1.0, 1.0, 0.0, 0.0, 0.0, 0.0), 1, what).computing / statistics.median(
+            times["alone"]
+        )
+        machine = Machine(flops, bandwidth, latency, overhead=5e-4, merging=2.5e-9, planning=6e-5)
         seen = [(of_processor(call), *observed(ring)) for _ in range(given.rounds)]
         works = [COMM.allreduce(own) / COMM.allreduce(busy) / ranks for own, _, busy in seen]
         sent, least = seen[0][1], max(1, ranks - 1) * 2 * HEADS * (length // ranks) * FEATURES * 4

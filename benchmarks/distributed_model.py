@@ -13,6 +13,8 @@ from dataclasses import dataclass
 WORKERS = (8, 16, 32, 64, 128, 256, 512, 1024)
 #: Words of a key or value that move in a step, for each one of the forward pass: gradients move in the backward pass.
 MOVED = {"forward": 1.0, "backward": 2.0}
+#: Seconds in which a number of a gradient is added, in units of those in which one of a result is merged.
+ADDED = 0.2
 #: Multiply-adds for each pair of a query and a key, in units of 2 · D: two products forward, five backward.
 PRODUCTS = {"forward": 2, "backward": 5}
 
@@ -26,6 +28,7 @@ class Machine:
     latency: float  # seconds until a message arrives that has no length
     overhead: float  # seconds of a step in which nothing is computed: calls, plans, threads
     merging: float  # seconds in which one number of a result is merged, by one core
+    planning: float  # seconds for each of the workers, before the first step: who needs whose keys
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,10 @@ def step_of(work: Work, machine: Machine, workers: int, what: str) -> Step:
     share = work.length / workers
     flops = PRODUCTS[what] * 2 * work.features * work.heads * share * share / 2  # causal: half of the pairs
     moved = MOVED[what] * 2 * work.key_heads * share * work.features * work.itemsize
-    merged = work.heads * share * work.features if what == "forward" else 0.0  # two pieces, each of half of a share
+    if what == "forward":
+        merged = work.heads * share * work.features  # two pieces, each with half of the queries
+    else:
+        merged = (work.heads + 4 * work.key_heads) * share * work.features * ADDED
     return Step(
         computing=flops / machine.flops,
         merging=merged * machine.merging,
@@ -71,7 +77,7 @@ def step_of(work: Work, machine: Machine, workers: int, what: str) -> Step:
 def seconds(work: Work, machine: Machine, workers: int, what: str = "forward") -> float:
     """Return the time of a call: all steps but the last have the next keys on their way meanwhile."""
     step = step_of(work, machine, workers, what)
-    return (workers - 1) * max(step.busy, step.moving) + step.busy
+    return workers * machine.planning + (workers - 1) * max(step.busy, step.moving) + step.busy
 
 
 def efficiency(work: Work, machine: Machine, workers: int, what: str = "forward") -> float:
@@ -87,7 +93,7 @@ def least_share(work: Work, machine: Machine, what: str = "forward") -> float:
 
 
 #: A worker of 8 cores at 100 GF/s each, as a part of a node with memory of its own is, with networks that are usual.
-NODE = {"flops": 8 * 100e9, "overhead": 200e-6, "merging": 2.5e-9}
+NODE = {"flops": 8 * 100e9, "overhead": 200e-6, "merging": 2.5e-9, "planning": 60e-6}
 NETWORKS = {
     "10 Gb/s, 50 µs": Machine(bandwidth=1.25e9, latency=50e-6, **NODE),
     "25 Gb/s, 20 µs": Machine(bandwidth=3.1e9, latency=20e-6, **NODE),

@@ -6,7 +6,7 @@ number, its rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -138,13 +138,11 @@ class Route:
     """
 
     def __init__(self, needs: Array, rank: int) -> None:
-        self.rank, self.ranks = rank, len(needs)
-        self._stops = needs | np.eye(self.ranks, dtype=bool)  # it is on the way of its own keys
-        self.owners = [owner for owner in self._round(rank, -1) if self._stops[rank, owner]]
-
-    def _round(self, begin: int, step: int) -> Iterator[int]:
-        """All ranks, beginning with one."""
-        return ((begin + step * distance) % self.ranks for distance in range(self.ranks))
+        self.rank = rank
+        self._stops = needs | np.eye(len(needs), dtype=bool)  # an owner is on the way of its keys
+        found = np.flatnonzero(self._stops[rank]).tolist()
+        place = found.index(rank) + 1
+        self.owners = [*found[:place][::-1], *found[place:][::-1]]
 
     def neighbours(self, owner: int) -> tuple[int | None, int | None]:
         """Return who has the keys of an owner before this rank, None for its own, and after it, None for the last."""
@@ -154,4 +152,6 @@ class Route:
 
     def way(self, owner: int) -> list[int]:
         """Return who has the keys of an owner, one after the other: it first."""
-        return [rank for rank in self._round(owner, 1) if self._stops[rank, owner]]
+        found = np.flatnonzero(self._stops[:, owner]).tolist()
+        place = found.index(owner)
+        return [*found[place:], *found[:place]]
