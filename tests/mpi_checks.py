@@ -436,6 +436,8 @@ def raises_alike(kind: type[Exception], text: str, function: Callable[..., Any],
 
 @check
 def ranks_that_disagree() -> None:
+    if COMM.size == 1:
+        return  # with whom?
     last = COMM.rank == COMM.size - 1
     grad_out, query, key, value = (shard(COMM, array) for array in inputs())
     call = (query, key, value)
@@ -470,6 +472,8 @@ def ranks_that_disagree() -> None:
 
 @check
 def what_is_wrong_on_one_rank_is_raised_on_all() -> None:
+    if COMM.size == 1:
+        return  # which is all
     last = COMM.rank == COMM.size - 1
     where = f"rank {COMM.size - 1}: "
     grad_out, query, key, value = (shard(COMM, array) for array in inputs())
@@ -533,7 +537,8 @@ def what_is_wrong_on_all_is_said_as_by_one_process() -> None:
     raises_alike(ValueError, "attn_mask: given together", ring_attention, *single, np.ones(90, bool), **packed_told)
     raises_alike(ValueError, "sinks: shape (3, 4)", ring_attention, *single, **packed_told, sinks=np.zeros((3, 4)))
     raises_alike(ValueError, "axis: 3", unshard, query[0], axis=3)
-    raises_alike(ValueError, "array: length", unshard, np.zeros(3 if COMM.rank else 5), axis=0)
+    if COMM.size > 1:
+        raises_alike(ValueError, "array: length", unshard, np.zeros(3 if COMM.rank else 5), axis=0)
 
 
 @check
@@ -553,6 +558,8 @@ def main() -> None:
         failures = [f"rank {rank}\n{text}" for rank, text in enumerate(COMM.allgather(failure)) if text]
         if COMM.rank == 0:
             print(json.dumps({"check": name, "failures": failures}), flush=True)
+    if COMM.rank == 0:
+        print("all checks have run")
 
 
 if __name__ == "__main__":

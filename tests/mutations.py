@@ -1281,7 +1281,7 @@ MUTATIONS = (
         "call/pieces.py",
         "own[lse == -np.inf] = 0.0",
         "own[lse == np.inf] = 0.0",
-        ("api/test_merge.py", "test_a_piece_without_keys_counts_for_nothing_whatever_it_holds"),
+        ("api/test_merge.py", "test_a_query_without_keys_in_a_piece_has_nothing_of_it_whatever_it_holds"),
     ),
     Mutation(
         "dropout of a piece of a call takes its first key for a multiple of four",
