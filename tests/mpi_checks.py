@@ -47,7 +47,9 @@ def inputs(
     return [rng.standard_normal((*batch, *shape)).astype(dtype) for shape in shapes]
 
 
-def by_ranks(arrays: list[Any], layout: str, mask: Any = None, **options: Any) -> tuple[list[Any], dict[str, Any]]:
+def by_ranks(
+    arrays: list[Any], layout: str, mask: Any = None, grad_lse: Any = None, **options: Any
+) -> tuple[list[Any], dict[str, Any]]:
     """Return result, log-sum-exp and the gradients of operands, each put together; and other gradients by name."""
     grad_out, *operands = (shard(COMM, array, layout=layout) for array in arrays)
     names = options.pop("grads", ())
@@ -55,6 +57,8 @@ def by_ranks(arrays: list[Any], layout: str, mask: Any = None, **options: Any) -
     if mask is not None:
         told["attn_mask"] = mask
     out, lse = ring_attention(COMM, *operands, return_lse=True, **told)
+    if grad_lse is not None:
+        told["grad_lse"] = shard(COMM, grad_lse, axis=-1, layout=layout)
     found = ring_attention_backward(COMM, grad_out, *operands, out, lse, grads=(*NAMES, *names), **told)
     whole = [unshard(COMM, array, layout=layout) for array in (out, *found[:3])]
     whole.insert(1, unshard(COMM, lse, axis=-1, layout=layout))
@@ -63,18 +67,18 @@ def by_ranks(arrays: list[Any], layout: str, mask: Any = None, **options: Any) -
 
 def same_as_one_process(arrays: list[Any], layout: str, mask: Any = None, own_mask: Any = None, **options: Any) -> None:
     """Hold what all ranks compute to the bounds of what one process computes."""
-    names = options.pop("grads", ())
-    (out, lse, *gradients), others = by_ranks(arrays, layout, own_mask, grads=names, **options)
+    names, grad_lse = options.pop("grads", ()), options.pop("grad_lse", None)
+    (out, lse, *gradients), others = by_ranks(arrays, layout, own_mask, grad_lse, grads=names, **options)
     grad_out, *operands = arrays
     options["enable_gqa"] = True
     captured = tuple(name for name in names if name not in ("alibi_slopes", "sinks"))
     wanted = tolerances.expected(*operands, mask, **options)
     tolerances.check_out(out, wanted)
     tolerances.check_lse(lse, wanted)
-    exact = tolerances.expected_gradients(grad_out, *operands, mask, **options)
+    exact = tolerances.expected_gradients(grad_out, *operands, mask, grad_lse=grad_lse, **options)
     tolerances.check_gradients(tuple(gradients), tuple(operands), *exact)
     own = {name: found for name, found in others.items() if name not in captured}
-    tolerances.check_head_gradients(own, grad_out, *operands, mask, **options)
+    tolerances.check_head_gradients(own, grad_out, *operands, mask, grad_lse=grad_lse, **options)
     if captured:
         found = {name: others[name] for name in captured}
         tolerances.check_captured_gradients(found, {"TABLE": TABLE}, grad_out, *operands, mask, **options)
@@ -146,6 +150,13 @@ def other_batches() -> None:
 @check
 def float64() -> None:
     same_as_one_process(inputs(dtype=np.float64), "zigzag", is_causal=True)
+
+
+@check
+def gradients_by_the_log_sum_exp() -> None:
+    grad_lse = np.random.default_rng(4).standard_normal((2, 4, 90)).astype(np.float32)
+    for layout in LAYOUTS:
+        same_as_one_process(inputs(), layout, grad_lse=grad_lse, **OPTIONS["of_heads"])
 
 
 @check
@@ -488,16 +499,7 @@ def what_is_wrong_on_one_rank_is_raised_on_all() -> None:
     out, lse = ring_attention(COMM, *call, **told, return_lse=True)
     given = (grad_out[..., :-1] if last else grad_out, *call, out, lse)
     raises_alike(ValueError, where + "grad_out:", ring_attention_backward, *given, **told)
-    if COMM.size > 1:
-        raises_alike(
-            IndexError,
-            "rank 0: score_mod: short_of_rows",
-            ring_attention,
-            *call,
-            **told,
-            score_mod=short_of_rows,
-            layout="zigzag",
-        )
+    raises_alike(IndexError, "rank 0: score_mod: short_of_rows", ring_attention, *call, **told, score_mod=short_of_rows)
 
 
 SHORT = np.zeros(80)

@@ -89,20 +89,21 @@ def differentiate(
     *,
     first: First = WHOLE,
     seed: int | None = None,
+    grad_lse: Array | None = None,
     grads: Sequence[str] = ("query", "key", "value"),
     options: Mapping[str, Any],
 ) -> tuple[Array, ...]:
     """Return gradients that a piece has a part in, those by query, key and value in the dtype that sums have.
 
-    `grad_out`, `out` and `lse` are those of its queries in the whole. The parts of pieces with the same queries, or the
-    same keys, add up. All else is as in `attend`. The gradient of sinks does not depend on keys: it is that of one of
-    the pieces with the same queries.
+    `grad_out`, `out`, `lse` and `grad_lse` are those of its queries in the whole. The parts of pieces with the same
+    queries, or the same keys, add up. All else is as in `attend`. The gradient of sinks does not depend on keys: it is
+    that of one of the pieces with the same queries.
     """
     further = of_piece(options, first, key.shape[-2], dropout_p > 0)
     real = _problem(query, key, value, enable_gqa).real
     arrays = [cast(array, real) for array in (query, key, value)]
     call: Any = (grad_out, *arrays, out, lse, attn_mask, dropout_p, causal, scale, enable_gqa)
-    wanted: Any = {"rng": seed, "grad_lse": None, "grad_mask": False, "grads": grads}
+    wanted: Any = {"rng": seed, "grad_lse": grad_lse, "grad_mask": False, "grads": grads}
     return backward.on_cpu(further, *call, **wanted)
 
 

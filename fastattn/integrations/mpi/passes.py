@@ -125,7 +125,7 @@ class Backward(_Pass):
     Gradients of keys and values go the way that these go, a rank behind, and from its end to their owner.
     """
 
-    def __init__(self, call: Call, given: tuple[Any, ...], upstream: tuple[Array, ...], names: tuple[str, ...]) -> None:
+    def __init__(self, call: Call, given: tuple[Any, ...], upstream: dict[str, Array], names: tuple[str, ...]) -> None:
         super().__init__(call)
         self.upstream, self.names = upstream, names
         self.moving = tuple(name for name in ("key", "value") if name in names)
@@ -136,16 +136,17 @@ class Backward(_Pass):
         self.common = {name: np.zeros(np.shape(self.sources[name])) for name in common}
 
     @staticmethod
-    def check(share: Share, grad_out: Any, out: Any, lse: Any, grads: Any) -> dict[str, Any]:
+    def check(share: Share, grad_out: Any, out: Any, lse: Any, grad_lse: Any, grads: Any) -> dict[str, Any]:
         """Return what this rank is given further, checked, by the names that a pass is made with."""
         problem = share.problem
-        arrived(problem, grad_out, out, lse)
+        arrived(problem, grad_out, out, lse, grad_lse)
         seed_of_forward(share.asked.rng, problem)
         names = (
             OPERANDS if grads is None else check_grads(grads, _sources(share, (share.query, share.key, share.value)))
         )
-        given = {"grad_out": grad_out, "out": out, "lse": lse}
-        return {"upstream": tuple(as_array(name, array) for name, array in given.items()), "names": names}
+        given = {"grad_out": grad_out, "out": out, "lse": lse, "grad_lse": grad_lse}
+        arrays = {name: as_array(name, array) for name, array in given.items() if array is not None}
+        return {"upstream": arrays, "names": names}
 
     def run(self) -> tuple[Array, ...]:
         """Return the gradients of this rank."""
@@ -200,11 +201,13 @@ class Backward(_Pass):
                     self._add_common(name, queries, gradient)
 
     def _differentiate(self, queries: Run, key: Array, value: Array, mask: Mask, told: Any, names: Any) -> Any:
-        grad_out, out, lse = self.upstream
         rows = queries.rows
-        operands = (self.share.query[..., rows, :], key, value)
-        upstream = (out[..., rows, :], lse[..., rows])
-        return differentiate(grad_out[..., rows, :], *operands, *upstream, mask, **told, grads=names)
+        own: dict[str, Any] = {"query": self.share.query[..., rows, :], "key": key, "value": value, "attn_mask": mask}
+        upstream: dict[str, Any] = {
+            name: array[..., rows] if name in ("lse", "grad_lse") else array[..., rows, :]
+            for name, array in self.upstream.items()
+        }
+        return differentiate(**own, **upstream, **told, grads=names)
 
     @in_default_mode
     def _add(self, total: Array, part: Array) -> None:

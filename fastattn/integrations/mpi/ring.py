@@ -139,6 +139,7 @@ def ring_attention_backward(
     layout: str = "zigzag",
     cu_seqlens: ArrayLike | None = None,
     rng: Rng | None = None,
+    grad_lse: ArrayLike | None = None,
     grads: Names = None,
     **options: Unpack[FurtherOptions],
 ) -> tuple[NDArray[Any], ...]:
@@ -159,6 +160,8 @@ def ring_attention_backward(
         What it returned with ``return_lse=True``.
     rng : int or numpy.random.Generator
         What it was given: the seed, or a Generator in the state that it had then. Needed with dropout alone.
+    grad_lse : array_like, shape (..., Hq, lq), optional
+        The gradient by the log-sum-exp of this rank, where that is used, too; ranks may have none.
     grads : sequence of str, optional
         Names of the arguments whose gradients to return, in this order: of "query", "key", "value", "alibi_slopes",
         "sinks" and the floating arrays that score_mod captures. The same on all ranks.
@@ -196,7 +199,7 @@ def ring_attention_backward(
     found: dict[str, Any] = {}
 
     def check(share: Share) -> dict[str, str]:
-        found.update(Backward.check(share, grad_out, out, lse, grads))
+        found.update(Backward.check(share, grad_out, out, lse, grad_lse, grads))
         return {"function": "ring_attention_backward", "grads": repr(found["names"])}
 
     call = call_of(comm, query, key, value, asked, check)
