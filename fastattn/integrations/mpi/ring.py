@@ -102,7 +102,8 @@ def ring_attention(
 
     Examples
     --------
-    >>>     >>> from mpi4py import MPI
+    >>> import numpy as np
+    >>> from mpi4py import MPI
     >>> from fastattn.integrations.mpi import ring_attention, shard, unshard
     >>> rng = np.random.default_rng(0)
     >>> whole = rng.standard_normal((3, 1, 8, 16, 64), dtype=np.float32)
@@ -185,7 +186,8 @@ def ring_attention_backward(
 
     Examples
     --------
-    >>>     >>> from mpi4py import MPI
+    >>> import numpy as np
+    >>> from mpi4py import MPI
     >>> from fastattn.integrations.mpi import ring_attention, ring_attention_backward
     >>> rng = np.random.default_rng(0)
     >>> query, key, value, grad_out = rng.standard_normal((4, 1, 8, 16, 64), dtype=np.float32)
