@@ -12,7 +12,7 @@ import numba
 import pytest
 
 ROOT = Path(__file__).parent
-LIBRARIES = ("dask", "jax", "onnx", "torch", "transformers")  # of which the integrations need some
+LIBRARIES = ("dask", "jax", "mpi4py", "onnx", "torch", "transformers")  # of which the integrations need some
 
 
 def needed_by(module: Path) -> set[str]:
@@ -21,9 +21,9 @@ def needed_by(module: Path) -> set[str]:
 
 
 missing = {library for library in LIBRARIES if find_spec(library) is None}
-collect_ignore = [
-    str(module) for module in (ROOT / "fastattn" / "integrations").glob("*.py") if needed_by(module) & missing
-]
+INTEGRATIONS = ROOT / "fastattn" / "integrations"
+collect_ignore = [str(module) for module in INTEGRATIONS.glob("*.py") if needed_by(module) & missing]
+collect_ignore += [str(module.parent) for module in INTEGRATIONS.glob("*/__init__.py") if needed_by(module) & missing]
 collect_ignore_glob = ["fastattn/__pyinstaller/hook-*"] + ([] if find_spec("numba_cuda") else ["fastattn/cuda/*"])
 
 

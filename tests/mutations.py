@@ -1328,9 +1328,9 @@ MUTATIONS = (
     Mutation(
         "what is merged counts where its query saw no key",
         "call/pieces.py",
-        "np.where((lse == -np.inf)[..., None]",
-        "np.where((lse == np.inf)[..., None]",
-        ("api/test_merge.py", "test_a_piece_without_keys_counts_for_nothing_whatever_it_holds"),
+        "own[lse == -np.inf] = 0.0",
+        "own[lse == np.inf] = 0.0",
+        ("api/test_merge.py", "test_a_query_without_keys_in_a_piece_has_nothing_of_it_whatever_it_holds"),
     ),
     Mutation(
         "dropout of a piece of a call takes its first key for a multiple of four",
@@ -1483,5 +1483,26 @@ MUTATIONS = (
         "for axis in range(max(cut, default=0)):",
         "for axis in range(0):",
         ("integrations/test_dask.py", "test_numbers_of_rows_are_those_of_the_whole_batch and dropout"),
+    ),
+    Mutation(
+        "in zigzag the counterpart of a part is the next one",
+        "call/shares.py",
+        "count - 1 - rank",
+        "ranks + rank",
+        ("call/test_shares.py", "test_in_zigzag_causal_queries_see_as_many_keys_on_each_rank"),
+    ),
+    Mutation(
+        "a rank has no need of keys of which its queries see the first alone",
+        "call/shares.py",
+        'np.searchsorted(begins, end, "left")',
+        'np.searchsorted(ends, end, "left")',
+        ("call/test_shares.py", "test_keys_are_needed_by_who_has_a_query_that_may_look_at_them"),
+    ),
+    Mutation(
+        "keys end their way at a rank before their owner",
+        "call/shares.py",
+        "return [*found[place:], *found[:place]]",
+        "return found[place:]",
+        ("call/test_shares.py", "test_keys_go_from_their_owner_to_all_who_need_them_and_to_nobody_else"),
     ),
 )

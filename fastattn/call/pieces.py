@@ -16,6 +16,8 @@ from fastattn.call.rounding import saturated
 
 __all__ = ["Merged", "as_pieces"]
 
+BLOCK = 16384  # numbers that are added at once, which stay in a core's own cache
+
 
 class Merged:
     """The result over the pieces so far, each counted with its share of the sum of weights: an online softmax.
@@ -31,13 +33,22 @@ class Merged:
 
     def add(self, out: Array, lse: Array) -> None:
         """Count one more piece; one without keys counts for nothing, whatever its result says."""
+        if not self.sums.ndim:
+            self.sums, self.total, self.highest = np.zeros(out.shape), np.zeros(lse.shape), np.full(lse.shape, -np.inf)
+        if (lse == -np.inf).all():
+            return
         with np.errstate(all="ignore"):
             highest = np.maximum(self.highest, lse.astype(FLOAT64))
             shift = np.where(highest == -np.inf, 0.0, highest)
             before, here = np.exp(self.highest - shift), np.exp(lse - shift)
             self.total = self.total * before + here
-            own = np.where((lse == -np.inf)[..., None], 0.0, here[..., None] * out)
-            self.sums = self.sums * before[..., None] + own
+            features = out.shape[-1]
+            flat = [array.reshape(-1) for array in (lse, before, here)]
+            sums, results = (array.reshape(lse.size, features) for array in (self.sums, out))
+            rows = max(1, BLOCK // max(1, features))
+            for begin in range(0, lse.size, rows):
+                some = slice(begin, begin + rows)
+                _add(sums[some], results[some], *(array[some] for array in flat))
             self.highest = highest
 
     def finish(self, dtype: np.dtype[Any]) -> tuple[Array, Array]:
@@ -46,6 +57,14 @@ class Merged:
             out = np.where(self.total[..., None] == 0, 0.0, self.sums / self.total[..., None])
             shift = np.where(self.highest == -np.inf, 0.0, self.highest)
             return out.astype(dtype), saturated(shift + np.log(self.total), dtype).astype(dtype)
+
+
+def _add(sums: Array, out: Array, lse: Array, before: Array, here: Array) -> None:
+    """Add rows of a piece to sums of values, in place."""
+    sums *= before[:, None]
+    own = here[:, None] * out
+    own[lse == -np.inf] = 0.0  # whatever it holds
+    sums += own
 
 
 def as_pieces(outs: Iterable[ArrayLike], lses: Iterable[ArrayLike]) -> list[tuple[Array, Array]]:

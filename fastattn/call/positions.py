@@ -43,7 +43,7 @@ class Whole:
         if self.causal == "bottom-right":  # of a pair, whose number of keys is known
             whole: Any = keys if self.lengths is None else self.lengths
             self.offset = whole - self._queries()
-        self.reach = self._reach()
+        self.reach = self.reach_of(0, self._queries())
 
     def _queries(self) -> int:
         return self.query.shape[-2] if self.query.ndim > 1 else 1
@@ -74,16 +74,17 @@ class Whole:
             expected = "0 and more" if self.keys is None else f"0 to {self.keys}, the length of key"
             raise ValueError(f"key_lengths: {lengths.min()} to {lengths.max()}; expected {expected}")
 
-    def _reach(self) -> tuple[int, float]:
+    def reach_of(self, first: int, count: int) -> tuple[int, float]:
+        """Return the first key that any of some queries may look at, if there is one, and an end of those."""
         left, right = check_window(self.options["window"])
         right = 0 if self.causal != "no" else right
-        offset = np.asarray(self.offset)
+        offset = np.asarray(self.offset) + first
         begin, end = 0, math.inf if self.keys is None else self.keys
-        if offset.size and self._queries():
+        if offset.size and count:
             if left is not None:
                 begin = max(0, int(offset.min()) - left)
             if right is not None:
-                end = min(end, max(0, int(offset.max()) + self._queries() + right))
+                end = min(end, max(0, int(offset.max()) + count + right))
         if self.lengths is not None:
             end = min(end, int(self.lengths.max(initial=0)))
         return begin, end

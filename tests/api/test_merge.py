@@ -79,6 +79,19 @@ def test_a_piece_without_keys_counts_for_nothing_whatever_it_holds(merge: Merge)
         np.testing.assert_array_equal(merged[1], lse)
 
 
+def test_a_query_without_keys_in_a_piece_has_nothing_of_it_whatever_it_holds(merge: Merge) -> None:
+    out, lse = fastattn.attention(*inputs(), return_lse=True)
+    wanted = merge([out, out], [lse, lse])
+    unseen = lse.copy()
+    unseen[..., ::2] = -INF
+    for bad in (NAN, INF, 5.0):
+        held = np.where((unseen == -INF)[..., None], np.float32(bad), out)
+        merged = merge([held, out], [unseen, lse])
+        for found, alone, both in zip(merged, (out, lse), wanted, strict=True):
+            np.testing.assert_array_equal(found[:, ::2], alone[:, ::2])
+            np.testing.assert_array_equal(found[:, 1::2], both[:, 1::2])
+
+
 def test_a_query_that_sees_no_key_of_any_piece_is_zero(merge: Merge) -> None:
     lse = np.array([[0.5, -INF, 1.0]], np.float32)
     out, merged = merge([np.full((1, 3, 4), 7.0, np.float32)] * 2, [lse, lse])
