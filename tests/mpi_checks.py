@@ -47,10 +47,18 @@ def inputs(
     return [rng.standard_normal((*batch, *shape)).astype(dtype) for shape in shapes]
 
 
+def pause() -> None:
+    """Wait for all others without taking their cores, of which there may be fewer than ranks."""
+    request = COMM.Ibarrier()
+    while not request.Test():
+        time.sleep(1e-3)
+
+
 def by_ranks(
     arrays: list[Any], layout: str, mask: Any = None, grad_lse: Any = None, **options: Any
 ) -> tuple[list[Any], dict[str, Any]]:
     """Return result, log-sum-exp and the gradients of operands, each put together; and other gradients by name."""
+    pause()
     grad_out, *operands = (shard(COMM, array, layout=layout) for array in arrays)
     names = options.pop("grads", ())
     told = {"layout": layout, "enable_gqa": True, **options}
@@ -66,9 +74,11 @@ def by_ranks(
 
 
 def same_as_one_process(arrays: list[Any], layout: str, mask: Any = None, own_mask: Any = None, **options: Any) -> None:
-    """Hold what all ranks compute to the bounds of what one process computes."""
+    """Hold what all ranks compute to the bounds of what one process computes; the first rank does."""
     names, grad_lse = options.pop("grads", ()), options.pop("grad_lse", None)
     (out, lse, *gradients), others = by_ranks(arrays, layout, own_mask, grad_lse, grads=names, **options)
+    if COMM.rank != 0:
+        return
     grad_out, *operands = arrays
     options["enable_gqa"] = True
     captured = tuple(name for name in names if name not in ("alibi_slopes", "sinks"))
@@ -557,6 +567,7 @@ def main() -> None:
             CHECKS[name]()
         except Exception:
             failure = traceback.format_exc()
+        pause()
         failures = [f"rank {rank}\n{text}" for rank, text in enumerate(COMM.allgather(failure)) if text]
         if COMM.rank == 0:
             print(json.dumps({"check": name, "failures": failures}), flush=True)
