@@ -1845,6 +1845,13 @@ def test_hundreds_of_nearly_equal_scores(attention: Attention, dtype: Any, keys:
     tolerances.check_call(attention, query * dtype(1e-5), key, value)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_sums_over_thousands_of_keys_lose_no_more_digits_than_over_some(attention: Attention, dtype: Any) -> None:
+    # where weights and values are alike, so are the roundings of a long sum
+    query, key, value = inputs((40, 5000), dtype=dtype)
+    tolerances.check_call(attention, query * dtype(1e-2), key, 1 + value * dtype(0.1))
+
+
 def test_float64_is_float64_throughout(attention: Attention) -> None:
     query, key, value = inputs((70, 130), dtype=np.float64)
     query[..., 0] += 1e-12
