@@ -15,6 +15,8 @@ from fastattn.bench.cases import Case
 from fastattn.bench.measure import PACE_S, settle
 from fastattn.bench.peers import Engine, Unavailable, cores, prepare
 
+collect_ignore = ["ring.py"]  # for mpiexec, which finds beside it what it imports
+
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Leave the benchmarks out of a plain ``pytest``."""

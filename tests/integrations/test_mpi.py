@@ -68,7 +68,7 @@ def test_the_example_decodes_over_shards() -> None:
 
 @with_mpi
 def test_the_measurement_runs() -> None:
-    ended = start(2, str(TESTS.parent / "benchmarks" / "distributed.py"), "--length", "64", "--rounds", "1")
+    ended = start(2, str(TESTS.parent / "benchmarks" / "ring.py"), "--length", "64", "--rounds", "1")
     assert ended.returncode == 0, ended.stderr
     assert "forward: 131072 bytes sent by a rank, 1.00 times its keys and values once around" in ended.stdout
     assert "backward: 262144 bytes sent by a rank, 2.00 times its keys and values once around" in ended.stdout

@@ -1,7 +1,7 @@
 """How long does ring attention take on many machines: computing, bytes and latency, and where it ends?
 
-``python benchmarks/distributed_model.py`` prints the tables of docs/distributed.md. Nothing is measured here:
-``benchmarks/distributed.py`` measures two processes, and holds the same formula to them.
+``python benchmarks/ring_model.py`` prints the tables of docs/distributed.md. Nothing is measured here:
+``benchmarks/ring.py`` measures two processes, and holds the same formula to them.
 """
 
 from __future__ import annotations

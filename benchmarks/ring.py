@@ -1,9 +1,9 @@
 """How much faster are two processes than one, and is what they send the least that a ring sends?
 
-    mpiexec -n 2 python benchmarks/distributed.py
+    mpiexec -n 2 python benchmarks/ring.py
 
 Each process has one thread. One alone and all together take turns, so that whatever else runs disturbs both; what is
-printed are medians of ratios, beside what ``benchmarks/distributed_model.py`` says of a machine with the flops,
+printed are medians of ratios, beside what ``benchmarks/ring_model.py`` says of a machine with the flops,
 bandwidth and latency that are measured here.
 """
 
@@ -18,8 +18,8 @@ from typing import Any, TypeAlias
 from unittest import mock
 
 import numpy as np
-from distributed_model import Machine, Work, seconds, step_of
 from mpi4py import MPI
+from ring_model import Machine, Work, seconds, step_of
 
 import fastattn
 from fastattn.integrations.mpi import passes, ring_attention, ring_attention_backward, shard
