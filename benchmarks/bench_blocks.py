@@ -16,7 +16,8 @@ import fastattn
 from fastattn.bench.peers import cores
 
 #: Heads, queries, keys, features.
-CASES = ((8, 512, 65536, 64), (8, 64, 131072, 64), (8, 1, 262144, 64))
+LARGE = ((8, 512, 65536, 64), (8, 64, 131072, 64), (8, 1, 262144, 64))
+CASES = [(8, 64, 4096, 64), *(pytest.param(case, marks=pytest.mark.slow) for case in LARGE)]
 ROUNDS = 11
 
 
