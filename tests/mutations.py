@@ -121,8 +121,8 @@ MUTATIONS = (
     Mutation(
         "the sum is not rescaled when the maximum rises",
         "cpu/kernels/softmax.py",
-        "shift, to_base_2, total * factor)",
-        "shift, to_base_2, total)",
+        "fma(total, factor, exponentials(",
+        "fma(total, 1.0, exponentials(",
         ("test_properties.py", "test_a_maximum_that_keeps_rising_or_never_does"),
     ),
     Mutation(
@@ -329,17 +329,26 @@ MUTATIONS = (
         ("cpu/kernels/test_decode.py", "test_heads_that_share_keys_have_empty_blocks_of_their_own and here"),
     ),
     Mutation(
+        "what all blocks of keys add is one long sum",
+        "cpu/kernels/blocks.py",
+        "tile_product(kernel, tile_fill(tile, 0.0), value, column, row, weights, count)\n"
+        "        tile_store(tile_load(tile, out, tile.row_bytes) + acc,",
+        "tile_product(kernel, tile_load(tile, out, tile.row_bytes), value, column, row, weights, count)\n"
+        "        tile_store(acc,",
+        ("test_semantics.py", "test_sums_over_thousands and cpu-float32"),
+    ),
+    Mutation(
         "few queries: the third of three rows adds up no values",
         "cpu/kernels/row_products.py",
-        "add_to_tile(kernel, plan, at, tile.triple,",
-        "add_to_tile(kernel, plan, at, tile.pair,",
+        "add_to_tile(place, tile, plan, weights, tile.triple,",
+        "add_to_tile(place, tile, plan, weights, tile.pair,",
         ("cpu/kernels/test_decode.py", "test_heads_that_share_keys_are_computed and here and float32"),
     ),
     Mutation(
         "few queries: half precision is read as if it were as long as what is computed in",
-        "cpu/kernels/row_products.py",
-        "at, place = value + p * kernel.itemsize, sums + p * tile.itemsize",
-        "at, place = value + p * tile.itemsize, sums + p * tile.itemsize",
+        "cpu/kernels/int8.py",
+        "tile_load_stored(place, strip, row + p * place.itemsize, 0)",
+        "tile_load_stored(place, strip, row + p * strip.itemsize, 0)",
         ("cpu/kernels/test_decode.py", "test_half_precision_has_the_bits and here"),
     ),
     Mutation(
@@ -1352,6 +1361,8 @@ MUTATIONS = (
         'self.options["sinks"] = None',
         "pass",
         ("api/test_blocks.py", "test_a_pair_is_cut_into_blocks"),
+    ),
+    Mutation(
         "keys of all rows are in the pages of the first",
         "cpu/kernels/pages.py",
         "call.pages + number // plan.heads * plan.table_row +",
