@@ -16,7 +16,7 @@ from fastattn.machine.objects import (
 )
 from fastattn.simd import call_compiled, jit, load_i32, load_i64, record_view, stack_memory, store_i64
 
-MOST_ARRAYS, MOST_OBJECTS = 12, 24  # of which a signature is made
+MOST_OBJECTS = 24  # of which a signature is made, and each may be an array
 MOST_AXES = 32  # of an array that has a signature
 WORD = 8
 NONE, TRUE, FALSE, FLOAT, INT = -1, -2, -3, -4, -5  # in a signature, in the place of an array's rank
@@ -24,7 +24,7 @@ ITEMSIZE = 8  # of an element, at most
 STRUCTURE = 0x56  # the kind of such dtypes, "V"
 
 link_view, schedule_view = record_view(LINK), record_view(SCHEDULE)
-signature_memory = stack_memory((MOST_ARRAYS * (3 + 2 * MOST_AXES) + 2 * MOST_OBJECTS) * WORD)
+signature_memory = stack_memory(MOST_OBJECTS * (3 + 2 * MOST_AXES) * WORD)
 overflow_memory = stack_memory(WORD)
 
 

@@ -15,6 +15,7 @@ from fastattn.api import attention as api
 from fastattn.call.halves import BITS, cast
 from fastattn.cpu.host import builtin, calls, session
 from fastattn.cpu.kernels import prefetch as ahead
+from fastattn.cpu.kernels.entry import MOST_OBJECTS
 from fastattn.cpu.kernels.records import PLAN
 from fastattn.machine import building as build
 from fastattn.machine.libraries import Library
@@ -112,6 +113,15 @@ def test_an_array_of_very_many_axes_has_no_signature() -> None:
     array = np.zeros((1,) * 33, np.float32)
     assert builtin.signatures.of(array, array) == b""
     assert builtin.signatures.of(array[0], array[0]) != b""
+
+
+def test_every_argument_may_be_an_array_of_many_axes() -> None:
+    array = np.zeros((1,) * 32, np.float32)
+    assert len(builtin.signatures.of(*[array] * MOST_OBJECTS)) == MOST_OBJECTS * (3 + 2 * 32) * 8
+    names = ("dropout_p", "scale", "softcap", "is_causal", "enable_gqa", "return_lse")
+    numbers = dict.fromkeys(("query_offset", "key_lengths", "alibi_slopes", "sinks"), array)
+    with pytest.raises(TypeError):
+        fastattn.attention(array, array, array, array, **dict.fromkeys(names, array), **numbers, window=(array, array))
 
 
 def test_signatures_tell_options_apart() -> None:
