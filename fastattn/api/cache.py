@@ -393,7 +393,7 @@ class KVCache:
         tensors, metadata = files.read(path)
         try:
             return cls._of(tensors, json.loads(metadata["fastattn.KVCache"]))
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, OverflowError, RecursionError) as error:
             raise ValueError(f"path: {str(path)!r} holds no KVCache that can be read: {error}") from error
 
     def _options(self) -> dict[str, Any]:
@@ -402,8 +402,7 @@ class KVCache:
     @classmethod
     def _of(cls, tensors: dict[str, Array], said: dict[str, Any]) -> KVCache:
         """Return the cache that `stored` has told of."""
-        table = tensors["page_table"]
-        cache = cls(len(table), **said)
+        cache = cls(tensors["lengths"].size, **said)
         restored(cache._sequences, tensors)
         return cache
 

@@ -9,11 +9,13 @@ import json
 import math
 import os
 import sys
+import threading
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
+from fastattn.call.advice import said
 from fastattn.call.halves import BITS
 from fastattn.call.problem import Array, Shape
 
@@ -55,6 +57,20 @@ class Tensor(NamedTuple):
         return array
 
 
+def as_path(given: object) -> str:
+    """Return the path of a file as a word.
+
+    Raises
+    ------
+    TypeError
+        If it is none: the number of an open file, for instance.
+    """
+    try:
+        return os.fsdecode(given)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"path: {said(given)}; expected a str or an os.PathLike") from None
+
+
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a file of tensors; what was there before is replaced when all has been written."""
     header: dict[str, Any] = {METADATA: dict(metadata)}
@@ -64,8 +80,8 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
         header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     content = json.dumps(header, separators=(",", ":")).encode()
     content += b" " * (-len(content) % WORD)
-    path = os.fspath(path)
-    unfinished = f"{path}.{os.getpid()}.tmp"
+    path = as_path(path)
+    unfinished = os.path.join(os.path.dirname(path), f".{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         with open(unfinished, "wb") as file:
             file.write(len(content).to_bytes(WORD, "little") + content)
@@ -86,18 +102,19 @@ def read(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
     ValueError
         If it is no such file, or has tensors of other dtypes.
     """
+    path = as_path(path)
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(WORD), "little")
         if size > LONGEST_HEADER:
-            raise ValueError(f"path: {os.fspath(path)!r} has no header; expected a file of the format safetensors")
+            raise ValueError(f"path: {path!r} has no header; expected a file of the format safetensors")
         content, data = file.read(size), np.fromfile(file, np.uint8)
     try:
         header = json.loads(content)
         metadata = header.pop(METADATA, {})
         return {name: _tensor(data, **said) for name, said in header.items()}, metadata
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(
-            f"path: {os.fspath(path)!r} cannot be read; expected a file of the format safetensors: {error}"
+            f"path: {path!r} cannot be read; expected a file of the format safetensors: {error}"
         ) from error
 
 
@@ -106,6 +123,8 @@ def _tensor(data: Array, dtype: str, shape: list[int], data_offsets: list[int]) 
     kind = DTYPES[dtype]
     if not 0 <= begin <= end <= len(data):
         raise ValueError(f"data from {begin} to {end}, of {len(data)} bytes")
+    if len(data[begin:end]) != math.prod(shape) * kind.itemsize or min(shape, default=0) < 0:
+        raise ValueError(f"{end - begin} bytes of {dtype}, shape {shape}")
     return _little_endian(data[begin:end].view(kind).reshape(shape))
 
 

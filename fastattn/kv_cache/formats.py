@@ -99,7 +99,7 @@ def _int8_width(features: int) -> int:
 def _to_int8(array: Array) -> Array:
     """Return rows of int8. Of a block with what is not finite in it all is NaN; what is beyond 127 · 65504 is that."""
     features = array.shape[-1]
-    numbers = cast(array, FLOAT64 if array.dtype == FLOAT64 else FLOAT32)
+    numbers = cast(array, FLOAT64 if array.dtype.itemsize == 8 else FLOAT32)
     blocks = np.zeros((*array.shape[:-1], blocks_of(features) * BLOCK), numbers.dtype)
     blocks[..., :features] = numbers
     blocks = blocks.reshape(*array.shape[:-1], -1, BLOCK)

@@ -16,7 +16,7 @@ from fastattn.kv_cache.sequences import Sequences
 __all__ = ["restored", "stored"]
 
 NO_PAGE = -1
-FLOAT16, INT8 = np.dtype(np.float16), np.dtype(np.int8)
+FLOAT16, INT8, WORD = np.dtype(np.float16), np.dtype(np.int8), np.dtype(np.int64)
 
 
 def stored(sequences: Sequences) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -79,11 +79,12 @@ def restored(sequences: Sequences, tensors: Mapping[str, Array]) -> None:
     ValueError, KeyError
         If the tensors are not those of a cache like it.
     """
-    layout = sequences.layout
-    table, lengths = tensors["page_table"], tensors["lengths"].tolist()
-    keys = _rows("key", layout.key_format, layout.head_dim, tensors)
-    values = _rows("value", layout.value_format, layout.value_dim, tensors)
-    _check(table, lengths, len(sequences.rows), len(keys))
+    layout, count = sequences.layout, len(sequences.rows)
+    table = _found("page_table", tensors, WORD, count, None)
+    lengths = _found("lengths", tensors, WORD, count).tolist()
+    keys = _rows("key", layout.key_format, layout.kv_heads, layout.head_dim, tensors)
+    values = _rows("value", layout.value_format, layout.kv_heads, layout.value_dim, tensors)
+    _check(table, lengths, len(keys))
     sequences.memory.reserve(len(keys))
     pages = [sequences.memory.take() for _ in range(len(keys))]
     for page, of_keys, of_values in zip(pages, keys, values, strict=True):
@@ -97,20 +98,31 @@ def _pages(length: int) -> int:
     return -(-length // PAGE)
 
 
-def _rows(name: str, kept: Format, features: int, tensors: Mapping[str, Array]) -> Array:
+def _found(name: str, tensors: Mapping[str, Array], dtype: np.dtype[Any], *shape: int | None) -> Array:
+    """Return a tensor, which has to have this dtype and this shape; None is any size."""
+    array = tensors[name]
+    sizes = (own if size is None else size for size, own in zip(shape, array.shape, strict=False))
+    if array.dtype != dtype or array.ndim != len(shape) or array.shape != tuple(sizes):
+        raise ValueError(f"{name} of {array.dtype}, shape {array.shape}; expected {dtype}, shape {shape}")
+    return array
+
+
+def _rows(name: str, kept: Format, heads: int, features: int, tensors: Mapping[str, Array]) -> Array:
     """Return what the pages have of keys or values."""
-    rows = tensors[name + "s"]
-    return rows if kept.name != "int8" else joined(tensors[name + "_scales"], rows)
+    shape = None, heads, PAGE
+    if kept.name != "int8":
+        return _found(name + "s", tensors, kept.dtype, *shape, features)
+    scales = _found(name + "_scales", tensors, FLOAT16, *shape, -(-features // BLOCK))
+    numbers = _found(name + "s", tensors, INT8, len(scales), heads, PAGE, features)
+    return joined(scales, numbers)
 
 
-def _check(table: Array, lengths: list[int], rows: int, pages: int) -> None:
+def _check(table: Array, lengths: list[int], pages: int) -> None:
     """Refuse a table whose rows have not the pages of so many keys, but for some in front."""
-    if len(lengths) != rows:
-        raise ValueError(f"{len(lengths)} lengths of {rows} rows")
     for row, length in zip(table, lengths, strict=True):
         own = row[: _pages(length)]
         there = own != NO_PAGE
         if length < 0 or len(own) != _pages(length) or (own >= pages).any() or (own < NO_PAGE).any():
             raise ValueError(f"a row of {length} tokens has pages {own.tolist()}, of {pages}")
-        if (np.diff(there.astype(np.int8)) < 0).any() or (length and not there[-1]):
+        if (np.diff(there.astype(np.int8)) < 0).any() or (length % PAGE and not there[-1]):
             raise ValueError("a row lacks a page behind others")

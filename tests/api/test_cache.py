@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
 import pickle
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -184,6 +187,13 @@ def test_int8_is_as_far_from_the_exact_result_as_is_said(kept: Any, size: float)
     assert 0 < error <= bound + 1e-5 * size
     if of_values and not of_keys:
         assert error > bound / 100  # the bound says something
+
+
+def test_scales_of_int8_are_those_of_the_numbers_in_any_byte_order() -> None:
+    numbers = np.full((1, 2, 1, 8), 2.7808381186573636)  # a step of float16 times 127, and less than float32 tells more
+    found = [filled(each, each, dtype="int8") for each in (numbers, numbers.astype(">f8"))]
+    for one, other in zip(*map(numbers_in, found), strict=True):
+        assert_same_bits(one, other)
 
 
 @pytest.mark.parametrize("queries", [1, 3, 40])
@@ -479,6 +489,20 @@ def test_a_copy_is_the_same_and_shares_nothing(tmp_path: Path, way: str, kept: A
     assert_same_bits(cache.attention(query), other.attention(query))
 
 
+@pytest.mark.parametrize("way", COPIES)
+def test_a_copy_of_a_row_whose_pages_have_all_been_dropped(tmp_path: Path, way: str) -> None:
+    query, key, value = arrays(1, PAGE + 2)
+    cache = KVCache(1, 2, 8, dtype="float32", window=(0, 0))
+    for tokens in (slice(PAGE), slice(PAGE, PAGE + 1)):
+        cache.append(key[:, :, tokens], value[:, :, tokens])
+    cache.truncate(PAGE)
+    other = COPIES[way](cache, tmp_path / "cache")
+    assert repr(other) == repr(cache)
+    for each in (cache, other):
+        each.append(key[:, :, -1:], value[:, :, -1:])
+    assert_same_bits(other.attention(query[:, :, -1:]), cache.attention(query[:, :, -1:]))
+
+
 def test_a_file_holds_nothing_but_what_was_appended(tmp_path: Path) -> None:
     _, key, value = arrays(1, 300)
     cache = filled(key, value, dtype="float32")
@@ -519,7 +543,82 @@ def test_a_file_without_a_cache_is_refused(tmp_path: Path) -> None:
             KVCache.load(tmp_path / "wrong")
 
 
+@pytest.mark.parametrize("name", ["keys", "values", "key_scales", "page_table", "lengths"])
+def test_tensors_of_other_dtypes_and_shapes_are_no_cache(tmp_path: Path, name: str) -> None:
+    filled(*arrays(2, 300, dim=40)[1:], dtype=("int8", "float16")).save(tmp_path / "cache")
+    tensors, metadata = files.read(tmp_path / "cache")
+    own = tensors[name]
+    others = np.zeros(own.shape, np.float32), own[None], own[..., :1], own.reshape(-1), np.zeros((10**9, 0), own.dtype)
+    for other in (each for each in others if each.shape != own.shape or each.dtype != own.dtype):
+        changed = {**tensors, name: other}
+        parts = {key: files.Tensor(each.dtype, each.shape, each) for key, each in changed.items()}
+        files.write(tmp_path / "wrong", {**parts, name: files.Tensor(other.dtype, other.shape, [other])}, metadata)
+        with pytest.raises(ValueError, match="path: .* holds no KVCache"):
+            KVCache.load(tmp_path / "wrong")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"shape": None},
+        {"shape": [-1, 256, 8]},
+        {"shape": [2**62, 4]},
+        {"shape": [1.0]},
+        {"dtype": "U8"},
+        {"dtype": []},
+        {"data_offsets": [0, 10**30]},
+        {"data_offsets": [-8, 0]},
+        {"data_offsets": [0]},
+        {"offsets": [0, 8]},
+        [],
+    ],
+    ids=str,
+)
+def test_a_header_that_says_nonsense_is_refused(tmp_path: Path, said: Any) -> None:
+    filled(*arrays(1, 300)[1:], dtype="float32").save(tmp_path / "cache")
+    content = (tmp_path / "cache").read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["keys"] = said if isinstance(said, list) else header["keys"] | said
+    refuse_header(json.dumps(header), content[end:], tmp_path)
+
+
+@pytest.mark.parametrize("header", ["[" * 100_000, '{"a":' * 100_000, "null", "{"], ids=["list", "dict", "null", "end"])
+def test_what_is_no_header_is_refused(tmp_path: Path, header: str) -> None:
+    refuse_header(header, b"", tmp_path)
+
+
+def refuse_header(header: str, content: bytes, path: Path) -> None:
+    """Check that a file with this header is refused."""
+    (path / "wrong").write_bytes(len(header).to_bytes(8, "little") + header.encode() + content)
+    with pytest.raises(ValueError, match="path: .* expected a file of the format safetensors"):
+        KVCache.load(path / "wrong")
+
+
+def test_what_is_no_path_is_refused_and_any_name_of_a_file_will_do(tmp_path: Path) -> None:
+    cache = filled(*arrays(1, 3)[1:])
+    for wrong in (None, 0, 1.5, True, ["a"]):
+        for use in (cache.save, KVCache.load):
+            with pytest.raises(TypeError, match="path: .*; expected a str or an os.PathLike"):
+                use(wrong)
+    for name in ("a" * 250, ".b", "ü ".encode()):
+        path = os.path.join(os.fsencode(tmp_path), name) if isinstance(name, bytes) else tmp_path / name
+        cache.save(path)  # type: ignore[arg-type]
+        assert repr(KVCache.load(path)) == repr(cache)  # type: ignore[arg-type]
+    assert len(list(tmp_path.iterdir())) == 3
+
+
 # -- threads -----------------------------------------------------------------------------------------------------------
+
+
+def test_threads_may_save_to_one_file(tmp_path: Path) -> None:
+    caches = [filled(*arrays(1, 1 + 100 * number)[1:]) for number in range(8)]
+    with ThreadPoolExecutor(len(caches)) as threads:
+        for _ in range(20):
+            for saved in [threads.submit(cache.save, tmp_path / "cache") for cache in caches]:
+                saved.result()
+            assert repr(KVCache.load(tmp_path / "cache")) in map(repr, caches)
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_threads_may_read_at_once() -> None:
