@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastattn.api.pieces import First, attend
+from fastattn.call.advice import said
 from fastattn.call.arrays import as_array, as_common, as_masks
 from fastattn.call.blocks import Blocks
 from fastattn.call.options import check_flag
@@ -97,7 +98,9 @@ def attention_blocks(
     Each block is attended to alone, with its log-sum-exp, and the results are merged as `fastattn.merge` does it, the
     online softmax [1]_ between blocks, with sums in float64. Results depend on how keys are cut, by roundings.
 
-    An iterable is advanced in another thread, by one element at a time, and never in two at once.
+    An iterable is advanced in another thread, by one element at a time, and never in two at once. It is asked for the
+    next while one is computed: it must not write to the arrays of the last one that it gave, as by reading into them
+    anew.
 
     References
     ----------
@@ -123,6 +126,8 @@ def attention_blocks(
         "block_mask": block_mask,
     }  # fmt: skip
     source = source_of(blocks, block_size)
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress: {said(progress)}; expected a callable, or None")
     mask = None if attn_mask is None else as_masks(attn_mask)
     whole = Whole(as_array("query", query), source.keys, mask, is_causal, further)
     work = _Work(whole, check_flag("return_lse", return_lse), (dropout_p, scale, enable_gqa), rng, out)

@@ -120,7 +120,15 @@ def _shape(given: Any) -> Any:
     shape = getattr(given, "shape", None)
     if shape is None and hasattr(given, "get_shape"):
         shape = given.get_shape()
-    return shape if shape is None else tuple(int(size) for size in shape)
+    if shape is None:
+        return None
+    try:
+        sizes = tuple(int(size) for size in shape)
+    except (TypeError, ValueError):
+        sizes = (-1,)
+    if min(sizes, default=0) < 0:
+        raise ValueError(f"blocks: shape {shape!r} of a {type(given).__name__}; expected whole numbers")
+    return sizes
 
 
 def _size(given: tuple[Any, Any], shapes: list[Shape]) -> int:
@@ -142,7 +150,8 @@ def _chunk(given: Any) -> int:
     chunks = getattr(given, "chunks", None)
     if not isinstance(chunks, tuple) or len(chunks) < 2:
         return 0
-    return int(max(chunks[-2])) if isinstance(chunks[-2], tuple) else int(chunks[-2])
+    rows = max(chunks[-2], default=0) if isinstance(chunks[-2], tuple) else chunks[-2]
+    return max(int(rows), 0) if isinstance(rows, (int, np.integer)) else 0
 
 
 def _cut(pair: tuple[Any, Any], size: int, begin: int, end: float) -> Iterator[Block]:
@@ -155,8 +164,15 @@ def _cut(pair: tuple[Any, Any], size: int, begin: int, end: float) -> Iterator[B
 
 def _part(name: str, given: Any, first: int, end: int) -> Array:
     """Some rows of an array-like, in memory."""
-    everything = (slice(None),) * (len(_shape(given)) - 2)
+    *others, _, features = shape = _shape(given)
+    everything = (slice(None),) * len(others)
     array = as_array(f"blocks: {name}", given[(*everything, slice(first, end), slice(None))])
+    expected = (*others, end - first, features)
+    if array.shape != expected:
+        raise ValueError(
+            f"blocks: {name}: shape {array.shape} of keys {first} to {end}; expected {expected}, as it says that it has "
+            f"the shape {shape}"
+        )
     if _is_mapped(array):
         _touch(array)
     return array

@@ -186,6 +186,9 @@ def test_whole_chunks_are_blocks() -> None:
     assert source.size % 1000 == 0
     assert 1 << 24 <= source.size * 8 * 2 * 64 * 4 <= 1 << 25
     assert reading.source_of((Sliced(key.array), Sliced(key.array))).size == 8192
+    chunks: Any
+    for chunks in ((1, None, 64), (1, -5, 64), ((8,), (), (64,)), ((8,), (np.nan, np.nan), (64,))):  # say nothing
+        assert reading.source_of((Sliced(key.array, chunks), Sliced(key.array))).size == 8192
 
 
 def test_the_next_block_is_read_meanwhile_and_no_other_kept() -> None:
@@ -294,6 +297,14 @@ def test_nan_of_hidden_keys_stays_there() -> None:
 QUERY, KEY, VALUE = inputs()
 
 
+class Shaped(Sliced):
+    """What says that it has another shape than it has."""
+
+    def __init__(self, array: Any, shape: Any):
+        super().__init__(array)
+        self.shape = shape
+
+
 @pytest.mark.parametrize(
     ("blocks", "options", "error", "message"),
     [
@@ -314,6 +325,16 @@ QUERY, KEY, VALUE = inputs()
         ),
         ((KEY, VALUE), {"is_causal": "bottom-right", "query_offset": 3}, ValueError, "query_offset: given together"),
         ([(KEY, VALUE)], {"block_size": 3}, ValueError, "block_size: 3, with blocks that are iterated"),
+        ((KEY, VALUE), {"progress": "bar"}, TypeError, "progress: 'bar' of type str; expected a callable"),
+        ((Shaped(KEY, 3), VALUE), {}, ValueError, "blocks: shape 3 of a Shaped; expected whole numbers"),
+        ((Shaped(KEY, (2, 2, None, 8)), VALUE), {}, ValueError, r"blocks: shape \(2, 2, None, 8\) of a Shaped"),
+        ((Shaped(KEY, (2, 2, -1, 8)), VALUE), {}, ValueError, r"blocks: shape \(2, 2, -1, 8\) of a Shaped"),
+        (
+            (Shaped(KEY, (2, 2, 99, 8)), Shaped(VALUE, (2, 2, 99, 5))),
+            {},
+            ValueError,
+            r"blocks: key: shape \(2, 2, 60, 8\) of keys 0 to 99; expected \(2, 2, 99, 8\)",
+        ),
         ((KEY, VALUE), {"block_size": 0}, ValueError, "block_size: 0; expected a positive int"),
         ((KEY, VALUE), {"block_size": 1.5}, TypeError, "block_size: 1.5"),
         ((KEY, VALUE), {"key_lengths": [61, 0]}, ValueError, "key_lengths: 0 to 61; expected 0 to 60"),
