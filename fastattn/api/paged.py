@@ -309,12 +309,13 @@ def _as_batch(
     out: NDArray[Any] | None,
 ) -> Any:
     """Compute attention of packed queries that are as many for each row."""
-    count = len(pages.table)
-    rows, target = (None if array is None else array.reshape(count, -1, *array.shape[1:]) for array in (query, out))
+    count, total = len(pages.table), len(query)
+    split = count, total // count
+    rows, target = (None if array is None else array.reshape(*split, *array.shape[1:]) for array in (query, out))
     wanted: Any = {"return_lse": return_lse, "rng": rng, "out": target}
     found = on_pages(rows, pages, length_first=True, **options, **wanted, further=further)  # type: ignore[arg-type]
     results = found if isinstance(found, tuple) else (found,)
-    packed = [array.reshape(-1, *array.shape[2:]) for array in results]
+    packed = [array.reshape(total, *array.shape[2:]) for array in results]
     if out is not None:
         packed[0] = out
     return tuple(packed) if len(packed) > 1 else packed[0]

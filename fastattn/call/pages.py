@@ -73,7 +73,7 @@ class Pages:
         rows = np.zeros((len(self.lengths), keys, *array.shape[2:]), array.dtype)
         for row, table, length in zip(rows, self.table, self.lengths.tolist(), strict=True):
             used = array[table[: -(-length // self.page)]]
-            row[:length] = used.reshape(-1, *array.shape[2:])[:length]
+            row[:length] = used.reshape(len(used) * self.page, *array.shape[2:])[:length]
         return rows.swapaxes(1, 2)
 
 

@@ -335,6 +335,21 @@ def test_where_there_is_no_key(backend: str, packed: bool, lengths: Any) -> None
         np.testing.assert_array_equal(lse, np.full(query.shape[:-1], -np.inf))
 
 
+@backends
+@pytest.mark.parametrize("features", [(0, 8), (16, 0), (0, 0)], ids=str)
+@pytest.mark.parametrize("page", [16, 256, 300])
+def test_where_there_are_no_features(backend: str, page: int, features: tuple[int, int]) -> None:
+    held = cache((3, 300), page, features=features, how="heads first")
+    query = queries(2, 1, 4, features[0])
+    values = [held.row(row)[1].mean(axis=1).repeat(2, axis=0) for row in range(2)]  # every score is 0
+    for cu_seqlens in (None, [0, 1, 2], [0, 0, 2]):
+        rows = query if cu_seqlens is None else query.reshape(2, *query.shape[2:])
+        out = fastattn.attention_paged(rows, *held.args, cu_seqlens, backend=backend)
+        assert out.shape == (*rows.shape[:-1], features[1])
+        wanted = [values[1]] * 2 if cu_seqlens == [0, 0, 2] else values
+        np.testing.assert_allclose(out.reshape(2, 4, features[1]), wanted, atol=1e-6)
+
+
 @pytest.mark.parametrize("options", [{}, {"is_causal": "bottom-right"}], ids=str)
 def test_dropout_keeps_what_it_keeps_in_the_padded_batch(options: dict[str, Any]) -> None:
     held, query = cache((30, 300, 17), 16), queries(3, 1, 4, 16)

@@ -195,7 +195,8 @@ def _rows(array: Array, gathers: bool) -> Array:
 
 def _add_pages(draft: Draft, layout: Layout, operands: Operands, block: int) -> None:
     """Add to a plan where pages are, and room for a block that is gathered."""
-    room = [aligned(block * array.strides[-2]) for array in (operands.key, operands.value)]
+    # some for rows without features, too: that there is room tells kernels to gather
+    room = [aligned(block * max(1, array.strides[-2])) for array in (operands.key, operands.value)]
     draft.fields.update(page=layout.page, table_itemsize=layout.table_itemsize)
     draft.fields.update(zip(("table_row", "table_column"), layout.table, strict=True))
     draft.fields.update(gathered_keys=room[0], gathered_values=room[1])
