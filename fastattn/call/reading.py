@@ -170,8 +170,8 @@ def _part(name: str, given: Any, first: int, end: int) -> Array:
     expected = (*others, end - first, features)
     if array.shape != expected:
         raise ValueError(
-            f"blocks: {name}: shape {array.shape} of keys {first} to {end}; expected {expected}, as it says that it has "
-            f"the shape {shape}"
+            f"blocks: {name}: shape {array.shape} of keys {first} to {end}; expected {expected}, as it says that its "
+            f"shape is {shape}"
         )
     if _is_mapped(array):
         _touch(array)
