@@ -9,8 +9,10 @@ import numpy as np
 
 from fastattn.call.advice import said, to_convert
 from fastattn.call.arrays import as_array
+from fastattn.call.broadcasting import check_broadcasts
 from fastattn.call.halves import is_floating
 from fastattn.call.problem import Array
+from fastattn.call.score_options import as_integers
 from fastattn.kv_cache.pages import PAGE, Layout
 from fastattn.kv_cache.sequences import Sequences
 
@@ -184,11 +186,19 @@ def check_dropped(sequences: Sequences, offset: Any, left: int | None) -> None:
     Raises
     ------
     ValueError
-        If one would.
+        If one would, or there are not so many positions.
+    TypeError
+        If these are no integers.
     """
     if not any(sequences.dropped):
         return
-    at = np.broadcast_to(as_array("query_offset", 0 if offset is None else offset), (len(sequences.rows),)).tolist()
+    rows, given = len(sequences.rows), 0 if offset is None else offset
+    if isinstance(given, int) and not isinstance(given, bool):  # of any size
+        at = [given] * rows
+    else:
+        positions = as_integers("query_offset", given)
+        check_broadcasts("query_offset", positions.shape, (rows,), "the batch")
+        at = np.broadcast_to(positions, (rows,)).tolist()
     for row, (position, dropped) in enumerate(zip(at, sequences.dropped, strict=True)):
         first = dropped * PAGE
         if first and (left is None or position - left < first):

@@ -451,6 +451,31 @@ def test_what_has_been_dropped_cannot_be_asked_for() -> None:
     assert cache.attention(query[:, :, :1], window=(3, 0)).shape == (1, 4, 1, 8)
 
 
+@pytest.mark.parametrize("tokens", [3, 600])
+@pytest.mark.parametrize(
+    ("offset", "error", "message"),
+    [
+        ([1, 2, 3], ValueError, r"query_offset: shape \(3,\); expected one that broadcasts to \(2,\)"),
+        ([[1], [2]], ValueError, r"query_offset: shape \(2, 1\); expected one that broadcasts to \(2,\)"),
+        ("x", TypeError, "query_offset: dtype <U1; expected integers"),
+        (object(), TypeError, "query_offset: "),
+        (True, TypeError, "query_offset: "),
+        ([True, False], TypeError, "query_offset: dtype bool; expected integers"),
+        (1.0, TypeError, "query_offset: dtype float64; expected integers"),
+    ],
+    ids=str,
+)
+def test_positions_that_are_none_are_named_whatever_has_been_dropped(
+    tokens: int, offset: Any, error: Any, message: str
+) -> None:
+    query, key, value = arrays(2, tokens + 1)
+    cache = KVCache(2, 2, 8, dtype="float32", window=(4, 0))
+    for some in (slice(tokens), slice(tokens, tokens + 1)):
+        cache.append(key[:, :, some], value[:, :, some])
+    with pytest.raises(error, match=message):
+        cache.attention(query[:, :, :1], query_offset=offset)
+
+
 # -- files and copies --------------------------------------------------------------------------------------------------
 
 
