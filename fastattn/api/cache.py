@@ -29,7 +29,7 @@ from fastattn.kv_cache.arguments import (
     check_truncated,
 )
 from fastattn.kv_cache.formats import formats_of
-from fastattn.kv_cache.pages import Layout
+from fastattn.kv_cache.pages import LARGEST, Layout
 from fastattn.kv_cache.sequences import Sequences
 from fastattn.kv_cache.stored import restored, stored
 
@@ -108,9 +108,9 @@ class KVCache:
         capacity: int | None = None,
     ) -> None:
         self._layout = Layout(
-            check_size("kv_heads", kv_heads),
-            check_size("head_dim", head_dim),
-            check_size("value_dim", head_dim if value_dim is None else value_dim),
+            check_size("kv_heads", kv_heads, most=LARGEST),
+            check_size("head_dim", head_dim, most=LARGEST),
+            check_size("value_dim", head_dim if value_dim is None else value_dim, most=LARGEST),
             *formats_of(dtype),
         )
         self._left = check_window(window)[0]

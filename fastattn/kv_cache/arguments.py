@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 
-def check_size(name: str, given: object, least: int = 1) -> int:
+def check_size(name: str, given: object, least: int = 1, most: int | None = None) -> int:
     """Return a number of something.
 
     Raises
@@ -36,12 +36,14 @@ def check_size(name: str, given: object, least: int = 1) -> int:
     TypeError
         If it is no integer.
     ValueError
-        If it is less than the least there may be.
+        If it is less than the least there may be, or more than the most.
     """
     if isinstance(given, bool) or not isinstance(given, (int, np.integer)):
         raise TypeError(f"{name}: {said(given)}; expected an int of at least {least}")
     if given < least:
         raise ValueError(f"{name}: {given}; expected an int of at least {least}")
+    if most is not None and given > most:
+        raise ValueError(f"{name}: {given}; expected an int of at most {most}")
     return int(given)
 
 

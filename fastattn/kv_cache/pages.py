@@ -15,10 +15,11 @@ from fastattn.call.problem import Array, Shape
 from fastattn.kv_cache.formats import Format
 from fastattn.machine.objects import address_of
 
-__all__ = ["PAGE", "Layout", "Page", "Pages"]
+__all__ = ["LARGEST", "PAGE", "Layout", "Page", "Pages"]
 
 PAGE = 256  # keys: as many as the kernel of few queries takes at a time
 ALIGNMENT = 64
+LARGEST = 1 << 24  # heads, and features: the bytes of a page of so many are a number of 64 bits
 GROWTH = 4  # of so many pages, one more comes with each piece of memory: there are few pieces, and little to spare
 
 

@@ -675,6 +675,9 @@ def test_threads_may_read_at_once() -> None:
         ((-1, 2, 8), {}, ValueError, "batch: -1; expected an int of at least 0"),
         ((1.0, 2, 8), {}, TypeError, "batch: 1.0 of type float; expected an int"),
         ((1, 0, 8), {}, ValueError, "kv_heads: 0; expected an int of at least 1"),
+        ((1, 10**20, 8), {}, ValueError, "kv_heads: 1000.*; expected an int of at most 16777216"),
+        ((1, 1, 2**62), {}, ValueError, "head_dim: 4611686018427387904; expected an int of at most 16777216"),
+        ((1, 1, 8, 2**40), {}, ValueError, "value_dim: 1099511627776; expected an int of at most 16777216"),
         ((1, 2, True), {}, TypeError, "head_dim: True"),
         ((1, 2, 8, 0), {}, ValueError, "value_dim: 0"),
         (
