@@ -216,9 +216,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        0; 2 for what the user can put right, said in one line; 130 after Ctrl-C.
+        0; 2 for what the user can put right, said in one line; 130 after Ctrl-C; 141 where nobody reads any more.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _open_what_is_closed()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character shows ? in its place
@@ -231,10 +232,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = 2
     except KeyboardInterrupt:
         status = 130
-    except BrokenPipeError:  # the reader has seen enough; Python's own flush at exit must find a place to write to
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader has seen enough
+        _write_nowhere()
         status = 141
+    except OSError as error:  # what cannot be read is a UserError: this is a full disk, or a terminal that has gone
+        print(f"{program()}: cannot write: {error.strerror}", file=sys.stderr)
+        _write_nowhere()
+        status = 2
     return status
+
+
+def _open_what_is_closed() -> None:
+    """Put nothing where there is no standard input, and nowhere where there is no output: Python has None there."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  # open as long as the process
+
+
+def _write_nowhere() -> None:
+    """Let standard output go nowhere: Python's own flush at exit must find a place to write to."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager

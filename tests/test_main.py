@@ -270,6 +270,33 @@ def test_ctrl_c_is_quiet_and_status_130(tmp_path: Path) -> None:
     assert (running.returncode, out, err) == (130, b"", b"")
 
 
+@posix
+@pytest.mark.parametrize(
+    ("redirected", "status", "message"),
+    [
+        ("<&-", 0, ""),
+        (">&-", 0, ""),
+        ("2>&-", 0, ""),
+        pytest.param(
+            ">/dev/full",
+            2,
+            "python -m fastattn: cannot write: No space left on device\n",
+            marks=pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full"),
+        ),
+    ],
+)
+def test_streams_that_are_closed_or_full(redirected: str, status: int, message: str) -> None:
+    root = str(Path(fastattn.__file__).parent.parent)
+    ended = subprocess.run(
+        ["sh", "-c", f'"$0" -m fastattn guide {redirected}', sys.executable],
+        env={**os.environ, "PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (ended.returncode, ended.stderr) == (status, message)
+
+
 class TestInfo:
     def test_says_what_there_is(self, run: Any) -> None:
         status, out, err = run("info")
