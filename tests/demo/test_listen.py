@@ -99,6 +99,9 @@ class TestSound:
             (wav(b"1234", bits=12), "format 1 with 12 bits"),
             (wav(b"12", channels=0), "0 channels"),
             (wav(b"12", rate=0), "0 samples a second"),
+            (wav(b"12", rate=999), "999 samples a second; expected 1000 to 384000"),
+            (wav(b"12", rate=2**31 - 1), "2147483647 samples a second; expected 1000 to 384000"),
+            (wav(np.array([1e300], "<f8").tobytes(), 3, bits=64), "no numbers"),
             (wav(np.array([np.nan], "<f4").tobytes(), 3, bits=32), "no numbers"),
         ],
     )

@@ -26,6 +26,8 @@ LAYOUTS: dict[tuple[int, int], tuple[str, float]] = {
     (FLOAT, 32): ("<f4", 1.0),
     (FLOAT, 64): ("<f8", 1.0),
 }
+#: Samples a second of a file: what recorders have, and more. Outside, a few bytes could become gigabytes.
+LEAST_RATE, MOST_RATE = 1000, 384_000
 #: Zero crossings of the sinc at each side, and the shape of the window over them: what is cut off is below -80 dB.
 CROSSINGS, KAISER = 24, 8.0
 #: Frequencies are kept up to this part of the lower of the two rates' halves.
@@ -37,7 +39,8 @@ BLOCK = 8192
 def read_wav(data: bytes) -> Floats:
     """Read the sound in the bytes of a wav file, at `RATE` samples a second.
 
-    Samples may be integers of 8, 16, 24 or 32 bits or floats of 32 or 64, at any rate; channels become their mean.
+    Samples may be integers of 8, 16, 24 or 32 bits or floats of 32 or 64, at any rate from 1 to 384 kHz;
+    channels become their mean.
 
     Raises
     ------
@@ -55,10 +58,13 @@ def read_wav(data: bytes) -> Floats:
         (code,) = struct.unpack_from("<H", header, 24)
     if (code, bits) not in LAYOUTS and (code, bits) != (PCM, 8):
         raise ValueError(f"its samples are of format {code} with {bits} bits; expected plain integers or floats")
-    if not channels or not rate or frame != channels * bits // 8:
+    if not channels or frame != channels * bits // 8:
         raise ValueError(f"it says to have {channels} channels and {rate} samples a second, of {frame} bytes")
+    if not LEAST_RATE <= rate <= MOST_RATE:
+        raise ValueError(f"it says to have {rate} samples a second; expected {LEAST_RATE} to {MOST_RATE}")
     raw = chunks[b"data"][: len(chunks[b"data"]) // frame * frame]
-    samples = _as_floats(np.frombuffer(raw, np.uint8), code, bits).reshape(-1, channels).mean(axis=1)
+    with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and refused
+        samples = _as_floats(np.frombuffer(raw, np.uint8), code, bits).reshape(-1, channels).mean(axis=1)
     if not samples.size:
         raise ValueError("it has no sound")
     if not np.isfinite(samples).all():
