@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from fastattn.console.arguments import number, real
-from fastattn.console.terminal import Progress, Style, UserError, is_terminal, wrap
+from fastattn.console.terminal import Progress, Style, UserError, wrap
 from fastattn.demo.chat.conversation import SYSTEM, ContextFull, Conversation
 from fastattn.demo.chat.flow import Flow
 from fastattn.demo.chat.model import SmolLM2
@@ -67,11 +67,17 @@ def chat(args: argparse.Namespace) -> int:
     if args.prompt is not None and not args.prompt.strip():
         raise UserError("--prompt has no word in it")
     texts = [read_text(file).strip() for file in args.file or ()]
+    if args.file and not any(texts):
+        raise UserError("--file has no word in it")
     system = args.system if args.system is not None else ABOUT if texts else SYSTEM
     with Progress("reading the model"):
         model = SmolLM2.load()
     sampling = Sampling(args.temperature, args.top_p, np.random.default_rng(args.seed))
-    talk = Talk(Conversation(model, "\n\n".join([system, *texts]), sampling), args)
+    conversation = Conversation(model, "\n\n".join([system, *texts]), sampling)
+    if not conversation.has_room(""):
+        option = "--file" if texts else "--system"
+        raise UserError(f"{option} is too long for the {model.context:,} tokens that the model can read")
+    talk = Talk(conversation, args)
     if texts:
         talk.read_texts()
     if args.prompt is not None:
@@ -90,7 +96,7 @@ class Talk:
         self.conversation = conversation
         self.args = args
         self.style = Style.of(sys.stdout)
-        self.asks = sys.stdin.isatty() and is_terminal(sys.stdout)
+        self.asks = sys.stdin.isatty() and sys.stdout.isatty()
         self.comparison = Comparison(conversation) if args.stats else None
 
     def say(self, text: str) -> None:
@@ -108,14 +114,9 @@ class Talk:
 
     def read_texts(self) -> None:
         """Read the texts that questions are about, and say how long that took."""
-        reader = self.conversation.reader
-        try:
-            with Progress("reading") as progress:
-                self.conversation.read_opening(progress)
-        except ContextFull:
-            room = f"{self.conversation.context:,} tokens that the model can read"
-            raise UserError(f"--file is too long for the {room}") from None
-        self.say(f"Read {pace_in_words(reader.prefill)}")
+        with Progress("reading") as progress:
+            self.conversation.read_opening(progress)
+        self.say(f"Read {pace_in_words(self.conversation.reader.prefill)}")
         self.compare()
         print(flush=True)
 
@@ -156,16 +157,16 @@ class Talk:
         try:
             written = self.write(question)
         except ContextFull:
+            if not self.conversation.has_room(question):
+                raise UserError("the question is too long for it") from None
             self.conversation.restart()
             self.say(
                 f"(The {self.conversation.context:,} tokens that it can read are full: the conversation begins anew.)"
             )
-            try:
-                written = self.write(question)
-            except ContextFull:
-                raise UserError("the question is too long for it") from None
+            written = self.write(question)
         if written == self.args.tokens:
-            self.say(f"(Stopped after {written} tokens: --tokens allows more.)")
+            tokens = f"{written} token" + "s" * (written != 1)
+            self.say(f"(Stopped after {tokens}: --tokens allows more.)")
         self.compare()
         if self.args.show is not None:
             self.show()

@@ -70,6 +70,10 @@ class Conversation:
             raise ContextFull
         self.reader.read(self._opening[self.reader.length :], progress)
 
+    def has_room(self, question: str) -> bool:
+        """Whether a question fits behind what the model is told first, where nothing else has been said."""
+        return len(self._opening) + len(self._asked(question)) < self.context
+
     def answer(self, question: str, limit: int, progress: Callable[[int, int], None] | None = None) -> Iterator[int]:
         """Yield the tokens of an answer as they come.
 
@@ -103,7 +107,11 @@ class Conversation:
     def _question(self, text: str) -> list[int]:
         """The tokens from the end of what has been said to where the answer begins."""
         end = [] if self.ids[-1] == self._end else [self._end]  # of an answer that was broken off
-        asked = [*end, *self._newline, *self._turn("user", text), self._end]
+        return [*end, *self._asked(text)]
+
+    def _asked(self, text: str) -> list[int]:
+        """The tokens of a question, from the end of the turn before it to where its answer begins."""
+        asked = [*self._newline, *self._turn("user", text), self._end]
         return [*asked, *self._newline, *self._turn("assistant", "")]
 
     def _turn(self, who: str, text: str) -> list[int]:

@@ -43,7 +43,8 @@ class Sampling:
         if self.temperature == 0:
             return int(logits.argmax())
         scores = logits.astype(np.float64)
-        scores = (scores - scores.max()) / self.temperature
+        with np.errstate(over="ignore"):  # -inf gives 0, which is right
+            scores = (scores - scores.max()) / self.temperature
         weights = np.exp(scores)
         order = np.argsort(-weights, kind="stable")
         sums = np.cumsum(weights[order])

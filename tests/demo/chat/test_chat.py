@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import io
 import os
@@ -132,13 +133,32 @@ class TestSmall:
         status, out, err = run("--prompt", "a" * 400)
         assert status == 2
         assert err == "python -m fastattn: the question is too long for it\n"
+        assert out == ""  # nothing begins anew
         status, out, _ = run(lines="a" * 400 + "\nhi\n")
         assert status == 0
         assert "the question is too long for it" in out
+        status, out, err = run("--system", "a" * 400, "--prompt", "hi")
+        assert (status, out) == (2, "")
+        assert "--system is too long for the 256 tokens that the model can read" in err
         (tmp_path / "text").write_text("a" * 400)
         status, out, err = run("--file", str(tmp_path / "text"), "--prompt", "hi")
         assert (status, out) == (2, "")
         assert "--file is too long for the 256 tokens that the model can read" in err
+
+    def test_what_does_not_fit_at_all_leaves_the_conversation_as_it_is(self, small: SmolLM2) -> None:
+        talk = cli.Talk(Conversation(small, "s"), argparse.Namespace(stats=False, show=None, tokens=5))
+        talk.turn("hi")
+        before = list(talk.conversation.ids)
+        with pytest.raises(UserError, match="too long"):
+            talk.turn("a" * 400)
+        assert talk.conversation.ids == before
+
+    def test_files_without_a_word_are_refused(self, run: Any, tmp_path: Path) -> None:
+        (tmp_path / "empty").write_text("\n")
+        assert run("--file", str(tmp_path / "empty")) == (2, "", "python -m fastattn: --file has no word in it\n")
+
+    def test_one_token_is_one(self, run: Any) -> None:
+        assert "(Stopped after 1 token: --tokens allows more.)" in run("--prompt", "the bat", "--tokens", "1")[1]
 
     @pytest.mark.parametrize("width", [24, 40, 80])
     def test_texts_and_figures_fit_the_terminal(
@@ -240,11 +260,12 @@ def test_ctrl_c_stops_the_answer_and_not_the_program() -> None:
 class Terminal:
     """A process on a pseudo-terminal."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, env: dict[str, str] | None = None) -> None:
         import pty
 
         self.ours, theirs = pty.openpty()
-        self.running = process(*arguments, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+        streams = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
+        self.running = process(*arguments, env=env or {}, start_new_session=True, **streams)
         os.close(theirs)
         self.seen = ""
 
@@ -280,6 +301,22 @@ def test_on_a_terminal() -> None:
         terminal.wait_for(" a ")
         terminal.running.send_signal(signal.SIGINT)
         terminal.wait_for("> ")
+        terminal.type("\x04")
+        assert terminal.running.wait(60) == 0
+    finally:
+        terminal.running.kill()
+        terminal.running.wait()
+        os.close(terminal.ours)
+
+
+@posix
+@needs_model
+def test_a_terminal_without_escape_sequences_is_greeted_and_asked() -> None:
+    terminal = Terminal(env={"TERM": "dumb"})
+    try:
+        terminal.wait_for("ends.")
+        terminal.wait_for("> ")
+        assert "\x1b" not in terminal.seen
         terminal.type("\x04")
         assert terminal.running.wait(60) == 0
     finally:

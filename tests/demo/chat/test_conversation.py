@@ -172,6 +172,7 @@ class TestSampling:
     def test_greedy_is_the_greatest(self) -> None:
         assert Sampling().choose(self.LOGITS) == 2
         assert Sampling(1e-300).choose(self.LOGITS) == 2
+        assert Sampling(1e-320).choose(self.LOGITS) == 2  # differences overflow, and nothing is said of it
 
     def test_words_are_drawn_as_likely_as_they_are(self) -> None:
         np.testing.assert_allclose(self.drawn(1.0, 1.0), [0.1, 0.05, 0.5, 0.0, 0.35], atol=0.03)
