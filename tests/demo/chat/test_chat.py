@@ -294,6 +294,7 @@ def test_on_a_terminal() -> None:
         terminal.type(f"{FRANCE}\n")
         terminal.wait_for("The capital of France is Paris.")
         terminal.wait_for("> ")
+        time.sleep(0.5)  # a signal between the prompt and the reading of a line would wait for the line
         terminal.running.send_signal(signal.SIGINT)  # too late: there is no answer to stop
         terminal.wait_for("> ")
         terminal.type(f"{STORY}\n")
