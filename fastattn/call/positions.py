@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from fastattn.call.blocks import Blocks, check_blocks
+from fastattn.call.broadcasting import check_broadcasts
 from fastattn.call.options import check_causal
 from fastattn.call.problem import Array, Mask, Problem
 from fastattn.call.score_options import FurtherOptions, PieceOptions, as_integers, check_window, held_within
@@ -95,9 +96,11 @@ class Whole:
         Raises
         ------
         TypeError, ValueError
-            If a block mask is for another, or a mask has another number of keys than a pair.
+            If a block mask is for another, a mask has another number of keys than a pair, or there is not one offset
+            for each row of the batch.
         """
         if np.ndim(self.offset):
+            check_broadcasts("query_offset", np.shape(self.offset), problem.batch, "the batch")
             self.offset = np.broadcast_to(self.offset, problem.batch)
         blocks, keys = self.options["block_mask"], self.keys
         if blocks is not None:

@@ -337,6 +337,7 @@ class Shaped(Sliced):
         ),
         ((KEY, VALUE), {"block_size": 0}, ValueError, "block_size: 0; expected a positive int"),
         ((KEY, VALUE), {"block_size": 1.5}, TypeError, "block_size: 1.5"),
+        ((KEY, VALUE), {"query_offset": [1, 2, 3]}, ValueError, r"query_offset: shape \(3,\)"),
         ((KEY, VALUE), {"key_lengths": [61, 0]}, ValueError, "key_lengths: 0 to 61; expected 0 to 60"),
         ([(KEY, VALUE)], {"key_lengths": [61, 0]}, ValueError, "key_lengths: 61 is among them; expected 0 to 60"),
         ([(KEY, VALUE)], {"key_lengths": [-1, 0]}, ValueError, "key_lengths: -1 to 0"),
