@@ -35,7 +35,7 @@ def start(ranks: int, *arguments: str, timeout: float = 500) -> subprocess.Compl
 
 
 @with_mpi
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_together(ranks: int) -> None:
     """All checks in one start: the first call of each kind compiles, and a start takes longer than most checks."""
     ended = start(ranks, str(CHECKS))

@@ -421,13 +421,13 @@ def add_values(tile, plan, weights, count, value, value_row, out, features):
             place = out + p * tile.row_bytes + i * tile.itemsize
             for r in range(width):
                 store_element(tile, buffer + r * tile.itemsize, load_element(tile, place + r * tile.row_bytes))
-            acc = tile_fill(tile.quad, 0.0)
+            acc = tile_load(tile.quad, buffer, tile.vector_bytes)
             at, weight = value + p * tile.itemsize, weights + i * tile.itemsize
             for _ in range(count):
                 acc = fma(tile_load(tile.quad, at, tile.vector_bytes), load_element(tile, weight), acc)
                 at += value_row
                 weight += tile.row_bytes
-            tile_store(tile_load(tile.quad, buffer, tile.vector_bytes) + acc, buffer, tile.vector_bytes)
+            tile_store(acc, buffer, tile.vector_bytes)
             for r in range(width):
                 store_element(tile, place + r * tile.row_bytes, load_element(tile, buffer + r * tile.itemsize))
 

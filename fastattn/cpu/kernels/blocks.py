@@ -125,11 +125,7 @@ def score_block(kernel, plan, q, key, first, count, start, scores, best, wanted)
 
 @jit
 def add_values(kernel, plan, weights, count, value, out, wanted):
-    """out[p][i] += Σ_j value[j][p] · weights[j][i]; meanwhile what is on the list is asked for.
-
-    What a block of keys adds is summed by itself first: of many keys the roundings of one long sum would be most of the
-    error.
-    """
+    """out[p][i] += Σ_j value[j][p] · weights[j][i]; meanwhile what is on the list is asked for."""
     tile = kernel.tile
     features = plan.value_dim
     panel, row, column = value_steps(kernel, plan)
@@ -146,14 +142,16 @@ def add_values(kernel, plan, weights, count, value, out, wanted):
         features -= done
     whole = features - features % tile.rows
     for _ in range(0, whole, tile.rows):
-        acc = tile_product(kernel, tile_fill(tile, 0.0), value, column, row, weights, count)
-        tile_store(tile_load(tile, out, tile.row_bytes) + acc, out, tile.row_bytes)
+        acc = tile_load(tile, out, tile.row_bytes)
+        acc = tile_product(kernel, acc, value, column, row, weights, count)
+        tile_store(acc, out, tile.row_bytes)
         ask(wanted)
         value += panel
         out += tile.rows * tile.row_bytes
     for _ in range(whole, features):
-        one = row_product(kernel, tile_fill(tile.single, 0.0), value, column, row, weights, count)
-        tile_store(tile_load(tile.single, out, tile.row_bytes) + one, out, tile.row_bytes)
+        one = tile_load(tile.single, out, tile.row_bytes)
+        one = row_product(kernel, one, value, column, row, weights, count)
+        tile_store(one, out, tile.row_bytes)
         value += column
         out += tile.row_bytes
 
