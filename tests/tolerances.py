@@ -9,7 +9,8 @@ score. Then:
   near. The first is the promise for results, the second what a log-sum-exp or a single weight is held to. Where a
   floating mask is added, the sum is rounded once more, at the size of the mask: A of a row grows by the largest |mask|
   among the keys that have a weight there. (A mask of -1e9 next to others of 0 costs nothing: keys under it have no
-  weight that could be wrong.) What a slope of ALiBi takes off, a product that is rounded itself, counts twice.
+  weight that could be wrong; where it is w it is at most |lse| + |log w|, and with a sink all may be small.) What a
+  slope of ALiBi takes off, a product that is rounded itself, counts twice.
 - A weight is w = exp(s - lse), so its error is w times that of s - lse, and a constant number of roundings for exp, the
   sum and the division: eps · (8 + A), as w ≤ 1.
 - The result is Σ w v with Σ w = 1: the errors of the weights sum to the same, times the largest value. Hence
@@ -472,7 +473,9 @@ def expected_gradients(
         largest_mask = size_of_added(problem, operands).max(initial=0)
         # of one weight, whatever is multiplied by it
         row = np.where(np.isfinite(upstream.lse), np.abs(upstream.lse), 0)[..., None].astype(np.float64)
-        row = 2 * ROUNDINGS + terms + row + np.minimum(largest_mask, row + terms)
+        # what is added where a weight is w is at most |lse| + |log w| and the score: beside a sink all may be small
+        added = row + terms - np.log(np.where(whole > 0, np.minimum(whole, 1), 1))
+        row = 2 * ROUNDINGS + terms + row + np.minimum(largest_mask, added)
         row = row + problem.head_dim + problem.value_dim + max(problem.queries, problem.keys)
         row = np.where(magnitudes > 0, row, 0)
         rounded, near_0, arrived = 0.0, 0.0, 0.0
