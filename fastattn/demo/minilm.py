@@ -10,7 +10,7 @@ Shapes in the comments: B sentences, L tokens, H = 12 heads, D = 32 dimensions o
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 import fastattn
 from fastattn.console.terminal import UserError
+from fastattn.demo.packages import file_of
 from fastattn.demo.parts import Floats, gelu, layer_norm, linear
 
 __all__ = [
@@ -248,10 +249,9 @@ class MiniLM:
 
 def model_folder() -> Path:
     """The folder of the model's files in the installed package, which is not imported: that would want torch."""
-    spec = importlib.util.find_spec(PACKAGE)
-    places: Iterable[str] = (spec and spec.submodule_search_locations) or ()
-    for place in places:
-        return Path(place) / "model"
+    folder = file_of(PACKAGE, "model")
+    if folder is not None:
+        return folder
     raise UserError(f"the demo needs {PACKAGE.replace('_', '-')}, not installed here: {INSTALL}")
 
 

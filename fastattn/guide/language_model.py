@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 from fastattn.console.terminal import Style, bar_table
-from fastattn.demo.chat.caches import Floats
 from fastattn.demo.chat.conversation import Conversation
 from fastattn.demo.chat.model import PACKAGE, SmolLM2
 from fastattn.demo.chat.reader import AT_ONCE, Reader
 from fastattn.demo.chat.sampling import Sampling
 from fastattn.demo.chat.spoken import looks_to_write, sharpest, words_of
+from fastattn.demo.parts import Floats
 from fastattn.guide.page import Listing, Picture, Step, Table, claim, duration
 from fastattn.guide.pictures import BLUE, RED, draw_curves, numbers
 

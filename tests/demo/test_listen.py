@@ -14,6 +14,7 @@ import pytest
 
 from fastattn.console.terminal import Style, UserError
 from fastattn.demo.listen import attention, cli, ctranslate2, decoding, listener, mel, picture, sound, vocabulary
+from fastattn.demo.spelling import SPELLED
 
 PLAIN = Style(colour=False, blocks=True, width=80)
 LANGUAGES = ["en", "fr", "ja"]
@@ -22,8 +23,7 @@ LANGUAGES = ["en", "fr", "ja"]
 @pytest.fixture(scope="module")
 def tokens() -> vocabulary.Vocabulary:
     """Return a vocabulary like Whisper's, in small: 256 bytes and some words, then marks."""
-    characters = vocabulary._bytes_of_characters()
-    pieces = [*sorted(characters, key=characters.__getitem__), "Ġhello", "Ġworld", "ly", "ĠâĢ", "ľ"]
+    pieces = [*(SPELLED[byte] for byte in range(256)), "Ġhello", "Ġworld", "ly", "ĠâĢ", "ľ"]
     marks = ["endoftext", "startoftranscript", *LANGUAGES, "translate", "transcribe", "startoflm", "startofprev"]
     times = [f"{index * 0.02:.2f}" for index in range(1501)]
     names = [f"<|{name}|>" for name in [*marks, "nocaptions", "notimestamps", *times]]

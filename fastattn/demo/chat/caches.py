@@ -15,13 +15,11 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 import fastattn
+from fastattn.demo.parts import Floats
 
-__all__ = ["Cache", "FastCache", "Floats", "PlainCache"]
-
-Floats = NDArray[np.float32]
+__all__ = ["Cache", "FastCache", "PlainCache"]
 
 
 class Cache(ABC):

@@ -10,8 +10,7 @@ E = H · D = 576, F = 1536, the width inside of a layer.
 from __future__ import annotations
 
 import copy
-import importlib.util
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,11 @@ from numpy.typing import NDArray
 
 import fastattn
 from fastattn.console.terminal import UserError
-from fastattn.demo.chat.caches import Cache, FastCache, Floats
+from fastattn.demo.chat.caches import Cache, FastCache
 from fastattn.demo.chat.gguf import GGUF
 from fastattn.demo.chat.tokenizer import Tokenizer
+from fastattn.demo.packages import file_of
+from fastattn.demo.parts import Floats
 
 __all__ = ["INSTALL", "PACKAGE", "SmolLM2", "model_file"]
 
@@ -193,8 +194,7 @@ def model_file() -> Path:
     UserError
         If the package is not installed.
     """
-    spec = importlib.util.find_spec(PACKAGE)
-    places: Iterable[str] = (spec and spec.submodule_search_locations) or ()
-    for place in places:
-        return Path(place) / FILE
-    raise UserError(f"the chat needs {PACKAGE.replace('_', '-')}, not installed here: {INSTALL}")
+    path = file_of(PACKAGE, FILE)
+    if path is None:
+        raise UserError(f"the chat needs {PACKAGE.replace('_', '-')}, not installed here: {INSTALL}")
+    return path

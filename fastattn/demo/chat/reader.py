@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from fastattn.demo.chat.caches import Cache, FastCache, Floats
+from fastattn.demo.chat.caches import Cache, FastCache
 from fastattn.demo.chat.model import SmolLM2
+from fastattn.demo.parts import Floats
 
 __all__ = ["Pace", "Reader"]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fastattn.demo.chat.caches import Floats
+from fastattn.demo.parts import Floats
 
 __all__ = ["Sampling"]
 

@@ -13,6 +13,8 @@ import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 
+from fastattn.demo.spelling import BYTES, SPELLED
+
 __all__ = ["Tokenizer"]
 
 #: Words between digits: an ending after an apostrophe; letters, or signs, perhaps with a space before them; and spaces,
@@ -24,11 +26,6 @@ _WORD = re.compile(
     r"|[^\S\x1c-\x1f]+(?![\S\x1c-\x1f])"
     r"|[^\S\x1c-\x1f]+"
 )
-#: The vocabulary spells each byte as one printable character: itself, or for those that are not printable one from 256.
-_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-_SPELLED = {byte: chr(byte) for byte in _PRINTABLE}
-_SPELLED.update((byte, chr(256 + n)) for n, byte in enumerate(b for b in range(256) if b not in _PRINTABLE))
-_BYTES = {char: byte for byte, char in _SPELLED.items()}
 #: The kind of a token that is a mark for the model and never part of a text, such as the end of a turn.
 _MARK = 3
 
@@ -71,11 +68,11 @@ class Tokenizer:
         """The bytes that a token stands for, of a mark none. A character may begin in one token and end in the next."""
         if number in self._marked:
             return b""
-        return bytes(_BYTES[char] for char in self._tokens[number])
+        return bytes(BYTES[char] for char in self._tokens[number])
 
     def _join(self, word: str) -> tuple[int, ...]:
         """The tokens of one word."""
-        pieces = [_SPELLED[byte] for byte in word.encode("utf-8", "replace") if _SPELLED[byte] in self._numbers]
+        pieces = [SPELLED[byte] for byte in word.encode("utf-8", "replace") if SPELLED[byte] in self._numbers]
         last = len(self._ranks)
         while len(pieces) > 1:
             pairs = list(itertools.pairwise(pieces))

@@ -8,13 +8,12 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterable
-from pathlib import Path
 
 from fastattn.console.terminal import UserError
 from fastattn.demo.listen.ctranslate2 import read_variables
 from fastattn.demo.listen.model import Whisper
 from fastattn.demo.listen.vocabulary import Vocabulary
+from fastattn.demo.packages import file_of
 
 __all__ = ["FILES", "INSTALL", "PACKAGES", "file_of", "load", "read_file"]
 
@@ -57,10 +56,3 @@ def read_file(name: str) -> bytes:
     if hashlib.sha256(data).hexdigest() != digest:
         raise UserError(f"{name} of {package.replace('_', '-')} is not that of version 1.0.0; {INSTALL}")
     return data
-
-
-def file_of(package: str, name: str) -> Path | None:
-    """The path of a file in an installed package, which is not imported; None if there is no such package."""
-    spec = importlib.util.find_spec(package)
-    places: Iterable[str] = (spec and spec.submodule_search_locations) or ()
-    return next((Path(place) / name for place in places), None)

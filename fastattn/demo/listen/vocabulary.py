@@ -5,19 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fastattn.demo.spelling import BYTES
+
 __all__ = ["Vocabulary"]
 
 #: Seconds from one mark of time to the next.
 TICK = 0.02
 #: Languages that are written without spaces between words.
 WITHOUT_SPACES = frozenset({"zh", "ja", "th", "lo", "my"})
-
-
-def _bytes_of_characters() -> dict[str, int]:
-    """In the vocabulary a byte is a character: itself where that can be seen, else one from 256 upwards."""
-    seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    unseen = [byte for byte in range(256) if byte not in seen]
-    return {chr(byte): byte for byte in seen} | {chr(256 + at): byte for at, byte in enumerate(unseen)}
 
 
 class Vocabulary:
@@ -54,8 +49,7 @@ class Vocabulary:
         self.languages = {tokens[number].strip("<|>"): number for number in config["lang_ids"]}
         self.never = [*config["suppress_ids"], numbers["<|notimestamps|>"]]
         self.alignment_heads = [(int(layer), int(head)) for layer, head in config["alignment_heads"]]
-        characters = _bytes_of_characters()
-        self._pieces = [bytes(characters[character] for character in token) for token in tokens[: self.end]]
+        self._pieces = [bytes(BYTES[character] for character in token) for token in tokens[: self.end]]
 
     def prompt(self, language: str, translate: bool) -> list[int]:
         """The marks that a text begins with."""
