@@ -188,9 +188,8 @@ def _rows(array: Array, gathers: bool) -> Array:
     """Return an operand with the strides that its rows have when they are used: those of a page, or gathered ones."""
     if not gathers:
         return array
-    features, itemsize = array.shape[-1], array.itemsize
-    dense = (features + features % 2 if itemsize == 2 else features) * itemsize  # halves are brought in pairs
-    return as_strided(array[..., :1, :], strides=(*array.strides[:-2], dense, itemsize), writeable=False)
+    strides = (*array.strides[:-2], array.shape[-1] * array.itemsize, array.itemsize)
+    return as_strided(array[..., :1, :], strides=strides, writeable=False)
 
 
 def _add_pages(draft: Draft, layout: Layout, operands: Operands, block: int) -> None:
