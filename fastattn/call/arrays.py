@@ -167,6 +167,22 @@ def as_array(name: str, given: object) -> Array:
     return array
 
 
+def as_integers(name: str, given: ArrayLike, what: str = "one for each row of the batch") -> Array:
+    """Return an array of integers; `what` says what they are.
+
+    Raises
+    ------
+    TypeError
+        If it is of another dtype.
+    """
+    integers = as_array(name, given)
+    if integers.size == 0 and not isinstance(given, np.ndarray):
+        integers = integers.astype(np.int64)  # an empty list has no integers to tell its type by
+    if integers.dtype.kind not in "iu":
+        raise TypeError(f"{name}: dtype {integers.dtype}; expected integers, {what}")
+    return integers
+
+
 def is_causal_bias(given: object) -> bool:
     """Whether this is a bias of ``torch.nn.attention.bias``: a tensor in name only, whose memory means nothing."""
     bias = sys.modules.get("torch.nn.attention.bias")  # where it is not imported, there is none

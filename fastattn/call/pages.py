@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fastattn.call.arrays import as_array, as_masks, as_plain, check_operand
+from fastattn.call.arrays import as_array, as_integers, as_masks, as_plain, check_operand
 from fastattn.call.blocks import Blocks
 from fastattn.call.halves import common_dtype, is_floating, native
 from fastattn.call.problem import FLOAT32, Array, Mask, Operands, Problem, Shape
@@ -96,10 +96,10 @@ def as_pages(key_pages: ArrayLike, value_pages: ArrayLike, page_table: ArrayLike
             f"value_pages: shape {value.shape}; expected {key.shape[:3]} on the first three axes, as key_pages of "
             f"shape {key.shape}"
         )
-    table = as_integers("page_table", page_table, "the numbers of pages", 2)
+    table = _as_integers("page_table", page_table, "the numbers of pages", 2)
     if table.dtype not in TABLE_DTYPES or not table.flags.aligned:
         table = table.astype(np.int64)
-    lengths = as_integers("key_lengths", key_lengths, "one for each row", 1)
+    lengths = _as_integers("key_lengths", key_lengths, "one for each row", 1)
     if len(lengths) != len(table):
         raise ValueError(
             f"key_lengths: shape {lengths.shape}; expected {(len(table),)}, one for each row of page_table"
@@ -256,13 +256,9 @@ def _as_pages(name: str, given: ArrayLike) -> Array:
     return as_plain(array, native(array.dtype))
 
 
-def as_integers(name: str, given: ArrayLike, what: str, rank: int) -> Array:
+def _as_integers(name: str, given: ArrayLike, what: str, rank: int) -> Array:
     """Return an array of integers of so many axes."""
-    array = as_array(name, given)
-    if array.size == 0 and not isinstance(given, np.ndarray):
-        array = array.astype(np.int64)  # an empty list has no integers to tell its type by
-    if array.dtype.kind not in "iu":
-        raise TypeError(f"{name}: dtype {array.dtype}; expected integers, {what}")
+    array = as_integers(name, given, what)
     if array.ndim != rank:
         expected = "(rows, pages of a row)" if rank == 2 else "(rows,)"
         raise ValueError(f"{name}: shape {array.shape}; expected {expected}")

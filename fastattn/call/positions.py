@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from fastattn.call.arrays import as_integers
 from fastattn.call.blocks import Blocks, check_blocks
 from fastattn.call.broadcasting import check_broadcasts
 from fastattn.call.options import check_causal
 from fastattn.call.problem import Array, Mask, Problem
-from fastattn.call.score_options import FurtherOptions, PieceOptions, as_integers, check_window, held_within
+from fastattn.call.score_options import FurtherOptions, PieceOptions, check_window, held_within
 from fastattn.call.scores import FARTHEST
 from fastattn.functions.masks import asked_nearer, both
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fastattn.call.advice import said, to_convert
-from fastattn.call.arrays import as_array
+from fastattn.call.arrays import as_array, as_integers
 from fastattn.call.blocks import Blocks, check_blocks
 from fastattn.call.broadcasting import check_broadcasts
 from fastattn.call.halves import cast, is_bfloat16
@@ -24,7 +24,6 @@ __all__ = [
     "FurtherOptions",
     "PieceOptions",
     "ScoreOptions",
-    "as_integers",
     "check_names",
     "check_window",
     "held_within",
@@ -280,22 +279,6 @@ def _of_heads(name: str, given: ArrayLike, batch: Shape, heads: int) -> Array:
         raise TypeError(f"{name}: dtype {numbers.dtype}; expected real numbers, one for each query head{narrow}")
     check_broadcasts(name, numbers.shape, (*batch, heads), "the query heads")
     return np.broadcast_to(cast(numbers, FLOAT64), (*batch, heads)).reshape(math.prod(batch), heads)
-
-
-def as_integers(name: str, given: ArrayLike) -> Array:
-    """Return an array of integers.
-
-    Raises
-    ------
-    TypeError
-        If it is of another dtype.
-    """
-    integers = as_array(name, given)
-    if integers.size == 0 and not isinstance(given, np.ndarray):
-        integers = integers.astype(np.int64)  # an empty list has no integers to tell its type by
-    if integers.dtype.kind not in "iu":
-        raise TypeError(f"{name}: dtype {integers.dtype}; expected integers, one for each row of the batch")
-    return integers
 
 
 def held_within(integers: Array) -> Array:

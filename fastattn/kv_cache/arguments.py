@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 
 from fastattn.call.advice import said, to_convert
-from fastattn.call.arrays import as_array
+from fastattn.call.arrays import as_array, as_integers
 from fastattn.call.broadcasting import check_broadcasts
 from fastattn.call.halves import is_floating
 from fastattn.call.problem import Array
-from fastattn.call.score_options import as_integers
 from fastattn.kv_cache.pages import PAGE, Layout
 from fastattn.kv_cache.sequences import Sequences
 
@@ -87,11 +86,7 @@ def as_lengths(given: Any, rows: int, most: Sequence[int], of: str, name: str = 
     ValueError
         If they are not one for each row, or for all, or out of range.
     """
-    lengths = as_array(name, given)
-    if lengths.size == 0 and not isinstance(given, np.ndarray):
-        lengths = lengths.astype(np.int64)
-    if lengths.dtype.kind not in "iu":
-        raise TypeError(f"{name}: dtype {lengths.dtype}; expected integers, one for each row")
+    lengths = as_integers(name, given, "one for each row")
     if lengths.shape not in ((), (rows,)):
         raise ValueError(f"{name}: shape {lengths.shape}; expected ({rows},), one for each row, or one for all")
     found: list[int] = np.broadcast_to(lengths, (rows,)).tolist()
