@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
@@ -33,6 +34,12 @@ settings.load_profile(os.environ.get("FASTATTN_TEST_PROFILE", "default"))
 
 WHOLE_SUITE = 4000  # tests: fewer do not want most of the kernels
 _warmup: list[subprocess.Popen[str]] = []
+
+
+def pytest_configure() -> None:
+    """Have Ctrl-C interrupt, here and in what tests start: shells have what they start with an ``&`` ignore it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from fastattn.call.problem import Operands, Problem
+from fastattn.cpu.host.kernels import steps_of
 from fastattn.cpu.host.plan import TASKS_PER_THREAD, Draft, aligned, axes_of, fields_of_scores, share_of_keys, sizes_of
 from fastattn.cpu.host.pool import TURN_FLOPS, concurrency
 from fastattn.cpu.kernels.records import KEYS_AT_ONCE, PLAN
@@ -15,7 +16,7 @@ from fastattn.machine.kernel import Kernel
 from fastattn.machine.table import Isa
 from fastattn.machine.tile import TileShape
 
-__all__ = ["draft_decode", "is_decode"]
+__all__ = ["draft_decode", "is_decode", "steps_of_rows"]
 
 Array = NDArray[Any]
 
@@ -31,6 +32,11 @@ ROW_FLOPS = 2.5
 def is_decode(row: Isa, problem: Problem) -> bool:
     """Whether so few queries look at each key of a head that their features are in the lanes, and not they."""
     return problem.queries <= row.tile(problem.real.type.__name__).lanes // 2
+
+
+def steps_of_rows(problem: Problem) -> tuple[str, ...]:
+    """What may happen to the scores of a call of few queries: a row's functions are applied where its masks are."""
+    return steps_of(problem, all_of=problem.scores.has_functions)
 
 
 def draft_decode(kernel: Kernel, problem: Problem, operands: Operands, out: Array, threads: int) -> Draft:

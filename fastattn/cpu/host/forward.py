@@ -15,7 +15,7 @@ from fastattn.call.out import delivered, target_for
 from fastattn.call.problem import Operands, Problem
 from fastattn.cpu.host import session
 from fastattn.cpu.host.calls import Plan
-from fastattn.cpu.host.decode import draft_decode, is_decode
+from fastattn.cpu.host.decode import draft_decode, is_decode, steps_of_rows
 from fastattn.cpu.host.functions import known_functions, prepared
 from fastattn.cpu.host.kernels import describe, steps_of
 from fastattn.cpu.host.own import own_heads
@@ -136,11 +136,11 @@ def plan_forward(problem: Problem, operands: Operands, out: Array, threads: int,
 def _plan(work: str, problem: Problem, operands: Operands, out: Array, threads: int, score: str) -> Plan:
     row = session.current.row
     split = out.reshape(*problem.rows_shape, *out.shape[-2:])
-    steps = steps_of(problem, all_of=work != "forward" or score != "dot")
     if work == "forward" and score == "dot" and is_decode(row, problem):
-        tile, steps = row.wide_tile(problem.real.type.__name__), steps_of(problem, all_of=problem.scores.has_functions)
-        kernel = describe("decode", tile, row, steps=steps, storage=name_of(problem.storage))
+        tile = row.wide_tile(problem.real.type.__name__)
+        kernel = describe("decode", tile, row, steps=steps_of_rows(problem), storage=name_of(problem.storage))
         return draft_decode(kernel, problem, operands, split, threads).finish(threads)
+    steps = steps_of(problem, all_of=work != "forward" or score != "dot")
     tile = choose_tile(row, problem.real, problem.queries)
     kernel = describe(work, tile, row, score, steps, name_of(problem.storage), may_be_in_pairs(problem))
     return draft_forward(kernel, problem, operands, split, threads).finish(threads)

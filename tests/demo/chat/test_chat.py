@@ -7,6 +7,7 @@ import importlib.util
 import io
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -273,7 +274,8 @@ class Terminal:
         """Read until something is shown, and forget it."""
         deadline = time.monotonic() + 120
         while text not in self.seen:
-            assert time.monotonic() < deadline, self.seen
+            ready, _, _ = select.select([self.ours], [], [], max(0.0, deadline - time.monotonic()))
+            assert ready, self.seen
             try:
                 self.seen += os.read(self.ours, 65536).decode("utf-8", "replace")
             except OSError as error:  # the end, on Linux
