@@ -32,7 +32,7 @@ settings.register_profile("thorough", max_examples=2000, **_usual)
 settings.load_profile(os.environ.get("FASTATTN_TEST_PROFILE", "default"))
 
 
-WHOLE_SUITE = 4000  # tests: fewer do not want most of the kernels
+WHOLE_SUITE = 6000  # tests: fewer, such as those beside, do not want most of the kernels
 _warmup: list[subprocess.Popen[str]] = []
 
 
