@@ -121,8 +121,8 @@ MUTATIONS = (
     Mutation(
         "the sum is not rescaled when the maximum rises",
         "cpu/kernels/softmax.py",
-        "shift, to_base_2, total * factor)",
-        "shift, to_base_2, total)",
+        "fma(total, factor, exponentials(",
+        "fma(total, 1.0, exponentials(",
         ("test_properties.py", "test_a_maximum_that_keeps_rising_or_never_does"),
     ),
     Mutation(
@@ -327,6 +327,13 @@ MUTATIONS = (
         "keys_of_row(kernel, plan, head, query,",
         "keys_of_row(kernel, plan, rows.head, query,",
         ("cpu/kernels/test_decode.py", "test_heads_that_share_keys_have_empty_blocks_of_their_own and here"),
+    ),
+    Mutation(
+        "what all blocks of keys add is one long sum",
+        "cpu/kernels/forward.py",
+        "scores, count, values, block, wanted, True)",
+        "scores, count, values, block, wanted, False)",
+        ("test_semantics.py", "test_sums_over_thousands and cpu-float32"),
     ),
     Mutation(
         "few queries: the third of three rows adds up no values",

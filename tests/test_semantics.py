@@ -1837,6 +1837,21 @@ def test_in_half_precision_the_lowest_number_of_a_mask_stays_finite(
     close(np.asarray(weights[:, ::2], np.float32), 1 / length[1], dtype)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("keys", [300, 700, 1500])
+def test_hundreds_of_nearly_equal_scores(attention: Attention, dtype: Any, keys: int) -> None:
+    # their weights are rounded alike wherever they are added
+    query, key, value = inputs((40, keys), dtype=dtype)
+    tolerances.check_call(attention, query * dtype(1e-5), key, value)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_sums_over_thousands_of_keys_lose_no_more_digits_than_over_some(attention: Attention, dtype: Any) -> None:
+    # where weights and values are alike, so are the roundings of a long sum
+    query, key, value = inputs((40, 5000), dtype=dtype)
+    tolerances.check_call(attention, query * dtype(1e-2), key, 1 + value * dtype(0.1))
+
+
 def test_float64_is_float64_throughout(attention: Attention) -> None:
     query, key, value = inputs((70, 130), dtype=np.float64)
     query[..., 0] += 1e-12

@@ -247,7 +247,8 @@ def draft_forward(kernel: Kernel, problem: Problem, operands: Operands, out: Arr
         groups=groups,
         tasks=heads * groups,
     )
-    scores = (WORK_ROWS + key_block) * tile.row_bytes + tile.lanes * tile.lanes * 8
+    # scores, and sums of values that are not finite
+    work = (WORK_ROWS + key_block + problem.value_dim) * tile.row_bytes + tile.lanes * tile.lanes * 8
     return Draft(
         problem,
         kernel,
@@ -255,7 +256,7 @@ def draft_forward(kernel: Kernel, problem: Problem, operands: Operands, out: Arr
         fields,
         axes,
         flops=heads * blocks * flops_per_block * share_of_keys(problem),
-        scratch_bytes=aligned(group * (state + ALIGNMENT) + room["key_bytes"] + room["value_bytes"] + scores),
+        scratch_bytes=aligned(group * (state + ALIGNMENT) + room["key_bytes"] + room["value_bytes"] + work),
     )
 
 

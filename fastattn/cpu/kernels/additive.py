@@ -409,10 +409,10 @@ def score_by_features(kernel, plan, q, keys, first, count, start, scores, best):
 
 
 @jit
-def add_values(tile, plan, weights, count, value, value_row, out, features):
+def add_values(tile, plan, weights, count, value, value_row, out, features, apart):
     """out[p][i] += Σ_j value[j][p] · weights[j][i], with features in the lanes: a multiple of four vectors of them.
 
-    The sums are those of the other way, in the same order, and so the same bits.
+    The sums are those of the other way, in the same order, and so the same bits. `apart`: as there.
     """
     buffer = stack_memory_of_a_quad()
     width = tile.quad.rows * tile.lanes
@@ -421,12 +421,14 @@ def add_values(tile, plan, weights, count, value, value_row, out, features):
             place = out + p * tile.row_bytes + i * tile.itemsize
             for r in range(width):
                 store_element(tile, buffer + r * tile.itemsize, load_element(tile, place + r * tile.row_bytes))
-            acc = tile_load(tile.quad, buffer, tile.vector_bytes)
+            acc = tile_fill(tile.quad, 0.0) if apart else tile_load(tile.quad, buffer, tile.vector_bytes)
             at, weight = value + p * tile.itemsize, weights + i * tile.itemsize
             for _ in range(count):
                 acc = fma(tile_load(tile.quad, at, tile.vector_bytes), load_element(tile, weight), acc)
                 at += value_row
                 weight += tile.row_bytes
+            if apart:
+                acc = tile_load(tile.quad, buffer, tile.vector_bytes) + acc
             tile_store(acc, buffer, tile.vector_bytes)
             for r in range(width):
                 store_element(tile, place + r * tile.row_bytes, load_element(tile, buffer + r * tile.itemsize))

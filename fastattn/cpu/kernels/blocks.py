@@ -124,8 +124,12 @@ def score_block(kernel, plan, q, key, first, count, start, scores, best, wanted)
 
 
 @jit
-def add_values(kernel, plan, weights, count, value, out, wanted):
-    """out[p][i] += Σ_j value[j][p] · weights[j][i]; meanwhile what is on the list is asked for."""
+def add_values(kernel, plan, weights, count, value, out, wanted, apart):
+    """out[p][i] += Σ_j value[j][p] · weights[j][i]; meanwhile what is on the list is asked for.
+
+    `apart`: what is added is summed by itself first, as it is of all keys of a block. Of many keys the roundings of one
+    long sum would be most of the error.
+    """
     tile = kernel.tile
     features = plan.value_dim
     panel, row, column = value_steps(kernel, plan)
@@ -136,22 +140,22 @@ def add_values(kernel, plan, weights, count, value, out, wanted):
         kernel.score == "additive" and tile.vectors == 1 and column == tile.itemsize
     ):  # few queries: most lanes would be empty
         done = features - features % (tile.quad.rows * tile.lanes)
-        additive.add_values(tile, plan, weights, count, value, row, out, done)
+        additive.add_values(tile, plan, weights, count, value, row, out, done, apart)
         value += done * column
         out += done * tile.row_bytes
         features -= done
     whole = features - features % tile.rows
     for _ in range(0, whole, tile.rows):
-        acc = tile_load(tile, out, tile.row_bytes)
+        acc = tile_fill(tile, 0.0) if apart else tile_load(tile, out, tile.row_bytes)
         acc = tile_product(kernel, acc, value, column, row, weights, count)
-        tile_store(acc, out, tile.row_bytes)
+        tile_store(tile_load(tile, out, tile.row_bytes) + acc if apart else acc, out, tile.row_bytes)
         ask(wanted)
         value += panel
         out += tile.rows * tile.row_bytes
     for _ in range(whole, features):
-        one = tile_load(tile.single, out, tile.row_bytes)
+        one = tile_fill(tile.single, 0.0) if apart else tile_load(tile.single, out, tile.row_bytes)
         one = row_product(kernel, one, value, column, row, weights, count)
-        tile_store(one, out, tile.row_bytes)
+        tile_store(tile_load(tile.single, out, tile.row_bytes) + one if apart else one, out, tile.row_bytes)
         value += column
         out += tile.row_bytes
 
@@ -186,16 +190,19 @@ def note_seen(tile, scores, count, seen):
 
 
 @jit
-def add_visible_values(kernel, plan, head, weights, count, first_query, first_key, value, out, seen):
+def add_visible_values(kernel, plan, head, weights, count, first_query, first_key, value, out, sums, seen):
     """`add_values` for keys with values that are not finite and queries that may not look at some of them.
 
-    There 0 · NaN must not reach a query. `value` is where the micro-kernel finds the row of the first key; `seen` what
-    `note_seen` has noted, where a function of scores has a say.
+    There 0 · NaN must not reach a query. `value` is where the micro-kernel finds the row of the first key; `sums` room
+    for as many numbers as there are in `out`; `seen` what `note_seen` has noted, where a function of scores has a say.
     """
     tile = kernel.tile
     source = head.value + first_key * plan.value_row
+    if kernel.reads == "pairs":  # rows of which cannot be parted: what is not finite there has been replaced by 0
+        sums = out
+    else:
+        clear(tile, sums, plan.value_dim)
     # Rows of values that are finite throughout take the fast way; in the others a query is added where it may look.
-    # (Pairs of rows cannot be parted: there the numbers that are not finite have been replaced by 0.)
     _, row, _ = value_steps(kernel, plan)
     start = 0
     for j in range(count + 1):
@@ -204,14 +211,18 @@ def add_visible_values(kernel, plan, head, weights, count, first_query, first_ke
             continue
         if kernel.reads != "pairs":
             rows = value + start * row
-            add_values(kernel, plan, weights + start * tile.row_bytes, j - start, rows, out, NOTHING)
+            add_values(kernel, plan, weights + start * tile.row_bytes, j - start, rows, sums, NOTHING, False)
             start = j + 1
         if j == count:
             break
         weight = weights + j * tile.row_bytes
-        add_visible_row(kernel, plan, head, weight, first_query, first_key + j, at, out, seen + 8 * j)
+        add_visible_row(kernel, plan, head, weight, first_query, first_key + j, at, sums, seen + 8 * j)
     if kernel.reads == "pairs":
-        add_values(kernel, plan, weights, count, value, out, NOTHING)
+        add_values(kernel, plan, weights, count, value, out, NOTHING, True)
+        return
+    for offset in range(0, plan.value_dim * tile.row_bytes, tile.row_bytes):
+        total = tile_load(tile.single, out + offset, 0) + tile_load(tile.single, sums + offset, 0)
+        tile_store(total, out + offset, 0)
 
 
 @jit

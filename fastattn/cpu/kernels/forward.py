@@ -139,9 +139,10 @@ def attend(kernel, call, plan, head, number, state, room, part, first, first_key
     _, row, _ = value_steps(kernel, plan)
     values += (part.begin // 2 if kernel.reads == "pairs" else part.begin) * row
     if not finite and (kernel.reads == "pairs" or part.begin < part.full or part.full_end < part.end):
-        add_visible_values(kernel, plan, head, scores, count, first, first_key, values, block, seen)
+        sums = place_of_scores(tile, room.work) + plan.key_block * tile.row_bytes
+        add_visible_values(kernel, plan, head, scores, count, first, first_key, values, block, sums, seen)
     else:
-        add_values(kernel, plan, scores, count, values, block, wanted)
+        add_values(kernel, plan, scores, count, values, block, wanted, True)
 
 
 @jit

@@ -80,8 +80,8 @@ def add_along(tile, c, c_panel, columns, rows, a, a_panel, b, b_panel, count):
     for _ in range(0, columns, tile.width):
         at, place = a, c
         for _ in range(0, rows, tile.rows):
-            acc = along(tile, tile_load(tile, place, tile.row_bytes), at, a_panel, b, count)
-            tile_store(acc, place, tile.row_bytes)
+            acc = along(tile, tile_fill(tile, 0.0), at, a_panel, b, count)
+            tile_store(tile_load(tile, place, tile.row_bytes) + acc, place, tile.row_bytes)
             at += tile.rows * tile.row_bytes
             place += tile.rows * tile.row_bytes
         b += b_panel
@@ -94,8 +94,8 @@ def add_across(tile, c, c_panel, columns, a, b, b_panel, count):
     for _ in range(0, columns, tile.width):
         at, place = a, c
         for _ in range(0, tile.width, tile.rows):
-            acc = across(tile, tile_load(tile, place, tile.row_bytes), at, b, count)
-            tile_store(acc, place, tile.row_bytes)
+            acc = across(tile, tile_fill(tile, 0.0), at, b, count)
+            tile_store(tile_load(tile, place, tile.row_bytes) + acc, place, tile.row_bytes)
             at += tile.rows * tile.itemsize
             place += tile.rows * tile.row_bytes
         b += b_panel

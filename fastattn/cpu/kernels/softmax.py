@@ -116,10 +116,10 @@ def exp2(kernel, x):
 
 
 @jit
-def exponentials(kernel, scores, count, shift, to_base_2, total):
-    """scores[j] = 2^((scores[j] - shift) · to_base_2) for all keys of the block; returns total plus their sum."""
+def exponentials(kernel, scores, count, shift, to_base_2):
+    """scores[j] = 2^((scores[j] - shift) · to_base_2) for all keys of the block; returns their sum."""
     tile = kernel.tile
-    at = scores
+    at, total = scores, tile_fill(kernel.tile.single, 0.0)
     for _ in range(count):
         weights = exp2(kernel, (tile_load(tile.single, at, tile.row_bytes) - shift) * to_base_2)
         tile_store(weights, at, tile.row_bytes)
@@ -154,12 +154,12 @@ def absorb(kernel, scores, count, top, relative, to_base_2, m_at, l_at, out, fea
     shift = where_greater(top, bound, top, current)
     if all_zero(shift - current):
         if relative:
-            total = exponentials(kernel, scores, count, zero, to_base_2 if kernel.reads == "pairs" else 1.0, total)
+            total = total + exponentials(kernel, scores, count, zero, to_base_2 if kernel.reads == "pairs" else 1.0)
         else:
-            total = exponentials(kernel, scores, count, m, to_base_2, total)
+            total = total + exponentials(kernel, scores, count, m, to_base_2)
     else:
         factor = where_greater(total, zero, exp2(kernel, (current - shift) * to_base_2), 1.0)
         rescale(tile, out, features, factor)
         tile_store(m + shift if relative else shift, m_at, tile.row_bytes)
-        total = exponentials(kernel, scores, count, shift, to_base_2, total * factor)
+        total = fma(total, factor, exponentials(kernel, scores, count, shift, to_base_2))
     tile_store(total, l_at, tile.row_bytes)

@@ -227,7 +227,6 @@ def weigh_block(kernel, call, plan, head, number, first_query, scratch):
     work = factors + tile.row_bytes
     m = load_rows(tile, out.m, row, present, factors)
     total = load_rows(tile, out.l, row, present, factors)
-    zero = tile_fill(tile.single, 0.0)
     tile_store(tile_fill(tile.single, 1.0), factors, 0)
     pack_queries(kernel, tile, q, query, plan.query_row, plan.query_column, present, plan.head_dim, plan.scale)
     scores = place_of_scores(tile, work)
@@ -237,7 +236,7 @@ def weigh_block(kernel, call, plan, head, number, first_query, scratch):
         count = part.end - part.begin
         if count > 0:
             scores_of(kernel, plan, head, q, q, False, part, first_query, first_key, keys, work, NOTHING)
-        exponentials(kernel, scores + part.begin * tile.row_bytes, count, m, plan.to_base_2, zero)
+        exponentials(kernel, scores + part.begin * tile.row_bytes, count, m, plan.to_base_2)
         weights = call.weights + row * plan.keys * tile.itemsize
         write_weights(kernel, plan, scores, part, total, factors, weights, first_key, present)
 

@@ -51,7 +51,6 @@ def weigh_block(kernel, call, plan, head, number, first_query, scratch):
     tile_store(tile_fill(tile.single, plan.keep_scale), factors, 0)
     load_queries(kernel, call, plan, q, query, present, packed_keys)
     clear(tile, m, 2)
-    zero = tile_fill(tile.single, 0.0)
     scores = place_of_scores(tile, work)
     for second in range(2):
         if second:
@@ -67,7 +66,7 @@ def weigh_block(kernel, call, plan, head, number, first_query, scratch):
                     top = tile_load(tile.single, work, 0)
                     absorb(kernel, rows, count, top, False, plan.to_base_2, m, total, 0, 0)
                 continue
-            exponentials(kernel, rows, count, tile_load(tile.single, m, 0), plan.to_base_2, zero)
+            exponentials(kernel, rows, count, tile_load(tile.single, m, 0), plan.to_base_2)
             if plan.drop_below > 0:
                 drop(tile, plan, call, rows, count, number, first_query, first_key + part.begin)
             sums = tile_load(tile.single, total, 0)
