@@ -320,13 +320,13 @@ def starts_workers():
 with ThreadPoolExecutor(1) as executor:
     executor.submit(starts_workers).result()
 fastattn.set_num_threads(2)
-end = time.monotonic() + 20
-while os.sched_getaffinity(session.current.pool.threads[0]) <= here and time.monotonic() < end:
-    time.sleep(0.01)  # until it sleeps, and the caller is on that CPU
+end, threads = time.monotonic() + 20, session.current.pool.threads
+while (0 not in threads or os.sched_getaffinity(threads[0]) <= here) and time.monotonic() < end:
+    time.sleep(0.01)  # until it has begun, sleeps, and the caller is on that CPU
     fastattn.attention(*x)
     if pool._current_cpu() not in here:
         os.sched_setaffinity(0, here)
         os.sched_setaffinity(0, everywhere)
-assert not os.sched_getaffinity(session.current.pool.threads[0]) <= here
+assert not os.sched_getaffinity(threads[0]) <= here
 assert os.sched_getaffinity(0) == everywhere
 """)
