@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
+from marks import takes_long
 
 from fastattn.machine import table as isa
-
-takes_long = pytest.mark.skipif("FASTATTN_SLOW" not in os.environ, reason="compiles for long; FASTATTN_SLOW=1 runs it")
 
 # the best of them says most of what there is to say; those with the same registers have the same kernels
 _OTHERS = [row for row in isa.TABLE if isa.runs_here(row) and row.vector_bytes != isa.host().vector_bytes]

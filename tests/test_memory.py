@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Any
 
 import numpy as np
 import processes
 import pytest
+from marks import takes_long
 from memory import MEASURE
 
 import fastattn
@@ -84,7 +84,7 @@ print(growth(lambda: keys.copy()))
 
 @on_linux
 @pytest.mark.slow
-@pytest.mark.skipif("FASTATTN_SLOW" not in os.environ, reason="takes minutes; FASTATTN_SLOW=1 runs it")
+@takes_long
 @pytest.mark.parametrize("which", [0, 1, 2, 3])
 def test_as_many_queries_as_keys(which: int) -> None:
     (grown,) = growths(LENGTH, f"[{which}:{which + 1}]", timeout=1000)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import processes
 import pytest
+from marks import takes_long
 from mutations import MUTATIONS, Mutation
 
 ROOT = processes.PACKAGE.parent
@@ -31,7 +31,7 @@ def test_the_tests_that_must_notice_are_there(mutation: Mutation) -> None:
 
 @in_the_source_tree
 @pytest.mark.slow
-@pytest.mark.skipif("FASTATTN_SLOW" not in os.environ, reason="takes minutes; FASTATTN_SLOW=1 runs it")
+@takes_long
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
 def test_a_broken_kernel_fails_a_test(mutation: Mutation, tmp_path: Path) -> None:
     if mutation.file.startswith("cuda/"):

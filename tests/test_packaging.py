@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from marks import takes_long
 
 import fastattn
 
@@ -25,7 +26,6 @@ pytestmark = [
     ),
 ]
 
-takes_long = pytest.mark.skipif("FASTATTN_SLOW" not in os.environ, reason="takes long; FASTATTN_SLOW=1 runs it")
 
 USE = """
 import numpy as np, fastattn

@@ -16,7 +16,8 @@ from additive_cases import ANY_DTYPE, additive_calls, inputs, rows_of_a_batch
 from additive_gradients import NAMES, backward, check, check_calls, upstream_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rows import on_other_rows, takes_long
+from marks import takes_long
+from rows import on_other_rows
 from strategies import SEEDS, Call, causal, each, laid_out, layouts, numbers, random_mask
 
 import fastattn

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import replace
 from functools import partial
@@ -14,6 +13,7 @@ import pytest
 import tolerances
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marks import takes_long
 from memory import MEASURE
 from strategies import LAYOUTS, SIZES, Call, bits_of, calls, each, laid_out, numbers, random_mask
 
@@ -628,7 +628,7 @@ print(
 
 @on_linux
 @pytest.mark.slow
-@pytest.mark.skipif("FASTATTN_SLOW" not in os.environ, reason="takes seconds; FASTATTN_SLOW=1 runs it")
+@takes_long
 def test_a_long_causal_call() -> None:
     code = """
 def mixed(q, k):

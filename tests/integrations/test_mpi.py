@@ -12,6 +12,7 @@ from pathlib import Path
 
 import processes
 import pytest
+from marks import takes_long
 
 TESTS = Path(__file__).parents[1]
 CHECKS = TESTS / "mpi_checks.py"
@@ -35,7 +36,7 @@ def start(ranks: int, *arguments: str, timeout: float = 500) -> subprocess.Compl
 
 
 @with_mpi
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [2, *(pytest.param(ranks, marks=takes_long) for ranks in (1, 4))])
 def test_ranks_together(ranks: int) -> None:
     """All checks in one start: the first call of each kind compiles, and a start takes longer than most checks."""
     ended = start(ranks, str(CHECKS))

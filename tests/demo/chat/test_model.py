@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import warnings
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -11,13 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from marks import takes_long
 
 from fastattn.demo.chat.caches import FastCache, Floats, PlainCache
 from fastattn.demo.chat.conversation import Conversation
 from fastattn.demo.chat.model import SmolLM2, model_file, silu
 from fastattn.demo.chat.reader import Reader
 
-takes_long = pytest.mark.skipif("FASTATTN_SLOW" not in os.environ, reason="takes long; FASTATTN_SLOW=1 runs it")
 QUESTION = "Write a short story about a crow and a fox."
 
 
