@@ -15,6 +15,8 @@ from fastattn.bench.cases import Case
 from fastattn.bench.measure import PACE_S, settle
 from fastattn.bench.peers import Engine, Unavailable, cores, prepare
 
+WARM_CALLS = 3  # before a call that is timed
+
 collect_ignore = ["ring.py"]  # for mpiexec, which finds beside it what it imports
 
 
@@ -59,7 +61,8 @@ def alternate(benchmark: Any) -> Callable[..., None]:
     """Time a call, alternating with a peer's, whose share is the ratio in the extra info, beside the peer's time.
 
     Each is warmed up when the other's threads have come to rest: PyTorch's spin for 8 ms after a call, on the cores
-    that the next one wants.
+    that the next one wants. A call is not enough for that: its workers came late, and what they read is in the caches of
+    others.
     """
 
     def run(
@@ -70,7 +73,8 @@ def alternate(benchmark: Any) -> Callable[..., None]:
 
         def warm_up(call: Callable[[], object]) -> None:
             settle()
-            call()
+            for _ in range(WARM_CALLS):
+                call()
 
         def setup() -> None:
             warm_up(theirs)
