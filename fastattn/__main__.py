@@ -27,7 +27,7 @@ from fastattn.cpu.host import processors
 from fastattn.demo import cli
 from fastattn.guide import cli as guide
 from fastattn.machine import table as isa
-from fastattn.machine.libraries import cache_folder
+from fastattn.machine.libraries import cache_folder, why_not_kept
 
 __all__ = ["main"]
 
@@ -145,8 +145,8 @@ def _no_folder() -> str:
     """Why there is no cache."""
     named = os.environ.get("FASTATTN_CACHE_DIR")
     if named:
-        return f"FASTATTN_CACHE_DIR={printable(named)!r} cannot be written"
-    return "no folder can be written (FASTATTN_CACHE_DIR names one)"
+        return f"FASTATTN_CACHE_DIR={printable(named)!r} {why_not_kept()}"
+    return f"the user's folder {why_not_kept()} (FASTATTN_CACHE_DIR names another)"
 
 
 def _versions() -> str:
