@@ -143,7 +143,7 @@ def _read(path: Path) -> bytes | None:
 
 
 def _write(path: Path, code: bytes) -> bool:
-    """Whether the file could be written."""
+    """Whether the file is there now."""
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
             try:
@@ -154,7 +154,7 @@ def _write(path: Path, code: bytes) -> bool:
                 os.unlink(file.name)
                 raise
     except OSError:  # a full or vanished disk: the kernel is in memory all the same
-        return False
+        return _read(path) is not None  # on Windows, a file that another process has just made and reads stays as it is
     return True
 
 

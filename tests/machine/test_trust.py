@@ -1,4 +1,4 @@
-"""Kernels are run, so they are read from what nobody else can write: permissions, owners, links, and what is planted."""
+"""Kernels are run, so they are read from what nobody else can write: permissions, owners, links, what is planted."""
 
 from __future__ import annotations
 
@@ -170,4 +170,6 @@ def test_info_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(kernels.sys, "platform", system)
         monkeypatch.setattr(kernels.os, "environ", {name: str(tmp_path)})
         assert kernels.cache_folder.__wrapped__() is None
-        assert _no_folder().startswith("the user's folder can be written by other users, and kernels are run (FASTATTN_")
+        assert _no_folder().startswith(
+            "the user's folder can be written by other users, and kernels are run (FASTATTN_"
+        )
