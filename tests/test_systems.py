@@ -1,0 +1,48 @@
+"""Systems without what Linux has: no affinity, no fork, no owners of files; the name is another. Imitated here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import processes
+import pytest
+
+# What the system offers goes when all is loaded that was installed for this one.
+IMITATION = """
+import os, sys
+import numba.core.codegen
+import numpy as np
+for name in {missing}:
+    vars(os).pop(name, None)
+sys.platform = {system!r}
+"""
+CALLS = """
+import fastattn
+from fastattn.__main__ import main
+from fastattn.cpu.host import pool, processors, session
+from fastattn.machine.libraries import cache_folder
+pool.WORTH_SHARING = pool.WORTH_WAKING = 0
+assert processors.affinity() == frozenset()
+assert fastattn.get_num_threads() == os.cpu_count() == 2
+arrays = np.random.default_rng(0).standard_normal((3, 1, 4, 40, 16), dtype=np.float32)
+wanted = fastattn.attention(*arrays, backend="reference")
+for _ in range(20):
+    assert abs(fastattn.attention(*arrays) - wanted).max() < 1e-5
+assert session.current.pool.staff == 1
+print(cache_folder(), sorted({path.name.split("-")[0] for path in cache_folder().iterdir()}))
+main(["info"])
+"""
+MISSING = {
+    "win32": ("fork", "register_at_fork", "geteuid", "sched_getaffinity", "sched_setaffinity"),
+    "darwin": ("sched_getaffinity", "sched_setaffinity"),
+}
+
+
+@pytest.mark.parametrize("system", MISSING)
+def test_calls_by_two_threads_and_the_cache(tmp_path: Path, system: str) -> None:
+    places = dict.fromkeys(("HOME", "LOCALAPPDATA", "XDG_CACHE_HOME"), str(tmp_path))
+    code = IMITATION.format(system=system, missing=MISSING[system]) + "os.cpu_count = lambda: 2\n" + CALLS
+    printed = processes.run(code, FASTATTN_CACHE_DIR=None, FASTATTN_NUM_THREADS=None, **places)
+    folder = tmp_path / ("Library/Caches/fastattn" if system == "darwin" else "fastattn")
+    assert printed.startswith(f"{folder} ['forward', 'schedule', 'signature']\n")
+    assert "error" not in printed
