@@ -30,8 +30,7 @@ def refusal() -> str:
 def _is_main() -> bool:
     """Whether this is the interpreter that the process began with."""
     current, main = (
-        ctypes.PYFUNCTYPE(ctypes.c_void_p)((f"PyInterpreterState_{name}", ctypes.pythonapi))
-        for name in ("Get", "Main")
+        ctypes.PYFUNCTYPE(ctypes.c_void_p)((f"PyInterpreterState_{name}", ctypes.pythonapi)) for name in ("Get", "Main")
     )
     return bool(current() == main())
 

@@ -25,7 +25,7 @@ from fastattn.machine.digest import of_modules, version
 from fastattn.machine.kernel import Kernel
 from fastattn.machine.os_threads import RLock, allocate_lock
 from fastattn.machine.table import Isa
-from fastattn.machine.trust import objection
+from fastattn.machine.trust import made, objection
 
 # The functions that a kernel exports, and how many integers each takes.
 Exports: TypeAlias = Mapping[str, int]
@@ -63,9 +63,7 @@ def cache_folder() -> Path | None:
     """
     try:
         folder = _chosen_folder()
-        for each in (*reversed(folder.parents), folder):
-            each.mkdir(mode=0o700, exist_ok=True)
-        if objection(folder.stat()):
+        if not made(folder):
             return None
         if not any(folder.glob("*.o")):
             tempfile.TemporaryFile(dir=folder).close()

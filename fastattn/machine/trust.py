@@ -9,8 +9,22 @@ from __future__ import annotations
 
 import os
 import stat
+from pathlib import Path
 
-__all__ = ["objection"]
+__all__ = ["made", "objection"]
+
+
+def made(folder: Path) -> bool:
+    """Make a folder for the user alone, if it is not there; whether what is in it may be run.
+
+    Raises
+    ------
+    OSError
+        If it is not there, and cannot be made.
+    """
+    for each in (*reversed(folder.parents), folder):
+        each.mkdir(mode=0o700, exist_ok=True)
+    return not objection(folder.stat())
 
 
 def objection(status: os.stat_result) -> str:

@@ -1,4 +1,4 @@
-"""The interpreters that fastattn refuses to be imported in, in a sentence: others than the main one, and without a GIL."""
+"""Interpreters that fastattn refuses to be imported in, with a sentence: not the main one, or without the lock."""
 
 from __future__ import annotations
 
