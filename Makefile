@@ -136,7 +136,7 @@ $(STAMP)/bench: $(STAMP)/torch pyproject.toml
 
 $(STAMP)/history: $(STAMP)/venv
 	$(PIP) 'asv>=0.6.4' 'virtualenv>=20'
-	$(BIN)/asv machine --yes --config benchmarks/history/asv.conf.json
+	@$(BIN)/asv machine --yes --config benchmarks/history/asv.conf.json >$(STAMP)/history.log
 	@touch $@
 
 $(STAMP)/dist: $(STAMP)/venv
