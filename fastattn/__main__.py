@@ -106,9 +106,10 @@ def _machine() -> str:
     from llvmlite import binding as llvm  # type: ignore[import-untyped, unused-ignore]
 
     names = [platform.processor()]
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, subprocess.SubprocessError):  # a sandbox may forbid it
         if sys.platform == "darwin":
-            names = [subprocess.check_output(["sysctl", "-n", "machdep.cpu.brand_string"], text=True)]
+            ask = ["sysctl", "-n", "machdep.cpu.brand_string"]
+            names = [subprocess.check_output(ask, text=True, stderr=subprocess.DEVNULL)]
         elif sys.platform == "linux":
             lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
             names = [line.partition(":")[2] for line in lines if line.startswith("model name")]
