@@ -5,6 +5,8 @@
 #   make guide        the pages of the guide; make guide ARGS=heads runs one
 #   make test         all tests and doctests; make test ARGS=tests/test_semantics.py runs some
 #   make bench        measure this machine, against NumPy, OpenVINO, ONNX Runtime, and PyTorch where it is cheap to get
+#   make history      the speed of commits, by asv; make history ARGS="run v0.1.0..HEAD --steps 10", or ARGS=publish
+#   make dist         what is released: dist/ gets the source distribution, and the wheel that is made from it
 #   make lint         ruff and mypy, which module may import which, and how long files and functions are
 #
 # PyTorch's CPU build is on no package index that pip asks by itself. Where it is not found, PyTorch is done without; to
@@ -19,7 +21,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 STAMP := $(VENV)/stamps
 
-.PHONY: help demo listen guide test bench bench-table lint format dev clean
+.PHONY: help demo listen guide test bench bench-table history dist lint format dev clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -59,6 +61,13 @@ bench: $(STAMP)/bench
 
 bench-table: $(STAMP)/bench
 	$(BIN)/python benchmarks/readme_table.py $(ARGS)
+
+history: $(STAMP)/history
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/asv --config benchmarks/history/asv.conf.json $(or $(ARGS),run HEAD^!)
+
+dist: $(STAMP)/dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/twine check --strict dist/*
 
 lint: $(STAMP)/lint
 	$(BIN)/ruff check .
@@ -123,6 +132,15 @@ $(STAMP)/test: $(STAMP)/demo $(STAMP)/torch
 
 $(STAMP)/bench: $(STAMP)/torch pyproject.toml
 	$(PIP) --editable '.[bench]'
+	@touch $@
+
+$(STAMP)/history: $(STAMP)/venv
+	$(PIP) 'asv>=0.6.4' 'virtualenv>=20'
+	@$(BIN)/asv machine --yes --config benchmarks/history/asv.conf.json >$(STAMP)/history.log
+	@touch $@
+
+$(STAMP)/dist: $(STAMP)/venv
+	$(PIP) 'build>=1.2' 'twine>=6'
 	@touch $@
 
 $(STAMP)/lint: $(STAMP)/venv pyproject.toml

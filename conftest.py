@@ -11,6 +11,8 @@ from pathlib import Path
 import numba
 import pytest
 
+from fastattn.call.advice import to_install
+
 ROOT = Path(__file__).parent
 LIBRARIES = ("dask", "jax", "mpi4py", "onnx", "torch", "transformers")  # of which the integrations need some
 
@@ -54,7 +56,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Refuse to run benchmarks without what measures them."""
     if config.getoption("benchmark_only") and not config.pluginmanager.hasplugin("benchmark"):
-        raise pytest.UsageError("--benchmark needs pytest-benchmark: pip install 'fastattn[bench]'")
+        raise pytest.UsageError(f"--benchmark needs pytest-benchmark: {to_install('bench')}")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

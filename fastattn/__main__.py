@@ -27,7 +27,7 @@ from fastattn.cpu.host import processors
 from fastattn.demo import cli
 from fastattn.guide import cli as guide
 from fastattn.machine import table as isa
-from fastattn.machine.libraries import cache_folder
+from fastattn.machine.libraries import cache_folder, why_not_kept
 
 __all__ = ["main"]
 
@@ -106,9 +106,10 @@ def _machine() -> str:
     from llvmlite import binding as llvm  # type: ignore[import-untyped, unused-ignore]
 
     names = [platform.processor()]
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, subprocess.SubprocessError):  # a sandbox may forbid it
         if sys.platform == "darwin":
-            names = [subprocess.check_output(["sysctl", "-n", "machdep.cpu.brand_string"], text=True)]
+            ask = ["sysctl", "-n", "machdep.cpu.brand_string"]
+            names = [subprocess.check_output(ask, text=True, stderr=subprocess.DEVNULL)]
         elif sys.platform == "linux":
             lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
             names = [line.partition(":")[2] for line in lines if line.startswith("model name")]
@@ -145,8 +146,8 @@ def _no_folder() -> str:
     """Why there is no cache."""
     named = os.environ.get("FASTATTN_CACHE_DIR")
     if named:
-        return f"FASTATTN_CACHE_DIR={printable(named)!r} cannot be written"
-    return "no folder can be written (FASTATTN_CACHE_DIR names one)"
+        return f"FASTATTN_CACHE_DIR={printable(named)!r} {why_not_kept()}"
+    return f"the user's folder {why_not_kept()} (FASTATTN_CACHE_DIR names another)"
 
 
 def _versions() -> str:

@@ -21,23 +21,27 @@ from fastattn.machine.table import host
 RAISED = 0x3F
 X86 = {"default": 0x1F80, "flush": 0x9FC0, "up": 0x5F80, "toward zero": 0x7F80}
 AARCH64 = {"default": 0, "flush": 1 << 24, "up": 1 << 22, "toward zero": 3 << 22}
-X86_FUNCTIONS = """
-declare void @llvm.x86.sse.stmxcsr(ptr)
-declare void @llvm.x86.sse.ldmxcsr(ptr)
-define i64 @get() {
+# before LLVM 17 a pointer says what it points at
+BYTES, WORD = ("i8*", "i32*") if llvm.llvm_version_info < (17,) else ("ptr", "ptr")
+X86_FUNCTIONS = f"""
+declare void @llvm.x86.sse.stmxcsr({BYTES})
+declare void @llvm.x86.sse.ldmxcsr({BYTES})
+define i64 @get() {{
     %at = alloca i32
-    call void @llvm.x86.sse.stmxcsr(ptr %at)
-    %word = load i32, ptr %at
+    %bytes = bitcast {WORD} %at to {BYTES}
+    call void @llvm.x86.sse.stmxcsr({BYTES} %bytes)
+    %word = load i32, {WORD} %at
     %wide = zext i32 %word to i64
     ret i64 %wide
-}
-define i64 @set(i64 %wide) {
+}}
+define i64 @set(i64 %wide) {{
     %at = alloca i32
+    %bytes = bitcast {WORD} %at to {BYTES}
     %word = trunc i64 %wide to i32
-    store i32 %word, ptr %at
-    call void @llvm.x86.sse.ldmxcsr(ptr %at)
+    store i32 %word, {WORD} %at
+    call void @llvm.x86.sse.ldmxcsr({BYTES} %bytes)
     ret i64 0
-}
+}}
 """
 AARCH64_FUNCTIONS = """
 declare i64 @llvm.aarch64.get.fpcr()

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from fastattn.call.advice import to_install
 from fastattn.console.arguments import Parser, number, output_file, program
 from fastattn.cpu.host.processors import MOST
 
@@ -95,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             import matplotlib  # noqa: F401
         except ImportError:
-            parser.error("--plot: matplotlib is not installed: pip install 'fastattn[plot]'")
+            parser.error(f"--plot: matplotlib is not installed: {to_install('plot')}")
 
     if on_gpu and (reason := gpu.why_not()):
         parser.error(f"--backend cuda: {reason}")

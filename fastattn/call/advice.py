@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import reprlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-__all__ = ["holds_masked", "is_masked", "is_tensor", "said", "to_convert", "to_make_array"]
+__all__ = ["holds_masked", "is_masked", "is_tensor", "said", "to_convert", "to_install", "to_make_array"]
 
 
 def to_convert(name: str, dtype: np.dtype[Any], given: object) -> str:
@@ -47,6 +49,26 @@ def to_make_array(name: str, given: object) -> str:
         differentiable = " (fastattn.integrations.torch differentiates attention of tensors)"
         return differentiable if name in ("query", "key", "value") else ""
     return f": {name}.float()" if getattr(given, "is_cpu", False) else ""
+
+
+def to_install(extra: str) -> str:
+    """Say how to get what a part of fastattn needs besides.
+
+    pip knows the name of a package that is installed, from wherever it came. A clone that is not installed, and is used
+    where it lies, is named by its folder.
+
+    Parameters
+    ----------
+    extra : str
+        One of ``project.optional-dependencies`` in ``pyproject.toml``.
+    """
+    package, clone = "fastattn", Path(__file__).parents[2]
+    try:
+        importlib.metadata.distribution(package)
+    except importlib.metadata.PackageNotFoundError:
+        if (clone / "pyproject.toml").is_file():
+            return f'pip install --editable "{clone}[{extra}]"'
+    return f'pip install "{package}[{extra}]"'
 
 
 def is_masked(given: object) -> bool:

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 from numba import config
 
+from fastattn.call.advice import to_install
+
 __all__ = ["EMULATION", "NO_EMULATION", "SIMULATED", "Device", "device", "missing", "require"]
 
 #: Whether kernels run in Numba's simulator, in Python threads: decided where Numba is first imported.
@@ -18,8 +20,6 @@ SIMULATED = bool(config.ENABLE_CUDASIM)
 #: The module that stands for PTX in the simulator, and what is said where it is not to be found.
 EMULATION = "emulated_ptx"
 NO_EMULATION = f"Numba's simulator needs the module {EMULATION}; put the folder tests of the sources on PYTHONPATH"
-
-HOW = "pip install 'fastattn[cuda]'"
 
 
 class Device(NamedTuple):
@@ -34,7 +34,7 @@ class Device(NamedTuple):
 def missing() -> str | None:
     """Say what is missing for CUDA to work here, and how to get it; None if nothing is."""
     if not find_spec("numba_cuda"):
-        return f"the package numba-cuda is not installed; {HOW} installs it"
+        return f"the package numba-cuda is not installed; {to_install('cuda')} installs it"
     if SIMULATED:
         return None if find_spec(EMULATION) else NO_EMULATION
     from numba import cuda

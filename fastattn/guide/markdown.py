@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from fastattn.call.advice import to_install
 from fastattn.console.terminal import UserError
 from fastattn.guide import PAGES, Page, load
 from fastattn.guide.page import Listing, Picture, Step, Table
@@ -20,7 +21,7 @@ DPI = 110
 def need_matplotlib() -> None:
     """Refuse in one line where matplotlib, which draws the pictures, is missing."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("pictures need matplotlib, not installed here: pip install 'fastattn[plot]'")
+        raise UserError(f"pictures need matplotlib, not installed here: {to_install('plot')}")
 
 
 def render(picture: Picture) -> Any:

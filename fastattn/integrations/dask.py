@@ -6,10 +6,12 @@ from typing import Any, TypeAlias
 
 from numpy.typing import ArrayLike
 
+from fastattn.call.advice import to_install
+
 try:
     import dask.array
 except ImportError as error:
-    raise ImportError("fastattn.integrations.dask needs Dask: pip install 'dask[array]', or fastattn[dask]") from error
+    raise ImportError(f"fastattn.integrations.dask needs Dask: {to_install('dask')}") from error
 
 from fastattn.call.blocks import Blocks
 from fastattn.call.options import check_flag

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from fastattn.call.advice import to_install
+
 try:
     import jax
 except ImportError as error:
-    raise ImportError("fastattn.integrations.jax needs JAX: pip install jax, or fastattn[jax]") from error
+    raise ImportError(f"fastattn.integrations.jax needs JAX: {to_install('jax')}") from error
 
 import fastattn
 from fastattn.call.advice import to_convert

@@ -6,10 +6,12 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
+from fastattn.call.advice import to_install
+
 try:
     from onnx.reference.op_run import OpRun
 except ImportError as error:
-    raise ImportError("fastattn.integrations.onnx needs ONNX: pip install onnx, or fastattn[onnx]") from error
+    raise ImportError(f"fastattn.integrations.onnx needs ONNX: {to_install('onnx')}") from error
 
 import fastattn
 from fastattn.call.halves import cast

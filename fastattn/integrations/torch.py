@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from fastattn.call.advice import to_install
+
 try:
     import torch
 except ImportError as error:
-    raise ImportError("fastattn.integrations.torch needs PyTorch: pip install torch, or fastattn[torch]") from error
+    raise ImportError(f"fastattn.integrations.torch needs PyTorch: {to_install('torch')}") from error
 
 from fastattn.call.options import check_causal, check_dropout, check_flag, check_scale
 from fastattn.call.score_options import FurtherOptions, ScoreMod

@@ -17,6 +17,8 @@ import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
+from fastattn.call.advice import to_install
+
 try:
     import torch
     from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -25,8 +27,7 @@ try:
     from transformers.utils.import_utils import is_tracing
 except ImportError as error:
     raise ImportError(
-        "fastattn.integrations.transformers needs PyTorch and transformers 5.24 or later: "
-        "pip install torch 'transformers>=5.24', or fastattn[transformers]"
+        f"fastattn.integrations.transformers needs PyTorch and transformers 5.24 or later: {to_install('transformers')}"
     ) from error
 
 from fastattn.call.scores import Scores

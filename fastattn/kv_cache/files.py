@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import secrets
 import sys
-import threading
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
@@ -81,9 +81,9 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     content = json.dumps(header, separators=(",", ":")).encode()
     content += b" " * (-len(content) % WORD)
     path = as_path(path)
-    unfinished = os.path.join(os.path.dirname(path), f".{os.getpid()}.{threading.get_ident()}.tmp")
+    unfinished = os.path.join(os.path.dirname(path), f".{secrets.token_hex(WORD)}.tmp")
     try:
-        with open(unfinished, "wb") as file:
+        with open(unfinished, "xb") as file:  # a new file, and none that somebody else's link leads to
             file.write(len(content).to_bytes(WORD, "little") + content)
             for tensor in tensors.values():
                 for part in tensor.parts:

@@ -25,6 +25,7 @@ from fastattn.machine.digest import of_modules, version
 from fastattn.machine.kernel import Kernel
 from fastattn.machine.os_threads import RLock, allocate_lock
 from fastattn.machine.table import Isa
+from fastattn.machine.trust import made, objection
 
 # The functions that a kernel exports, and how many integers each takes.
 Exports: TypeAlias = Mapping[str, int]
@@ -57,11 +58,13 @@ if hasattr(os, "register_at_fork"):  # a fork waits for a compilation to end: a 
 def cache_folder() -> Path | None:
     """Where compiled kernels are kept: ``FASTATTN_CACHE_DIR``, or fastattn/ in the user's cache folder.
 
-    None where that folder can neither be written nor has kernels in it: one filled beforehand may be read-only.
+    None where that folder can neither be written nor has kernels in it: one filled beforehand may be read-only. None
+    as well where others than the user and the system may write it: kernels are run.
     """
     try:
         folder = _chosen_folder()
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not made(folder):
+            return None
         if not any(folder.glob("*.o")):
             tempfile.TemporaryFile(dir=folder).close()
         return folder
@@ -85,6 +88,15 @@ def _chosen_folder() -> Path:
 _warned = allocate_lock()  # taken for good by the one warning of a process
 
 
+def why_not_kept() -> str:
+    """What is wrong with the folder in which kernels cannot be kept, as the end of a sentence."""
+    try:
+        found = objection(_chosen_folder().stat())
+    except (OSError, RuntimeError):
+        found = ""
+    return f"{found}, and kernels are run" if found else "cannot be written"
+
+
 def warn_not_kept() -> None:
     """Say, once in a process, that a kernel cannot be kept in the folder that the user has named.
 
@@ -93,7 +105,7 @@ def warn_not_kept() -> None:
     named = os.environ.get("FASTATTN_CACHE_DIR")
     if named and _warned.acquire(blocking=False):
         warnings.warn(
-            f"FASTATTN_CACHE_DIR={named!r} cannot be written: kernels are compiled anew in each process",
+            f"FASTATTN_CACHE_DIR={named!r} {why_not_kept()}: kernels are compiled anew in each process",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -118,7 +130,10 @@ def _path(kernel: Kernel) -> Path | None:
 
 def _read(path: Path) -> bytes | None:
     try:
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            if objection(os.fstat(file.fileno())):  # of the file that is open, whatever has its name by now
+                return None
+            content = file.read()
     except OSError:
         return None
     checksum, code = content[:32], content[32:]
@@ -126,7 +141,7 @@ def _read(path: Path) -> bytes | None:
 
 
 def _write(path: Path, code: bytes) -> bool:
-    """Whether the file could be written."""
+    """Whether the file is there now."""
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
             try:
@@ -137,7 +152,7 @@ def _write(path: Path, code: bytes) -> bool:
                 os.unlink(file.name)
                 raise
     except OSError:  # a full or vanished disk: the kernel is in memory all the same
-        return False
+        return _read(path) is not None  # on Windows, a file that another process has just made and reads stays as it is
     return True
 
 

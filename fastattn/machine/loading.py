@@ -1,5 +1,6 @@
 """Object code, run: LLVM's view of the processor, and the loader."""
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -8,11 +9,17 @@ from llvmlite import binding as llvm
 from fastattn.machine.table import Isa
 
 
+def triple() -> str:
+    """What LLVM calls this system, with the format of object code that its loader takes there."""
+    found: str = llvm.get_process_triple()
+    return f"{found}-elf" if sys.platform == "win32" else found
+
+
 def target_machine(row: Isa, jit: bool = False) -> Any:
     """LLVM's target machine for a row of the table."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    target = llvm.Target.from_triple(llvm.get_process_triple())
+    target = llvm.Target.from_triple(triple())
     features = ",".join(f"+{name}" for name in row.features)
     return target.create_target_machine(
         cpu=row.cpu, features=features, opt=3, reloc="pic", codemodel="default", jit=jit

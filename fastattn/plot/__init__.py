@@ -1,7 +1,6 @@
 """Pictures of attention weights, by matplotlib; shaded text also in a terminal and in a notebook.
 
-Install matplotlib with ``pip install "fastattn[plot]"``. Importing this module does not load it, and `text` needs it
-only to draw.
+The extra ``plot`` brings matplotlib. Importing this module does not load it, and `text` needs it only to draw.
 
 A weight is as dark as it is large: the scale begins at 0, ends at the largest weight of the picture or at `vmax`, and
 is drawn beside it. NaN has a colour of its own. `blocks` draws masks, block by block.

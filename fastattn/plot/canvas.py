@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fastattn.call.advice import said
+from fastattn.call.advice import said, to_install
 from fastattn.call.problem import Array
 from fastattn.plot.colours import NAN_COLOUR, RAMP
 from fastattn.plot.tokens import label
@@ -25,7 +25,7 @@ try:
     from matplotlib.patches import Patch
 except ImportError as error:
     raise ImportError(
-        'fastattn.plot draws with matplotlib, which is not installed here: pip install "fastattn[plot]"'
+        f"fastattn.plot draws with matplotlib, which is not installed here: {to_install('plot')}"
     ) from error
 
 from fastattn.plot.fonts import drawable, widths_of  # which imports matplotlib, too

@@ -5,9 +5,12 @@ Every function that takes such an argument says the same, on every backend.
 
 from __future__ import annotations
 
+import importlib.metadata
+import re
 from collections.abc import Callable
 from decimal import Decimal
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +19,10 @@ from numpy.typing import NDArray
 
 import fastattn
 from fastattn import plot, reference
+from fastattn.call import advice
 from fastattn.call.broadcasting import broadcasts, reshaped
 
+ROOT = Path(__file__).parents[2]
 Array = NDArray[Any]
 Call = Callable[..., Any]
 
@@ -331,3 +336,35 @@ def test_a_state_dict_cannot_tell_of_add_zero_attn() -> None:
     biased = torch.nn.MultiheadAttention(FEATURES, HEADS, add_bias_kv=True)
     with pytest.raises(ValueError, match="state: a mapping with 'bias_k', 'bias_v'"):
         layer.load_state_dict(biased.state_dict())
+
+
+# -- what is not installed ---------------------------------------------------------------------------------------------
+
+
+def test_an_extra_is_named_as_pip_knows_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Installed, in a clone that is not installed, and in a copy without the clone around it."""
+    monkeypatch.setattr(importlib.metadata, "distribution", lambda name: name)
+    assert advice.to_install("plot") == 'pip install "fastattn[plot]"'
+
+    def missing(name: str) -> object:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", missing)
+    clone = tmp_path / "a clone"
+    monkeypatch.setattr(advice, "__file__", str(clone / "fastattn" / "call" / "advice.py"))
+    assert advice.to_install("plot") == 'pip install "fastattn[plot]"'
+    clone.mkdir()
+    (clone / "pyproject.toml").touch()
+    assert advice.to_install("plot") == f'pip install --editable "{clone}[plot]"'
+
+
+@pytest.mark.skipif(not (ROOT / "pyproject.toml").exists(), reason="not in the source tree")
+def test_messages_name_extras_that_there_are() -> None:
+    """And none writes by itself what is said in one place."""
+    package = (ROOT / "pyproject.toml").read_text("utf-8")
+    table = package.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
+    extras = set(re.findall(r"^([a-z-]+) = ", table, re.MULTILINE))
+    sources = {path: path.read_text("utf-8") for path in [ROOT / "conftest.py", *ROOT.glob("fastattn/**/*.py")]}
+    named = {name for text in sources.values() for name in re.findall(r"to_install\([\"'](.+?)[\"']\)", text)}
+    assert {"bench", "cuda", "dask", "jax", "mpi", "onnx", "plot", "torch", "transformers"} <= named <= extras
+    assert not [path for path, text in sources.items() if re.search(r"pip install .*fastattn\[", text)]

@@ -15,6 +15,7 @@ from strategies import Call, bias_in, calls, each, of_size
 
 import fastattn
 from fastattn import BlockMask
+from fastattn.call.advice import to_install
 
 dask = pytest.importorskip("dask", reason="Dask is not installed")
 da = pytest.importorskip("dask.array", reason="Dask is not installed")
@@ -444,4 +445,4 @@ try:
 except ImportError as error:
     print(error)
 """)
-    assert printed == "fastattn.integrations.dask needs Dask: pip install 'dask[array]', or fastattn[dask]\n"
+    assert printed == f"fastattn.integrations.dask needs Dask: {to_install('dask')}\n"

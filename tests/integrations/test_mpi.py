@@ -14,6 +14,8 @@ import processes
 import pytest
 from marks import takes_long
 
+from fastattn.call.advice import to_install
+
 TESTS = Path(__file__).parents[1]
 CHECKS = TESTS / "mpi_checks.py"
 EXAMPLE = TESTS.parent / "docs" / "examples" / "decoding_mpi.py"
@@ -55,7 +57,7 @@ try:
 except ImportError as error:
     print(error)
 """
-    needed = "fastattn.integrations.mpi needs mpi4py, and MPI: pip install mpi4py mpich, or fastattn[mpi]\n"
+    needed = f"fastattn.integrations.mpi needs mpi4py, and MPI: {to_install('mpi')} mpich\n"
     assert processes.run(code) == needed
 
 

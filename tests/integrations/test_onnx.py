@@ -25,6 +25,7 @@ from onnx.inliner import inline_local_functions  # noqa: E402
 from onnx.reference import ReferenceEvaluator  # noqa: E402
 
 import fastattn  # noqa: E402
+from fastattn.call.advice import to_install  # noqa: E402
 from fastattn.integrations.onnx import Attention, FlexAttention  # noqa: E402
 
 Array = NDArray[Any]
@@ -457,7 +458,7 @@ try:
 except ImportError as error:
     print(error)
 """
-    assert "needs ONNX: pip install onnx, or fastattn[onnx]" in processes.run(code)
+    assert f"needs ONNX: {to_install('onnx')}\n" in processes.run(code)
 
 
 def test_the_example_of_the_documentation_runs() -> None:

@@ -16,6 +16,7 @@ import pytest
 import tolerances
 
 import fastattn
+from fastattn.call.advice import to_install
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
@@ -531,7 +532,7 @@ try:
 except ImportError as error:
     print(error)
 """
-    assert "needs PyTorch: pip install torch, or fastattn[torch]" in processes.run(code)
+    assert f"needs PyTorch: {to_install('torch')}\n" in processes.run(code)
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------

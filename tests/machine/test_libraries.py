@@ -394,6 +394,20 @@ def test_a_full_disk_leaves_nothing_behind(folder: Path, monkeypatch: pytest.Mon
     assert names(folder) == []
 
 
+def test_a_file_that_another_process_holds_is_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Windows a file that is being read cannot be replaced: it is another process's, and the same."""
+
+    def held(*args: object) -> None:
+        raise PermissionError(13, "Access is denied")
+
+    path = folder / "schedule.o"
+    kernels._write(path, b"code")
+    monkeypatch.setattr(kernels.os, "replace", held)
+    assert kernels._write(path, b"code")
+    assert names(folder) == [path.name]
+    assert not kernels._write(folder / "another.o", b"code")
+
+
 def test_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there is no HOME, the user's entry in the password file says; where there is neither, nothing is cached."""
     code = "from fastattn.machine.libraries import cache_folder\nprint(cache_folder())"

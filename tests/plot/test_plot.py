@@ -18,6 +18,7 @@ from plot_cases import (
 )
 
 from fastattn import plot
+from fastattn.call.advice import to_install
 
 matplotlib = pytest.importorskip("matplotlib", reason="matplotlib, which draws the plots, is not installed")
 matplotlib.use("agg")
@@ -206,7 +207,7 @@ for call in (plot.heatmap, plot.links, plot.heads, lambda _: plot.text([0.9], ["
     except ImportError as error:
         print(error)
 """
-    message = 'fastattn.plot draws with matplotlib, which is not installed here: pip install "fastattn[plot]"\n'
+    message = f"fastattn.plot draws with matplotlib, which is not installed here: {to_install('plot')}\n"
     assert processes.run(code) == "1\n" + 4 * message
 
 

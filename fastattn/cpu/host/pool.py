@@ -151,7 +151,7 @@ class Pool:
                 self.locks.append(lock)  # which gives the worker its number
             try:
                 os_threads.start_new_thread(_live, (self, self.locks[worker]))
-            except (RuntimeError, MemoryError):  # too many threads, or too little memory, or a subinterpreter
+            except (RuntimeError, MemoryError):  # too many threads, or too little memory
                 self.try_again = time.perf_counter_ns() + TRY_AGAIN
                 return
             self.staff = max(self.staff, worker + 1)

@@ -26,6 +26,7 @@ from fastattn.functions.function import Function
 from fastattn.machine.digest import of_modules, version
 from fastattn.machine.libraries import cache_folder, warn_not_kept
 from fastattn.machine.os_threads import RLock
+from fastattn.machine.trust import made
 
 Factory = Callable[[Any], Any]
 
@@ -63,7 +64,13 @@ def source_digest() -> str:
 def folder() -> Path | None:
     """Where compiled kernels are kept: in a folder of the cache of the CPU's kernels; None where there is none."""
     parent = cache_folder()
-    return None if parent is None else parent / f"cuda-{source_digest()}"
+    if parent is None:
+        return None
+    where = parent / f"cuda-{source_digest()}"
+    try:
+        return where if made(where) else None
+    except OSError:  # filled beforehand, with other kernels, and read-only
+        return None
 
 
 def name_of(factory: Factory, spec: Any) -> str:

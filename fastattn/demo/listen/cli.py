@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastattn.call.advice import to_install
 from fastattn.console.arguments import output_file
 from fastattn.console.terminal import Progress, Style, UserError, printable, wrap
 from fastattn.demo.search import check_readable
@@ -49,7 +50,7 @@ def listen(args: argparse.Namespace) -> int:
 
     style = Style.of(sys.stdout)
     if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise UserError('--plot needs matplotlib, not installed here: pip install "fastattn[plot]"')
+        raise UserError(f"--plot needs matplotlib, not installed here: {to_install('plot')}")
     samples = read_sound(args.file)
     listener = load_listener(args)
     segments = write_down(listener, samples, style)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from fastattn.call.advice import to_install
+
 try:
     import mpi4py  # noqa: F401
 except ImportError as error:
-    raise ImportError(
-        "fastattn.integrations.mpi needs mpi4py, and MPI: pip install mpi4py mpich, or fastattn[mpi]"
-    ) from error
+    raise ImportError(f"fastattn.integrations.mpi needs mpi4py, and MPI: {to_install('mpi')} mpich") from error
 
 from fastattn.integrations.mpi.ring import ring_attention, ring_attention_backward
 from fastattn.integrations.mpi.sharding import shard, unshard

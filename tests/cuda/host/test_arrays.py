@@ -20,6 +20,7 @@ from numba import config, cuda
 from strategies import LAYOUTS, laid_out
 
 import fastattn
+from fastattn.call.advice import to_install
 from fastattn.cuda import available, detect
 from fastattn.cuda.host import arrays, attention, compile
 
@@ -468,7 +469,7 @@ def test_without_numba_cuda_the_error_says_how_to_get_it() -> None:
     hide = "import importlib.util as u; f = u.find_spec; u.find_spec = lambda n, *a: n != 'numba_cuda' and f(n, *a)"
     said = processes.run(f"{hide}\n{ASK}", NUMBA_ENABLE_CUDASIM="0")
     assert "backend: 'cuda' cannot be used here: the package numba-cuda is not installed" in said
-    assert "pip install 'fastattn[cuda]'" in said
+    assert to_install("cuda") in said
 
 
 @simulator_only

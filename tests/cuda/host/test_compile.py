@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
 import processes
+import pytest
 from imports import imported_by
 
 import fastattn
@@ -152,3 +154,21 @@ def test_kernels_have_names_that_tell_them_apart() -> None:
     names = {compile.name_of(portable.forward, spec) for spec in specs}
     assert len(names) == len(specs)
     assert all(name.isidentifier() for name in names)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="files have no such owners here")
+def test_the_folder_is_for_the_user_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numba unpickles what is in it. One that others can write is not used."""
+    monkeypatch.setattr(compile, "cache_folder", lambda: tmp_path)
+    before = os.umask(0)
+    try:
+        folder = compile.folder()
+    finally:
+        os.umask(before)
+    assert folder is not None
+    assert folder.parent == tmp_path
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o777)
+    assert compile.folder() is None
+    monkeypatch.setattr(compile, "cache_folder", lambda: None)
+    assert compile.folder() is None
