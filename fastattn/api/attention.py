@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Any
 
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from fastattn import reference
 from fastattn.api.asked import ends_of, is_free, key_of_others, masks_in, number_in, plain, with_functions
@@ -18,6 +18,7 @@ from fastattn.call.problem import Array, Problem
 from fastattn.call.score_options import FurtherOptions, MaskMod, PieceOptions, ScoreMod
 from fastattn.call.seeds import Rng, seed_from
 from fastattn.call.shapes import describe
+from fastattn.call.types import Causal, DeviceBackend, IntegerLike, MaskLike, Number, NumberLike, Operand
 from fastattn.call.widening import narrowed, scale_in_float64, widened, wider_type
 from fastattn.cpu.host import forward as cpu
 from fastattn.cpu.host import session
@@ -26,21 +27,21 @@ from fastattn.cpu.host.threads import threads_of_call
 
 
 def attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    attn_mask: ArrayLike | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool | str = False,
-    scale: float | None = None,
+    query: Operand,
+    key: Operand,
+    value: Operand,
+    attn_mask: MaskLike | None = None,
+    dropout_p: Number = 0.0,
+    is_causal: Causal = False,
+    scale: Number | None = None,
     enable_gqa: bool = False,
     *,
     window: tuple[int | None, int | None] | None = None,
-    query_offset: ArrayLike | None = None,
-    key_lengths: ArrayLike | None = None,
-    softcap: float | None = None,
-    alibi_slopes: ArrayLike | None = None,
-    sinks: ArrayLike | None = None,
+    query_offset: IntegerLike | None = None,
+    key_lengths: IntegerLike | None = None,
+    softcap: Number | None = None,
+    alibi_slopes: NumberLike | None = None,
+    sinks: NumberLike | None = None,
     score_mod: ScoreMod | None = None,
     mask_mod: MaskMod | None = None,
     block_mask: Blocks | None = None,
@@ -48,7 +49,7 @@ def attention(
     return_weights: bool = False,
     rng: Rng | None = None,
     out: NDArray[Any] | None = None,
-    backend: str | None = None,
+    backend: DeviceBackend | None = None,
 ) -> Any:
     """Scaled dot-product attention, softmax(query keyᵀ · scale + mask) value.
 
@@ -228,9 +229,9 @@ def on_cpu(
     key: Any,
     value: Any,
     attn_mask: Any,
-    dropout_p: float,
-    is_causal: bool | str,
-    scale: float | None,
+    dropout_p: Number,
+    is_causal: Causal,
+    scale: Number | None,
     enable_gqa: bool,
     return_lse: bool,
     return_weights: bool,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from fastattn import reference
 from fastattn.api.backends import BACKENDS, backend_of_attention
@@ -15,6 +15,7 @@ from fastattn.call.options import check_backend
 from fastattn.call.score_options import FurtherOptions, MaskMod, PieceOptions, ScoreMod
 from fastattn.call.seeds import Rng
 from fastattn.call.shapes import describe, describe_additive
+from fastattn.call.types import Backend, Causal, DeviceBackend, IntegerLike, MaskLike, Number, NumberLike, Operand
 from fastattn.call.upstream import (
     Names,
     as_given,
@@ -35,32 +36,32 @@ __all__ = ["additive_attention_backward", "attention_backward"]
 
 
 def attention_backward(
-    grad_out: ArrayLike,
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    out: ArrayLike,
-    lse: ArrayLike,
-    attn_mask: ArrayLike | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool | str = False,
-    scale: float | None = None,
+    grad_out: Operand,
+    query: Operand,
+    key: Operand,
+    value: Operand,
+    out: Operand,
+    lse: Operand,
+    attn_mask: MaskLike | None = None,
+    dropout_p: Number = 0.0,
+    is_causal: Causal = False,
+    scale: Number | None = None,
     enable_gqa: bool = False,
     *,
     window: tuple[int | None, int | None] | None = None,
-    query_offset: ArrayLike | None = None,
-    key_lengths: ArrayLike | None = None,
-    softcap: float | None = None,
-    alibi_slopes: ArrayLike | None = None,
-    sinks: ArrayLike | None = None,
+    query_offset: IntegerLike | None = None,
+    key_lengths: IntegerLike | None = None,
+    softcap: Number | None = None,
+    alibi_slopes: NumberLike | None = None,
+    sinks: NumberLike | None = None,
     score_mod: ScoreMod | None = None,
     mask_mod: MaskMod | None = None,
     block_mask: Blocks | None = None,
     rng: Rng | None = None,
-    grad_lse: ArrayLike | None = None,
+    grad_lse: Operand | None = None,
     grad_mask: bool = False,
     grads: Names = None,
-    backend: str | None = None,
+    backend: DeviceBackend | None = None,
 ) -> tuple[NDArray[Any], ...]:
     """Gradients of `fastattn.attention` by its arguments.
 
@@ -163,19 +164,19 @@ def attention_backward(
 @in_default_mode
 def on_cpu(
     further: PieceOptions,
-    grad_out: ArrayLike,
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    out: ArrayLike,
-    lse: ArrayLike,
-    attn_mask: ArrayLike | None,
-    dropout_p: float,
-    is_causal: bool | str,
-    scale: float | None,
+    grad_out: Operand,
+    query: Operand,
+    key: Operand,
+    value: Operand,
+    out: Operand,
+    lse: Operand,
+    attn_mask: MaskLike | None,
+    dropout_p: Number,
+    is_causal: Causal,
+    scale: Number | None,
     enable_gqa: bool,
     rng: Rng | None,
-    grad_lse: ArrayLike | None,
+    grad_lse: Operand | None,
     grad_mask: bool,
     grads: Names,
 ) -> tuple[NDArray[Any], ...]:
@@ -200,29 +201,29 @@ def on_cpu(
 
 
 def additive_attention_backward(
-    grad_out: ArrayLike,
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    weight: ArrayLike,
-    out: ArrayLike,
-    lse: ArrayLike,
-    attn_mask: ArrayLike | None = None,
-    is_causal: bool | str = False,
+    grad_out: Operand,
+    query: Operand,
+    key: Operand,
+    value: Operand,
+    weight: Operand,
+    out: Operand,
+    lse: Operand,
+    attn_mask: MaskLike | None = None,
+    is_causal: Causal = False,
     *,
     window: tuple[int | None, int | None] | None = None,
-    query_offset: ArrayLike | None = None,
-    key_lengths: ArrayLike | None = None,
-    softcap: float | None = None,
-    alibi_slopes: ArrayLike | None = None,
-    sinks: ArrayLike | None = None,
-    grad_lse: ArrayLike | None = None,
+    query_offset: IntegerLike | None = None,
+    key_lengths: IntegerLike | None = None,
+    softcap: Number | None = None,
+    alibi_slopes: NumberLike | None = None,
+    sinks: NumberLike | None = None,
+    grad_lse: Operand | None = None,
     grad_mask: bool = False,
     grads: Names = None,
     score_mod: ScoreMod | None = None,
     mask_mod: MaskMod | None = None,
     block_mask: Blocks | None = None,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> tuple[NDArray[Any], ...]:
     """Gradients of `fastattn.additive_attention` by its arguments.
 
@@ -304,16 +305,16 @@ def additive_attention_backward(
 
 @in_default_mode
 def _additive_on_cpu(
-    grad_out: ArrayLike,
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    weight: ArrayLike,
-    out: ArrayLike,
-    lse: ArrayLike,
-    attn_mask: ArrayLike | None,
-    is_causal: bool | str,
-    grad_lse: ArrayLike | None,
+    grad_out: Operand,
+    query: Operand,
+    key: Operand,
+    value: Operand,
+    weight: Operand,
+    out: Operand,
+    lse: Operand,
+    attn_mask: MaskLike | None,
+    is_causal: Causal,
+    grad_lse: Operand | None,
     grad_mask: bool,
     grads: Names,
     further: FurtherOptions,

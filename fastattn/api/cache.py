@@ -7,7 +7,7 @@ from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from fastattn.api import cached
 from fastattn.api.backends import ATTENTION_BACKENDS
@@ -17,6 +17,7 @@ from fastattn.call.options import check_backend
 from fastattn.call.problem import Array
 from fastattn.call.score_options import FurtherOptions, MaskMod, ScoreMod, check_window
 from fastattn.call.seeds import Rng
+from fastattn.call.types import Causal, DeviceBackend, IntegerLike, MaskLike, Number, NumberLike, Operand
 from fastattn.kv_cache import files
 from fastattn.kv_cache.arguments import (
     as_counts,
@@ -160,7 +161,7 @@ class KVCache:
         given = "".join(f", {name}={value!r}" for name, value in options.items() if value is not None)
         return f"KVCache({sizes}{given}, lengths={self._sequences.lengths})"
 
-    def append(self, key: ArrayLike, value: ArrayLike, lengths: ArrayLike | None = None) -> None:
+    def append(self, key: Operand, value: Operand, lengths: IntegerLike | None = None) -> None:
         """Append keys and values of tokens to the rows.
 
         Parameters
@@ -199,18 +200,18 @@ class KVCache:
 
     def attention(
         self,
-        query: ArrayLike,
-        attn_mask: ArrayLike | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool | str | None = None,
-        scale: float | None = None,
+        query: Operand,
+        attn_mask: MaskLike | None = None,
+        dropout_p: Number = 0.0,
+        is_causal: Causal | None = None,
+        scale: Number | None = None,
         *,
-        query_lengths: ArrayLike | None = None,
+        query_lengths: IntegerLike | None = None,
         window: tuple[int | None, int | None] | None = None,
-        query_offset: ArrayLike | None = None,
-        softcap: float | None = None,
-        alibi_slopes: ArrayLike | None = None,
-        sinks: ArrayLike | None = None,
+        query_offset: IntegerLike | None = None,
+        softcap: Number | None = None,
+        alibi_slopes: NumberLike | None = None,
+        sinks: NumberLike | None = None,
         score_mod: ScoreMod | None = None,
         mask_mod: MaskMod | None = None,
         block_mask: Blocks | None = None,
@@ -218,7 +219,7 @@ class KVCache:
         return_weights: bool = False,
         rng: Rng | None = None,
         out: NDArray[Any] | None = None,
-        backend: str | None = None,
+        backend: DeviceBackend | None = None,
     ) -> Any:
         """Attention of queries to the keys of their rows.
 
@@ -299,7 +300,7 @@ class KVCache:
         wanted: Any = {"return_lse": return_lse, "return_weights": return_weights, "rng": rng}
         return cached.on_copies(sequences, queries, call, further, wanted, out, backend)
 
-    def truncate(self, lengths: ArrayLike) -> None:
+    def truncate(self, lengths: IntegerLike) -> None:
         """Leave the first tokens of each row, in place: what was appended in advance, and has been refused, goes.
 
         Parameters
@@ -331,7 +332,7 @@ class KVCache:
         check_truncated(found, sequences, self._left)
         sequences.truncate(found)
 
-    def select(self, rows: ArrayLike) -> None:
+    def select(self, rows: Operand) -> None:
         """Have these rows from now on, in place: beams, rows that are not finished, one prompt for many answers.
 
         Parameters

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from fastattn import reference
 from fastattn.api.attention import rounded
@@ -15,6 +15,7 @@ from fastattn.call.out import check_out
 from fastattn.call.packed import as_given, describe_packed, sources_of_packed
 from fastattn.call.score_options import FurtherOptions, MaskMod, ScoreMod
 from fastattn.call.seeds import Rng, seed_from
+from fastattn.call.types import Causal, DeviceBackend, IntegerLike, Number, NumberLike, Operand
 from fastattn.call.upstream import Names, arrived, captured_sources, own_dtype, seed_of_forward, wanted_gradients
 from fastattn.call.widening import scale_in_float64, widened, wider_type
 from fastattn.cpu.host import varlen as cpu
@@ -25,27 +26,27 @@ __all__ = ["attention_varlen", "attention_varlen_backward"]
 
 
 def attention_varlen(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    cu_seqlens_q: ArrayLike,
-    cu_seqlens_k: ArrayLike | None = None,
+    query: Operand,
+    key: Operand,
+    value: Operand,
+    cu_seqlens_q: IntegerLike,
+    cu_seqlens_k: IntegerLike | None = None,
     *,
-    dropout_p: float = 0.0,
-    is_causal: bool | str = False,
-    scale: float | None = None,
+    dropout_p: Number = 0.0,
+    is_causal: Causal = False,
+    scale: Number | None = None,
     enable_gqa: bool = False,
     window: tuple[int | None, int | None] | None = None,
-    query_offset: ArrayLike | None = None,
-    softcap: float | None = None,
-    alibi_slopes: ArrayLike | None = None,
-    sinks: ArrayLike | None = None,
+    query_offset: IntegerLike | None = None,
+    softcap: Number | None = None,
+    alibi_slopes: NumberLike | None = None,
+    sinks: NumberLike | None = None,
     score_mod: ScoreMod | None = None,
     mask_mod: MaskMod | None = None,
     return_lse: bool = False,
     rng: Rng | None = None,
     out: NDArray[Any] | None = None,
-    backend: str | None = None,
+    backend: DeviceBackend | None = None,
 ) -> Any:
     """Attention of packed sequences: one behind the other on one axis, each looking at its own keys alone.
 
@@ -157,30 +158,30 @@ def _on_cpu(
 
 
 def attention_varlen_backward(
-    grad_out: ArrayLike,
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    out: ArrayLike,
-    lse: ArrayLike,
-    cu_seqlens_q: ArrayLike,
-    cu_seqlens_k: ArrayLike | None = None,
+    grad_out: Operand,
+    query: Operand,
+    key: Operand,
+    value: Operand,
+    out: Operand,
+    lse: Operand,
+    cu_seqlens_q: IntegerLike,
+    cu_seqlens_k: IntegerLike | None = None,
     *,
-    dropout_p: float = 0.0,
-    is_causal: bool | str = False,
-    scale: float | None = None,
+    dropout_p: Number = 0.0,
+    is_causal: Causal = False,
+    scale: Number | None = None,
     enable_gqa: bool = False,
     window: tuple[int | None, int | None] | None = None,
-    query_offset: ArrayLike | None = None,
-    softcap: float | None = None,
-    alibi_slopes: ArrayLike | None = None,
-    sinks: ArrayLike | None = None,
+    query_offset: IntegerLike | None = None,
+    softcap: Number | None = None,
+    alibi_slopes: NumberLike | None = None,
+    sinks: NumberLike | None = None,
     score_mod: ScoreMod | None = None,
     mask_mod: MaskMod | None = None,
     rng: Rng | None = None,
-    grad_lse: ArrayLike | None = None,
+    grad_lse: Operand | None = None,
     grads: Names = None,
-    backend: str | None = None,
+    backend: DeviceBackend | None = None,
 ) -> tuple[NDArray[Any], ...]:
     """Gradients of `fastattn.attention_varlen` by its arguments.
 
@@ -253,7 +254,7 @@ def attention_varlen_backward(
 
 @in_default_mode
 def _backward_on_cpu(
-    call: tuple[Any, ...], options: dict[str, Any], rng: Rng | None, grad_lse: ArrayLike | None, grads: Names
+    call: tuple[Any, ...], options: dict[str, Any], rng: Rng | None, grad_lse: Operand | None, grads: Names
 ) -> tuple[NDArray[Any], ...]:
     grad_out, query, key, value, out, lse, *lengths = call
     arrays = as_operands(query, key, value)[:3]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any, TypeAlias
 
-from numpy.typing import ArrayLike
-
 try:
     import dask.array
 except ImportError as error:
@@ -15,12 +13,13 @@ from fastattn.call.blocks import Blocks
 from fastattn.call.options import check_flag
 from fastattn.call.score_options import FurtherOptions, MaskMod, ScoreMod
 from fastattn.call.seeds import Rng
+from fastattn.call.types import Causal, IntegerLike, Number, NumberLike, Operand
 from fastattn.call.upstream import Names
 from fastattn.integrations.chunked import Plan, differentiate, forward
 
 __all__ = ["attention", "attention_backward"]
 
-Chunked: TypeAlias = "dask.array.Array | ArrayLike"
+Chunked: TypeAlias = dask.array.Array | Operand
 
 
 def attention(
@@ -28,17 +27,17 @@ def attention(
     key: Chunked,
     value: Chunked,
     attn_mask: Any = None,
-    dropout_p: float = 0.0,
-    is_causal: bool | str = False,
-    scale: float | None = None,
+    dropout_p: Number = 0.0,
+    is_causal: Causal = False,
+    scale: Number | None = None,
     enable_gqa: bool = False,
     *,
     window: tuple[int | None, int | None] | None = None,
-    query_offset: ArrayLike | None = None,
-    key_lengths: ArrayLike | None = None,
-    softcap: float | None = None,
-    alibi_slopes: ArrayLike | None = None,
-    sinks: ArrayLike | None = None,
+    query_offset: IntegerLike | None = None,
+    key_lengths: IntegerLike | None = None,
+    softcap: Number | None = None,
+    alibi_slopes: NumberLike | None = None,
+    sinks: NumberLike | None = None,
     score_mod: ScoreMod | None = None,
     mask_mod: MaskMod | None = None,
     block_mask: Blocks | None = None,
@@ -137,17 +136,17 @@ def attention_backward(
     out: Chunked,
     lse: Chunked,
     attn_mask: Any = None,
-    dropout_p: float = 0.0,
-    is_causal: bool | str = False,
-    scale: float | None = None,
+    dropout_p: Number = 0.0,
+    is_causal: Causal = False,
+    scale: Number | None = None,
     enable_gqa: bool = False,
     *,
     window: tuple[int | None, int | None] | None = None,
-    query_offset: ArrayLike | None = None,
-    key_lengths: ArrayLike | None = None,
-    softcap: float | None = None,
-    alibi_slopes: ArrayLike | None = None,
-    sinks: ArrayLike | None = None,
+    query_offset: IntegerLike | None = None,
+    key_lengths: IntegerLike | None = None,
+    softcap: Number | None = None,
+    alibi_slopes: NumberLike | None = None,
+    sinks: NumberLike | None = None,
     score_mod: ScoreMod | None = None,
     mask_mod: MaskMod | None = None,
     block_mask: Blocks | None = None,

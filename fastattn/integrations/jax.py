@@ -20,6 +20,7 @@ from fastattn.call.halves import is_floating, name_of, real_of
 from fastattn.call.options import check_flag
 from fastattn.call.score_options import FurtherOptions, check_names
 from fastattn.call.shapes import shapes_of_results
+from fastattn.call.types import Causal, Number
 from fastattn.functions.function import described, rebuilt
 
 if TYPE_CHECKING:
@@ -45,8 +46,8 @@ def attention(
     key: Array,
     value: Array,
     attn_mask: Array | tuple[Array | None, Array | None] | None = None,
-    is_causal: bool | str = False,
-    scale: float | None = None,
+    is_causal: Causal = False,
+    scale: Number | None = None,
     enable_gqa: bool = False,
     *,
     return_lse: bool = False,

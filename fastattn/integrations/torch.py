@@ -15,6 +15,7 @@ except ImportError as error:
 
 from fastattn.call.options import check_causal, check_dropout, check_flag, check_scale
 from fastattn.call.score_options import FurtherOptions, ScoreMod
+from fastattn.call.types import Causal, Number
 from fastattn.integrations import eager
 from fastattn.integrations.functions import has_functions
 from fastattn.integrations.keywords import flattened
@@ -42,9 +43,9 @@ def scaled_dot_product_attention(
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | tuple[Tensor | None, Tensor | None] | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool | str = False,
-    scale: float | None = None,
+    dropout_p: Number = 0.0,
+    is_causal: Causal = False,
+    scale: Number | None = None,
     enable_gqa: bool = False,
     **options: Unpack[FurtherOptions],
 ) -> Tensor:
@@ -118,9 +119,9 @@ def attention_with_lse(
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | tuple[Tensor | None, Tensor | None] | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool | str = False,
-    scale: float | None = None,
+    dropout_p: Number = 0.0,
+    is_causal: Causal = False,
+    scale: Number | None = None,
     enable_gqa: bool = False,
     **options: Unpack[FurtherOptions],
 ) -> tuple[Tensor, Tensor]:
@@ -178,7 +179,7 @@ def additive_attention(
     value: Tensor,
     weight: Tensor,
     attn_mask: Tensor | tuple[Tensor | None, Tensor | None] | None = None,
-    is_causal: bool | str = False,
+    is_causal: Causal = False,
     **options: Unpack[FurtherOptions],
 ) -> Tensor:
     """Additive attention [1]_ on tensors: `fastattn.additive_attention`, differentiable once.
@@ -245,7 +246,7 @@ def flex_attention(
     value: Tensor,
     score_mod: ScoreMod | None = None,
     block_mask: Any = None,
-    scale: float | None = None,
+    scale: Number | None = None,
     enable_gqa: bool = False,
     return_lse: bool = False,
     kernel_options: Mapping[str, Any] | None = None,

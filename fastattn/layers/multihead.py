@@ -9,7 +9,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import ArrayLike, DTypeLike
+from numpy.typing import DTypeLike
 
 from fastattn.api.attention import attention
 from fastattn.api.backward import attention_backward
@@ -19,6 +19,7 @@ from fastattn.call.options import check_flag
 from fastattn.call.problem import Array, Mask, Shape
 from fastattn.call.score_options import FurtherOptions
 from fastattn.call.seeds import Rng
+from fastattn.call.types import Causal, MaskLike, NumberLike, Operand
 from fastattn.call.upstream import Names
 from fastattn.layers import extra_key
 from fastattn.layers.backward import (
@@ -210,13 +211,13 @@ class MultiHeadAttention(Layer):
 
     def __call__(
         self,
-        query: ArrayLike,
-        key: ArrayLike | None = None,
-        value: ArrayLike | None = None,
-        attn_mask: ArrayLike | None = None,
+        query: Operand,
+        key: Operand | None = None,
+        value: Operand | None = None,
+        attn_mask: MaskLike | None = None,
         *,
-        key_mask: ArrayLike | None = None,
-        is_causal: bool | str = False,
+        key_mask: NumberLike | None = None,
+        is_causal: Causal = False,
         return_weights: bool = False,
         return_saved: bool = False,
         **options: Unpack[FurtherOptions],
@@ -280,12 +281,12 @@ class MultiHeadAttention(Layer):
     @np.errstate(all="ignore")
     def backward(
         self,
-        grad_out: ArrayLike,
-        inputs: tuple[ArrayLike | None, ...] | Saved,
-        attn_mask: ArrayLike | None = None,
+        grad_out: Operand,
+        inputs: tuple[Operand | None, ...] | Saved,
+        attn_mask: MaskLike | None = None,
         *,
-        key_mask: ArrayLike | None = None,
-        is_causal: bool | str = False,
+        key_mask: NumberLike | None = None,
+        is_causal: Causal = False,
         grads: Names = None,
         **options: Unpack[FurtherOptions],
     ) -> tuple[Any, ...]:
@@ -366,9 +367,9 @@ class MultiHeadAttention(Layer):
     def _attend(
         self,
         given: tuple[Any, ...],
-        attn_mask: ArrayLike | None,
-        key_mask: ArrayLike | None,
-        is_causal: bool | str,
+        attn_mask: MaskLike | None,
+        key_mask: NumberLike | None,
+        is_causal: Causal,
         options: FurtherOptions,
         return_weights: bool,
     ) -> _Attended:

@@ -12,6 +12,7 @@ from fastattn.call.broadcasting import check_broadcasts
 from fastattn.call.halves import cast, real_of
 from fastattn.call.options import check_flag, finite_real
 from fastattn.call.problem import FLOAT64, Array, Shape
+from fastattn.call.types import NumberLike, Operand
 from fastattn.layers.base import check_dtype, check_size
 
 __all__ = ["as_positions", "rotary", "sinusoidal_positions"]
@@ -65,13 +66,13 @@ def sinusoidal_positions(length: int, dim: int, *, dtype: DTypeLike = np.float64
 
 
 def rotary(
-    x: ArrayLike,
-    positions: ArrayLike | None = None,
+    x: Operand,
+    positions: NumberLike | None = None,
     *,
     base: float = BASE,
     interleaved: bool = False,
     rotary_dim: int | None = None,
-    angles: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None,
+    angles: NumberLike | tuple[NumberLike, NumberLike] | None = None,
 ) -> NDArray[Any]:
     """Rotate pairs of features by angles that grow with the position [1]_.
 

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from fastattn.call.arrays import as_additive_operands, as_operands
 from fastattn.call.halves import cast
@@ -32,6 +32,7 @@ from fastattn.call.score_options import FurtherOptions
 from fastattn.call.seeds import Rng
 from fastattn.call.selection import places_of
 from fastattn.call.shapes import describe, describe_additive
+from fastattn.call.types import Causal, MaskLike, Number, Operand
 from fastattn.call.upstream import (
     Names,
     Upstream,
@@ -103,20 +104,20 @@ class Gradients(NamedTuple):
 
 
 def attention_backward(
-    grad_out: ArrayLike,
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    out: ArrayLike,
-    lse: ArrayLike,
-    attn_mask: ArrayLike | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool | str = False,
-    scale: float | None = None,
+    grad_out: Operand,
+    query: Operand,
+    key: Operand,
+    value: Operand,
+    out: Operand,
+    lse: Operand,
+    attn_mask: MaskLike | None = None,
+    dropout_p: Number = 0.0,
+    is_causal: Causal = False,
+    scale: Number | None = None,
     enable_gqa: bool = False,
     *,
     rng: Rng | None = None,
-    grad_lse: ArrayLike | None = None,
+    grad_lse: Operand | None = None,
     grad_mask: bool = False,
     grads: Names = None,
     **options: Unpack[FurtherOptions],
@@ -144,17 +145,17 @@ def attention_backward(
 
 
 def additive_attention_backward(
-    grad_out: ArrayLike,
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    weight: ArrayLike,
-    out: ArrayLike,
-    lse: ArrayLike,
-    attn_mask: ArrayLike | None = None,
-    is_causal: bool | str = False,
+    grad_out: Operand,
+    query: Operand,
+    key: Operand,
+    value: Operand,
+    weight: Operand,
+    out: Operand,
+    lse: Operand,
+    attn_mask: MaskLike | None = None,
+    is_causal: Causal = False,
     *,
-    grad_lse: ArrayLike | None = None,
+    grad_lse: Operand | None = None,
     grad_mask: bool = False,
     grads: Names = None,
     **options: Unpack[FurtherOptions],

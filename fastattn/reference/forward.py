@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from fastattn.call.arrays import as_additive_operands, as_operands
 from fastattn.call.halves import cast
@@ -32,6 +32,7 @@ from fastattn.call.selection import (
     positions,
 )
 from fastattn.call.shapes import describe, describe_additive
+from fastattn.call.types import Causal, MaskLike, Number, Operand
 from fastattn.reference.dropout import kept_weights
 from fastattn.reference.functions import (
     out_of_range,
@@ -58,13 +59,13 @@ SUM_ELEMENTS = 1 << 20
 
 
 def attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    attn_mask: ArrayLike | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool | str = False,
-    scale: float | None = None,
+    query: Operand,
+    key: Operand,
+    value: Operand,
+    attn_mask: MaskLike | None = None,
+    dropout_p: Number = 0.0,
+    is_causal: Causal = False,
+    scale: Number | None = None,
     enable_gqa: bool = False,
     *,
     return_lse: bool = False,
@@ -129,12 +130,12 @@ def attention(
 
 
 def additive_attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    weight: ArrayLike,
-    attn_mask: ArrayLike | None = None,
-    is_causal: bool | str = False,
+    query: Operand,
+    key: Operand,
+    value: Operand,
+    weight: Operand,
+    attn_mask: MaskLike | None = None,
+    is_causal: Causal = False,
     *,
     return_lse: bool = False,
     return_weights: bool = False,
@@ -210,16 +211,16 @@ def _returned(
 
 
 def attention_weights(
-    query: ArrayLike,
-    key: ArrayLike,
-    attn_mask: ArrayLike | None = None,
-    is_causal: bool | str = False,
-    scale: float | None = None,
+    query: Operand,
+    key: Operand,
+    attn_mask: MaskLike | None = None,
+    is_causal: Causal = False,
+    scale: Number | None = None,
     enable_gqa: bool = False,
     *,
     rows: Choice = None,
     columns: Choice = None,
-    lse: ArrayLike | None = None,
+    lse: Operand | None = None,
     **options: Unpack[FurtherOptions],
 ) -> NDArray[Any]:
     """Return the weights of chosen queries and keys: `fastattn.attention_weights`, cut out of the whole matrix.
@@ -277,11 +278,11 @@ class AttentionSummary(NamedTuple):
 
 
 def attention_summary(
-    query: ArrayLike,
-    key: ArrayLike,
-    attn_mask: ArrayLike | None = None,
-    is_causal: bool | str = False,
-    scale: float | None = None,
+    query: Operand,
+    key: Operand,
+    attn_mask: MaskLike | None = None,
+    is_causal: Causal = False,
+    scale: Number | None = None,
     enable_gqa: bool = False,
     *,
     top_k: int = 8,

@@ -10,11 +10,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from fastattn.call.pieces import as_pieces
 from fastattn.call.rounding import saturated
+from fastattn.call.types import Operand
 
 __all__ = ["merge", "merged"]
 
 
-def merge(outs: Iterable[ArrayLike], lses: Iterable[ArrayLike]) -> tuple[NDArray[Any], NDArray[Any]]:
+def merge(outs: Iterable[Operand], lses: Iterable[ArrayLike]) -> tuple[NDArray[Any], NDArray[Any]]:
     """Return the result and the log-sum-exp over all keys of those over some: `fastattn.merge`.
 
     Examples

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from fastattn.call.halves import cast
 from fastattn.call.options import check_flag
@@ -15,23 +15,24 @@ from fastattn.call.packed_pages import describe_packed_pages
 from fastattn.call.pages import PACKED, PADDED, Pages, as_pages, as_query, describe_paged, refuse_masks
 from fastattn.call.problem import Array, Operands, Problem
 from fastattn.call.seeds import Rng, seed_from
+from fastattn.call.types import Causal, IntegerLike, MaskLike, Number, Operand
 from fastattn.reference.forward import evaluate
 
 __all__ = ["attention_paged"]
 
 
 def attention_paged(
-    query: ArrayLike,
-    key_pages: ArrayLike,
-    value_pages: ArrayLike,
-    page_table: ArrayLike,
-    key_lengths: ArrayLike,
-    cu_seqlens_q: ArrayLike | None = None,
-    attn_mask: ArrayLike | None = None,
+    query: Operand,
+    key_pages: Operand,
+    value_pages: Operand,
+    page_table: IntegerLike,
+    key_lengths: IntegerLike,
+    cu_seqlens_q: IntegerLike | None = None,
+    attn_mask: MaskLike | None = None,
     *,
-    dropout_p: float = 0.0,
-    is_causal: bool | str = False,
-    scale: float | None = None,
+    dropout_p: Number = 0.0,
+    is_causal: Causal = False,
+    scale: Number | None = None,
     return_lse: bool = False,
     rng: Rng | None = None,
     out: NDArray[Any] | None = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from fastattn.call.arrays import as_operands
 from fastattn.call.halves import cast
@@ -14,6 +14,7 @@ from fastattn.call.out import check_out
 from fastattn.call.packed import as_given, describe_packed, heads_first, sources_of_packed
 from fastattn.call.score_options import FurtherOptions
 from fastattn.call.seeds import Rng, seed_from
+from fastattn.call.types import Causal, IntegerLike, Number, Operand
 from fastattn.call.upstream import (
     OF_HEADS,
     SHARED,
@@ -34,15 +35,15 @@ __all__ = ["attention_varlen", "attention_varlen_backward"]
 
 
 def attention_varlen(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    cu_seqlens_q: ArrayLike,
-    cu_seqlens_k: ArrayLike | None = None,
+    query: Operand,
+    key: Operand,
+    value: Operand,
+    cu_seqlens_q: IntegerLike,
+    cu_seqlens_k: IntegerLike | None = None,
     *,
-    dropout_p: float = 0.0,
-    is_causal: bool | str = False,
-    scale: float | None = None,
+    dropout_p: Number = 0.0,
+    is_causal: Causal = False,
+    scale: Number | None = None,
     enable_gqa: bool = False,
     return_lse: bool = False,
     rng: Rng | None = None,
@@ -76,21 +77,21 @@ def attention_varlen(
 
 
 def attention_varlen_backward(
-    grad_out: ArrayLike,
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    out: ArrayLike,
-    lse: ArrayLike,
-    cu_seqlens_q: ArrayLike,
-    cu_seqlens_k: ArrayLike | None = None,
+    grad_out: Operand,
+    query: Operand,
+    key: Operand,
+    value: Operand,
+    out: Operand,
+    lse: Operand,
+    cu_seqlens_q: IntegerLike,
+    cu_seqlens_k: IntegerLike | None = None,
     *,
-    dropout_p: float = 0.0,
-    is_causal: bool | str = False,
-    scale: float | None = None,
+    dropout_p: Number = 0.0,
+    is_causal: Causal = False,
+    scale: Number | None = None,
     enable_gqa: bool = False,
     rng: Rng | None = None,
-    grad_lse: ArrayLike | None = None,
+    grad_lse: Operand | None = None,
     grads: Names = None,
     **options: Unpack[FurtherOptions],
 ) -> tuple[NDArray[Any], ...]:
