@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,16 +18,55 @@ from fastattn.call.options import check_backend, check_flag
 from fastattn.call.out import check_out
 from fastattn.call.score_options import FurtherOptions, MaskMod, ScoreMod
 from fastattn.call.shapes import describe_additive
-from fastattn.call.types import Backend, Causal, IntegerLike, MaskLike, Number, NumberLike, Operand
+from fastattn.call.types import Backend, Causal, IntegerLike, MaskLike, Number, NumberLike, Operand, Scalar
 from fastattn.call.widening import reads_halves, widened
 from fastattn.cpu.host import forward as cpu
 from fastattn.cpu.host import session
 from fastattn.cpu.host.builtin import in_default_mode, signatures
 from fastattn.cpu.host.threads import threads_of_call
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 ADDITIVE = None  # in front of a signature: that of attention has an int there
 
 
+# fmt: off
+@overload
+def additive_attention(
+    query: Operand[Scalar], key: Operand[Scalar], value: Operand[Scalar], weight: Operand[Scalar],
+    attn_mask: MaskLike | None = ..., is_causal: Causal = ..., *, return_lse: Literal[False] = ...,
+    return_weights: Literal[False] = ..., out: NDArray[Scalar] | None = ..., backend: Backend | None = ...,
+    **further: Unpack[FurtherOptions],
+) -> NDArray[Scalar]: ...
+@overload
+def additive_attention(
+    query: Operand[Scalar], key: Operand[Scalar], value: Operand[Scalar], weight: Operand[Scalar],
+    attn_mask: MaskLike | None = ..., is_causal: Causal = ..., *, return_lse: Literal[True],
+    return_weights: Literal[False] = ..., out: NDArray[Scalar] | None = ..., backend: Backend | None = ...,
+    **further: Unpack[FurtherOptions],
+) -> tuple[NDArray[Scalar], NDArray[Any]]: ...
+@overload
+def additive_attention(
+    query: Operand[Scalar], key: Operand[Scalar], value: Operand[Scalar], weight: Operand[Scalar],
+    attn_mask: MaskLike | None = ..., is_causal: Causal = ..., *, return_lse: Literal[False] = ...,
+    return_weights: Literal[True], out: NDArray[Scalar] | None = ..., backend: Backend | None = ...,
+    **further: Unpack[FurtherOptions],
+) -> tuple[NDArray[Scalar], NDArray[Scalar]]: ...
+@overload
+def additive_attention(
+    query: Operand[Scalar], key: Operand[Scalar], value: Operand[Scalar], weight: Operand[Scalar],
+    attn_mask: MaskLike | None = ..., is_causal: Causal = ..., *, return_lse: Literal[True],
+    return_weights: Literal[True], out: NDArray[Scalar] | None = ..., backend: Backend | None = ...,
+    **further: Unpack[FurtherOptions],
+) -> tuple[NDArray[Scalar], NDArray[Any], NDArray[Scalar]]: ...
+@overload
+def additive_attention(
+    query: Operand[Scalar], key: Operand[Scalar], value: Operand[Scalar], weight: Operand[Scalar],
+    attn_mask: MaskLike | None = ..., is_causal: Causal = ..., *, return_lse: bool = ..., return_weights: bool = ...,
+    out: NDArray[Scalar] | None = ..., backend: Backend | None = ..., **further: Unpack[FurtherOptions],
+) -> NDArray[Scalar] | tuple[NDArray[Any], ...]: ...
+# fmt: on
 def additive_attention(
     query: Operand,
     key: Operand,

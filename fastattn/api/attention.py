@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from numpy.typing import NDArray
 
@@ -18,18 +18,74 @@ from fastattn.call.problem import Array, Problem
 from fastattn.call.score_options import FurtherOptions, MaskMod, PieceOptions, ScoreMod
 from fastattn.call.seeds import Rng, seed_from
 from fastattn.call.shapes import describe
-from fastattn.call.types import Causal, DeviceBackend, IntegerLike, MaskLike, Number, NumberLike, Operand
+from fastattn.call.types import (
+    Causal,
+    DeviceBackend,
+    IntegerLike,
+    MaskLike,
+    Number,
+    NumberLike,
+    OnDevice,
+    Operand,
+    Scalar,
+)
 from fastattn.call.widening import narrowed, scale_in_float64, widened, wider_type
 from fastattn.cpu.host import forward as cpu
 from fastattn.cpu.host import session
 from fastattn.cpu.host.builtin import in_default_mode, signatures
 from fastattn.cpu.host.threads import threads_of_call
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+
+# fmt: off
+@overload
 def attention(
-    query: Operand,
-    key: Operand,
-    value: Operand,
+    query: OnDevice, key: Any, value: Any, attn_mask: Any = ..., dropout_p: Number = ..., is_causal: Causal = ...,
+    scale: Number | None = ..., enable_gqa: bool = ..., *, return_lse: bool = ..., return_weights: bool = ...,
+    rng: Rng | None = ..., out: Any = ..., backend: DeviceBackend | None = ..., **further: Unpack[FurtherOptions],
+) -> Any: ...
+@overload
+def attention(
+    query: Operand[Scalar], key: Operand[Scalar], value: Operand[Scalar], attn_mask: MaskLike | None = ...,
+    dropout_p: Number = ..., is_causal: Causal = ..., scale: Number | None = ..., enable_gqa: bool = ..., *,
+    return_lse: Literal[False] = ..., return_weights: Literal[False] = ..., rng: Rng | None = ...,
+    out: NDArray[Scalar] | None = ..., backend: DeviceBackend | None = ..., **further: Unpack[FurtherOptions],
+) -> NDArray[Scalar]: ...
+@overload
+def attention(
+    query: Operand[Scalar], key: Operand[Scalar], value: Operand[Scalar], attn_mask: MaskLike | None = ...,
+    dropout_p: Number = ..., is_causal: Causal = ..., scale: Number | None = ..., enable_gqa: bool = ..., *,
+    return_lse: Literal[True], return_weights: Literal[False] = ..., rng: Rng | None = ...,
+    out: NDArray[Scalar] | None = ..., backend: DeviceBackend | None = ..., **further: Unpack[FurtherOptions],
+) -> tuple[NDArray[Scalar], NDArray[Any]]: ...
+@overload
+def attention(
+    query: Operand[Scalar], key: Operand[Scalar], value: Operand[Scalar], attn_mask: MaskLike | None = ...,
+    dropout_p: Number = ..., is_causal: Causal = ..., scale: Number | None = ..., enable_gqa: bool = ..., *,
+    return_lse: Literal[False] = ..., return_weights: Literal[True], rng: Rng | None = ...,
+    out: NDArray[Scalar] | None = ..., backend: DeviceBackend | None = ..., **further: Unpack[FurtherOptions],
+) -> tuple[NDArray[Scalar], NDArray[Scalar]]: ...
+@overload
+def attention(
+    query: Operand[Scalar], key: Operand[Scalar], value: Operand[Scalar], attn_mask: MaskLike | None = ...,
+    dropout_p: Number = ..., is_causal: Causal = ..., scale: Number | None = ..., enable_gqa: bool = ..., *,
+    return_lse: Literal[True], return_weights: Literal[True], rng: Rng | None = ..., out: NDArray[Scalar] | None = ...,
+    backend: DeviceBackend | None = ..., **further: Unpack[FurtherOptions],
+) -> tuple[NDArray[Scalar], NDArray[Any], NDArray[Scalar]]: ...
+@overload
+def attention(
+    query: Operand[Scalar], key: Operand[Scalar], value: Operand[Scalar], attn_mask: MaskLike | None = ...,
+    dropout_p: Number = ..., is_causal: Causal = ..., scale: Number | None = ..., enable_gqa: bool = ..., *,
+    return_lse: bool = ..., return_weights: bool = ..., rng: Rng | None = ..., out: NDArray[Scalar] | None = ...,
+    backend: DeviceBackend | None = ..., **further: Unpack[FurtherOptions],
+) -> NDArray[Scalar] | tuple[NDArray[Any], ...]: ...
+# fmt: on
+def attention(
+    query: Operand | OnDevice,
+    key: Operand | OnDevice,
+    value: Operand | OnDevice,
     attn_mask: MaskLike | None = None,
     dropout_p: Number = 0.0,
     is_causal: Causal = False,
@@ -187,7 +243,7 @@ def attention(
         # fmt: on
         asked = signatures.of(*described) or key_of_others(*described)
         found, captured = asked, ((), ())
-        if not score_mod is mask_mod is None:
+        if score_mod is not None or mask_mod is not None:
             found, captured = with_functions(asked, score_mod, mask_mod)
         plan = session.current.plans.get(found)
         if plan is not None and (out is None or is_free(out, query, key, value, mask, keep)):

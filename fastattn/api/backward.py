@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,21 @@ from fastattn.call.options import check_backend
 from fastattn.call.score_options import FurtherOptions, MaskMod, PieceOptions, ScoreMod
 from fastattn.call.seeds import Rng
 from fastattn.call.shapes import describe, describe_additive
-from fastattn.call.types import Backend, Causal, DeviceBackend, IntegerLike, MaskLike, Number, NumberLike, Operand
+from fastattn.call.types import (
+    Backend,
+    Causal,
+    DeviceBackend,
+    IntegerLike,
+    MaskLike,
+    Number,
+    NumberLike,
+    OfKey,
+    OfQuery,
+    OfValue,
+    OfWeight,
+    OnDevice,
+    Operand,
+)
 from fastattn.call.upstream import (
     Names,
     as_given,
@@ -32,14 +46,48 @@ from fastattn.cpu.host import backward as cpu
 from fastattn.cpu.host.builtin import in_default_mode
 from fastattn.cpu.host.threads import get_num_threads
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 __all__ = ["additive_attention_backward", "attention_backward"]
 
 
+# fmt: off
+@overload
+def attention_backward(
+    grad_out: Any, query: OnDevice, key: Any, value: Any, out: Any, lse: Any, attn_mask: Any = ...,
+    dropout_p: Number = ..., is_causal: Causal = ..., scale: Number | None = ..., enable_gqa: bool = ..., *,
+    rng: Rng | None = ..., grad_lse: Operand | None = ..., grad_mask: bool = ..., grads: Names = ...,
+    backend: DeviceBackend | None = ..., **further: Unpack[FurtherOptions],
+) -> tuple[Any, ...]: ...
+@overload
+def attention_backward(
+    grad_out: Operand, query: Operand[OfQuery], key: Operand[OfKey], value: Operand[OfValue], out: Operand,
+    lse: Operand, attn_mask: MaskLike | None = ..., dropout_p: Number = ..., is_causal: Causal = ...,
+    scale: Number | None = ..., enable_gqa: bool = ..., *, rng: Rng | None = ..., grad_lse: Operand | None = ...,
+    grad_mask: Literal[False] = ..., grads: None = ..., backend: DeviceBackend | None = ...,
+    **further: Unpack[FurtherOptions],
+) -> tuple[NDArray[OfQuery], NDArray[OfKey], NDArray[OfValue]]: ...
+@overload
+def attention_backward(
+    grad_out: Operand, query: Operand[OfQuery], key: Operand[OfKey], value: Operand[OfValue], out: Operand,
+    lse: Operand, attn_mask: MaskLike | None = ..., dropout_p: Number = ..., is_causal: Causal = ...,
+    scale: Number | None = ..., enable_gqa: bool = ..., *, rng: Rng | None = ..., grad_lse: Operand | None = ...,
+    grad_mask: Literal[True], grads: None = ..., backend: DeviceBackend | None = ..., **further: Unpack[FurtherOptions],
+) -> tuple[NDArray[OfQuery], NDArray[OfKey], NDArray[OfValue], NDArray[Any]]: ...
+@overload
+def attention_backward(
+    grad_out: Operand, query: Operand[OfQuery], key: Operand[OfKey], value: Operand[OfValue], out: Operand,
+    lse: Operand, attn_mask: MaskLike | None = ..., dropout_p: Number = ..., is_causal: Causal = ...,
+    scale: Number | None = ..., enable_gqa: bool = ..., *, rng: Rng | None = ..., grad_lse: Operand | None = ...,
+    grad_mask: bool = ..., grads: Names = ..., backend: DeviceBackend | None = ..., **further: Unpack[FurtherOptions],
+) -> tuple[NDArray[Any], ...]: ...
+# fmt: on
 def attention_backward(
     grad_out: Operand,
-    query: Operand,
-    key: Operand,
-    value: Operand,
+    query: Operand | OnDevice,
+    key: Operand | OnDevice,
+    value: Operand | OnDevice,
     out: Operand,
     lse: Operand,
     attn_mask: MaskLike | None = None,
@@ -150,12 +198,12 @@ def attention_backward(
         "block_mask": block_mask,
     }  # fmt: skip
     backend = backend_of_attention(backend, grad_out, query, key, value, out, lse, attn_mask, grad_lse)
-    call = (grad_out, query, key, value, out, lse, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    call: Any = (grad_out, query, key, value, out, lse, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    wanted: Any = {"rng": rng, "grad_lse": grad_lse, "grad_mask": grad_mask, "grads": grads}
     if backend == "cuda":
         from fastattn.cuda.host import backward as cuda  # imports numba-cuda, which nothing else needs
 
-        return cuda.attention_backward(*call, rng, grad_lse, grad_mask, grads, **further)
-    wanted: Any = {"rng": rng, "grad_lse": grad_lse, "grad_mask": grad_mask, "grads": grads}
+        return cuda.attention_backward(*call, **wanted, **further)
     if backend == "reference":
         return reference.attention_backward(*call, **wanted, **further)
     return on_cpu(further, *call, **wanted)  # type: ignore[arg-type]  # options of a piece may be missing
@@ -200,6 +248,29 @@ def on_cpu(
     return as_given(problem, names, found, sources)
 
 
+# fmt: off
+@overload
+def additive_attention_backward(
+    grad_out: Operand, query: Operand[OfQuery], key: Operand[OfKey], value: Operand[OfValue], weight: Operand[OfWeight],
+    out: Operand, lse: Operand, attn_mask: MaskLike | None = ..., is_causal: Causal = ..., *,
+    grad_lse: Operand | None = ..., grad_mask: Literal[False] = ..., grads: None = ..., backend: Backend | None = ...,
+    **further: Unpack[FurtherOptions],
+) -> tuple[NDArray[OfQuery], NDArray[OfKey], NDArray[OfValue], NDArray[OfWeight]]: ...
+@overload
+def additive_attention_backward(
+    grad_out: Operand, query: Operand[OfQuery], key: Operand[OfKey], value: Operand[OfValue], weight: Operand[OfWeight],
+    out: Operand, lse: Operand, attn_mask: MaskLike | None = ..., is_causal: Causal = ..., *,
+    grad_lse: Operand | None = ..., grad_mask: Literal[True], grads: None = ..., backend: Backend | None = ...,
+    **further: Unpack[FurtherOptions],
+) -> tuple[NDArray[OfQuery], NDArray[OfKey], NDArray[OfValue], NDArray[OfWeight], NDArray[Any]]: ...
+@overload
+def additive_attention_backward(
+    grad_out: Operand, query: Operand[OfQuery], key: Operand[OfKey], value: Operand[OfValue], weight: Operand[OfWeight],
+    out: Operand, lse: Operand, attn_mask: MaskLike | None = ..., is_causal: Causal = ..., *,
+    grad_lse: Operand | None = ..., grad_mask: bool = ..., grads: Names = ..., backend: Backend | None = ...,
+    **further: Unpack[FurtherOptions],
+) -> tuple[NDArray[Any], ...]: ...
+# fmt: on
 def additive_attention_backward(
     grad_out: Operand,
     query: Operand,

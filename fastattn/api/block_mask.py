@@ -199,7 +199,7 @@ class BlockMask(Blocks):
     # -- what it is ----------------------------------------------------------------------------------------------------
 
     @cached_property
-    def kinds(self) -> Array:
+    def kinds(self) -> NDArray[np.uint8]:
         """Of which kind each block is: found out when a call, or somebody else, first asks."""
         return look_at(self.function, self.captured, self.shape)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,11 +21,40 @@ from fastattn.call.reading import Block, source_of
 from fastattn.call.score_options import FurtherOptions, MaskMod, ScoreMod
 from fastattn.call.seeds import Rng, seed_from
 from fastattn.call.shapes import describe
-from fastattn.call.types import Causal, IntegerLike, MaskLike, Number, NumberLike, Operand
+from fastattn.call.types import Causal, IntegerLike, MaskLike, Number, NumberLike, Operand, Scalar
 from fastattn.call.widening import narrowed
 from fastattn.cpu.host.builtin import in_default_mode
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+
+# fmt: off
+@overload
+def attention_blocks(
+    query: Operand[Scalar], blocks: tuple[Any, Any] | Iterable[tuple[Operand[Scalar], Operand[Scalar]]],
+    attn_mask: MaskLike | None = ..., dropout_p: Number = ..., is_causal: Causal = ..., scale: Number | None = ...,
+    enable_gqa: bool = ..., *, return_lse: Literal[False] = ..., rng: Rng | None = ...,
+    out: NDArray[Scalar] | None = ..., block_size: int | None = ...,
+    progress: Callable[[int, int | None], object] | None = ..., **further: Unpack[FurtherOptions],
+) -> NDArray[Scalar]: ...
+@overload
+def attention_blocks(
+    query: Operand[Scalar], blocks: tuple[Any, Any] | Iterable[tuple[Operand[Scalar], Operand[Scalar]]],
+    attn_mask: MaskLike | None = ..., dropout_p: Number = ..., is_causal: Causal = ..., scale: Number | None = ...,
+    enable_gqa: bool = ..., *, return_lse: Literal[True], rng: Rng | None = ..., out: NDArray[Scalar] | None = ...,
+    block_size: int | None = ..., progress: Callable[[int, int | None], object] | None = ...,
+    **further: Unpack[FurtherOptions],
+) -> tuple[NDArray[Scalar], NDArray[Any]]: ...
+@overload
+def attention_blocks(
+    query: Operand[Scalar], blocks: tuple[Any, Any] | Iterable[tuple[Operand[Scalar], Operand[Scalar]]],
+    attn_mask: MaskLike | None = ..., dropout_p: Number = ..., is_causal: Causal = ..., scale: Number | None = ...,
+    enable_gqa: bool = ..., *, return_lse: bool = ..., rng: Rng | None = ..., out: NDArray[Scalar] | None = ...,
+    block_size: int | None = ..., progress: Callable[[int, int | None], object] | None = ...,
+    **further: Unpack[FurtherOptions],
+) -> NDArray[Scalar] | tuple[NDArray[Scalar], NDArray[Any]]: ...
+# fmt: on
 def attention_blocks(
     query: Operand,
     blocks: tuple[Any, Any] | Iterable[tuple[Operand, Operand]],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Hashable
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,9 +15,9 @@ from fastattn.call.arrays import as_array, check_operand
 from fastattn.call.blocks import Blocks
 from fastattn.call.options import check_backend
 from fastattn.call.problem import Array
-from fastattn.call.score_options import FurtherOptions, MaskMod, ScoreMod, check_window
+from fastattn.call.score_options import FurtherOptions, MaskMod, RowOptions, ScoreMod, check_window
 from fastattn.call.seeds import Rng
-from fastattn.call.types import Causal, DeviceBackend, IntegerLike, MaskLike, Number, NumberLike, Operand
+from fastattn.call.types import Causal, DeviceBackend, IntegerLike, MaskLike, Number, NumberLike, Operand, Scalar
 from fastattn.kv_cache import files
 from fastattn.kv_cache.arguments import (
     as_counts,
@@ -29,10 +29,13 @@ from fastattn.kv_cache.arguments import (
     check_size,
     check_truncated,
 )
-from fastattn.kv_cache.formats import formats_of
+from fastattn.kv_cache.formats import FormatLike, formats_of
 from fastattn.kv_cache.pages import LARGEST, Layout
 from fastattn.kv_cache.sequences import Sequences
 from fastattn.kv_cache.stored import restored, stored
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["KVCache"]
 
@@ -104,7 +107,7 @@ class KVCache:
         head_dim: int,
         value_dim: int | None = None,
         *,
-        dtype: Any = "bfloat16",
+        dtype: FormatLike | tuple[FormatLike, FormatLike] = "bfloat16",
         window: tuple[int | None, int | None] | None = None,
         capacity: int | None = None,
     ) -> None:
@@ -198,6 +201,43 @@ class KVCache:
         counts = as_counts(lengths, tokens, sequences, self.capacity)
         sequences.append(keys, values, counts, self._left)
 
+    # fmt: off
+    @overload
+    def attention(
+        self, query: Operand[Scalar], attn_mask: MaskLike | None = ..., dropout_p: Number = ...,
+        is_causal: Causal | None = ..., scale: Number | None = ..., *, query_lengths: IntegerLike | None = ...,
+        return_lse: Literal[False] = ..., return_weights: Literal[False] = ..., rng: Rng | None = ...,
+        out: NDArray[Scalar] | None = ..., backend: DeviceBackend | None = ..., **further: Unpack[RowOptions],
+    ) -> NDArray[Scalar]: ...
+    @overload
+    def attention(
+        self, query: Operand[Scalar], attn_mask: MaskLike | None = ..., dropout_p: Number = ...,
+        is_causal: Causal | None = ..., scale: Number | None = ..., *, query_lengths: IntegerLike | None = ...,
+        return_lse: Literal[True], return_weights: Literal[False] = ..., rng: Rng | None = ...,
+        out: NDArray[Scalar] | None = ..., backend: DeviceBackend | None = ..., **further: Unpack[RowOptions],
+    ) -> tuple[NDArray[Scalar], NDArray[Any]]: ...
+    @overload
+    def attention(
+        self, query: Operand[Scalar], attn_mask: MaskLike | None = ..., dropout_p: Number = ...,
+        is_causal: Causal | None = ..., scale: Number | None = ..., *, query_lengths: IntegerLike | None = ...,
+        return_lse: Literal[False] = ..., return_weights: Literal[True], rng: Rng | None = ...,
+        out: NDArray[Scalar] | None = ..., backend: DeviceBackend | None = ..., **further: Unpack[RowOptions],
+    ) -> tuple[NDArray[Scalar], NDArray[Scalar]]: ...
+    @overload
+    def attention(
+        self, query: Operand[Scalar], attn_mask: MaskLike | None = ..., dropout_p: Number = ...,
+        is_causal: Causal | None = ..., scale: Number | None = ..., *, query_lengths: IntegerLike | None = ...,
+        return_lse: Literal[True], return_weights: Literal[True], rng: Rng | None = ...,
+        out: NDArray[Scalar] | None = ..., backend: DeviceBackend | None = ..., **further: Unpack[RowOptions],
+    ) -> tuple[NDArray[Scalar], NDArray[Any], NDArray[Scalar]]: ...
+    @overload
+    def attention(
+        self, query: Operand[Scalar], attn_mask: MaskLike | None = ..., dropout_p: Number = ...,
+        is_causal: Causal | None = ..., scale: Number | None = ..., *, query_lengths: IntegerLike | None = ...,
+        return_lse: bool = ..., return_weights: bool = ..., rng: Rng | None = ..., out: NDArray[Scalar] | None = ...,
+        backend: DeviceBackend | None = ..., **further: Unpack[RowOptions],
+    ) -> NDArray[Scalar] | tuple[NDArray[Any], ...]: ...
+    # fmt: on
     def attention(
         self,
         query: Operand,

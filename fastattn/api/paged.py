@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,14 +22,17 @@ from fastattn.call.packed import as_starts
 from fastattn.call.packed_pages import describe_packed_pages
 from fastattn.call.pages import PACKED, PADDED, Pages, as_pages, as_query, describe_paged, refuse_masks
 from fastattn.call.problem import Array
-from fastattn.call.score_options import FurtherOptions, MaskMod, ScoreMod
+from fastattn.call.score_options import FurtherOptions, MaskMod, RowOptions, ScoreMod
 from fastattn.call.seeds import Rng, seed_from
-from fastattn.call.types import Backend, Causal, IntegerLike, MaskLike, Number, NumberLike, Operand
+from fastattn.call.types import Backend, Causal, IntegerLike, MaskLike, Number, NumberLike, Operand, Scalar
 from fastattn.call.widening import exceeds_float32
 from fastattn.cpu.host import paged as cpu
 from fastattn.cpu.host import session
 from fastattn.cpu.host.builtin import in_default_mode, signatures
 from fastattn.cpu.host.threads import get_num_threads, threads_of_call
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["attention_paged", "on_pages"]
 
@@ -37,6 +40,32 @@ __all__ = ["attention_paged", "on_pages"]
 NOT_ASKED = ("alibi_slopes", "sinks", "score_mod", "mask_mod", "block_mask")
 
 
+# fmt: off
+@overload
+def attention_paged(
+    query: Operand[Scalar], key_pages: Operand[Scalar], value_pages: Operand[Scalar], page_table: IntegerLike,
+    key_lengths: IntegerLike, cu_seqlens_q: IntegerLike | None = ..., attn_mask: MaskLike | None = ..., *,
+    dropout_p: Number = ..., is_causal: Causal = ..., scale: Number | None = ..., return_lse: Literal[False] = ...,
+    rng: Rng | None = ..., out: NDArray[Scalar] | None = ..., backend: Backend | None = ...,
+    **further: Unpack[RowOptions],
+) -> NDArray[Scalar]: ...
+@overload
+def attention_paged(
+    query: Operand[Scalar], key_pages: Operand[Scalar], value_pages: Operand[Scalar], page_table: IntegerLike,
+    key_lengths: IntegerLike, cu_seqlens_q: IntegerLike | None = ..., attn_mask: MaskLike | None = ..., *,
+    dropout_p: Number = ..., is_causal: Causal = ..., scale: Number | None = ..., return_lse: Literal[True],
+    rng: Rng | None = ..., out: NDArray[Scalar] | None = ..., backend: Backend | None = ...,
+    **further: Unpack[RowOptions],
+) -> tuple[NDArray[Scalar], NDArray[Any]]: ...
+@overload
+def attention_paged(
+    query: Operand[Scalar], key_pages: Operand[Scalar], value_pages: Operand[Scalar], page_table: IntegerLike,
+    key_lengths: IntegerLike, cu_seqlens_q: IntegerLike | None = ..., attn_mask: MaskLike | None = ..., *,
+    dropout_p: Number = ..., is_causal: Causal = ..., scale: Number | None = ..., return_lse: bool = ...,
+    rng: Rng | None = ..., out: NDArray[Scalar] | None = ..., backend: Backend | None = ...,
+    **further: Unpack[RowOptions],
+) -> NDArray[Scalar] | tuple[NDArray[Scalar], NDArray[Any]]: ...
+# fmt: on
 def attention_paged(
     query: Operand,
     key_pages: Operand,

@@ -28,7 +28,7 @@ from fastattn.call.selection import (
     runs,
     take,
 )
-from fastattn.call.types import Backend, Causal, IntegerLike, MaskLike, Number, NumberLike, Operand
+from fastattn.call.types import Backend, Causal, IntegerLike, MaskLike, Number, NumberLike, Operand, Scalar
 from fastattn.call.widening import narrowed, scale_in_float64, widened, wider_type
 from fastattn.cpu.host import summary as statistics
 from fastattn.cpu.host.builtin import in_default_mode
@@ -43,8 +43,8 @@ MASK_ELEMENTS = 1 << 22  # of a mask that is made, or copied, for some of the ro
 
 
 def attention_weights(
-    query: Operand,
-    key: Operand,
+    query: Operand[Scalar],
+    key: Operand[Scalar],
     attn_mask: MaskLike | None = None,
     is_causal: Causal = False,
     scale: Number | None = None,
@@ -63,7 +63,7 @@ def attention_weights(
     columns: Choice = None,
     lse: Operand | None = None,
     backend: Backend | None = None,
-) -> NDArray[Any]:
+) -> NDArray[Scalar]:
     """Return exact attention weights of chosen queries and keys, and compute no others.
 
     Parameters

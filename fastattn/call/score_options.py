@@ -22,7 +22,9 @@ from fastattn.functions.masks import asked_nearer, both
 
 __all__ = [
     "FurtherOptions",
+    "PackedOptions",
     "PieceOptions",
+    "RowOptions",
     "ScoreOptions",
     "check_names",
     "check_window",
@@ -32,22 +34,32 @@ __all__ = [
 
 
 #: A function of (score, batch, head, query, key), and one of (batch, head, query, key) that says which keys are seen.
-ScoreMod: TypeAlias = Callable[..., Any]
-MaskMod: TypeAlias = Callable[..., Any]
+ScoreMod: TypeAlias = Callable[[Any, Any, Any, Any, Any], Any]
+MaskMod: TypeAlias = Callable[[Any, Any, Any, Any], Any]
 
 
-class FurtherOptions(TypedDict, total=False):
-    """What a user may say of scores by keyword alone."""
+class PackedOptions(TypedDict, total=False):
+    """What a user may say of the scores of several sequences by keyword alone."""
 
     window: tuple[int | None, int | None] | None
     query_offset: IntegerLike | None
-    key_lengths: IntegerLike | None
     softcap: Number | None
     alibi_slopes: NumberLike | None
     sinks: NumberLike | None
     score_mod: ScoreMod | None
     mask_mod: MaskMod | None
+
+
+class RowOptions(PackedOptions, total=False):
+    """And of rows whose lengths are known."""
+
     block_mask: Blocks | None
+
+
+class FurtherOptions(RowOptions, total=False):
+    """What a user may say of scores by keyword alone."""
+
+    key_lengths: IntegerLike | None
 
 
 class PieceOptions(FurtherOptions, total=False):

@@ -22,7 +22,7 @@ from fastattn.call.problem import Operands, Problem
 from fastattn.call.score_options import FurtherOptions
 from fastattn.call.scores import FARTHEST, Places, Scores
 from fastattn.call.shapes import describe
-from fastattn.call.types import Causal, MaskLike, Number
+from fastattn.call.types import Causal, Chosen, MaskLike, Number
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -48,7 +48,7 @@ __all__ = [
 
 Array: TypeAlias = NDArray[Any]
 #: What a user may give for rows or columns.
-Choice: TypeAlias = SupportsIndex | slice | ArrayLike | None
+Choice: TypeAlias = SupportsIndex | slice | Chosen | None
 #: What that means: a range, which needs no copy of what it chooses, or non-negative indices in any order.
 Selection: TypeAlias = "range | NDArray[np.intp]"
 

@@ -14,23 +14,21 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from typing_extensions import TypeVar as Variable  # one that has a default
 
-    #: Scalar types of floating arrays: of all arguments that promote together, or of one. What NumPy's typing does not
-    #: say of an array, as that of a list, is Any.
-    Floating = Variable("Floating", bound=np.floating[Any], default=Any)
-    OfQuery = Variable("OfQuery", bound=np.floating[Any], default=Any)
-    OfKey = Variable("OfKey", bound=np.floating[Any], default=Any)
-    OfValue = Variable("OfValue", bound=np.floating[Any], default=Any)
-    OfWeight = Variable("OfWeight", bound=np.floating[Any], default=Any)
-    #: Any scalar type: ml_dtypes declares bfloat16 as no more than that.
+    #: Scalar types of arrays: of all that are promoted together, or of one. Of lists and integers they are Any, and of
+    #: bfloat16 no more is known than np.generic, which is what ml_dtypes declares it as.
     Scalar = Variable("Scalar", bound=np.generic, default=Any)
+    OfQuery = Variable("OfQuery", bound=np.generic, default=Any)
+    OfKey = Variable("OfKey", bound=np.generic, default=Any)
+    OfValue = Variable("OfValue", bound=np.generic, default=Any)
+    OfWeight = Variable("OfWeight", bound=np.generic, default=Any)
 else:
-    Floating = OfQuery = OfKey = OfValue = OfWeight = Scalar = Any
+    Scalar = OfQuery = OfKey = OfValue = OfWeight = Any
 
 __all__ = [
     "Backend",
     "Causal",
+    "Chosen",
     "DeviceBackend",
-    "Floating",
     "IntegerLike",
     "MaskLike",
     "Number",
@@ -77,8 +75,10 @@ AnyArray: TypeAlias = HasArray[np.dtype[Any]]
 IntegerArray: TypeAlias = HasArray[np.dtype[np.integer[Any]]]
 CountingArray: TypeAlias = HasArray[np.dtype[np.bool_ | np.integer[Any]]]
 
-#: Queries, keys, values and what comes of them. One that is an array of a floating dtype says what `Scalar` is.
+#: Queries, keys, values and what comes of them. One that is an array of another dtype says what `Scalar` is.
 Operand: TypeAlias = NDArray[Scalar] | CountingArray | Nested[float] | Nested[AnyArray]
+#: Which elements of an axis are meant: by their numbers, or by booleans.
+Chosen: TypeAlias = CountingArray | Nested[int] | Nested[IntegerArray]
 Number: TypeAlias = float | np.floating[Any] | np.integer[Any]
 NumberLike: TypeAlias = float | AnyArray | Nested[float] | Nested[AnyArray]
 IntegerLike: TypeAlias = int | IntegerArray | Nested[int] | Nested[IntegerArray]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 try:
     import dask.array
@@ -17,11 +17,34 @@ from fastattn.call.types import Causal, IntegerLike, Number, NumberLike, Operand
 from fastattn.call.upstream import Names
 from fastattn.integrations.chunked import Plan, differentiate, forward
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 __all__ = ["attention", "attention_backward"]
 
 Chunked: TypeAlias = dask.array.Array | Operand
 
 
+# fmt: off
+@overload
+def attention(
+    query: Chunked, key: Chunked, value: Chunked, attn_mask: Any = ..., dropout_p: Number = ...,
+    is_causal: Causal = ..., scale: Number | None = ..., enable_gqa: bool = ..., *, return_lse: Literal[False] = ...,
+    rng: Rng | None = ..., split_every: int | None = ..., num_threads: int = ..., **further: Unpack[FurtherOptions],
+) -> dask.array.Array: ...
+@overload
+def attention(
+    query: Chunked, key: Chunked, value: Chunked, attn_mask: Any = ..., dropout_p: Number = ...,
+    is_causal: Causal = ..., scale: Number | None = ..., enable_gqa: bool = ..., *, return_lse: Literal[True],
+    rng: Rng | None = ..., split_every: int | None = ..., num_threads: int = ..., **further: Unpack[FurtherOptions],
+) -> tuple[dask.array.Array, dask.array.Array]: ...
+@overload
+def attention(
+    query: Chunked, key: Chunked, value: Chunked, attn_mask: Any = ..., dropout_p: Number = ...,
+    is_causal: Causal = ..., scale: Number | None = ..., enable_gqa: bool = ..., *, return_lse: bool = ...,
+    rng: Rng | None = ..., split_every: int | None = ..., num_threads: int = ..., **further: Unpack[FurtherOptions],
+) -> dask.array.Array | tuple[dask.array.Array, dask.array.Array]: ...
+# fmt: on
 def attention(
     query: Chunked,
     key: Chunked,

@@ -6,7 +6,7 @@ kernel, see `fastattn.integrations.eager`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 try:
     import torch
@@ -35,7 +35,7 @@ __all__ = [
     "scaled_dot_product_attention",
 ]
 
-Tensor = Any  # PyTorch's types are not known where it is not installed
+Tensor: TypeAlias = torch.Tensor
 
 
 def scaled_dot_product_attention(
@@ -240,6 +240,26 @@ def additive_attention(
     return eager.call("additive_attention", query, key, value, weight, mask, causal, *further)[0]
 
 
+# fmt: off
+@overload
+def flex_attention(
+    query: Tensor, key: Tensor, value: Tensor, score_mod: ScoreMod | None = ..., block_mask: Any = ...,
+    scale: Number | None = ..., enable_gqa: bool = ..., return_lse: Literal[False] = ...,
+    kernel_options: Mapping[str, Any] | None = ..., *, return_aux: None = ...,
+) -> Tensor: ...
+@overload
+def flex_attention(
+    query: Tensor, key: Tensor, value: Tensor, score_mod: ScoreMod | None = ..., block_mask: Any = ...,
+    scale: Number | None = ..., enable_gqa: bool = ..., *, return_lse: Literal[True],
+    kernel_options: Mapping[str, Any] | None = ..., return_aux: None = ...,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def flex_attention(
+    query: Tensor, key: Tensor, value: Tensor, score_mod: ScoreMod | None = ..., block_mask: Any = ...,
+    scale: Number | None = ..., enable_gqa: bool = ..., return_lse: bool = ...,
+    kernel_options: Mapping[str, Any] | None = ..., *, return_aux: Any = ...,
+) -> Any: ...
+# fmt: on
 def flex_attention(
     query: Tensor,
     key: Tensor,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["attention_varlen"]
 
-Tensor: TypeAlias = Any  # PyTorch's types are not known where it is not installed
+Tensor: TypeAlias = torch.Tensor
 
 #: Options that have no meaning for packed sequences, and what is to be said instead.
 REFUSED = {

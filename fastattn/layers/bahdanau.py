@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -187,6 +187,38 @@ class BahdanauAttention(Layer):
             raise ValueError(f"key: shape {array.shape}; expected (..., {self.key_dim})")
         return array, storage
 
+    # fmt: off
+    @overload
+    def __call__(
+        self, query: Operand, key: Operand, value: Operand | None = ..., attn_mask: MaskLike | None = ..., *,
+        projected_keys: Operand | None = ..., return_weights: Literal[False] = ..., return_saved: Literal[False] = ...,
+        **options: Unpack[FurtherOptions],
+    ) -> NDArray[Any]: ...
+    @overload
+    def __call__(
+        self, query: Operand, key: Operand, value: Operand | None = ..., attn_mask: MaskLike | None = ..., *,
+        projected_keys: Operand | None = ..., return_weights: Literal[True], return_saved: Literal[False] = ...,
+        **options: Unpack[FurtherOptions],
+    ) -> tuple[NDArray[Any], NDArray[Any]]: ...
+    @overload
+    def __call__(
+        self, query: Operand, key: Operand, value: Operand | None = ..., attn_mask: MaskLike | None = ..., *,
+        projected_keys: Operand | None = ..., return_weights: Literal[False] = ..., return_saved: Literal[True],
+        **options: Unpack[FurtherOptions],
+    ) -> tuple[NDArray[Any], Saved]: ...
+    @overload
+    def __call__(
+        self, query: Operand, key: Operand, value: Operand | None = ..., attn_mask: MaskLike | None = ..., *,
+        projected_keys: Operand | None = ..., return_weights: Literal[True], return_saved: Literal[True],
+        **options: Unpack[FurtherOptions],
+    ) -> tuple[NDArray[Any], NDArray[Any], Saved]: ...
+    @overload
+    def __call__(
+        self, query: Operand, key: Operand, value: Operand | None = ..., attn_mask: MaskLike | None = ..., *,
+        projected_keys: Operand | None = ..., return_weights: bool = ..., return_saved: bool = ...,
+        **options: Unpack[FurtherOptions],
+    ) -> NDArray[Any] | tuple[Any, ...]: ...
+    # fmt: on
     def __call__(
         self,
         query: Operand,
@@ -243,6 +275,18 @@ class BahdanauAttention(Layer):
         attended = self._attend(given, attn_mask, projected_keys, options, return_weights)
         return attended.results(attended.out, return_weights, return_saved)
 
+    # fmt: off
+    @overload
+    def backward(
+        self, grad_out: Operand, inputs: tuple[Operand | None, ...] | Saved, attn_mask: MaskLike | None = ..., *,
+        projected_keys: Operand | None = ..., grads: None = ..., **options: Unpack[FurtherOptions],
+    ) -> tuple[tuple[NDArray[Any], ...], dict[str, NDArray[Any]]]: ...
+    @overload
+    def backward(
+        self, grad_out: Operand, inputs: tuple[Operand | None, ...] | Saved, attn_mask: MaskLike | None = ..., *,
+        projected_keys: Operand | None = ..., grads: tuple[str, ...] | list[str], **options: Unpack[FurtherOptions],
+    ) -> tuple[tuple[NDArray[Any], ...], dict[str, NDArray[Any]], tuple[NDArray[Any], ...]]: ...
+    # fmt: on
     @np.errstate(all="ignore")
     def backward(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -144,6 +144,38 @@ class LuongAttention(Layer):
         """Return what a parameter is before it has been trained."""
         return generator.uniform(-INITIAL, INITIAL, shape)
 
+    # fmt: off
+    @overload
+    def __call__(
+        self, query: Operand, key: Operand, value: Operand | None = ..., attn_mask: MaskLike | None = ..., *,
+        positions: NumberLike | None = ..., return_weights: Literal[False] = ..., return_saved: Literal[False] = ...,
+        **options: Unpack[FurtherOptions],
+    ) -> NDArray[Any]: ...
+    @overload
+    def __call__(
+        self, query: Operand, key: Operand, value: Operand | None = ..., attn_mask: MaskLike | None = ..., *,
+        positions: NumberLike | None = ..., return_weights: Literal[True], return_saved: Literal[False] = ...,
+        **options: Unpack[FurtherOptions],
+    ) -> tuple[NDArray[Any], NDArray[Any]]: ...
+    @overload
+    def __call__(
+        self, query: Operand, key: Operand, value: Operand | None = ..., attn_mask: MaskLike | None = ..., *,
+        positions: NumberLike | None = ..., return_weights: Literal[False] = ..., return_saved: Literal[True],
+        **options: Unpack[FurtherOptions],
+    ) -> tuple[NDArray[Any], Saved]: ...
+    @overload
+    def __call__(
+        self, query: Operand, key: Operand, value: Operand | None = ..., attn_mask: MaskLike | None = ..., *,
+        positions: NumberLike | None = ..., return_weights: Literal[True], return_saved: Literal[True],
+        **options: Unpack[FurtherOptions],
+    ) -> tuple[NDArray[Any], NDArray[Any], Saved]: ...
+    @overload
+    def __call__(
+        self, query: Operand, key: Operand, value: Operand | None = ..., attn_mask: MaskLike | None = ..., *,
+        positions: NumberLike | None = ..., return_weights: bool = ..., return_saved: bool = ...,
+        **options: Unpack[FurtherOptions],
+    ) -> NDArray[Any] | tuple[Any, ...]: ...
+    # fmt: on
     def __call__(
         self,
         query: Operand,
@@ -211,6 +243,18 @@ class LuongAttention(Layer):
         attended = self._attend(given, attn_mask, positions, options, return_weights)
         return attended.results(attended.out, return_weights, return_saved)
 
+    # fmt: off
+    @overload
+    def backward(
+        self, grad_out: Operand, inputs: tuple[Operand | None, ...] | Saved, attn_mask: MaskLike | None = ..., *,
+        positions: NumberLike | None = ..., grads: None = ..., **options: Unpack[FurtherOptions],
+    ) -> tuple[tuple[NDArray[Any], ...], dict[str, NDArray[Any]]]: ...
+    @overload
+    def backward(
+        self, grad_out: Operand, inputs: tuple[Operand | None, ...] | Saved, attn_mask: MaskLike | None = ..., *,
+        positions: NumberLike | None = ..., grads: tuple[str, ...] | list[str], **options: Unpack[FurtherOptions],
+    ) -> tuple[tuple[NDArray[Any], ...], dict[str, NDArray[Any]], tuple[NDArray[Any], ...]]: ...
+    # fmt: on
     @np.errstate(all="ignore")
     def backward(
         self,

@@ -20,7 +20,7 @@ not look at takes no part, whatever it is: 0 · NaN does not arise.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +32,7 @@ from fastattn.call.score_options import FurtherOptions
 from fastattn.call.seeds import Rng
 from fastattn.call.selection import places_of
 from fastattn.call.shapes import describe, describe_additive
-from fastattn.call.types import Causal, MaskLike, Number, Operand
+from fastattn.call.types import Causal, MaskLike, Number, OfKey, OfQuery, OfValue, OfWeight, Operand
 from fastattn.call.upstream import (
     Names,
     Upstream,
@@ -103,6 +103,29 @@ class Gradients(NamedTuple):
         }
 
 
+# fmt: off
+@overload
+def attention_backward(
+    grad_out: Operand, query: Operand[OfQuery], key: Operand[OfKey], value: Operand[OfValue], out: Operand,
+    lse: Operand, attn_mask: MaskLike | None = ..., dropout_p: Number = ..., is_causal: Causal = ...,
+    scale: Number | None = ..., enable_gqa: bool = ..., *, rng: Rng | None = ..., grad_lse: Operand | None = ...,
+    grad_mask: Literal[False] = ..., grads: None = ..., **options: Unpack[FurtherOptions],
+) -> tuple[NDArray[OfQuery], NDArray[OfKey], NDArray[OfValue]]: ...
+@overload
+def attention_backward(
+    grad_out: Operand, query: Operand[OfQuery], key: Operand[OfKey], value: Operand[OfValue], out: Operand,
+    lse: Operand, attn_mask: MaskLike | None = ..., dropout_p: Number = ..., is_causal: Causal = ...,
+    scale: Number | None = ..., enable_gqa: bool = ..., *, rng: Rng | None = ..., grad_lse: Operand | None = ...,
+    grad_mask: Literal[True], grads: None = ..., **options: Unpack[FurtherOptions],
+) -> tuple[NDArray[OfQuery], NDArray[OfKey], NDArray[OfValue], NDArray[Any]]: ...
+@overload
+def attention_backward(
+    grad_out: Operand, query: Operand[OfQuery], key: Operand[OfKey], value: Operand[OfValue], out: Operand,
+    lse: Operand, attn_mask: MaskLike | None = ..., dropout_p: Number = ..., is_causal: Causal = ...,
+    scale: Number | None = ..., enable_gqa: bool = ..., *, rng: Rng | None = ..., grad_lse: Operand | None = ...,
+    grad_mask: bool = ..., grads: Names = ..., **options: Unpack[FurtherOptions],
+) -> tuple[NDArray[Any], ...]: ...
+# fmt: on
 def attention_backward(
     grad_out: Operand,
     query: Operand,
@@ -144,6 +167,27 @@ def attention_backward(
     return as_given(problem, names, gradients.named(), sources)
 
 
+# fmt: off
+@overload
+def additive_attention_backward(
+    grad_out: Operand, query: Operand[OfQuery], key: Operand[OfKey], value: Operand[OfValue], weight: Operand[OfWeight],
+    out: Operand, lse: Operand, attn_mask: MaskLike | None = ..., is_causal: Causal = ..., *,
+    grad_lse: Operand | None = ..., grad_mask: Literal[False] = ..., grads: None = ...,
+    **options: Unpack[FurtherOptions],
+) -> tuple[NDArray[OfQuery], NDArray[OfKey], NDArray[OfValue], NDArray[OfWeight]]: ...
+@overload
+def additive_attention_backward(
+    grad_out: Operand, query: Operand[OfQuery], key: Operand[OfKey], value: Operand[OfValue], weight: Operand[OfWeight],
+    out: Operand, lse: Operand, attn_mask: MaskLike | None = ..., is_causal: Causal = ..., *,
+    grad_lse: Operand | None = ..., grad_mask: Literal[True], grads: None = ..., **options: Unpack[FurtherOptions],
+) -> tuple[NDArray[OfQuery], NDArray[OfKey], NDArray[OfValue], NDArray[OfWeight], NDArray[Any]]: ...
+@overload
+def additive_attention_backward(
+    grad_out: Operand, query: Operand[OfQuery], key: Operand[OfKey], value: Operand[OfValue], weight: Operand[OfWeight],
+    out: Operand, lse: Operand, attn_mask: MaskLike | None = ..., is_causal: Causal = ..., *,
+    grad_lse: Operand | None = ..., grad_mask: bool = ..., grads: Names = ..., **options: Unpack[FurtherOptions],
+) -> tuple[NDArray[Any], ...]: ...
+# fmt: on
 def additive_attention_backward(
     grad_out: Operand,
     query: Operand,

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from fastattn.call.pieces import as_pieces
 from fastattn.call.rounding import saturated
@@ -15,7 +15,7 @@ from fastattn.call.types import Operand
 __all__ = ["merge", "merged"]
 
 
-def merge(outs: Iterable[Operand], lses: Iterable[ArrayLike]) -> tuple[NDArray[Any], NDArray[Any]]:
+def merge(outs: Iterable[Operand], lses: Iterable[Operand]) -> tuple[NDArray[Any], NDArray[Any]]:
     """Return the result and the log-sum-exp over all keys of those over some: `fastattn.merge`.
 
     Examples

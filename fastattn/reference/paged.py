@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,13 +14,40 @@ from fastattn.call.out import check_out
 from fastattn.call.packed_pages import describe_packed_pages
 from fastattn.call.pages import PACKED, PADDED, Pages, as_pages, as_query, describe_paged, refuse_masks
 from fastattn.call.problem import Array, Operands, Problem
+from fastattn.call.score_options import RowOptions
 from fastattn.call.seeds import Rng, seed_from
-from fastattn.call.types import Causal, IntegerLike, MaskLike, Number, Operand
+from fastattn.call.types import Causal, IntegerLike, MaskLike, Number, Operand, Scalar
 from fastattn.reference.forward import evaluate
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["attention_paged"]
 
 
+# fmt: off
+@overload
+def attention_paged(
+    query: Operand[Scalar], key_pages: Operand[Scalar], value_pages: Operand[Scalar], page_table: IntegerLike,
+    key_lengths: IntegerLike, cu_seqlens_q: IntegerLike | None = ..., attn_mask: MaskLike | None = ..., *,
+    dropout_p: Number = ..., is_causal: Causal = ..., scale: Number | None = ..., return_lse: Literal[False] = ...,
+    rng: Rng | None = ..., out: NDArray[Scalar] | None = ..., **options: Unpack[RowOptions],
+) -> NDArray[Scalar]: ...
+@overload
+def attention_paged(
+    query: Operand[Scalar], key_pages: Operand[Scalar], value_pages: Operand[Scalar], page_table: IntegerLike,
+    key_lengths: IntegerLike, cu_seqlens_q: IntegerLike | None = ..., attn_mask: MaskLike | None = ..., *,
+    dropout_p: Number = ..., is_causal: Causal = ..., scale: Number | None = ..., return_lse: Literal[True],
+    rng: Rng | None = ..., out: NDArray[Scalar] | None = ..., **options: Unpack[RowOptions],
+) -> tuple[NDArray[Scalar], NDArray[Any]]: ...
+@overload
+def attention_paged(
+    query: Operand[Scalar], key_pages: Operand[Scalar], value_pages: Operand[Scalar], page_table: IntegerLike,
+    key_lengths: IntegerLike, cu_seqlens_q: IntegerLike | None = ..., attn_mask: MaskLike | None = ..., *,
+    dropout_p: Number = ..., is_causal: Causal = ..., scale: Number | None = ..., return_lse: bool = ...,
+    rng: Rng | None = ..., out: NDArray[Scalar] | None = ..., **options: Unpack[RowOptions],
+) -> NDArray[Scalar] | tuple[NDArray[Scalar], NDArray[Any]]: ...
+# fmt: on
 def attention_paged(
     query: Operand,
     key_pages: Operand,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,9 +12,9 @@ from fastattn.call.halves import cast
 from fastattn.call.options import check_flag
 from fastattn.call.out import check_out
 from fastattn.call.packed import as_given, describe_packed, heads_first, sources_of_packed
-from fastattn.call.score_options import FurtherOptions
+from fastattn.call.score_options import FurtherOptions, PackedOptions
 from fastattn.call.seeds import Rng, seed_from
-from fastattn.call.types import Causal, IntegerLike, Number, Operand
+from fastattn.call.types import Causal, IntegerLike, Number, OfKey, OfQuery, OfValue, Operand, Scalar
 from fastattn.call.upstream import (
     OF_HEADS,
     SHARED,
@@ -34,6 +34,29 @@ if TYPE_CHECKING:
 __all__ = ["attention_varlen", "attention_varlen_backward"]
 
 
+# fmt: off
+@overload
+def attention_varlen(
+    query: Operand[Scalar], key: Operand[Scalar], value: Operand[Scalar], cu_seqlens_q: IntegerLike,
+    cu_seqlens_k: IntegerLike | None = ..., *, dropout_p: Number = ..., is_causal: Causal = ...,
+    scale: Number | None = ..., enable_gqa: bool = ..., return_lse: Literal[False] = ..., rng: Rng | None = ...,
+    out: NDArray[Scalar] | None = ..., **options: Unpack[PackedOptions],
+) -> NDArray[Scalar]: ...
+@overload
+def attention_varlen(
+    query: Operand[Scalar], key: Operand[Scalar], value: Operand[Scalar], cu_seqlens_q: IntegerLike,
+    cu_seqlens_k: IntegerLike | None = ..., *, dropout_p: Number = ..., is_causal: Causal = ...,
+    scale: Number | None = ..., enable_gqa: bool = ..., return_lse: Literal[True], rng: Rng | None = ...,
+    out: NDArray[Scalar] | None = ..., **options: Unpack[PackedOptions],
+) -> tuple[NDArray[Scalar], NDArray[Any]]: ...
+@overload
+def attention_varlen(
+    query: Operand[Scalar], key: Operand[Scalar], value: Operand[Scalar], cu_seqlens_q: IntegerLike,
+    cu_seqlens_k: IntegerLike | None = ..., *, dropout_p: Number = ..., is_causal: Causal = ...,
+    scale: Number | None = ..., enable_gqa: bool = ..., return_lse: bool = ..., rng: Rng | None = ...,
+    out: NDArray[Scalar] | None = ..., **options: Unpack[PackedOptions],
+) -> NDArray[Scalar] | tuple[NDArray[Scalar], NDArray[Any]]: ...
+# fmt: on
 def attention_varlen(
     query: Operand,
     key: Operand,
@@ -76,6 +99,22 @@ def attention_varlen(
     return (result, lse) if return_lse else result
 
 
+# fmt: off
+@overload
+def attention_varlen_backward(
+    grad_out: Operand, query: Operand[OfQuery], key: Operand[OfKey], value: Operand[OfValue], out: Operand,
+    lse: Operand, cu_seqlens_q: IntegerLike, cu_seqlens_k: IntegerLike | None = ..., *, dropout_p: Number = ...,
+    is_causal: Causal = ..., scale: Number | None = ..., enable_gqa: bool = ..., rng: Rng | None = ...,
+    grad_lse: Operand | None = ..., grads: None = ..., **options: Unpack[PackedOptions],
+) -> tuple[NDArray[OfQuery], NDArray[OfKey], NDArray[OfValue]]: ...
+@overload
+def attention_varlen_backward(
+    grad_out: Operand, query: Operand[OfQuery], key: Operand[OfKey], value: Operand[OfValue], out: Operand,
+    lse: Operand, cu_seqlens_q: IntegerLike, cu_seqlens_k: IntegerLike | None = ..., *, dropout_p: Number = ...,
+    is_causal: Causal = ..., scale: Number | None = ..., enable_gqa: bool = ..., rng: Rng | None = ...,
+    grad_lse: Operand | None = ..., grads: Names = ..., **options: Unpack[PackedOptions],
+) -> tuple[NDArray[Any], ...]: ...
+# fmt: on
 def attention_varlen_backward(
     grad_out: Operand,
     query: Operand,

@@ -2,26 +2,51 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from numpy.typing import NDArray
 
 from fastattn.call.options import check_flag
 from fastattn.call.score_options import FurtherOptions
 from fastattn.call.seeds import Rng
-from fastattn.call.types import Causal, IntegerLike, MaskLike, Number, Operand
+from fastattn.call.shares import Layout
+from fastattn.call.types import Causal, IntegerLike, MaskLike, Number, Operand, Scalar
 from fastattn.call.upstream import Names
 from fastattn.integrations.mpi.call import Asked, Share, call_of
 from fastattn.integrations.mpi.passes import Backward, Forward
 
 if TYPE_CHECKING:
+    from mpi4py import MPI
     from typing_extensions import Unpack
 
 __all__ = ["ring_attention", "ring_attention_backward"]
 
 
+# fmt: off
+@overload
 def ring_attention(
-    comm: Any,
+    comm: MPI.Intracomm, query: Operand[Scalar], key: Operand[Scalar], value: Operand[Scalar],
+    attn_mask: MaskLike | None = ..., dropout_p: Number = ..., is_causal: Causal = ..., scale: Number | None = ...,
+    enable_gqa: bool = ..., *, layout: Layout = ..., cu_seqlens: IntegerLike | None = ...,
+    return_lse: Literal[False] = ..., rng: Rng | None = ..., **options: Unpack[FurtherOptions],
+) -> NDArray[Scalar]: ...
+@overload
+def ring_attention(
+    comm: MPI.Intracomm, query: Operand[Scalar], key: Operand[Scalar], value: Operand[Scalar],
+    attn_mask: MaskLike | None = ..., dropout_p: Number = ..., is_causal: Causal = ..., scale: Number | None = ...,
+    enable_gqa: bool = ..., *, layout: Layout = ..., cu_seqlens: IntegerLike | None = ..., return_lse: Literal[True],
+    rng: Rng | None = ..., **options: Unpack[FurtherOptions],
+) -> tuple[NDArray[Scalar], NDArray[Any]]: ...
+@overload
+def ring_attention(
+    comm: MPI.Intracomm, query: Operand[Scalar], key: Operand[Scalar], value: Operand[Scalar],
+    attn_mask: MaskLike | None = ..., dropout_p: Number = ..., is_causal: Causal = ..., scale: Number | None = ...,
+    enable_gqa: bool = ..., *, layout: Layout = ..., cu_seqlens: IntegerLike | None = ..., return_lse: bool = ...,
+    rng: Rng | None = ..., **options: Unpack[FurtherOptions],
+) -> NDArray[Scalar] | tuple[NDArray[Scalar], NDArray[Any]]: ...
+# fmt: on
+def ring_attention(
+    comm: MPI.Intracomm,
     query: Operand,
     key: Operand,
     value: Operand,
@@ -31,7 +56,7 @@ def ring_attention(
     scale: Number | None = None,
     enable_gqa: bool = False,
     *,
-    layout: str = "zigzag",
+    layout: Layout = "zigzag",
     cu_seqlens: IntegerLike | None = None,
     return_lse: bool = False,
     rng: Rng | None = None,
@@ -125,7 +150,7 @@ def ring_attention(
 
 
 def ring_attention_backward(
-    comm: Any,
+    comm: MPI.Intracomm,
     grad_out: Operand,
     query: Operand,
     key: Operand,
@@ -138,7 +163,7 @@ def ring_attention_backward(
     scale: Number | None = None,
     enable_gqa: bool = False,
     *,
-    layout: str = "zigzag",
+    layout: Layout = "zigzag",
     cu_seqlens: IntegerLike | None = None,
     rng: Rng | None = None,
     grad_lse: Operand | None = None,
