@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from typing_extensions import TypeVar as Variable  # one that has a default
 
-    #: Scalar types of arrays: of all that are promoted together, or of one. Of lists and integers they are Any, and of
-    #: bfloat16 no more is known than np.generic, which is what ml_dtypes declares it as.
+    #: Scalar types of arrays: of all that are promoted together, or of one; Any of lists. Of bfloat16 no more is known
+    #: than np.generic, which is what ml_dtypes declares it as. All overloads of a function that say anything of results
+    #: take the same types of operands: mypy would give up between others where an argument is an NDArray[Any].
     Scalar = Variable("Scalar", bound=np.generic, default=Any)
     OfQuery = Variable("OfQuery", bound=np.generic, default=Any)
     OfKey = Variable("OfKey", bound=np.generic, default=Any)

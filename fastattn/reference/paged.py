@@ -63,7 +63,7 @@ def attention_paged(
     return_lse: bool = False,
     rng: Rng | None = None,
     out: NDArray[Any] | None = None,
-    **options: Any,
+    **options: Unpack[RowOptions],
 ) -> Any:
     """Return attention on pages: `fastattn.attention_paged`, of each row's keys, gathered.
 

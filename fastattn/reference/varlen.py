@@ -12,7 +12,7 @@ from fastattn.call.halves import cast
 from fastattn.call.options import check_flag
 from fastattn.call.out import check_out
 from fastattn.call.packed import as_given, describe_packed, heads_first, sources_of_packed
-from fastattn.call.score_options import FurtherOptions, PackedOptions
+from fastattn.call.score_options import PackedOptions
 from fastattn.call.seeds import Rng, seed_from
 from fastattn.call.types import Causal, IntegerLike, Number, OfKey, OfQuery, OfValue, Operand, Scalar
 from fastattn.call.upstream import (
@@ -71,7 +71,7 @@ def attention_varlen(
     return_lse: bool = False,
     rng: Rng | None = None,
     out: NDArray[Any] | None = None,
-    **options: Unpack[FurtherOptions],
+    **options: Unpack[PackedOptions],
 ) -> Any:
     """Return attention of packed sequences: `fastattn.attention_varlen`, one sequence after the other.
 
@@ -85,7 +85,8 @@ def attention_varlen(
     array([1.5, 1.5, 5. ])
     """
     arrays = as_operands(query, key, value)[:3]
-    packed = describe_packed(*arrays, cu_seqlens_q, cu_seqlens_k, dropout_p, is_causal, scale, enable_gqa, options)
+    further: Any = options
+    packed = describe_packed(*arrays, cu_seqlens_q, cu_seqlens_k, dropout_p, is_causal, scale, enable_gqa, further)
     problem = packed.problem
     out = check_out(out, problem)
     return_lse = check_flag("return_lse", return_lse)
@@ -132,7 +133,7 @@ def attention_varlen_backward(
     rng: Rng | None = None,
     grad_lse: Operand | None = None,
     grads: Names = None,
-    **options: Unpack[FurtherOptions],
+    **options: Unpack[PackedOptions],
 ) -> tuple[NDArray[Any], ...]:
     """Return the gradients of query, key and value: `fastattn.attention_varlen_backward`, sequence after sequence.
 
@@ -147,11 +148,12 @@ def attention_varlen_backward(
     array([1., 1., 1.])
     """
     arrays = as_operands(query, key, value)[:3]
-    packed = describe_packed(*arrays, cu_seqlens_q, cu_seqlens_k, dropout_p, is_causal, scale, enable_gqa, options)
+    further: Any = options
+    packed = describe_packed(*arrays, cu_seqlens_q, cu_seqlens_k, dropout_p, is_causal, scale, enable_gqa, further)
     upstream = arrived(packed.problem, grad_out, out, lse, grad_lse)
     seed = seed_of_forward(rng, packed.problem)
     of_function = captured_sources(packed.problem, packed.captured)
-    sources = sources_of_packed(query, key, value, options) | of_function
+    sources = sources_of_packed(query, key, value, further) | of_function
     names = wanted_gradients(grads, sources)
     found: dict[str, Any] = {}
     for name, array in zip(("query", "key", "value"), arrays, strict=True):
