@@ -39,7 +39,7 @@ guide: $(STAMP)/guide
 # shown and of what is packed has a process of its own, as nothing there depends on how long it takes; its report comes
 # at the end
 BESIDE := tests/cuda tests/integrations tests/layers tests/guide tests/demo tests/plot \
-    tests/test_examples_models.py tests/test_examples_text.py tests/test_packaging.py
+    tests/test_examples_models.py tests/test_examples_text.py tests/test_packaging.py tests/test_types.py
 
 # NumPy and PyTorch multiply with threads that spin while they wait, which is most of what they would do where two
 # processes share two cores; fastattn's threads are as many as ever

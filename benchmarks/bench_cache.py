@@ -14,6 +14,7 @@ import pytest
 
 import fastattn
 from fastattn.bench.peers import cores
+from fastattn.kv_cache.formats import FormatLike
 
 ROUNDS = 21
 #: Batch, query heads, heads of keys, tokens, features.
@@ -21,7 +22,7 @@ CASES = ((1, 32, 32, 8192, 128), (4, 32, 8, 4096, 128), (1, 8, 8, 256, 64), (1, 
 PORTION = 1024
 
 
-def filled(case: tuple[int, ...], dtype: str) -> fastattn.KVCache:
+def filled(case: tuple[int, ...], dtype: FormatLike) -> fastattn.KVCache:
     """Return a cache of so many tokens."""
     batch, _, kv_heads, tokens, features = case
     cache = fastattn.KVCache(batch, kv_heads, features, dtype=dtype)
@@ -40,15 +41,15 @@ def queries(case: tuple[int, ...]) -> Any:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("peer", ["bfloat16", "float32"])
-def test_one_query_of_int8(benchmark: Any, alternate: Any, case: tuple[int, ...], peer: str) -> None:
+def test_one_query_of_int8(benchmark: Any, alternate: Any, case: tuple[int, ...], peer: FormatLike) -> None:
     fastattn.set_num_threads(cores())
     query, ours, theirs = queries(case), filled(case, "int8"), filled(case, peer)
     benchmark.group = f"cache, {case}"
-    alternate(lambda: ours.attention(query), lambda: theirs.attention(query), peer, ROUNDS)
+    alternate(lambda: ours.attention(query), lambda: theirs.attention(query), str(peer), ROUNDS)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8"])
-def test_a_token_is_appended(benchmark: Any, alternate: Any, dtype: str) -> None:
+def test_a_token_is_appended(benchmark: Any, alternate: Any, dtype: FormatLike) -> None:
     """Against attention of one query to a short context, which a layer calls as often."""
     case = (1, 9, 3, 64, 64)
     cache, query = filled(case, dtype), queries(case)
@@ -68,7 +69,7 @@ def test_a_token_is_appended(benchmark: Any, alternate: Any, dtype: str) -> None
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-def test_a_prompt_is_appended(benchmark: Any, alternate: Any, dtype: str) -> None:
+def test_a_prompt_is_appended(benchmark: Any, alternate: Any, dtype: FormatLike) -> None:
     """Against a copy of it."""
     prompt = np.random.default_rng(3).standard_normal((2, 1, 8, 4096, 128), dtype=np.float32)
 

@@ -21,6 +21,7 @@ import numpy as np
 
 import fastattn
 from fastattn.api.backends import ATTENTION_BACKENDS
+from fastattn.call.types import DeviceBackend
 from fastattn.console.arguments import Parser, program
 from fastattn.console.terminal import Progress, Style, UserError, printable, wrap
 from fastattn.cpu.host import processors
@@ -160,7 +161,7 @@ def _versions() -> str:
     return ", ".join(parts)
 
 
-def _backend(name: str) -> str:
+def _backend(name: DeviceBackend) -> str:
     """Whether a backend works, which a small call shows, and what is to be said of it."""
     ones = np.ones((1, 1), np.float32)
     try:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from fastattn import reference
 from fastattn.api.asked import ends_of, is_free, key_of_others, masks_in
@@ -18,36 +18,76 @@ from fastattn.call.options import check_backend, check_flag
 from fastattn.call.out import check_out
 from fastattn.call.score_options import FurtherOptions, MaskMod, ScoreMod
 from fastattn.call.shapes import describe_additive
+from fastattn.call.types import Backend, Causal, IntegerLike, MaskLike, Number, NumberLike, Operand, Scalar
 from fastattn.call.widening import reads_halves, widened
 from fastattn.cpu.host import forward as cpu
 from fastattn.cpu.host import session
 from fastattn.cpu.host.builtin import in_default_mode, signatures
 from fastattn.cpu.host.threads import threads_of_call
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 ADDITIVE = None  # in front of a signature: that of attention has an int there
 
 
+# fmt: off
+@overload
 def additive_attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    weight: ArrayLike,
-    attn_mask: ArrayLike | None = None,
-    is_causal: bool | str = False,
+    query: Operand[Scalar], key: Operand[Scalar], value: Operand[Scalar], weight: Operand[Scalar],
+    attn_mask: MaskLike | None = ..., is_causal: Causal = ..., *, return_lse: Literal[False] = ...,
+    return_weights: Literal[False] = ..., out: NDArray[Scalar] | None = ..., backend: Backend | None = ...,
+    **further: Unpack[FurtherOptions],
+) -> NDArray[Scalar]: ...
+@overload
+def additive_attention(
+    query: Operand[Scalar], key: Operand[Scalar], value: Operand[Scalar], weight: Operand[Scalar],
+    attn_mask: MaskLike | None = ..., is_causal: Causal = ..., *, return_lse: Literal[True],
+    return_weights: Literal[False] = ..., out: NDArray[Scalar] | None = ..., backend: Backend | None = ...,
+    **further: Unpack[FurtherOptions],
+) -> tuple[NDArray[Scalar], NDArray[Any]]: ...
+@overload
+def additive_attention(
+    query: Operand[Scalar], key: Operand[Scalar], value: Operand[Scalar], weight: Operand[Scalar],
+    attn_mask: MaskLike | None = ..., is_causal: Causal = ..., *, return_lse: Literal[False] = ...,
+    return_weights: Literal[True], out: NDArray[Scalar] | None = ..., backend: Backend | None = ...,
+    **further: Unpack[FurtherOptions],
+) -> tuple[NDArray[Scalar], NDArray[Scalar]]: ...
+@overload
+def additive_attention(
+    query: Operand[Scalar], key: Operand[Scalar], value: Operand[Scalar], weight: Operand[Scalar],
+    attn_mask: MaskLike | None = ..., is_causal: Causal = ..., *, return_lse: Literal[True],
+    return_weights: Literal[True], out: NDArray[Scalar] | None = ..., backend: Backend | None = ...,
+    **further: Unpack[FurtherOptions],
+) -> tuple[NDArray[Scalar], NDArray[Any], NDArray[Scalar]]: ...
+@overload
+def additive_attention(
+    query: Operand[Scalar], key: Operand[Scalar], value: Operand[Scalar], weight: Operand[Scalar],
+    attn_mask: MaskLike | None = ..., is_causal: Causal = ..., *, return_lse: bool = ..., return_weights: bool = ...,
+    out: NDArray[Scalar] | None = ..., backend: Backend | None = ..., **further: Unpack[FurtherOptions],
+) -> NDArray[Scalar] | tuple[NDArray[Any], ...]: ...
+# fmt: on
+def additive_attention(
+    query: Operand,
+    key: Operand,
+    value: Operand,
+    weight: Operand,
+    attn_mask: MaskLike | None = None,
+    is_causal: Causal = False,
     *,
     window: tuple[int | None, int | None] | None = None,
-    query_offset: ArrayLike | None = None,
-    key_lengths: ArrayLike | None = None,
-    softcap: float | None = None,
-    alibi_slopes: ArrayLike | None = None,
-    sinks: ArrayLike | None = None,
+    query_offset: IntegerLike | None = None,
+    key_lengths: IntegerLike | None = None,
+    softcap: Number | None = None,
+    alibi_slopes: NumberLike | None = None,
+    sinks: NumberLike | None = None,
     score_mod: ScoreMod | None = None,
     mask_mod: MaskMod | None = None,
     block_mask: Blocks | None = None,
     return_lse: bool = False,
     return_weights: bool = False,
     out: NDArray[Any] | None = None,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Any:
     """Additive attention: softmax over the keys of Σ_d weight[d] · tanh(query[i, d] + key[j, d]), times value.
 
@@ -157,7 +197,7 @@ def _on_cpu(
     value: Any,
     weight: Any,
     attn_mask: Any,
-    is_causal: bool | str,
+    is_causal: Causal,
     return_lse: bool,
     return_weights: bool,
     out: NDArray[Any] | None,

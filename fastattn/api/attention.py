@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from fastattn import reference
 from fastattn.api.asked import ends_of, is_free, key_of_others, masks_in, number_in, plain, with_functions
@@ -18,29 +18,86 @@ from fastattn.call.problem import Array, Problem
 from fastattn.call.score_options import FurtherOptions, MaskMod, PieceOptions, ScoreMod
 from fastattn.call.seeds import Rng, seed_from
 from fastattn.call.shapes import describe
+from fastattn.call.types import (
+    Causal,
+    DeviceBackend,
+    IntegerLike,
+    MaskLike,
+    Number,
+    NumberLike,
+    OnDevice,
+    Operand,
+    Scalar,
+)
 from fastattn.call.widening import narrowed, scale_in_float64, widened, wider_type
 from fastattn.cpu.host import forward as cpu
 from fastattn.cpu.host import session
 from fastattn.cpu.host.builtin import in_default_mode, signatures
 from fastattn.cpu.host.threads import threads_of_call
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+
+# fmt: off
+@overload
 def attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    attn_mask: ArrayLike | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool | str = False,
-    scale: float | None = None,
+    query: OnDevice, key: Any, value: Any, attn_mask: Any = ..., dropout_p: Number = ..., is_causal: Causal = ...,
+    scale: Number | None = ..., enable_gqa: bool = ..., *, return_lse: bool = ..., return_weights: bool = ...,
+    rng: Rng | None = ..., out: Any = ..., backend: DeviceBackend | None = ..., **further: Unpack[FurtherOptions],
+) -> Any: ...
+@overload
+def attention(
+    query: Operand[Scalar], key: Operand[Scalar], value: Operand[Scalar], attn_mask: MaskLike | None = ...,
+    dropout_p: Number = ..., is_causal: Causal = ..., scale: Number | None = ..., enable_gqa: bool = ..., *,
+    return_lse: Literal[False] = ..., return_weights: Literal[False] = ..., rng: Rng | None = ...,
+    out: NDArray[Scalar] | None = ..., backend: DeviceBackend | None = ..., **further: Unpack[FurtherOptions],
+) -> NDArray[Scalar]: ...
+@overload
+def attention(
+    query: Operand[Scalar], key: Operand[Scalar], value: Operand[Scalar], attn_mask: MaskLike | None = ...,
+    dropout_p: Number = ..., is_causal: Causal = ..., scale: Number | None = ..., enable_gqa: bool = ..., *,
+    return_lse: Literal[True], return_weights: Literal[False] = ..., rng: Rng | None = ...,
+    out: NDArray[Scalar] | None = ..., backend: DeviceBackend | None = ..., **further: Unpack[FurtherOptions],
+) -> tuple[NDArray[Scalar], NDArray[Any]]: ...
+@overload
+def attention(
+    query: Operand[Scalar], key: Operand[Scalar], value: Operand[Scalar], attn_mask: MaskLike | None = ...,
+    dropout_p: Number = ..., is_causal: Causal = ..., scale: Number | None = ..., enable_gqa: bool = ..., *,
+    return_lse: Literal[False] = ..., return_weights: Literal[True], rng: Rng | None = ...,
+    out: NDArray[Scalar] | None = ..., backend: DeviceBackend | None = ..., **further: Unpack[FurtherOptions],
+) -> tuple[NDArray[Scalar], NDArray[Scalar]]: ...
+@overload
+def attention(
+    query: Operand[Scalar], key: Operand[Scalar], value: Operand[Scalar], attn_mask: MaskLike | None = ...,
+    dropout_p: Number = ..., is_causal: Causal = ..., scale: Number | None = ..., enable_gqa: bool = ..., *,
+    return_lse: Literal[True], return_weights: Literal[True], rng: Rng | None = ..., out: NDArray[Scalar] | None = ...,
+    backend: DeviceBackend | None = ..., **further: Unpack[FurtherOptions],
+) -> tuple[NDArray[Scalar], NDArray[Any], NDArray[Scalar]]: ...
+@overload
+def attention(
+    query: Operand[Scalar], key: Operand[Scalar], value: Operand[Scalar], attn_mask: MaskLike | None = ...,
+    dropout_p: Number = ..., is_causal: Causal = ..., scale: Number | None = ..., enable_gqa: bool = ..., *,
+    return_lse: bool = ..., return_weights: bool = ..., rng: Rng | None = ..., out: NDArray[Scalar] | None = ...,
+    backend: DeviceBackend | None = ..., **further: Unpack[FurtherOptions],
+) -> NDArray[Scalar] | tuple[NDArray[Any], ...]: ...
+# fmt: on
+def attention(
+    query: Operand | OnDevice,
+    key: Operand | OnDevice,
+    value: Operand | OnDevice,
+    attn_mask: MaskLike | None = None,
+    dropout_p: Number = 0.0,
+    is_causal: Causal = False,
+    scale: Number | None = None,
     enable_gqa: bool = False,
     *,
     window: tuple[int | None, int | None] | None = None,
-    query_offset: ArrayLike | None = None,
-    key_lengths: ArrayLike | None = None,
-    softcap: float | None = None,
-    alibi_slopes: ArrayLike | None = None,
-    sinks: ArrayLike | None = None,
+    query_offset: IntegerLike | None = None,
+    key_lengths: IntegerLike | None = None,
+    softcap: Number | None = None,
+    alibi_slopes: NumberLike | None = None,
+    sinks: NumberLike | None = None,
     score_mod: ScoreMod | None = None,
     mask_mod: MaskMod | None = None,
     block_mask: Blocks | None = None,
@@ -48,7 +105,7 @@ def attention(
     return_weights: bool = False,
     rng: Rng | None = None,
     out: NDArray[Any] | None = None,
-    backend: str | None = None,
+    backend: DeviceBackend | None = None,
 ) -> Any:
     """Scaled dot-product attention, softmax(query keyᵀ · scale + mask) value.
 
@@ -186,7 +243,7 @@ def attention(
         # fmt: on
         asked = signatures.of(*described) or key_of_others(*described)
         found, captured = asked, ((), ())
-        if not score_mod is mask_mod is None:
+        if score_mod is not None or mask_mod is not None:
             found, captured = with_functions(asked, score_mod, mask_mod)
         plan = session.current.plans.get(found)
         if plan is not None and (out is None or is_free(out, query, key, value, mask, keep)):
@@ -228,9 +285,9 @@ def on_cpu(
     key: Any,
     value: Any,
     attn_mask: Any,
-    dropout_p: float,
-    is_causal: bool | str,
-    scale: float | None,
+    dropout_p: Number,
+    is_causal: Causal,
+    scale: Number | None,
     enable_gqa: bool,
     return_lse: bool,
     return_weights: bool,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from fastattn.call.options import check_backend
+from fastattn.call.types import Backend, DeviceBackend
 from fastattn.cuda.detect import any_on_device
 
-BACKENDS = ("cpu", "reference")  # of everything
-ATTENTION_BACKENDS = ("cpu", "cuda", "reference")  # of attention, which CUDA has kernels for
+BACKENDS: tuple[Backend, ...] = ("cpu", "reference")  # of everything
+ATTENTION_BACKENDS: tuple[DeviceBackend, ...] = ("cpu", "cuda", "reference")  # of attention, which CUDA has kernels for
 
 
-def backend_of_attention(given: object, *arrays: object) -> str | None:
+def backend_of_attention(given: object, *arrays: object) -> DeviceBackend | None:
     """Return the backend that is asked for, or the one for where the arrays are: "cuda", or None for the CPU.
 
     Raises

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from fastattn import reference
 from fastattn.api.backends import BACKENDS, backend_of_attention
@@ -15,6 +15,21 @@ from fastattn.call.options import check_backend
 from fastattn.call.score_options import FurtherOptions, MaskMod, PieceOptions, ScoreMod
 from fastattn.call.seeds import Rng
 from fastattn.call.shapes import describe, describe_additive
+from fastattn.call.types import (
+    Backend,
+    Causal,
+    DeviceBackend,
+    IntegerLike,
+    MaskLike,
+    Number,
+    NumberLike,
+    OfKey,
+    OfQuery,
+    OfValue,
+    OfWeight,
+    OnDevice,
+    Operand,
+)
 from fastattn.call.upstream import (
     Names,
     as_given,
@@ -31,36 +46,70 @@ from fastattn.cpu.host import backward as cpu
 from fastattn.cpu.host.builtin import in_default_mode
 from fastattn.cpu.host.threads import get_num_threads
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 __all__ = ["additive_attention_backward", "attention_backward"]
 
 
+# fmt: off
+@overload
 def attention_backward(
-    grad_out: ArrayLike,
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    out: ArrayLike,
-    lse: ArrayLike,
-    attn_mask: ArrayLike | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool | str = False,
-    scale: float | None = None,
+    grad_out: Any, query: OnDevice, key: Any, value: Any, out: Any, lse: Any, attn_mask: Any = ...,
+    dropout_p: Number = ..., is_causal: Causal = ..., scale: Number | None = ..., enable_gqa: bool = ..., *,
+    rng: Rng | None = ..., grad_lse: Operand | None = ..., grad_mask: bool = ..., grads: Names = ...,
+    backend: DeviceBackend | None = ..., **further: Unpack[FurtherOptions],
+) -> tuple[Any, ...]: ...
+@overload
+def attention_backward(
+    grad_out: Operand, query: Operand[OfQuery], key: Operand[OfKey], value: Operand[OfValue], out: Operand,
+    lse: Operand, attn_mask: MaskLike | None = ..., dropout_p: Number = ..., is_causal: Causal = ...,
+    scale: Number | None = ..., enable_gqa: bool = ..., *, rng: Rng | None = ..., grad_lse: Operand | None = ...,
+    grad_mask: Literal[False] = ..., grads: None = ..., backend: DeviceBackend | None = ...,
+    **further: Unpack[FurtherOptions],
+) -> tuple[NDArray[OfQuery], NDArray[OfKey], NDArray[OfValue]]: ...
+@overload
+def attention_backward(
+    grad_out: Operand, query: Operand[OfQuery], key: Operand[OfKey], value: Operand[OfValue], out: Operand,
+    lse: Operand, attn_mask: MaskLike | None = ..., dropout_p: Number = ..., is_causal: Causal = ...,
+    scale: Number | None = ..., enable_gqa: bool = ..., *, rng: Rng | None = ..., grad_lse: Operand | None = ...,
+    grad_mask: Literal[True], grads: None = ..., backend: DeviceBackend | None = ..., **further: Unpack[FurtherOptions],
+) -> tuple[NDArray[OfQuery], NDArray[OfKey], NDArray[OfValue], NDArray[Any]]: ...
+@overload
+def attention_backward(
+    grad_out: Operand, query: Operand[OfQuery], key: Operand[OfKey], value: Operand[OfValue], out: Operand,
+    lse: Operand, attn_mask: MaskLike | None = ..., dropout_p: Number = ..., is_causal: Causal = ...,
+    scale: Number | None = ..., enable_gqa: bool = ..., *, rng: Rng | None = ..., grad_lse: Operand | None = ...,
+    grad_mask: bool = ..., grads: Names = ..., backend: DeviceBackend | None = ..., **further: Unpack[FurtherOptions],
+) -> tuple[NDArray[Any], ...]: ...
+# fmt: on
+def attention_backward(
+    grad_out: Operand,
+    query: Operand | OnDevice,
+    key: Operand | OnDevice,
+    value: Operand | OnDevice,
+    out: Operand,
+    lse: Operand,
+    attn_mask: MaskLike | None = None,
+    dropout_p: Number = 0.0,
+    is_causal: Causal = False,
+    scale: Number | None = None,
     enable_gqa: bool = False,
     *,
     window: tuple[int | None, int | None] | None = None,
-    query_offset: ArrayLike | None = None,
-    key_lengths: ArrayLike | None = None,
-    softcap: float | None = None,
-    alibi_slopes: ArrayLike | None = None,
-    sinks: ArrayLike | None = None,
+    query_offset: IntegerLike | None = None,
+    key_lengths: IntegerLike | None = None,
+    softcap: Number | None = None,
+    alibi_slopes: NumberLike | None = None,
+    sinks: NumberLike | None = None,
     score_mod: ScoreMod | None = None,
     mask_mod: MaskMod | None = None,
     block_mask: Blocks | None = None,
     rng: Rng | None = None,
-    grad_lse: ArrayLike | None = None,
+    grad_lse: Operand | None = None,
     grad_mask: bool = False,
     grads: Names = None,
-    backend: str | None = None,
+    backend: DeviceBackend | None = None,
 ) -> tuple[NDArray[Any], ...]:
     """Gradients of `fastattn.attention` by its arguments.
 
@@ -149,12 +198,12 @@ def attention_backward(
         "block_mask": block_mask,
     }  # fmt: skip
     backend = backend_of_attention(backend, grad_out, query, key, value, out, lse, attn_mask, grad_lse)
-    call = (grad_out, query, key, value, out, lse, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    call: Any = (grad_out, query, key, value, out, lse, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    wanted: Any = {"rng": rng, "grad_lse": grad_lse, "grad_mask": grad_mask, "grads": grads}
     if backend == "cuda":
         from fastattn.cuda.host import backward as cuda  # imports numba-cuda, which nothing else needs
 
-        return cuda.attention_backward(*call, rng, grad_lse, grad_mask, grads, **further)
-    wanted: Any = {"rng": rng, "grad_lse": grad_lse, "grad_mask": grad_mask, "grads": grads}
+        return cuda.attention_backward(*call, **wanted, **further)
     if backend == "reference":
         return reference.attention_backward(*call, **wanted, **further)
     return on_cpu(further, *call, **wanted)  # type: ignore[arg-type]  # options of a piece may be missing
@@ -163,19 +212,19 @@ def attention_backward(
 @in_default_mode
 def on_cpu(
     further: PieceOptions,
-    grad_out: ArrayLike,
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    out: ArrayLike,
-    lse: ArrayLike,
-    attn_mask: ArrayLike | None,
-    dropout_p: float,
-    is_causal: bool | str,
-    scale: float | None,
+    grad_out: Operand,
+    query: Operand,
+    key: Operand,
+    value: Operand,
+    out: Operand,
+    lse: Operand,
+    attn_mask: MaskLike | None,
+    dropout_p: Number,
+    is_causal: Causal,
+    scale: Number | None,
     enable_gqa: bool,
     rng: Rng | None,
-    grad_lse: ArrayLike | None,
+    grad_lse: Operand | None,
     grad_mask: bool,
     grads: Names,
 ) -> tuple[NDArray[Any], ...]:
@@ -199,30 +248,53 @@ def on_cpu(
     return as_given(problem, names, found, sources)
 
 
+# fmt: off
+@overload
 def additive_attention_backward(
-    grad_out: ArrayLike,
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    weight: ArrayLike,
-    out: ArrayLike,
-    lse: ArrayLike,
-    attn_mask: ArrayLike | None = None,
-    is_causal: bool | str = False,
+    grad_out: Operand, query: Operand[OfQuery], key: Operand[OfKey], value: Operand[OfValue], weight: Operand[OfWeight],
+    out: Operand, lse: Operand, attn_mask: MaskLike | None = ..., is_causal: Causal = ..., *,
+    grad_lse: Operand | None = ..., grad_mask: Literal[False] = ..., grads: None = ..., backend: Backend | None = ...,
+    **further: Unpack[FurtherOptions],
+) -> tuple[NDArray[OfQuery], NDArray[OfKey], NDArray[OfValue], NDArray[OfWeight]]: ...
+@overload
+def additive_attention_backward(
+    grad_out: Operand, query: Operand[OfQuery], key: Operand[OfKey], value: Operand[OfValue], weight: Operand[OfWeight],
+    out: Operand, lse: Operand, attn_mask: MaskLike | None = ..., is_causal: Causal = ..., *,
+    grad_lse: Operand | None = ..., grad_mask: Literal[True], grads: None = ..., backend: Backend | None = ...,
+    **further: Unpack[FurtherOptions],
+) -> tuple[NDArray[OfQuery], NDArray[OfKey], NDArray[OfValue], NDArray[OfWeight], NDArray[Any]]: ...
+@overload
+def additive_attention_backward(
+    grad_out: Operand, query: Operand[OfQuery], key: Operand[OfKey], value: Operand[OfValue], weight: Operand[OfWeight],
+    out: Operand, lse: Operand, attn_mask: MaskLike | None = ..., is_causal: Causal = ..., *,
+    grad_lse: Operand | None = ..., grad_mask: bool = ..., grads: Names = ..., backend: Backend | None = ...,
+    **further: Unpack[FurtherOptions],
+) -> tuple[NDArray[Any], ...]: ...
+# fmt: on
+def additive_attention_backward(
+    grad_out: Operand,
+    query: Operand,
+    key: Operand,
+    value: Operand,
+    weight: Operand,
+    out: Operand,
+    lse: Operand,
+    attn_mask: MaskLike | None = None,
+    is_causal: Causal = False,
     *,
     window: tuple[int | None, int | None] | None = None,
-    query_offset: ArrayLike | None = None,
-    key_lengths: ArrayLike | None = None,
-    softcap: float | None = None,
-    alibi_slopes: ArrayLike | None = None,
-    sinks: ArrayLike | None = None,
-    grad_lse: ArrayLike | None = None,
+    query_offset: IntegerLike | None = None,
+    key_lengths: IntegerLike | None = None,
+    softcap: Number | None = None,
+    alibi_slopes: NumberLike | None = None,
+    sinks: NumberLike | None = None,
+    grad_lse: Operand | None = None,
     grad_mask: bool = False,
     grads: Names = None,
     score_mod: ScoreMod | None = None,
     mask_mod: MaskMod | None = None,
     block_mask: Blocks | None = None,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> tuple[NDArray[Any], ...]:
     """Gradients of `fastattn.additive_attention` by its arguments.
 
@@ -304,16 +376,16 @@ def additive_attention_backward(
 
 @in_default_mode
 def _additive_on_cpu(
-    grad_out: ArrayLike,
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    weight: ArrayLike,
-    out: ArrayLike,
-    lse: ArrayLike,
-    attn_mask: ArrayLike | None,
-    is_causal: bool | str,
-    grad_lse: ArrayLike | None,
+    grad_out: Operand,
+    query: Operand,
+    key: Operand,
+    value: Operand,
+    weight: Operand,
+    out: Operand,
+    lse: Operand,
+    attn_mask: MaskLike | None,
+    is_causal: Causal,
+    grad_lse: Operand | None,
     grad_mask: bool,
     grads: Names,
     further: FurtherOptions,

@@ -8,12 +8,13 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from fastattn.call.advice import said
 from fastattn.call.arrays import as_array
 from fastattn.call.blocks import Blocks
 from fastattn.call.score_options import MaskMod
+from fastattn.call.types import IntegerLike, NumberLike
 from fastattn.cpu.host.functions import look_at, seen
 from fastattn.functions import masks
 from fastattn.functions.function import described, rebuilt
@@ -99,7 +100,7 @@ class BlockMask(Blocks):
         return cls._of(masks.asked_further(kept, int(query_offset)), shape)
 
     @classmethod
-    def from_array(cls, keep: ArrayLike) -> BlockMask:
+    def from_array(cls, keep: NumberLike) -> BlockMask:
         """Make a mask of booleans.
 
         Parameters
@@ -123,7 +124,7 @@ class BlockMask(Blocks):
         return cls._of(masks.listed(rows), rows.shape)
 
     @classmethod
-    def from_intervals(cls, begin: ArrayLike, end: ArrayLike, keys: int) -> BlockMask:
+    def from_intervals(cls, begin: IntegerLike, end: IntegerLike, keys: int) -> BlockMask:
         """Make a mask of an interval of keys for each query, from `begin` to `end`, which is not one of them.
 
         Parameters
@@ -198,7 +199,7 @@ class BlockMask(Blocks):
     # -- what it is ----------------------------------------------------------------------------------------------------
 
     @cached_property
-    def kinds(self) -> Array:
+    def kinds(self) -> NDArray[np.uint8]:
         """Of which kind each block is: found out when a call, or somebody else, first asks."""
         return look_at(self.function, self.captured, self.shape)
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from fastattn.api.pieces import First, attend
 from fastattn.call.advice import said
@@ -21,25 +21,55 @@ from fastattn.call.reading import Block, source_of
 from fastattn.call.score_options import FurtherOptions, MaskMod, ScoreMod
 from fastattn.call.seeds import Rng, seed_from
 from fastattn.call.shapes import describe
+from fastattn.call.types import Causal, IntegerLike, MaskLike, Number, NumberLike, Operand, Scalar
 from fastattn.call.widening import narrowed
 from fastattn.cpu.host.builtin import in_default_mode
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+
+# fmt: off
+@overload
 def attention_blocks(
-    query: ArrayLike,
-    blocks: tuple[Any, Any] | Iterable[tuple[ArrayLike, ArrayLike]],
-    attn_mask: ArrayLike | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool | str = False,
-    scale: float | None = None,
+    query: Operand[Scalar], blocks: tuple[Any, Any] | Iterable[tuple[Operand[Scalar], Operand[Scalar]]],
+    attn_mask: MaskLike | None = ..., dropout_p: Number = ..., is_causal: Causal = ..., scale: Number | None = ...,
+    enable_gqa: bool = ..., *, return_lse: Literal[False] = ..., rng: Rng | None = ...,
+    out: NDArray[Scalar] | None = ..., block_size: int | None = ...,
+    progress: Callable[[int, int | None], object] | None = ..., **further: Unpack[FurtherOptions],
+) -> NDArray[Scalar]: ...
+@overload
+def attention_blocks(
+    query: Operand[Scalar], blocks: tuple[Any, Any] | Iterable[tuple[Operand[Scalar], Operand[Scalar]]],
+    attn_mask: MaskLike | None = ..., dropout_p: Number = ..., is_causal: Causal = ..., scale: Number | None = ...,
+    enable_gqa: bool = ..., *, return_lse: Literal[True], rng: Rng | None = ..., out: NDArray[Scalar] | None = ...,
+    block_size: int | None = ..., progress: Callable[[int, int | None], object] | None = ...,
+    **further: Unpack[FurtherOptions],
+) -> tuple[NDArray[Scalar], NDArray[Any]]: ...
+@overload
+def attention_blocks(
+    query: Operand[Scalar], blocks: tuple[Any, Any] | Iterable[tuple[Operand[Scalar], Operand[Scalar]]],
+    attn_mask: MaskLike | None = ..., dropout_p: Number = ..., is_causal: Causal = ..., scale: Number | None = ...,
+    enable_gqa: bool = ..., *, return_lse: bool = ..., rng: Rng | None = ..., out: NDArray[Scalar] | None = ...,
+    block_size: int | None = ..., progress: Callable[[int, int | None], object] | None = ...,
+    **further: Unpack[FurtherOptions],
+) -> NDArray[Scalar] | tuple[NDArray[Scalar], NDArray[Any]]: ...
+# fmt: on
+def attention_blocks(
+    query: Operand,
+    blocks: tuple[Any, Any] | Iterable[tuple[Operand, Operand]],
+    attn_mask: MaskLike | None = None,
+    dropout_p: Number = 0.0,
+    is_causal: Causal = False,
+    scale: Number | None = None,
     enable_gqa: bool = False,
     *,
     window: tuple[int | None, int | None] | None = None,
-    query_offset: ArrayLike | None = None,
-    key_lengths: ArrayLike | None = None,
-    softcap: float | None = None,
-    alibi_slopes: ArrayLike | None = None,
-    sinks: ArrayLike | None = None,
+    query_offset: IntegerLike | None = None,
+    key_lengths: IntegerLike | None = None,
+    softcap: Number | None = None,
+    alibi_slopes: NumberLike | None = None,
+    sinks: NumberLike | None = None,
     score_mod: ScoreMod | None = None,
     mask_mod: MaskMod | None = None,
     block_mask: Blocks | None = None,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Hashable
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from fastattn.api import cached
 from fastattn.api.backends import ATTENTION_BACKENDS
@@ -15,8 +15,9 @@ from fastattn.call.arrays import as_array, check_operand
 from fastattn.call.blocks import Blocks
 from fastattn.call.options import check_backend
 from fastattn.call.problem import Array
-from fastattn.call.score_options import FurtherOptions, MaskMod, ScoreMod, check_window
+from fastattn.call.score_options import FurtherOptions, MaskMod, RowOptions, ScoreMod, check_window
 from fastattn.call.seeds import Rng
+from fastattn.call.types import Causal, DeviceBackend, IntegerLike, MaskLike, Number, NumberLike, Operand, Scalar
 from fastattn.kv_cache import files
 from fastattn.kv_cache.arguments import (
     as_counts,
@@ -28,10 +29,13 @@ from fastattn.kv_cache.arguments import (
     check_size,
     check_truncated,
 )
-from fastattn.kv_cache.formats import formats_of
+from fastattn.kv_cache.formats import FormatLike, formats_of
 from fastattn.kv_cache.pages import LARGEST, Layout
 from fastattn.kv_cache.sequences import Sequences
 from fastattn.kv_cache.stored import restored, stored
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["KVCache"]
 
@@ -103,7 +107,7 @@ class KVCache:
         head_dim: int,
         value_dim: int | None = None,
         *,
-        dtype: Any = "bfloat16",
+        dtype: FormatLike | tuple[FormatLike, FormatLike] = "bfloat16",
         window: tuple[int | None, int | None] | None = None,
         capacity: int | None = None,
     ) -> None:
@@ -160,7 +164,7 @@ class KVCache:
         given = "".join(f", {name}={value!r}" for name, value in options.items() if value is not None)
         return f"KVCache({sizes}{given}, lengths={self._sequences.lengths})"
 
-    def append(self, key: ArrayLike, value: ArrayLike, lengths: ArrayLike | None = None) -> None:
+    def append(self, key: Operand, value: Operand, lengths: IntegerLike | None = None) -> None:
         """Append keys and values of tokens to the rows.
 
         Parameters
@@ -197,20 +201,57 @@ class KVCache:
         counts = as_counts(lengths, tokens, sequences, self.capacity)
         sequences.append(keys, values, counts, self._left)
 
+    # fmt: off
+    @overload
+    def attention(
+        self, query: Operand[Scalar], attn_mask: MaskLike | None = ..., dropout_p: Number = ...,
+        is_causal: Causal | None = ..., scale: Number | None = ..., *, query_lengths: IntegerLike | None = ...,
+        return_lse: Literal[False] = ..., return_weights: Literal[False] = ..., rng: Rng | None = ...,
+        out: NDArray[Scalar] | None = ..., backend: DeviceBackend | None = ..., **further: Unpack[RowOptions],
+    ) -> NDArray[Scalar]: ...
+    @overload
+    def attention(
+        self, query: Operand[Scalar], attn_mask: MaskLike | None = ..., dropout_p: Number = ...,
+        is_causal: Causal | None = ..., scale: Number | None = ..., *, query_lengths: IntegerLike | None = ...,
+        return_lse: Literal[True], return_weights: Literal[False] = ..., rng: Rng | None = ...,
+        out: NDArray[Scalar] | None = ..., backend: DeviceBackend | None = ..., **further: Unpack[RowOptions],
+    ) -> tuple[NDArray[Scalar], NDArray[Any]]: ...
+    @overload
+    def attention(
+        self, query: Operand[Scalar], attn_mask: MaskLike | None = ..., dropout_p: Number = ...,
+        is_causal: Causal | None = ..., scale: Number | None = ..., *, query_lengths: IntegerLike | None = ...,
+        return_lse: Literal[False] = ..., return_weights: Literal[True], rng: Rng | None = ...,
+        out: NDArray[Scalar] | None = ..., backend: DeviceBackend | None = ..., **further: Unpack[RowOptions],
+    ) -> tuple[NDArray[Scalar], NDArray[Scalar]]: ...
+    @overload
+    def attention(
+        self, query: Operand[Scalar], attn_mask: MaskLike | None = ..., dropout_p: Number = ...,
+        is_causal: Causal | None = ..., scale: Number | None = ..., *, query_lengths: IntegerLike | None = ...,
+        return_lse: Literal[True], return_weights: Literal[True], rng: Rng | None = ...,
+        out: NDArray[Scalar] | None = ..., backend: DeviceBackend | None = ..., **further: Unpack[RowOptions],
+    ) -> tuple[NDArray[Scalar], NDArray[Any], NDArray[Scalar]]: ...
+    @overload
+    def attention(
+        self, query: Operand[Scalar], attn_mask: MaskLike | None = ..., dropout_p: Number = ...,
+        is_causal: Causal | None = ..., scale: Number | None = ..., *, query_lengths: IntegerLike | None = ...,
+        return_lse: bool = ..., return_weights: bool = ..., rng: Rng | None = ..., out: NDArray[Scalar] | None = ...,
+        backend: DeviceBackend | None = ..., **further: Unpack[RowOptions],
+    ) -> NDArray[Scalar] | tuple[NDArray[Any], ...]: ...
+    # fmt: on
     def attention(
         self,
-        query: ArrayLike,
-        attn_mask: ArrayLike | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool | str | None = None,
-        scale: float | None = None,
+        query: Operand,
+        attn_mask: MaskLike | None = None,
+        dropout_p: Number = 0.0,
+        is_causal: Causal | None = None,
+        scale: Number | None = None,
         *,
-        query_lengths: ArrayLike | None = None,
+        query_lengths: IntegerLike | None = None,
         window: tuple[int | None, int | None] | None = None,
-        query_offset: ArrayLike | None = None,
-        softcap: float | None = None,
-        alibi_slopes: ArrayLike | None = None,
-        sinks: ArrayLike | None = None,
+        query_offset: IntegerLike | None = None,
+        softcap: Number | None = None,
+        alibi_slopes: NumberLike | None = None,
+        sinks: NumberLike | None = None,
         score_mod: ScoreMod | None = None,
         mask_mod: MaskMod | None = None,
         block_mask: Blocks | None = None,
@@ -218,7 +259,7 @@ class KVCache:
         return_weights: bool = False,
         rng: Rng | None = None,
         out: NDArray[Any] | None = None,
-        backend: str | None = None,
+        backend: DeviceBackend | None = None,
     ) -> Any:
         """Attention of queries to the keys of their rows.
 
@@ -299,7 +340,7 @@ class KVCache:
         wanted: Any = {"return_lse": return_lse, "return_weights": return_weights, "rng": rng}
         return cached.on_copies(sequences, queries, call, further, wanted, out, backend)
 
-    def truncate(self, lengths: ArrayLike) -> None:
+    def truncate(self, lengths: IntegerLike) -> None:
         """Leave the first tokens of each row, in place: what was appended in advance, and has been refused, goes.
 
         Parameters
@@ -331,7 +372,7 @@ class KVCache:
         check_truncated(found, sequences, self._left)
         sequences.truncate(found)
 
-    def select(self, rows: ArrayLike) -> None:
+    def select(self, rows: Operand) -> None:
         """Have these rows from now on, in place: beams, rows that are not finished, one prompt for many answers.
 
         Parameters

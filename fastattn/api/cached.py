@@ -18,6 +18,7 @@ from fastattn.call.problem import FLOAT64, Array
 from fastattn.call.score_options import FurtherOptions
 from fastattn.call.seeds import Rng, seed_from
 from fastattn.call.shapes import describe
+from fastattn.call.types import DeviceBackend
 from fastattn.call.widening import exceeds_float32
 from fastattn.cpu.host import paged as cpu
 from fastattn.cpu.host.builtin import in_default_mode, signatures
@@ -104,7 +105,7 @@ def on_pages(
 
 @in_default_mode
 def on_copies(
-    sequences: Sequences, query: Array, options: Any, further: Any, wanted: Any, out: Any, backend: str | None
+    sequences: Sequences, query: Array, options: Any, further: Any, wanted: Any, out: Any, backend: DeviceBackend | None
 ) -> Any:
     """Compute it from copies of keys and values: in the dtype of the queries, if the cache has that, or wider."""
     layout = sequences.layout

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from fastattn.call.pieces import Merged, as_pieces
+from fastattn.call.types import Operand
 from fastattn.cpu.host.builtin import in_default_mode
 
 
 @in_default_mode
-def merge(outs: Iterable[ArrayLike], lses: Iterable[ArrayLike]) -> tuple[NDArray[Any], NDArray[Any]]:
+def merge(outs: Iterable[Operand], lses: Iterable[Operand]) -> tuple[NDArray[Any], NDArray[Any]]:
     """One result of attention of results over disjoint keys.
 
     Keys may be cut into pieces: between processes or machines, into parts of a cache that were kept apart, or because

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from fastattn import reference
-from fastattn.api.asked import BOTTOM_RIGHT, ends_of, is_free, key_of_others
+from fastattn.api.asked import ends_of, is_free, key_of_others, plain
 from fastattn.api.attention import attention
 from fastattn.api.backends import BACKENDS
 from fastattn.api.varlen import attention_varlen
@@ -22,13 +22,17 @@ from fastattn.call.packed import as_starts
 from fastattn.call.packed_pages import describe_packed_pages
 from fastattn.call.pages import PACKED, PADDED, Pages, as_pages, as_query, describe_paged, refuse_masks
 from fastattn.call.problem import Array
-from fastattn.call.score_options import FurtherOptions, MaskMod, ScoreMod
+from fastattn.call.score_options import FurtherOptions, MaskMod, RowOptions, ScoreMod
 from fastattn.call.seeds import Rng, seed_from
+from fastattn.call.types import Backend, Causal, IntegerLike, MaskLike, Number, NumberLike, Operand, Scalar
 from fastattn.call.widening import exceeds_float32
 from fastattn.cpu.host import paged as cpu
 from fastattn.cpu.host import session
 from fastattn.cpu.host.builtin import in_default_mode, signatures
 from fastattn.cpu.host.threads import get_num_threads, threads_of_call
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["attention_paged", "on_pages"]
 
@@ -36,30 +40,56 @@ __all__ = ["attention_paged", "on_pages"]
 NOT_ASKED = ("alibi_slopes", "sinks", "score_mod", "mask_mod", "block_mask")
 
 
+# fmt: off
+@overload
 def attention_paged(
-    query: ArrayLike,
-    key_pages: ArrayLike,
-    value_pages: ArrayLike,
-    page_table: ArrayLike,
-    key_lengths: ArrayLike,
-    cu_seqlens_q: ArrayLike | None = None,
-    attn_mask: ArrayLike | None = None,
+    query: Operand[Scalar], key_pages: Operand[Scalar], value_pages: Operand[Scalar], page_table: IntegerLike,
+    key_lengths: IntegerLike, cu_seqlens_q: IntegerLike | None = ..., attn_mask: MaskLike | None = ..., *,
+    dropout_p: Number = ..., is_causal: Causal = ..., scale: Number | None = ..., return_lse: Literal[False] = ...,
+    rng: Rng | None = ..., out: NDArray[Scalar] | None = ..., backend: Backend | None = ...,
+    **further: Unpack[RowOptions],
+) -> NDArray[Scalar]: ...
+@overload
+def attention_paged(
+    query: Operand[Scalar], key_pages: Operand[Scalar], value_pages: Operand[Scalar], page_table: IntegerLike,
+    key_lengths: IntegerLike, cu_seqlens_q: IntegerLike | None = ..., attn_mask: MaskLike | None = ..., *,
+    dropout_p: Number = ..., is_causal: Causal = ..., scale: Number | None = ..., return_lse: Literal[True],
+    rng: Rng | None = ..., out: NDArray[Scalar] | None = ..., backend: Backend | None = ...,
+    **further: Unpack[RowOptions],
+) -> tuple[NDArray[Scalar], NDArray[Any]]: ...
+@overload
+def attention_paged(
+    query: Operand[Scalar], key_pages: Operand[Scalar], value_pages: Operand[Scalar], page_table: IntegerLike,
+    key_lengths: IntegerLike, cu_seqlens_q: IntegerLike | None = ..., attn_mask: MaskLike | None = ..., *,
+    dropout_p: Number = ..., is_causal: Causal = ..., scale: Number | None = ..., return_lse: bool = ...,
+    rng: Rng | None = ..., out: NDArray[Scalar] | None = ..., backend: Backend | None = ...,
+    **further: Unpack[RowOptions],
+) -> NDArray[Scalar] | tuple[NDArray[Scalar], NDArray[Any]]: ...
+# fmt: on
+def attention_paged(
+    query: Operand,
+    key_pages: Operand,
+    value_pages: Operand,
+    page_table: IntegerLike,
+    key_lengths: IntegerLike,
+    cu_seqlens_q: IntegerLike | None = None,
+    attn_mask: MaskLike | None = None,
     *,
-    dropout_p: float = 0.0,
-    is_causal: bool | str = False,
-    scale: float | None = None,
+    dropout_p: Number = 0.0,
+    is_causal: Causal = False,
+    scale: Number | None = None,
     window: tuple[int | None, int | None] | None = None,
-    query_offset: ArrayLike | None = None,
-    softcap: float | None = None,
-    alibi_slopes: ArrayLike | None = None,
-    sinks: ArrayLike | None = None,
+    query_offset: IntegerLike | None = None,
+    softcap: Number | None = None,
+    alibi_slopes: NumberLike | None = None,
+    sinks: NumberLike | None = None,
     score_mod: ScoreMod | None = None,
     mask_mod: MaskMod | None = None,
     block_mask: Blocks | None = None,
     return_lse: bool = False,
     rng: Rng | None = None,
     out: NDArray[Any] | None = None,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Any:
     """Attention on keys and values that lie in pages, as caches for language models keep them.
 
@@ -199,10 +229,10 @@ def _as_pages(
 def on_pages(
     query: Array,
     pages: Pages,
-    attn_mask: ArrayLike | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool | str = False,
-    scale: float | None = None,
+    attn_mask: MaskLike | None = None,
+    dropout_p: Number = 0.0,
+    is_causal: Causal = False,
+    scale: Number | None = None,
     *,
     further: FurtherOptions,
     length_first: bool = False,
@@ -229,11 +259,11 @@ def on_pages(
         If asked for.
     """
     asked: Hashable = b""
-    plain = attn_mask is rng is None and not any(further.get(name) is not None for name in NOT_ASKED)
-    if plain and isinstance(return_lse, bool) and not isinstance(further.get("query_offset"), np.ndarray):
+    is_plain = attn_mask is rng is None and not any(further.get(name) is not None for name in NOT_ASKED)
+    if is_plain and isinstance(return_lse, bool) and not isinstance(further.get("query_offset"), np.ndarray):
         window = further.get("window")
         left, right = (None, None) if window is None else ends_of(window)
-        causal = BOTTOM_RIGHT if type(is_causal) is str and is_causal == "bottom-right" else is_causal
+        causal = is_causal if is_causal is False else plain(is_causal)
         arguments = (
             threads_of_call(), length_first, dropout_p, causal, scale, left, right, further.get("query_offset"),
             further.get("softcap"), query, pages.key, pages.value, pages.table, out,
@@ -287,7 +317,7 @@ def _on_pages(
     return delivered((target, lse.swapaxes(1, 2) if length_first else lse), target, out)
 
 
-def _are_alike(query: Array, pages: Pages, cu_seqlens_q: ArrayLike, out: object) -> bool:
+def _are_alike(query: Array, pages: Pages, cu_seqlens_q: IntegerLike, out: object) -> bool:
     """Whether packed queries are as many for each row, as they are where all rows decode: then they are a batch."""
     count, total = len(pages.table), len(query)
     if not count or not total or total % count:
@@ -325,7 +355,7 @@ def _as_batch(
 def _on_packed(
     query: Array,
     pages: Pages,
-    cu_seqlens_q: ArrayLike,
+    cu_seqlens_q: IntegerLike,
     options: dict[str, Any],
     further: FurtherOptions,
     return_lse: bool,

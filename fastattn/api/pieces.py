@@ -18,6 +18,7 @@ from fastattn.call.halves import cast
 from fastattn.call.positions import of_piece
 from fastattn.call.problem import Array, Mask, Problem
 from fastattn.call.shapes import describe
+from fastattn.call.types import Number
 
 __all__ = ["First", "attend", "differentiate"]
 
@@ -41,7 +42,7 @@ def attend(
     attn_mask: Mask = None,
     dropout_p: float = 0.0,
     causal: bool = False,
-    scale: float | None = None,
+    scale: Number | None = None,
     enable_gqa: bool = False,
     *,
     first: First = WHOLE,
@@ -84,7 +85,7 @@ def differentiate(
     attn_mask: Mask = None,
     dropout_p: float = 0.0,
     causal: bool = False,
-    scale: float | None = None,
+    scale: Number | None = None,
     enable_gqa: bool = False,
     *,
     first: First = WHOLE,

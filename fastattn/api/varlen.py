@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from fastattn import reference
 from fastattn.api.attention import rounded
@@ -13,39 +13,84 @@ from fastattn.call.arrays import as_operands
 from fastattn.call.options import check_flag
 from fastattn.call.out import check_out
 from fastattn.call.packed import as_given, describe_packed, sources_of_packed
-from fastattn.call.score_options import FurtherOptions, MaskMod, ScoreMod
+from fastattn.call.score_options import FurtherOptions, MaskMod, PackedOptions, ScoreMod
 from fastattn.call.seeds import Rng, seed_from
+from fastattn.call.types import (
+    Causal,
+    DeviceBackend,
+    IntegerLike,
+    Number,
+    NumberLike,
+    OfKey,
+    OfQuery,
+    OfValue,
+    OnDevice,
+    Operand,
+    Scalar,
+)
 from fastattn.call.upstream import Names, arrived, captured_sources, own_dtype, seed_of_forward, wanted_gradients
 from fastattn.call.widening import scale_in_float64, widened, wider_type
 from fastattn.cpu.host import varlen as cpu
 from fastattn.cpu.host.builtin import in_default_mode
 from fastattn.cpu.host.threads import get_num_threads
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 __all__ = ["attention_varlen", "attention_varlen_backward"]
 
 
+# fmt: off
+@overload
 def attention_varlen(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    cu_seqlens_q: ArrayLike,
-    cu_seqlens_k: ArrayLike | None = None,
+    query: OnDevice, key: Any, value: Any, cu_seqlens_q: Any, cu_seqlens_k: Any = ..., *, dropout_p: Number = ...,
+    is_causal: Causal = ..., scale: Number | None = ..., enable_gqa: bool = ..., return_lse: bool = ...,
+    rng: Rng | None = ..., out: Any = ..., backend: DeviceBackend | None = ..., **further: Unpack[PackedOptions],
+) -> Any: ...
+@overload
+def attention_varlen(
+    query: Operand[Scalar], key: Operand[Scalar], value: Operand[Scalar], cu_seqlens_q: IntegerLike,
+    cu_seqlens_k: IntegerLike | None = ..., *, dropout_p: Number = ..., is_causal: Causal = ...,
+    scale: Number | None = ..., enable_gqa: bool = ..., return_lse: Literal[False] = ..., rng: Rng | None = ...,
+    out: NDArray[Scalar] | None = ..., backend: DeviceBackend | None = ..., **further: Unpack[PackedOptions],
+) -> NDArray[Scalar]: ...
+@overload
+def attention_varlen(
+    query: Operand[Scalar], key: Operand[Scalar], value: Operand[Scalar], cu_seqlens_q: IntegerLike,
+    cu_seqlens_k: IntegerLike | None = ..., *, dropout_p: Number = ..., is_causal: Causal = ...,
+    scale: Number | None = ..., enable_gqa: bool = ..., return_lse: Literal[True], rng: Rng | None = ...,
+    out: NDArray[Scalar] | None = ..., backend: DeviceBackend | None = ..., **further: Unpack[PackedOptions],
+) -> tuple[NDArray[Scalar], NDArray[Any]]: ...
+@overload
+def attention_varlen(
+    query: Operand[Scalar], key: Operand[Scalar], value: Operand[Scalar], cu_seqlens_q: IntegerLike,
+    cu_seqlens_k: IntegerLike | None = ..., *, dropout_p: Number = ..., is_causal: Causal = ...,
+    scale: Number | None = ..., enable_gqa: bool = ..., return_lse: bool = ..., rng: Rng | None = ...,
+    out: NDArray[Scalar] | None = ..., backend: DeviceBackend | None = ..., **further: Unpack[PackedOptions],
+) -> NDArray[Scalar] | tuple[NDArray[Scalar], NDArray[Any]]: ...
+# fmt: on
+def attention_varlen(
+    query: Operand | OnDevice,
+    key: Operand | OnDevice,
+    value: Operand | OnDevice,
+    cu_seqlens_q: IntegerLike,
+    cu_seqlens_k: IntegerLike | None = None,
     *,
-    dropout_p: float = 0.0,
-    is_causal: bool | str = False,
-    scale: float | None = None,
+    dropout_p: Number = 0.0,
+    is_causal: Causal = False,
+    scale: Number | None = None,
     enable_gqa: bool = False,
     window: tuple[int | None, int | None] | None = None,
-    query_offset: ArrayLike | None = None,
-    softcap: float | None = None,
-    alibi_slopes: ArrayLike | None = None,
-    sinks: ArrayLike | None = None,
+    query_offset: IntegerLike | None = None,
+    softcap: Number | None = None,
+    alibi_slopes: NumberLike | None = None,
+    sinks: NumberLike | None = None,
     score_mod: ScoreMod | None = None,
     mask_mod: MaskMod | None = None,
     return_lse: bool = False,
     rng: Rng | None = None,
     out: NDArray[Any] | None = None,
-    backend: str | None = None,
+    backend: DeviceBackend | None = None,
 ) -> Any:
     """Attention of packed sequences: one behind the other on one axis, each looking at its own keys alone.
 
@@ -125,7 +170,7 @@ def attention_varlen(
         "sinks": sinks, "score_mod": score_mod, "mask_mod": mask_mod,
     }  # fmt: skip
     backend = backend_of_attention(backend, query, key, value, out)
-    call = (query, key, value, cu_seqlens_q, cu_seqlens_k)
+    call: Any = (query, key, value, cu_seqlens_q, cu_seqlens_k)
     options: Any = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
     if backend == "cuda":
         from fastattn.cuda.host import varlen as cuda  # imports numba-cuda, which nothing else needs
@@ -156,31 +201,56 @@ def _on_cpu(
     return rounded(problem, checked, return_lse, *results)
 
 
+# fmt: off
+@overload
 def attention_varlen_backward(
-    grad_out: ArrayLike,
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    out: ArrayLike,
-    lse: ArrayLike,
-    cu_seqlens_q: ArrayLike,
-    cu_seqlens_k: ArrayLike | None = None,
+    grad_out: Any, query: OnDevice, key: Any, value: Any, out: Any, lse: Any, cu_seqlens_q: Any,
+    cu_seqlens_k: Any = ..., *, dropout_p: Number = ..., is_causal: Causal = ..., scale: Number | None = ...,
+    enable_gqa: bool = ..., rng: Rng | None = ..., grad_lse: Operand | None = ..., grads: Names = ...,
+    backend: DeviceBackend | None = ..., **further: Unpack[PackedOptions],
+) -> tuple[Any, ...]: ...
+@overload
+def attention_varlen_backward(
+    grad_out: Operand, query: Operand[OfQuery], key: Operand[OfKey], value: Operand[OfValue], out: Operand,
+    lse: Operand, cu_seqlens_q: IntegerLike, cu_seqlens_k: IntegerLike | None = ..., *, dropout_p: Number = ...,
+    is_causal: Causal = ..., scale: Number | None = ..., enable_gqa: bool = ..., rng: Rng | None = ...,
+    grad_lse: Operand | None = ..., grads: None = ..., backend: DeviceBackend | None = ...,
+    **further: Unpack[PackedOptions],
+) -> tuple[NDArray[OfQuery], NDArray[OfKey], NDArray[OfValue]]: ...
+@overload
+def attention_varlen_backward(
+    grad_out: Operand, query: Operand[OfQuery], key: Operand[OfKey], value: Operand[OfValue], out: Operand,
+    lse: Operand, cu_seqlens_q: IntegerLike, cu_seqlens_k: IntegerLike | None = ..., *, dropout_p: Number = ...,
+    is_causal: Causal = ..., scale: Number | None = ..., enable_gqa: bool = ..., rng: Rng | None = ...,
+    grad_lse: Operand | None = ..., grads: Names = ..., backend: DeviceBackend | None = ...,
+    **further: Unpack[PackedOptions],
+) -> tuple[NDArray[Any], ...]: ...
+# fmt: on
+def attention_varlen_backward(
+    grad_out: Operand,
+    query: Operand | OnDevice,
+    key: Operand | OnDevice,
+    value: Operand | OnDevice,
+    out: Operand,
+    lse: Operand,
+    cu_seqlens_q: IntegerLike,
+    cu_seqlens_k: IntegerLike | None = None,
     *,
-    dropout_p: float = 0.0,
-    is_causal: bool | str = False,
-    scale: float | None = None,
+    dropout_p: Number = 0.0,
+    is_causal: Causal = False,
+    scale: Number | None = None,
     enable_gqa: bool = False,
     window: tuple[int | None, int | None] | None = None,
-    query_offset: ArrayLike | None = None,
-    softcap: float | None = None,
-    alibi_slopes: ArrayLike | None = None,
-    sinks: ArrayLike | None = None,
+    query_offset: IntegerLike | None = None,
+    softcap: Number | None = None,
+    alibi_slopes: NumberLike | None = None,
+    sinks: NumberLike | None = None,
     score_mod: ScoreMod | None = None,
     mask_mod: MaskMod | None = None,
     rng: Rng | None = None,
-    grad_lse: ArrayLike | None = None,
+    grad_lse: Operand | None = None,
     grads: Names = None,
-    backend: str | None = None,
+    backend: DeviceBackend | None = None,
 ) -> tuple[NDArray[Any], ...]:
     """Gradients of `fastattn.attention_varlen` by its arguments.
 
@@ -238,7 +308,7 @@ def attention_varlen_backward(
         "sinks": sinks, "score_mod": score_mod, "mask_mod": mask_mod,
     }  # fmt: skip
     backend = backend_of_attention(backend, grad_out, query, key, value, out, lse, grad_lse)
-    call = (grad_out, query, key, value, out, lse, cu_seqlens_q, cu_seqlens_k)
+    call: Any = (grad_out, query, key, value, out, lse, cu_seqlens_q, cu_seqlens_k)
     options: Any = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
     if backend == "cuda":
         from fastattn.cuda.host import varlen as cuda  # imports numba-cuda, which nothing else needs
@@ -253,7 +323,7 @@ def attention_varlen_backward(
 
 @in_default_mode
 def _backward_on_cpu(
-    call: tuple[Any, ...], options: dict[str, Any], rng: Rng | None, grad_lse: ArrayLike | None, grads: Names
+    call: tuple[Any, ...], options: dict[str, Any], rng: Rng | None, grad_lse: Operand | None, grads: Names
 ) -> tuple[NDArray[Any], ...]:
     grad_out, query, key, value, out, lse, *lengths = call
     arrays = as_operands(query, key, value)[:3]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from fastattn import reference
 from fastattn.api.backends import BACKENDS
@@ -28,6 +28,7 @@ from fastattn.call.selection import (
     runs,
     take,
 )
+from fastattn.call.types import Backend, Causal, IntegerLike, MaskLike, Number, NumberLike, Operand, Scalar
 from fastattn.call.widening import narrowed, scale_in_float64, widened, wider_type
 from fastattn.cpu.host import summary as statistics
 from fastattn.cpu.host.builtin import in_default_mode
@@ -42,27 +43,27 @@ MASK_ELEMENTS = 1 << 22  # of a mask that is made, or copied, for some of the ro
 
 
 def attention_weights(
-    query: ArrayLike,
-    key: ArrayLike,
-    attn_mask: ArrayLike | None = None,
-    is_causal: bool | str = False,
-    scale: float | None = None,
+    query: Operand[Scalar],
+    key: Operand[Scalar],
+    attn_mask: MaskLike | None = None,
+    is_causal: Causal = False,
+    scale: Number | None = None,
     enable_gqa: bool = False,
     *,
     window: tuple[int | None, int | None] | None = None,
-    query_offset: ArrayLike | None = None,
-    key_lengths: ArrayLike | None = None,
-    softcap: float | None = None,
-    alibi_slopes: ArrayLike | None = None,
-    sinks: ArrayLike | None = None,
+    query_offset: IntegerLike | None = None,
+    key_lengths: IntegerLike | None = None,
+    softcap: Number | None = None,
+    alibi_slopes: NumberLike | None = None,
+    sinks: NumberLike | None = None,
     score_mod: ScoreMod | None = None,
     mask_mod: MaskMod | None = None,
     block_mask: Blocks | None = None,
     rows: Choice = None,
     columns: Choice = None,
-    lse: ArrayLike | None = None,
-    backend: str | None = None,
-) -> NDArray[Any]:
+    lse: Operand | None = None,
+    backend: Backend | None = None,
+) -> NDArray[Scalar]:
     """Return exact attention weights of chosen queries and keys, and compute no others.
 
     Parameters
@@ -131,15 +132,15 @@ def attention_weights(
 
 @in_default_mode
 def _weights_on_cpu(
-    query: ArrayLike,
-    key: ArrayLike,
-    attn_mask: ArrayLike | None,
-    is_causal: bool | str,
-    scale: float | None,
+    query: Operand,
+    key: Operand,
+    attn_mask: MaskLike | None,
+    is_causal: Causal,
+    scale: Number | None,
     enable_gqa: bool,
     rows: Choice,
     columns: Choice,
-    lse: ArrayLike | None,
+    lse: Operand | None,
     further: FurtherOptions,
 ) -> Array:
     problem, operands = describe_scores(query, key, attn_mask, is_causal, scale, enable_gqa, **further)
@@ -217,24 +218,24 @@ def _sums(problem: Problem, operands: Operands, rows: Selection, threads: int) -
 
 
 def attention_summary(
-    query: ArrayLike,
-    key: ArrayLike,
-    attn_mask: ArrayLike | None = None,
-    is_causal: bool | str = False,
-    scale: float | None = None,
+    query: Operand,
+    key: Operand,
+    attn_mask: MaskLike | None = None,
+    is_causal: Causal = False,
+    scale: Number | None = None,
     enable_gqa: bool = False,
     *,
     window: tuple[int | None, int | None] | None = None,
-    query_offset: ArrayLike | None = None,
-    key_lengths: ArrayLike | None = None,
-    softcap: float | None = None,
-    alibi_slopes: ArrayLike | None = None,
-    sinks: ArrayLike | None = None,
+    query_offset: IntegerLike | None = None,
+    key_lengths: IntegerLike | None = None,
+    softcap: Number | None = None,
+    alibi_slopes: NumberLike | None = None,
+    sinks: NumberLike | None = None,
     score_mod: ScoreMod | None = None,
     mask_mod: MaskMod | None = None,
     block_mask: Blocks | None = None,
     top_k: int = 8,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> AttentionSummary:
     """Return what the matrix of attention weights says, in memory for some numbers per query and key.
 
@@ -308,11 +309,11 @@ def attention_summary(
 
 @in_default_mode
 def _summary_on_cpu(
-    query: ArrayLike,
-    key: ArrayLike,
-    attn_mask: ArrayLike | None,
-    is_causal: bool | str,
-    scale: float | None,
+    query: Operand,
+    key: Operand,
+    attn_mask: MaskLike | None,
+    is_causal: Causal,
+    scale: Number | None,
     enable_gqa: bool,
     top_k: int,
     further: FurtherOptions,

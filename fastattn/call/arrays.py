@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 from fastattn.call.advice import holds_masked, is_masked, said, to_convert, to_make_array
 from fastattn.call.halves import cast, common_dtype, is_bfloat16, name_of, native
 from fastattn.call.problem import FLOAT32, FLOAT64, Array, Mask, Shape
+from fastattn.call.types import MaskLike
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
@@ -22,7 +23,7 @@ PLAIN_MASKS = frozenset(np.dtype(name) for name in ("bool", "float16", "float32"
 
 
 def as_operands(
-    query: ArrayLike, key: ArrayLike, value: ArrayLike, attn_mask: ArrayLike | None = None
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, attn_mask: MaskLike | None = None
 ) -> tuple[Array, Array, Array, Mask]:
     """Make arrays of one floating dtype of query, key and value, and an array of the mask.
 
@@ -66,7 +67,7 @@ def as_operands(
 
 
 def as_additive_operands(
-    query: ArrayLike, key: ArrayLike, value: ArrayLike, weight: ArrayLike, attn_mask: ArrayLike | None = None
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, weight: ArrayLike, attn_mask: MaskLike | None = None
 ) -> tuple[Array, Array, Array, Array, Mask]:
     """Make arrays of the arguments of additive attention, as `as_operands` does of those of attention.
 

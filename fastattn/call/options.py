@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
 from fastattn.call.advice import said
+
+Name = TypeVar("Name", bound=str)
 
 
 def is_real(given: object) -> bool:
@@ -110,7 +112,7 @@ def check_causal(given: object) -> Literal["no", "top-left", "bottom-right"]:
     return "bottom-right"
 
 
-def check_backend(given: object, existing: Sequence[str]) -> str | None:
+def check_backend(given: object, existing: Sequence[Name]) -> Name | None:
     """Return the backend's name, None where the best one is wanted.
 
     Raises
@@ -121,6 +123,6 @@ def check_backend(given: object, existing: Sequence[str]) -> str | None:
         If no backend has that name.
     """
     if given is None or (isinstance(given, str) and given in existing):
-        return given
+        return given  # type: ignore[return-value]  # it is one of them
     kind = ValueError if isinstance(given, str) else TypeError
     raise kind(f"backend: {said(given)}; expected None or one of {', '.join(map(repr, existing))}")

@@ -18,6 +18,7 @@ from fastattn.call.arrays import as_array
 from fastattn.call.problem import Array, Captures, Operands, Problem, Shape
 from fastattn.call.score_options import FurtherOptions
 from fastattn.call.shapes import describe
+from fastattn.call.types import Causal, Number
 from fastattn.call.upstream import (
     OF_HEADS,
     Upstream,
@@ -120,9 +121,9 @@ def describe_packed(
     value: Array,
     cu_seqlens_q: ArrayLike,
     cu_seqlens_k: ArrayLike | None,
-    dropout_p: float,
-    is_causal: bool | str,
-    scale: float | None,
+    dropout_p: Number,
+    is_causal: Causal,
+    scale: Number | None,
     enable_gqa: bool,
     further: Mapping[str, Any],
 ) -> Packed:

@@ -16,6 +16,7 @@ from fastattn.call.packed import BY_ROW, as_starts, by_row, has_rows, heads_firs
 from fastattn.call.pages import Pages, describe_paged, room_for
 from fastattn.call.problem import Array, Operands, Problem
 from fastattn.call.score_options import FurtherOptions
+from fastattn.call.types import Causal, Number
 
 __all__ = ["PackedPages", "describe_packed_pages"]
 
@@ -83,9 +84,9 @@ def describe_packed_pages(
     query: Array,
     pages: Pages,
     cu_seqlens_q: ArrayLike,
-    dropout_p: float,
-    is_causal: bool | str,
-    scale: float | None,
+    dropout_p: Number,
+    is_causal: Causal,
+    scale: Number | None,
     further: FurtherOptions,
 ) -> PackedPages:
     """Work out what a call of packed queries computes.

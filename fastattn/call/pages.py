@@ -14,6 +14,7 @@ from fastattn.call.halves import common_dtype, is_floating, native
 from fastattn.call.problem import FLOAT32, Array, Mask, Operands, Problem, Shape
 from fastattn.call.score_options import PieceOptions
 from fastattn.call.shapes import describe, masks_of
+from fastattn.call.types import Causal, MaskLike, Number
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -173,10 +174,10 @@ def as_query(query: ArrayLike, pages: Pages, axes: str) -> Array:
 def describe_paged(
     query: Array,
     pages: Pages,
-    attn_mask: ArrayLike | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool | str = False,
-    scale: float | None = None,
+    attn_mask: MaskLike | None = None,
+    dropout_p: Number = 0.0,
+    is_causal: Causal = False,
+    scale: Number | None = None,
     **options: Unpack[PieceOptions],
 ) -> tuple[Problem, Operands]:
     """Work out what a call computes on keys in pages.

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias, TypedDict
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from fastattn.call.advice import said, to_convert
 from fastattn.call.arrays import as_array, as_integers
@@ -17,12 +16,15 @@ from fastattn.call.halves import cast, is_bfloat16
 from fastattn.call.options import check_causal, check_scale, finite_real
 from fastattn.call.problem import FLOAT64, Array, Captures, Shape
 from fastattn.call.scores import FARTHEST, Scores
+from fastattn.call.types import Causal, IntegerLike, Number, NumberLike
 from fastattn.functions.function import Function, described
 from fastattn.functions.masks import asked_nearer, both
 
 __all__ = [
     "FurtherOptions",
+    "PackedOptions",
     "PieceOptions",
+    "RowOptions",
     "ScoreOptions",
     "check_names",
     "check_window",
@@ -32,22 +34,32 @@ __all__ = [
 
 
 #: A function of (score, batch, head, query, key), and one of (batch, head, query, key) that says which keys are seen.
-ScoreMod: TypeAlias = Callable[..., Any]
-MaskMod: TypeAlias = Callable[..., Any]
+ScoreMod: TypeAlias = Callable[[Any, Any, Any, Any, Any], Any]
+MaskMod: TypeAlias = Callable[[Any, Any, Any, Any], Any]
 
 
-class FurtherOptions(TypedDict, total=False):
-    """What a user may say of scores by keyword alone."""
+class PackedOptions(TypedDict, total=False):
+    """What a user may say of the scores of several sequences by keyword alone."""
 
     window: tuple[int | None, int | None] | None
-    query_offset: ArrayLike | None
-    key_lengths: ArrayLike | None
-    softcap: float | None
-    alibi_slopes: ArrayLike | None
-    sinks: ArrayLike | None
+    query_offset: IntegerLike | None
+    softcap: Number | None
+    alibi_slopes: NumberLike | None
+    sinks: NumberLike | None
     score_mod: ScoreMod | None
     mask_mod: MaskMod | None
+
+
+class RowOptions(PackedOptions, total=False):
+    """And of rows whose lengths are known."""
+
     block_mask: Blocks | None
+
+
+class FurtherOptions(RowOptions, total=False):
+    """What a user may say of scores by keyword alone."""
+
+    key_lengths: IntegerLike | None
 
 
 class PieceOptions(FurtherOptions, total=False):
@@ -62,8 +74,8 @@ class PieceOptions(FurtherOptions, total=False):
 class ScoreOptions(PieceOptions, total=False):
     """What a user may say of scores, besides masks, by the names of arguments."""
 
-    is_causal: bool | str
-    scale: float | None
+    is_causal: Causal
+    scale: Number | None
 
 
 def scores_from(
@@ -229,7 +241,7 @@ def held(position: int) -> int:
     return min(max(position, -FARTHEST), FARTHEST)
 
 
-def _as_lengths(given: ArrayLike | None, batch: Shape, keys: int) -> Array | None:
+def _as_lengths(given: IntegerLike | None, batch: Shape, keys: int) -> Array | None:
     """Return the number of keys of each row of a batch."""
     if given is None:
         return None
@@ -240,7 +252,7 @@ def _as_lengths(given: ArrayLike | None, batch: Shape, keys: int) -> Array | Non
     return _of_rows(lengths, batch)
 
 
-def _as_offset(given: ArrayLike | None, batch: Shape) -> tuple[int, Array | None]:
+def _as_offset(given: IntegerLike | None, batch: Shape) -> tuple[int, Array | None]:
     """Return the position of query 0: one for all rows of a batch, or one for each."""
     if given is None:
         return 0, None
@@ -253,7 +265,7 @@ def _as_offset(given: ArrayLike | None, batch: Shape) -> tuple[int, Array | None
     return 0, _of_rows(held_within(offsets), batch)
 
 
-def _as_slopes(given: ArrayLike | None, batch: Shape, heads: int) -> Array | None:
+def _as_slopes(given: NumberLike | None, batch: Shape, heads: int) -> Array | None:
     """Return the slope of each head of each row of a batch."""
     if given is None:
         return None
@@ -263,7 +275,7 @@ def _as_slopes(given: ArrayLike | None, batch: Shape, heads: int) -> Array | Non
     return slopes
 
 
-def _as_sinks(given: ArrayLike | None, batch: Shape, heads: int) -> Array | None:
+def _as_sinks(given: NumberLike | None, batch: Shape, heads: int) -> Array | None:
     """Return the sink of each head of each row of a batch; +inf as NaN, which a score of +inf makes of its row."""
     if given is None:
         return None
@@ -271,7 +283,7 @@ def _as_sinks(given: ArrayLike | None, batch: Shape, heads: int) -> Array | None
     return np.where(sinks == np.inf, np.nan, sinks)
 
 
-def _of_heads(name: str, given: ArrayLike, batch: Shape, heads: int) -> Array:
+def _of_heads(name: str, given: NumberLike, batch: Shape, heads: int) -> Array:
     """Return an array with a real number for each head of each row of a batch, its axes flattened to two."""
     numbers = as_array(name, given)
     if not (numbers.dtype.kind in "fiu" or is_bfloat16(numbers.dtype)) or numbers.dtype.itemsize > 8:

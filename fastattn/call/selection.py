@@ -22,6 +22,7 @@ from fastattn.call.problem import Operands, Problem
 from fastattn.call.score_options import FurtherOptions
 from fastattn.call.scores import FARTHEST, Places, Scores
 from fastattn.call.shapes import describe
+from fastattn.call.types import Causal, Chosen, MaskLike, Number
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -47,7 +48,7 @@ __all__ = [
 
 Array: TypeAlias = NDArray[Any]
 #: What a user may give for rows or columns.
-Choice: TypeAlias = SupportsIndex | slice | ArrayLike | None
+Choice: TypeAlias = SupportsIndex | slice | Chosen | None
 #: What that means: a range, which needs no copy of what it chooses, or non-negative indices in any order.
 Selection: TypeAlias = "range | NDArray[np.intp]"
 
@@ -55,9 +56,9 @@ Selection: TypeAlias = "range | NDArray[np.intp]"
 def describe_scores(
     query: ArrayLike,
     key: ArrayLike,
-    attn_mask: ArrayLike | None,
-    is_causal: bool | str,
-    scale: float | None,
+    attn_mask: MaskLike | None,
+    is_causal: Causal,
+    scale: Number | None,
     enable_gqa: bool,
     **options: Unpack[FurtherOptions],
 ) -> tuple[Problem, Operands]:

@@ -18,6 +18,7 @@ from fastattn.call.options import check_dropout, check_flag
 from fastattn.call.problem import Array, Mask, Operands, Problem, Shape
 from fastattn.call.rounding import saturated
 from fastattn.call.score_options import FurtherOptions, PieceOptions, ScoreOptions, check_names, scores_from
+from fastattn.call.types import Causal, Number
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -31,9 +32,9 @@ def describe(
     key: Array,
     value: Array,
     attn_mask: Mask = None,
-    dropout_p: float = 0.0,
-    is_causal: bool | str = False,
-    scale: float | None = None,
+    dropout_p: Number = 0.0,
+    is_causal: Causal = False,
+    scale: Number | None = None,
     enable_gqa: bool = False,
     **options: Unpack[PieceOptions],
 ) -> tuple[Problem, Operands]:
@@ -81,7 +82,7 @@ def describe_additive(
     value: Array,
     weight: Array,
     attn_mask: Mask = None,
-    is_causal: bool | str = False,
+    is_causal: Causal = False,
     **options: Unpack[FurtherOptions],
 ) -> tuple[Problem, Operands]:
     """Work out what a call of additive attention computes: all of it is attention's, but the scores.

@@ -7,16 +7,17 @@ number, its rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
 from fastattn.call.advice import said
 from fastattn.call.problem import Array
 
-__all__ = ["LAYOUTS", "Route", "Run", "Span", "check_layout", "needs", "runs_of", "shares"]
+__all__ = ["LAYOUTS", "Layout", "Route", "Run", "Span", "check_layout", "needs", "runs_of", "shares"]
 
-LAYOUTS = ("contiguous", "zigzag")
+Layout: TypeAlias = Literal["contiguous", "zigzag"]
+LAYOUTS: tuple[Layout, ...] = ("contiguous", "zigzag")
 
 
 class Span(NamedTuple):
@@ -36,7 +37,7 @@ class Run(NamedTuple):
     rows: slice
 
 
-def check_layout(given: object) -> str:
+def check_layout(given: object) -> Layout:
     """Return the name of a layout.
 
     Raises

@@ -45,7 +45,7 @@ __all__ = [
 ]
 
 #: Of the arguments whose gradients are wanted, as a user gives them; None for the usual ones.
-Names: TypeAlias = "Sequence[str] | None"
+Names: TypeAlias = tuple[str, ...] | list[str] | None
 
 SHARED = ("key", "value")  # what a group of query heads has in common
 OPERANDS = ("query", "key", "value", "attn_mask")  # what has the axes of operands, or is broadcast to them

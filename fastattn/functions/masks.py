@@ -21,7 +21,7 @@ __all__ = [
     "within",
 ]
 
-MaskMod: TypeAlias = Callable[..., Any]
+MaskMod: TypeAlias = Callable[[Any, Any, Any, Any], Any]
 
 
 def everything(batch: Any, head: Any, query: Any, key: Any) -> Any:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
-
-from numpy.typing import ArrayLike
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 from fastattn.call.advice import to_install
 
@@ -17,30 +15,54 @@ from fastattn.call.blocks import Blocks
 from fastattn.call.options import check_flag
 from fastattn.call.score_options import FurtherOptions, MaskMod, ScoreMod
 from fastattn.call.seeds import Rng
+from fastattn.call.types import Causal, IntegerLike, Number, NumberLike, Operand
 from fastattn.call.upstream import Names
 from fastattn.integrations.chunked import Plan, differentiate, forward
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 __all__ = ["attention", "attention_backward"]
 
-Chunked: TypeAlias = "dask.array.Array | ArrayLike"
+Chunked: TypeAlias = dask.array.Array | Operand
 
 
+# fmt: off
+@overload
+def attention(
+    query: Chunked, key: Chunked, value: Chunked, attn_mask: Any = ..., dropout_p: Number = ...,
+    is_causal: Causal = ..., scale: Number | None = ..., enable_gqa: bool = ..., *, return_lse: Literal[False] = ...,
+    rng: Rng | None = ..., split_every: int | None = ..., num_threads: int = ..., **further: Unpack[FurtherOptions],
+) -> dask.array.Array: ...
+@overload
+def attention(
+    query: Chunked, key: Chunked, value: Chunked, attn_mask: Any = ..., dropout_p: Number = ...,
+    is_causal: Causal = ..., scale: Number | None = ..., enable_gqa: bool = ..., *, return_lse: Literal[True],
+    rng: Rng | None = ..., split_every: int | None = ..., num_threads: int = ..., **further: Unpack[FurtherOptions],
+) -> tuple[dask.array.Array, dask.array.Array]: ...
+@overload
+def attention(
+    query: Chunked, key: Chunked, value: Chunked, attn_mask: Any = ..., dropout_p: Number = ...,
+    is_causal: Causal = ..., scale: Number | None = ..., enable_gqa: bool = ..., *, return_lse: bool = ...,
+    rng: Rng | None = ..., split_every: int | None = ..., num_threads: int = ..., **further: Unpack[FurtherOptions],
+) -> dask.array.Array | tuple[dask.array.Array, dask.array.Array]: ...
+# fmt: on
 def attention(
     query: Chunked,
     key: Chunked,
     value: Chunked,
     attn_mask: Any = None,
-    dropout_p: float = 0.0,
-    is_causal: bool | str = False,
-    scale: float | None = None,
+    dropout_p: Number = 0.0,
+    is_causal: Causal = False,
+    scale: Number | None = None,
     enable_gqa: bool = False,
     *,
     window: tuple[int | None, int | None] | None = None,
-    query_offset: ArrayLike | None = None,
-    key_lengths: ArrayLike | None = None,
-    softcap: float | None = None,
-    alibi_slopes: ArrayLike | None = None,
-    sinks: ArrayLike | None = None,
+    query_offset: IntegerLike | None = None,
+    key_lengths: IntegerLike | None = None,
+    softcap: Number | None = None,
+    alibi_slopes: NumberLike | None = None,
+    sinks: NumberLike | None = None,
     score_mod: ScoreMod | None = None,
     mask_mod: MaskMod | None = None,
     block_mask: Blocks | None = None,
@@ -139,17 +161,17 @@ def attention_backward(
     out: Chunked,
     lse: Chunked,
     attn_mask: Any = None,
-    dropout_p: float = 0.0,
-    is_causal: bool | str = False,
-    scale: float | None = None,
+    dropout_p: Number = 0.0,
+    is_causal: Causal = False,
+    scale: Number | None = None,
     enable_gqa: bool = False,
     *,
     window: tuple[int | None, int | None] | None = None,
-    query_offset: ArrayLike | None = None,
-    key_lengths: ArrayLike | None = None,
-    softcap: float | None = None,
-    alibi_slopes: ArrayLike | None = None,
-    sinks: ArrayLike | None = None,
+    query_offset: IntegerLike | None = None,
+    key_lengths: IntegerLike | None = None,
+    softcap: Number | None = None,
+    alibi_slopes: NumberLike | None = None,
+    sinks: NumberLike | None = None,
     score_mod: ScoreMod | None = None,
     mask_mod: MaskMod | None = None,
     block_mask: Blocks | None = None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from types import FunctionType
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from fastattn.call.halves import is_floating, name_of, real_of
 from fastattn.call.options import check_flag
 from fastattn.call.score_options import FurtherOptions, check_names
 from fastattn.call.shapes import shapes_of_results
+from fastattn.call.types import Causal, Number
 from fastattn.functions.function import described, rebuilt
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ ARRAYS = (jax.Array, np.ndarray, np.generic)
 OPERANDS = ("query", "key", "value")
 SOURCES = (*OPERANDS, "bias", "alibi_slopes", "sinks")  # of gradients
 FUNCTIONS = ("score_mod", "mask_mod")
-Array: TypeAlias = Any  # JAX's types are not known where it is not installed
+Array: TypeAlias = jax.Array
 
 #: What a compiled program is given from call to call: operands, a floating mask as `bias`, a boolean one as `keep`,
 #: those options that are arrays, and what functions capture that is traced, as `score_mod 0` and so on.
@@ -42,13 +43,33 @@ Arrays: TypeAlias = "dict[str, Array]"
 Told: TypeAlias = "tuple[tuple[str, Any], ...]"
 
 
+# fmt: off
+@overload
+def attention(
+    query: Array, key: Array, value: Array, attn_mask: Array | tuple[Array | None, Array | None] | None = ...,
+    is_causal: Causal = ..., scale: Number | None = ..., enable_gqa: bool = ..., *, return_lse: Literal[False] = ...,
+    **options: Unpack[FurtherOptions],
+) -> Array: ...
+@overload
+def attention(
+    query: Array, key: Array, value: Array, attn_mask: Array | tuple[Array | None, Array | None] | None = ...,
+    is_causal: Causal = ..., scale: Number | None = ..., enable_gqa: bool = ..., *, return_lse: Literal[True],
+    **options: Unpack[FurtherOptions],
+) -> tuple[Array, Array]: ...
+@overload
+def attention(
+    query: Array, key: Array, value: Array, attn_mask: Array | tuple[Array | None, Array | None] | None = ...,
+    is_causal: Causal = ..., scale: Number | None = ..., enable_gqa: bool = ..., *, return_lse: bool = ...,
+    **options: Unpack[FurtherOptions],
+) -> Array | tuple[Array, Array]: ...
+# fmt: on
 def attention(
     query: Array,
     key: Array,
     value: Array,
     attn_mask: Array | tuple[Array | None, Array | None] | None = None,
-    is_causal: bool | str = False,
-    scale: float | None = None,
+    is_causal: Causal = False,
+    scale: Number | None = None,
     enable_gqa: bool = False,
     *,
     return_lse: bool = False,

@@ -199,7 +199,7 @@ def _computed(operands: Operands, options: Options, seen: int, mode: int | None)
     """
     query, key, value = operands
     near = key[:, :, :seen]
-    results = fastattn.attention(query, near, value[:, :, :seen], **options, return_weights=mode == WEIGHTS)
+    results: Any = fastattn.attention(query, near, value[:, :, :seen], **options, return_weights=mode == WEIGHTS)
     if mode is None:
         return (results,)
     if mode == WEIGHTS:

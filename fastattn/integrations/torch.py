@@ -6,7 +6,7 @@ kernel, see `fastattn.integrations.eager`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 from fastattn.call.advice import to_install
 
@@ -17,6 +17,7 @@ except ImportError as error:
 
 from fastattn.call.options import check_causal, check_dropout, check_flag, check_scale
 from fastattn.call.score_options import FurtherOptions, ScoreMod
+from fastattn.call.types import Causal, Number
 from fastattn.integrations import eager
 from fastattn.integrations.functions import has_functions
 from fastattn.integrations.keywords import flattened
@@ -36,7 +37,7 @@ __all__ = [
     "scaled_dot_product_attention",
 ]
 
-Tensor = Any  # PyTorch's types are not known where it is not installed
+Tensor: TypeAlias = torch.Tensor
 
 
 def scaled_dot_product_attention(
@@ -44,9 +45,9 @@ def scaled_dot_product_attention(
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | tuple[Tensor | None, Tensor | None] | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool | str = False,
-    scale: float | None = None,
+    dropout_p: Number = 0.0,
+    is_causal: Causal = False,
+    scale: Number | None = None,
     enable_gqa: bool = False,
     **options: Unpack[FurtherOptions],
 ) -> Tensor:
@@ -120,9 +121,9 @@ def attention_with_lse(
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | tuple[Tensor | None, Tensor | None] | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool | str = False,
-    scale: float | None = None,
+    dropout_p: Number = 0.0,
+    is_causal: Causal = False,
+    scale: Number | None = None,
     enable_gqa: bool = False,
     **options: Unpack[FurtherOptions],
 ) -> tuple[Tensor, Tensor]:
@@ -180,7 +181,7 @@ def additive_attention(
     value: Tensor,
     weight: Tensor,
     attn_mask: Tensor | tuple[Tensor | None, Tensor | None] | None = None,
-    is_causal: bool | str = False,
+    is_causal: Causal = False,
     **options: Unpack[FurtherOptions],
 ) -> Tensor:
     """Additive attention [1]_ on tensors: `fastattn.additive_attention`, differentiable once.
@@ -241,13 +242,33 @@ def additive_attention(
     return eager.call("additive_attention", query, key, value, weight, mask, causal, *further)[0]
 
 
+# fmt: off
+@overload
+def flex_attention(
+    query: Tensor, key: Tensor, value: Tensor, score_mod: ScoreMod | None = ..., block_mask: Any = ...,
+    scale: Number | None = ..., enable_gqa: bool = ..., return_lse: Literal[False] = ...,
+    kernel_options: Mapping[str, Any] | None = ..., *, return_aux: None = ...,
+) -> Tensor: ...
+@overload
+def flex_attention(
+    query: Tensor, key: Tensor, value: Tensor, score_mod: ScoreMod | None = ..., block_mask: Any = ...,
+    scale: Number | None = ..., enable_gqa: bool = ..., *, return_lse: Literal[True],
+    kernel_options: Mapping[str, Any] | None = ..., return_aux: None = ...,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def flex_attention(
+    query: Tensor, key: Tensor, value: Tensor, score_mod: ScoreMod | None = ..., block_mask: Any = ...,
+    scale: Number | None = ..., enable_gqa: bool = ..., return_lse: bool = ...,
+    kernel_options: Mapping[str, Any] | None = ..., *, return_aux: Any = ...,
+) -> Any: ...
+# fmt: on
 def flex_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     score_mod: ScoreMod | None = None,
     block_mask: Any = None,
-    scale: float | None = None,
+    scale: Number | None = None,
     enable_gqa: bool = False,
     return_lse: bool = False,
     kernel_options: Mapping[str, Any] | None = None,

@@ -8,6 +8,7 @@ import torch
 
 from fastattn.call.options import check_causal, check_dropout, check_flag, check_scale
 from fastattn.call.score_options import FurtherOptions
+from fastattn.call.types import Causal, Number
 from fastattn.integrations import eager
 from fastattn.integrations.functions import has_functions
 from fastattn.integrations.keywords import flattened
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["attention_varlen"]
 
-Tensor: TypeAlias = Any  # PyTorch's types are not known where it is not installed
+Tensor: TypeAlias = torch.Tensor
 
 #: Options that have no meaning for packed sequences, and what is to be said instead.
 REFUSED = {
@@ -34,9 +35,9 @@ def attention_varlen(
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor | None = None,
     *,
-    dropout_p: float = 0.0,
-    is_causal: bool | str = False,
-    scale: float | None = None,
+    dropout_p: Number = 0.0,
+    is_causal: Causal = False,
+    scale: Number | None = None,
     enable_gqa: bool = False,
     **options: Unpack[FurtherOptions],
 ) -> tuple[Tensor, Tensor]:

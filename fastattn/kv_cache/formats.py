@@ -9,7 +9,7 @@ up: so no number is farther from its own than half of a scale.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from fastattn.cpu.host.builtin import in_default_mode
 from fastattn.cpu.host.convert import converter
 from fastattn.machine.tile import BLOCK
 
-__all__ = ["BLOCK", "FORMATS", "Format", "format_of", "formats_of"]
+__all__ = ["BLOCK", "FORMATS", "Format", "FormatLike", "format_of", "formats_of"]
 
 STEPS = 127  # from 0 to the largest number of a block
 FLOAT16 = np.dtype(np.float16)
@@ -139,6 +139,9 @@ def _floating(dtype: np.dtype[Any]) -> Format:
 
     return Format(name_of(dtype), dtype, dtype, lambda features: features, encode, decode)
 
+
+#: What a user may say of one: its name, or a dtype.
+FormatLike: TypeAlias = Literal["bfloat16", "float16", "float32", "int8"] | np.dtype[Any] | type[np.generic]
 
 FORMATS = {
     each.name: each

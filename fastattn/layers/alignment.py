@@ -19,6 +19,7 @@ from fastattn.call.problem import Array, Mask, Shape
 from fastattn.call.score_options import FurtherOptions, scores_from
 from fastattn.call.scores import Scores
 from fastattn.call.shapes import masks_of
+from fastattn.call.types import MaskLike
 from fastattn.layers.backward import Saved
 from fastattn.layers.base import Layer, as_arrays, common_batch
 from fastattn.layers.masks import changed, mask_of_scores
@@ -217,7 +218,7 @@ class Interval(Alignment):
 
 
 def read_inputs(
-    layer: Any, inputs: tuple[Any, ...], attn_mask: ArrayLike | None, value_dim: int | None = None, **more: ArrayLike
+    layer: Any, inputs: tuple[Any, ...], attn_mask: MaskLike | None, value_dim: int | None = None, **more: ArrayLike
 ) -> tuple[list[Array], np.dtype[Any], Shape, Mask]:
     """Return arrays of query, key, value and what else is given, the dtype of results, the batch's axes, and the mask.
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
-from numpy.typing import ArrayLike, DTypeLike, NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from fastattn.call.arrays import as_upstream
 from fastattn.call.halves import cast
@@ -14,6 +14,7 @@ from fastattn.call.options import check_flag
 from fastattn.call.problem import Array, Shape
 from fastattn.call.score_options import FurtherOptions
 from fastattn.call.seeds import Rng
+from fastattn.call.types import MaskLike, Operand
 from fastattn.call.upstream import Names
 from fastattn.layers.alignment import Attended, Interval, read_inputs
 from fastattn.layers.backward import Saved, as_arguments, delivered, given_arguments, recalled, weight_gradient
@@ -129,7 +130,7 @@ class BahdanauAttention(Layer):
         limit = 1 / math.sqrt(self.query_dim if name == "bias" else shape[-1])
         return generator.uniform(-limit, limit, shape)
 
-    def project_keys(self, key: ArrayLike) -> NDArray[Any]:
+    def project_keys(self, key: Operand) -> NDArray[Any]:
         """Return the keys' part in the scores, key @ key_weight.T, for any number of calls with the same keys.
 
         Parameters
@@ -151,9 +152,7 @@ class BahdanauAttention(Layer):
         array, storage = self._as_keys(key)
         return cast(linear(array, self.key_weight), storage)
 
-    def project_keys_backward(
-        self, grad_projected: ArrayLike, inputs: tuple[ArrayLike]
-    ) -> tuple[Any, dict[str, Array]]:
+    def project_keys_backward(self, grad_projected: Operand, inputs: tuple[Operand]) -> tuple[Any, dict[str, Array]]:
         """Return the gradients of the keys, and of their matrix, through `project_keys`.
 
         Parameters
@@ -181,21 +180,53 @@ class BahdanauAttention(Layer):
         grad_weight = cast(weight_gradient(grad, array), self.dtype)
         return delivered([linear(grad, self.key_weight.T)], inputs), {"key_weight": grad_weight}
 
-    def _as_keys(self, key: ArrayLike) -> tuple[Array, np.dtype[Any]]:
+    def _as_keys(self, key: Operand) -> tuple[Array, np.dtype[Any]]:
         """Return an array of keys, in the dtype that is computed in, and the dtype of results."""
         (array,), storage = as_arrays({"key": key}, self.dtype)
         if array.ndim < 1 or array.shape[-1] != self.key_dim:
             raise ValueError(f"key: shape {array.shape}; expected (..., {self.key_dim})")
         return array, storage
 
+    # fmt: off
+    @overload
+    def __call__(
+        self, query: Operand, key: Operand, value: Operand | None = ..., attn_mask: MaskLike | None = ..., *,
+        projected_keys: Operand | None = ..., return_weights: Literal[False] = ..., return_saved: Literal[False] = ...,
+        **options: Unpack[FurtherOptions],
+    ) -> NDArray[Any]: ...
+    @overload
+    def __call__(
+        self, query: Operand, key: Operand, value: Operand | None = ..., attn_mask: MaskLike | None = ..., *,
+        projected_keys: Operand | None = ..., return_weights: Literal[True], return_saved: Literal[False] = ...,
+        **options: Unpack[FurtherOptions],
+    ) -> tuple[NDArray[Any], NDArray[Any]]: ...
+    @overload
+    def __call__(
+        self, query: Operand, key: Operand, value: Operand | None = ..., attn_mask: MaskLike | None = ..., *,
+        projected_keys: Operand | None = ..., return_weights: Literal[False] = ..., return_saved: Literal[True],
+        **options: Unpack[FurtherOptions],
+    ) -> tuple[NDArray[Any], Saved]: ...
+    @overload
+    def __call__(
+        self, query: Operand, key: Operand, value: Operand | None = ..., attn_mask: MaskLike | None = ..., *,
+        projected_keys: Operand | None = ..., return_weights: Literal[True], return_saved: Literal[True],
+        **options: Unpack[FurtherOptions],
+    ) -> tuple[NDArray[Any], NDArray[Any], Saved]: ...
+    @overload
+    def __call__(
+        self, query: Operand, key: Operand, value: Operand | None = ..., attn_mask: MaskLike | None = ..., *,
+        projected_keys: Operand | None = ..., return_weights: bool = ..., return_saved: bool = ...,
+        **options: Unpack[FurtherOptions],
+    ) -> NDArray[Any] | tuple[Any, ...]: ...
+    # fmt: on
     def __call__(
         self,
-        query: ArrayLike,
-        key: ArrayLike,
-        value: ArrayLike | None = None,
-        attn_mask: ArrayLike | None = None,
+        query: Operand,
+        key: Operand,
+        value: Operand | None = None,
+        attn_mask: MaskLike | None = None,
         *,
-        projected_keys: ArrayLike | None = None,
+        projected_keys: Operand | None = None,
         return_weights: bool = False,
         return_saved: bool = False,
         **options: Unpack[FurtherOptions],
@@ -244,14 +275,26 @@ class BahdanauAttention(Layer):
         attended = self._attend(given, attn_mask, projected_keys, options, return_weights)
         return attended.results(attended.out, return_weights, return_saved)
 
+    # fmt: off
+    @overload
+    def backward(
+        self, grad_out: Operand, inputs: tuple[Operand | None, ...] | Saved, attn_mask: MaskLike | None = ..., *,
+        projected_keys: Operand | None = ..., grads: None = ..., **options: Unpack[FurtherOptions],
+    ) -> tuple[tuple[NDArray[Any], ...], dict[str, NDArray[Any]]]: ...
+    @overload
+    def backward(
+        self, grad_out: Operand, inputs: tuple[Operand | None, ...] | Saved, attn_mask: MaskLike | None = ..., *,
+        projected_keys: Operand | None = ..., grads: tuple[str, ...] | list[str], **options: Unpack[FurtherOptions],
+    ) -> tuple[tuple[NDArray[Any], ...], dict[str, NDArray[Any]], tuple[NDArray[Any], ...]]: ...
+    # fmt: on
     @np.errstate(all="ignore")
     def backward(
         self,
-        grad_out: ArrayLike,
-        inputs: tuple[ArrayLike | None, ...] | Saved,
-        attn_mask: ArrayLike | None = None,
+        grad_out: Operand,
+        inputs: tuple[Operand | None, ...] | Saved,
+        attn_mask: MaskLike | None = None,
         *,
-        projected_keys: ArrayLike | None = None,
+        projected_keys: Operand | None = None,
         grads: Names = None,
         **options: Unpack[FurtherOptions],
     ) -> tuple[Any, ...]:
@@ -328,8 +371,8 @@ class BahdanauAttention(Layer):
     def _attend(
         self,
         given: tuple[Any, ...],
-        attn_mask: ArrayLike | None,
-        projected_keys: ArrayLike | None,
+        attn_mask: MaskLike | None,
+        projected_keys: Operand | None,
         options: FurtherOptions,
         return_weights: bool,
     ) -> Attended:

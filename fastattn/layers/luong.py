@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -14,6 +14,7 @@ from fastattn.call.problem import FLOAT64, Array, Mask, Shape
 from fastattn.call.score_options import FurtherOptions, check_window
 from fastattn.call.seeds import Rng
 from fastattn.call.shapes import MAX_RANK
+from fastattn.call.types import MaskLike, NumberLike, Operand
 from fastattn.call.upstream import Names, summed_to
 from fastattn.layers.alignment import Alignment, Attended, find_interval, read_inputs
 from fastattn.layers.backward import Saved, as_arguments, delivered, given_arguments, recalled, times, weight_gradient
@@ -143,14 +144,46 @@ class LuongAttention(Layer):
         """Return what a parameter is before it has been trained."""
         return generator.uniform(-INITIAL, INITIAL, shape)
 
+    # fmt: off
+    @overload
+    def __call__(
+        self, query: Operand, key: Operand, value: Operand | None = ..., attn_mask: MaskLike | None = ..., *,
+        positions: NumberLike | None = ..., return_weights: Literal[False] = ..., return_saved: Literal[False] = ...,
+        **options: Unpack[FurtherOptions],
+    ) -> NDArray[Any]: ...
+    @overload
+    def __call__(
+        self, query: Operand, key: Operand, value: Operand | None = ..., attn_mask: MaskLike | None = ..., *,
+        positions: NumberLike | None = ..., return_weights: Literal[True], return_saved: Literal[False] = ...,
+        **options: Unpack[FurtherOptions],
+    ) -> tuple[NDArray[Any], NDArray[Any]]: ...
+    @overload
+    def __call__(
+        self, query: Operand, key: Operand, value: Operand | None = ..., attn_mask: MaskLike | None = ..., *,
+        positions: NumberLike | None = ..., return_weights: Literal[False] = ..., return_saved: Literal[True],
+        **options: Unpack[FurtherOptions],
+    ) -> tuple[NDArray[Any], Saved]: ...
+    @overload
+    def __call__(
+        self, query: Operand, key: Operand, value: Operand | None = ..., attn_mask: MaskLike | None = ..., *,
+        positions: NumberLike | None = ..., return_weights: Literal[True], return_saved: Literal[True],
+        **options: Unpack[FurtherOptions],
+    ) -> tuple[NDArray[Any], NDArray[Any], Saved]: ...
+    @overload
+    def __call__(
+        self, query: Operand, key: Operand, value: Operand | None = ..., attn_mask: MaskLike | None = ..., *,
+        positions: NumberLike | None = ..., return_weights: bool = ..., return_saved: bool = ...,
+        **options: Unpack[FurtherOptions],
+    ) -> NDArray[Any] | tuple[Any, ...]: ...
+    # fmt: on
     def __call__(
         self,
-        query: ArrayLike,
-        key: ArrayLike,
-        value: ArrayLike | None = None,
-        attn_mask: ArrayLike | None = None,
+        query: Operand,
+        key: Operand,
+        value: Operand | None = None,
+        attn_mask: MaskLike | None = None,
         *,
-        positions: ArrayLike | None = None,
+        positions: NumberLike | None = None,
         return_weights: bool = False,
         return_saved: bool = False,
         **options: Unpack[FurtherOptions],
@@ -210,14 +243,26 @@ class LuongAttention(Layer):
         attended = self._attend(given, attn_mask, positions, options, return_weights)
         return attended.results(attended.out, return_weights, return_saved)
 
+    # fmt: off
+    @overload
+    def backward(
+        self, grad_out: Operand, inputs: tuple[Operand | None, ...] | Saved, attn_mask: MaskLike | None = ..., *,
+        positions: NumberLike | None = ..., grads: None = ..., **options: Unpack[FurtherOptions],
+    ) -> tuple[tuple[NDArray[Any], ...], dict[str, NDArray[Any]]]: ...
+    @overload
+    def backward(
+        self, grad_out: Operand, inputs: tuple[Operand | None, ...] | Saved, attn_mask: MaskLike | None = ..., *,
+        positions: NumberLike | None = ..., grads: tuple[str, ...] | list[str], **options: Unpack[FurtherOptions],
+    ) -> tuple[tuple[NDArray[Any], ...], dict[str, NDArray[Any]], tuple[NDArray[Any], ...]]: ...
+    # fmt: on
     @np.errstate(all="ignore")
     def backward(
         self,
-        grad_out: ArrayLike,
-        inputs: tuple[ArrayLike | None, ...] | Saved,
-        attn_mask: ArrayLike | None = None,
+        grad_out: Operand,
+        inputs: tuple[Operand | None, ...] | Saved,
+        attn_mask: MaskLike | None = None,
         *,
-        positions: ArrayLike | None = None,
+        positions: NumberLike | None = None,
         grads: Names = None,
         **options: Unpack[FurtherOptions],
     ) -> tuple[Any, ...]:
@@ -282,7 +327,7 @@ class LuongAttention(Layer):
             gradients = {**gradients, **of_position}
         return delivered(found, saved.inputs), self.as_gradients(gradients), *score.besides()
 
-    def attentional(self, context: ArrayLike, query: ArrayLike) -> NDArray[Any]:
+    def attentional(self, context: Operand, query: Operand) -> NDArray[Any]:
         """Return the attentional state tanh(W_c [c; h]), which the paper predicts the next word from.
 
         Parameters
@@ -311,7 +356,7 @@ class LuongAttention(Layer):
 
     @np.errstate(all="ignore")
     def attentional_backward(
-        self, grad_state: ArrayLike, inputs: tuple[ArrayLike, ArrayLike], *, state: ArrayLike | None = None
+        self, grad_state: Operand, inputs: tuple[ArrayLike, ArrayLike], *, state: ArrayLike | None = None
     ) -> tuple[Any, dict[str, Array]]:
         """Return the gradients of the arguments of `attentional`, and of its matrix.
 
@@ -351,7 +396,7 @@ class LuongAttention(Layer):
         combined = cast(np.concatenate(weights, axis=1), self.dtype)
         return delivered(grads, inputs), {"combine_weight": combined}
 
-    def _as_combined(self, context: ArrayLike, query: ArrayLike) -> tuple[Array, Array, np.dtype[Any], Shape]:
+    def _as_combined(self, context: Operand, query: Operand) -> tuple[Array, Array, np.dtype[Any], Shape]:
         """Return arrays of context and query, the dtype of results, and the axes that both have before the last."""
         (c, h), storage = as_arrays({"context": context, "query": query}, self.dtype)
         for name, array, features in (("context", c, self.value_dim), ("query", h, self.query_dim)):
@@ -375,8 +420,8 @@ class LuongAttention(Layer):
     def _attend(
         self,
         given: tuple[Any, ...],
-        attn_mask: ArrayLike | None,
-        positions: ArrayLike | None,
+        attn_mask: MaskLike | None,
+        positions: NumberLike | None,
         options: FurtherOptions,
         return_weights: bool,
     ) -> Attended:
@@ -391,7 +436,7 @@ class LuongAttention(Layer):
         keys: int,
         batch: Shape,
         mask: Mask,
-        positions: ArrayLike | None,
+        positions: NumberLike | None,
         options: FurtherOptions,
     ) -> Alignment:
         """Return which keys the queries look at."""

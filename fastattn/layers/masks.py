@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from fastattn.call.arrays import as_array, as_masks
 from fastattn.call.broadcasting import check_broadcasts
 from fastattn.call.problem import Array, Mask, Shape
 from fastattn.call.shapes import masks_of
+from fastattn.call.types import MaskLike, NumberLike
 
 __all__ = ["as_key_mask", "changed", "combine", "mask_of_scores"]
 
 
-def mask_of_scores(attn_mask: ArrayLike | None, scores: Shape) -> Mask:
+def mask_of_scores(attn_mask: MaskLike | None, scores: Shape) -> Mask:
     """Return what `fastattn.attention` takes as a mask, of arrays that broadcast to the shape of the scores.
 
     Raises
@@ -32,7 +32,7 @@ def mask_of_scores(attn_mask: ArrayLike | None, scores: Shape) -> Mask:
     return mask
 
 
-def as_key_mask(key_mask: ArrayLike | None, keys: Shape) -> Array | None:
+def as_key_mask(key_mask: NumberLike | None, keys: Shape) -> Array | None:
     """Return an array of a mask that says which keys take part, with axes of heads and queries: (..., 1, 1, Lk).
 
     Parameters

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
-from numpy.typing import ArrayLike, DTypeLike
+from numpy.typing import DTypeLike
 
 from fastattn.api.attention import attention
 from fastattn.api.backward import attention_backward
 from fastattn.call.arrays import as_upstream
 from fastattn.call.halves import cast, real_of
 from fastattn.call.options import check_flag
-from fastattn.call.problem import Array, Mask, Shape
+from fastattn.call.problem import Array, Shape
 from fastattn.call.score_options import FurtherOptions
 from fastattn.call.seeds import Rng
+from fastattn.call.types import Causal, MaskLike, NumberLike, Operand
 from fastattn.call.upstream import Names
 from fastattn.layers import extra_key
 from fastattn.layers.backward import (
     Saved,
     bias_gradient,
-    delivered,
     given_arguments,
     named_besides,
     recalled,
@@ -32,36 +29,12 @@ from fastattn.layers.backward import (
 )
 from fastattn.layers.base import Layer, as_arrays, check_size, common_batch, linear
 from fastattn.layers.masks import as_key_mask, combine, mask_of_scores
+from fastattn.layers.projections import Attended, project, project_backward
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = ["MultiHeadAttention"]
-
-
-@dataclass(eq=False, repr=False)
-class _Attended(Saved):
-    """What the attention between the projections was made of.
-
-    Attributes
-    ----------
-    arrays : list of ndarray
-        query, key and value in one dtype.
-    heads : tuple of ndarray
-        Their projections, shape (..., heads, length, D).
-    mask : ndarray, pair of them, or None
-    options : dict
-        What attention was told besides.
-    context : ndarray, shape (..., Lq, H, D)
-    lse : ndarray, shape (..., H, Lq)
-    """
-
-    arrays: list[Array]
-    heads: tuple[Array, Array, Array]
-    mask: Mask
-    options: dict[str, Any]
-    context: Array
-    lse: Array
 
 
 class MultiHeadAttention(Layer):
@@ -208,15 +181,47 @@ class MultiHeadAttention(Layer):
             limit = math.sqrt(6 / sum(shape))
         return generator.uniform(-limit, limit, shape)
 
+    # fmt: off
+    @overload
+    def __call__(
+        self, query: Operand, key: Operand | None = ..., value: Operand | None = ..., attn_mask: MaskLike | None = ...,
+        *, key_mask: NumberLike | None = ..., is_causal: Causal = ..., return_weights: Literal[False] = ...,
+        return_saved: Literal[False] = ..., **options: Unpack[FurtherOptions],
+    ) -> Array: ...
+    @overload
+    def __call__(
+        self, query: Operand, key: Operand | None = ..., value: Operand | None = ..., attn_mask: MaskLike | None = ...,
+        *, key_mask: NumberLike | None = ..., is_causal: Causal = ..., return_weights: Literal[True],
+        return_saved: Literal[False] = ..., **options: Unpack[FurtherOptions],
+    ) -> tuple[Array, Array]: ...
+    @overload
+    def __call__(
+        self, query: Operand, key: Operand | None = ..., value: Operand | None = ..., attn_mask: MaskLike | None = ...,
+        *, key_mask: NumberLike | None = ..., is_causal: Causal = ..., return_weights: Literal[False] = ...,
+        return_saved: Literal[True], **options: Unpack[FurtherOptions],
+    ) -> tuple[Array, Saved]: ...
+    @overload
+    def __call__(
+        self, query: Operand, key: Operand | None = ..., value: Operand | None = ..., attn_mask: MaskLike | None = ...,
+        *, key_mask: NumberLike | None = ..., is_causal: Causal = ..., return_weights: Literal[True],
+        return_saved: Literal[True], **options: Unpack[FurtherOptions],
+    ) -> tuple[Array, Array, Saved]: ...
+    @overload
+    def __call__(
+        self, query: Operand, key: Operand | None = ..., value: Operand | None = ..., attn_mask: MaskLike | None = ...,
+        *, key_mask: NumberLike | None = ..., is_causal: Causal = ..., return_weights: bool = ...,
+        return_saved: bool = ..., **options: Unpack[FurtherOptions],
+    ) -> Array | tuple[Any, ...]: ...
+    # fmt: on
     def __call__(
         self,
-        query: ArrayLike,
-        key: ArrayLike | None = None,
-        value: ArrayLike | None = None,
-        attn_mask: ArrayLike | None = None,
+        query: Operand,
+        key: Operand | None = None,
+        value: Operand | None = None,
+        attn_mask: MaskLike | None = None,
         *,
-        key_mask: ArrayLike | None = None,
-        is_causal: bool | str = False,
+        key_mask: NumberLike | None = None,
+        is_causal: Causal = False,
         return_weights: bool = False,
         return_saved: bool = False,
         **options: Unpack[FurtherOptions],
@@ -277,15 +282,29 @@ class MultiHeadAttention(Layer):
         out = linear(merged, self.out_proj_weight, self.out_proj_bias)
         return attended.results(out, return_weights, return_saved)
 
+    # fmt: off
+    @overload
+    def backward(
+        self, grad_out: Operand, inputs: tuple[Operand | None, ...] | Saved, attn_mask: MaskLike | None = ..., *,
+        key_mask: NumberLike | None = ..., is_causal: Causal = ..., grads: None = ...,
+        **options: Unpack[FurtherOptions],
+    ) -> tuple[tuple[Array, ...], dict[str, Array]]: ...
+    @overload
+    def backward(
+        self, grad_out: Operand, inputs: tuple[Operand | None, ...] | Saved, attn_mask: MaskLike | None = ..., *,
+        key_mask: NumberLike | None = ..., is_causal: Causal = ..., grads: tuple[str, ...] | list[str],
+        **options: Unpack[FurtherOptions],
+    ) -> tuple[tuple[Array, ...], dict[str, Array], tuple[Array, ...]]: ...
+    # fmt: on
     @np.errstate(all="ignore")
     def backward(
         self,
-        grad_out: ArrayLike,
-        inputs: tuple[ArrayLike | None, ...] | Saved,
-        attn_mask: ArrayLike | None = None,
+        grad_out: Operand,
+        inputs: tuple[Operand | None, ...] | Saved,
+        attn_mask: MaskLike | None = None,
         *,
-        key_mask: ArrayLike | None = None,
-        is_causal: bool | str = False,
+        key_mask: NumberLike | None = None,
+        is_causal: Causal = False,
         grads: Names = None,
         **options: Unpack[FurtherOptions],
     ) -> tuple[Any, ...]:
@@ -338,7 +357,7 @@ class MultiHeadAttention(Layer):
         True
         """
         called = {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal}
-        saved: _Attended = recalled(self, inputs, 1, options, **called)
+        saved: Attended = recalled(self, inputs, 1, options, **called)
         context = saved.context.reshape(*saved.context.shape[:-2], self.embed_dim)
         grad = as_upstream("grad_out", grad_out, context.dtype, context.shape)
         gradients: dict[str, Array] = {}
@@ -360,18 +379,18 @@ class MultiHeadAttention(Layer):
             gradients["bias_k"], gradients["bias_v"] = (
                 grad.reshape(self.bias_k.shape) for grad in (grad_key, grad_value)
             )
-        grad_inputs = self._project_backward(grad_heads, saved, gradients)
+        grad_inputs = project_backward(self, grad_heads, saved, gradients)
         return grad_inputs, self.as_gradients(gradients), *(() if grads is None else (named,))
 
     def _attend(
         self,
         given: tuple[Any, ...],
-        attn_mask: ArrayLike | None,
-        key_mask: ArrayLike | None,
-        is_causal: bool | str,
+        attn_mask: MaskLike | None,
+        key_mask: NumberLike | None,
+        is_causal: Causal,
         options: FurtherOptions,
         return_weights: bool,
-    ) -> _Attended:
+    ) -> Attended:
         """Project and attend."""
         query, key, value = (*given, None, None)[:3]
         if key is None:
@@ -387,7 +406,7 @@ class MultiHeadAttention(Layer):
             as_key_mask(key_mask, (*batch, keys)),
             mask_of_scores(attn_mask, (*batch, self.num_heads, queries, keys)),
         )
-        q, k, v = self._project(*arrays)
+        q, k, v = project(self, *arrays)
         # The context has the heads next to each other, in memory as well: the last projection takes it as it lies
         context = np.empty((*batch, queries, self.num_heads, self.head_dim), q.dtype)
         grouped = self.num_kv_heads != self.num_heads
@@ -399,7 +418,7 @@ class MultiHeadAttention(Layer):
         if self.bias_kv:
             own = self._extra(told)
             lse, weights = extra_key.attend(q, *own[:2], wanted["out"], lse, weights, *own[2:])
-        return _Attended(
+        return Attended(
             layer=self,
             inputs=given,
             arrays=arrays,
@@ -417,67 +436,3 @@ class MultiHeadAttention(Layer):
         both = (cast(each, real_of(each.dtype)) for each in (self.bias_k, self.bias_v))
         key, value = (each.reshape(self.num_kv_heads, 1, self.head_dim) for each in both)
         return key, value, told.get("softcap"), told["enable_gqa"]
-
-    def _ends(self) -> tuple[int, int, int, int]:
-        """Return where the features of the heads of query, key and value begin and end, one after the other."""
-        embed, kv = self.embed_dim, self.num_kv_heads * self.head_dim
-        return 0, embed, embed + kv, embed + 2 * kv
-
-    def _products(self, arrays: Sequence[Array]) -> list[tuple[list[int], Array]]:
-        """Say which of query (0), key (1) and value (2) go through one product, and with which matrix.
-
-        Those do that are one array, where there is one matrix for all.
-        """
-        ends, packed = self._ends(), self.in_proj_weight
-        if packed is None:
-            matrices = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-            return [([i], matrix) for i, matrix in enumerate(matrices)]
-        runs = [[0]]
-        for i in (1, 2):
-            if arrays[i] is arrays[i - 1]:
-                runs[-1].append(i)
-            else:
-                runs.append([i])
-        return [(run, packed[ends[run[0]] : ends[run[-1] + 1]]) for run in runs]
-
-    def _project(self, *arrays: Array) -> list[Array]:
-        """Return the heads of query, key and value, shape (..., heads, length, D): views of few products."""
-        ends, heads = self._ends(), []
-        for members, matrix in self._products(arrays):
-            begin = ends[members[0]]
-            bias = None if self.in_proj_bias is None else self.in_proj_bias[begin : begin + len(matrix)]
-            y = linear(arrays[members[0]], matrix, bias)
-            for part in np.split(y, [ends[i] - begin for i in members[1:]], axis=-1):
-                split = part.reshape(*part.shape[:-1], part.shape[-1] // self.head_dim, self.head_dim)
-                heads.append(split.swapaxes(-2, -3))
-        return heads
-
-    def _project_backward(
-        self, grad_heads: tuple[Array, ...], attended: _Attended, gradients: dict[str, Array]
-    ) -> tuple[Array | None, ...]:
-        """Return the gradients of the inputs, given those of the heads, and put those of parameters in `gradients`."""
-        ends, inputs = self._ends(), attended.inputs
-        # query, key and value are which input? One that was left out is the one before it
-        owners = [max(i for i, x in enumerate(inputs[: own + 1]) if x is not None) for own in range(3)]
-        grad_inputs: list[Array | None] = [None] * len(inputs)
-        grad_matrices, grad_biases = [], []
-        for members, matrix in self._products(attended.arrays):
-            x, begin = attended.arrays[members[0]], ends[members[0]]
-            # as the heads lie in what was projected: side by side
-            grad = np.concatenate([grad_heads[i].swapaxes(-2, -3) for i in members], axis=-2)
-            grad = grad.reshape(*x.shape[:-1], len(matrix))
-            grad_matrices.append(weight_gradient(grad, x))
-            if self.bias:
-                grad_biases.append(bias_gradient(grad))
-            for owner, run in groupby(members, key=owners.__getitem__):
-                of_owner = list(run)
-                rows = slice(ends[of_owner[0]] - begin, ends[of_owner[-1] + 1] - begin)
-                own, known = linear(grad[..., rows], matrix[rows].T), grad_inputs[owner]
-                grad_inputs[owner] = own if known is None else known + own
-        if self.in_proj_weight is None:
-            gradients.update(zip(("q_proj_weight", "k_proj_weight", "v_proj_weight"), grad_matrices, strict=True))
-        else:
-            gradients["in_proj_weight"] = np.concatenate(grad_matrices)
-        if self.bias:
-            gradients["in_proj_bias"] = np.concatenate(grad_biases)
-        return delivered(grad_inputs, inputs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -12,6 +12,7 @@ from fastattn.call.broadcasting import check_broadcasts
 from fastattn.call.halves import cast, real_of
 from fastattn.call.options import check_flag, finite_real
 from fastattn.call.problem import FLOAT64, Array, Shape
+from fastattn.call.types import NumberLike, Operand, Scalar
 from fastattn.layers.base import check_dtype, check_size
 
 __all__ = ["as_positions", "rotary", "sinusoidal_positions"]
@@ -20,6 +21,12 @@ __all__ = ["as_positions", "rotary", "sinusoidal_positions"]
 BASE = 10000.0
 
 
+@overload
+def sinusoidal_positions(length: int, dim: int) -> NDArray[np.float64]: ...
+@overload
+def sinusoidal_positions(length: int, dim: int, *, dtype: type[Scalar] | np.dtype[Scalar]) -> NDArray[Scalar]: ...
+@overload
+def sinusoidal_positions(length: int, dim: int, *, dtype: DTypeLike) -> NDArray[Any]: ...
 def sinusoidal_positions(length: int, dim: int, *, dtype: DTypeLike = np.float64) -> NDArray[Any]:
     """Encode positions by sines and cosines of geometrically falling frequencies, to be added to embeddings [1]_.
 
@@ -65,14 +72,14 @@ def sinusoidal_positions(length: int, dim: int, *, dtype: DTypeLike = np.float64
 
 
 def rotary(
-    x: ArrayLike,
-    positions: ArrayLike | None = None,
+    x: Operand[Scalar],
+    positions: NumberLike | None = None,
     *,
     base: float = BASE,
     interleaved: bool = False,
     rotary_dim: int | None = None,
-    angles: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None,
-) -> NDArray[Any]:
+    angles: NumberLike | tuple[NumberLike, NumberLike] | None = None,
+) -> NDArray[Scalar]:
     """Rotate pairs of features by angles that grow with the position [1]_.
 
     The product of a query and a key that have been rotated depends on how far they are apart, and not on where.

@@ -17,6 +17,7 @@ from fastattn.call.halves import cast, common_dtype, is_floating, real_of
 from fastattn.call.problem import Array, Operands, Problem
 from fastattn.call.score_options import FurtherOptions
 from fastattn.call.shapes import describe
+from fastattn.call.types import Causal, MaskLike, NumberLike, Operand
 from fastattn.layers.bahdanau import BahdanauAttention
 from fastattn.layers.luong import LuongAttention
 from fastattn.layers.masks import as_key_mask, changed, combine, mask_of_scores
@@ -34,13 +35,13 @@ __all__ = ["bahdanau_attention", "luong_attention", "multi_head_attention"]
 @np.errstate(all="ignore")
 def multi_head_attention(
     layer: MultiHeadAttention,
-    query: ArrayLike,
-    key: ArrayLike | None = None,
-    value: ArrayLike | None = None,
-    attn_mask: ArrayLike | None = None,
+    query: Operand,
+    key: Operand | None = None,
+    value: Operand | None = None,
+    attn_mask: MaskLike | None = None,
     *,
-    key_mask: ArrayLike | None = None,
-    is_causal: bool | str = False,
+    key_mask: NumberLike | None = None,
+    is_causal: Causal = False,
     **options: Unpack[FurtherOptions],
 ) -> tuple[Array, Array]:
     """Evaluate multi-head attention.
@@ -96,10 +97,10 @@ def _with_extra_key(context: Array, lse: Array, weights: Array, own: Array, own_
 @np.errstate(all="ignore")
 def bahdanau_attention(
     layer: BahdanauAttention,
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike | None = None,
-    attn_mask: ArrayLike | None = None,
+    query: Operand,
+    key: Operand,
+    value: Operand | None = None,
+    attn_mask: MaskLike | None = None,
     **options: Unpack[FurtherOptions],
 ) -> tuple[Array, Array]:
     """Evaluate Bahdanau's attention.
@@ -125,12 +126,12 @@ def bahdanau_attention(
 @np.errstate(all="ignore")
 def luong_attention(
     layer: LuongAttention,
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike | None = None,
-    attn_mask: ArrayLike | None = None,
+    query: Operand,
+    key: Operand,
+    value: Operand | None = None,
+    attn_mask: MaskLike | None = None,
     *,
-    positions: ArrayLike | None = None,
+    positions: NumberLike | None = None,
     **options: Unpack[FurtherOptions],
 ) -> tuple[Array, Array]:
     """Evaluate Luong's attention, with the local alignments as windows cut out of the whole matrix.
@@ -180,7 +181,7 @@ def luong_attention(
 
 
 def _described(
-    q: Array, k: Array, v: Array, attn_mask: ArrayLike | None, options: FurtherOptions, real: np.dtype[Any]
+    q: Array, k: Array, v: Array, attn_mask: MaskLike | None, options: FurtherOptions, real: np.dtype[Any]
 ) -> tuple[Problem, Operands]:
     """Describe attention of one head; what stands in no head, (B, L, D), becomes (B, 1, L, D)."""
     scores = (*np.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2]), q.shape[-2], k.shape[-2])

@@ -20,10 +20,10 @@ not look at takes no part, whatever it is: 0 · NaN does not arise.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from fastattn.call.arrays import as_additive_operands, as_operands
 from fastattn.call.halves import cast
@@ -32,6 +32,7 @@ from fastattn.call.score_options import FurtherOptions
 from fastattn.call.seeds import Rng
 from fastattn.call.selection import places_of
 from fastattn.call.shapes import describe, describe_additive
+from fastattn.call.types import Causal, MaskLike, Number, OfKey, OfQuery, OfValue, OfWeight, Operand
 from fastattn.call.upstream import (
     Names,
     Upstream,
@@ -102,21 +103,44 @@ class Gradients(NamedTuple):
         }
 
 
+# fmt: off
+@overload
 def attention_backward(
-    grad_out: ArrayLike,
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    out: ArrayLike,
-    lse: ArrayLike,
-    attn_mask: ArrayLike | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool | str = False,
-    scale: float | None = None,
+    grad_out: Operand, query: Operand[OfQuery], key: Operand[OfKey], value: Operand[OfValue], out: Operand,
+    lse: Operand, attn_mask: MaskLike | None = ..., dropout_p: Number = ..., is_causal: Causal = ...,
+    scale: Number | None = ..., enable_gqa: bool = ..., *, rng: Rng | None = ..., grad_lse: Operand | None = ...,
+    grad_mask: Literal[False] = ..., grads: None = ..., **options: Unpack[FurtherOptions],
+) -> tuple[NDArray[OfQuery], NDArray[OfKey], NDArray[OfValue]]: ...
+@overload
+def attention_backward(
+    grad_out: Operand, query: Operand[OfQuery], key: Operand[OfKey], value: Operand[OfValue], out: Operand,
+    lse: Operand, attn_mask: MaskLike | None = ..., dropout_p: Number = ..., is_causal: Causal = ...,
+    scale: Number | None = ..., enable_gqa: bool = ..., *, rng: Rng | None = ..., grad_lse: Operand | None = ...,
+    grad_mask: Literal[True], grads: None = ..., **options: Unpack[FurtherOptions],
+) -> tuple[NDArray[OfQuery], NDArray[OfKey], NDArray[OfValue], NDArray[Any]]: ...
+@overload
+def attention_backward(
+    grad_out: Operand, query: Operand[OfQuery], key: Operand[OfKey], value: Operand[OfValue], out: Operand,
+    lse: Operand, attn_mask: MaskLike | None = ..., dropout_p: Number = ..., is_causal: Causal = ...,
+    scale: Number | None = ..., enable_gqa: bool = ..., *, rng: Rng | None = ..., grad_lse: Operand | None = ...,
+    grad_mask: bool = ..., grads: Names = ..., **options: Unpack[FurtherOptions],
+) -> tuple[NDArray[Any], ...]: ...
+# fmt: on
+def attention_backward(
+    grad_out: Operand,
+    query: Operand,
+    key: Operand,
+    value: Operand,
+    out: Operand,
+    lse: Operand,
+    attn_mask: MaskLike | None = None,
+    dropout_p: Number = 0.0,
+    is_causal: Causal = False,
+    scale: Number | None = None,
     enable_gqa: bool = False,
     *,
     rng: Rng | None = None,
-    grad_lse: ArrayLike | None = None,
+    grad_lse: Operand | None = None,
     grad_mask: bool = False,
     grads: Names = None,
     **options: Unpack[FurtherOptions],
@@ -143,18 +167,39 @@ def attention_backward(
     return as_given(problem, names, gradients.named(), sources)
 
 
+# fmt: off
+@overload
 def additive_attention_backward(
-    grad_out: ArrayLike,
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    weight: ArrayLike,
-    out: ArrayLike,
-    lse: ArrayLike,
-    attn_mask: ArrayLike | None = None,
-    is_causal: bool | str = False,
+    grad_out: Operand, query: Operand[OfQuery], key: Operand[OfKey], value: Operand[OfValue], weight: Operand[OfWeight],
+    out: Operand, lse: Operand, attn_mask: MaskLike | None = ..., is_causal: Causal = ..., *,
+    grad_lse: Operand | None = ..., grad_mask: Literal[False] = ..., grads: None = ...,
+    **options: Unpack[FurtherOptions],
+) -> tuple[NDArray[OfQuery], NDArray[OfKey], NDArray[OfValue], NDArray[OfWeight]]: ...
+@overload
+def additive_attention_backward(
+    grad_out: Operand, query: Operand[OfQuery], key: Operand[OfKey], value: Operand[OfValue], weight: Operand[OfWeight],
+    out: Operand, lse: Operand, attn_mask: MaskLike | None = ..., is_causal: Causal = ..., *,
+    grad_lse: Operand | None = ..., grad_mask: Literal[True], grads: None = ..., **options: Unpack[FurtherOptions],
+) -> tuple[NDArray[OfQuery], NDArray[OfKey], NDArray[OfValue], NDArray[OfWeight], NDArray[Any]]: ...
+@overload
+def additive_attention_backward(
+    grad_out: Operand, query: Operand[OfQuery], key: Operand[OfKey], value: Operand[OfValue], weight: Operand[OfWeight],
+    out: Operand, lse: Operand, attn_mask: MaskLike | None = ..., is_causal: Causal = ..., *,
+    grad_lse: Operand | None = ..., grad_mask: bool = ..., grads: Names = ..., **options: Unpack[FurtherOptions],
+) -> tuple[NDArray[Any], ...]: ...
+# fmt: on
+def additive_attention_backward(
+    grad_out: Operand,
+    query: Operand,
+    key: Operand,
+    value: Operand,
+    weight: Operand,
+    out: Operand,
+    lse: Operand,
+    attn_mask: MaskLike | None = None,
+    is_causal: Causal = False,
     *,
-    grad_lse: ArrayLike | None = None,
+    grad_lse: Operand | None = None,
     grad_mask: bool = False,
     grads: Names = None,
     **options: Unpack[FurtherOptions],

@@ -6,15 +6,16 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from fastattn.call.pieces import as_pieces
 from fastattn.call.rounding import saturated
+from fastattn.call.types import Operand
 
 __all__ = ["merge", "merged"]
 
 
-def merge(outs: Iterable[ArrayLike], lses: Iterable[ArrayLike]) -> tuple[NDArray[Any], NDArray[Any]]:
+def merge(outs: Iterable[Operand], lses: Iterable[Operand]) -> tuple[NDArray[Any], NDArray[Any]]:
     """Return the result and the log-sum-exp over all keys of those over some: `fastattn.merge`.
 
     Examples

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from fastattn.call.halves import cast
 from fastattn.call.options import check_flag
@@ -14,28 +14,56 @@ from fastattn.call.out import check_out
 from fastattn.call.packed_pages import describe_packed_pages
 from fastattn.call.pages import PACKED, PADDED, Pages, as_pages, as_query, describe_paged, refuse_masks
 from fastattn.call.problem import Array, Operands, Problem
+from fastattn.call.score_options import RowOptions
 from fastattn.call.seeds import Rng, seed_from
+from fastattn.call.types import Causal, IntegerLike, MaskLike, Number, Operand, Scalar
 from fastattn.reference.forward import evaluate
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["attention_paged"]
 
 
+# fmt: off
+@overload
 def attention_paged(
-    query: ArrayLike,
-    key_pages: ArrayLike,
-    value_pages: ArrayLike,
-    page_table: ArrayLike,
-    key_lengths: ArrayLike,
-    cu_seqlens_q: ArrayLike | None = None,
-    attn_mask: ArrayLike | None = None,
+    query: Operand[Scalar], key_pages: Operand[Scalar], value_pages: Operand[Scalar], page_table: IntegerLike,
+    key_lengths: IntegerLike, cu_seqlens_q: IntegerLike | None = ..., attn_mask: MaskLike | None = ..., *,
+    dropout_p: Number = ..., is_causal: Causal = ..., scale: Number | None = ..., return_lse: Literal[False] = ...,
+    rng: Rng | None = ..., out: NDArray[Scalar] | None = ..., **options: Unpack[RowOptions],
+) -> NDArray[Scalar]: ...
+@overload
+def attention_paged(
+    query: Operand[Scalar], key_pages: Operand[Scalar], value_pages: Operand[Scalar], page_table: IntegerLike,
+    key_lengths: IntegerLike, cu_seqlens_q: IntegerLike | None = ..., attn_mask: MaskLike | None = ..., *,
+    dropout_p: Number = ..., is_causal: Causal = ..., scale: Number | None = ..., return_lse: Literal[True],
+    rng: Rng | None = ..., out: NDArray[Scalar] | None = ..., **options: Unpack[RowOptions],
+) -> tuple[NDArray[Scalar], NDArray[Any]]: ...
+@overload
+def attention_paged(
+    query: Operand[Scalar], key_pages: Operand[Scalar], value_pages: Operand[Scalar], page_table: IntegerLike,
+    key_lengths: IntegerLike, cu_seqlens_q: IntegerLike | None = ..., attn_mask: MaskLike | None = ..., *,
+    dropout_p: Number = ..., is_causal: Causal = ..., scale: Number | None = ..., return_lse: bool = ...,
+    rng: Rng | None = ..., out: NDArray[Scalar] | None = ..., **options: Unpack[RowOptions],
+) -> NDArray[Scalar] | tuple[NDArray[Scalar], NDArray[Any]]: ...
+# fmt: on
+def attention_paged(
+    query: Operand,
+    key_pages: Operand,
+    value_pages: Operand,
+    page_table: IntegerLike,
+    key_lengths: IntegerLike,
+    cu_seqlens_q: IntegerLike | None = None,
+    attn_mask: MaskLike | None = None,
     *,
-    dropout_p: float = 0.0,
-    is_causal: bool | str = False,
-    scale: float | None = None,
+    dropout_p: Number = 0.0,
+    is_causal: Causal = False,
+    scale: Number | None = None,
     return_lse: bool = False,
     rng: Rng | None = None,
     out: NDArray[Any] | None = None,
-    **options: Any,
+    **options: Unpack[RowOptions],
 ) -> Any:
     """Return attention on pages: `fastattn.attention_paged`, of each row's keys, gathered.
 

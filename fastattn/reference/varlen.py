@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from fastattn.call.arrays import as_operands
 from fastattn.call.halves import cast
 from fastattn.call.options import check_flag
 from fastattn.call.out import check_out
 from fastattn.call.packed import as_given, describe_packed, heads_first, sources_of_packed
-from fastattn.call.score_options import FurtherOptions
+from fastattn.call.score_options import PackedOptions
 from fastattn.call.seeds import Rng, seed_from
+from fastattn.call.types import Causal, IntegerLike, Number, OfKey, OfQuery, OfValue, Operand, Scalar
 from fastattn.call.upstream import (
     OF_HEADS,
     SHARED,
@@ -33,21 +34,44 @@ if TYPE_CHECKING:
 __all__ = ["attention_varlen", "attention_varlen_backward"]
 
 
+# fmt: off
+@overload
 def attention_varlen(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    cu_seqlens_q: ArrayLike,
-    cu_seqlens_k: ArrayLike | None = None,
+    query: Operand[Scalar], key: Operand[Scalar], value: Operand[Scalar], cu_seqlens_q: IntegerLike,
+    cu_seqlens_k: IntegerLike | None = ..., *, dropout_p: Number = ..., is_causal: Causal = ...,
+    scale: Number | None = ..., enable_gqa: bool = ..., return_lse: Literal[False] = ..., rng: Rng | None = ...,
+    out: NDArray[Scalar] | None = ..., **options: Unpack[PackedOptions],
+) -> NDArray[Scalar]: ...
+@overload
+def attention_varlen(
+    query: Operand[Scalar], key: Operand[Scalar], value: Operand[Scalar], cu_seqlens_q: IntegerLike,
+    cu_seqlens_k: IntegerLike | None = ..., *, dropout_p: Number = ..., is_causal: Causal = ...,
+    scale: Number | None = ..., enable_gqa: bool = ..., return_lse: Literal[True], rng: Rng | None = ...,
+    out: NDArray[Scalar] | None = ..., **options: Unpack[PackedOptions],
+) -> tuple[NDArray[Scalar], NDArray[Any]]: ...
+@overload
+def attention_varlen(
+    query: Operand[Scalar], key: Operand[Scalar], value: Operand[Scalar], cu_seqlens_q: IntegerLike,
+    cu_seqlens_k: IntegerLike | None = ..., *, dropout_p: Number = ..., is_causal: Causal = ...,
+    scale: Number | None = ..., enable_gqa: bool = ..., return_lse: bool = ..., rng: Rng | None = ...,
+    out: NDArray[Scalar] | None = ..., **options: Unpack[PackedOptions],
+) -> NDArray[Scalar] | tuple[NDArray[Scalar], NDArray[Any]]: ...
+# fmt: on
+def attention_varlen(
+    query: Operand,
+    key: Operand,
+    value: Operand,
+    cu_seqlens_q: IntegerLike,
+    cu_seqlens_k: IntegerLike | None = None,
     *,
-    dropout_p: float = 0.0,
-    is_causal: bool | str = False,
-    scale: float | None = None,
+    dropout_p: Number = 0.0,
+    is_causal: Causal = False,
+    scale: Number | None = None,
     enable_gqa: bool = False,
     return_lse: bool = False,
     rng: Rng | None = None,
     out: NDArray[Any] | None = None,
-    **options: Unpack[FurtherOptions],
+    **options: Unpack[PackedOptions],
 ) -> Any:
     """Return attention of packed sequences: `fastattn.attention_varlen`, one sequence after the other.
 
@@ -61,7 +85,8 @@ def attention_varlen(
     array([1.5, 1.5, 5. ])
     """
     arrays = as_operands(query, key, value)[:3]
-    packed = describe_packed(*arrays, cu_seqlens_q, cu_seqlens_k, dropout_p, is_causal, scale, enable_gqa, options)
+    further: Any = options
+    packed = describe_packed(*arrays, cu_seqlens_q, cu_seqlens_k, dropout_p, is_causal, scale, enable_gqa, further)
     problem = packed.problem
     out = check_out(out, problem)
     return_lse = check_flag("return_lse", return_lse)
@@ -75,24 +100,40 @@ def attention_varlen(
     return (result, lse) if return_lse else result
 
 
+# fmt: off
+@overload
 def attention_varlen_backward(
-    grad_out: ArrayLike,
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    out: ArrayLike,
-    lse: ArrayLike,
-    cu_seqlens_q: ArrayLike,
-    cu_seqlens_k: ArrayLike | None = None,
+    grad_out: Operand, query: Operand[OfQuery], key: Operand[OfKey], value: Operand[OfValue], out: Operand,
+    lse: Operand, cu_seqlens_q: IntegerLike, cu_seqlens_k: IntegerLike | None = ..., *, dropout_p: Number = ...,
+    is_causal: Causal = ..., scale: Number | None = ..., enable_gqa: bool = ..., rng: Rng | None = ...,
+    grad_lse: Operand | None = ..., grads: None = ..., **options: Unpack[PackedOptions],
+) -> tuple[NDArray[OfQuery], NDArray[OfKey], NDArray[OfValue]]: ...
+@overload
+def attention_varlen_backward(
+    grad_out: Operand, query: Operand[OfQuery], key: Operand[OfKey], value: Operand[OfValue], out: Operand,
+    lse: Operand, cu_seqlens_q: IntegerLike, cu_seqlens_k: IntegerLike | None = ..., *, dropout_p: Number = ...,
+    is_causal: Causal = ..., scale: Number | None = ..., enable_gqa: bool = ..., rng: Rng | None = ...,
+    grad_lse: Operand | None = ..., grads: Names = ..., **options: Unpack[PackedOptions],
+) -> tuple[NDArray[Any], ...]: ...
+# fmt: on
+def attention_varlen_backward(
+    grad_out: Operand,
+    query: Operand,
+    key: Operand,
+    value: Operand,
+    out: Operand,
+    lse: Operand,
+    cu_seqlens_q: IntegerLike,
+    cu_seqlens_k: IntegerLike | None = None,
     *,
-    dropout_p: float = 0.0,
-    is_causal: bool | str = False,
-    scale: float | None = None,
+    dropout_p: Number = 0.0,
+    is_causal: Causal = False,
+    scale: Number | None = None,
     enable_gqa: bool = False,
     rng: Rng | None = None,
-    grad_lse: ArrayLike | None = None,
+    grad_lse: Operand | None = None,
     grads: Names = None,
-    **options: Unpack[FurtherOptions],
+    **options: Unpack[PackedOptions],
 ) -> tuple[NDArray[Any], ...]:
     """Return the gradients of query, key and value: `fastattn.attention_varlen_backward`, sequence after sequence.
 
@@ -107,11 +148,12 @@ def attention_varlen_backward(
     array([1., 1., 1.])
     """
     arrays = as_operands(query, key, value)[:3]
-    packed = describe_packed(*arrays, cu_seqlens_q, cu_seqlens_k, dropout_p, is_causal, scale, enable_gqa, options)
+    further: Any = options
+    packed = describe_packed(*arrays, cu_seqlens_q, cu_seqlens_k, dropout_p, is_causal, scale, enable_gqa, further)
     upstream = arrived(packed.problem, grad_out, out, lse, grad_lse)
     seed = seed_of_forward(rng, packed.problem)
     of_function = captured_sources(packed.problem, packed.captured)
-    sources = sources_of_packed(query, key, value, options) | of_function
+    sources = sources_of_packed(query, key, value, further) | of_function
     names = wanted_gradients(grads, sources)
     found: dict[str, Any] = {}
     for name, array in zip(("query", "key", "value"), arrays, strict=True):

@@ -21,6 +21,7 @@ from tolerances import layer_bound
 
 import fastattn
 from fastattn import BahdanauAttention, LuongAttention, MultiHeadAttention
+from fastattn.layers.projections import project
 from fastattn.layers.reference import multi_head_attention
 
 Array = np.ndarray[Any, Any]
@@ -30,7 +31,7 @@ def bound_of(layer: MultiHeadAttention, *arrays: Array, mask: float = 0.0) -> fl
     """Return the bound for a layer's results and weights: its formula, with the magnitudes of everything."""
     size = copy.deepcopy(layer)
     size.load_state_dict({name: np.abs(array) for name, array in layer.state_dict().items()})
-    q, k, v = size._project(*(np.abs(array).astype(np.float64) for array in arrays))
+    q, k, v = project(size, *(np.abs(array).astype(np.float64) for array in arrays))
     scores = q @ np.repeat(k, layer.num_heads // layer.num_kv_heads, axis=-3).swapaxes(-1, -2)
     values = size.out_proj_weight.sum(axis=1).max() * v.max(initial=0)
     dtype = np.result_type(layer.dtype, *arrays)

@@ -1,13 +1,20 @@
 """All kernels, ahead of their first use."""
 
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeAlias
+
 from fastattn.cpu.host.builtin import in_default_mode
 from fastattn.cpu.host.kernels import every_kernel, load
 from fastattn.machine.table import host
 from fastattn.machine.tile import ITEMSIZE
 
+Storage: TypeAlias = Literal["float16", "bfloat16", "float32", "float64"]
+
 
 @in_default_mode
-def warmup(progress=None, dtypes=("float32", "float64")) -> None:
+def warmup(
+    progress: Callable[[int, int, str], object] | None = None, dtypes: Sequence[Storage] = ("float32", "float64")
+) -> None:
     """Compile every kernel for this machine, or load it from the cache, so that no later call waits.
 
     Those for softcaps, and functions of one's own, are compiled when they are used.

@@ -14,6 +14,7 @@ from fastattn.call.arrays import as_operands, is_pair
 from fastattn.call.halves import name_of
 from fastattn.call.problem import Captures, Operands, Problem
 from fastattn.call.shapes import describe, masks_of
+from fastattn.call.types import Causal, Number
 from fastattn.cuda.host.arrays import Given, on_host, read
 from fastattn.cuda.kernels.elements import real_of
 
@@ -32,7 +33,7 @@ def named(query: Any, key: Any, value: Any, attn_mask: Any) -> dict[str, Any]:
 
 
 def options_of(
-    dropout_p: float, is_causal: bool | str, scale: float | None, enable_gqa: bool, further: dict[str, Any]
+    dropout_p: Number, is_causal: Causal, scale: Number | None, enable_gqa: bool, further: dict[str, Any]
 ) -> Options:
     """What `fastattn.call.shapes.describe` is told besides arrays; offsets and lengths come from wherever they are."""
     own = {name: on_host(option) for name, option in further.items()}

@@ -16,6 +16,7 @@ from fastattn.call.options import check_flag
 from fastattn.call.out import check_out, check_shape_of_out
 from fastattn.call.problem import Operands, Problem
 from fastattn.call.seeds import seed_from
+from fastattn.call.types import Causal, Number
 from fastattn.call.widening import scale_in_float64
 from fastattn.cuda.available import capability_of
 from fastattn.cuda.host import decode as decoding
@@ -103,9 +104,9 @@ def attention(
     key: Any,
     value: Any,
     attn_mask: Any,
-    dropout_p: float,
-    is_causal: bool | str,
-    scale: float | None,
+    dropout_p: Number,
+    is_causal: Causal,
+    scale: Number | None,
     enable_gqa: bool,
     return_lse: bool,
     return_weights: bool,

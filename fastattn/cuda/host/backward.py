@@ -14,6 +14,7 @@ from fastattn.call.problem import Problem, Shape
 from fastattn.call.rounding import slack
 from fastattn.call.score_options import FurtherOptions
 from fastattn.call.shapes import split_shape
+from fastattn.call.types import Causal, Number
 from fastattn.call.upstream import (
     OF_HEADS,
     Names,
@@ -136,9 +137,9 @@ def attention_backward(
     out: Any,
     lse: Any,
     attn_mask: Any,
-    dropout_p: float,
-    is_causal: bool | str,
-    scale: float | None,
+    dropout_p: Number,
+    is_causal: Causal,
+    scale: Number | None,
     enable_gqa: bool,
     rng: Any,
     grad_lse: Any,

@@ -2,36 +2,62 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from fastattn.call.options import check_flag
 from fastattn.call.score_options import FurtherOptions
 from fastattn.call.seeds import Rng
+from fastattn.call.shares import Layout
+from fastattn.call.types import Causal, IntegerLike, MaskLike, Number, Operand, Scalar
 from fastattn.call.upstream import Names
 from fastattn.integrations.mpi.call import Asked, Share, call_of
 from fastattn.integrations.mpi.passes import Backward, Forward
 
 if TYPE_CHECKING:
+    from mpi4py import MPI
     from typing_extensions import Unpack
 
 __all__ = ["ring_attention", "ring_attention_backward"]
 
 
+# fmt: off
+@overload
 def ring_attention(
-    comm: Any,
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    attn_mask: ArrayLike | tuple[ArrayLike | None, ArrayLike | None] | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool | str = False,
-    scale: float | None = None,
+    comm: MPI.Intracomm, query: Operand[Scalar], key: Operand[Scalar], value: Operand[Scalar],
+    attn_mask: MaskLike | None = ..., dropout_p: Number = ..., is_causal: Causal = ..., scale: Number | None = ...,
+    enable_gqa: bool = ..., *, layout: Layout = ..., cu_seqlens: IntegerLike | None = ...,
+    return_lse: Literal[False] = ..., rng: Rng | None = ..., **options: Unpack[FurtherOptions],
+) -> NDArray[Scalar]: ...
+@overload
+def ring_attention(
+    comm: MPI.Intracomm, query: Operand[Scalar], key: Operand[Scalar], value: Operand[Scalar],
+    attn_mask: MaskLike | None = ..., dropout_p: Number = ..., is_causal: Causal = ..., scale: Number | None = ...,
+    enable_gqa: bool = ..., *, layout: Layout = ..., cu_seqlens: IntegerLike | None = ..., return_lse: Literal[True],
+    rng: Rng | None = ..., **options: Unpack[FurtherOptions],
+) -> tuple[NDArray[Scalar], NDArray[Any]]: ...
+@overload
+def ring_attention(
+    comm: MPI.Intracomm, query: Operand[Scalar], key: Operand[Scalar], value: Operand[Scalar],
+    attn_mask: MaskLike | None = ..., dropout_p: Number = ..., is_causal: Causal = ..., scale: Number | None = ...,
+    enable_gqa: bool = ..., *, layout: Layout = ..., cu_seqlens: IntegerLike | None = ..., return_lse: bool = ...,
+    rng: Rng | None = ..., **options: Unpack[FurtherOptions],
+) -> NDArray[Scalar] | tuple[NDArray[Scalar], NDArray[Any]]: ...
+# fmt: on
+def ring_attention(
+    comm: MPI.Intracomm,
+    query: Operand,
+    key: Operand,
+    value: Operand,
+    attn_mask: MaskLike | None = None,
+    dropout_p: Number = 0.0,
+    is_causal: Causal = False,
+    scale: Number | None = None,
     enable_gqa: bool = False,
     *,
-    layout: str = "zigzag",
-    cu_seqlens: ArrayLike | None = None,
+    layout: Layout = "zigzag",
+    cu_seqlens: IntegerLike | None = None,
     return_lse: bool = False,
     rng: Rng | None = None,
     **options: Unpack[FurtherOptions],
@@ -124,23 +150,23 @@ def ring_attention(
 
 
 def ring_attention_backward(
-    comm: Any,
-    grad_out: ArrayLike,
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    out: ArrayLike,
-    lse: ArrayLike,
-    attn_mask: ArrayLike | tuple[ArrayLike | None, ArrayLike | None] | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool | str = False,
-    scale: float | None = None,
+    comm: MPI.Intracomm,
+    grad_out: Operand,
+    query: Operand,
+    key: Operand,
+    value: Operand,
+    out: Operand,
+    lse: Operand,
+    attn_mask: MaskLike | None = None,
+    dropout_p: Number = 0.0,
+    is_causal: Causal = False,
+    scale: Number | None = None,
     enable_gqa: bool = False,
     *,
-    layout: str = "zigzag",
-    cu_seqlens: ArrayLike | None = None,
+    layout: Layout = "zigzag",
+    cu_seqlens: IntegerLike | None = None,
     rng: Rng | None = None,
-    grad_lse: ArrayLike | None = None,
+    grad_lse: Operand | None = None,
     grads: Names = None,
     **options: Unpack[FurtherOptions],
 ) -> tuple[NDArray[Any], ...]:

@@ -10,14 +10,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from fastattn.call.arrays import as_array
 from fastattn.call.problem import Array
-from fastattn.call.shares import Span, check_layout, shares
+from fastattn.call.shares import Layout, Span, check_layout, shares
 from fastattn.integrations.mpi.agreement import agree
 from fastattn.integrations.mpi.courier import own_communicator
 
 __all__ = ["shard", "unshard"]
 
 
-def shard(comm: Any, array: ArrayLike, axis: int = -2, layout: str = "zigzag") -> NDArray[Any]:
+def shard(comm: MPI.Intracomm, array: ArrayLike, axis: int = -2, layout: Layout = "zigzag") -> NDArray[Any]:
     """The share of an array that this rank has in `ring_attention`.
 
     Nothing is sent: each rank takes its own of an array that it has, or that lies in a file. Of a `numpy.memmap` no
@@ -62,7 +62,7 @@ def shard(comm: Any, array: ArrayLike, axis: int = -2, layout: str = "zigzag") -
     return np.concatenate([whole[_along(axis, span.begin, span.end)] for span in spans], axis=axis)
 
 
-def unshard(comm: Any, array: ArrayLike, axis: int = -2, layout: str = "zigzag") -> NDArray[Any]:
+def unshard(comm: MPI.Intracomm, array: ArrayLike, axis: int = -2, layout: Layout = "zigzag") -> NDArray[Any]:
     """The whole of which each rank has a share, on every rank. All ranks call this together.
 
     Parameters
@@ -120,7 +120,7 @@ def check_lengths(name: str, lengths: list[int], found: list[list[Span]], layout
             )
 
 
-def _gathered(comm: Any, share: Array, axis: int, found: list[list[Span]]) -> Array:
+def _gathered(comm: MPI.Intracomm, share: Array, axis: int, found: list[list[Span]]) -> Array:
     """All shares, each where it belongs."""
     front = np.ascontiguousarray(np.moveaxis(share, axis, 0))
     counts = [sum(span.end - span.begin for span in spans) for spans in found]
