@@ -2,8 +2,8 @@
 
 Sphinx reads the repository from its top, so that every page is where it is and a link is right on GitHub and here; the
 address of a page is the path of its file. What GitHub does not need is made on the way, by the modules in `site/`: the
-contents, from the tables of the pages that list others; pages of the source files to which links lead; notebooks; pictures
-for both themes.
+contents, from the tables of the pages that list others; pages of the source files to which links lead; notebooks;
+pictures for both themes.
 """
 
 from __future__ import annotations
