@@ -59,6 +59,7 @@ autosummary_imported_members = True
 autodoc_mock_imports = ["dask", "jax", "mpi4py", "onnx", "torch", "transformers"]
 autodoc_typehints = "none"  # a docstring says it in words, with shapes
 python_maximum_signature_line_length = 100
+toc_object_entries_show_parents = "hide"
 default_role = "autolink"  # `name` leads to the page of that name, if there is one
 smartquotes = False
 numpydoc_class_members_toctree = False
@@ -75,6 +76,7 @@ numpydoc_validation_exclude = {
     r"\.reference\.",  # takes the arguments of functions that are documented
     r"\.(AttentionSummary|BlockMask|ShadedText)$",  # are made by functions, not by their constructors,
     r"\.onnx\.",  # and these by ONNX
+    r"\.__call__$",  # describes each of its options, and takes them as `**options`
 }
 
 
