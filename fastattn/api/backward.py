@@ -120,8 +120,11 @@ def attention_backward(
     grad_out : array_like, shape (..., Hq, Lq, Dv)
         The gradient of a number, usually a loss, by the result of attention.
     query, key, value : array_like
-        What attention was given; so are attn_mask, dropout_p, is_causal, scale, enable_gqa, window, query_offset,
-        key_lengths, softcap, alibi_slopes, sinks, score_mod, mask_mod and block_mask.
+        What attention was given.
+    attn_mask, dropout_p, is_causal, scale, enable_gqa, window, query_offset, key_lengths : optional
+        What attention was given.
+    softcap, alibi_slopes, sinks, score_mod, mask_mod, block_mask : optional
+        What attention was given.
     out : array_like, shape (..., Hq, Lq, Dv)
         What attention returned.
     lse : array_like, shape (..., Hq, Lq)
@@ -303,8 +306,11 @@ def additive_attention_backward(
     grad_out : array_like, shape (..., Lq, Dv)
         The gradient of a number, usually a loss, by the result of attention.
     query, key, value, weight : array_like
-        What attention was given; so are attn_mask, is_causal, window, query_offset, key_lengths, softcap,
-        alibi_slopes, sinks, score_mod, mask_mod and block_mask.
+        What attention was given.
+    attn_mask, is_causal, window, query_offset, key_lengths : optional
+        What attention was given.
+    softcap, alibi_slopes, sinks, score_mod, mask_mod, block_mask : optional
+        What attention was given.
     out : array_like, shape (..., Lq, Dv)
         What attention returned.
     lse : array_like, shape (..., Lq)

@@ -259,8 +259,11 @@ def attention_varlen_backward(
     grad_out : array_like, shape (T, Hq, Dv)
         The gradient of a number, usually a loss, by the result.
     query, key, value, cu_seqlens_q, cu_seqlens_k : array_like
-        What `attention_varlen` was given; so are dropout_p, is_causal, scale, enable_gqa, window, query_offset,
-        softcap, alibi_slopes, sinks, score_mod and mask_mod.
+        What `attention_varlen` was given.
+    dropout_p, is_causal, scale, enable_gqa, window, query_offset, softcap : optional
+        What it was given.
+    alibi_slopes, sinks, score_mod, mask_mod : optional
+        What it was given.
     out : array_like, shape (T, Hq, Dv)
         What it returned.
     lse : array_like, shape (T, Hq)

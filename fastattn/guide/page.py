@@ -43,7 +43,7 @@ class Listing:
     ----------
     text : str
     language : str
-        "python", or "text" for a formula.
+        "python", "pycon" for what an interpreter shows, or "text" for a formula.
     """
 
     text: str

@@ -86,10 +86,11 @@ def attention(
         is no Dask array, such as a query in memory, is one chunk to begin with.
     attn_mask : dask.array.Array or array_like, broadcasting to (..., Hq, Lq, Lk), optional
         As in `fastattn.attention`, or (bias, keep): it is cut as the scores are.
-    dropout_p, is_causal, scale, enable_gqa, window, query_offset, key_lengths, softcap, alibi_slopes, sinks, score_mod,
-    mask_mod, block_mask
+    dropout_p, is_causal, scale, enable_gqa, window, query_offset, key_lengths, softcap : optional
         As in `fastattn.attention`, of the whole arrays: positions and numbers are those among all rows, heads, queries
         and keys. Arrays among them are in memory, and go to each task.
+    alibi_slopes, sinks, score_mod, mask_mod, block_mask : optional
+        Likewise.
     return_lse : bool
         Return the natural logarithm of the sum of exp(score) over the keys as well.
     rng : int or numpy.random.Generator, optional
@@ -191,8 +192,11 @@ def attention_backward(
     grad_out : dask.array.Array, shape (..., Hq, Lq, Dv)
         The gradient of a number by the result of attention.
     query, key, value : dask.array.Array
-        What attention was given; so are attn_mask, dropout_p, is_causal, scale, enable_gqa, window, query_offset,
-        key_lengths, softcap, alibi_slopes, sinks, score_mod, mask_mod and block_mask.
+        What attention was given.
+    attn_mask, dropout_p, is_causal, scale, enable_gqa, window, query_offset, key_lengths : optional
+        What attention was given.
+    softcap, alibi_slopes, sinks, score_mod, mask_mod, block_mask : optional
+        What attention was given.
     out : dask.array.Array, shape (..., Hq, Lq, Dv)
         What attention returned.
     lse : dask.array.Array, shape (..., Hq, Lq)

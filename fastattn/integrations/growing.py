@@ -21,7 +21,7 @@ LEAST_ROOM = 64  # tokens
 
 
 class GrowingCache(DynamicCache):  # type: ignore[misc]
-    """transformers' ``DynamicCache``, which copies nothing for a token that is generated.
+    """A ``DynamicCache`` of transformers that copies nothing for a token that is generated.
 
     Parameters
     ----------

@@ -78,6 +78,11 @@ def register(name: str = "fastattn") -> None:
     name : str
         The name of the implementation.
 
+    Raises
+    ------
+    TypeError
+        If `name` is no string.
+
     Notes
     -----
     Outputs, gradients and what ``generate`` returns are those of "eager", to rounding. What a model passes that cannot
@@ -87,11 +92,6 @@ def register(name: str = "fastattn") -> None:
     A model whose layers compute attention themselves raises a ValueError with the name of its class when it is made.
     For this, ``PreTrainedModel.get_correct_attn_implementation`` is replaced by one that asks the class as well, of
     the names that are registered here alone.
-
-    Raises
-    ------
-    TypeError
-        If `name` is no string.
 
     Examples
     --------

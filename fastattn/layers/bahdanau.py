@@ -55,8 +55,8 @@ class BahdanauAttention(Layer):
         Features inside the tanh.
     rng : int, numpy.random.Generator or RandomState, or None
         What the parameters are drawn from, as in PyTorch's linear layers: uniformly within ±1/√n, n being the number of
-        features that a parameter is summed over. (The paper starts with `weight` and `bias` 0 and the matrices within
-        some ±0.001, from where only training leads anywhere: all keys weigh the same.)
+        features that a parameter is summed over. The paper starts with `weight` and `bias` 0 and the matrices within
+        some ±0.001, from where only training leads anywhere: all keys weigh the same.
     dtype : dtype_like
         float16, bfloat16, float32 or float64. Half precision is computed with in float32, and results are rounded.
 

@@ -49,7 +49,13 @@ class ShadedText:
     about: str
 
     def lines(self, style: Style) -> list[str]:
-        """The text in a terminal of this style, and below it what the shades or the numbers mean."""
+        """The text in a terminal of this style, and below it what the shades or the numbers mean.
+
+        Parameters
+        ----------
+        style : fastattn.console.terminal.Style
+            Whether there are colours and blocks, and how wide a line may be.
+        """
         below = [f"{self.about}, shades from", *legend(style, self.vmax)] if style.colour else [self.about]
         return [*shaded_text(self.words, style, indent="", top=self.vmax), "", *below]
 

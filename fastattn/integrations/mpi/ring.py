@@ -176,9 +176,8 @@ def ring_attention_backward(
 
     Parameters
     ----------
-    comm
-        What `ring_attention` was given; so are query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
-        layout, cu_seqlens and options.
+    comm, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, layout, cu_seqlens, **options
+        What `ring_attention` was given.
     grad_out : array_like, shape (..., Hq, lq, Dv)
         The gradient of a number, usually a loss, by the result of this rank.
     out : array_like, shape (..., Hq, lq, Dv)
