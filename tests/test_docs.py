@@ -10,7 +10,6 @@ import pytest
 
 import fastattn
 from fastattn.__main__ import main
-from fastattn.bench import report
 from fastattn.machine import table as isa
 
 ROOT = Path(__file__).parents[1]
@@ -144,7 +143,3 @@ def test_the_command_line_has_the_commands(page: Path, capsys: pytest.CaptureFix
             main([*command.split(), "--help"])
         assert end.value.code == 0, f"{page.name}: {command}"
         assert set(re.findall(r"--[a-z]+", rest)) <= set(re.findall(r"--[a-z]+", capsys.readouterr().out))
-
-
-def test_the_table_has_its_place() -> None:
-    assert "| a table |" in report.with_table(read("README.md"), "| a table |")

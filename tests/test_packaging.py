@@ -103,6 +103,8 @@ def test_what_an_index_shows_has_no_links_that_lead_nowhere(distributions: dict[
     assert re.findall(r"^#.*$|^```.*$|^\|.*$", shown, re.MULTILINE) == headings
     assert "see Getting started." in shown
     assert '*Picture: Whom "it" looks at.*' in shown
+    assert "*Picture: How fast attention is: bars for fastattn and for the other libraries.*" in shown
+    assert "<picture>" not in shown
     assert "in the source distribution" in shown
 
 

@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from fastattn.console.arguments import Parser, number, output_file, program
 from fastattn.cpu.host.processors import MOST
 
-__all__ = ["main"]
+if TYPE_CHECKING:
+    from fastattn.bench.measure import Result
+
+__all__ = ["main", "measure_all"]
 
 PICTURES = (".png", ".svg", ".pdf")
 
@@ -75,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from fastattn.bench.cases import CASES, QUICK, select
     from fastattn.bench.host import this_host
     from fastattn.bench.measure import Effort, measure
-    from fastattn.console.terminal import Progress, Style
+    from fastattn.console.terminal import Style
 
     on_gpu = args.backend == "cuda"
     if on_gpu and args.threads:
@@ -104,17 +108,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.rounds:
         effort = Effort(args.rounds, effort.seconds)
     host, style = gpu.gpu_host() if on_gpu else this_host(), Style.of(sys.stdout)
-    engines = list(host.versions)
     print(host)
-    print(report.header(engines, style), flush=True)
-    results = []
-    for index, case in enumerate(cases):
-        with Progress(f"{index + 1} of {len(cases)}: {case.name}") as progress:
-            if on_gpu:
-                results.append(gpu.measure(case, effort, progress))
-            else:
-                results.append(measure(case, effort, threads=args.threads, progress=progress))
-        print(report.line(results[-1], engines, style), flush=True)
+    one = partial(gpu.measure, effort=effort) if on_gpu else partial(measure, effort=effort, threads=args.threads)
+    results = measure_all(cases, list(host.versions), one)
     print("\n".join(report.bars(results, style)))
     left_out = report.reasons(results)
     if left_out:
@@ -127,3 +123,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.plot is not None:
         chart.save_picture(results, host, args.plot)
     return 0
+
+
+def measure_all(cases: Sequence[Any], engines: Sequence[str], one: Callable[..., Result]) -> list[Result]:
+    """Measure cases, and print a line about each when it is done.
+
+    Parameters
+    ----------
+    cases : sequence of Case or fastattn.bench.gpu.DeviceCase
+    engines : sequence of str
+        Who has a column.
+    one : callable
+        Measures a case, and is given the case and `progress`.
+    """
+    from fastattn.bench import report
+    from fastattn.console.terminal import Progress, Style
+
+    style = Style.of(sys.stdout)
+    print(report.header(engines, style), flush=True)
+    results = []
+    for index, case in enumerate(cases):
+        with Progress(f"{index + 1} of {len(cases)}: {case.name}") as progress:
+            results.append(one(case, progress=progress))
+        print(report.line(results[-1], engines, style), flush=True)
+    return results

@@ -1,4 +1,4 @@
-"""How it is shown: lines and bars for a terminal, Markdown for the README, JSON."""
+"""How it is shown: lines and bars for a terminal, Markdown for docs/benchmarks.md and the README, JSON."""
 
 from __future__ import annotations
 
@@ -17,16 +17,19 @@ __all__ = [
     "bars",
     "disturbance",
     "header",
+    "latest",
     "line",
     "markdown",
+    "overview",
     "reasons",
     "save_json",
+    "speeds_in",
     "versus",
+    "with_overview",
     "with_section",
-    "with_table",
 ]
 
-TABLE_BEGIN, TABLE_END = "<!-- table:begin -->", "<!-- table:end -->"
+BEGIN, END = "<!-- overview:begin -->", "<!-- overview:end -->"
 _NAME_WIDTH, _NUMBER_WIDTH = 38, 13
 _UNITS = {
     "GF/s": "GF/s, more is better",
@@ -144,19 +147,63 @@ def markdown(results: Sequence[Result], host: Host) -> str:
     return "\n\n".join([*blocks, f"Measured on {host}."])
 
 
-def with_table(text: str, table: str) -> str:
-    """Return a text with the table put between its two markers.
+def speeds_in(table: str) -> dict[str, dict[str, float]]:
+    """Read tables that `markdown` has made: how fast each engine is in each case, the fastest of the others being 1.
+
+    Examples
+    --------
+    >>> from fastattn.bench.report import speeds_in
+    >>> lines = ["| GF/s, more is better | fastattn | PyTorch | NumPy | of peak | against the best of the others |"]
+    >>> lines += ["| --- | ---: | ---: | ---: | ---: | --- |"]
+    >>> lines += ["| float32 (1,8,512,64) | **60** | 40 | 10 | 80 % | 1.51 × PyTorch |"]
+    >>> speeds_in("\\n".join(lines))
+    {'float32 (1,8,512,64)': {'fastattn': 1.51, 'PyTorch': 1.0, 'NumPy': 0.25}}
+    """
+    rows: dict[str, dict[str, float]] = {}
+    for block in re.findall(r"(?:^\|.*\n?)+", table, re.MULTILINE):
+        head, _, *lines = ([cell.strip(" *") for cell in line.strip("|").split("|")] for line in block.splitlines())
+        power = -1 if "less is better" in head[0] else 1
+        for line in lines:
+            ratio, _, best = line[-1].partition(" × ")
+            if best:  # else there is nothing to compare
+                others = {name: cell for name, cell in zip(head[2:-1], line[2:-1], strict=True) if cell[-1].isdigit()}
+                reached = {name: (float(cell) / float(others[best])) ** power for name, cell in others.items()}
+                rows[line[0]] = {OURS.name: float(ratio)} | reached
+    return rows
+
+
+def overview(table: str, page: str, folder: str) -> str:
+    """Return what the README shows of a table: the picture, light or dark as the page is, and where it was measured.
+
+    Parameters
+    ----------
+    table : str
+        What `markdown` has made.
+    page, folder : str
+        Where the table is to be read, and where the pictures are, seen from the README.
+    """
+    measured = table.splitlines()[-1]
+    return f"""<picture>
+  <source media="(prefers-color-scheme: dark)" srcset="{folder}/speed-dark.svg">
+  <img src="{folder}/speed.svg" alt="How fast attention is: bars for fastattn and for the other libraries">
+</picture>
+
+Each bar is a geometric mean over [the rows of a table]({page}#machines). {measured}"""
+
+
+def with_overview(text: str, shown: str) -> str:
+    """Return a text with the overview put between its two markers.
 
     Raises
     ------
     ValueError
         If the markers are not there.
     """
-    before, begin, rest = text.partition(TABLE_BEGIN)
-    _, end, after = rest.partition(TABLE_END)
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"the text has no {TABLE_BEGIN} … {TABLE_END}")
-    return f"{before}{begin}\n{table}\n{end}{after}"
+        raise ValueError(f"the text has no {BEGIN} … {END}")
+    return f"{before}{begin}\n{shown}\n{end}{after}"
 
 
 def with_section(text: str, machine: str, table: str) -> str:
@@ -189,6 +236,22 @@ def with_section(text: str, machine: str, table: str) -> str:
     if pattern.search(text):
         return pattern.sub(lambda match: section, text, count=1)
     return f"{text.rstrip()}\n\n{section}\n"
+
+
+def latest(text: str) -> tuple[str, str]:
+    """Return the machine and the table of the section that was written last, by the date at its end.
+
+    Raises
+    ------
+    ValueError
+        If there is no section.
+    """
+    pattern = r"<!-- machine:begin (.*?) -->\n## .*?\n\n(.*?; ([\d-]+)\.)\n<!-- machine:end -->"
+    sections = re.findall(pattern, text, re.DOTALL)
+    if not sections:
+        raise ValueError("the text has no section of a machine")
+    machine, table, _ = max(sections, key=lambda section: section[2])
+    return machine, table
 
 
 def save_json(results: Sequence[Result], host: Host, path: Path) -> None:
