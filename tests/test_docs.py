@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import re
+import shlex
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -41,10 +45,15 @@ def anchors(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=lambda page: page.name)
 def test_code_runs(page: Path) -> None:
-    """The pieces of a page run in order, in one namespace; an error points at the line of the page."""
+    """The pieces of a page run in order, in one namespace; an error points at the line of the page.
+
+    A piece that imports what is not installed is left out.
+    """
     namespace: dict[str, object] = {}
     for above, code in python_blocks(page):
-        exec(compile("\n" * above + code, str(page), "exec"), namespace)
+        libraries = set(re.findall(r"^(?:import|from) (?:fastattn\.integrations\.)?(\w+)", code, re.MULTILINE))
+        if all(importlib.util.find_spec(name) for name in libraries):
+            exec(compile("\n" * above + code, str(page), "exec"), namespace)
 
 
 def test_there_is_code() -> None:
@@ -132,6 +141,20 @@ def test_make_has_the_targets(page: Path) -> None:
     assert named <= targets
     if page.name == "README.md":
         assert {"demo", "test"} <= named
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_takes_the_commands_of_the_readme() -> None:
+    commands = [
+        line for language, block in FENCE.findall(read("README.md")) if language == "sh" for line in block.splitlines()
+    ]
+    assert len(commands) == 4
+    for command in commands:
+        assert command.startswith("make ")
+        planned = subprocess.run(
+            ["make", "--dry-run", *shlex.split(command, comments=True)[1:]], cwd=ROOT, capture_output=True, check=False
+        )
+        assert planned.returncode == 0, planned.stderr
 
 
 @every_page
