@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     if not args.redraw:
         host = this_host()
-        results = measure_all(cases, list(host.versions), partial(measure, effort=Effort(rounds=args.rounds)))
+        results = measure_all(cases, partial(measure, effort=Effort(rounds=args.rounds)))
         print(report.disturbance(results) or "Nothing else ran meanwhile.")
         before = args.docs.read_text("utf-8") if args.docs.exists() else "# Benchmarks\n"
         args.docs.write_text(report.with_section(before, host.name, report.markdown(results, host)), "utf-8")

@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, and print the table.
+    """Measure, and draw what was measured.
 
     Parameters
     ----------
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from fastattn.bench.cases import CASES, QUICK, select
     from fastattn.bench.host import this_host
     from fastattn.bench.measure import Effort, measure
-    from fastattn.console.terminal import Style
+    from fastattn.console.terminal import Style, wrap
 
     on_gpu = args.backend == "cuda"
     if on_gpu and args.threads:
@@ -108,10 +108,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.rounds:
         effort = Effort(args.rounds, effort.seconds)
     host, style = gpu.gpu_host() if on_gpu else this_host(), Style.of(sys.stdout)
-    print(host)
+    print(*wrap(str(host), style.width), sep="\n")
     one = partial(gpu.measure, effort=effort) if on_gpu else partial(measure, effort=effort, threads=args.threads)
-    results = measure_all(cases, list(host.versions), one)
-    print("\n".join(report.bars(results, style)))
+    results = measure_all(cases, one)
     left_out = report.reasons(results)
     if left_out:
         print("\n" + style.bold("Not measured"), *left_out, sep="\n  ")
@@ -125,14 +124,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def measure_all(cases: Sequence[Any], engines: Sequence[str], one: Callable[..., Result]) -> list[Result]:
-    """Measure cases, and print a line about each when it is done.
+def measure_all(cases: Sequence[Any], one: Callable[..., Result]) -> list[Result]:
+    """Measure cases, and draw each when it is done.
 
     Parameters
     ----------
     cases : sequence of Case or fastattn.bench.gpu.DeviceCase
-    engines : sequence of str
-        Who has a column.
     one : callable
         Measures a case, and is given the case and `progress`.
     """
@@ -140,10 +137,9 @@ def measure_all(cases: Sequence[Any], engines: Sequence[str], one: Callable[...,
     from fastattn.console.terminal import Progress, Style
 
     style = Style.of(sys.stdout)
-    print(report.header(engines, style), flush=True)
     results = []
     for index, case in enumerate(cases):
         with Progress(f"{index + 1} of {len(cases)}: {case.name}") as progress:
             results.append(one(case, progress=progress))
-        print(report.line(results[-1], engines, style), flush=True)
+        print("", *report.bars(results[-1], style), sep="\n", flush=True)
     return results

@@ -11,14 +11,12 @@ from pathlib import Path
 from fastattn.bench.host import Host
 from fastattn.bench.measure import Result
 from fastattn.bench.peers import OURS
-from fastattn.console.terminal import Style, bar, pad
+from fastattn.console.terminal import Style, bar, cut, pad, wrap
 
 __all__ = [
     "bars",
     "disturbance",
-    "header",
     "latest",
-    "line",
     "markdown",
     "overview",
     "reasons",
@@ -30,7 +28,6 @@ __all__ = [
 ]
 
 BEGIN, END = "<!-- overview:begin -->", "<!-- overview:end -->"
-_NAME_WIDTH, _NUMBER_WIDTH = 38, 13
 _UNITS = {
     "GF/s": "GF/s, more is better",
     "µs": "µs a call, less is better",
@@ -70,35 +67,18 @@ def _of_peak(result: Result) -> str:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def header(engines: Sequence[str], style: Style) -> str:
-    """Return the head of the lines that `line` makes."""
-    names = "".join(pad(name, _NUMBER_WIDTH, right=True) for name in engines)
-    return style.bold(pad("", _NAME_WIDTH) + names + "         of peak   against the best")
-
-
-def line(result: Result, engines: Sequence[str], style: Style) -> str:
-    """Return the figures of a case in one line."""
-    text = pad(result.case.name, _NAME_WIDTH)
-    for name in engines:
-        cell = pad(_cell(result, name), _NUMBER_WIDTH, right=True)
-        text += style.bold(cell) if name == OURS.name else cell
-    return f"{text}  {pad(result.case.unit, 4)}{pad(_of_peak(result), 10, right=True)}   {versus(result)}"
-
-
-def bars(results: Sequence[Result], style: Style) -> list[str]:
-    """Return a bar for each engine in each case: the longer, the faster; the fastest is full."""
-    lines: list[str] = []
-    width = max(10, style.width - 32)
-    for result in results:
-        if not result.times:
-            continue
-        lines += ["", style.bold(result.case.name)]
-        fastest = min(result.seconds(name) for name in result.times)
-        for name in result.times:
-            drawn = bar(fastest / result.seconds(name), width, style.blocks)
-            figure = pad(number(result.figure(name)), 8, right=True)
-            drawn = style.accent(drawn) if name == OURS.name else style.dim(drawn)
-            lines.append(f"  {pad(name, 13)}{figure} {pad(result.case.unit, 5)} {drawn}")
+def bars(result: Result, style: Style) -> list[str]:
+    """Return a case, how far fastattn comes, and a bar for each engine: the longer, the faster; the fastest is full."""
+    if not result.times:
+        return []
+    said = [versus(result)] if result.of_peak is None else [versus(result), f"{_of_peak(result)} of peak"]
+    lines = [style.bold(line) for line in wrap(f"{result.case.name}: {', '.join(said)}", style.width)]
+    fastest = min(result.seconds(name) for name in result.times)
+    for name in result.times:
+        drawn = bar(fastest / result.seconds(name), max(4, style.width - 29), style.blocks)
+        figure = pad(number(result.figure(name)), 6, right=True)
+        drawn = style.accent(drawn) if name == OURS.name else style.dim(drawn)
+        lines.append(cut(f"  {pad(name, 12)} {figure} {pad(result.case.unit, 4)} ", style.width - 4) + drawn)
     return lines
 
 

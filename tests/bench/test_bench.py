@@ -327,22 +327,27 @@ def test_the_markdown_table() -> None:
     ]
 
 
-def test_a_line_is_aligned_with_the_header() -> None:
-    engines = list(HOST.versions)
-    head = report.header(engines, PLAIN)
+def test_bars_have_the_figures_and_the_fastest_is_the_longest() -> None:
+    title, *lines = report.bars(outcomes()[0], PLAIN)
+    assert title == "float32 (1,1,1000,250): 1.50 × PyTorch, 80 % of peak"
+    assert [line.split()[:3] for line in lines] == [
+        ["fastattn", "1.00", "GF/s"],
+        ["PyTorch", "0.67", "GF/s"],
+        ["NumPy", "0.25", "GF/s"],
+    ]
+    lengths = [line.count("█") for line in lines]
+    assert lengths == sorted(lengths, reverse=True)
+    assert lengths[0] > lengths[1] > lengths[2] > 0
+    assert len({line.index("█") for line in lines}) == 1
+    assert report.bars(outcomes()[1], PLAIN)[0] == "tiny (1,1,8,8): 4.00 × NumPy"
+    assert report.bars(Result(SMALL, absent={"fastattn": "why"}), PLAIN) == []
+
+
+@pytest.mark.parametrize("width", [24, 40, 80, 120])
+def test_bars_fit_the_terminal(width: int) -> None:
     for outcome in outcomes():
-        text = report.line(outcome, engines, PLAIN)
-        assert text.index("×") > head.index("of peak")
-        end = head.index("fastattn") + len("fastattn")
-        assert text[end - 1].isdigit()
-        assert text[end] == " "
-
-
-def test_the_fastest_bar_is_the_longest() -> None:
-    lines = report.bars(outcomes(), PLAIN)
-    first = [line.count("█") for line in lines if line.startswith("  ")][:3]
-    assert first == sorted(first, reverse=True)
-    assert first[0] > first[1] > first[2] > 0
+        for blocks in (False, True):
+            assert max(map(len, report.bars(outcome, Style(False, blocks, width)))) <= width
 
 
 def test_reasons_name_the_cases_unless_it_is_all_of_them() -> None:

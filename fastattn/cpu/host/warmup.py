@@ -1,5 +1,6 @@
 """All kernels, ahead of their first use."""
 
+from fastattn.call.advice import said
 from fastattn.cpu.host.builtin import in_default_mode
 from fastattn.cpu.host.kernels import every_kernel, load
 from fastattn.machine.table import host
@@ -14,28 +15,38 @@ def warmup(progress=None, dtypes=("float32", "float64")) -> None:
 
     Parameters
     ----------
-    progress : callable, optional
-        Called as ``progress(done, total, label)`` before each kernel, and once at the end.
+    progress : bool or callable, optional
+        True shows a line of progress, on a terminal or in a notebook. A function is called as
+        ``progress(done, total, label)`` before each kernel, and once at the end.
     dtypes : sequence of str
         Those of arrays: "float16", "bfloat16", "float32", "float64".
 
     Raises
     ------
     ValueError
-        If there are no kernels for one of them.
+        If there are no kernels for one of the dtypes.
+    TypeError
+        If `progress` is something else.
 
     Examples
     --------
     >>> import fastattn
-    >>> fastattn.warmup()  # doctest: +SKIP
+    >>> fastattn.warmup(progress=True)  # doctest: +SKIP
     """
+    if progress is True:
+        from fastattn.console.terminal import Progress
+
+        with Progress("compiling") as shown:
+            return warmup(shown, dtypes)
+    if progress is None or progress is False:
+        progress = lambda done, total, label: None  # noqa: E731
+    if not callable(progress):
+        raise TypeError(f"progress: {said(progress)}; expected True, False, a callable, or None")
     for dtype in dtypes:
         if dtype not in ITEMSIZE:
             raise ValueError(f"dtypes: {dtype!r} among them; expected names of {', '.join(ITEMSIZE)}")
     kernels = list(every_kernel(host(), dtypes))
     for done, kernel in enumerate(kernels):
-        if progress is not None:
-            progress(done, len(kernels), kernel.label)
+        progress(done, len(kernels), kernel.label)
         load(kernel)
-    if progress is not None:
-        progress(len(kernels), len(kernels), "")
+    progress(len(kernels), len(kernels), "")
