@@ -179,11 +179,10 @@ def with_overview(text: str, shown: str) -> str:
     ValueError
         If the markers are not there.
     """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
+    place = re.compile(f"{BEGIN}.*{END}", re.DOTALL)
+    if not place.search(text):
         raise ValueError(f"the text has no {BEGIN} … {END}")
-    return f"{before}{begin}\n{shown}\n{end}{after}"
+    return place.sub(lambda match: f"{BEGIN}\n{shown}\n{END}", text)
 
 
 def with_section(text: str, machine: str, table: str) -> str:
