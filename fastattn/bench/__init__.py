@@ -111,12 +111,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(*wrap(str(host), style.width), sep="\n")
     one = partial(gpu.measure, effort=effort) if on_gpu else partial(measure, effort=effort, threads=args.threads)
     results = measure_all(cases, one)
-    left_out = report.reasons(results)
-    if left_out:
-        print("\n" + style.bold("Not measured"), *left_out, sep="\n  ")
-    disturbance = report.disturbance(results)
-    if disturbance:
-        print("\n" + style.bold(disturbance))
+    if left_out := report.reasons(results):
+        print("", style.bold("Not measured"), sep="\n")
+        print(*(line for reason in left_out for line in wrap(reason, style.width, "  ")), sep="\n")
+    if disturbance := report.disturbance(results):
+        print("", *map(style.bold, wrap(disturbance, style.width)), sep="\n")
     if args.json is not None:
         report.save_json(results, host, args.json)
     if args.plot is not None:

@@ -64,7 +64,11 @@ def _contents(style: Style) -> Iterator[str]:
     yield from wrap("The guide: what attention is, measured on real weights and real text.", style.width)
     yield ""
     for page in map(load, PAGES):
-        yield f"  {page.number}  {style.bold(pad(page.name, 16))} {page.title}"
+        name = f"  {page.number}  {style.bold(pad(page.name, 16))} "
+        if 22 + len(page.title) <= style.width:
+            yield name + page.title
+        else:  # below its name
+            yield from (name.rstrip(), *wrap(page.title, style.width, " " * 5))
     yield ""
     yield from wrap(f"{program()} guide NAME shows a page.", style.width)
 

@@ -383,6 +383,13 @@ def test_without_a_name_it_lists_the_pages(run: Any) -> None:
         assert re.search(rf"^  {number}  {name} +\S", out, re.MULTILINE)
 
 
+def test_the_list_fits_a_narrow_terminal(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    _, out, _ = run()
+    assert max(map(len, out.splitlines())) <= 40
+    assert all(page.title in " ".join(out.split()) for page in guide.CONTENTS)
+
+
 def test_help(run: Any) -> None:
     status, out, err = run("--help")
     assert (status, err) == (0, "")
