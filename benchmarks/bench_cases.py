@@ -24,7 +24,7 @@ def test_case(benchmark: Any, request: pytest.FixtureRequest, case: Case, engine
         pytest.skip(f"{engine.name}: {reason}")
     benchmark.group = case.name
     benchmark.extra_info.update(case=case.name, engine=engine.name, version=engine.version, flops=case.flops)
-    rounds = Effort().rounds
+    rounds = Effort().rounds if case.pace == "tight" else 1  # else each call has a time of its own
     plan = schedule(call.run, case.pace, float(request.config.getoption("benchmark_max_time")) / rounds)
     setup = plan.rest if plan.pause else None  # with which pytest-benchmark refuses several calls at a time
     benchmark.pedantic(call.run, setup=setup, rounds=rounds * plan.times, iterations=plan.calls)
