@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Callable
@@ -11,9 +10,7 @@ from typing import Any
 
 import pytest
 
-from fastattn.bench.cases import Case
-from fastattn.bench.measure import PACE_S, settle
-from fastattn.bench.peers import Engine, Unavailable, cores, prepare
+from fastattn.bench.measure import settle
 
 WARM_CALLS = 3  # before a call that is timed
 
@@ -24,36 +21,6 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     """Leave the benchmarks out of a plain ``pytest``."""
     asked = config.getoption("benchmark_only", default=False) or config.args_source is pytest.Config.ArgsSource.ARGS
     return None if asked else True
-
-
-@pytest.fixture
-def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[[Case, Engine], None]:
-    """Time one engine's call of a case, in the group of that case, for about ``--benchmark-max-time``."""
-    seconds = float(request.config.getoption("benchmark_max_time"))
-
-    def run(case: Case, engine: Engine) -> None:
-        try:
-            call = prepare(engine, case, cores())
-        except Unavailable as reason:
-            pytest.skip(f"{engine.name}: {reason}")
-        benchmark.group = case.name
-        benchmark.extra_info.update(case=case.name, engine=engine.name, version=engine.version, flops=case.flops)
-        settle()
-        begin = time.perf_counter()
-        call.run()
-        estimate = time.perf_counter() - begin
-        if case.pace == "tight":
-            iterations = max(1, math.ceil(seconds / 20 / estimate))
-            benchmark.pedantic(call.run, rounds=20, iterations=iterations, warmup_rounds=1)
-        elif case.pace == "paced":
-            rounds = max(3, math.ceil(seconds / PACE_S))
-            benchmark.pedantic(call.run, setup=lambda: time.sleep(PACE_S), rounds=rounds, warmup_rounds=1)
-        else:
-            benchmark.pedantic(call.run, rounds=math.ceil(seconds / estimate))
-        if case.unit == "GF/s" and benchmark.stats is not None:
-            benchmark.extra_info["gflops"] = case.flops / benchmark.stats.stats.median / 1e9
-
-    return run
 
 
 @pytest.fixture

@@ -192,8 +192,7 @@ def warmup(args: argparse.Namespace) -> int:
     if folder is None:
         raise UserError(f"{_no_folder()}, so that no later process would find what is compiled")
     start = time.perf_counter()
-    with Progress("compiling") as progress:
-        fastattn.warmup(progress)
+    fastattn.warmup(progress=True)
     print(f"All kernels for {isa.host().name} are ready in {folder} ({time.perf_counter() - start:.1f} s).")
     return 0
 

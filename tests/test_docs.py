@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import re
+import shlex
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
 import fastattn
 from fastattn.__main__ import main
-from fastattn.bench import report
 from fastattn.machine import table as isa
 
 ROOT = Path(__file__).parents[1]
@@ -150,6 +152,20 @@ def test_make_has_the_targets(page: Path) -> None:
         assert {"demo", "test"} <= named
 
 
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_takes_the_commands_of_the_readme() -> None:
+    commands = [
+        line for language, block in FENCE.findall(read("README.md")) if language == "sh" for line in block.splitlines()
+    ]
+    assert len(commands) == 4
+    for command in commands:
+        assert command.startswith("make ")
+        planned = subprocess.run(
+            ["make", "--dry-run", *shlex.split(command, comments=True)[1:]], cwd=ROOT, capture_output=True, check=False
+        )
+        assert planned.returncode == 0, planned.stderr
+
+
 @every_page
 def test_the_command_line_has_the_commands(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for command, rest in re.findall(
@@ -159,7 +175,3 @@ def test_the_command_line_has_the_commands(page: Path, capsys: pytest.CaptureFix
             main([*command.split(), "--help"])
         assert end.value.code == 0, f"{page.name}: {command}"
         assert set(re.findall(r"--[a-z]+", rest)) <= set(re.findall(r"--[a-z]+", capsys.readouterr().out))
-
-
-def test_the_table_has_its_place() -> None:
-    assert "| a table |" in report.with_table(read("README.md"), "| a table |")

@@ -101,8 +101,10 @@ def test_what_an_index_shows_has_no_links_that_lead_nowhere(distributions: dict[
     readme = (ROOT / "README.md").read_text("utf-8")
     headings = re.findall(r"^#.*$|^```.*$|^\|.*$", readme, re.MULTILINE)
     assert re.findall(r"^#.*$|^```.*$|^\|.*$", shown, re.MULTILINE) == headings
-    assert "see Getting started." in shown
+    assert "see Getting started." in " ".join(shown.split())
     assert '*Picture: Whom "it" looks at.*' in shown
+    assert "*Picture: How fast attention is: bars for fastattn and for the other libraries.*" in shown
+    assert "<picture>" not in shown
     assert "in the source distribution" in shown
 
 

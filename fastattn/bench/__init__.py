@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from fastattn.call.advice import to_install
 from fastattn.console.arguments import Parser, number, output_file, program
 from fastattn.cpu.host.processors import MOST
 
-__all__ = ["main"]
+if TYPE_CHECKING:
+    from fastattn.bench.measure import Result
+
+__all__ = ["main", "measure_all"]
 
 PICTURES = (".png", ".svg", ".pdf")
 
@@ -57,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, and print the table.
+    """Measure, and draw what was measured.
 
     Parameters
     ----------
@@ -76,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from fastattn.bench.cases import CASES, QUICK, select
     from fastattn.bench.host import this_host
     from fastattn.bench.measure import Effort, measure
-    from fastattn.console.terminal import Progress, Style
+    from fastattn.console.terminal import Style, wrap
 
     on_gpu = args.backend == "cuda"
     if on_gpu and args.threads:
@@ -105,26 +109,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.rounds:
         effort = Effort(args.rounds, effort.seconds)
     host, style = gpu.gpu_host() if on_gpu else this_host(), Style.of(sys.stdout)
-    engines = list(host.versions)
-    print(host)
-    print(report.header(engines, style), flush=True)
-    results = []
-    for index, case in enumerate(cases):
-        with Progress(f"{index + 1} of {len(cases)}: {case.name}") as progress:
-            if on_gpu:
-                results.append(gpu.measure(case, effort, progress))
-            else:
-                results.append(measure(case, effort, threads=args.threads, progress=progress))
-        print(report.line(results[-1], engines, style), flush=True)
-    print("\n".join(report.bars(results, style)))
-    left_out = report.reasons(results)
-    if left_out:
-        print("\n" + style.bold("Not measured"), *left_out, sep="\n  ")
-    disturbance = report.disturbance(results)
-    if disturbance:
-        print("\n" + style.bold(disturbance))
+    print(*wrap(str(host), style.width), sep="\n")
+    one = partial(gpu.measure, effort=effort) if on_gpu else partial(measure, effort=effort, threads=args.threads)
+    results = measure_all(cases, one)
+    if left_out := report.reasons(results):
+        print("", style.bold("Not measured"), sep="\n")
+        print(*(line for reason in left_out for line in wrap(reason, style.width, "  ")), sep="\n")
+    if disturbance := report.disturbance(results):
+        print("", *map(style.bold, wrap(disturbance, style.width)), sep="\n")
     if args.json is not None:
         report.save_json(results, host, args.json)
     if args.plot is not None:
         chart.save_picture(results, host, args.plot)
     return 0
+
+
+def measure_all(cases: Sequence[Any], one: Callable[..., Result]) -> list[Result]:
+    """Measure cases, and draw each when it is done.
+
+    Parameters
+    ----------
+    cases : sequence of Case or fastattn.bench.gpu.DeviceCase
+    one : callable
+        Measures a case, and is given the case and `progress`.
+    """
+    from fastattn.bench import report
+    from fastattn.console.terminal import Progress, Style
+
+    style = Style.of(sys.stdout)
+    results = []
+    for index, case in enumerate(cases):
+        with Progress(f"{index + 1} of {len(cases)}: {case.name}") as progress:
+            results.append(one(case, progress=progress))
+        print("", *report.bars(results[-1], style), sep="\n", flush=True)
+    return results

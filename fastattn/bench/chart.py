@@ -1,14 +1,14 @@
-"""What was measured, as a picture: a row for each case, a mark for each engine, the faster the further to the right.
+"""What was measured, as a picture: bars for each case, one for each engine; the longer, the faster.
 
-Colours and marks are those of the other pictures: the palette of Okabe and Ito, which colour-blind people can tell
-apart, and a mark of its own for each engine, for prints without colours.
+Colours are those of the other pictures: the palette of Okabe and Ito, which colour-blind people can tell apart. In each
+case the engines stand in the order of the legend, for prints without colours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 from fastattn.bench.host import Host
@@ -16,12 +16,22 @@ from fastattn.bench.measure import Result
 from fastattn.bench.peers import OURS
 from fastattn.plot.colours import HEAD_COLOURS
 
-__all__ = ["save_picture", "speeds"]
+__all__ = ["FAMILIES", "families", "save_overview", "save_picture", "speeds"]
 
-WIDTH, ROW, AROUND = 8.0, 0.21, 1.25  # inches: of the figure, of a case, of all above and below
-GAP = 0.6  # between groups of cases, in rows
-MARKS = "osD^vPX"
-INK, FAINT = "0.25", "0.8"
+WIDTH, BAR, GAP, AROUND = 8.0, 0.066, 0.11, 1.05  # inches: of the figure, a bar, between cases, of all above and below
+PAPER, NIGHT = ("white", "0.25"), ("none", "0.8")  # background and ink
+
+#: The rows of the overview, each with the groups of cases that it sums up.
+FAMILIES = {
+    "float32": ("float32",),
+    "float32, causal": ("float32 causal",),
+    "float64": ("float64", "float64 causal"),
+    "half precision": ("bfloat16", "bfloat16 causal", "float16", "float16 causal"),
+    "masks and padding": ("float mask per head", "boolean mask", "key padding"),
+    "gradients": ("backward", "backward causal", "backward 64-bit", "backward 64-bit causal"),
+    "tiny calls in a loop": ("tiny, in a loop",),
+    "a call every 20 ms": ("every 20 ms",),
+}
 
 
 def speeds(result: Result) -> dict[str, float]:
@@ -45,6 +55,27 @@ def speeds(result: Result) -> dict[str, float]:
     return {OURS.name: ours} | {name: ours / ratio for name, ratio in ratios.items() if ratio is not None}
 
 
+def families(rows: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Sum up the speeds of cases, which are found by their names: the geometric mean of those an engine can do.
+
+    Examples
+    --------
+    >>> from fastattn.bench.chart import families
+    >>> families({"float32 (1,8,512,64)": {"fastattn": 1.0}, "float32 (1,8,2048,64)": {"fastattn": 4.0, "NumPy": 0.5}})
+    {'float32': {'fastattn': 2.0, 'NumPy': 0.5}}
+    """
+    found: dict[str, dict[str, list[float]]] = {}
+    for name, row in rows.items():
+        family = next(family for family, groups in FAMILIES.items() if name.partition(" (")[0] in groups)
+        for engine, speed in row.items():
+            found.setdefault(family, {}).setdefault(engine, []).append(speed)
+    return {
+        family: {engine: geometric_mean(speed) for engine, speed in found[family].items()}
+        for family in FAMILIES
+        if family in found
+    }
+
+
 def save_picture(results: Sequence[Result], host: Host, path: Path) -> None:
     """Draw how fast each engine is in each case, relative to the fastest of the others.
 
@@ -53,68 +84,77 @@ def save_picture(results: Sequence[Result], host: Host, path: Path) -> None:
     ImportError
         If matplotlib is not installed.
     """
-    from matplotlib.figure import Figure
-
-    places = _places(results)
-    figure = Figure(figsize=(WIDTH, AROUND + ROW * (places[-1] + 1)), dpi=120, layout="constrained", facecolor="white")
-    axes = figure.add_subplot()
-    rows = [(place, speeds(result)) for place, result in zip(places, results, strict=True)]
-    axes.axvline(1, color=INK, linewidth=0.8, zorder=1)
-    for place, row in rows:
-        if row:
-            axes.hlines(place, min(row.values()), max(row.values()), color=FAINT, linewidth=1.2, zorder=1)
-    engines = [name for name in host.versions if any(name in row for _, row in rows)]
-    for index, name in reversed(list(enumerate(engines))):  # ours above all others
-        points = [(row[name], place) for place, row in rows if name in row]
-        axes.scatter(
-            *zip(*points, strict=True),
-            s=52 if name == OURS.name else 26,
-            color=HEAD_COLOURS[index % len(HEAD_COLOURS)],
-            marker=MARKS[index % len(MARKS)],
-            linewidth=0,
-            zorder=3 if name == OURS.name else 2,
-            label=name,
-        )
-    _dress(axes, results, places)
-    axes.set_title(f"{host.name}, {host.isa}", loc="left", fontsize=10, fontweight="bold", pad=26)
-    handles, labels = axes.get_legend_handles_labels()
-    axes.legend(
-        handles[::-1], labels[::-1], loc="lower left", bbox_to_anchor=(0, 1), ncols=max(1, len(engines)), frameon=False,
-        fontsize=8, handletextpad=0.2, columnspacing=1.2, borderaxespad=0.2,
-    )  # fmt: skip
-    figure.savefig(path)
-
-
-def _places(results: Sequence[Result]) -> list[float]:
-    """Where each case stands, in rows from above; between two groups there is a gap."""
-    places, groups = [0.0], [result.case.name.partition(" (")[0] for result in results]
-    for before, group in pairwise(groups):
-        places.append(places[-1] + 1 + GAP * (group != before))
-    return places
-
-
-def _dress(axes: Any, results: Sequence[Result], places: Sequence[float]) -> None:
-    """Name the cases at the left, write what the table's last column says at the right, and scale the axis between."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
     from fastattn.bench.report import versus
 
-    axes.set_yticks(places, [result.case.name for result in results], fontsize=8)
-    axes.set_ylim(places[-1] + 0.7, -0.7)
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_locator(LogLocator(base=2, numticks=12))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.tick_params(axis="both", length=0, labelsize=8, colors=INK)
-    axes.grid(axis="x", alpha=0.25, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[:].set_visible(False)
-    axes.set_xlabel(
-        "speed; 1 is the fastest of the others, each step to the right is twice as fast", fontsize=8, color=INK
-    )
-    low, high = axes.get_xlim()
-    axes.set_xlim(min(low, 0.45), max(high, 2.2))
+    rows = {result.case.name: speeds(result) for result in results}
+    _draw(rows, [versus(result) for result in results], f"{host.name}, {host.isa}", PAPER, path)
+
+
+def save_overview(rows: Mapping[str, Mapping[str, float]], machine: str, path: Path, *, dark: bool = False) -> None:
+    """Draw a table in short, for a page that is light or dark: a row for each family of its cases.
+
+    Parameters
+    ----------
+    rows : mapping of str to mapping of str to float
+        How fast each engine is in each case, as of `speeds`.
+    machine : str
+        Where that was measured.
+    path : Path
+        The file.
+    dark : bool
+        Whether the page is dark.
+
+    Raises
+    ------
+    ImportError
+        If matplotlib is not installed.
+    """
+    summed = families(rows)
+    remarks = [f"{row[OURS.name]:.2f} ×" for row in summed.values()]
+    _draw(summed, remarks, machine, NIGHT if dark else PAPER, path)
+
+
+def _draw(
+    rows: Mapping[str, Mapping[str, float]], remarks: Sequence[str], title: str, page: tuple[str, str], path: Path
+) -> None:
+    """Draw the rows from above, each with its name at the left and a remark at the right."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    engines = list(dict.fromkeys(name for row in rows.values() for name in row))
+    step = BAR * max(1, len(engines)) + GAP  # inches of a row; on the axis a row is 1
+    background, ink = page
+    figure = Figure(figsize=(WIDTH, AROUND + step * len(rows)), dpi=120, layout="constrained", facecolor=background)
+    axes = figure.add_subplot(facecolor="none")
+    for index, name in enumerate(engines):
+        places = [(place, row[name]) for place, row in enumerate(rows.values()) if name in row]
+        axes.barh(
+            [place + (index - (len(engines) - 1) / 2) * BAR / step for place, _ in places],
+            [speed for _, speed in places],
+            height=BAR / step,
+            color=HEAD_COLOURS[index % len(HEAD_COLOURS)],
+            label=name,
+        )
+    axes.axvline(1, color=ink, linewidth=0.8, zorder=0)
+    _dress(axes, list(rows), remarks, ink)
+    axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color=ink, pad=24)
+    if engines:
+        axes.legend(
+            loc="lower left", bbox_to_anchor=(0, 1), ncols=len(engines), frameon=False, fontsize=9, labelcolor=ink,
+            handlelength=1.0, handletextpad=0.4, columnspacing=1.4, borderaxespad=0.2,
+        )  # fmt: skip
+    with matplotlib.rc_context({"svg.hashsalt": "fastattn", "svg.fonttype": "none"}):  # the same bars, the same file
+        figure.savefig(path, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
+
+
+def _dress(axes: Any, names: Sequence[str], remarks: Sequence[str], ink: str) -> None:
+    """Name the rows at the left, write the remarks at the right, and say what the axis between them means."""
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_xlim(0, max(1.2, axes.get_xlim()[1]))
+    axes.set_xlabel("speed; 1 is the fastest of the others", fontsize=9, color=ink)
     beside = axes.secondary_yaxis("right")
-    beside.set_yticks(places, [versus(result) for result in results], fontsize=8)
-    beside.tick_params(length=0, colors=INK)
-    beside.spines[:].set_visible(False)
+    beside.set_yticks(range(len(names)), remarks)
+    for each in (axes, beside):
+        each.tick_params(axis="both", length=0, labelsize=9, colors=ink)
+        each.spines[:].set_visible(False)

@@ -43,7 +43,7 @@ from fastattn.bench.cases import Case, Pace
 from fastattn.bench.peers import ENGINES, OURS, Call, Engine, Unavailable, cores, prepare
 from fastattn.cpu.host import peak
 
-__all__ = ["PACE_S", "Effort", "Result", "measure", "others_seconds", "sample", "settle", "undisturbed"]
+__all__ = ["PACE_S", "Effort", "Result", "measure", "others_seconds", "sample", "schedule", "settle", "undisturbed"]
 
 PACE_S = 0.020
 """The pause between two calls of a "paced" case."""
@@ -174,8 +174,22 @@ def settle(limit: float = 1.0) -> None:
         quiet = quiet + 1 if burnt < 0.1 else 0  # once may only mean that the spinning thread was not scheduled
 
 
-def sample(run: Callable[[], Any], pace: Pace, seconds: float) -> float:
-    """Return the time of one call in seconds, from about `seconds` of work.
+@dataclass(frozen=True)
+class Schedule:
+    """How a sample is taken: so many times, of so many calls each, after a pause of so many seconds."""
+
+    times: int
+    calls: int = 1
+    pause: float = 0.0
+
+    def rest(self) -> None:
+        """Pause, where there is a pause, before one of the times."""
+        if self.pause:
+            time.sleep(self.pause)
+
+
+def schedule(run: Callable[[], Any], pace: Pace, seconds: float) -> Schedule:
+    """Warm up a call, and return how it is sampled in about `seconds`.
 
     Parameters
     ----------
@@ -186,31 +200,30 @@ def sample(run: Callable[[], Any], pace: Pace, seconds: float) -> float:
     seconds : float
         For how long the calls are made.
     """
-    clock = time.perf_counter
     settle()
     # the first calls after a pause wait for threads to wake up
-    begin = clock()
+    begin = time.perf_counter()
     calls = 0
-    while not calls or clock() - begin < seconds / 4:
+    while not calls or time.perf_counter() - begin < seconds / 4:
         run()
         calls += 1
-    estimate = (clock() - begin) / calls
-
+    fitting = math.ceil(seconds * calls / (time.perf_counter() - begin))
     if pace == "tight":
-        count = max(10, math.ceil(seconds / estimate))
-        begin = clock()
-        for _ in range(count):
-            run()
-        return (clock() - begin) / count
+        return Schedule(1, max(10, fitting))
+    return Schedule(_PACED_CALLS, pause=PACE_S) if pace == "paced" else Schedule(fitting)
 
+
+def sample(run: Callable[[], Any], pace: Pace, seconds: float) -> float:
+    """Return the time of one call in seconds, the median of those that `schedule` has taken."""
+    clock = time.perf_counter
+    plan = schedule(run, pace, seconds)
     times = []
-    count = _PACED_CALLS if pace == "paced" else math.ceil(seconds / estimate)
-    for _ in range(count):
-        if pace == "paced":
-            time.sleep(PACE_S)
+    for _ in range(plan.times):
+        plan.rest()
         begin = clock()
-        run()
-        times.append(clock() - begin)
+        for _ in range(plan.calls):
+            run()
+        times.append((clock() - begin) / plan.calls)
     return median(times)
 
 

@@ -1,4 +1,4 @@
-"""How it is shown: lines and bars for a terminal, Markdown for the README, JSON."""
+"""How it is shown: lines and bars for a terminal, Markdown for docs/benchmarks.md and the README, JSON."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from pathlib import Path
 from fastattn.bench.host import Host
 from fastattn.bench.measure import Result
 from fastattn.bench.peers import OURS
-from fastattn.console.terminal import Style, bar, pad
+from fastattn.console.terminal import Style, bar, cut, pad, wrap
 
 __all__ = [
     "bars",
     "disturbance",
-    "header",
-    "line",
+    "latest",
     "markdown",
+    "overview",
     "reasons",
     "save_json",
+    "speeds_in",
     "versus",
+    "with_overview",
     "with_section",
-    "with_table",
 ]
 
-TABLE_BEGIN, TABLE_END = "<!-- table:begin -->", "<!-- table:end -->"
-_NAME_WIDTH, _NUMBER_WIDTH = 38, 13
+BEGIN, END = "<!-- overview:begin -->", "<!-- overview:end -->"
 _UNITS = {
     "GF/s": "GF/s, more is better",
     "µs": "µs a call, less is better",
@@ -67,35 +67,18 @@ def _of_peak(result: Result) -> str:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def header(engines: Sequence[str], style: Style) -> str:
-    """Return the head of the lines that `line` makes."""
-    names = "".join(pad(name, _NUMBER_WIDTH, right=True) for name in engines)
-    return style.bold(pad("", _NAME_WIDTH) + names + "         of peak   against the best")
-
-
-def line(result: Result, engines: Sequence[str], style: Style) -> str:
-    """Return the figures of a case in one line."""
-    text = pad(result.case.name, _NAME_WIDTH)
-    for name in engines:
-        cell = pad(_cell(result, name), _NUMBER_WIDTH, right=True)
-        text += style.bold(cell) if name == OURS.name else cell
-    return f"{text}  {pad(result.case.unit, 4)}{pad(_of_peak(result), 10, right=True)}   {versus(result)}"
-
-
-def bars(results: Sequence[Result], style: Style) -> list[str]:
-    """Return a bar for each engine in each case: the longer, the faster; the fastest is full."""
-    lines: list[str] = []
-    width = max(10, style.width - 32)
-    for result in results:
-        if not result.times:
-            continue
-        lines += ["", style.bold(result.case.name)]
-        fastest = min(result.seconds(name) for name in result.times)
-        for name in result.times:
-            drawn = bar(fastest / result.seconds(name), width, style.blocks)
-            figure = pad(number(result.figure(name)), 8, right=True)
-            drawn = style.accent(drawn) if name == OURS.name else style.dim(drawn)
-            lines.append(f"  {pad(name, 13)}{figure} {pad(result.case.unit, 5)} {drawn}")
+def bars(result: Result, style: Style) -> list[str]:
+    """Return a case, how far fastattn comes, and a bar for each engine: the longer, the faster; the fastest is full."""
+    if not result.times:
+        return []
+    said = [versus(result)] if result.of_peak is None else [versus(result), f"{_of_peak(result)} of peak"]
+    lines = [style.bold(line) for line in wrap(f"{result.case.name}: {', '.join(said)}", style.width)]
+    fastest = min(result.seconds(name) for name in result.times)
+    for name in result.times:
+        drawn = bar(fastest / result.seconds(name), max(4, style.width - 29), style.blocks)
+        figure = pad(number(result.figure(name)), 6, right=True)
+        drawn = style.accent(drawn) if name == OURS.name else style.dim(drawn)
+        lines.append(cut(f"  {pad(name, 12)} {figure} {pad(result.case.unit, 4)} ", style.width - 4) + drawn)
     return lines
 
 
@@ -144,19 +127,62 @@ def markdown(results: Sequence[Result], host: Host) -> str:
     return "\n\n".join([*blocks, f"Measured on {host}."])
 
 
-def with_table(text: str, table: str) -> str:
-    """Return a text with the table put between its two markers.
+def speeds_in(table: str) -> dict[str, dict[str, float]]:
+    """Read tables that `markdown` has made: how fast each engine is in each case, the fastest of the others being 1.
+
+    Examples
+    --------
+    >>> from fastattn.bench.report import speeds_in
+    >>> lines = ["| GF/s, more is better | fastattn | PyTorch | NumPy | of peak | against the best of the others |"]
+    >>> lines += ["| --- | ---: | ---: | ---: | ---: | --- |"]
+    >>> lines += ["| float32 (1,8,512,64) | **60** | 40 | 10 | 80 % | 1.51 × PyTorch |"]
+    >>> speeds_in("\\n".join(lines))
+    {'float32 (1,8,512,64)': {'fastattn': 1.51, 'PyTorch': 1.0, 'NumPy': 0.25}}
+    """
+    rows: dict[str, dict[str, float]] = {}
+    for block in re.findall(r"(?:^\|.*\n?)+", table, re.MULTILINE):
+        head, _, *lines = ([cell.strip(" *") for cell in line.strip("|").split("|")] for line in block.splitlines())
+        power = -1 if "less is better" in head[0] else 1
+        for line in lines:
+            ratio, _, best = line[-1].partition(" × ")
+            if best:  # else there is nothing to compare
+                others = {name: cell for name, cell in zip(head[2:-1], line[2:-1], strict=True) if cell[-1].isdigit()}
+                reached = {name: (float(cell) / float(others[best])) ** power for name, cell in others.items()}
+                rows[line[0]] = {OURS.name: float(ratio)} | reached
+    return rows
+
+
+def overview(table: str, page: str, folder: str) -> str:
+    """Return what the README shows of a table: the picture, light or dark as the page is, and where it was measured.
+
+    Parameters
+    ----------
+    table : str
+        What `markdown` has made.
+    page, folder : str
+        Where the table is to be read, and where the pictures are, seen from the README.
+    """
+    measured = table.splitlines()[-1]
+    return f"""<picture>
+  <source media="(prefers-color-scheme: dark)" srcset="{folder}/speed-dark.svg">
+  <img src="{folder}/speed.svg" alt="How fast attention is: bars for fastattn and for the other libraries">
+</picture>
+
+Each bar is a geometric mean over [the rows of a table]({page}#machines). {measured}"""
+
+
+def with_overview(text: str, shown: str) -> str:
+    """Return a text with the overview put between its two markers.
 
     Raises
     ------
     ValueError
         If the markers are not there.
     """
-    before, begin, rest = text.partition(TABLE_BEGIN)
-    _, end, after = rest.partition(TABLE_END)
-    if not begin or not end:
-        raise ValueError(f"the text has no {TABLE_BEGIN} … {TABLE_END}")
-    return f"{before}{begin}\n{table}\n{end}{after}"
+    place = re.compile(f"{BEGIN}.*{END}", re.DOTALL)
+    if not place.search(text):
+        raise ValueError(f"the text has no {BEGIN} … {END}")
+    return place.sub(lambda match: f"{BEGIN}\n{shown}\n{END}", text)
 
 
 def with_section(text: str, machine: str, table: str) -> str:
@@ -189,6 +215,22 @@ def with_section(text: str, machine: str, table: str) -> str:
     if pattern.search(text):
         return pattern.sub(lambda match: section, text, count=1)
     return f"{text.rstrip()}\n\n{section}\n"
+
+
+def latest(text: str) -> tuple[str, str]:
+    """Return the machine and the table of the section that was written last, by the date at its end.
+
+    Raises
+    ------
+    ValueError
+        If there is no section.
+    """
+    pattern = r"<!-- machine:begin (.*?) -->\n## .*?\n\n(.*?; ([\d-]+)\.)\n<!-- machine:end -->"
+    sections = re.findall(pattern, text, re.DOTALL)
+    if not sections:
+        raise ValueError("the text has no section of a machine")
+    machine, table, _ = max(sections, key=lambda section: section[2])
+    return machine, table
 
 
 def save_json(results: Sequence[Result], host: Host, path: Path) -> None:

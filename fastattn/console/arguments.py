@@ -8,11 +8,13 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from fastattn.console.terminal import UserError, printable
 
 __all__ = ["Parser", "folder_to_write", "number", "output_file", "program", "real"]
+
+Number = TypeVar("Number", int, float)
 
 
 def program() -> str:
@@ -28,7 +30,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
 
 
-def number(name: str, least: int = 0, most: int | None = None) -> Callable[[str], int]:
+def number(name: str, least: int = 0, most: float = math.inf) -> Callable[[str], int]:
     """An argparse type: a whole number from `least` to `most`, of which there is perhaps none.
 
     Examples
@@ -36,18 +38,7 @@ def number(name: str, least: int = 0, most: int | None = None) -> Callable[[str]
     >>> number("layer", 0, 5)("3")
     3
     """
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if value < least or (most is not None and value > most):
-            allowed = f"of at least {least}" if most is None else f"from {least} to {most}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {name} {allowed}")
-        return value
-
-    return parse
+    return _bounded(int, name, least, most)
 
 
 def real(name: str, least: float, most: float = math.inf) -> Callable[[str], float]:
@@ -58,13 +49,16 @@ def real(name: str, least: float, most: float = math.inf) -> Callable[[str], flo
     >>> real("probability", 0.0, 1.0)("0.9")
     0.9
     """
+    return _bounded(float, name, least, most)
 
-    def parse(text: str) -> float:
+
+def _bounded(kind: Callable[[str], Number], name: str, least: float, most: float) -> Callable[[str], Number]:
+    def parse(text: str) -> Number:
         try:
-            value = float(text)
+            value: Number | None = kind(text)
         except ValueError:
-            value = math.nan
-        if not least <= value <= most or math.isinf(value):
+            value = None
+        if value is None or not least <= value <= most or value == math.inf:
             allowed = f"of at least {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
             raise argparse.ArgumentTypeError(f"{text!r} is not a {name} {allowed}")
         return value

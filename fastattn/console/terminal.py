@@ -348,7 +348,7 @@ def shaded_text(
 
 
 class Progress:
-    """One line about long work, on a terminal only, which is gone when the work is done.
+    """One line about long work, on a terminal or in a notebook only, which is gone when the work is done.
 
     Parameters
     ----------
@@ -375,6 +375,11 @@ class Progress:
     ) -> None:
         self.stream = sys.stderr if stream is None else stream
         self.shown = is_terminal(self.stream, environ)
+        self.place: Any = None  # in a notebook, where standard error is no terminal
+        if stream is None and "ipykernel" in sys.modules:
+            from IPython.display import display
+
+            self.place = display({"text/plain": ""}, raw=True, display_id=True)
         self.style = Style.of(self.stream, environ)
         self.clock = clock
         self.label = label
@@ -409,7 +414,9 @@ class Progress:
         self._write(f"{self.label}  {track} {done}/{total}{rest}{detail}")
 
     def _write(self, text: str) -> None:
-        if self.shown:
+        if self.place is not None:
+            self.place.update({"text/plain": text}, raw=True)
+        elif self.shown:
             self.stream.write("\r\x1b[K" + cut(text, self.style.width - 1))
             self.stream.flush()
 

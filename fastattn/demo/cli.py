@@ -18,7 +18,6 @@ from fastattn.console.terminal import (
     Style,
     UserError,
     bar,
-    bar_table,
     heat_map,
     legend,
     pad,
@@ -28,7 +27,7 @@ from fastattn.console.terminal import (
 )
 from fastattn.demo.chat import cli as chat
 from fastattn.demo.listen import cli as listen
-from fastattn.demo.words import Look, Word, find_word, in_words, join_pieces, sharpest
+from fastattn.demo.words import Look, Word, bars, find_word, in_words, join_pieces, sharpest
 
 if TYPE_CHECKING:
     from fastattn.demo.minilm import MiniLM
@@ -189,21 +188,7 @@ def picture(words: Sequence[Word], weights: NDArray[np.float64], looks: Sequence
     """
     word = looks[0].word
     rows = [weights[look.layer, look.head, word] for look in looks]
-    most = np.max(rows, axis=0)
-    most[word] = 1.0  # the word itself is always there
-    kept = sorted(np.argsort(-most, kind="stable")[:MAX_BARS].tolist())
-    lines = bar_table(
-        [words[index].text for index in kept],
-        [
-            (f"layer {look.layer}, head {look.head}", [float(row[index]) for index in kept])
-            for look, row in zip(looks, rows, strict=True)
-        ],
-        style,
-        kept.index(word),
-    )
-    if len(kept) < len(words):
-        rest = ", ".join(f"{1 - sum(row[kept]):.2f}" for row in rows)
-        lines.append(style.dim(f"  and {len(words) - len(kept)} words less looked at, together {rest}"))
+    lines = bars([each.text for each in words], rows, looks, MAX_BARS, style)
     first = looks[0]
     title = f"Layer {first.layer}, head {first.head}"
     lines.append("")

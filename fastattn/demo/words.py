@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastattn.console.terminal import UserError, printable
+from fastattn.console.terminal import Style, UserError, bar_table, printable, wrap
 
-__all__ = ["Look", "Word", "find_word", "in_words", "join_pieces", "sharpest"]
+__all__ = ["Look", "Word", "bars", "find_word", "in_words", "join_pieces", "sharpest"]
 
 APOSTROPHES = "'’-"
 
@@ -187,3 +187,35 @@ def sharpest(
             target = int(considered[layer, head, word].argmax())
             looks.append(Look(layer, head, word, target, float(weights[layer, head, word, target])))
     return looks
+
+
+def bars(
+    names: Sequence[str], rows: Sequence[NDArray[np.float64]], looks: Sequence[Look], count: int, style: Style
+) -> list[str]:
+    """Bars of the words most looked at, and of the one that looks, side by side for some heads.
+
+    Parameters
+    ----------
+    names : sequence of str
+        What the words are called.
+    rows : sequence of ndarray, shape (words,)
+        The weights with which the word looks, in each head.
+    looks : sequence of Look
+        The heads.
+    count : int
+        How many words have a bar.
+    style : Style
+    """
+    looker = looks[0].word
+    most = np.max(rows, axis=0)
+    most[looker] = 1.0  # the word that looks is always there
+    kept = sorted(np.argsort(-most, kind="stable")[:count].tolist())
+    columns = [
+        (f"layer {look.layer}, head {look.head}", row[kept].tolist()) for look, row in zip(looks, rows, strict=True)
+    ]
+    lines = bar_table([names[index] for index in kept], columns, style, kept.index(looker))
+    if len(kept) < len(most):
+        rest = ", ".join(f"{1 - sum(row[kept]):.2f}" for row in rows)
+        less = f"and {len(most) - len(kept)} words less looked at, together {rest}"
+        lines += map(style.dim, wrap(less, style.width, "  "))
+    return lines

@@ -64,7 +64,11 @@ def _contents(style: Style) -> Iterator[str]:
     yield from wrap("The guide: what attention is, measured on real weights and real text.", style.width)
     yield ""
     for page in map(load, PAGES):
-        yield f"  {page.number}  {style.bold(pad(page.name, 16))} {page.title}"
+        name = f"  {page.number}  {style.bold(pad(page.name, 16))} "
+        if 22 + len(page.title) <= style.width:
+            yield name + page.title
+        else:  # below its name
+            yield from (name.rstrip(), *wrap(page.title, style.width, " " * 5))
     yield ""
     yield from wrap(f"{program()} guide NAME shows a page.", style.width)
 
@@ -74,6 +78,8 @@ def show(step: Step, style: Style) -> list[str]:
     width = min(style.width, PROSE_WIDTH)
     if isinstance(step, str) and step.startswith("#"):
         return [style.bold(line) for line in wrap(step.lstrip("# "), width)]
+    if isinstance(step, str | Listing) and style.colour and (lines := _coloured(step, width)):
+        return lines
     if isinstance(step, str):
         return wrap(_plain(step), width)
     if isinstance(step, Listing):
@@ -83,9 +89,34 @@ def show(step: Step, style: Style) -> list[str]:
     return [*step.lines(style), "", *(style.dim(line) for line in wrap(_plain(step.caption), width, "  "))]
 
 
+def _coloured(step: str | Listing, width: int) -> list[str]:
+    """Prose or code as rich draws it; nothing where rich is not installed."""
+    try:
+        from rich.console import Console
+        from rich.markdown import Markdown
+        from rich.padding import Padding
+        from rich.syntax import Syntax
+        from rich.theme import Theme
+    except ImportError:
+        return []
+    theme = Theme({"markdown.code": "cyan", "markdown.link_url": "underline"})
+    console = Console(width=width, force_terminal=True, force_jupyter=False, color_system="256", theme=theme)
+    with console.capture() as capture:
+        if isinstance(step, Listing):
+            console.print(Padding(Syntax(step.text, step.language, theme="ansi_dark", word_wrap=True), (0, 0, 0, 2)))
+        else:
+            console.print(Markdown(_without_pages(step), hyperlinks=False))
+    return [line.rstrip() for line in capture.get().splitlines()]
+
+
+def _without_pages(text: str) -> str:
+    """Links to other pages, which lead nowhere from a terminal, as plain words; those into the web are left."""
+    return _LINK.sub(lambda match: match[0] if match[2].startswith("http") else match[1], text)
+
+
 def _plain(text: str) -> str:
     """Markdown's inline marks, taken off; what stands between backticks is left as it is."""
-    text = _LINK.sub(lambda match: f"{match[1]} <{match[2]}>" if match[2].startswith("http") else match[1], text)
+    text = _LINK.sub(r"\1 <\2>", _without_pages(text))
     return "".join(part[1:-1] if part.startswith("`") else _MARKS.sub("", part) for part in _INLINE.split(text))
 
 

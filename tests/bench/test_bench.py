@@ -327,22 +327,27 @@ def test_the_markdown_table() -> None:
     ]
 
 
-def test_a_line_is_aligned_with_the_header() -> None:
-    engines = list(HOST.versions)
-    head = report.header(engines, PLAIN)
+def test_bars_have_the_figures_and_the_fastest_is_the_longest() -> None:
+    title, *lines = report.bars(outcomes()[0], PLAIN)
+    assert title == "float32 (1,1,1000,250): 1.50 × PyTorch, 80 % of peak"
+    assert [line.split()[:3] for line in lines] == [
+        ["fastattn", "1.00", "GF/s"],
+        ["PyTorch", "0.67", "GF/s"],
+        ["NumPy", "0.25", "GF/s"],
+    ]
+    lengths = [line.count("█") for line in lines]
+    assert lengths == sorted(lengths, reverse=True)
+    assert lengths[0] > lengths[1] > lengths[2] > 0
+    assert len({line.index("█") for line in lines}) == 1
+    assert report.bars(outcomes()[1], PLAIN)[0] == "tiny (1,1,8,8): 4.00 × NumPy"
+    assert report.bars(Result(SMALL, absent={"fastattn": "why"}), PLAIN) == []
+
+
+@pytest.mark.parametrize("width", [24, 40, 80, 120])
+def test_bars_fit_the_terminal(width: int) -> None:
     for outcome in outcomes():
-        text = report.line(outcome, engines, PLAIN)
-        assert text.index("×") > head.index("of peak")
-        end = head.index("fastattn") + len("fastattn")
-        assert text[end - 1].isdigit()
-        assert text[end] == " "
-
-
-def test_the_fastest_bar_is_the_longest() -> None:
-    lines = report.bars(outcomes(), PLAIN)
-    first = [line.count("█") for line in lines if line.startswith("  ")][:3]
-    assert first == sorted(first, reverse=True)
-    assert first[0] > first[1] > first[2] > 0
+        for blocks in (False, True):
+            assert max(map(len, report.bars(outcome, Style(False, blocks, width)))) <= width
 
 
 def test_reasons_name_the_cases_unless_it_is_all_of_them() -> None:
@@ -358,14 +363,33 @@ def test_others_are_mentioned_only_where_they_matter() -> None:
     assert "0.5 cores" in (report.disturbance([outcome]) or "")
 
 
-def test_the_table_goes_between_its_markers_and_nowhere_else() -> None:
-    text = "before\n<!-- table:begin -->\nold\n<!-- table:end -->\nafter\n"
-    new = report.with_table(text, r"new \1")
-    assert new == "before\n<!-- table:begin -->\nnew \\1\n<!-- table:end -->\nafter\n"
-    assert report.with_table(new, r"new \1") == new
-    for broken in ("none", "<!-- table:begin -->", "<!-- table:end -->"):
-        with pytest.raises(ValueError, match="table:begin"):
-            report.with_table(broken, "new")
+def test_a_table_is_read_as_it_was_written() -> None:
+    rows = report.speeds_in(report.markdown(outcomes(), HOST))
+    assert rows == {
+        "float32 (1,1,1000,250)": {"fastattn": 1.5, "PyTorch": 1.0, "NumPy": pytest.approx(0.25 / 0.67)},
+        "tiny (1,1,8,8)": {"fastattn": 4.0, "NumPy": 1.0},
+    }
+    alone = Result(Case("alone", 1, 1, 8, 8), {"fastattn": [1.0]})
+    assert report.speeds_in(report.markdown([alone], HOST)) == {}
+
+
+def test_the_overview_goes_between_its_markers_and_nowhere_else() -> None:
+    text = "before\n<!-- overview:begin -->\nold\n<!-- overview:end -->\nafter\n"
+    new = report.with_overview(text, r"new \1")
+    assert new == "before\n<!-- overview:begin -->\nnew \\1\n<!-- overview:end -->\nafter\n"
+    assert report.with_overview(new, r"new \1") == new
+    for broken in ("none", "<!-- overview:begin -->", "<!-- overview:end -->"):
+        with pytest.raises(ValueError, match="overview:begin"):
+            report.with_overview(broken, "new")
+
+
+def test_the_latest_section_is_that_of_the_latest_day() -> None:
+    text = "# Title\n"
+    for machine, day in (("A", "2026-02-10"), ("B (2), 2 cores", "2026-11-09"), ("C", "2025-12-31")):
+        text = report.with_section(text, machine, f"| of {machine} |\n\nMeasured on it; {day}.")
+    assert report.latest(text) == ("B (2), 2 cores", "| of B (2), 2 cores |\n\nMeasured on it; 2026-11-09.")
+    with pytest.raises(ValueError, match="no section of a machine"):
+        report.latest("# Title\n")
 
 
 def test_sections_of_other_machines_stay() -> None:
@@ -401,7 +425,7 @@ def test_a_picture_is_drawn(tmp_path: Path, suffix: str, begins: bytes) -> None:
 def test_the_picture_says_what_the_table_says(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib, which draws the picture, is not installed")
     chart.save_picture(outcomes(), HOST, tmp_path / "picture.svg")
-    drawn = set(re.findall(r"<!-- (.*?) -->", (tmp_path / "picture.svg").read_text("utf-8")))
+    drawn = set(re.findall(r">([^<]+)</text>", (tmp_path / "picture.svg").read_text("utf-8")))
     for outcome in outcomes():
         assert {outcome.case.name, report.versus(outcome), *outcome.times} <= drawn
     assert any(text.startswith(f"{HOST.name}, {HOST.isa}") for text in drawn)
@@ -413,6 +437,12 @@ def test_speeds_are_the_ratios_of_the_rounds() -> None:
     assert chart.speeds(slower) == {"fastattn": 2.0, "PyTorch": 1.0, "NumPy": 0.5}
     assert chart.speeds(Result(Case("alone", 1, 1, 8, 8), {"fastattn": [1.0]})) == {}
     assert chart.speeds(Result(Case("absent", 1, 1, 8, 8), {"NumPy": [1.0]})) == {}
+
+
+def test_the_overview_sums_up_every_group_once() -> None:
+    assert sorted(group for groups in chart.FAMILIES.values() for group in groups) == sorted(GROUPS)
+    rows = {case.name: {"fastattn": 2.0} for case in CASES}
+    assert chart.families(rows) == {family: {"fastattn": pytest.approx(2.0)} for family in chart.FAMILIES}
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import math
 import re
+import sys
 from itertools import count
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -154,3 +156,23 @@ class TestStyle:
         with Progress("reading", stream) as progress:
             progress(1, 2)
         assert stream.getvalue() == ""
+
+    def test_progress_in_a_notebook_is_one_output_that_is_empty_at_the_end(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        shown: list[str] = []
+
+        def display(data: dict[str, str], *, raw: bool, display_id: bool) -> SimpleNamespace:
+            shown.append(data["text/plain"])
+            return SimpleNamespace(update=lambda data, *, raw: shown.append(data["text/plain"]))
+
+        monkeypatch.setitem(sys.modules, "ipykernel", ModuleType("ipykernel"))
+        for name in ("IPython", "IPython.display"):
+            monkeypatch.setitem(sys.modules, name, ModuleType(name))
+        sys.modules["IPython.display"].__dict__["display"] = display
+        with Progress("reading") as progress:
+            progress(4, 4, "file")
+        assert shown[1].startswith("reading")
+        assert shown[2].endswith(" 4/4  file")
+        assert (shown[0], shown[-1]) == ("", "")
+        assert "\x1b" not in "".join(shown)

@@ -30,7 +30,7 @@ def test_a_case_is_measured(case: gpu.DeviceCase) -> None:
     assert len(result.times["fastattn"]) == 2
     assert result.figure("fastattn") == case.figure(result.seconds("fastattn")) > 0
     assert set(result.times) | set(result.absent) == set(gpu.ENGINES)
-    assert case.name in report.line(result, list(gpu.ENGINES), Style(False, False, 80))
+    assert case.name in report.bars(result, Style(False, False, 80))[0]
     if SIMULATED:
         assert result.absent["flash"].startswith(("this build of PyTorch cannot", "PyTorch is not installed"))
 

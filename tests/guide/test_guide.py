@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -240,6 +241,22 @@ def test_marks_of_markdown_are_not_shown_in_the_terminal() -> None:
     assert cli.show("## Head", COLOUR) == ["\x1b[1mHead\x1b[0m"]
 
 
+def test_prose_and_code_have_the_colours_of_rich_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("rich", reason="rich, which draws prose and code, is not installed")
+    style = Style(colour=True, blocks=True, width=40)
+    prose = "See *this*, `a * b * c` and [page 2](lookup.md), [a paper](https://arxiv.org/abs/1). " * 2
+    for step in (prose, Listing.of(tiles.tiles), Listing("softmax(QKᵀ/√d)V")):
+        drawn = [re.sub(r"\x1b\[[\d;]*m", "", line) for line in cli.show(step, style)]
+        assert max(map(display_width, drawn)) <= style.width
+        with monkeypatch.context() as context:
+            context.setitem(sys.modules, "rich.console", None)
+            plain = [re.sub(r"\x1b\[[\d;]*m", "", line) for line in cli.show(step, style)]
+        said = ["".join("".join(lines).split()) for lines in (drawn, plain)]
+        assert said[0] == said[1].replace("<http", "(http").replace("/1>", "/1)")
+    assert "\x1b[3mthis" in cli.show(prose, style)[0]
+    assert cli.show(Listing.of(tiles.tiles), style)[0].startswith("  \x1b")
+
+
 # -- the functions that pages show -------------------------------------------------------------------------------------
 
 
@@ -364,6 +381,13 @@ def test_without_a_name_it_lists_the_pages(run: Any) -> None:
     assert (status, err) == (0, "")
     for number, name in enumerate(guide.PAGES, start=1):
         assert re.search(rf"^  {number}  {name} +\S", out, re.MULTILINE)
+
+
+def test_the_list_fits_a_narrow_terminal(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    _, out, _ = run()
+    assert max(map(len, out.splitlines())) <= 40
+    assert all(page.title in " ".join(out.split()) for page in guide.CONTENTS)
 
 
 def test_help(run: Any) -> None:

@@ -9,10 +9,10 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from fastattn.console.terminal import Style, UserError, bar_table, legend, printable, shaded_text, wrap
+from fastattn.console.terminal import Style, UserError, legend, printable, shaded_text, wrap
 from fastattn.demo.chat.conversation import BEGIN, Conversation
 from fastattn.demo.chat.tokenizer import Tokenizer
-from fastattn.demo.words import Look, Word
+from fastattn.demo.words import Look, Word, bars
 
 __all__ = ["drawn", "find_written", "looks_to_write", "sharpest", "words_of"]
 
@@ -129,25 +129,9 @@ def drawn(words: Sequence[Word], weights: NDArray[np.float64], looks: Sequence[L
     """
     names = [word.text or ("↵" if style.blocks else "\\n") for word in words]
     rows = [weights[look.layer, look.head] for look in looks]
-    looker = len(rows[0]) - 1
-    most = np.max(rows, axis=0)
-    most[looker] = 1.0  # the word that looks is always there
-    kept = sorted(np.argsort(-most, kind="stable")[:MAX_BARS].tolist())
-    lines = bar_table(
-        [names[index] for index in kept],
-        [
-            (f"layer {look.layer}, head {look.head}", [float(row[index]) for index in kept])
-            for look, row in zip(looks, rows, strict=True)
-        ],
-        style,
-        kept.index(looker),
-    )
-    if len(kept) <= looker:
-        rest = ", ".join(f"{1 - sum(row[kept]):.2f}" for row in rows)
-        less = f"and {looker + 1 - len(kept)} words less looked at, together {rest}"
-        lines += map(style.dim, wrap(less, style.width, "  "))
+    lines = bars(names, rows, looks, MAX_BARS, style)
     first = looks[0]
-    shown = range(max(0, first.target - AROUND), min(looker + 1, first.target + AROUND))
+    shown = range(max(0, first.target - AROUND), min(len(rows[0]), first.target + AROUND))
     lines += ["", *wrap(f"Layer {first.layer}, head {first.head}, around what it looks at most:", style.width), ""]
     lines += shaded_text([(words[index].gap, names[index], float(rows[0][index])) for index in shown], style)
     return [*lines, "", *legend(style)]
