@@ -5,6 +5,7 @@
 #   make guide        the pages of the guide; make guide ARGS=heads runs one
 #   make test         all tests and doctests; make test ARGS=tests/test_semantics.py runs some
 #   make bench        measure this machine, against NumPy, OpenVINO, ONNX Runtime, and PyTorch where it is cheap to get
+#   make wheel        a wheel for this platform, in dist/, which has its kernels compiled: takes some ten minutes
 #   make lint         ruff and mypy, which module may import which, and how long files and functions are
 #
 # PyTorch's CPU build is on no package index that pip asks by itself. Where it is not found, PyTorch is done without; to
@@ -19,7 +20,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 STAMP := $(VENV)/stamps
 
-.PHONY: help demo listen guide test bench bench-table lint format dev clean
+.PHONY: help demo listen guide test bench bench-table wheel lint format dev clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -59,6 +60,10 @@ bench: $(STAMP)/bench
 
 bench-table: $(STAMP)/bench
 	$(BIN)/python benchmarks/readme_table.py $(ARGS)
+
+# the hook of fastattn/__hatch compiles the kernels, in an environment that the build makes
+wheel: $(STAMP)/wheel
+	HATCH_BUILD_HOOK_ENABLE_CUSTOM=true $(BIN)/python -m build --wheel --outdir dist
 
 lint: $(STAMP)/lint
 	$(BIN)/ruff check .
@@ -123,6 +128,10 @@ $(STAMP)/test: $(STAMP)/demo $(STAMP)/torch
 
 $(STAMP)/bench: $(STAMP)/torch pyproject.toml
 	$(PIP) --editable '.[bench]'
+	@touch $@
+
+$(STAMP)/wheel: $(STAMP)/venv
+	$(PIP) 'build>=1.2'
 	@touch $@
 
 $(STAMP)/lint: $(STAMP)/venv pyproject.toml
