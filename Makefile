@@ -8,6 +8,7 @@
 #   make bench        measure this machine, against NumPy, OpenVINO, ONNX Runtime, and PyTorch where it is cheap to get
 #   make history      the speed of commits, by asv; make history ARGS="run v0.1.0..HEAD --steps 10", or ARGS=publish
 #   make dist         what is released: dist/ gets the source distribution, and the wheel that is made from it
+#   make wheel        a wheel for this platform, in dist/, which has its kernels compiled: takes some ten minutes
 #   make lint         ruff and mypy, which module may import which, and how long files and functions are
 #
 # PyTorch's CPU build is on no package index that pip asks by itself. Where it is not found, PyTorch is done without; to
@@ -23,7 +24,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 STAMP := $(VENV)/stamps
 
 # docs is a folder, too
-.PHONY: help demo listen guide test docs bench bench-table history dist lint format dev clean
+.PHONY: help demo listen guide test docs bench bench-table history dist wheel lint format dev clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -77,6 +78,10 @@ history: $(STAMP)/history
 dist: $(STAMP)/dist
 	$(BIN)/python -m build --outdir dist
 	$(BIN)/twine check --strict dist/*
+
+# the hook of fastattn/__hatch compiles the kernels, in an environment that the build makes
+wheel: $(STAMP)/wheel
+	HATCH_BUILD_HOOK_ENABLE_CUSTOM=true $(BIN)/python -m build --wheel --outdir dist
 
 lint: $(STAMP)/lint
 	$(BIN)/ruff check .
@@ -154,6 +159,8 @@ $(STAMP)/history: $(STAMP)/venv
 
 $(STAMP)/dist: $(STAMP)/venv
 	$(PIP) 'build>=1.2' 'twine>=6'
+$(STAMP)/wheel: $(STAMP)/venv
+	$(PIP) 'build>=1.2'
 	@touch $@
 
 $(STAMP)/lint: $(STAMP)/venv pyproject.toml

@@ -26,7 +26,8 @@ missing = {library for library in LIBRARIES if find_spec(library) is None}
 INTEGRATIONS = ROOT / "fastattn" / "integrations"
 collect_ignore = [str(module) for module in INTEGRATIONS.glob("*.py") if needed_by(module) & missing]
 collect_ignore += [str(module.parent) for module in INTEGRATIONS.glob("*/__init__.py") if needed_by(module) & missing]
-collect_ignore_glob = ["fastattn/__pyinstaller/hook-*"] + ([] if find_spec("numba_cuda") else ["fastattn/cuda/*"])
+collect_ignore_glob = ["fastattn/__hatch/*", "fastattn/__pyinstaller/hook-*"]
+collect_ignore_glob += [] if find_spec("numba_cuda") else ["fastattn/cuda/*"]
 
 
 def has_gpu() -> bool:

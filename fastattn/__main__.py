@@ -24,11 +24,12 @@ from fastattn.api.backends import ATTENTION_BACKENDS
 from fastattn.call.types import DeviceBackend
 from fastattn.console.arguments import Parser, program
 from fastattn.console.terminal import Progress, Style, UserError, printable, wrap
-from fastattn.cpu.host import processors
+from fastattn.cpu.host import prebuild, processors
 from fastattn.demo import cli
 from fastattn.guide import cli as guide
+from fastattn.machine import prebuilt
 from fastattn.machine import table as isa
-from fastattn.machine.libraries import cache_folder, why_not_kept
+from fastattn.machine.libraries import cache_folder, prebuilt_name, why_not_kept
 
 __all__ = ["main"]
 
@@ -59,9 +60,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands.add_parser(
         "info",
-        help="this machine, instruction set, threads, cache and versions",
-        description="Print what fastattn found: the machine, its instruction set, threads, the cache folder, versions, "
-        "and which backends there are.",
+        help="this machine, instruction set, threads, kernels and versions",
+        description="Print what fastattn found: the machine, its instruction set, threads, where kernels come from, "
+        "versions, and which backends there are.",
     ).set_defaults(run=info)
     commands.add_parser(
         "warmup",
@@ -82,6 +83,7 @@ def info(args: argparse.Namespace) -> int:
             ("ISA", _isa),
             ("cores", _cores),
             ("threads", lambda: f"{fastattn.get_num_threads()} in a call"),
+            ("kernels", _kernels),
             ("cache", _cache),
             ("versions", _versions),
             *((f"backend {name}", functools.partial(_backend, name)) for name in ATTENTION_BACKENDS),
@@ -132,6 +134,18 @@ def _cores() -> str:
     total, allowed, quota = os.cpu_count() or 1, processors.affinity(), processors.quota()
     said = f"{len(allowed)} for this process, of {total}" if allowed else str(total)
     return said if quota == math.inf else f"{said}; a quota of {quota:.3g}"
+
+
+def _kernels() -> str:
+    """How many of the kernels for this machine came with the package."""
+    row = isa.host()
+    names = [prebuilt_name(kernel) for kernel in prebuild.of_a_wheel(row)]
+    if not prebuilt.sums():
+        return "compiled when they are needed: none came with this installation"
+    there = sum(prebuilt.intact(name) is not None for name in names)
+    return (
+        f"{there} of {len(names)} for {row.name} came with this installation; others are compiled when they are needed"
+    )
 
 
 def _cache() -> str:
@@ -193,7 +207,8 @@ def warmup(args: argparse.Namespace) -> int:
         raise UserError(f"{_no_folder()}, so that no later process would find what is compiled")
     start = time.perf_counter()
     fastattn.warmup(progress=True)
-    print(f"All kernels for {isa.host().name} are ready in {folder} ({time.perf_counter() - start:.1f} s).")
+    seconds = time.perf_counter() - start
+    print(f"All kernels for {isa.host().name} are ready ({seconds:.1f} s). Those that were compiled are in {folder}.")
     return 0
 
 

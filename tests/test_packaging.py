@@ -1,7 +1,11 @@
-"""A wheel and an sdist, each installed into an empty environment and used there; an application frozen from one."""
+"""A wheel and an sdist, each installed into an empty environment and used there; an application frozen from one.
+
+And a wheel that has kernels compiled, for one platform.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import re
@@ -15,6 +19,7 @@ import pytest
 from marks import takes_long
 
 import fastattn
+from fastattn.machine import table as isa
 
 ROOT = Path(__file__).parents[1]
 
@@ -71,11 +76,13 @@ def test_what_they_contain(distributions: dict[str, Path]) -> None:
     information = f"fastattn-{fastattn.__version__}.dist-info/"
     assert {name.split("/")[0] + "/" for name in installed} == {"fastattn/", information}
     assert f"{information}licenses/LICENSE" in installed
+    assert not [name for name in installed if name.startswith(("fastattn/prebuilt", "fastattn/__hatch"))]
 
     with tarfile.open(distributions["sdist"]) as sdist:
         packed = {name.partition("/")[2] for name in sdist.getnames()}
     expected = [
         "fastattn/py.typed",
+        "fastattn/__hatch/hook.py",
         "tests/test_packaging.py",
         "benchmarks/conftest.py",
         "docs/start.md",
@@ -120,6 +127,50 @@ def test_it_runs_from_an_empty_environment(kind: str, distributions: dict[str, P
     for command in ([python.with_name("fastattn")], [python, "-m", "fastattn"]):
         assert run(*command, "--version", cwd=tmp_path) == f"fastattn {fastattn.__version__}\n"
     assert run(python.with_name("fastattn"), "--help", cwd=tmp_path).startswith("usage: fastattn ")
+
+
+FIRST_CALL = """
+import sys, time
+import numpy as np
+start = time.process_time()
+import fastattn
+from fastattn.machine.libraries import cache_folder
+for dtype in (np.float32, np.float64, np.float16):
+    query, key, value = np.random.default_rng(0).standard_normal((3, 2, 4, 33, 16)).astype(dtype)
+    for queries in (1, 5, 33):
+        fastattn.attention(query[..., :queries, :], key, value)
+        fastattn.attention(query[..., :queries, :], key, value, np.ones((queries, 33), bool))
+    print(time.process_time() - start, "numba" in sys.modules, cache_folder(), len(list(cache_folder().iterdir())))
+"""
+
+
+@takes_long
+def test_a_wheel_for_a_platform_has_its_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For all machines of an architecture: those of which this one is are tried."""
+    monkeypatch.setenv("HATCH_BUILD_HOOK_ENABLE_CUSTOM", "true")
+    run(sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path / "dist", ROOT, cwd=tmp_path)
+    (path,) = (tmp_path / "dist").iterdir()
+    assert re.fullmatch(rf"fastattn-{fastattn.__version__}-py3-none-(?!any)\w+\.whl", path.name)
+    assert path.stat().st_size < 15e6
+    folder = "fastattn/prebuilt/"
+    with zipfile.ZipFile(path) as wheel:
+        listed = dict(reversed(line.split("  ")) for line in wheel.read(folder + "SHA256SUMS").decode().splitlines())
+        assert {folder + name for name in listed} == {name for name in wheel.namelist() if name.endswith(".o")}
+        for name, digest in listed.items():
+            assert hashlib.sha256(wheel.read(folder + name)).hexdigest() == digest
+    assert {name.partition("/")[0] for name in listed} == {row.name for row in isa.of_this_architecture()}
+
+    run(sys.executable, "-m", "venv", tmp_path / "venv", cwd=tmp_path)
+    python = tmp_path / "venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    run(python, "-m", "pip", "install", "--quiet", path, cwd=tmp_path)
+    monkeypatch.setenv("FASTATTN_CACHE_DIR", str(tmp_path / "cache"))
+    for row in filter(isa.runs_here, isa.of_this_architecture()):
+        monkeypatch.setenv("FASTATTN_ISA", row.name)
+        printed = run(python, "-W", "error", "-c", FIRST_CALL, cwd=tmp_path).splitlines()
+        assert float(printed[0].split()[0]) < 0.5
+        assert {line.partition(" ")[2] for line in printed} == {f"False {tmp_path / 'cache'} 0"}
+        told = run(python, "-m", "fastattn", "info", cwd=tmp_path)
+        assert re.search(rf"^kernels +(\d+) of \1 for {row.name} came", told, re.MULTILINE)
 
 
 APPLICATION = """

@@ -6,6 +6,7 @@ the whole kernel, and for the row's processor instead of the host's: a forced IS
 """
 
 import gc
+import re
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -159,11 +160,20 @@ def _in_place(text: str, row: Isa) -> str:
     return text.replace(")\n{", f") prefix [{row.code_offset} x i8] zeroinitializer\n{{", 1)
 
 
+def _lasting(name: str) -> str:
+    """A name without the numbers in Numba's, which are other ones in each process: object code is to be the same.
+
+    LLVM adds numbers to those that become equal.
+    """
+    return re.split(r"B\d+v\d|\.const\.|numba\.dynamic\.", name)[0] or "data"
+
+
 def _generate(module: Any, row: Isa, exported: Container[str], vectorise: bool) -> bytes:
     machine = target_machine(row)
     for item in (*module.functions, *module.global_variables):
         if not item.is_declaration and item.name not in exported:
             item.linkage = "internal"
+            item.name = _lasting(item.name)
     options = llvm.create_pipeline_tuning_options(speed_level=3)
     # The kernels are vectorised by hand: what LLVM would vectorise or unroll besides are loops over tails.
     options.loop_unrolling = options.slp_vectorization = False

@@ -1,9 +1,9 @@
-"""Compiled kernels, on demand: found in memory, in the cache on disk, or built.
+"""Compiled kernels, on demand: found in memory, among those that came with the package, in the cache on disk, or built.
 
 A kernel's file is named by a hash of everything its code depends on: the kernel's description, with the row of the ISA
-table, the versions of Python, Numba and llvmlite, and the content of every module that takes part. So a stale file is
-never looked at. Files appear by an atomic rename, and begin with a checksum of the rest; where no folder can be
-written, kernels are built anew in every process.
+table, the content of every module that takes part and, in the cache, the versions of Python, Numba and llvmlite. So a
+stale file is never looked at. Files of the cache appear by an atomic rename, and begin with a checksum of the rest;
+where no folder can be written, kernels are built anew in every process.
 """
 
 import ctypes
@@ -20,7 +20,7 @@ from pathlib import Path
 from sys import is_finalizing
 from typing import TYPE_CHECKING, TypeAlias
 
-from fastattn.machine import loading
+from fastattn.machine import loading, prebuilt
 from fastattn.machine.digest import of_modules, version
 from fastattn.machine.kernel import Kernel
 from fastattn.machine.os_threads import RLock, allocate_lock
@@ -112,20 +112,36 @@ def warn_not_kept() -> None:
 
 
 @cache
-def _source_digest() -> bytes:
+def _modules_digest() -> bytes:
     call = (f"fastattn.call.{name}" for name in ("broadcasting", "halves", "rounding", "scores"))
-    modules = of_modules("fastattn.machine", "fastattn.simd", "fastattn.functions", "fastattn.cpu.kernels", *call)
+    return of_modules("fastattn.machine", "fastattn.simd", "fastattn.functions", "fastattn.cpu.kernels", *call)
+
+
+def _interface() -> tuple[object, ...]:
+    """What compiled code knows of where it runs: how functions are called, and where Python's objects begin."""
+    return platform.machine(), sys.platform, object.__basicsize__
+
+
+@cache
+def _source_digest() -> bytes:
     versions = [version(name) for name in ("numba", "llvmlite")]
-    identity = (versions, platform.python_version(), platform.machine(), sys.platform, object.__basicsize__)
-    return hashlib.sha256(modules + repr(identity).encode()).digest()
+    identity = (versions, platform.python_version(), *_interface())
+    return hashlib.sha256(_modules_digest() + repr(identity).encode()).digest()
+
+
+def _name(kernel: Kernel, made_of: bytes) -> str:
+    digest = hashlib.sha256(made_of + repr(kernel).encode()).hexdigest()
+    return f"{kernel.label}-{digest[:32]}.o"
+
+
+def prebuilt_name(kernel: Kernel) -> str:
+    """The file of a kernel that comes with the package: whatever has compiled it, it runs on any Python and NumPy."""
+    return f"{kernel.row.name}/{_name(kernel, _modules_digest() + repr(_interface()).encode())}"
 
 
 def _path(kernel: Kernel) -> Path | None:
     folder = cache_folder()
-    if folder is None:
-        return None
-    digest = hashlib.sha256(_source_digest() + repr(kernel).encode()).hexdigest()
-    return folder / f"{kernel.label}-{digest[:32]}.o"
+    return None if folder is None else folder / _name(kernel, _source_digest())
 
 
 def _read(path: Path) -> bytes | None:
@@ -157,7 +173,7 @@ def _write(path: Path, code: bytes) -> bool:
 
 
 def library(kernel: Kernel, exports: Exports, compile: Callable[[Kernel, Exports], bytes]) -> Library:
-    """A kernel's functions. `compile` makes its object code, where it is neither loaded nor on disk."""
+    """A kernel's functions. `compile` makes its object code, where it is neither loaded nor in a file."""
     found = _loaded.get(kernel)
     if found is None:
         with _one_at_a_time():
@@ -191,6 +207,9 @@ def _load(kernel: Kernel, exports: Exports, compile: Callable[[Kernel, Exports],
 
 
 def _code(kernel: Kernel, exports: Exports, compile: Callable[[Kernel, Exports], bytes]) -> bytes:
+    code = prebuilt.object_code(prebuilt_name(kernel))
+    if code is not None:
+        return code
     path = _path(kernel)
     code = _read(path) if path else None
     if code is None:

@@ -5,6 +5,7 @@ A new machine is a new row. The algorithm in `fastattn.cpu` reads the row and kn
 
 import os
 import platform
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 
@@ -177,6 +178,17 @@ def host_features() -> frozenset[str]:
         return frozenset(name for name, present in llvm.get_host_cpu_features().items() if present)
     except RuntimeError:  # LLVM cannot tell on this platform: only the baseline is safe
         return frozenset()
+
+
+def of_this_architecture() -> tuple[Isa, ...]:
+    """The rows that code can be generated for here, whether this machine executes it or not.
+
+    LLVM names all features of x86, and says which of them a machine has; elsewhere it names those that a machine has.
+    """
+    known = set(host_features())
+    with suppress(RuntimeError):
+        known |= llvm.get_host_cpu_features().keys()
+    return tuple(row for row in TABLE if known.issuperset(row.needs))
 
 
 def runs_here(row: Isa) -> bool:

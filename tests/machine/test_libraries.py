@@ -142,12 +142,12 @@ def test_every_module_that_takes_part_is_in_the_name(tmp_path: Path) -> None:
     shutil.copytree(processes.PACKAGE, tmp_path / "fastattn", ignore=shutil.ignore_patterns("__pycache__"))
     code = f"""
 from pathlib import Path
-from fastattn.machine.libraries import _source_digest
-digests = [_source_digest.__wrapped__()]
+from fastattn.machine.libraries import _modules_digest
+digests = [_modules_digest.__wrapped__()]
 for path in {[str(path) for path in modules.values()]}:
     path = Path({str(tmp_path)!r}, path)
     path.write_bytes(path.read_bytes() + b"#")
-    digests.append(_source_digest.__wrapped__())
+    digests.append(_modules_digest.__wrapped__())
 print(len(digests) == len(set(digests)))
 """
     assert processes.run(code, tmp_path) == "True\n"

@@ -1,0 +1,87 @@
+"""Kernels for a wheel, compiled ahead of all calls: ``python -m fastattn.cpu.host.prebuild FOLDER`` writes them.
+
+They are those of all rows of the table of machines that are of this machine's architecture, whether it executes them or
+not. `fastattn.machine.prebuilt` finds them where the wheel was installed.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from fastattn.console.terminal import Progress
+from fastattn.cpu.host.kernels import compile_kernel, describe, every_kernel
+from fastattn.cpu.host.threads import get_num_threads
+from fastattn.cpu.kernels.exports import EXPORTS
+from fastattn.machine.kernel import PLAIN, Kernel
+from fastattn.machine.libraries import prebuilt_name
+from fastattn.machine.prebuilt import SUMS, written_sums
+from fastattn.machine.table import Isa, of_this_architecture
+
+__all__ = ["compiled", "of_a_wheel", "write"]
+
+DTYPES = ("float32", "float64", "float16", "bfloat16")
+#: The dtypes of queries and of keys in pages: what a `KVCache` is asked for most.
+IN_PAGES = (
+    ("float32", "float32"),
+    ("float32", "bfloat16"),
+    ("float32", "int8"),
+    ("float16", "float16"),
+    ("bfloat16", "bfloat16"),
+)
+
+
+def of_a_wheel(row: Isa) -> Iterator[Kernel]:
+    """The kernels for a row of the table that a wheel has: all that `warmup` makes, and those of caches."""
+    yield from every_kernel(row, DTYPES)
+    yield Kernel("longest", row)
+    for queries, pages in IN_PAGES:
+        kept: dict[str, Any] = {"storage": pages, "values": pages, "queries": queries, "pages": pages}
+        yield describe("decode", row.wide_tile("float32"), row, steps=PLAIN, **kept)
+        for tile in (row.tile("float32"), row.tall_tile("float32")):
+            yield describe("forward", tile, row, steps=PLAIN, **kept)
+        if queries != pages:
+            yield Kernel("convert", row, row.wide_tile("float32"), storage=queries, queries=pages)
+
+
+def write(folder: Path, codes: Mapping[Kernel, bytes]) -> None:
+    """Write the object code of kernels into a folder, where they will be looked for, and the digests of all."""
+    files = {prebuilt_name(kernel): code for kernel, code in codes.items()}
+    for name, code in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(code)
+    (folder / SUMS).write_text(written_sums(files), newline="\n")
+
+
+def compiled(kernel: Kernel) -> bytes:
+    """The object code of a kernel: the same bytes wherever these sources are compiled by the same Numba and Python."""
+    return compile_kernel(kernel, EXPORTS[kernel.work])
+
+
+def main() -> None:
+    """Write all that a wheel has into the folder of the command line, compiled by a process on each CPU."""
+    (folder,) = map(Path, sys.argv[1:])
+    start = time.perf_counter()
+    kernels = list(chain.from_iterable(map(of_a_wheel, of_this_architecture())))
+    codes = {}
+    with (
+        Progress("compiling") as progress,
+        ProcessPoolExecutor(get_num_threads(), multiprocessing.get_context("spawn")) as processes,
+    ):
+        for kernel, code in zip(kernels, processes.map(compiled, kernels), strict=True):
+            codes[kernel] = code
+            progress(len(codes), len(kernels), kernel.label)
+    write(folder, codes)
+    size = sum(map(len, codes.values())) / 1e6
+    print(f"{len(codes)} kernels, {size:.1f} MB, compiled in {time.perf_counter() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
