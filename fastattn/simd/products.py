@@ -65,12 +65,11 @@ class _Pairs(_Elements):
         """acc + the products of both halves, by lanes."""
         s = self.shape
         pairs = ir.VectorType(BFloat(), 2 * s.lanes)
-        if architecture(builder.module.triple) == "arm64":
-            name = f"llvm.aarch64.neon.bfdot.v{s.lanes}f32.v{2 * s.lanes}bf16"  # the second may be an element
-        else:
-            name = f"llvm.x86.avx512bf16.dpbf16ps.{8 * s.vector_bytes}"
+        name, factors = f"llvm.x86.avx512bf16.dpbf16ps.{8 * s.vector_bytes}", [repeated, vector]
+        if architecture(builder.module.triple) == "arm64":  # where the second may be an element
+            name, factors = f"llvm.aarch64.neon.bfdot.v{s.lanes}f32.v{2 * s.lanes}bf16", [vector, repeated]
         dot = _function(builder, name, acc.type, acc.type, pairs, pairs)
-        return builder.call(dot, [acc, builder.bitcast(vector, pairs), builder.bitcast(repeated, pairs)])
+        return builder.call(dot, [acc, *(builder.bitcast(factor, pairs) for factor in factors)])
 
 
 def _function(builder, name, result, *arguments):
