@@ -107,11 +107,8 @@ def _row_places(builder, address, row_bytes, rows):
 
 def _add(builder, kind, accumulators, column, row):
     """The accumulators, with a column's elements, each repeated, times the vectors of a row."""
-    out = []
-    for repeated in column:
-        for vector in row:
-            out.append(kind.multiply_add(builder, repeated, vector, accumulators[len(out)]))
-    return out
+    acc = iter(accumulators)
+    return [kind.multiply_add(builder, repeated, vector, next(acc)) for repeated in column for vector in row]
 
 
 def _strided(builder, kind, accumulators, column, column_stride, row):
