@@ -4,6 +4,7 @@
 #   make listen       what is said in a wav file; make listen ARGS=talk.wav
 #   make guide        the pages of the guide; make guide ARGS=heads runs one
 #   make test         all tests and doctests; make test ARGS=tests/test_semantics.py runs some
+#   make test-arm64   some of them on an emulated arm64 processor
 #   make docs         the site, in build/docs/, with its notebooks run and its links checked
 #   make bench        measure this machine, against NumPy, OpenVINO, ONNX Runtime, and PyTorch where it is cheap to get
 #   make history      the speed of commits, by asv; make history ARGS="run v0.1.0..HEAD --steps 10", or ARGS=publish
@@ -24,7 +25,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 STAMP := $(VENV)/stamps
 
 # docs is a folder, too
-.PHONY: help demo listen guide test docs bench bench-table history dist wheel lint format dev clean
+.PHONY: help demo listen guide test test-arm64 docs bench bench-table history dist wheel lint format dev clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -58,6 +59,15 @@ ifeq ($(strip $(ARGS)),)
 else
 	$(BIN)/python -m pytest $(ARGS)
 endif
+
+# what computes, in a few of its tests: an emulator takes some ten times as long. On an arm64 machine, `make test` is for it
+ARM64_TESTS := tests/simd tests/machine/test_table.py tests/machine/test_neon.py tests/test_semantics.py \
+    tests/test_properties.py::test_any_call
+
+test-arm64: export FASTATTN_CACHE_DIR ?= $(abspath $(VENV)/arm64/cache)
+
+test-arm64: $(STAMP)/arm64
+	$(VENV)/arm64/python -m pytest -q -m "not slow" -k "not reference" $(or $(ARGS),$(ARM64_TESTS))
 
 # what the notebooks print stays in them; pages of functions are made anew, as some may have gone
 docs: $(STAMP)/docs
@@ -148,6 +158,10 @@ $(STAMP)/docs: $(STAMP)/guide
 	$(PIP) --editable '.[docs]'
 	@touch $@
 
+$(STAMP)/arm64: $(STAMP)/venv tests/arm64.sh
+	sh tests/arm64.sh $(VENV)/arm64 $(BIN)/python
+	@touch $@
+
 $(STAMP)/bench: $(STAMP)/torch pyproject.toml
 	$(PIP) --editable '.[bench]'
 	@touch $@
@@ -159,6 +173,8 @@ $(STAMP)/history: $(STAMP)/venv
 
 $(STAMP)/dist: $(STAMP)/venv
 	$(PIP) 'build>=1.2' 'twine>=6'
+	@touch $@
+
 $(STAMP)/wheel: $(STAMP)/venv
 	$(PIP) 'build>=1.2'
 	@touch $@

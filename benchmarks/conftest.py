@@ -28,8 +28,7 @@ def alternate(benchmark: Any) -> Callable[..., None]:
     """Time a call, alternating with a peer's, whose share is the ratio in the extra info, beside the peer's time.
 
     Each is warmed up when the other's threads have come to rest: PyTorch's spin for 8 ms after a call, on the cores
-    that the next one wants. A call is not enough for that: its workers came late, and what they read is in the caches of
-    others.
+    that the next one wants. One call is not enough for that: workers come late to it, and find nothing in their caches.
     """
 
     def run(

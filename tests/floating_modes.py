@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +13,7 @@ from llvmlite import binding as llvm
 import fastattn
 from fastattn.cpu.host import session
 from fastattn.machine import loading as machine
+from fastattn.machine.features import HOST
 from fastattn.machine.libraries import Library
 from fastattn.machine.table import host
 
@@ -55,8 +55,8 @@ define i64 @set(i64 %word) {
     ret i64 0
 }
 """
-is_x86 = platform.machine().lower() in ("x86_64", "amd64")
-is_known = is_x86 or platform.machine().lower() in ("aarch64", "arm64")
+is_x86 = HOST == "x86-64"
+is_known = is_x86 or HOST == "arm64"
 WORDS, FUNCTIONS = (X86, X86_FUNCTIONS) if is_x86 else (AARCH64, AARCH64_FUNCTIONS)
 MODES = [name for name in WORDS if name != "default"]
 needs_modes = pytest.mark.skipif(not is_known, reason="this machine's control register is not known")

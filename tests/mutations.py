@@ -463,7 +463,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the second of two features has the factor of the first",
-        "simd/memory.py",
+        "simd/products.py",
         "factor, next_factor = scalar(values[6]), scalar(values[7])",
         "factor, next_factor = scalar(values[6]), scalar(values[6])",
         ("api/test_additive.py", "test_errors_in_float64"),

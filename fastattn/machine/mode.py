@@ -9,6 +9,8 @@ from typing import Any
 
 from llvmlite import ir
 
+from fastattn.machine.features import architecture
+
 MXCSR_DEFAULT = 0x1F80  # to nearest, nothing is flushed, all exceptions are masked
 MXCSR_RAISED = 0x3F  # the exceptions that have occurred since somebody cleared them: no part of the mode
 
@@ -21,10 +23,10 @@ def with_default_mode(builder: ir.IRBuilder, emit: Callable[[], Any]) -> Any:
     LLVM knows nothing of modes, and may move arithmetic from one side of a change to the other: what `emit` emits has
     to be a call that is not inlined. On a machine whose registers are not known the mode stays as it is.
     """
-    architecture = builder.module.triple.split("-")[0]
-    if architecture in ("x86_64", "amd64"):
+    processor = architecture(builder.module.triple)
+    if processor == "x86-64":
         return _with_mxcsr(builder, emit)
-    if architecture in ("aarch64", "arm64"):
+    if processor == "arm64":
         return _with_fpcr(builder, emit)
     return emit()
 

@@ -11,6 +11,7 @@ from functools import cache
 
 from llvmlite import binding as llvm
 
+from fastattn.machine.features import host_features
 from fastattn.machine.tile import ITEMSIZE, TileShape
 
 
@@ -97,7 +98,13 @@ class Isa:
         Whether the machine scales by a power of two in one instruction (AVX-512's vscalef).
     pairs : bool
         Whether the machine multiplies pairs of bfloat16, and adds both products to a float32, in one instruction that
-        takes no longer than a multiply-add (AVX512_BF16 on Zen 4; elsewhere it takes four times as long).
+        takes no longer than a multiply-add (NEON's bfdot, and AVX512_BF16 on Zen 4; on Intel's it takes four times as
+        long).
+    halves : bool
+        Whether the machine widens and rounds float16 by an instruction (F16C, NEON).
+    by_element : bool
+        Whether a multiply-add takes one factor from an element of a register, whichever (NEON). Elements that lie next
+        to each other are loaded together then; elsewhere each is repeated in all lanes as it is loaded.
     panels : bool
         Whether blocks of keys and values are laid out anew for a group of query blocks, in the order of their use.
         Otherwise they are read where they lie, or if that is awkward, from a copy of the rows.
@@ -120,6 +127,8 @@ class Isa:
     processors: tuple[str, ...] = ()
     scalef: bool = False
     pairs: bool = False
+    halves: bool = False
+    by_element: bool = False
     panels: bool = True
     code_offset: int = 48
     blocking: Blocking = field(default=Blocking(), compare=False, repr=False)
@@ -129,15 +138,18 @@ class Isa:
 
     def tile(self, dtype: str) -> TileShape:
         """The register tile for a dtype."""
-        return _shape(dtype, self.vector_bytes // ITEMSIZE[dtype], self.rows, self.vectors)
+        return self._tile(dtype, self.rows, self.vectors)
 
     def tall_tile(self, dtype: str) -> TileShape:
         """The tile that is one vector wide, for calls with few queries."""
-        return _shape(dtype, self.vector_bytes // ITEMSIZE[dtype], self.tall_rows, 1)
+        return self._tile(dtype, self.tall_rows, 1)
 
     def wide_tile(self, dtype: str) -> TileShape:
         """The tile with features in the lanes, for very few queries: four rows, as many accumulators as the others."""
-        return _shape(dtype, self.vector_bytes // ITEMSIZE[dtype], 4, max(1, self.rows * self.vectors // 4))
+        return self._tile(dtype, 4, max(1, self.rows * self.vectors // 4))
+
+    def _tile(self, dtype: str, rows: int, vectors: int) -> TileShape:
+        return _shape(dtype, self.vector_bytes // ITEMSIZE[dtype], rows, vectors, self.by_element)
 
 
 _GENERIC = Isa("generic", cpu="", needs=(), vector_bytes=16, rows=4, vectors=2)
@@ -147,6 +159,7 @@ _AVX2 = replace(
     cpu="x86-64-v3",
     needs=("avx2", "fma", "f16c", "bmi", "bmi2", "lzcnt", "movbe", "popcnt"),
     vector_bytes=32,
+    halves=True,
 )
 _AVX512 = replace(
     _AVX2,
@@ -167,17 +180,10 @@ _ZEN4 = replace(
     processors=("znver4", "znver5"),
     pairs=True,
 )
-TABLE = (_ZEN4, _AVX512, _AVX2, _GENERIC)  # the first that runs here, and is meant for it, is used
+_NEON = replace(_GENERIC, name="neon", needs=("neon",), rows=8, halves=True, by_element=True)
+_NEON_BF16 = replace(_NEON, name="neon_bf16", needs=("neon", "bf16"), features=("bf16",), pairs=True)
+TABLE = (_ZEN4, _AVX512, _AVX2, _NEON_BF16, _NEON, _GENERIC)  # the first that runs here, and is meant for it, is used
 NAMES = tuple(row.name for row in TABLE)
-
-
-@cache
-def host_features() -> frozenset[str]:
-    """The names of the CPU features that LLVM finds on this machine."""
-    try:
-        return frozenset(name for name, present in llvm.get_host_cpu_features().items() if present)
-    except RuntimeError:  # LLVM cannot tell on this platform: only the baseline is safe
-        return frozenset()
 
 
 def of_this_architecture() -> tuple[Isa, ...]:

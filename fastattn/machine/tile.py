@@ -10,12 +10,16 @@ BLOCK = 32  # numbers of int8 that have a scale in common
 
 @dataclass(frozen=True)
 class TileShape:
-    """A register tile: `rows` rows of `vectors` vectors of `lanes` elements of a floating dtype."""
+    """A register tile: `rows` rows of `vectors` vectors of `lanes` elements of a floating dtype.
+
+    `by_element`: multiply-adds of the machine take one factor from an element of a register.
+    """
 
     dtype: str
     lanes: int
     rows: int
     vectors: int
+    by_element: bool = False
 
     @property
     def storage(self) -> str:

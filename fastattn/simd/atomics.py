@@ -5,6 +5,8 @@ from numba.core import cgutils, types
 from numba.core.typing.templates import signature
 from numba.extending import intrinsic
 
+from fastattn.machine.features import architecture
+
 _WORD = ir.IntType(64)
 
 
@@ -71,14 +73,19 @@ def pause(typingctx):
     """Tell the processor that this is a waiting loop."""
 
     def codegen(context, builder, sig, values):
-        if builder.module.triple.startswith(("x86", "i386", "i686")):
-            fn = cgutils.get_or_insert_function(
-                builder.module, ir.FunctionType(ir.VoidType(), []), "llvm.x86.sse2.pause"
-            )
-            builder.call(fn, [])
+        processor, i32 = architecture(builder.module.triple), ir.IntType(32)
+        if processor == "x86-64":
+            _call(builder, "llvm.x86.sse2.pause")
+        elif processor == "arm64":  # what its yield does is nothing on most of them; a barrier takes a while
+            _call(builder, "llvm.aarch64.isb", ir.Constant(i32, 15))
         return context.get_dummy_value()
 
     return signature(types.none), codegen
+
+
+def _call(builder, name, *arguments):
+    fnty = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
+    builder.call(cgutils.get_or_insert_function(builder.module, fnty, name), arguments)
 
 
 @intrinsic

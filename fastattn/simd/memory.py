@@ -16,7 +16,6 @@ from fastattn.simd.tile import (
     load_from,
     make_tile,
     pointer_to,
-    shifted,
     splat,
     vector_of,
     vectors_of,
@@ -216,80 +215,6 @@ def tile_store(typingctx, tile, address, row_bytes):
         return context.get_dummy_value()
 
     return signature(types.none, tile, types.intp, types.intp), codegen
-
-
-@intrinsic
-def tile_rank1(typingctx, acc, column, column_stride, row):
-    """acc + column ⊗ row: element m of the column is a scalar at `column + m * column_stride`, row is a row in memory.
-
-    This is the micro-kernel's whole inner step: rows + vectors loads and rows × vectors multiply-adds.
-    """
-    if not isinstance(acc, TileType):
-        return None
-
-    def codegen(context, builder, sig, values):
-        s = acc.shape
-        accumulators = vectors_of(builder, s, values[0])
-        step = s.lanes * s.itemsize
-        row = [
-            load_from(builder, shifted(builder, values[3], v * step), vector_of(s), s.itemsize)
-            for v in range(s.vectors)
-        ]
-        out = []
-        for m in range(s.rows):
-            place = (
-                values[1] if m == 0 else builder.add(values[1], builder.mul(values[2], ir.Constant(values[2].type, m)))
-            )
-            scalar = splat(builder, load_from(builder, place, element_of(s), s.itemsize), s.lanes)
-            for v in range(s.vectors):
-                out.append(
-                    call_llvm(builder, "fmuladd", vector_of(s), [scalar, row[v], accumulators[m * s.vectors + v]])
-                )
-        return make_tile(builder, s, out)
-
-    return signature(acc, acc, types.intp, types.intp, types.intp), codegen
-
-
-@intrinsic
-def tile_rank1_reciprocals(typingctx, acc, column, column_stride, next_column, row, next_row, factor, next_factor):
-    """acc + factor / (1 + column ⊗ row) + next_factor / (1 + next_column ⊗ next_row), element by element.
-
-    Addresses are as in `tile_rank1`; the factors are scalars in memory. The two terms have a denominator in common,
-    their product, and so one division: divisions are what the step costs. Vector after vector, so that all of a tile's
-    intermediate results are never wanted in registers at the same time.
-    """
-    if not isinstance(acc, TileType):
-        return None
-
-    def codegen(context, builder, sig, values):
-        s = acc.shape
-        accumulators, stride = vectors_of(builder, s, values[0]), values[2]
-        vector, step = vector_of(s), s.lanes * s.itemsize
-        one = ir.Constant(vector, [1.0] * s.lanes)
-
-        def scalar(place):
-            return splat(builder, load_from(builder, place, element_of(s), s.itemsize), s.lanes)
-
-        def fused(*operands):
-            return call_llvm(builder, "fmuladd", vector, operands)
-
-        rows = [
-            [load_from(builder, shifted(builder, row, v * step), vector, s.itemsize) for v in range(s.vectors)]
-            for row in values[4:6]
-        ]
-        factor, next_factor = scalar(values[6]), scalar(values[7])
-        out = []
-        for m in range(s.rows):
-            offset = builder.mul(stride, ir.Constant(stride.type, m))
-            left, right = (scalar(builder.add(place, offset)) for place in (values[1], values[3]))
-            for v in range(s.vectors):
-                a, b = fused(left, rows[0][v], one), fused(right, rows[1][v], one)
-                numerator = fused(factor, b, builder.fmul(next_factor, a))
-                quotient = builder.fdiv(numerator, builder.fmul(a, b))
-                out.append(builder.fadd(accumulators[m * s.vectors + v], quotient))
-        return make_tile(builder, s, out)
-
-    return signature(acc, acc, *[types.intp] * 7), codegen
 
 
 @intrinsic

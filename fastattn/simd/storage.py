@@ -34,17 +34,17 @@ WORD = 4  # bytes of a pair
 BYTE, SHORT, INT, FLOAT = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
 
 
-class _BFloat(ir.types.Type):
+class BFloat(ir.types.Type):
     """LLVM's bfloat, which llvmlite has no name for."""
 
     def _to_string(self):
         return "bfloat"
 
     def __eq__(self, other):
-        return isinstance(other, _BFloat)
+        return isinstance(other, BFloat)
 
     def __hash__(self):
-        return hash(_BFloat)
+        return hash(BFloat)
 
 
 def is_place(ty):
@@ -58,7 +58,7 @@ class _Memory:
     def __init__(self, place):
         self.tile = place.tile if isinstance(place, Kernel) else place
         self.dtype = place.storage
-        self.converts = isinstance(place, Kernel) and "f16c" in place.row.needs
+        self.converts = isinstance(place, Kernel) and place.row.halves
         self.itemsize = place.itemsize
 
     @property
@@ -352,7 +352,7 @@ def tile_round_to_pairs(typingctx, first, second):
     """Pairs of two tiles' elements, rounded to bfloat16."""
 
     def emit(builder, shape, low, high):
-        shorts, lanes = ir.VectorType(_BFloat(), shape.lanes), shape.lanes
+        shorts, lanes = ir.VectorType(BFloat(), shape.lanes), shape.lanes
         order = [half * lanes + lane for lane in range(lanes) for half in range(2)]
         low, high = builder.fptrunc(low, shorts), builder.fptrunc(high, shorts)
         both = builder.shuffle_vector(low, high, ir.Constant(ir.VectorType(INT, 2 * lanes), order))
@@ -374,30 +374,3 @@ def tile_scale_pairs(typingctx, pairs, factor):
         return builder.bitcast(builder.or_(low, builder.shl(high, constant(ints, 16))), by.type)
 
     return elementwise(emit, pairs, factor)
-
-
-@intrinsic
-def tile_rank2(typingctx, acc, column, column_stride, row):
-    """acc + column ⊗ row, of pairs: the products of both halves are added, as `tile_rank1` adds one.
-
-    Pair m of the column is at `column + m * column_stride`, row is a row of pairs in memory.
-    """
-    if not isinstance(acc, TileType):
-        return None
-
-    def codegen(context, builder, sig, values):
-        s = acc.shape
-        vector, pairs = vector_of(s), ir.VectorType(_BFloat(), 2 * s.lanes)
-        accumulators = vectors_of(builder, s, values[0])
-        name = f"llvm.x86.avx512bf16.dpbf16ps.{8 * s.vector_bytes}"
-        dot = cgutils.get_or_insert_function(builder.module, ir.FunctionType(vector, [vector, pairs, pairs]), name)
-        starts = [shifted(builder, values[3], v * s.vector_bytes) for v in range(s.vectors)]
-        row = [load_from(builder, start, pairs, 2) for start in starts]
-        out = []
-        for m in range(s.rows):
-            place = builder.add(values[1], builder.mul(values[2], ir.Constant(values[2].type, m)))
-            one = builder.bitcast(splat(builder, load_from(builder, place, INT, 2), s.lanes), pairs)
-            out += [builder.call(dot, [accumulators[m * s.vectors + v], one, row[v]]) for v in range(s.vectors)]
-        return make_tile(builder, s, out)
-
-    return signature(acc, acc, types.intp, types.intp, types.intp), codegen

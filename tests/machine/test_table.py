@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import re
 from functools import cache
 from typing import Any
@@ -19,9 +18,11 @@ from fastattn.machine import building as build
 from fastattn.machine import libraries as kernels
 from fastattn.machine import loading as machine
 from fastattn.machine import table as isa
+from fastattn.machine.features import HOST
 
 ROWS = {row.name: row for row in isa.TABLE}
-on_x86 = pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="these are x86 instructions")
+on_x86 = pytest.mark.skipif(HOST != "x86-64", reason="these are x86 instructions")
+X86_ROWS = ("zen4", "avx512", "avx2", "generic")  # arm64's: test_neon.py
 PRINT_HOST = "from fastattn.machine.table import host; print(host().name)"
 
 
@@ -62,13 +63,13 @@ def test_a_machine_without_features_runs_the_last_row(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(isa.llvm, "get_host_cpu_features", unknown)
     monkeypatch.setattr(isa, "host_features", isa.host_features.__wrapped__)
-    assert isa.host().name == "generic"
+    assert isa.host().name == ("neon" if HOST == "arm64" else "generic")
 
 
 @pytest.mark.parametrize("name", ["avx1024", "AVX2", "avx2 ", "0"])
 def test_an_unknown_row_is_refused_with_the_list(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv("FASTATTN_ISA", name)
-    message = f"FASTATTN_ISA={name!r} is unknown, expected one of zen4, avx512, avx2, generic"
+    message = f"FASTATTN_ISA={name!r} is unknown, expected one of zen4, avx512, avx2, neon_bf16, neon, generic"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         isa.host()
 
@@ -172,7 +173,7 @@ def test_generic_is_the_baseline() -> None:
 
 
 @on_x86
-@pytest.mark.parametrize("name", ["zen4", "avx512", "avx2", "generic"])
+@pytest.mark.parametrize("name", X86_ROWS)
 def test_half_precision_is_widened_by_the_instructions_there_are(name: str) -> None:
     code = instructions(assembly(name, "float16"))
     assert bool(re.search(r"\tvcvtph2ps\t", code)) == bool(re.search(r"\tvcvtps2ph\t", code)) == (name != "generic")
@@ -182,7 +183,7 @@ def test_half_precision_is_widened_by_the_instructions_there_are(name: str) -> N
 
 
 @on_x86
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", X86_ROWS)
 def test_the_micro_kernel_stays_in_registers(name: str) -> None:
     """In the loops of the two products, those that broadcast and multiply-add, no vector goes to the stack."""
     row, storage = ROWS[name], "bfloat16" if ROWS[name].pairs else "float32"

@@ -19,6 +19,7 @@ from fastattn.machine.table import TABLE, Isa, host, runs_here
 Array = NDArray[Any]
 
 DTYPES = {"float16": np.dtype(np.float16), "bfloat16": BITS}
+needs_pairs = pytest.mark.skipif(not host().pairs, reason="this machine does not multiply pairs of bfloat16")
 rows = pytest.mark.parametrize("row", [row for row in TABLE if runs_here(row)], ids=lambda row: row.name)
 
 
@@ -118,7 +119,7 @@ def test_numbers_are_rounded_to_the_nearest_of_two_the_even_one(row: Isa, storag
         assert same(found, wanted), name
 
 
-@pytest.mark.skipif(not host().pairs, reason="this machine does not multiply pairs of bfloat16")
+@needs_pairs
 def test_pairs_are_laid_out_scaled_and_multiplied() -> None:
     row = host()
     tile = row.tile("float32")
@@ -126,13 +127,14 @@ def test_pairs_are_laid_out_scaled_and_multiplied() -> None:
     numbers = rng.integers(-8, 9, (4, 2 * tile.lanes)).astype(np.float32)
     halves = cast(numbers, BITS)
     one, vector = tile.single, tile.vector
+    size = vector.vector_bytes
 
     def run(first, second, words, column, out):
         s.tile_store(s.tile_load_two_rows(vector, first, second), out, 0)
         out += vector.vector_bytes
         s.tile_store(s.tile_scale_pairs(s.tile_load(vector, first, 0), -0.5), out, 0)
         out += vector.vector_bytes
-        s.tile_store(s.tile_round_to_pairs(s.tile_load(vector, words, 0), s.tile_load(vector, words + 64, 0)), out, 0)
+        s.tile_store(s.tile_round_to_pairs(s.tile_load(vector, words, 0), s.tile_load(vector, words + size, 0)), out, 0)
         out += vector.vector_bytes
         s.tile_store(s.tile_rank2(s.tile_fill(one, 0.5), column, 4, first), out, 0)
 
@@ -147,3 +149,25 @@ def test_pairs_are_laid_out_scaled_and_multiplied() -> None:
     assert (pairs[2] == words.ravel()[: 2 * tile.lanes].reshape(2, -1).T).all()
     products = numbers[:2].reshape(-1, 2) @ numbers[2, :2] + 0.5
     assert (out[3 * tile.lanes :] == products).all()
+
+
+@needs_pairs
+def test_steps_of_pairs() -> None:
+    row = host()
+    tile, rng = row.tile("float32"), np.random.default_rng(2)
+    a, b = (rng.integers(-8, 9, shape).astype(np.float32) for shape in ((tile.rows, 5, 2), (4, tile.width, 2)))
+    size = tile.rows * tile.row_bytes
+
+    def run(a, a_row, b, out):
+        acc = s.tile_fill(tile, 0.5)
+        s.tile_store(s.tile_rank2(acc, a, a_row, b), out, tile.row_bytes)
+        s.tile_store(s.tile_rank2_packed(acc, a, b), out + size, tile.row_bytes)
+        s.tile_store(s.tile_rank2_along(acc, a, a_row, b), out + 2 * size, tile.row_bytes)
+
+    library = Library(build.emit({"run": (s.jit(run), 4)}, row), row, {"run": 4})
+    left, right = cast(a, BITS), cast(b, BITS)
+    out = np.empty((3, tile.rows, tile.width), np.float32)
+    library.run(left.ctypes.data, left.strides[0], right.ctypes.data, out.ctypes.data)
+    assert (out[0] == 0.5 + a[:, 0] @ b[0].T).all()
+    assert (out[1] == 0.5 + a.reshape(-1, 2)[: tile.rows] @ b[0].T).all()
+    assert (out[2] == 0.5 + np.einsum("mkh,knh->mn", a[:, :4], b)).all()

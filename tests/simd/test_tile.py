@@ -17,6 +17,7 @@ from fastattn.cpu.kernels import additive
 from fastattn.cpu.kernels.additive import exp_twice
 from fastattn.cpu.kernels.softmax import exp2
 from fastattn.machine import building as build
+from fastattn.machine.features import HOST
 from fastattn.machine.kernel import Kernel
 from fastattn.machine.libraries import Library
 from fastattn.machine.table import host
@@ -80,6 +81,11 @@ def functions(dtype: str, lanes: int) -> dict[str, tuple[Callable[..., Any], int
         s.tile_store(s.largest_row(s.tile_rank1(acc, column, stride, row)), at, tile.row_bytes)
         s.tile_store(s.sum_rows(s.tile_rank1(acc, column, stride, row)), at + tile.row_bytes, tile.row_bytes)
 
+    def neighbours(a, a_row, b, out):
+        acc = s.tile_fill(tile, 1.5)
+        s.tile_store(s.tile_rank1_packed(acc, a, b), out, tile.row_bytes)
+        s.tile_store(s.tile_rank1_along(acc, a, a_row, b), out + size, tile.row_bytes)
+
     def all_zero(a):
         return int(s.all_zero(s.tile_load(tile, a, tile.row_bytes)))
 
@@ -135,7 +141,7 @@ def functions(dtype: str, lanes: int) -> dict[str, tuple[Callable[..., Any], int
     return {
         f"{function.__name__}_{dtype}_{lanes}": (s.jit(function), function.__code__.co_argcount)
         for function in (
-            *(arithmetic, making, all_zero, transpose, power, twice),
+            *(arithmetic, making, neighbours, all_zero, transpose, power, twice),
             *(load_bool, load_half, load_bfloat16, load_other),
             *(load_part, over_lanes, of_factors, dot),
         )
@@ -181,7 +187,7 @@ def fused(a: Array, b: Array, c: Array) -> Array:
 
 
 def multiply_add(a: Array, b: Array, c: Array) -> Array:
-    return fused(a, b, c) if "fma" in host().needs else a * b + c
+    return fused(a, b, c) if HOST == "arm64" or "fma" in host().needs else a * b + c
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:divide by zero:RuntimeWarning")
@@ -241,6 +247,22 @@ def test_making_tiles(call: Callable[..., Any], shape: tuple[str, int]) -> None:
     np.testing.assert_allclose(out[6], pair, rtol=1e-4 if shape[0] == "float32" else 1e-12)
     np.testing.assert_array_equal(out[7][0], np.max(outer, axis=0))
     np.testing.assert_array_equal(out[7][1], (outer[2] + (outer[1] + outer[0])))
+
+
+def test_elements_that_lie_next_to_each_other(call: Callable[..., Any], shape: tuple[str, int]) -> None:
+    """What machines do that multiply by elements of a register, as all machines can."""
+    a, b = numbers(shape, ROWS, 7), numbers(shape, 4, VECTORS * shape[1], seed=1)
+    out = np.empty((2, ROWS, b.shape[1]), shape[0])
+    call("neighbours", a, a.strides[0], b, out)
+
+    def add(acc: Array, column: Array, row: Array) -> Array:
+        return multiply_add(np.repeat(column[:, None], row.size, axis=1), np.repeat(row[None], ROWS, axis=0), acc)
+
+    acc = np.full_like(out[0], 1.5)
+    np.testing.assert_array_equal(out[0], add(acc, a.ravel()[:ROWS], b[0]))
+    for step in range(4):
+        acc = add(acc, a[:, step], b[step])
+    np.testing.assert_array_equal(out[1], acc)
 
 
 def test_all_zero(call: Callable[..., Any], shape: tuple[str, int]) -> None:

@@ -11,7 +11,7 @@ from fastattn.cpu.kernels.pack import copy_rows, key_steps, pack_keys, pack_quer
 from fastattn.cpu.kernels.prefetch import NOTHING, ask
 from fastattn.cpu.kernels.scores import cap, restrict, sees
 from fastattn.cpu.kernels.softmax import MINUS_INFINITY
-from fastattn.cpu.kernels.tiles import row_product, tile_product
+from fastattn.cpu.kernels.tiles import key_product, row_product, value_product
 from fastattn.machine.kernel import PLAIN
 from fastattn.simd import (
     all_zero,
@@ -104,7 +104,7 @@ def score_block(kernel, plan, q, key, first, count, start, scores, best, wanted)
     initial = tile_repeat(tile, start)
     whole = count - count % tile.rows
     for _ in range(0, whole, tile.rows):
-        acc = tile_product(kernel, initial, key, row, column, q, features)
+        acc = key_product(kernel, initial, key, row, column, q, features)
         if kernel.reads == "pairs" and kernel.steps != PLAIN:
             acc = acc * plan.factor
         tile_store(acc, scores, tile.row_bytes)
@@ -147,7 +147,7 @@ def add_values(kernel, plan, weights, count, value, out, wanted, apart):
     whole = features - features % tile.rows
     for _ in range(0, whole, tile.rows):
         acc = tile_fill(tile, 0.0) if apart else tile_load(tile, out, tile.row_bytes)
-        acc = tile_product(kernel, acc, value, column, row, weights, count)
+        acc = value_product(kernel, acc, value, column, row, weights, count)
         tile_store(tile_load(tile, out, tile.row_bytes) + acc if apart else acc, out, tile.row_bytes)
         ask(wanted)
         value += panel

@@ -22,7 +22,7 @@ from fastattn.cpu.kernels.lanes import captured_functions, score_functions, seen
 from fastattn.cpu.kernels.own import own_heads
 from fastattn.cpu.kernels.summary import summarise_group, weigh_known_group
 from fastattn.cpu.kernels.tasks import task_function
-from fastattn.cpu.kernels.tiles import product_of_pairs, unrolled_product
+from fastattn.cpu.kernels.tiles import pairs_across, product_across
 from fastattn.cpu.kernels.weights import weigh_group
 from fastattn.machine import building
 from fastattn.machine.kernel import Kernel
@@ -65,7 +65,7 @@ def _of_module(module, kernel):
 def _peak(kernel):
     """The micro-kernel alone, over and over."""
     tile = kernel.tile
-    product = product_of_pairs if kernel.reads == "pairs" else unrolled_product
+    product = pairs_across if kernel.reads == "pairs" else product_across
 
     @jit
     def run(a, b, out, count, repeats):

@@ -12,7 +12,7 @@ be any of the three in c += a · b: c and b as they are, and a, of which single 
 """
 
 from fastattn.cpu.kernels.masks import INFINITY
-from fastattn.cpu.kernels.tiles import unrolled_product
+from fastattn.cpu.kernels.tiles import four_along, product_across
 from fastattn.simd import (
     absolute,
     all_zero,
@@ -32,22 +32,12 @@ from fastattn.simd import (
 
 
 @inline
-def four_along(tile, acc, a, b):
-    """acc and the next four terms of a sum along a."""
-    element, row = tile.itemsize, tile.row_bytes
-    acc = tile_rank1(acc, a, row, b)
-    acc = tile_rank1(acc, a + element, row, b + row)
-    acc = tile_rank1(acc, a + 2 * element, row, b + 2 * row)
-    return tile_rank1(acc, a + 3 * element, row, b + 3 * row)
-
-
-@inline
 def along(tile, acc, a, a_panel, b, count):
     """acc[m][n] + Σ_k a[m][k] · b[k][n] over `count` k, from the first of a panel on."""
     for _ in range(count // tile.width):
         at = a
         for _ in range(tile.width // 4):
-            acc = four_along(tile, acc, at, b)
+            acc = four_along(tile, acc, at, tile.row_bytes, tile.itemsize, b)
             at += 4 * tile.itemsize
             b += 4 * tile.row_bytes
         a += a_panel
@@ -61,7 +51,7 @@ def along(tile, acc, a, a_panel, b, count):
 @jit
 def across(tile, acc, a, b, count):
     """acc[m][n] + Σ_k a[k][m] · b[k][n] over `count` k."""
-    return unrolled_product(tile, acc, a, tile.itemsize, tile.row_bytes, b, count)
+    return product_across(tile, acc, a, tile.itemsize, tile.row_bytes, b, count)
 
 
 @jit

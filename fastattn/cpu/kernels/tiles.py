@@ -6,7 +6,16 @@
 out[rows][vectors] stays in registers over the whole sum.
 """
 
-from fastattn.simd import inline, jit, tile_rank1, tile_rank2
+from fastattn.simd import (
+    inline,
+    jit,
+    tile_rank1,
+    tile_rank1_along,
+    tile_rank1_packed,
+    tile_rank2,
+    tile_rank2_along,
+    tile_rank2_packed,
+)
 
 
 @jit
@@ -20,7 +29,20 @@ def product(start, a, a_row, a_column, b, b_row, count):
     return acc
 
 
-def unrolled(step):
+def four_steps(step):
+    """Four terms of a sum, one after the other."""
+
+    @inline
+    def four(tile, acc, a, a_row, a_column, b):
+        acc = step(tile, acc, a, a_row, b)
+        acc = step(tile, acc, a + a_column, a_row, b + tile.row_bytes)
+        acc = step(tile, acc, a + 2 * a_column, a_row, b + 2 * tile.row_bytes)
+        return step(tile, acc, a + 3 * a_column, a_row, b + 3 * tile.row_bytes)
+
+    return four
+
+
+def unrolled(step, four):
     """The same, for callers of which one stride of a is fixed: packed panels, and rows that are each contiguous.
 
     Four columns a round: with so few rounds the processor foresees the last one, which otherwise costs it as much as
@@ -31,14 +53,11 @@ def unrolled(step):
     def product_of_steps(tile, start, a, a_row, a_column, b, count):
         acc = start
         for _ in range(count >> 2):
-            acc = step(acc, a, a_row, b)
-            acc = step(acc, a + a_column, a_row, b + tile.row_bytes)
-            acc = step(acc, a + 2 * a_column, a_row, b + 2 * tile.row_bytes)
-            acc = step(acc, a + 3 * a_column, a_row, b + 3 * tile.row_bytes)
+            acc = four(tile, acc, a, a_row, a_column, b)
             a += 4 * a_column
             b += 4 * tile.row_bytes
         for _ in range(count & 3):
-            acc = step(acc, a, a_row, b)
+            acc = step(tile, acc, a, a_row, b)
             a += a_column
             b += tile.row_bytes
         return acc
@@ -46,23 +65,60 @@ def unrolled(step):
     return product_of_steps
 
 
-unrolled_product = unrolled(tile_rank1)
-product_of_pairs = unrolled(tile_rank2)  # of which `count` is the number
+def products(rank, rank_packed, rank_along):
+    """The unrolled products: with columns of a that are each contiguous, and with rows that are."""
+
+    @inline
+    def step(tile, acc, a, a_row, b):
+        return rank(acc, a, a_row, b)
+
+    @inline
+    def step_across(tile, acc, a, a_row, b):
+        if tile.by_element:
+            return rank_packed(acc, a, b)
+        return rank(acc, a, a_row, b)
+
+    four = four_steps(step)
+
+    @inline
+    def four_along(tile, acc, a, a_row, a_column, b):
+        if tile.by_element:
+            return rank_along(acc, a, a_row, b)
+        return four(tile, acc, a, a_row, a_column, b)
+
+    return unrolled(step_across, four_steps(step_across)), unrolled(step, four_along), four_along
+
+
+product_across, product_along, four_along = products(tile_rank1, tile_rank1_packed, tile_rank1_along)
+# of pairs, of which `count` is the number
+pairs_across, pairs_along, _ = products(tile_rank2, tile_rank2_packed, tile_rank2_along)
 
 
 @inline
-def tile_product(kernel, start, a, a_row, a_column, b, count):
-    """The product for a whole tile, by the way in which a kernel finds a."""
+def key_product(kernel, start, a, a_row, a_column, b, count):
+    """The product of a whole tile of keys, which are rows of a, by the way in which a kernel finds them."""
     if kernel.reads == "pairs":
-        return product_of_pairs(kernel.tile, start, a, a_row, a_column, b, count)
+        return pairs_along(kernel.tile, start, a, a_row, a_column, b, count)
+    if kernel.reads == "rows":
+        return product_along(kernel.tile, start, a, a_row, a_column, b, count)
+    if kernel.reads == "panels":
+        return product_across(kernel.tile, start, a, a_row, a_column, b, count)
+    return product(start, a, a_row, a_column, b, kernel.tile.row_bytes, count)
+
+
+@inline
+def value_product(kernel, start, a, a_row, a_column, b, count):
+    """The same of values, which are columns of a."""
+    if kernel.reads == "pairs":
+        return pairs_across(kernel.tile, start, a, a_row, a_column, b, count)
     if kernel.reads != "strided":
-        return unrolled_product(kernel.tile, start, a, a_row, a_column, b, count)
+        return product_across(kernel.tile, start, a, a_row, a_column, b, count)
     return product(start, a, a_row, a_column, b, kernel.tile.row_bytes, count)
 
 
 @inline
 def row_product(kernel, start, a, a_row, a_column, b, count):
     """The same for one row of a tile, of which there are few: they are not worth a round of four."""
-    if kernel.reads == "pairs":
-        return product_of_pairs(kernel.tile, start, a, a_row, a_column, b, count)
+    if kernel.reads == "pairs":  # whose column is one pair, of keys and of values
+        return pairs_across(kernel.tile, start, a, a_row, a_column, b, count)
     return product(start, a, a_row, a_column, b, kernel.tile.row_bytes, count)
