@@ -538,6 +538,25 @@ thread.join()
 """)
 
 
+@needs_fork
+def test_fork_while_another_thread_compiles_and_is_about_to_take_the_lock_of_logging() -> None:
+    run("""
+import logging
+from fastattn.machine import libraries as kernels
+holds = threading.Event()
+def compile():
+    with kernels._lock:
+        holds.set()
+        time.sleep(0.3)
+        logging.getLogger("of a module that is imported now")
+thread = threading.Thread(target=compile, daemon=True)
+thread.start()
+holds.wait()
+assert in_child() == 0
+thread.join()
+""")
+
+
 @pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
 def test_multiprocessing_pools(method: str, tmp_path: Path) -> None:
     import multiprocessing
