@@ -4,6 +4,7 @@
 #   make listen       what is said in a wav file; make listen ARGS=talk.wav
 #   make guide        the pages of the guide; make guide ARGS=heads runs one
 #   make test         all tests and doctests; make test ARGS=tests/test_semantics.py runs some
+#   make fuzz         random calls of everything, ten minutes of them, against the formula; make soak, an hour in threads
 #   make bench        measure this machine, against NumPy, OpenVINO, ONNX Runtime, and PyTorch where it is cheap to get
 #   make lint         ruff and mypy, which module may import which, and how long files and functions are
 #
@@ -19,7 +20,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 STAMP := $(VENV)/stamps
 
-.PHONY: help demo listen guide test bench bench-table lint format dev clean
+.PHONY: help demo listen guide test fuzz soak bench bench-table lint format dev clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -54,6 +55,12 @@ else
 	$(BIN)/python -m pytest $(ARGS)
 endif
 
+fuzz: $(STAMP)/test
+	PYTHONPATH=tests $(BIN)/python -m fuzz $(ARGS)
+
+soak: $(STAMP)/test
+	PYTHONPATH=tests $(BIN)/python -m fuzz.soak $(ARGS)
+
 bench: $(STAMP)/bench
 	$(BIN)/python -m fastattn bench $(ARGS)
 
@@ -76,7 +83,7 @@ dev: $(STAMP)/demo $(STAMP)/test $(STAMP)/bench $(STAMP)/lint
 	$(BIN)/pre-commit install
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist .fuzz .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Environment: a stamp says what has been installed
