@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -197,10 +196,14 @@ class BlockMask(Blocks):
 
     # -- what it is ----------------------------------------------------------------------------------------------------
 
-    @cached_property
+    @property
     def kinds(self) -> Array:
         """Of which kind each block is: found out when a call, or somebody else, first asks."""
-        return look_at(self.function, self.captured, self.shape)
+        own = vars(self)
+        if "_kinds" not in own:  # functools.cached_property has a lock, which a forked child may find taken
+            own["_kinds"] = look_at(self.function, self.captured, self.shape)
+        kinds: Array = own["_kinds"]
+        return kinds
 
     @property
     def density(self) -> float:
