@@ -85,7 +85,9 @@ class SmolLM2:
         if (facts["general.architecture"], facts["tokenizer.ggml.pre"]) != ("llama", "smollm"):
             raise ValueError(f"it holds another model, {facts['general.architecture']!s:.40}")
         tokens, kinds, merges = (_list(facts, name, kind) for name, kind in LISTS.items())
-        self.heads, self.kv_heads, self.head_dim, self.context, layers = (_number(facts, name, int) for name in SIZES)
+        self.heads, self.kv_heads, self.head_dim, self.context, layers = [
+            int(_number(facts, name, int)) for name in SIZES
+        ]
         self.base: float = _number(facts, "llama.rope.freq_base", float)
         self.epsilon = np.float32(_number(facts, "llama.attention.layer_norm_rms_epsilon", float))
         if self.heads % self.kv_heads or self.head_dim % 2:
@@ -176,7 +178,8 @@ class SmolLM2:
 def _number(facts: dict[str, Any], name: str, kind: type) -> Any:
     """A number above 0 that a file says of the model."""
     value = facts[name]
-    if type(value) is not kind or not 0 < value < np.inf:
+    is_one = type(value) is kind
+    if not is_one or not 0 < value < np.inf:
         raise ValueError(f"its {name} is {value!r:.40}")
     return value
 
