@@ -42,8 +42,8 @@ def bounds(
 ) -> dict[str, Array]:
     """Return how far each gradient may be from that of the formula, before sums over broadcast axes, by name.
 
-    With A the size of the terms of a score (see `tolerances`), a weight P is wrong by eps · (8 + A + |lse| + |log P| +
-    what mask and slopes add) of itself, and by what is too small for the dtype. dS is P times a difference of size
+    With A the size of the terms of a score (see `tolerances`), a weight P is wrong by eps · (8 + A + |lse| + |log P|,
+    and what mask and slopes add) of itself, and by what is too small for the dtype. dS is P times a difference of size
     Σ |dO| |value| + Σ |dO| |out|; 1 - t² has a few roundings of 1. Sums round as well: by the root of the number of
     terms, as roundings cancel. What a softcap makes of the errors of scores, and of dS, is said in `tolerances`, as is
     what a user's function does, and what is asked of those that have gradients of `captured` arrays.

@@ -567,7 +567,7 @@ def check_head_gradients(
             shape = (*problem.batch, problem.heads)
             want, limit = (summed_to(a.reshape(shape), given.shape) for a in (exact, bound))
             kind, dtype = finfo(got.dtype), got.dtype
-            limit = limit + 4 * float(kind.eps) * np.abs(want) + float(kind.tiny)
+            limit = limit + 4 * float(kind.eps) * np.abs(want) + float(max(kind.tiny, np.finfo(problem.real).tiny))
             got = cast(got, want.dtype)
             fine = (np.abs(got - want) <= limit) | (~np.isfinite(want) & ~np.isfinite(got))
             assert got.shape == given.shape, name
@@ -582,7 +582,8 @@ def check_captured_gradients(
     problem, exact, bounds = expected_gradients(grad_out, *args, captured=tuple(found), **options)
     for (name, got), want, limit in zip(found.items(), exact[4:], bounds[4:], strict=True):
         with np.errstate(all="ignore"):
-            limit = limit + 4 * float(np.finfo(got.dtype).eps) * np.abs(want) + float(np.finfo(got.dtype).tiny)
+            kind, real = np.finfo(got.dtype), np.finfo(problem.real)
+            limit = limit + 4 * float(kind.eps) * np.abs(want) + float(max(kind.tiny, real.tiny))
             fine = (np.abs(got - want) <= limit) | (~np.isfinite(want) & ~np.isfinite(got))
         assert got.shape == sources[name].shape, name
         assert got.dtype == sources[name].dtype.newbyteorder("="), name
