@@ -450,6 +450,8 @@ def cache(draw: Draw, call: Call, run: Runner) -> None:
 
 def additive(draw: Draw, call: Call, run: Runner) -> None:
     """Scores that are sums."""
+    if not np.isfinite(tolerances.in_float64(call.value)).all():  # then no weight may be in doubt
+        call = replace(call, options=with_gradients(call))
     options = dict(call.options)
     weight = options.pop("weight")
     wanted = tolerances.expected(*call.args, **call.options)
