@@ -4,6 +4,7 @@
 #   make listen       what is said in a wav file; make listen ARGS=talk.wav
 #   make guide        the pages of the guide; make guide ARGS=heads runs one
 #   make test         all tests and doctests; make test ARGS=tests/test_semantics.py runs some
+#   make fuzz         random calls of everything, ten minutes of them, against the formula; make soak, an hour in threads
 #   make test-arm64   some of them on an emulated arm64 processor
 #   make docs         the site, in build/docs/, with its notebooks run and its links checked
 #   make bench        measure this machine, against NumPy, OpenVINO, ONNX Runtime, and PyTorch where it is cheap to get
@@ -25,7 +26,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 STAMP := $(VENV)/stamps
 
 # docs is a folder, too
-.PHONY: help demo listen guide test test-arm64 docs bench bench-table history dist wheel lint format dev clean
+.PHONY: help demo listen guide test test-arm64 fuzz soak docs bench bench-table history dist wheel lint format dev clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -76,6 +77,12 @@ docs: $(STAMP)/docs
 	$(BIN)/jupyter execute --inplace build/docs/docs/*.ipynb build/docs/docs/guide/*.ipynb
 	@echo "The site is in build/docs/index.html"
 
+fuzz: $(STAMP)/test
+	PYTHONPATH=tests $(BIN)/python -m fuzz $(ARGS)
+
+soak: $(STAMP)/test
+	PYTHONPATH=tests $(BIN)/python -m fuzz.soak $(ARGS)
+
 bench: $(STAMP)/bench
 	$(BIN)/python -m fastattn bench $(ARGS)
 
@@ -109,7 +116,7 @@ dev: $(STAMP)/demo $(STAMP)/test $(STAMP)/bench $(STAMP)/lint
 	$(BIN)/pre-commit install
 
 clean:
-	rm -rf $(VENV) build dist docs/reference .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist .fuzz docs/reference .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Environment: a stamp says what has been installed

@@ -42,11 +42,11 @@ def bounds(
 ) -> dict[str, Array]:
     """Return how far each gradient may be from that of the formula, before sums over broadcast axes, by name.
 
-    With A the size of the terms of a score (see `tolerances`), a weight P is wrong by eps · (8 + A + |lse| + what mask
-    and slopes add) of itself, and by what is too small for the dtype. dS is P times a difference of size Σ |dO| |value|
-    + Σ |dO| |out|; 1 - t² has a few roundings of 1. Sums round as well: by the root of the number of terms, as
-    roundings cancel. What a softcap makes of the errors of scores, and of dS, is said in `tolerances`, as is what a
-    user's function does, and what is asked of those that have gradients of `captured` arrays.
+    With A the size of the terms of a score (see `tolerances`), a weight P is wrong by eps · (8 + A + |lse| + |log P|,
+    and what mask and slopes add) of itself, and by what is too small for the dtype. dS is P times a difference of size
+    Σ |dO| |value| + Σ |dO| |out|; 1 - t² has a few roundings of 1. Sums round as well: by the root of the number of
+    terms, as roundings cancel. What a softcap makes of the errors of scores, and of dS, is said in `tolerances`, as is
+    what a user's function does, and what is asked of those that have gradients of `captured` arrays.
     """
     info = np.finfo(problem.real)
     eps, tiny = float(info.eps), float(info.tiny)
@@ -65,7 +65,7 @@ def bounds(
     if problem.scores.bias or "slope" in problem.scores.own:
         added = np.minimum(tolerances.size_of_added(problem, operands), 1e300)
         errors = errors + eps * np.where(weights > eps**2, added, 0).max(axis=-1, keepdims=True, initial=0)
-    errors = errors * weights + tiny
+    errors = (errors - eps * np.log(np.where(weights > 0, weights, 1))) * weights + tiny
     magnitudes = rows @ value.swapaxes(-1, -2) + (rows * out).sum(-1)[..., None]
     slopes, scores = (errors * slope + weights * blur) * magnitudes + tiny, errors * magnitudes + tiny
     of_mask, unsure, sizes = 1.0, 0.0, {}

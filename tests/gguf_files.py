@@ -79,8 +79,11 @@ LETTERS = [*map(chr, PRINTABLE), *(chr(256 + n) for n in range(256 - len(PRINTAB
 MERGES = ["Ġ a", "t h", "th e", "Ġ the"]
 
 
-def small_model(path: Path, layers: int = 2, context: int = 256) -> Path:
-    """Write a model of 32 dimensions, of random weights: 4 query heads share 2 heads of keys and values."""
+def small_model(path: Path, layers: int = 2, context: int = 256, changes: Mapping[str, Any] | None = None) -> Path:
+    """Write a model of 32 dimensions, of random weights: 4 query heads share 2 heads of keys and values.
+
+    It says of itself what `changes` has, instead.
+    """
     rng = np.random.default_rng(0)
     tokens = [*MARKS, *LETTERS, *(merge.replace(" ", "") for merge in MERGES)]
 
@@ -109,4 +112,4 @@ def small_model(path: Path, layers: int = 2, context: int = 256) -> Path:
         "tokenizer.ggml.token_type": [("i4", 3 if token in MARKS else 1) for token in tokens],
         "tokenizer.ggml.merges": MERGES,
     }
-    return written(path, facts, tensors)
+    return written(path, facts | dict(changes or {}), tensors)

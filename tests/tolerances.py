@@ -354,8 +354,9 @@ def check_summary(summary: Any, exact: Any, wanted: Expected) -> None:
     - The r-th greatest weight moves no further than any weight does.
     - The entropy has the derivatives -w (ln w + H), whose sizes add up to 2 H at most, and H is at most ln Lk. It is
       computed as ln l - ln 2 · Σ 2^x x / l, of terms of no more than 8 + 2 · log2 Lk, which are rounded.
-    - A weight changes by a factor of up to exp(2 d), since its score and the log-sum-exp do by d each. What a key
-      receives is a sum of Lq of them.
+    - A weight w changes by a factor of up to exp(2 d), since its score and the log-sum-exp do by d each, and by that of
+      the difference, log w, which is rounded: beside a sink all of a query may be small. What a key receives is a sum
+      of Lq of them.
     """
     problem = wanted.problem
     eps = float(np.finfo(problem.real).eps)
@@ -364,7 +365,9 @@ def check_summary(summary: Any, exact: Any, wanted: Expected) -> None:
         most = np.log2(max(2, problem.keys))
         entropy_bound = error[..., 0] * (1 + 2 * most) + eps * ROUNDINGS * (8 + 2 * most)
         weights = np.where(np.isfinite(wanted.weights), wanted.weights, 0).astype(np.float64)
-        moved = np.minimum(1.0, weights * np.expm1(np.minimum(2 * error, 700.0)) + np.finfo(problem.real).tiny)
+        small = -np.log(np.where(weights > 0, weights, 1))
+        moved = weights * np.expm1(np.minimum(2 * error + eps * small, 700.0))
+        moved = np.minimum(1.0, moved + np.finfo(problem.real).tiny)
         received_bound = moved.sum(axis=-2) + eps * (ROUNDINGS + problem.queries) * weights.sum(axis=-2)
     check_lse(summary.lse, wanted)
     _check("entropy", summary.entropy, exact.entropy, entropy_bound, problem)
@@ -551,8 +554,8 @@ def check_head_gradients(
                 lse, lse_bound = (a.reshape(*rows, problem.queries) for a in (wanted.lse, wanted.lse_bound))
                 sinks = operands.heads["sink"].reshape(*rows, 1) if operands.heads is not None else -np.inf
                 weight = np.exp(sinks - np.where(lse == -np.inf, np.inf, lse)).astype(np.float64)
-                given_out = in_float64(grad_out).reshape(*lse.shape, -1)
-                products = (given_out * wanted.out.reshape(*lse.shape, -1)).astype(np.float64)
+                given_out = in_float64(grad_out).reshape(*lse.shape, problem.value_dim)
+                products = (given_out * wanted.out.reshape(given_out.shape)).astype(np.float64)
                 size, delta = np.abs(products).sum(-1), products.sum(-1)
                 if grad_lse is not None:
                     size, delta = size + np.abs(grad_lse.reshape(lse.shape)), delta - grad_lse.reshape(lse.shape)
@@ -564,7 +567,7 @@ def check_head_gradients(
             shape = (*problem.batch, problem.heads)
             want, limit = (summed_to(a.reshape(shape), given.shape) for a in (exact, bound))
             kind, dtype = finfo(got.dtype), got.dtype
-            limit = limit + 4 * float(kind.eps) * np.abs(want) + float(kind.tiny)
+            limit = limit + 4 * float(kind.eps) * np.abs(want) + float(max(kind.tiny, np.finfo(problem.real).tiny))
             got = cast(got, want.dtype)
             fine = (np.abs(got - want) <= limit) | (~np.isfinite(want) & ~np.isfinite(got))
             assert got.shape == given.shape, name
@@ -579,7 +582,8 @@ def check_captured_gradients(
     problem, exact, bounds = expected_gradients(grad_out, *args, captured=tuple(found), **options)
     for (name, got), want, limit in zip(found.items(), exact[4:], bounds[4:], strict=True):
         with np.errstate(all="ignore"):
-            limit = limit + 4 * float(np.finfo(got.dtype).eps) * np.abs(want) + float(np.finfo(got.dtype).tiny)
+            kind, real = np.finfo(got.dtype), np.finfo(problem.real)
+            limit = limit + 4 * float(kind.eps) * np.abs(want) + float(max(kind.tiny, real.tiny))
             fine = (np.abs(got - want) <= limit) | (~np.isfinite(want) & ~np.isfinite(got))
         assert got.shape == sources[name].shape, name
         assert got.dtype == sources[name].dtype.newbyteorder("="), name

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -198,10 +197,14 @@ class BlockMask(Blocks):
 
     # -- what it is ----------------------------------------------------------------------------------------------------
 
-    @cached_property
+    @property
     def kinds(self) -> NDArray[np.uint8]:
         """Of which kind each block is: found out when a call, or somebody else, first asks."""
-        return look_at(self.function, self.captured, self.shape)
+        own = vars(self)
+        if "_kinds" not in own:  # functools.cached_property has a lock, which a forked child may find taken
+            own["_kinds"] = look_at(self.function, self.captured, self.shape)
+        kinds: NDArray[np.uint8] = own["_kinds"]
+        return kinds
 
     @property
     def density(self) -> float:

@@ -13,8 +13,7 @@ from fastattn.call.blocks import Blocks, check_blocks
 from fastattn.call.broadcasting import check_broadcasts
 from fastattn.call.options import check_causal
 from fastattn.call.problem import Array, Mask, Problem
-from fastattn.call.score_options import FurtherOptions, PieceOptions, check_window, held_within
-from fastattn.call.scores import FARTHEST
+from fastattn.call.score_options import FurtherOptions, PieceOptions, check_window, held, held_within
 from fastattn.functions.masks import asked_nearer, both
 
 __all__ = ["Whole", "of_piece"]
@@ -39,6 +38,8 @@ class Whole:
         self.options: dict[str, Any] = dict(options)
         self.causal, self.done = check_causal(causal), 0
         self.offset: Any = self._offset()
+        if isinstance(self.offset, int):
+            self._hold(self.offset)
         lengths = self.options.pop("key_lengths")
         self.lengths = None if lengths is None else held_within(as_integers("key_lengths", lengths))
         self._check_lengths()
@@ -63,8 +64,19 @@ class Whole:
                     "expected a pair of arrays, or is_causal=True with query_offset=Lk - Lq"
                 )
         if given is None or (isinstance(given, int) and not isinstance(given, bool)):
-            return min(max(given or 0, -FARTHEST), FARTHEST)
+            return given or 0
         return held_within(as_integers("query_offset", given))
+
+    def _hold(self, first: int) -> None:
+        """Have the first position be one that 64 bits hold, and the window end where it did, which may be near."""
+        left, right = check_window(self.options["window"])
+        self.offset = held(first)
+        if self.offset != first:
+            ends = (None if left is None else held(first - left)), (None if right is None else held(first + right))
+            self.options["window"] = (
+                None if ends[0] is None else self.offset - ends[0],
+                None if ends[1] is None else ends[1] - self.offset,
+            )
 
     def _check_lengths(self) -> None:
         """Check what is known of the lengths so far."""

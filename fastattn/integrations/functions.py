@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property, reduce
+from functools import reduce
 from types import FunctionType
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
@@ -72,7 +72,7 @@ class Functions:
             self._places[id(value)] = np.zeros(1)
         return self._places[id(value)]
 
-    @cached_property
+    @property
     def names(self) -> list[tuple[str, ...]]:
         """By which names fastattn knows each of the tensors: several, if the function has."""
         if self._outline is None:

@@ -102,13 +102,13 @@ def _to_int8(array: Array) -> Array:
     numbers = cast(array, FLOAT64 if array.dtype.itemsize == 8 else FLOAT32)
     blocks = np.zeros((*array.shape[:-1], blocks_of(features) * BLOCK), numbers.dtype)
     blocks[..., :features] = numbers
-    blocks = blocks.reshape(*array.shape[:-1], -1, BLOCK)
+    blocks = blocks.reshape(*array.shape[:-1], blocks_of(features), BLOCK)
     with np.errstate(all="ignore"):
         largest = np.abs(blocks).max(axis=-1)
         scales = scale_of(largest)
         whole = np.rint(blocks / scales[..., None].astype(numbers.dtype))
         whole = np.where(np.isfinite(whole), np.clip(whole, -STEPS, STEPS), 0.0).astype(np.int8)
-    return joined(scales, whole.reshape(*array.shape[:-1], -1)[..., :features])
+    return joined(scales, whole.reshape(*array.shape[:-1], blocks_of(features) * BLOCK)[..., :features])
 
 
 def scale_of(largest: Array) -> Array:

@@ -10,7 +10,7 @@ import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
@@ -35,6 +35,12 @@ __all__ = [
 
 INSTALL = "pip install safetensors"
 Self = TypeVar("Self", bound="Layer")
+
+
+class Known(NamedTuple):
+    """The parameters of a layer, given in place of what draws them: none is made that a file only speaks of."""
+
+    state: Mapping[str, Array]
 
 
 class Layer(ABC):
@@ -76,12 +82,15 @@ class Layer(ABC):
         Parameters
         ----------
         rng : int, numpy.random.Generator or RandomState, or None
-            The same number gives the same parameters, in float32 those of float64, rounded.
+            The same number gives the same parameters, in float32 those of float64, rounded. Of `Known` they are known.
         dtype : dtype_like
             float16, bfloat16, float32 or float64.
         """
         self.dtype = check_dtype(dtype, half=True)
         self._parameters = {name.replace(".", "_"): (name, shape) for name, shape in self.parameter_shapes().items()}
+        if isinstance(rng, Known):
+            self.load_state_dict(rng.state)
+            return
         generator = generator_from(rng)
         for attribute, (name, shape) in self._parameters.items():
             setattr(self, attribute, self.initial(name, shape, generator))
@@ -217,8 +226,10 @@ class Layer(ABC):
             )
         dtype = next(iter(state.values())).dtype if state else FLOAT32
         constructor: Any = cls
-        layer: Self = constructor(**json.loads(metadata["arguments"]), rng=0, dtype=dtype)
-        layer.load_state_dict(state)
+        try:
+            layer: Self = constructor(**json.loads(metadata["arguments"]), rng=Known(state), dtype=dtype)
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise ValueError(f"path: {os.fspath(path)} holds no {cls.__name__} that can be read: {error}") from error
         return layer
 
     def __repr__(self) -> str:

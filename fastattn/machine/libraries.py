@@ -8,6 +8,7 @@ where no folder can be written, kernels are built anew in every process.
 
 import ctypes
 import hashlib
+import logging  # noqa: F401  # whose lock compilers take: a fork has to take it after the one here
 import os
 import platform
 import sys
@@ -50,7 +51,9 @@ class Library:
 
 _loaded: dict[Kernel, Library] = {}
 _lock = RLock()
-if hasattr(os, "register_at_fork"):  # a fork waits for a compilation to end: a child could never finish it
+# A fork waits for a compilation to end: a child could never finish it. What was registered last is taken first, so
+# modules with such locks that compilers use have been imported above.
+if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 

@@ -102,6 +102,23 @@ def test_any_call(call: Call, data: st.DataObject) -> None:
     assert bits_of(query, key, value, mask) == before
 
 
+FAR = 10**30
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"is_causal": True}, {"block_mask": BlockMask.from_function(half, 9, 60, 2, 4)}], ids=list
+)
+@pytest.mark.parametrize("window", [None, (FAR, FAR), (FAR - 2, None), (None, FAR - 40), (FAR, 0)], ids=str)
+@pytest.mark.parametrize("offset", [FAR, -FAR, FAR + 30, -FAR + 30])
+def test_windows_of_queries_that_stand_far_away_end_where_they_do(offset: int, window: Any, options: Any) -> None:
+    query, key, value = inputs()
+    options = {"enable_gqa": True, "query_offset": offset, "window": window, **options}
+    wanted = tolerances.expected(query, key, value, **options)
+    out, lse = attention_blocks(query, (key, value), return_lse=True, block_size=13, **options)
+    tolerances.check_out(out, wanted)
+    tolerances.check_lse(lse, wanted)
+
+
 def test_dropout_drops_what_it_drops_of_all_keys() -> None:
     query, key, _ = inputs(61)
     one = np.eye(61, dtype=np.float32)[None, None].repeat(2, 0).repeat(2, 1)  # the result is the weights

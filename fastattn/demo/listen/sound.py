@@ -32,8 +32,8 @@ LEAST_RATE, MOST_RATE = 1000, 384_000
 CROSSINGS, KAISER = 24, 8.0
 #: Frequencies are kept up to this part of the lower of the two rates' halves.
 KEPT = 0.95
-#: Samples that are made at once, so that memory does not grow with the sound.
-BLOCK = 8192
+#: Samples, and sets of weights, that are made at once, so that memory does not grow with the sound.
+BLOCK, PHASES = 8192, 1024
 
 
 def read_wav(data: bytes) -> Floats:
@@ -103,19 +103,26 @@ def resample(samples: Floats, rate: int, wanted: int) -> Floats:
     up, down = wanted // common, rate // common
     if up == down:
         return samples
-    cutoff = KEPT * min(1.0, up / down)  # of half the old rate
-    reach = math.ceil(CROSSINGS / cutoff)  # old samples at each side
-    around = np.arange(-reach, reach + 1)
-    distance = around - np.arange(up)[:, None] / up  # (phases, taps)
-    window = np.i0(KAISER * np.sqrt(np.clip(1 - (distance / (reach + 1)) ** 2, 0, None)))
-    weights = np.sinc(cutoff * distance) * window
-    weights /= weights.sum(axis=1, keepdims=True)
-    weights = weights.astype(np.float32)
-
     count = -(-len(samples) * up // down)
-    windows = np.lib.stride_tricks.sliding_window_view(np.pad(samples, reach), len(around))
+    # of a short sound few sets are needed, and where rates have little in common there are many
+    phases = np.unique(np.arange(min(count, up)) * down % up)
+    weights = np.concatenate([_weights(some, up, down) for some in np.array_split(phases, -(-len(phases) // PHASES))])
+
+    taps = weights.shape[1]
+    windows = np.lib.stride_tricks.sliding_window_view(np.pad(samples, taps // 2), taps)
     out = np.empty(count, np.float32)
     for start in range(0, count, BLOCK):
         place, phase = np.divmod(np.arange(start, min(start + BLOCK, count)) * down, up)
-        out[start : start + BLOCK] = np.einsum("nt,nt->n", windows[place], weights[phase])
+        out[start : start + BLOCK] = np.einsum("nt,nt->n", windows[place], weights[np.searchsorted(phases, phase)])
     return out
+
+
+def _weights(phases: NDArray[np.int64], up: int, down: int) -> Floats:
+    """The weights of old samples for new ones that stand so many parts of `up` behind an old one, (phases, taps)."""
+    cutoff = KEPT * min(1.0, up / down)  # of half the old rate
+    reach = math.ceil(CROSSINGS / cutoff)  # old samples at each side
+    distance = np.arange(-reach, reach + 1) - phases[:, None] / up
+    window = np.i0(KAISER * np.sqrt(np.clip(1 - (distance / (reach + 1)) ** 2, 0, None)))
+    weights = np.sinc(cutoff * distance) * window
+    weights /= weights.sum(axis=1, keepdims=True)
+    return weights.astype(np.float32)

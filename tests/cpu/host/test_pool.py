@@ -538,6 +538,50 @@ thread.join()
 """)
 
 
+@needs_fork
+def test_fork_while_another_thread_compiles_and_is_about_to_take_the_lock_of_logging() -> None:
+    run("""
+import logging
+from fastattn.machine import libraries as kernels
+holds = threading.Event()
+def compile():
+    with kernels._lock:
+        holds.set()
+        time.sleep(0.3)
+        logging.getLogger("of a module that is imported now")
+thread = threading.Thread(target=compile, daemon=True)
+thread.start()
+holds.wait()
+assert in_child() == 0
+thread.join()
+""")
+
+
+@needs_fork
+def test_fork_while_another_thread_looks_at_blocks_of_a_mask() -> None:
+    run("""
+from fastattn import BlockMask
+from fastattn.api import block_mask
+one, other = (BlockMask.from_function(lambda batch, head, query, key: query >= key, 200, 200) for _ in range(2))
+holds, look_at = threading.Event(), block_mask.look_at
+def slowly(*arguments):
+    holds.set()
+    time.sleep(1)
+    return look_at(*arguments)
+block_mask.look_at = slowly
+thread = threading.Thread(target=lambda: one.kinds)
+thread.start()
+holds.wait()
+block_mask.look_at = look_at
+pid = os.fork()
+if not pid:
+    signal.alarm(30)
+    os._exit(other.kinds.shape != (1, 1, 4, 4))
+assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+thread.join()
+""")
+
+
 @pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
 def test_multiprocessing_pools(method: str, tmp_path: Path) -> None:
     import multiprocessing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,58 @@ def other(**changes: Any) -> dict[str, Any]:
 def test_another_model_is_refused(tmp_path: Path, facts: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         SmolLM2.load(gguf_files.written(tmp_path / "file", facts, {}))
+
+
+def nested(depth: int) -> bytes:
+    """Return a file with one fact, lists in lists."""
+    fact = gguf_files.string("deep") + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * depth
+    return b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + fact
+
+
+def test_lists_in_lists_without_end_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(nested(100_000))
+    with pytest.raises(UserError, match="it holds lists of lists") as caught:
+        SmolLM2.load(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("alignment", [("u4", 0), ("i4", -8), ("f4", 32.0), "32", [("u4", 32)]], ids=str)
+def test_an_alignment_that_is_none_is_refused(tmp_path: Path, alignment: Any) -> None:
+    path = gguf_files.written(tmp_path / "file", {"general.alignment": alignment}, {})
+    with pytest.raises(ValueError, match="its tensors begin at multiples of"):
+        GGUF(path)
+
+
+@pytest.mark.parametrize("shape", [(0, 1 << 63), (1 << 63, 2), (3, 5), (1, 1, 1, 1, 32), (1 << 32, 1 << 32)], ids=str)
+def test_a_shape_that_is_none_is_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    head = b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + gguf_files.string("it")
+    path = tmp_path / "file"
+    path.write_bytes(head + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, 8, 0) + bytes(2000))
+    with pytest.raises(ValueError, match="it has shape|ends before it does"):
+        GGUF(path).tensor("it")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("llama.attention.head_count", "four", "its llama.attention.head_count is 'four'"),
+        ("llama.attention.head_count", ("u4", 0), "its llama.attention.head_count is 0"),
+        ("llama.attention.head_count_kv", ("u4", 3), "it has 4 heads over 3"),
+        ("llama.rope.dimension_count", ("u4", 16), r"token_embd.weight has shape \(.*, 32\); expected \(.*, 64\)"),
+        ("llama.rope.freq_base", ("f4", float("nan")), "its llama.rope.freq_base is nan"),
+        ("llama.block_count", ("u4", 2**32 - 1), "it has no 'blk.1"),
+        ("tokenizer.ggml.tokens", [("u4", 3)], "its tokenizer.ggml.tokens is no list of str"),
+        ("tokenizer.ggml.merges", ["Ġ a", "no where"], r"its pieces \('no', 'where'\) become no token"),
+        ("tokenizer.ggml.token_type", [("i4", 1)], "shorter"),
+        ("tokenizer.ggml.tokens", [f"{n} of them" for n in range(263)], "its token 3, '3 of them', is spelled in"),
+    ],
+)  # fmt: skip
+def test_a_model_that_says_nonsense_is_refused(tmp_path: Path, name: str, value: Any, message: str) -> None:
+    path = gguf_files.small_model(tmp_path / "file", layers=1, changes={name: value})
+    with pytest.raises(UserError, match=message) as caught:
+        SmolLM2.load(path)
+    assert str(path) in str(caught.value)
 
 
 def test_a_folder_or_nothing_is_refused(tmp_path: Path) -> None:
