@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 import numpy as np
@@ -30,7 +31,7 @@ def steps() -> Iterator[Step]:
     """Ask a dictionary for words that it does not have."""
     yield "A Python dictionary maps keys to values, and is strict: the query must *be* a key."
     yield Listing(
-        ">>> legs = " + repr(LEGS) + '\n>>> legs["cat"]\n4\n>>> legs["kitten"]\nKeyError: \'kitten\'', "pycon"
+        ">>> legs = " + json.dumps(LEGS) + '\n>>> legs["cat"]\n4\n>>> legs["kitten"]\nKeyError: \'kitten\'', "pycon"
     )
     yield (
         "Attention is a dictionary that never fails. Query and keys are vectors. The query is compared with *every* "
