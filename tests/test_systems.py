@@ -10,6 +10,7 @@ import pytest
 # What the system offers goes when all is loaded that was installed for this one.
 IMITATION = """
 import os, sys
+import multiprocessing
 import numba.core.codegen
 import numpy as np
 for name in {missing}:
