@@ -6,11 +6,9 @@ not. `fastattn.machine.prebuilt` finds them where the wheel was installed.
 
 from __future__ import annotations
 
-import multiprocessing
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -67,6 +65,9 @@ def compiled(kernel: Kernel) -> bytes:
 
 def main() -> None:
     """Write all that a wheel has into the folder of the command line, compiled by a process on each CPU."""
+    import multiprocessing  # what `python -m fastattn` asks of this module wants neither
+    from concurrent.futures import ProcessPoolExecutor
+
     (folder,) = map(Path, sys.argv[1:])
     start = time.perf_counter()
     kernels = list(chain.from_iterable(map(of_a_wheel, of_this_architecture())))
