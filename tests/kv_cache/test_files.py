@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -103,3 +104,15 @@ def test_what_is_no_such_file_is_refused(tmp_path: Path, content: bytes) -> None
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         files.read(tmp_path / "none")
+
+
+def test_no_room_is_made_for_a_header_that_is_not_there(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"\x00\x00T\x05")  # 85 MiB are said
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="has no header"):
+            files.read(path)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
