@@ -240,7 +240,7 @@ def test_an_index_out_of_range_is_said_where_it_matters() -> None:
 def mask_of(seen: Array, kind: int) -> BlockMask:
     """A mask of booleans, all blocks of which are said to be of one kind."""
     mask = BlockMask.from_array(seen)
-    mask.__dict__["kinds"] = np.full((1, 1, -(-QUERIES // SIZE), -(-KEYS // SIZE)), kind, np.uint8)
+    mask.__dict__["_kinds"] = np.full((1, 1, -(-QUERIES // SIZE), -(-KEYS // SIZE)), kind, np.uint8)
     return mask
 
 

@@ -39,6 +39,7 @@ COMPILED = (
     "fastattn.cuda.kernels",
     "fastattn.functions",
     "fastattn.machine.digest",
+    "fastattn.machine.features",
     "fastattn.machine.kernel",
     "fastattn.machine.objects",
     "fastattn.machine.table",
