@@ -12,10 +12,14 @@ import argparse
 from dataclasses import dataclass, field
 from typing import Any
 
+import dask
 import dask.array as da
 import numpy as np
 
 from fastattn.integrations.dask import attention
+
+#: Work goes where its shard is, however busy that worker is: nobody takes it, nor does moving a shard look cheap.
+STAY = {"distributed.scheduler.work-stealing": False, "distributed.scheduler.bandwidth": 1000}
 
 
 @dataclass
@@ -100,6 +104,7 @@ def main() -> None:
 
     heads, kv_heads, features, size = 32, 8, 128, 8192
     with (
+        dask.config.set(STAY),
         LocalCluster(n_workers=asked.workers, threads_per_worker=1, dashboard_address=None) as cluster,
         Client(cluster) as client,
     ):
