@@ -13,6 +13,7 @@ import pytest
 from fastattn.bench.measure import settle
 
 WARM_CALLS = 3  # before a call that is timed
+LEAST_SECONDS = 0.1
 
 collect_ignore = ["ring.py"]  # for mpiexec, which finds beside it what it imports
 
@@ -24,12 +25,14 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 @pytest.fixture
-def alternate(benchmark: Any) -> Callable[..., None]:
+def alternate(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
     """Time a call, alternating with a peer's, whose share is the ratio in the extra info, beside the peer's time.
 
     Each is warmed up when the other's threads have come to rest: PyTorch's spin for 8 ms after a call, on the cores
     that the next one wants. One call is not enough for that: workers come late to it, and find nothing in their caches.
+    They alternate once where ``--benchmark-max-time`` leaves no time for more.
     """
+    is_short = float(request.config.getoption("benchmark_max_time")) < LEAST_SECONDS
 
     def run(
         ours: Callable[[], object], theirs: Callable[[], object], peer: str, rounds: int, work: float = 1.0
@@ -56,7 +59,7 @@ def alternate(benchmark: Any) -> Callable[..., None]:
 
         theirs()
         ours()
-        benchmark.pedantic(timed, setup=setup, rounds=rounds)
+        benchmark.pedantic(timed, setup=setup, rounds=1 if is_short else rounds)
         benchmark.extra_info.update({"ratio": statistics.median(ratios), peer: statistics.median(before)})
 
     return run
