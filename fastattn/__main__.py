@@ -138,10 +138,10 @@ def _cores() -> str:
 
 def _kernels() -> str:
     """How many of the kernels for this machine came with the package."""
-    row = isa.host()
-    names = [prebuilt_name(kernel) for kernel in prebuild.of_a_wheel(row)]
     if not prebuilt.sums():
         return "compiled when they are needed: none came with this installation"
+    row = isa.host()
+    names = [prebuilt_name(kernel) for kernel in prebuild.of_a_wheel(row)]
     there = sum(prebuilt.intact(name) is not None for name in names)
     return (
         f"{there} of {len(names)} for {row.name} came with this installation; others are compiled when they are needed"

@@ -6,4 +6,5 @@ import os
 
 import pytest
 
-takes_long = pytest.mark.skipif("FASTATTN_SLOW" not in os.environ, reason="takes long; FASTATTN_SLOW=1 runs it")
+SLOW = "FASTATTN_SLOW" in os.environ
+takes_long = pytest.mark.skipif(not SLOW, reason="takes long; FASTATTN_SLOW=1 runs it")

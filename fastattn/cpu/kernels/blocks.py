@@ -197,29 +197,27 @@ def add_visible_values(kernel, plan, head, weights, count, first_query, first_ke
     for as many numbers as there are in `out`; `seen` what `note_seen` has noted, where a function of scores has a say.
     """
     tile = kernel.tile
-    source = head.value + first_key * plan.value_row
+    source, start = head.value + first_key * plan.value_row, 0
     if kernel.reads == "pairs":  # rows of which cannot be parted: what is not finite there has been replaced by 0
-        sums = out
-    else:
-        clear(tile, sums, plan.value_dim)
+        for j in range(count):
+            at = source + j * plan.value_row
+            if not are_finite(kernel, plan, at, 1):
+                weight = weights + j * tile.row_bytes
+                add_visible_row(kernel, plan, head, weight, first_query, first_key + j, at, out, seen + 8 * j)
+        add_values(kernel, plan, weights, count, value, out, NOTHING, True)
+        return
     # Rows of values that are finite throughout take the fast way; in the others a query is added where it may look.
+    clear(tile, sums, plan.value_dim)
     _, row, _ = value_steps(kernel, plan)
-    start = 0
     for j in range(count + 1):
         at = source + j * plan.value_row
         if j < count and are_finite(kernel, plan, at, 1):
             continue
-        if kernel.reads != "pairs":
-            rows = value + start * row
-            add_values(kernel, plan, weights + start * tile.row_bytes, j - start, rows, sums, NOTHING, False)
-            start = j + 1
-        if j == count:
-            break
-        weight = weights + j * tile.row_bytes
-        add_visible_row(kernel, plan, head, weight, first_query, first_key + j, at, sums, seen + 8 * j)
-    if kernel.reads == "pairs":
-        add_values(kernel, plan, weights, count, value, out, NOTHING, True)
-        return
+        add_values(kernel, plan, weights + start * tile.row_bytes, j - start, value + start * row, sums, NOTHING, False)
+        start = j + 1
+        if j < count:
+            weight = weights + j * tile.row_bytes
+            add_visible_row(kernel, plan, head, weight, first_query, first_key + j, at, sums, seen + 8 * j)
     for offset in range(0, plan.value_dim * tile.row_bytes, tile.row_bytes):
         total = tile_load(tile.single, out + offset, 0) + tile_load(tile.single, sums + offset, 0)
         tile_store(total, out + offset, 0)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -16,12 +15,12 @@ from pathlib import Path
 
 import processes
 import pytest
+from marks import SLOW
 
 #: Architectures, and the compute capability that Numba makes PTX of for them. To save time most kernels are made for
 #: the least alone, as nothing in them is special to an architecture; FASTATTN_SLOW=1 makes and assembles all for each.
 ARCHITECTURES = {"sm_80": (8, 0), "sm_90": (9, 0), "sm_90a": (9, 0), "sm_100": (10, 0)}
 LEAST, SAMPLE = (8, 0), ("float32",)
-SLOW = "FASTATTN_SLOW" in os.environ
 THREADS_REGISTERS = 255  # that a thread may have at most
 STATIC_SHARED = 48 << 10  # bytes of shared memory that a block may have without asking for more
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from marks import SLOW
 
 from fastattn.cuda.host.tensor_cores import shape_for
 
@@ -47,7 +47,6 @@ SHORT = {
     "tensor cores, gradients of queries, bfloat16, 64",
     "tensor cores, gradients of queries, bfloat16, 128, mask bool",
 }
-SLOW = "FASTATTN_SLOW" in os.environ
 PAIRS = [
     (architecture, name)
     for architecture in CAPABILITIES
