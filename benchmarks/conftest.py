@@ -12,7 +12,8 @@ import pytest
 
 from fastattn.bench.measure import settle
 
-WARM_CALLS = 3  # before a call that is timed
+WARM_CALLS = 3  # before calls that are timed
+SAMPLE_SECONDS = 1e-3  # of short calls as many are timed together as take so long
 LEAST_SECONDS = 0.1
 
 collect_ignore = ["ring.py"]  # for mpiexec, which finds beside it what it imports
@@ -26,7 +27,9 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 @pytest.fixture
 def alternate(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
-    """Time a call, alternating with a peer's, whose share is the ratio in the extra info, beside the peer's time.
+    """Time a call, alternating with a peer's. The extra info has the ratio of theirs to ours, and the times of a call.
+
+    Of short calls, so many are timed together, which is what the table of pytest-benchmark shows.
 
     Each is warmed up when the other's threads have come to rest: PyTorch's spin for 8 ms after a call, on the cores
     that the next one wants. One call is not enough for that: workers come late to it, and find nothing in their caches.
@@ -37,29 +40,33 @@ def alternate(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., N
     def run(
         ours: Callable[[], object], theirs: Callable[[], object], peer: str, rounds: int, work: float = 1.0
     ) -> None:
-        before: list[float] = []
-        ratios: list[float] = []
+        times: dict[str, list[float]] = {"ours": [], peer: []}
 
         def warm_up(call: Callable[[], object]) -> None:
             settle()
             for _ in range(WARM_CALLS):
                 call()
 
+        def repeat(call: Callable[[], object], calls: int) -> float:
+            begin = time.perf_counter()
+            for _ in range(calls):
+                call()
+            return (time.perf_counter() - begin) / calls
+
         def setup() -> None:
             warm_up(theirs)
-            begin = time.perf_counter()
-            theirs()
-            before.append(time.perf_counter() - begin)
+            times[peer].append(repeat(theirs, calls))
             warm_up(ours)
 
         def timed() -> None:
-            begin = time.perf_counter()
-            ours()
-            ratios.append(work * before[-1] / (time.perf_counter() - begin))
+            times["ours"].append(repeat(ours, calls))
 
         theirs()
         ours()
+        calls = 1 if is_short else max(1, int(SAMPLE_SECONDS / repeat(ours, 1)))
         benchmark.pedantic(timed, setup=setup, rounds=1 if is_short else rounds)
-        benchmark.extra_info.update({"ratio": statistics.median(ratios), peer: statistics.median(before)})
+        ratios = [work * other / own for own, other in zip(times["ours"], times[peer], strict=True)]
+        benchmark.extra_info.update({name: statistics.median(seconds) for name, seconds in times.items()})
+        benchmark.extra_info.update({"calls": calls, "ratio": statistics.median(ratios)})
 
     return run

@@ -41,8 +41,10 @@ from fastattn.machine.table import host
 SPIN = 25  # nanoseconds that a round of waiting takes, or more
 SPINS = 8000  # rounds of waiting before a worker sleeps
 TURN_FLOPS = 2e9  # work the caller does between two looks at Python's signals
-WORTH_SHARING = 4e6  # operations: below this, sharing the work with a worker that is awake brings nothing
+WORTH_SHARING = 1e6  # operations: below this, sharing the work brings nothing even with a worker that waits for it
+WORTH_WARMING = 4e6  # and below this, with one that may have gone to sleep
 WORTH_WAKING = 12e6  # and below this, with one that has to be woken
+AWAKE = 100_000  # nanoseconds after a call in which workers have not gone to sleep
 WARM = 1_000_000  # nanoseconds after a call in which workers are taken to be awake, or the next call to be near
 LONGEST_PAUSE = 100_000_000  # nanoseconds between calls that come regularly
 TRY_AGAIN = 1_000_000_000  # nanoseconds after which a system that had no more threads is asked again
@@ -64,12 +66,19 @@ class Rhythm:
     workers = 0  # how many
     answered = -1  # the `due` that a worker has set itself an alarm for
 
-    def begin(self) -> bool:
-        """Note that a call begins; whether workers are awake, or the next call is near."""
+    def begin(self, flops: float) -> bool:
+        """Note that a call begins; whether workers are awake for it, or the next one is near.
+
+        A small call is of no use to others: it is shared where calls follow each other at once, and never foreseen.
+        """
         now = time.perf_counter_ns()
         if now > processors.known.old:
             processors.look()  # for the calls to come
         pause = now - self.ended
+        if flops < WORTH_WARMING:
+            is_burst = pause < AWAKE and self.pause < AWAKE
+            self.early, self.pause = 0, pause
+            return is_burst
         regular = abs(pause - self.pause) < pause >> 4 and WARM < pause < LONGEST_PAUSE
         self.early = pause >> 5 if regular else 0
         self.pause = pause
@@ -163,7 +172,7 @@ class Pool:
         Much work is always shared, less only while workers are awake or will be wanted again soon.
         """
         others = plan.threads - 1
-        if self.rhythm.begin() or plan.flops >= WORTH_WAKING:
+        if self.rhythm.begin(plan.flops) or plan.flops >= WORTH_WAKING:
             taken = memory.take(plan.memory_bytes)
             if not self.share(plan, *taken, objects):
                 plan.calls.in_turns(taken[1], plan, objects)

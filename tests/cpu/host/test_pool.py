@@ -380,7 +380,7 @@ def test_regular_calls_are_foreseen(monkeypatch: pytest.MonkeyPatch) -> None:
         """Call after a pause; whether workers were expected to be awake. `heeds`: one looks at the clock then."""
         nonlocal now
         now += int(pause_ms * 1e6)
-        awake = rhythm.begin()
+        awake = rhythm.begin(1e9)
         now += 300_000
         told.append(rhythm.end(1))
         if heeds:
@@ -402,6 +402,25 @@ def test_regular_calls_are_foreseen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [call(pause) for pause in (0.01, 0.5)] == [True, True], "workers do not sleep yet"
 
 
+def test_small_calls_are_shared_in_a_burst_and_never_foreseen(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 10**12
+    monkeypatch.setattr(pool.time, "perf_counter_ns", lambda: now)
+    rhythm = pool.Rhythm()
+
+    def call(pause_us: float) -> bool:
+        nonlocal now
+        now += int(pause_us * 1e3)
+        awake = rhythm.begin(pool.WORTH_WARMING / 2)
+        now += 10_000
+        assert not rhythm.end(1)
+        return awake
+
+    assert [call(pause) for pause in (500, 5, 50, 5)] == [False, False, True, True]
+    assert [call(pause) for pause in (500, 5, 5)] == [False, False, True], "workers may sleep by then"
+    assert not any(call(20_000) for _ in range(9))
+    assert rhythm.seconds_of_sleep() == 0
+
+
 def test_workers_get_up_before_a_regular_call(monkeypatch: pytest.MonkeyPatch, counting: Library) -> None:
     monkeypatch.setattr(pool, "SPINS", 1)
     rhythm = pool.Rhythm()
@@ -420,7 +439,7 @@ def test_workers_get_up_before_a_regular_call(monkeypatch: pytest.MonkeyPatch, c
         """Whether the worker took part in a call although nobody had woken it."""
         time.sleep(0.02)
         woken.clear()
-        rhythm.begin()
+        rhythm.begin(1e9)
         assert call.run(workers, 1)
         if rhythm.end(1):
             pool._wake(workers.locks[0])
@@ -613,6 +632,8 @@ if __name__ == "__main__":
 def test_ctrl_c_stops_a_long_call() -> None:
     """It does so within 0.3 s, the library stays usable, and what of `out` was written is right."""
     printed = run("""
+for _ in range(2):  # what looks whether `out` overlaps is compiled when a call comes again
+    fastattn.attention(query, key, value, out=np.empty_like(query))
 long = rng.standard_normal((3, 1, 2, 60000, 64), dtype=np.float32)
 out = np.full((1, 2, 60000, 64), np.nan, np.float32)
 waits = []
