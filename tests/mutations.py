@@ -344,9 +344,9 @@ MUTATIONS = (
     ),
     Mutation(
         "few queries: half precision is read as if it were as long as what is computed in",
-        "cpu/kernels/int8.py",
-        "tile_load_stored(place, strip, row + p * place.itemsize, 0)",
-        "tile_load_stored(place, strip, row + p * strip.itemsize, 0)",
+        "cpu/kernels/row_products.py",
+        "tile_load_stored(place, strip, at + p * place.itemsize, 0)",
+        "tile_load_stored(place, strip, at + p * strip.itemsize, 0)",
         ("cpu/kernels/test_decode.py", "test_half_precision_has_the_bits and here"),
     ),
     Mutation(
@@ -1429,6 +1429,20 @@ MUTATIONS = (
         "[v * s.lanes // BLOCK] * s.lanes",
         "[0] * s.lanes",
         ("api/test_cache.py", "test_blocks_of_int8_have_scales_of_their_own_in_kernels"),
+    ),
+    Mutation(
+        "sums of blocks of int8 overflow before a small scale is multiplied by them",
+        "cpu/kernels/row_products.py",
+        "LESS = 2.0**-12",
+        "LESS = 1.0",
+        ("api/test_cache.py", "test_large_queries_of_int8_do_not_overflow_on_the_way"),
+    ),
+    Mutation(
+        "a row that is taken by itself reads int8 another way than with all",
+        "cpu/kernels/row_products.py",
+        "as_it_lies = are_whole(tile, together, plan.value_dim)",
+        "as_it_lies = are_whole(tile, count, plan.value_dim)",
+        ("api/test_cache.py", "test_hidden_nan_in_int8_changes_no_bit"),
     ),
     Mutation(
         "scales of int8 are rounded to the nearest, which 127 of need not reach the largest",

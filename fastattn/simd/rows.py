@@ -5,7 +5,7 @@ from numba.core import types
 from numba.core.typing.templates import signature
 from numba.extending import intrinsic
 
-from fastattn.machine.tile import TileShape
+from fastattn.machine.tile import BLOCK, TileShape
 from fastattn.simd.arithmetic import select_max
 from fastattn.simd.storage import places_of
 from fastattn.simd.tile import TileType, call_llvm, is_shape, make_tile, pointer_to, vector_of, vectors_of
@@ -44,10 +44,15 @@ def store_split(typingctx, shape, vector, address, row_bytes):
     return signature(types.none, shape, vector, types.intp, types.intp), codegen
 
 
+def _are_rows(a, b, c):
+    """Whether two types are that of one row, and a third one that of a vector of it."""
+    return isinstance(a, TileType) and a == b and a.shape.rows == 1 and c == TileType(a.shape.vector)
+
+
 @intrinsic
 def add_dot(typingctx, a, b, c):
     """c plus the sum over the vectors of a * b, one after the other: a and b are rows, c is one vector."""
-    if not (isinstance(a, TileType) and a == b and a.shape.rows == 1 and c == TileType(a.shape.vector)):
+    if not _are_rows(a, b, c):
         return None
 
     def codegen(context, builder, sig, values):
@@ -58,6 +63,26 @@ def add_dot(typingctx, a, b, c):
         return make_tile(builder, c.shape, [acc])
 
     return signature(c, a, b, c), codegen
+
+
+@intrinsic
+def add_dot_of_blocks(typingctx, a, b, scales, c):
+    """The same where the factors of `scales` are one for each block: the sum of a block is multiplied by it."""
+    if not (_are_rows(a, b, c) and scales == a):
+        return None
+
+    def codegen(context, builder, sig, values):
+        lists = [vectors_of(builder, ty.shape, value) for ty, value in zip(sig.args, values, strict=True)]
+        acc, together = lists.pop()[0], max(1, BLOCK // a.shape.lanes)
+        for first in range(0, a.shape.vectors, together):
+            one, other, scale = (vectors[first : first + together] for vectors in lists)
+            part = builder.fmul(one[0], other[0])
+            for left, right in zip(one[1:], other[1:], strict=True):
+                part = call_llvm(builder, "fmuladd", part.type, [left, right, part])
+            acc = call_llvm(builder, "fmuladd", acc.type, [part, scale[0], acc])
+        return make_tile(builder, c.shape, [acc])
+
+    return signature(c, a, b, scales, c), codegen
 
 
 def _halves(count, width):

@@ -305,26 +305,25 @@ def tile_store_stored(typingctx, place, tile, address, row_bytes):
 
 
 @intrinsic
-def tile_load_blocks(typingctx, place, shape, address, scales):
-    """The tile of one row of whole numbers at `address`, times their scales, which lie at `scales`.
+def tile_load_scales(typingctx, place, shape, address, factor):
+    """The tile of one row that has the scale of each of its numbers, times a factor; scales lie at `address`.
 
     The first number is the first of its block, or all are of one.
     """
-    if not (is_place(place) and is_shape(shape) and shape.value.rows == 1):
+    if not (is_place(place) and is_shape(shape) and shape.value.rows == 1 and isinstance(factor, types.Number)):
         return None
-    memory, of_scales = _Memory(place.value), _Memory(place.value.scale_place)
+    scales, tile = _Memory(place.value.scale_place), TileType(shape.value)
 
     def codegen(context, builder, sig, values):
         s = shape.value
-        every = of_scales.load(builder, values[3], max(1, s.width // BLOCK))
-        vectors = []
-        for v, at in enumerate(places_of(builder, s, memory.itemsize, values[2], values[2])):
-            lanes = ir.Constant(ir.VectorType(INT, s.lanes), [v * s.lanes // BLOCK] * s.lanes)
-            scale = builder.shuffle_vector(every, ir.Constant(every.type, ir.Undefined), lanes)
-            vectors.append(builder.fmul(memory.load(builder, at, s.lanes), scale))
-        return make_tile(builder, s, vectors)
+        every = scales.load(builder, values[2], max(1, s.width // BLOCK))
+        factors = splat(builder, context.cast(builder, values[3], factor, tile.element), every.type.count)
+        every, nothing = builder.fmul(every, factors), ir.Constant(every.type, ir.Undefined)
+        blocks = ([v * s.lanes // BLOCK] * s.lanes for v in range(s.vectors))
+        lanes = (ir.Constant(ir.VectorType(INT, s.lanes), block) for block in blocks)
+        return make_tile(builder, s, [builder.shuffle_vector(every, nothing, each) for each in lanes])
 
-    return signature(TileType(shape.value), place, shape, types.intp, types.intp), codegen
+    return signature(tile, place, shape, types.intp, factor), codegen
 
 
 # -- pairs of bfloat16 -------------------------------------------------------------------------------------------------

@@ -47,7 +47,8 @@ def draft_decode(kernel: Kernel, problem: Problem, operands: Operands, out: Arra
     parts = math.prod(lead[:-1]) * -(-rows // chunk)
     pieces = max(1, -(-problem.keys // PIECE))
     features = problem.head_dim + problem.value_dim
-    flops_per_part = problem.keys * features * max(ROW_FLOPS * chunk, FLOPS_PER_BYTE * kernel.itemsize)
+    width = max(2, kernel.itemsize)  # int8 takes as long to widen as two bytes to arrive
+    flops_per_part = problem.keys * features * max(ROW_FLOPS * chunk, FLOPS_PER_BYTE * width)
     flops = parts * flops_per_part * share_of_keys(problem)
     shares = shares_of(parts, pieces, flops, threads)
     sizes = room_of_rows(kernel, problem, operands, chunk)

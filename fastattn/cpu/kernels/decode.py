@@ -197,14 +197,16 @@ def add_visible_values(kernel, call, plan, rows, piece, weights, value, sums, bu
         if j < piece.count and are_finite(kernel, plan, source + j * plan.value_row, 1):
             continue
         at = weights + start * tile.itemsize
-        add_values(kernel, plan, rows.count, at, j - start, value + start * step, sums, buffer, NOTHING)
+        add_values(kernel, plan, rows.count, rows.count, at, j - start, value + start * step, sums, buffer, NOTHING)
         start = j + 1
         if j == piece.count:
             break
         for r in range(rows.count):
             at = weights + r * plan.score_bytes + j * tile.itemsize
             if looks(kernel, call, plan, rows, r, piece, j, load_element(tile, at)):
-                add_values(kernel, plan, 1, at, 1, value + j * step, sums + r * plan.sum_bytes, buffer, NOTHING)
+                add_values(
+                    kernel, plan, rows.count, 1, at, 1, value + j * step, sums + r * plan.sum_bytes, buffer, NOTHING
+                )
 
 
 @jit
@@ -262,7 +264,7 @@ def attend(kernel, call, plan, rows, piece, room, partial, ahead):
         copy_as_they_lie(place, room.rows, plan.value_step, values, row, column, piece.count, plan.value_dim)
         values = room.rows
     want_keys(kernel, plan, rows.count, ahead.count, ahead.keys, wanted)
-    add_values(kernel, plan, rows.count, room.scores, piece.count, values, sums, room.rows, wanted)
+    add_values(kernel, plan, rows.count, rows.count, room.scores, piece.count, values, sums, room.rows, wanted)
     if may_hide(kernel, plan) and not are_sums_finite(tile, plan, rows, sums):
         clear_rows(tile, sums, sums + rows.count * plan.sum_bytes)
         add_visible_values(kernel, call, plan, rows, piece, room.scores, values, sums, room.rows)

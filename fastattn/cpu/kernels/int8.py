@@ -6,7 +6,15 @@ A row is known by where it begins. Other rows, which are of floating dtypes, are
 """
 
 from fastattn.machine.tile import BLOCK
-from fastattn.simd import inline, jit, load_stored, store_element, tile_load_blocks, tile_load_stored, tile_store
+from fastattn.simd import (
+    inline,
+    jit,
+    load_stored,
+    store_element,
+    tile_load_scales,
+    tile_load_stored,
+    tile_store,
+)
 
 SCALE_BYTES = 2
 
@@ -23,28 +31,30 @@ def scale_of(place, row, p):
     return load_stored(place.scale_place, row + p // BLOCK * SCALE_BYTES)
 
 
+@inline
+def scales_of(place, strip, row, p, factor):
+    """The scales of features of a row, times a factor, from p on, as many as a strip has: p is a multiple of that."""
+    return tile_load_scales(place, strip, row + p // BLOCK * SCALE_BYTES, factor)
+
+
+@inline
+def numbers_of(place, strip, row, p, features):
+    """The whole numbers that features of a row are, divided by their scales."""
+    return tile_load_stored(place, strip, row + bytes_of_scales(features) + p, 0)
+
+
 @jit
 def copy_blocks(place, tile, target, target_row, source, row, count, features):
     """target[j][p] = source[j][p], rows `target_row` bytes apart."""
     whole = features - features % BLOCK
     for _ in range(count):
         for p in range(0, whole, BLOCK):
-            tile_store(load_strip(place, tile.block, source, p, features), target + p * tile.itemsize, 0)
+            scales = scales_of(place, tile.block, source, p, 1.0)
+            tile_store(numbers_of(place, tile.block, source, p, features) * scales, target + p * tile.itemsize, 0)
         for p in range(whole, features):
             store_element(tile, target + p * tile.itemsize, load_number(place, source, p, 1, features))
         source += row
         target += target_row
-
-
-@inline
-def load_strip(place, strip, row, p, features):
-    """Features of a row of any dtype, from p on, as many as a strip has: p is a multiple of that.
-
-    They are neighbours in memory.
-    """
-    if place.storage == "int8":
-        return tile_load_blocks(place, strip, row + bytes_of_scales(features) + p, row + p // BLOCK * SCALE_BYTES)
-    return tile_load_stored(place, strip, row + p * place.itemsize, 0)
 
 
 @jit

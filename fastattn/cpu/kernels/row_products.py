@@ -4,20 +4,23 @@
     sums[r][p]  += Σ_j weights[r][j] · value[j][p]
 
 Keys and values are read where they lie, or have been copied to, as they are: half precision is widened in registers. So
-is int8 for a row or two; for more rows some keys at a time are widened first, to the first-level cache. `place` is what
-is read from, and says whether it has to be widened. What is computed for a row is the same, in the same order, whatever
-other rows there are.
+is int8 for a row or two, where a scale is multiplied by a sum of whole numbers, or a weight, and not by each number;
+for more rows some keys at a time are widened first, to the first-level cache. `place` is what is read from, and says
+whether it has to be widened. But for int8, what is computed for a row is the same, in the same order, whatever other
+rows there are.
 """
 
-from fastattn.cpu.kernels.int8 import load_strip
+from fastattn.cpu.kernels.int8 import numbers_of, scales_of
 from fastattn.cpu.kernels.pack import copy_rows
 from fastattn.cpu.kernels.prefetch import ask, want, want_nothing
 from fastattn.cpu.kernels.records import KEYS_AT_ONCE
 from fastattn.simd import (
     add_dot,
+    add_dot_of_blocks,
     fma,
     inline,
     jit,
+    load_element,
     row_sums,
     stack_memory,
     store_split,
@@ -30,6 +33,7 @@ from fastattn.simd import (
     tile_stretch,
 )
 
+LESS = 2.0**-12  # times the sum of a block of int8, a number is no more than it was
 memory_of_a_square = stack_memory(16 * 64)  # of the widest vectors
 
 
@@ -37,8 +41,8 @@ memory_of_a_square = stack_memory(16 * 64)  # of the widest vectors
 
 
 @inline
-def add_products(place, tile, strip, q, key, row, first, features, sums):
-    """sums[j] += q · key[j] by lanes, for a vector of keys and as many whole strips of features as follow `first`.
+def add_products(place, tile, strip, q, key, row, first, features, present, sums):
+    """sums[j] += q · key[j] by lanes, for some keys and as many whole strips of features as follow `first`.
 
     Returns where these end. Keys are read row by row: memory is fastest in its own order. Until there are sums, from
     the first strip on, these count as 0.
@@ -46,11 +50,18 @@ def add_products(place, tile, strip, q, key, row, first, features, sums):
     p = first
     while p + strip.width <= features:
         features_of_q, at, total_at = tile_load(strip, q + p * tile.itemsize, 0), key, sums
-        for _ in range(tile.lanes):
+        if place.storage == "int8":
+            features_of_q = features_of_q * LESS
+        for _ in range(present):
             total = tile_fill(tile.vector, 0.0)
             if p > 0:
                 total = tile_load(tile.vector, total_at, 0)
-            tile_store(add_dot(features_of_q, load_strip(place, strip, at, p, features), total), total_at, 0)
+            if place.storage == "int8":
+                scales = scales_of(place, strip, at, p, 1.0)
+                total = add_dot_of_blocks(features_of_q, numbers_of(place, strip, at, p, features), scales, total)
+            else:
+                total = add_dot(features_of_q, tile_load_stored(place, strip, at + p * place.itemsize, 0), total)
+            tile_store(total, total_at, 0)
             at += row
             total_at += tile.vector_bytes
         p += strip.width
@@ -61,10 +72,12 @@ def add_products(place, tile, strip, q, key, row, first, features, sums):
 def products(place, tile, q, key, row, features, present):
     """q · key[j] for a vector of keys, of which so many are there, and one row."""
     sums, total, p = memory_of_a_square(), tile_fill(tile.square, 0.0), 0
-    if present == tile.lanes:
-        p = add_products(place, tile, tile.long, q, key, row, p, features, sums)
-        p = add_products(place, tile, tile.half_long, q, key, row, p, features, sums)
-        p = add_products(place, tile, tile.vector, q, key, row, p, features, sums)
+    if present == tile.lanes or place.storage == "int8":
+        for j in range(present, tile.lanes):
+            tile_store(tile_fill(tile.vector, 0.0), sums + j * tile.vector_bytes, 0)
+        p = add_products(place, tile, tile.long, q, key, row, p, features, present, sums)
+        p = add_products(place, tile, tile.half_long, q, key, row, p, features, present, sums)
+        p = add_products(place, tile, tile.vector, q, key, row, p, features, present, sums)
     if p > 0:
         total = tile_load(tile.square, sums, tile.vector_bytes)
     if place.storage != "int8":  # of which all features are whole vectors here
@@ -72,7 +85,8 @@ def products(place, tile, q, key, row, features, present):
             at, columns = key + first * place.itemsize, min(tile.lanes, features - first)
             keys = tile_load_part_stored(place, tile.square, at, row, present, columns)
             total = fma(keys, tile_load(tile.vector, q + first * tile.itemsize, 0), total)
-    return row_sums(total)
+        return row_sums(total)
+    return row_sums(total) * (1.0 / LESS)
 
 
 @jit
@@ -124,10 +138,7 @@ def are_whole(tile, count, features):
 
 @jit
 def score_rows(kernel, plan, count, queries, key, keys, scores, buffer, wanted):
-    """scores[r][j] = q[r] · key[j] for `count` rows, or one more; meanwhile what is on the list is asked for.
-
-    A product is summed in the same order, whichever way.
-    """
+    """scores[r][j] = q[r] · key[j] for `count` rows, or one more; meanwhile what is on the list is asked for."""
     tile = kernel.tile
     as_it_lies = are_whole(tile, count, plan.head_dim)
     for j in range(0, keys, tile.lanes):
@@ -136,11 +147,10 @@ def score_rows(kernel, plan, count, queries, key, keys, scores, buffer, wanted):
             score_vector(kernel, tile, plan, count, queries, key, plan.key_step, present, at, wanted)
             key += tile.lanes * plan.key_step
             continue
-        if as_it_lies and present == tile.lanes:
+        if as_it_lies:
             for r in range(count):
-                found = products(
-                    kernel, tile, queries + r * plan.query_bytes, key, plan.key_row, plan.head_dim, present
-                )
+                q = queries + r * plan.query_bytes
+                found = products(kernel, tile, q, key, plan.key_row, plan.head_dim, present)
                 tile_store(found, at + r * plan.score_bytes, 0)
         else:
             copy_rows(kernel, tile, buffer, plan.key_step, key, plan.key_row, 1, present, plan.head_dim)
@@ -152,19 +162,28 @@ def score_rows(kernel, plan, count, queries, key, keys, scores, buffer, wanted):
 
 
 @inline
+def add_weighted(place, plan, weights, strip, value, p, acc):
+    """acc[r] += weights[r] · value[p:], for one value. Of int8 there is one row here, with weights times scales."""
+    if place.storage == "int8":
+        factors = scales_of(place, strip, value, p, load_element(strip, weights))
+        return fma(factors, numbers_of(place, strip, value, p, plan.value_dim), acc)
+    row = tile_load_stored(place, strip.single, value + p * place.itemsize, 0)
+    return fma(tile_load_column(strip, weights, plan.score_bytes), row, acc)
+
+
+@inline
 def add_to_columns(place, plan, weights, strip, value, step, p, count, sums, wanted):
     """sums[r][p] += Σ_j weights[r][j] · value[j][p], for as many rows, and columns from p on, as a strip has."""
     acc = tile_load(strip, sums, plan.sum_bytes)
-    itemsize, row, features = strip.itemsize, plan.score_bytes, plan.value_dim
     for _ in range(count >> 2):
         for _ in range(4):
-            acc = fma(tile_load_column(strip, weights, row), load_strip(place, strip.single, value, p, features), acc)
-            weights += itemsize
+            acc = add_weighted(place, plan, weights, strip, value, p, acc)
+            weights += strip.itemsize
             value += step
         ask(wanted)
     for _ in range(count & 3):
-        acc = fma(tile_load_column(strip, weights, row), load_strip(place, strip.single, value, p, features), acc)
-        weights += itemsize
+        acc = add_weighted(place, plan, weights, strip, value, p, acc)
+        weights += strip.itemsize
         value += step
     tile_store(acc, sums, plan.sum_bytes)
 
@@ -244,10 +263,13 @@ def value_step(kernel, plan):
 
 
 @jit
-def add_values(kernel, plan, count, weights, keys, value, sums, buffer, wanted):
-    """sums[r] += Σ_j weights[r][j] · value[j] for `count` rows; meanwhile what is on the list is asked for."""
+def add_values(kernel, plan, together, count, weights, keys, value, sums, buffer, wanted):
+    """sums[r] += Σ_j weights[r][j] · value[j] for `count` rows; meanwhile what is on the list is asked for.
+
+    `together`: how many rows there are, which decides how values are read; a row's sum is the same with all or alone.
+    """
     tile, place, step = kernel.tile, kernel.value_place, value_step(kernel, plan)
-    as_it_lies = are_whole(tile, count, plan.value_dim)
+    as_it_lies = are_whole(tile, together, plan.value_dim)
     for first in range(0, keys, KEYS_AT_ONCE):
         here, at = min(KEYS_AT_ONCE, keys - first), weights + first * tile.itemsize
         if place.storage != "int8":
