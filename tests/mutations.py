@@ -345,8 +345,8 @@ MUTATIONS = (
     Mutation(
         "few queries: half precision is read as if it were as long as what is computed in",
         "cpu/kernels/row_products.py",
-        "tile_load_stored(place, strip, at + p * place.itemsize, 0)",
-        "tile_load_stored(place, strip, at + p * strip.itemsize, 0)",
+        "tile_load_stored(place, strip.single, value + p * place.itemsize, 0)",
+        "tile_load_stored(place, strip.single, value + p * strip.itemsize, 0)",
         ("cpu/kernels/test_decode.py", "test_half_precision_has_the_bits and here"),
     ),
     Mutation(

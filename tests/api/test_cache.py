@@ -216,7 +216,7 @@ def test_rows_that_share_keys_of_int8_are_exact(rows: int, dim: int) -> None:
 @pytest.mark.parametrize("queries", [1, 4])
 def test_large_queries_of_int8_do_not_overflow_on_the_way(queries: int) -> None:
     query, key, value = arrays(1, 50, dim=64)
-    query, key = np.full_like(query, 1e36), np.abs(key) * np.float32(1e-4)
+    query, key = np.full_like(query, 3e37), np.abs(key) * np.float32(1e-4)
     cache, query = filled(key, value, dtype="int8"), query[:, :, -queries:]
     check_kept(query, cache, *cache.attention(query, return_lse=True))
 
@@ -227,7 +227,9 @@ def test_hidden_nan_in_int8_changes_no_bit(queries: int) -> None:
     kept = filled(key, value, dtype="int8").attention(query[:, :, -queries:])
     value[0, :, -1, 3] = np.nan
     out = filled(key, value, dtype="int8").attention(query[:, :, -queries:])
-    assert_same_bits(out[:, :, :-1].copy(), kept[:, :, :-1].copy())
+    assert np.isnan(out[:, :, -1, :32]).all(), "the last query sees a block of it"
+    out[:, :, -1, :32] = kept[:, :, -1, :32]
+    assert_same_bits(out, kept)
 
 
 @pytest.mark.parametrize("wrong", [np.nan, np.inf])

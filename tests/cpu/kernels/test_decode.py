@@ -167,7 +167,7 @@ def test_a_value_that_is_not_finite_reaches_those_that_look_at_it(lanes: str) ->
 @pytest.mark.parametrize("heads", [1, 2, 7])
 def test_half_precision_has_the_bits_of_its_numbers_in_float32(lanes: str, storage: Any, heads: int) -> None:
     """It is widened as it is read: nothing else is different, until the result is rounded."""
-    query, key, value = (cast(x, storage) for x in inputs((2, 2 * heads, 2, 70), 2 * PIECE + 21, 2))
+    query, key, value = (cast(x, storage) for x in inputs((2, 2 * heads, 2, 100), 2 * PIECE + 21, 2))
     lengths = np.array([PIECE + 5, 2 * PIECE + 21])
     value.view(np.uint16)[0, :, lengths[0] :] = 0xFFFF  # NaN
     options: Any = {"key_lengths": lengths, "is_causal": "bottom-right", "return_lse": True, "enable_gqa": True}
