@@ -12,6 +12,7 @@ from fastattn.simd.tile import (
     TileType,
     bits_of,
     call_llvm,
+    call_named,
     elementwise,
     integers_of,
     make_tile,
@@ -118,9 +119,7 @@ def _avx512(builder, shape, name, args):
     kind = "ps" if shape.itemsize == 4 else "pd"
     merged = ir.Constant(vector_of(shape), [0.0] * shape.lanes)
     args = [*args, merged, ir.Constant(mask, -1), ir.Constant(i32, 4)]
-    fnty = ir.FunctionType(vector_of(shape), [arg.type for arg in args])
-    name = f"llvm.x86.avx512.mask.{name}.{kind}.512"
-    return builder.call(cgutils.get_or_insert_function(builder.module, fnty, name), args)
+    return call_named(builder, f"llvm.x86.avx512.mask.{name}.{kind}.512", vector_of(shape), *args)
 
 
 def _fraction(bits):
@@ -154,10 +153,6 @@ def pick_sixteenth(typingctx, a, table):
         shape, i32 = a.shape, ir.IntType(32)
         vector, integers = vector_of(shape), integers_of(shape)
 
-        def call(name, *args):
-            fnty = ir.FunctionType(vector, [arg.type for arg in args])
-            return builder.call(cgutils.get_or_insert_function(builder.module, fnty, f"llvm.x86.avx512.{name}"), args)
-
         halves = []
         scalars = cgutils.unpack_tuple(builder, values[1], 16)
         for numbers in (scalars[:8], scalars[8:]):
@@ -169,8 +164,10 @@ def pick_sixteenth(typingctx, a, table):
         large, downward = ir.Constant(vector, [1.5 * 2.0**48] * 8), ir.Constant(i32, 9)
         out = []
         for x in vectors_of(builder, shape, values[0]):
-            index = builder.bitcast(call("add.pd.512", x, large, downward), integers)
-            out.append(call("vpermi2var.pd.512", halves[0], index, halves[1]))
+            index = builder.bitcast(
+                call_named(builder, "llvm.x86.avx512.add.pd.512", vector, x, large, downward), integers
+            )
+            out.append(call_named(builder, "llvm.x86.avx512.vpermi2var.pd.512", vector, halves[0], index, halves[1]))
         return make_tile(builder, shape, out)
 
     return signature(a, a, table), codegen
@@ -184,8 +181,7 @@ def scale_by_power(typingctx, a, b):
 
 def _reduce_or(builder, shape, flags):
     name = f"llvm.vector.reduce.or.v{shape.lanes}i{8 * shape.itemsize}"
-    fnty = ir.FunctionType(bits_of(shape), [flags.type])
-    return builder.call(cgutils.get_or_insert_function(builder.module, fnty, name), [flags])
+    return call_named(builder, name, bits_of(shape), flags)
 
 
 def _all_bits_zero(builder, shape, vectors):

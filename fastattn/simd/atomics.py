@@ -6,6 +6,7 @@ from numba.core.typing.templates import signature
 from numba.extending import intrinsic
 
 from fastattn.machine.features import architecture
+from fastattn.simd.tile import call_named
 
 _WORD = ir.IntType(64)
 
@@ -75,17 +76,12 @@ def pause(typingctx):
     def codegen(context, builder, sig, values):
         processor, i32 = architecture(builder.module.triple), ir.IntType(32)
         if processor == "x86-64":
-            _call(builder, "llvm.x86.sse2.pause")
+            call_named(builder, "llvm.x86.sse2.pause", ir.VoidType())
         elif processor == "arm64":  # what its yield does is nothing on most of them; a barrier takes a while
-            _call(builder, "llvm.aarch64.isb", ir.Constant(i32, 15))
+            call_named(builder, "llvm.aarch64.isb", ir.VoidType(), ir.Constant(i32, 15))
         return context.get_dummy_value()
 
     return signature(types.none), codegen
-
-
-def _call(builder, name, *arguments):
-    fnty = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
-    builder.call(cgutils.get_or_insert_function(builder.module, fnty, name), arguments)
 
 
 @intrinsic
@@ -94,7 +90,7 @@ def give_way(typingctx):
 
     def codegen(context, builder, sig, values):
         name = "SwitchToThread" if "windows" in builder.module.triple else "sched_yield"
-        builder.call(cgutils.get_or_insert_function(builder.module, ir.FunctionType(ir.IntType(32), []), name), [])
+        call_named(builder, name, ir.IntType(32))
         return context.get_dummy_value()
 
     return signature(types.none), codegen

@@ -1,11 +1,11 @@
 """Which lanes of a tile something holds for, as the bits of a word."""
 
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba.core import types
 from numba.core.typing.templates import signature
 from numba.extending import intrinsic
 
-from fastattn.simd.tile import TileType, vectors_of
+from fastattn.simd.tile import TileType, call_named, vectors_of
 
 
 @intrinsic
@@ -31,9 +31,6 @@ def lowest_bit(typingctx, bits):
     """The number of the lowest bit of a word that is set; one is."""
 
     def codegen(context, builder, sig, values):
-        word = ir.IntType(64)
-        fnty = ir.FunctionType(word, [word, ir.IntType(1)])
-        count = cgutils.get_or_insert_function(builder.module, fnty, "llvm.cttz.i64")
-        return builder.call(count, [values[0], ir.Constant(ir.IntType(1), 1)])
+        return call_named(builder, "llvm.cttz.i64", ir.IntType(64), values[0], ir.Constant(ir.IntType(1), 1))
 
     return signature(types.int64, types.int64), codegen

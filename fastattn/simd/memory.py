@@ -11,6 +11,7 @@ from fastattn.simd.storage import places_of, widen_bfloat16, widen_float16
 from fastattn.simd.tile import (
     TileType,
     call_llvm,
+    call_named,
     element_of,
     is_shape,
     load_from,
@@ -322,10 +323,8 @@ def prefetch(typingctx, address):
 
     def codegen(context, builder, sig, values):
         i32, byte = ir.IntType(32), ir.IntType(8).as_pointer()
-        fnty = ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32])
-        fn = cgutils.get_or_insert_function(builder.module, fnty, "llvm.prefetch.p0")
-        # to read, into the second-level cache, data
-        builder.call(fn, [builder.inttoptr(values[0], byte), *(ir.Constant(i32, n) for n in (0, 2, 1))])
+        how = (ir.Constant(i32, n) for n in (0, 2, 1))  # to read, into the second-level cache, data
+        call_named(builder, "llvm.prefetch.p0", ir.VoidType(), builder.inttoptr(values[0], byte), *how)
         return context.get_dummy_value()
 
     return signature(types.none, types.intp), codegen

@@ -11,7 +11,7 @@ or four that follow each other in each row of what is multiplied.
 """
 
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba.core import types
 from numba.core.typing.templates import signature
 from numba.extending import intrinsic
 
@@ -20,6 +20,7 @@ from fastattn.simd.storage import FLOAT, INT, WORD, BFloat
 from fastattn.simd.tile import (
     TileType,
     call_llvm,
+    call_named,
     element_of,
     load_from,
     make_tile,
@@ -58,8 +59,8 @@ class _Pairs(_Elements):
         if architecture(builder.module.triple) != "arm64":
             return super().load(builder, address, count)
         found = load_from(builder, address, ir.VectorType(BFloat(), 2 * count), self.align)
-        fence = _function(builder, f"llvm.arithmetic.fence.v{2 * count}bf16", found.type, found.type)
-        return builder.bitcast(builder.call(fence, [found]), ir.VectorType(FLOAT, count))
+        found = call_named(builder, f"llvm.arithmetic.fence.v{2 * count}bf16", found.type, found)
+        return builder.bitcast(found, ir.VectorType(FLOAT, count))
 
     def multiply_add(self, builder, repeated, vector, acc):
         """acc + the products of both halves, by lanes."""
@@ -68,12 +69,7 @@ class _Pairs(_Elements):
         name, factors = f"llvm.x86.avx512bf16.dpbf16ps.{8 * s.vector_bytes}", [repeated, vector]
         if architecture(builder.module.triple) == "arm64":  # where the second may be an element
             name, factors = f"llvm.aarch64.neon.bfdot.v{s.lanes}f32.v{2 * s.lanes}bf16", [vector, repeated]
-        dot = _function(builder, name, acc.type, acc.type, pairs, pairs)
-        return builder.call(dot, [acc, *(builder.bitcast(factor, pairs) for factor in factors)])
-
-
-def _function(builder, name, result, *arguments):
-    return cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, arguments), name)
+        return call_named(builder, name, acc.type, acc, *(builder.bitcast(factor, pairs) for factor in factors))
 
 
 def _load_row(builder, kind, address):

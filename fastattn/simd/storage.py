@@ -8,7 +8,7 @@ them pair by pair, and add both products to a float32.
 """
 
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba.core import types
 from numba.core.typing.templates import signature
 from numba.extending import intrinsic
 
@@ -18,6 +18,7 @@ from fastattn.simd.static import StaticType
 from fastattn.simd.tile import (
     TileType,
     call_llvm,
+    call_named,
     element_of,
     elementwise,
     is_shape,
@@ -76,11 +77,9 @@ class _Memory:
     def load_part(self, builder, address, present):
         """A vector of the elements that are there, one for each of these truth values, and of 0: no others are read."""
         kind = ir.VectorType(self.element, present.type.count)
-        types = [kind.as_pointer(), INT, present.type, kind]
         name = f"llvm.masked.load.v{kind.count}{'i16' if self.element == SHORT else f'f{8 * self.itemsize}'}.p0"
-        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, types), name)
         pointer, align = pointer_to(builder, address, kind), INT(self.itemsize)
-        return self.widen(builder, builder.call(function, [pointer, align, present, ir.Constant(kind, None)]))
+        return self.widen(builder, call_named(builder, name, kind, pointer, align, present, ir.Constant(kind, None)))
 
     def widen(self, builder, found):
         """Numbers of the tile's dtype."""

@@ -72,13 +72,18 @@ def make_tile(builder, shape, vectors):
     return value
 
 
+def call_named(builder, name, result, *args):
+    """Call a function of the module's, or one of LLVM's, which gives what has this type."""
+    function = ir.FunctionType(result, [arg.type for arg in args])
+    return builder.call(cgutils.get_or_insert_function(builder.module, function, name), args)
+
+
 def call_llvm(builder, name, vector, args):
     """Call an LLVM intrinsic that takes and gives vectors, or numbers, of one type."""
     element = getattr(vector, "element", vector)
     lanes = f"v{vector.count}" if element is not vector else ""
     suffix = f"{lanes}f{32 if isinstance(element, ir.FloatType) else 64}"
-    fnty = ir.FunctionType(vector, [vector] * len(args))
-    return builder.call(cgutils.get_or_insert_function(builder.module, fnty, f"llvm.{name}.{suffix}"), args)
+    return call_named(builder, f"llvm.{name}.{suffix}", vector, *args)
 
 
 def shifted(builder, address, offset):
