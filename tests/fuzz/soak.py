@@ -35,7 +35,7 @@ SHAPES = 3000  # seeds of calls: they come again, and so do their bits
 PLANS = 2 * session.REMEMBERED
 GROWTH = 24  # MiB from one part of the time to another: what allocators of threads keep differs by as much
 FILES, EXTRA_THREADS = 8, 40
-HANGS = 240.0  # seconds: a turn takes no longer, though it compiles; who is where then is written to stderr
+HANGS = 1200.0  # seconds: a turn takes no longer, though it compiles; who is where then is written to stderr
 
 
 def near(score: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
