@@ -42,11 +42,13 @@ def bounds(
 ) -> dict[str, Array]:
     """Return how far each gradient may be from that of the formula, before sums over broadcast axes, by name.
 
-    With A the size of the terms of a score (see `tolerances`), a weight P is wrong by eps · (8 + A + |lse| + |log P|,
-    and what mask and slopes add) of itself, and by what is too small for the dtype. dS is P times a difference of size
-    Σ |dO| |value| + Σ |dO| |out|; 1 - t² has a few roundings of 1. Sums round as well: by the root of the number of
-    terms, as roundings cancel. What a softcap makes of the errors of scores, and of dS, is said in `tolerances`, as is
-    what a user's function does, and what is asked of those that have gradients of `captured` arrays.
+    With A the size of the terms of a score (see `tolerances`), a weight P is wrong by eps · (8 + A + |lse| + |log P|)
+    of itself, and by what is too small for the dtype. What mask and slopes add counts besides: that of its own score,
+    which without a function is no more than the score with it, |lse| + |log P|, and the one without; and the mean over
+    all weights, by which the log-sum-exp is wrong. dS is P times a difference of size Σ |dO| |value| + Σ |dO| |out|;
+    1 - t² has a few roundings of 1. Sums round as well: by the root of the number of terms, as roundings cancel. What a
+    softcap makes of the errors of scores, and of dS, is said in `tolerances`, as is what a user's function does, and
+    what is asked of those that have gradients of `captured` arrays.
     """
     info = np.finfo(problem.real)
     eps, tiny = float(info.eps), float(info.tiny)
@@ -61,11 +63,13 @@ def bounds(
     slope, blur = tolerances.slope_of_score(problem, operands, of_raw, weight)
     terms = tolerances.error_of_score(problem, of_raw, float(large.sum()))
     terms += 2 * tolerances.ROUNDINGS + np.sqrt(problem.value_dim + problem.queries + problem.keys)
-    errors = eps * (terms + lse[..., None])
+    whole = lse[..., None] - np.log(np.where(weights > 0, weights, 1))  # no score with what is added to it is larger
+    errors = terms + whole
     if problem.scores.bias or "slope" in problem.scores.own:
         added = np.minimum(tolerances.size_of_added(problem, operands), 1e300)
-        errors = errors + eps * np.where(weights > eps**2, added, 0).max(axis=-1, keepdims=True, initial=0)
-    errors = (errors - eps * np.log(np.where(weights > 0, weights, 1))) * weights + tiny
+        most = 2 * (whole + float(large.sum())) if problem.scores.score_mod is None else np.inf
+        errors = errors + np.minimum(added, most) + (weights * added).sum(axis=-1, keepdims=True)
+    errors = eps * errors * weights + tiny
     magnitudes = rows @ value.swapaxes(-1, -2) + (rows * out).sum(-1)[..., None]
     slopes, scores = (errors * slope + weights * blur) * magnitudes + tiny, errors * magnitudes + tiny
     of_mask, unsure, sizes = 1.0, 0.0, {}

@@ -703,6 +703,13 @@ MUTATIONS = (
         ("test_semantics.py", "test_a_sink_is_any_finite_number and cpu"),
     ),
     Mutation(
+        "a log-sum-exp is told from the largest score, though the sink is far above it",
+        "cpu/kernels/sinks.py",
+        "        return sink + math.log(1.0 + total / term)",
+        "        return reference_of(plan, m) + math.log(total + term)",
+        ("test_semantics.py", "test_a_sink_far_above_the_scores_is_the_lse_to_the_last_digits and cpu"),
+    ),
+    Mutation(
         "a sink above all makes an entropy infinite",
         "cpu/kernels/summary.py",
         " or term == INFINITY else entropy",
@@ -747,7 +754,7 @@ MUTATIONS = (
     Mutation(
         "CUDA: a sink has no share of the weights of a result",
         "cuda/kernels/portable.py",
-        "whole += exp2((head.sink - m[i] * to_natural) * log2_e)",
+        "whole += of_sink",
         "whole += zero",
         ("cuda/test_options.py", "test_each_option_both_ways and sinks"),
     ),

@@ -479,6 +479,19 @@ def test_a_sink_is_any_finite_number(attention: Attention, dtype: Any, sink: flo
         np.testing.assert_allclose(out[:1], plain, rtol=0, atol=20 * np.finfo(dtype).eps)
 
 
+@dtypes
+@pytest.mark.parametrize("queries", [1, 50])
+def test_a_sink_far_above_the_scores_is_the_lse_to_the_last_digits(
+    attention: Attention, dtype: Any, queries: int
+) -> None:
+    """It is not told by way of the largest score."""
+    query, key, value = inputs((queries, 70), dtype=dtype)
+    mask = np.full((queries, 70), -500 if dtype == np.float64 else -70, dtype)
+    sinks = np.array([6.0, -3.0], dtype)
+    _, lse = attention(query, key, value, mask, sinks=sinks, return_lse=True)
+    np.testing.assert_allclose(lse, np.broadcast_to(sinks[:, None], lse.shape), rtol=2 * np.finfo(dtype).eps)
+
+
 def test_a_sink_of_minus_infinity_is_none(attention: Attention) -> None:
     query, key, value = inputs((50, 70))
     wanted = attention(query, key, value, return_lse=True, return_weights=True)

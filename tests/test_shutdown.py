@@ -140,13 +140,13 @@ def run(begun):
     assert run(KERNELS + code + DAEMON + DAEMON + "last = Last(are_right)\n") == "True True\n"
 
 
-@pytest.mark.parametrize("lock", ["kernels._lock", "session.current.pool.growing"])
+@pytest.mark.parametrize("lock", ["uninterrupted._lock", "session.current.pool.growing"])
 def test_a_daemon_thread_that_ends_with_a_lock(lock: str) -> None:
     """Nobody waits for what it will never give back."""
     code = f"""
 daemon = '''
 import time
-from fastattn.machine import libraries as kernels
+from fastattn.machine import uninterrupted
 from fastattn.cpu.host import pool, session
 def run(begun):
     with {lock}:

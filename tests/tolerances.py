@@ -355,8 +355,9 @@ def check_summary(summary: Any, exact: Any, wanted: Expected) -> None:
     - The entropy has the derivatives -w (ln w + H), whose sizes add up to 2 H at most, and H is at most ln Lk. It is
       computed as ln l - ln 2 · Σ 2^x x / l, of terms of no more than 8 + 2 · log2 Lk, which are rounded.
     - A weight w changes by a factor of up to exp(2 d), since its score and the log-sum-exp do by d each, and by that of
-      the difference, log w, which is rounded: beside a sink all of a query may be small. What a key receives is a sum
-      of Lq of them.
+      the difference, log w, which is rounded: beside a sink all of a query may be small. A weight that is 0 in the
+      wider type may be as large as the least number there is, before it changes, and where d is large be any. What a
+      key receives is a sum of Lq of them, in which d has the roundings of each.
     """
     problem = wanted.problem
     eps = float(np.finfo(problem.real).eps)
@@ -365,10 +366,11 @@ def check_summary(summary: Any, exact: Any, wanted: Expected) -> None:
         most = np.log2(max(2, problem.keys))
         entropy_bound = error[..., 0] * (1 + 2 * most) + eps * ROUNDINGS * (8 + 2 * most)
         weights = np.where(np.isfinite(wanted.weights), wanted.weights, 0).astype(np.float64)
-        small = -np.log(np.where(weights > 0, weights, 1))
-        moved = weights * np.expm1(np.minimum(2 * error + eps * small, 700.0))
+        there = np.maximum(weights, np.finfo(np.float64).smallest_subnormal)
+        factor = 2 * error - eps * np.log(there)
+        moved = np.where(factor < 700, there * np.expm1(factor), np.exp(np.minimum(0, np.log(there) + factor)))
         moved = np.minimum(1.0, moved + np.finfo(problem.real).tiny)
-        received_bound = moved.sum(axis=-2) + eps * (ROUNDINGS + problem.queries) * weights.sum(axis=-2)
+        received_bound = moved.sum(axis=-2) + eps / 2 * problem.queries * weights.sum(axis=-2)
     check_lse(summary.lse, wanted)
     _check("entropy", summary.entropy, exact.entropy, entropy_bound, problem)
     _check("received", summary.received, exact.received, received_bound, problem)
@@ -563,11 +565,12 @@ def check_head_gradients(
                 out_error = np.abs(given_out).sum(-1) * float(np.max(wanted.out_bound, initial=0))
                 rounding = float(np.finfo(problem.real).eps) * (2 * ROUNDINGS + problem.value_dim + problem.queries)
                 exact = -(weight * delta).sum(-1)
-                bound = (moved * size + weight * (out_error + rounding * size)).sum(-1)
+                tiny = float(np.finfo(problem.real).tiny)  # a weight below is 0
+                bound = ((moved + tiny) * size + weight * (out_error + rounding * size) + tiny).sum(-1)
             shape = (*problem.batch, problem.heads)
             want, limit = (summed_to(a.reshape(shape), given.shape) for a in (exact, bound))
             kind, dtype = finfo(got.dtype), got.dtype
-            limit = limit + 4 * float(kind.eps) * np.abs(want) + float(max(kind.tiny, np.finfo(problem.real).tiny))
+            limit = limit + 4 * float(kind.eps) * np.abs(want) + float(kind.smallest_subnormal)
             got = cast(got, want.dtype)
             fine = (np.abs(got - want) <= limit) | (~np.isfinite(want) & ~np.isfinite(got))
             assert got.shape == given.shape, name
@@ -582,8 +585,8 @@ def check_captured_gradients(
     problem, exact, bounds = expected_gradients(grad_out, *args, captured=tuple(found), **options)
     for (name, got), want, limit in zip(found.items(), exact[4:], bounds[4:], strict=True):
         with np.errstate(all="ignore"):
-            kind, real = np.finfo(got.dtype), np.finfo(problem.real)
-            limit = limit + 4 * float(kind.eps) * np.abs(want) + float(max(kind.tiny, real.tiny))
+            kind = np.finfo(got.dtype)
+            limit = limit + 4 * float(kind.eps) * np.abs(want) + float(kind.smallest_subnormal)
             fine = (np.abs(got - want) <= limit) | (~np.isfinite(want) & ~np.isfinite(got))
         assert got.shape == sources[name].shape, name
         assert got.dtype == sources[name].dtype.newbyteorder("="), name

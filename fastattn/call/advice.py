@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from fastattn.machine.objects import masked_arrays
+
 __all__ = ["holds_masked", "is_masked", "is_tensor", "said", "to_convert", "to_install", "to_make_array"]
 
 
@@ -72,12 +74,12 @@ def to_install(extra: str) -> str:
 
 
 def is_masked(given: object) -> bool:
-    """Whether this is a ``np.ma.MaskedArray``; NumPy imports `np.ma` at the first mention."""
+    """Whether this is a ``np.ma.MaskedArray``."""
     return _is_kind_masked(type(given))
 
 
 def _is_kind_masked(kind: type) -> bool:
-    return kind is not np.ndarray and issubclass(kind, np.ndarray) and issubclass(kind, np.ma.MaskedArray)
+    return kind is not np.ndarray and issubclass(kind, np.ndarray) and issubclass(kind, masked_arrays())
 
 
 def holds_masked(given: object) -> bool:

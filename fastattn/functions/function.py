@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from fastattn.functions import names
 from fastattn.machine.digest import written
-from fastattn.machine.objects import address_of
+from fastattn.machine.objects import address_of, masked_arrays
 
 __all__ = [
     "ARGUMENTS",
@@ -223,7 +223,7 @@ def _captured(role: str, name: str, value: Any) -> tuple[Captured, Any]:
     if isinstance(value, (float, np.floating)):
         return Captured(name, "float", -1), float(value)
     expected = "expected a number, or an array of booleans, integers or real floating numbers"
-    if isinstance(value, np.ma.MaskedArray):
+    if isinstance(value, masked_arrays()):
         raise TypeError(f"{role}: captures {name}, a masked array; {expected}")
     try:
         array = np.asarray(value)

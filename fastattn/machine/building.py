@@ -5,7 +5,6 @@ the whole kernel, and for the row's processor instead of the host's: a forced IS
 (Numba by itself optimises and compiles every callee on its own before it is inlined, which takes three times as long.)
 """
 
-import gc
 import re
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
@@ -52,18 +51,6 @@ class _Codegen(JITCPUCodegen):
 
     def set_env(self, env_name: str, env: Any) -> None:
         pass
-
-
-@contextmanager
-def _collector_at_rest() -> Iterator[None]:
-    """No garbage collection meanwhile: it takes a tenth of the time, to find that what a compiler makes is in use."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @contextmanager
@@ -118,19 +105,22 @@ def emit(functions: dict[str, tuple[Any, int]], row: Isa, vectorise: bool = Fals
     vectorise : bool
         Whether LLVM shall make vectors of loops. What is written for tiles has them.
     """
-    module = llvm.parse_assembly("")
-    with global_compiler_lock, _collector_at_rest():
+    with global_compiler_lock:
         typing, target = cpu_target.typing_context, cpu_target.target_context
         typing.refresh()
         target.refresh()
         libraries: dict[_Library, None] = {}
+        entries = []
         with _swapped_codegen(), _remembered_operators():
             for symbol, (function, count) in functions.items():
                 arguments = (types.intp,) * count
                 function.compile(arguments)
                 compiled = function.overloads[arguments]
                 libraries.update(dict.fromkeys(compiled.library.reachable()))
-                module.link_in(llvm.parse_assembly(_entry(compiled.fndesc, target, symbol, row)))
+                entries.append(_entry(compiled.fndesc, target, symbol, row))
+        module = llvm.parse_assembly("")  # nothing of LLVM's is in what a refused function raises
+        for entry in entries:
+            module.link_in(llvm.parse_assembly(entry))
         for library in libraries:
             module.link_in(library._final_module, preserve=True)
     return _generate(module, row, functions, vectorise)

@@ -8,14 +8,12 @@ where no folder can be written, kernels are built anew in every process.
 
 import ctypes
 import hashlib
-import logging  # noqa: F401  # whose lock compilers take: a fork has to take it after the one here
 import os
 import platform
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from sys import is_finalizing
@@ -24,9 +22,10 @@ from typing import TYPE_CHECKING, TypeAlias
 from fastattn.machine import loading, prebuilt
 from fastattn.machine.digest import of_modules, version
 from fastattn.machine.kernel import Kernel
-from fastattn.machine.os_threads import RLock, allocate_lock
+from fastattn.machine.os_threads import allocate_lock
 from fastattn.machine.table import Isa
 from fastattn.machine.trust import made, objection
+from fastattn.machine.uninterrupted import uninterrupted
 
 # The functions that a kernel exports, and how many integers each takes.
 Exports: TypeAlias = Mapping[str, int]
@@ -50,11 +49,6 @@ class Library:
 
 
 _loaded: dict[Kernel, Library] = {}
-_lock = RLock()
-# A fork waits for a compilation to end: a child could never finish it. What was registered last is taken first, so
-# modules with such locks that compilers use have been imported above.
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
 @cache
@@ -178,23 +172,15 @@ def _write(path: Path, code: bytes) -> bool:
 def library(kernel: Kernel, exports: Exports, compile: Callable[[Kernel, Exports], bytes]) -> Library:
     """A kernel's functions. `compile` makes its object code, where it is neither loaded nor in a file."""
     found = _loaded.get(kernel)
+    return uninterrupted(kernel, lambda: _made(kernel, exports, compile)) if found is None else found
+
+
+def _made(kernel: Kernel, exports: Exports, compile: Callable[[Kernel, Exports], bytes]) -> Library:
+    """The same for one that was not in memory a moment ago."""
+    found = _loaded.get(kernel)
     if found is None:
-        with _one_at_a_time():
-            found = _loaded.get(kernel)
-            if found is None:
-                found = _loaded[kernel] = _load(kernel, exports, compile)
+        found = _loaded[kernel] = _load(kernel, exports, compile)
     return found
-
-
-@contextmanager
-def _one_at_a_time() -> Iterator[None]:
-    """Hold the lock. As the interpreter ends nobody else needs it, but a thread may have gone that held it."""
-    held = _lock.acquire(blocking=not is_finalizing())
-    try:
-        yield
-    finally:
-        if held:
-            _lock.release()
 
 
 def _load(kernel: Kernel, exports: Exports, compile: Callable[[Kernel, Exports], bytes]) -> Library:

@@ -5,6 +5,7 @@ when an interpreter is about to end.
 """
 
 import ctypes
+import sys
 from functools import cache
 from typing import Any
 
@@ -56,6 +57,16 @@ def _said_address(array: Array) -> int:
 def address_of(array: Array) -> int:
     """The address of an array's first element."""
     return _word(id(array) + OBJECT_HEADER) if objects_are_as_expected() else _said_address(array)
+
+
+def masked_arrays() -> tuple[type, ...]:
+    """The type ``np.ma.MaskedArray``, for `isinstance`, or nothing where nobody has imported `np.ma`.
+
+    NumPy imports it at the first mention. A child that is forked while another thread does so would wait for the end of
+    that for ever.
+    """
+    kind = getattr(sys.modules.get("numpy.ma"), "MaskedArray", None)
+    return () if kind is None else (kind,)
 
 
 def _look_up() -> None:

@@ -13,6 +13,7 @@ from llvmlite import binding as llvm
 
 from fastattn.machine.features import host_features
 from fastattn.machine.tile import ITEMSIZE, TileShape
+from fastattn.machine.uninterrupted import uninterrupted
 
 
 @dataclass(frozen=True)
@@ -216,6 +217,10 @@ def host() -> Isa:
     ValueError
         If ``FASTATTN_ISA`` names no row, or one that this machine does not execute.
     """
+    return uninterrupted("row", _chosen)  # LLVM is asked, whose lock an interrupt could leave taken
+
+
+def _chosen() -> Isa:
     forced = os.environ.get("FASTATTN_ISA", "")
     if not forced:
         return next(row for row in TABLE if runs_here(row) and is_meant_for(row, llvm.get_host_cpu_name()))

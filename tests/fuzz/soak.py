@@ -35,7 +35,7 @@ SHAPES = 3000  # seeds of calls: they come again, and so do their bits
 PLANS = 2 * session.REMEMBERED
 GROWTH = 24  # MiB from one part of the time to another: what allocators of threads keep differs by as much
 FILES, EXTRA_THREADS = 8, 40
-HANGS = 240.0  # seconds: a turn takes no longer, though it compiles; who is where then is written to stderr
+HANGS = 1200.0  # seconds: a turn takes no longer, though it compiles; who is where then is written to stderr
 
 
 def near(score: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
@@ -141,7 +141,7 @@ class Soak:
         child = os.fork()
         if not child:
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            faulthandler.register(signal.SIGALRM, all_threads=False, chain=True)
+            faulthandler.register(signal.SIGALRM, all_threads=True, chain=True)
             signal.setitimer(signal.ITIMER_REAL, HANGS / 2)
             before = len(self.wrong)
             try:
@@ -161,13 +161,14 @@ class Soak:
         arrays = np.ones((3, 4, 600, 64), np.float32)
         signal.signal(signal.SIGALRM, signal.default_int_handler)
         try:
-            signal.setitimer(signal.ITIMER_REAL, 1e-4 + (seed % 97) * 1e-4)
-            for _ in range(50):
-                fastattn.attention(*arrays[:, None])
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 1e-4 + (seed % 97) * 1e-4)
+                for _ in range(50):
+                    fastattn.attention(*arrays[:, None])
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
         except KeyboardInterrupt:
             self.done["interrupted"] += 1
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
         self.once(seed, "after an interrupt")
 
     def in_a_handler(self, seed: int) -> None:
@@ -197,22 +198,31 @@ def soak(minutes: float, threads: int, log: Path) -> list[str]:
         workers = [threading.Thread(target=soak.calls, args=(number,)) for number in range(threads)]
         for worker in workers:
             worker.start()
-        rng, begin, samples = random.Random(0), time.monotonic(), []
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("w", encoding="utf-8") as file:
-            while (seconds := time.monotonic() - begin) < 60 * minutes:
-                faulthandler.dump_traceback_later(HANGS, exit=True)
-                turn: Callable[[int], None] = rng.choice((soak.forked, soak.interrupted, soak.in_a_handler))
-                turn(rng.randrange(SHAPES))
-                if not samples or seconds - samples[-1]["seconds"] > minutes / 6:
-                    samples.append({"seconds": round(seconds), **soak.sample(), **soak.done, "wrong": len(soak.wrong)})
-                    file.write(json.dumps(samples[-1]) + "\n")
-                    file.flush()
-        faulthandler.cancel_dump_traceback_later()
-        soak.over.set()
+        try:
+            samples = turns(soak, minutes, log)
+        finally:
+            soak.over.set()
+        faulthandler.dump_traceback_later(HANGS, exit=True)
         for worker in workers:
             worker.join()
+        faulthandler.cancel_dump_traceback_later()
         return soak.wrong + grown(samples)
+
+
+def turns(soak: Soak, minutes: float, log: Path) -> list[dict[str, Any]]:
+    """Do in the main thread what only it can, and write down how much there is of everything meanwhile."""
+    rng, begin, samples = random.Random(0), time.monotonic(), list[dict[str, Any]]()
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w", encoding="utf-8") as file:
+        while (seconds := time.monotonic() - begin) < 60 * minutes:
+            faulthandler.dump_traceback_later(HANGS, exit=True)
+            turn: Callable[[int], None] = rng.choice((soak.forked, soak.interrupted, soak.in_a_handler))
+            turn(rng.randrange(SHAPES))
+            if not samples or seconds - samples[-1]["seconds"] > minutes / 6:
+                samples.append({"seconds": round(seconds), **soak.sample(), **soak.done, "wrong": len(soak.wrong)})
+                file.write(json.dumps(samples[-1]) + "\n")
+                file.flush()
+    return samples
 
 
 def grown(samples: list[dict[str, Any]]) -> list[str]:

@@ -7,6 +7,7 @@ from functools import cache
 
 from fastattn.call.problem import Problem
 from fastattn.cpu.kernels.exports import EXPORTS
+from fastattn.machine.collector import collector_at_rest
 from fastattn.machine.kernel import PLAIN, Kernel
 from fastattn.machine.libraries import Library, library
 from fastattn.machine.table import Isa
@@ -102,7 +103,8 @@ def load(kernel: Kernel) -> Library:
 
 def compile_kernel(kernel: Kernel, exports: Mapping[str, int]) -> bytes:
     """Compile a kernel, which wants Numba."""
-    return _compiler()(kernel, exports)
+    with collector_at_rest():
+        return _compiler()(kernel, exports)
 
 
 @cache  # as the interpreter ends, nothing can be imported, not even again

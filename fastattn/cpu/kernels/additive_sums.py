@@ -13,7 +13,7 @@ from fastattn.cpu.kernels.functions import apply_along
 from fastattn.cpu.kernels.masks import INFINITY, lowest, saturate
 from fastattn.cpu.kernels.records import QUERY_NUMBERS
 from fastattn.cpu.kernels.scores import capped
-from fastattn.cpu.kernels.sinks import LN_2, share_of_sink, sink_of
+from fastattn.cpu.kernels.sinks import LN_2, log_of_both, share_of_sink, sink_of
 from fastattn.cpu.kernels.softmax import MINUS_INFINITY, exp2
 from fastattn.cpu.kernels.sums import has_lost
 from fastattn.simd import (
@@ -104,8 +104,8 @@ def store_sums(kernel, plan, given, head, places, lse, queries, sums, sink_weigh
             whole = m + logarithm
             if sink != MINUS_INFINITY:
                 term = math.exp(sink - m) + own * 0.0 if own != 0.0 else 0.0
-                whole = sink if own == 0.0 or term == INFINITY else m + math.log(own + term)
-                logarithm = sink - m if own == 0.0 or term == INFINITY else math.log(own + term)
+                logarithm = log_of_both(sink - m, own, term)
+                whole = sink if own == 0.0 or term == INFINITY else m + logarithm
                 if sink_weights != 0 and whole - total >= -given.slack * abs(total):
                     store_element(tile, sink_weights + i * tile.itemsize, share_of_sink(own, term))
             if not whole - total >= -given.slack * abs(total):

@@ -39,15 +39,23 @@ def log_sum(plan, sink, m, total, term):
     """The logarithm of a row's sum of exponentials, the sink's among them."""
     if total == 0.0 or term == INFINITY:
         return sink
+    if term > total:  # far from m, from where digits would be lost on the way back
+        return sink + math.log(1.0 + total / term)
     return reference_of(plan, m) + math.log(total + term)
 
 
 @jit
 def log_beside(plan, sink, m, total, term):
     """The same less what m stands for, of which nothing is lost where both are large."""
+    return log_of_both(sink - reference_of(plan, m), total, term)
+
+
+@jit
+def log_of_both(above, total, term):
+    """The logarithm of a sum of weights and what a sink adds to it, which is by so much above what weights refer to."""
     if total == 0.0 or term == INFINITY:
-        return sink - reference_of(plan, m)
-    return math.log(total + term)
+        return above
+    return above + math.log(1.0 + total / term) if term > total else math.log(total + term)
 
 
 @jit

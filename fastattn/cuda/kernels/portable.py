@@ -264,7 +264,7 @@ def _make_finish(spec: Forward) -> Any:
     storage, tiles, extreme = spec.storage, spec.tiles, spec.extreme
     real, store = real_of(storage, extreme), storer(storage)
     threads_y, threads_x, rows, values = tiles.threads_y, tiles.threads_x, tiles.rows, tiles.values
-    lowest, zero, ln_2, infinite, log2_e = map(real, (-math.inf, 0, LN_2, math.inf, LOG2_E))
+    lowest, zero, one, ln_2, infinite, log2_e = map(real, (-math.inf, 0, 1, LN_2, math.inf, LOG2_E))
     to_natural, with_sink = real(LN_2 if in_base_2(spec.adds, extreme) else 1.0), "sink" in spec.own
     hold = holder(real, real_of(storage) if extreme else np.float64)
 
@@ -282,13 +282,16 @@ def _make_finish(spec: Forward) -> Any:
                 whole = zero
                 for other in range(threads_x):
                     whole += shared_tile[(y + i * threads_y) * threads_x + other]
-                empty = whole == zero
+                empty, keys, of_sink = whole == zero, whole, zero
                 if with_sink and not empty and head.sink != lowest:
-                    whole += exp2((head.sink - m[i] * to_natural) * log2_e)
+                    of_sink = exp2((head.sink - m[i] * to_natural) * log2_e)
+                    whole += of_sink
                 if x == 0 and here.value == 0:
                     sums_of_row = m[i] * to_natural + log2(whole) * ln_2 if whole != zero else lowest
                     if with_sink and (empty or whole == infinite):  # nothing is left for the keys
                         sums_of_row = head.sink
+                    elif with_sink and of_sink > keys:  # far from m, from where digits would be lost on the way back
+                        sums_of_row = head.sink + log2(one + keys / of_sink) * ln_2
                     lse[here.slice * queries + row] = hold(sums_of_row)
                 at = offsets[OUT, here.slice] + row * steps[OUT, 0]
                 for c in range(values):

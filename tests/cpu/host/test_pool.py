@@ -542,10 +542,10 @@ assert is_right()
 @needs_fork
 def test_fork_while_another_thread_compiles() -> None:
     run("""
-from fastattn.machine import libraries as kernels
+from fastattn.machine import libraries as kernels, uninterrupted
 holds = threading.Event()
 def compile():
-    with kernels._lock:
+    with uninterrupted._lock:
         holds.set()
         time.sleep(0.3)
 thread = threading.Thread(target=compile)
@@ -561,10 +561,10 @@ thread.join()
 def test_fork_while_another_thread_compiles_and_is_about_to_take_the_lock_of_logging() -> None:
     run("""
 import logging
-from fastattn.machine import libraries as kernels
+from fastattn.machine import uninterrupted
 holds = threading.Event()
 def compile():
-    with kernels._lock:
+    with uninterrupted._lock:
         holds.set()
         time.sleep(0.3)
         logging.getLogger("of a module that is imported now")
