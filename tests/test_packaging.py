@@ -143,6 +143,20 @@ for dtype in (np.float32, np.float64, np.float16):
     print(time.process_time() - start, "numba" in sys.modules, cache_folder(), len(list(cache_folder().iterdir())))
 """
 
+FUNCTION = """
+import numpy as np, fastattn
+from fastattn.machine.libraries import cache_folder
+
+def shifted(score, batch, head, query, key):
+    return score - 0.1 * abs(query - key)
+
+query, key, value = np.random.default_rng(0).standard_normal((3, 2, 4, 33, 16), dtype=np.float32)
+result = fastattn.attention(query, key, value, score_mod=shifted)
+expected = fastattn.attention(query, key, value, score_mod=shifted, backend="reference")
+np.testing.assert_allclose(result, expected, atol=1e-5)
+print(*(path.name.partition("-")[0] for path in cache_folder().iterdir()))
+"""
+
 
 @takes_long
 def test_a_wheel_for_a_platform_has_its_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,12 +177,13 @@ def test_a_wheel_for_a_platform_has_its_kernels(tmp_path: Path, monkeypatch: pyt
     run(sys.executable, "-m", "venv", tmp_path / "venv", cwd=tmp_path)
     python = tmp_path / "venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     run(python, "-m", "pip", "install", "--quiet", path, cwd=tmp_path)
-    monkeypatch.setenv("FASTATTN_CACHE_DIR", str(tmp_path / "cache"))
     for row in filter(isa.runs_here, isa.of_this_architecture()):
         monkeypatch.setenv("FASTATTN_ISA", row.name)
+        monkeypatch.setenv("FASTATTN_CACHE_DIR", str(tmp_path / row.name))
         printed = run(python, "-W", "error", "-c", FIRST_CALL, cwd=tmp_path).splitlines()
         assert float(printed[0].split()[0]) < 0.5
-        assert {line.partition(" ")[2] for line in printed} == {f"False {tmp_path / 'cache'} 0"}
+        assert {line.partition(" ")[2] for line in printed} == {f"False {tmp_path / row.name} 0"}
+        assert run(python, "-W", "error", "-c", FUNCTION, cwd=tmp_path) == "score_function\n"
         told = run(python, "-m", "fastattn", "info", cwd=tmp_path)
         assert re.search(rf"^kernels +(\d+) of \1 for {row.name} came", told, re.MULTILINE)
 

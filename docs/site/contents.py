@@ -8,7 +8,7 @@ from __future__ import annotations
 import posixpath
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
@@ -21,6 +21,7 @@ LISTS = {
 }
 SECTION = re.compile(r"^## ", re.MULTILINE)
 ROW = re.compile(r"^\| (?:\d+ \| )?\[[^\]]*\]\(([^)#\s]+)\.md\)", re.MULTILINE)
+NAME = re.compile(r"(?<=>)[\w.]+(?=<)")
 
 
 def toctrees(text: str, page: str) -> str:
@@ -43,6 +44,20 @@ def toctrees(text: str, page: str) -> str:
     return "\n\n".join(parts)
 
 
+def breakable(html: object) -> str:
+    """Allow a line to end within a name of functions: behind a dot, and before an underscore.
+
+    >>> breakable('<a href="a.b_c.html">a.b_c</a>')
+    '<a href="a.b_c.html">a.<wbr/>b<wbr/>_c</a>'
+    """
+    return NAME.sub(lambda match: match[0].replace(".", ".<wbr/>").replace("_", "<wbr/>_"), str(html))
+
+
+def offer(app: Sphinx, name: str, template: str, context: dict[str, Any], document: object) -> None:
+    """Tell the template of the sidebar how."""
+    context["breakable"] = breakable
+
+
 def add_contents(app: Sphinx, name: str, source: list[str]) -> None:
     """Give a page its toctrees, behind its text."""
     if name in LISTS:
@@ -53,4 +68,5 @@ def add_contents(app: Sphinx, name: str, source: list[str]) -> None:
 
 def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("source-read", add_contents)
+    app.connect("html-page-context", offer)
     return {"parallel_read_safe": True}

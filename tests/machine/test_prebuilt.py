@@ -214,3 +214,44 @@ def test_first_calls_need_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     fastattn.attention_varlen(*random.standard_normal((3, 70, 2, 16), dtype=np.float32), lengths)
     assert len(asked) > 20
     assert asked <= set(prebuild.of_a_wheel(ROW))
+
+
+class Loading(Exception):
+    """A kernel of many seconds of work has been asked for: the test wants to know no more."""
+
+
+def shifted(score: float, batch: int, head: int, query: int, key: int) -> float:
+    return score - 0.1 * (query - key)
+
+
+def earlier(batch: int, head: int, query: int, key: int) -> bool:
+    return key <= query
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_a_first_call_with_a_function_compiles_the_function_alone(
+    dtype: type[np.floating], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernels that give their scores to functions, forward, decoding and backward, are in a wheel."""
+    asked = set()
+
+    def noted(kernel: Kernel, *rest: object) -> libraries.Library:
+        if kernel.work in ("forward", "decode", "backward"):
+            asked.add(kernel)
+            raise Loading
+        return library(kernel, *rest)  # type: ignore[arg-type]
+
+    library = libraries.library
+    monkeypatch.setattr(kernels, "library", noted)
+    monkeypatch.setattr(session, "current", session.Session())
+    for queries in (1, 6, 12, 70):
+        query, key, value = np.random.default_rng(0).standard_normal((3, 1, 2, 70, 16)).astype(dtype)
+        query = query[..., :queries, :]
+        for functions in ({"score_mod": shifted}, {"mask_mod": earlier}, {"score_mod": shifted, "mask_mod": earlier}):
+            with pytest.raises(Loading):
+                fastattn.attention(query, key, value, is_causal="bottom-right", **functions)
+    out, lse = fastattn.attention(query, key, value, return_lse=True, backend="reference")
+    with pytest.raises(Loading):
+        fastattn.attention_backward(out, query, key, value, out, lse, score_mod=shifted)
+    assert {kernel.work for kernel in asked} == {"forward", "decode", "backward"}
+    assert asked <= set(prebuild.of_a_wheel(ROW))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fastattn.console.terminal import Progress
-from fastattn.cpu.host.kernels import compile_kernel, describe, every_kernel
+from fastattn.cpu.host.kernels import FUNCTION, STEPS, compile_kernel, describe, every_kernel
 from fastattn.cpu.host.threads import get_num_threads
 from fastattn.cpu.kernels.exports import EXPORTS
 from fastattn.machine.kernel import PLAIN, Kernel
@@ -36,8 +36,10 @@ IN_PAGES = (
 
 
 def of_a_wheel(row: Isa) -> Iterator[Kernel]:
-    """The kernels for a row of the table that a wheel has: all that `warmup` makes, and those of caches."""
+    """The kernels for a row of the table that a wheel has: those of `warmup`, for functions, and of caches."""
     yield from every_kernel(row, DTYPES)
+    for dtype in DTYPES:
+        yield from _for_functions(row, dtype)
     yield Kernel("longest", row)
     for queries, pages in IN_PAGES:
         kept: dict[str, Any] = {"storage": pages, "values": pages, "queries": queries, "pages": pages}
@@ -46,6 +48,15 @@ def of_a_wheel(row: Isa) -> Iterator[Kernel]:
             yield describe("forward", tile, row, steps=PLAIN, **kept)
         if queries != pages:
             yield Kernel("convert", row, row.wide_tile("float32"), storage=queries, queries=pages)
+
+
+def _for_functions(row: Isa, storage: str) -> Iterator[Kernel]:
+    """Those that give scores to functions of the user's, of which each is then compiled by itself."""
+    real = "float64" if storage == "float64" else "float32"
+    for tile in (row.tile(real), row.tall_tile(real)):
+        yield describe("forward", tile, row, steps=FUNCTION, storage=storage)
+    yield describe("decode", row.wide_tile(real), row, steps=(*STEPS, "softcap", *FUNCTION), storage=storage)
+    yield describe("backward", row.tile(real), row, steps=FUNCTION, storage=storage)
 
 
 def write(folder: Path, codes: Mapping[Kernel, bytes]) -> None:
