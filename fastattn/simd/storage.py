@@ -304,25 +304,27 @@ def tile_store_stored(typingctx, place, tile, address, row_bytes):
 
 
 @intrinsic
-def tile_load_scales(typingctx, place, shape, address, factor):
-    """The tile of one row that has the scale of each of its numbers, times a factor; scales lie at `address`.
+def tile_load_scales(typingctx, place, shape, address, row_bytes, factor):
+    """The tile that has the scale of each number, times a factor; those of a row lie at `address`, or rows after it.
 
-    The first number is the first of its block, or all are of one.
+    The first number of a row is the first of its block, or all are of one.
     """
-    if not (is_place(place) and is_shape(shape) and shape.value.rows == 1 and isinstance(factor, types.Number)):
+    if not (is_place(place) and is_shape(shape) and isinstance(factor, types.Number)):
         return None
     scales, tile = _Memory(place.value.scale_place), TileType(shape.value)
 
     def codegen(context, builder, sig, values):
-        s = shape.value
-        every = scales.load(builder, values[2], max(1, s.width // BLOCK))
-        factors = splat(builder, context.cast(builder, values[3], factor, tile.element), every.type.count)
-        every, nothing = builder.fmul(every, factors), ir.Constant(every.type, ir.Undefined)
+        s, count = shape.value, max(1, shape.value.width // BLOCK)
+        factors = splat(builder, context.cast(builder, values[4], factor, tile.element), count)
         blocks = ([v * s.lanes // BLOCK] * s.lanes for v in range(s.vectors))
-        lanes = (ir.Constant(ir.VectorType(INT, s.lanes), block) for block in blocks)
-        return make_tile(builder, s, [builder.shuffle_vector(every, nothing, each) for each in lanes])
+        lanes = [ir.Constant(ir.VectorType(INT, s.lanes), block) for block in blocks]
+        vectors = []
+        for row in places_of(builder, s.column, s.itemsize, values[2], values[3]):
+            every = builder.fmul(scales.load(builder, row, count), factors)
+            vectors += [builder.shuffle_vector(every, ir.Constant(every.type, ir.Undefined), each) for each in lanes]
+        return make_tile(builder, s, vectors)
 
-    return signature(tile, place, shape, types.intp, factor), codegen
+    return signature(tile, place, shape, types.intp, types.intp, factor), codegen
 
 
 # -- pairs of bfloat16 -------------------------------------------------------------------------------------------------

@@ -34,7 +34,16 @@ def scale_of(place, row, p):
 @inline
 def scales_of(place, strip, row, p, factor):
     """The scales of features of a row, times a factor, from p on, as many as a strip has: p is a multiple of that."""
-    return tile_load_scales(place, strip, row + p // BLOCK * SCALE_BYTES, factor)
+    return tile_load_scales(place, strip, row + p // BLOCK * SCALE_BYTES, 0, factor)
+
+
+@inline
+def load_rows(place, shape, source, row, p, features):
+    """Features from p on of rows of any dtype, `row` bytes apart, as many of both as a shape has."""
+    if place.storage == "int8":
+        numbers = tile_load_stored(place, shape, source + bytes_of_scales(features) + p, row)
+        return numbers * tile_load_scales(place, shape, source + p // BLOCK * SCALE_BYTES, row, 1.0)
+    return tile_load_stored(place, shape, source + p * place.itemsize, row)
 
 
 @inline
@@ -49,8 +58,7 @@ def copy_blocks(place, tile, target, target_row, source, row, count, features):
     whole = features - features % BLOCK
     for _ in range(count):
         for p in range(0, whole, BLOCK):
-            scales = scales_of(place, tile.block, source, p, 1.0)
-            tile_store(numbers_of(place, tile.block, source, p, features) * scales, target + p * tile.itemsize, 0)
+            tile_store(load_rows(place, tile.block, source, 0, p, features), target + p * tile.itemsize, 0)
         for p in range(whole, features):
             store_element(tile, target + p * tile.itemsize, load_number(place, source, p, 1, features))
         source += row

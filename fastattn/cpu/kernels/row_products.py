@@ -10,7 +10,7 @@ whether it has to be widened. But for int8, what is computed for a row is the sa
 rows there are.
 """
 
-from fastattn.cpu.kernels.int8 import numbers_of, scales_of
+from fastattn.cpu.kernels.int8 import load_rows, numbers_of, scales_of
 from fastattn.cpu.kernels.pack import copy_rows
 from fastattn.cpu.kernels.prefetch import ask, want, want_nothing
 from fastattn.cpu.kernels.records import KEYS_AT_ONCE
@@ -100,12 +100,13 @@ def crossed_products(place, tile, plan, q, key, row, present, wanted):
     total = tile_fill(tile.square, 0.0)
     for p in range(0, whole, tile.lanes):
         queries = tile_stretch(tile.square, tile_load(tile.factor, q + p * tile.itemsize, plan.query_bytes))
-        total = fma(tile_load_stored(place, tile.cofactor, key + p * place.itemsize, row), queries, total)
+        total = fma(load_rows(place, tile.cofactor, key, row, p, features), queries, total)
         ask(wanted)
-    for p in range(whole, features, tile.lanes):
-        queries = tile_stretch(tile.square, tile_load(tile.factor, q + p * tile.itemsize, plan.query_bytes))
-        at, columns = key + p * place.itemsize, min(tile.lanes, features - p)
-        total = fma(tile_load_part_stored(place, tile.cofactor, at, row, present, columns), queries, total)
+    if place.storage != "int8":  # of which all vectors, and all keys, are whole here
+        for p in range(whole, features, tile.lanes):
+            queries = tile_stretch(tile.square, tile_load(tile.factor, q + p * tile.itemsize, plan.query_bytes))
+            at, columns = key + p * place.itemsize, min(tile.lanes, features - p)
+            total = fma(tile_load_part_stored(place, tile.cofactor, at, row, present, columns), queries, total)
     return row_sums(total)
 
 
@@ -131,27 +132,35 @@ def score_vector(place, tile, plan, count, queries, key, row, present, scores, w
 
 
 @jit
-def are_whole(tile, count, features):
-    """Whether rows of int8 are whole vectors of features, for so few rows that widening them first does not pay."""
+def are_single(tile, count, features):
+    """Whether so few rows read int8 that each multiplies its own sums by scales: whole vectors of features."""
     return crossed_rows(tile, count) == 0 and features % tile.lanes == 0
+
+
+@jit
+def are_crossed(tile, count, features):
+    """Whether more rows do, and so few that numbers are widened in registers: for others they are before, once."""
+    return crossed_rows(tile, count) > 0 and count <= tile.rows == tile.factor.rows and features % tile.lanes == 0
 
 
 @jit
 def score_rows(kernel, plan, count, queries, key, keys, scores, buffer, wanted):
     """scores[r][j] = q[r] · key[j] for `count` rows, or one more; meanwhile what is on the list is asked for."""
     tile = kernel.tile
-    as_it_lies = are_whole(tile, count, plan.head_dim)
+    single, crossed = are_single(tile, count, plan.head_dim), are_crossed(tile, count, plan.head_dim)
     for j in range(0, keys, tile.lanes):
         present, at = min(tile.lanes, keys - j), scores + j * tile.itemsize
         if kernel.storage != "int8":
             score_vector(kernel, tile, plan, count, queries, key, plan.key_step, present, at, wanted)
             key += tile.lanes * plan.key_step
             continue
-        if as_it_lies:
+        if single:
             for r in range(count):
                 q = queries + r * plan.query_bytes
                 found = products(kernel, tile, q, key, plan.key_row, plan.head_dim, present)
                 tile_store(found, at + r * plan.score_bytes, 0)
+        elif crossed and present == tile.lanes:
+            score_vector(kernel, tile, plan, count, queries, key, plan.key_row, present, at, wanted)
         else:
             copy_rows(kernel, tile, buffer, plan.key_step, key, plan.key_row, 1, present, plan.head_dim)
             score_vector(tile, tile, plan, count, queries, buffer, plan.key_step, present, at, wanted)
@@ -163,11 +172,11 @@ def score_rows(kernel, plan, count, queries, key, keys, scores, buffer, wanted):
 
 @inline
 def add_weighted(place, plan, weights, strip, value, p, acc):
-    """acc[r] += weights[r] · value[p:], for one value. Of int8 there is one row here, with weights times scales."""
-    if place.storage == "int8":
+    """acc[r] += weights[r] · value[p:], for one value; of int8 a single row has its weight times scales."""
+    if place.storage == "int8" and strip.rows == 1:
         factors = scales_of(place, strip, value, p, load_element(strip, weights))
         return fma(factors, numbers_of(place, strip, value, p, plan.value_dim), acc)
-    row = tile_load_stored(place, strip.single, value + p * place.itemsize, 0)
+    row = load_rows(place, strip.single, value, 0, p, plan.value_dim)
     return fma(tile_load_column(strip, weights, plan.score_bytes), row, acc)
 
 
@@ -269,15 +278,20 @@ def add_values(kernel, plan, together, count, weights, keys, value, sums, buffer
     `together`: how many rows there are, which decides how values are read; a row's sum is the same with all or alone.
     """
     tile, place, step = kernel.tile, kernel.value_place, value_step(kernel, plan)
-    as_it_lies = are_whole(tile, together, plan.value_dim)
+    single = are_single(tile, together, plan.value_dim)
+    crossed = count == together and are_crossed(tile, together, plan.value_dim)
     for first in range(0, keys, KEYS_AT_ONCE):
         here, at = min(KEYS_AT_ONCE, keys - first), weights + first * tile.itemsize
         if place.storage != "int8":
             add_some_values(place, tile, plan, count, at, value, step, here, sums, wanted)
-        elif as_it_lies:
+        elif single:
             for r in range(count):
                 total_at = sums + r * plan.sum_bytes
                 add_to_row(place, tile, plan, at + r * plan.score_bytes, value, step, here, total_at, wanted)
+        elif crossed and count == tile.rows:
+            add_to_tile(place, tile, plan, at, tile, value, step, here, sums, wanted)
+        elif crossed:
+            add_to_tile(place, tile, plan, at, tile.triple, value, step, here, sums, wanted)
         else:
             copy_rows(place, tile, buffer, plan.value_step, value, step, 1, here, plan.value_dim)
             add_some_values(tile, tile, plan, count, at, buffer, plan.value_step, here, sums, wanted)
