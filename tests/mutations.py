@@ -344,9 +344,9 @@ MUTATIONS = (
     ),
     Mutation(
         "few queries: half precision is read as if it were as long as what is computed in",
-        "cpu/kernels/row_products.py",
-        "tile_load_stored(place, strip.single, value + p * place.itemsize, 0)",
-        "tile_load_stored(place, strip.single, value + p * strip.itemsize, 0)",
+        "cpu/kernels/int8.py",
+        "tile_load_stored(place, shape, source + p * place.itemsize, row)",
+        "tile_load_stored(place, shape, source + p * shape.itemsize, row)",
         ("cpu/kernels/test_decode.py", "test_half_precision_has_the_bits and here"),
     ),
     Mutation(
@@ -1447,8 +1447,8 @@ MUTATIONS = (
     Mutation(
         "a row that is taken by itself reads int8 another way than with all",
         "cpu/kernels/row_products.py",
-        "as_it_lies = are_whole(tile, together, plan.value_dim)",
-        "as_it_lies = are_whole(tile, count, plan.value_dim)",
+        "single = are_single(tile, together, plan.value_dim)",
+        "single = are_single(tile, count, plan.value_dim)",
         ("api/test_cache.py", "test_hidden_nan_in_int8_changes_no_bit"),
     ),
     Mutation(
