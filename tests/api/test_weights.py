@@ -565,6 +565,12 @@ print(
     assert weights < 64, weights
 
 
+def test_a_summary_of_scores_that_are_too_large_to_tell_keys_apart() -> None:
+    """The slope takes off so much that in float32 all scores are one number, and in the wider type some are not."""
+    query, key = (np.random.default_rng(0).standard_normal((1, 1, n, 8)).astype(np.float32) for n in (16, 127))
+    check_summary((query, key, None), {"query_offset": 2**60, "alibi_slopes": np.array([30.0])}, 3)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("sink", [0.0, -30.0, 300.0, 1e30, -1e30, -np.inf])
 def test_a_summary_with_sinks_of_any_size(dtype: Any, sink: float) -> None:

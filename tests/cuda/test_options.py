@@ -159,6 +159,16 @@ def test_each_option_both_ways(dtype: Any, name: str) -> None:
     check_both(grad_out, *arrays, pair_of(options.pop("attn_mask", None)), enable_gqa=True, **options)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_sink_far_above_the_scores_is_the_lse_to_the_last_digits(dtype: Any) -> None:
+    """It is not told by way of the largest score."""
+    _, query, key, value = heads(dtype)
+    mask = np.full((query.shape[-2], key.shape[-2]), -70, dtype)
+    sinks = np.linspace(6, 7, query.shape[-3]).astype(dtype)
+    _, lse = attention(query, key, value, mask, sinks=sinks, enable_gqa=True, return_lse=True)
+    np.testing.assert_allclose(lse, np.broadcast_to(sinks[:, None], lse.shape), rtol=3 * np.finfo(dtype).eps)
+
+
 @pytest.mark.parametrize(
     "name", ["window", "offsets", "lengths", "softcap", "slopes", "pair", "pair and all else", "functions and all else"]
 )

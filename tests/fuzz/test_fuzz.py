@@ -14,7 +14,6 @@ from fuzz import __main__ as loop
 from fuzz import cases, readers, soak
 from fuzz.draws import Draws
 from hypothesis import strategies as st
-from marks import takes_long
 
 import fastattn
 
@@ -106,7 +105,7 @@ def test_broken_files_are_refused_in_words(name: str, tmp_path: Path) -> None:
     assert not all(read)
 
 
-@takes_long
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's /proc")
 def test_a_short_soak(tmp_path: Path) -> None:
     code = f"""
@@ -116,7 +115,7 @@ soak.SHAPES = 12
 print(soak.soak(0.1, 2, Path({str(tmp_path / "log")!r})))
 """
     process = processes.start(code, PYTHONWARNINGS="ignore")
-    out, err = process.communicate(timeout=120)  # what is interrupted in a destructor is written to stderr
+    out, err = process.communicate(timeout=900)  # what is interrupted in a destructor is written to stderr
     assert (process.returncode, out) == (0, "[]\n"), err
     last = json.loads((tmp_path / "log").read_text().splitlines()[-1])
     assert last["in a thread"]
