@@ -84,6 +84,39 @@ def test_it_is_called_what_was_typed(
     assert run("guide", "nonsense")[2].startswith(f"{name}: ")
 
 
+@pytest.mark.parametrize(
+    ("typed", "prefix", "activated", "named"),
+    [
+        ("fastattn/__main__.py", ".venv", False, "{near} -m fastattn"),
+        ("fastattn/__main__.py", "../other venv", False, '"{far}" -m fastattn'),
+        ("fastattn/__main__.py", ".venv", True, "python -m fastattn"),
+        ("fastattn/__main__.py", None, False, "python -m fastattn"),
+        (".venv/bin/fastattn", ".venv", False, "fastattn"),
+        ("ipykernel_launcher.py", ".venv", False, "python -m fastattn"),
+    ],
+)
+def test_what_can_be_typed_next_finds_the_same_python(
+    run: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    typed: str,
+    prefix: str | None,
+    activated: bool,
+    named: str,
+) -> None:
+    """After make, whose environment is not activated, it is named by its path."""
+    (tmp_path / "clone").mkdir()
+    monkeypatch.chdir(tmp_path / "clone")
+    place = Path(os.path.normpath(Path.cwd() / prefix)) if prefix else Path(sys.base_prefix)
+    monkeypatch.setattr(sys, "prefix", str(place))
+    monkeypatch.setattr(sys, "executable", str(place / "bin" / "python"))
+    monkeypatch.setenv("VIRTUAL_ENV", str(place) if activated else "")
+    monkeypatch.setattr(sys, "argv", [typed])
+    name = named.format(near=Path(".venv", "bin", "python"), far=Path.cwd().parent / "other venv" / "bin" / "python")
+    shown = run("guide")[1].split("\n\n")[-1]
+    assert " ".join(shown.split()) == f"{name} guide NAME shows a page."
+
+
 def test_the_installed_command_is_the_module() -> None:
     text = (Path(__file__).parents[1] / "pyproject.toml").read_text("utf-8")
     assert 'fastattn = "fastattn.__main__:main"' in text

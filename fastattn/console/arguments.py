@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from fastattn.console.terminal import UserError, printable
 
-__all__ = ["Parser", "folder_to_write", "number", "output_file", "program", "real"]
+__all__ = ["Parser", "folder_to_write", "next_command", "number", "output_file", "program", "real"]
 
 Number = TypeVar("Number", int, float)
 
@@ -20,6 +22,20 @@ Number = TypeVar("Number", int, float)
 def program() -> str:
     """What the user has typed to get here: the command ``fastattn``, or else ``python -m fastattn``."""
     return "fastattn" if Path(sys.argv[0]).stem == "fastattn" else "python -m fastattn"
+
+
+def next_command() -> str:
+    """What the user can type to get here again: `program`, by the path of an environment that is not activated.
+
+    make starts such a Python, and the shell's own would find neither NumPy nor fastattn.
+    """
+    activated = sys.prefix in (sys.base_prefix, os.environ.get("VIRTUAL_ENV"))
+    if activated or Path(sys.argv[0]).name != "__main__.py":  # a notebook has been started by something else
+        return program()
+    path = Path(sys.executable)
+    with suppress(ValueError):
+        path = path.relative_to(Path.cwd())
+    return f'"{path}" -m fastattn' if " " in str(path) else f"{path} -m fastattn"
 
 
 class Parser(argparse.ArgumentParser):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from fastattn.console.arguments import number, program
+from fastattn.console.arguments import next_command, number, program
 from fastattn.console.terminal import (
     Progress,
     Style,
@@ -145,9 +145,9 @@ def demo(args: argparse.Namespace) -> int:
         say('Next: --layer 5 --head 11 draws the other head, --text "..." reads a sentence of yours, and')
     else:
         say("Next: --word, --layer and --head look elsewhere, and")
-    say(f'{program()} demo search "query" FILE... searches by meaning.')
-    say(f"{program()} demo listen FILE.wav writes down what is said.")
-    say(f"{program()} demo chat talks with a language model.")
+    say(f'{next_command()} demo search "query" FILE... searches by meaning.')
+    say(f"{next_command()} demo listen FILE.wav writes down what is said.")
+    say(f"{next_command()} demo chat talks with a language model.")
     return 0
 
 

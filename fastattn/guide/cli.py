@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from fastattn.console.arguments import folder_to_write, program
+from fastattn.console.arguments import folder_to_write, next_command
 from fastattn.console.terminal import Style, UserError, display_width, pad, printable, wrap
 from fastattn.guide import PAGES, find, load
 from fastattn.guide.markdown import need_matplotlib, save
@@ -56,7 +56,7 @@ def guide(args: argparse.Namespace) -> int:
         if args.save is not None and isinstance(step, Picture):
             print(style.dim(f"  written to {save(step, args.save)}"))
     if page.number < len(PAGES):
-        print("", *wrap(f"Next: {program()} guide {PAGES[page.number]}", style.width), sep="\n")
+        print("", *wrap(f"Next: {next_command()} guide {PAGES[page.number]}", style.width), sep="\n")
     return 0
 
 
@@ -70,7 +70,7 @@ def _contents(style: Style) -> Iterator[str]:
         else:  # below its name
             yield from (name.rstrip(), *wrap(page.title, style.width, " " * 5))
     yield ""
-    yield from wrap(f"{program()} guide NAME shows a page.", style.width)
+    yield from wrap(f"{next_command()} guide NAME shows a page.", style.width)
 
 
 def show(step: Step, style: Style) -> list[str]:

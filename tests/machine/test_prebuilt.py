@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import processes
 import pytest
+from marks import takes_long
 
 import fastattn
 from fastattn.cpu.host import kernels, prebuild, session
@@ -174,6 +176,29 @@ print(compiled(Kernel("schedule", TABLE[0])).hex())
 """
     there = bytes.fromhex(processes.run(code, FASTATTN_ISA="generic"))
     assert prebuild.compiled(Kernel("schedule", isa.TABLE[0])) == there
+
+
+@pytest.mark.parametrize("work", ["schedule", "convert", pytest.param("decode", marks=takes_long)])
+def test_rows_that_differ_in_what_a_kernel_does_not_use_share_its_code(work: str) -> None:
+    """Zen 4 multiplies pairs of bfloat16; all else is compiled once for it and for AVX-512, to the same bytes."""
+    zen4, avx512 = isa.TABLE[:2]
+    kernel = Kernel("schedule", zen4)
+    if work == "convert":
+        kernel = Kernel(work, zen4, zen4.wide_tile("float32"), storage="float32", queries="bfloat16")
+    elif work == "decode":
+        kernel = describe(work, zen4.wide_tile("float32"), zen4, steps=PLAIN, storage="bfloat16")
+    assert prebuild.compiled_as(kernel) == replace(kernel, row=avx512)
+    if {zen4, avx512} <= set(isa.of_this_architecture()):
+        assert prebuild.compiled(kernel) == prebuild.compiled(replace(kernel, row=avx512))
+
+
+def test_pairs_are_compiled_for_the_row_that_multiplies_them() -> None:
+    zen4, avx512, avx2 = isa.TABLE[:3]
+    pairs = describe("forward", zen4.tile("float32"), zen4, storage="bfloat16")
+    assert prebuild.compiled_as(pairs) == pairs
+    for row in (avx512, avx2, isa.TABLE[-1]):
+        kernels_of_row = list(prebuild.of_a_wheel(row))
+        assert list(map(prebuild.compiled_as, kernels_of_row)) == kernels_of_row
 
 
 def test_a_wheel_has_the_rows_of_its_architecture(monkeypatch: pytest.MonkeyPatch) -> None:

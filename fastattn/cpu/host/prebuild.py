@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,9 @@ from fastattn.cpu.kernels.exports import EXPORTS
 from fastattn.machine.kernel import PLAIN, Kernel
 from fastattn.machine.libraries import prebuilt_name
 from fastattn.machine.prebuilt import SUMS, written_sums
-from fastattn.machine.table import Isa, of_this_architecture
+from fastattn.machine.table import TABLE, Isa, of_this_architecture
 
-__all__ = ["compiled", "of_a_wheel", "write"]
+__all__ = ["compiled", "compiled_as", "of_a_wheel", "write"]
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 #: The dtypes of queries and of keys in pages: what a `KVCache` is asked for most.
@@ -74,6 +75,15 @@ def compiled(kernel: Kernel) -> bytes:
     return compile_kernel(kernel, EXPORTS[kernel.work])
 
 
+def compiled_as(kernel: Kernel) -> Kernel:
+    """The kernel whose object code this one has: where it multiplies no pairs, that of a row that knows of none."""
+    for row in TABLE:
+        known = {"name": row.name, "needs": row.needs, "features": (), "processors": (), "pairs": False}
+        if kernel.reads != "pairs" and replace(kernel.row, **known) == row:
+            return replace(kernel, row=row)
+    return kernel
+
+
 def main() -> None:
     """Write all that a wheel has into the folder of the command line, compiled by a process on each CPU."""
     import multiprocessing  # what `python -m fastattn` asks of this module wants neither
@@ -82,17 +92,19 @@ def main() -> None:
     (folder,) = map(Path, sys.argv[1:])
     start = time.perf_counter()
     kernels = list(chain.from_iterable(map(of_a_wheel, of_this_architecture())))
-    codes = {}
+    distinct = list(dict.fromkeys(map(compiled_as, kernels)))
+    codes: dict[Kernel, bytes] = {}
     with (
         Progress("compiling") as progress,
         ProcessPoolExecutor(get_num_threads(), multiprocessing.get_context("spawn")) as processes,
     ):
-        for kernel, code in zip(kernels, processes.map(compiled, kernels), strict=True):
+        for kernel, code in zip(distinct, processes.map(compiled, distinct), strict=True):
             codes[kernel] = code
-            progress(len(codes), len(kernels), kernel.label)
-    write(folder, codes)
-    size = sum(map(len, codes.values())) / 1e6
-    print(f"{len(codes)} kernels, {size:.1f} MB, compiled in {time.perf_counter() - start:.0f} s")
+            progress(len(codes), len(distinct), kernel.label)
+    written = {kernel: codes[compiled_as(kernel)] for kernel in kernels}
+    write(folder, written)
+    size = sum(map(len, written.values())) / 1e6
+    print(f"{len(written)} kernels, {size:.1f} MB, compiled in {time.perf_counter() - start:.0f} s")
 
 
 if __name__ == "__main__":
