@@ -5,9 +5,9 @@
 
 Keys and values are read where they lie, or have been copied to, as they are: half precision is widened in registers. So
 is int8 for up to four rows: with a row or two a scale is multiplied by a sum of whole numbers, or a weight, and not by
-each number. For more rows some keys at a time are widened first, to the first-level cache. `place` is what is read from,
-and says whether it has to be widened. But for int8, what is computed for a row is the same, in the same order, whatever
-other rows there are.
+each number. For more rows some keys at a time are widened first, to the first-level cache. `place` is what is read
+from, and says whether it has to be widened. But for int8, what is computed for a row is the same, in the same order,
+whatever other rows there are.
 """
 
 from fastattn.cpu.kernels.int8 import load_rows, numbers_of, scales_of
