@@ -61,13 +61,15 @@ else
 	$(BIN)/python -m pytest $(ARGS)
 endif
 
-# an emulator takes ten times as long, so this is what computes alone, in two processes; on arm64, `make test` is for it
+# an emulator takes ten times as long, so this is what computes alone, in two processes, and most kernels are compiled
+# outside of it; on arm64, `make test` is for it
 ARM64 := $(VENV)/arm64/python -m pytest -q -m "not slow" -k "not reference"
 
 test-arm64: export FASTATTN_CACHE_DIR ?= $(abspath $(VENV))/arm64/cache
 
 test-arm64: $(STAMP)/arm64
 ifeq ($(strip $(ARGS)),)
+	$(BIN)/python tests/arm64_kernels.py $$($(VENV)/arm64/python -c "import platform; print(platform.python_version())")
 	@$(ARM64) tests/test_semantics.py >$(STAMP)/arm64.log 2>&1 & beside=$$!; trap 'kill $$beside' INT TERM; \
 	$(ARM64) tests/simd tests/test_properties.py::test_any_call; host=$$?; \
 	wait $$beside; status=$$?; cat $(STAMP)/arm64.log; exit $$((host | status))
@@ -171,6 +173,7 @@ $(STAMP)/docs: $(STAMP)/guide
 	@touch $@
 
 $(STAMP)/arm64: $(STAMP)/venv tests/arm64.sh
+	$(PIP) --editable .
 	sh tests/arm64.sh $(VENV)/arm64 $(BIN)/python
 	@touch $@
 

@@ -14,8 +14,7 @@ from typing import Any
 
 import processes
 import pytest
-
-TRIPLE = "aarch64-unknown-linux-gnu"
+from arm64_kernels import TRIPLE
 
 
 @cache
