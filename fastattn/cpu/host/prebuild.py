@@ -78,7 +78,7 @@ def compiled(kernel: Kernel) -> bytes:
 def compiled_as(kernel: Kernel) -> Kernel:
     """The kernel whose object code this one has: where it multiplies no pairs, that of a row that knows of none."""
     for row in TABLE:
-        known = {"name": row.name, "needs": row.needs, "features": (), "processors": (), "pairs": False}
+        known: dict[str, Any] = {"name": row.name, "needs": row.needs, "features": (), "processors": (), "pairs": False}
         if kernel.reads != "pairs" and replace(kernel.row, **known) == row:
             return replace(kernel, row=row)
     return kernel
