@@ -81,7 +81,7 @@ endif
 docs: $(STAMP)/docs
 	rm -rf docs/reference build/docs
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -c docs . build/docs
-	$(BIN)/python docs/site/execute.py build/docs/docs/*.ipynb build/docs/docs/guide/*.ipynb
+	$(BIN)/jupyter execute --inplace build/docs/docs/*.ipynb build/docs/docs/guide/*.ipynb
 	@echo "The site is in build/docs/index.html"
 
 fuzz: $(STAMP)/test
