@@ -89,12 +89,13 @@ def test_functions_are_kept_by_their_code_and_not_by_what_they_capture(tmp_path:
 
 
 def test_every_module_that_takes_part_is_in_the_name(tmp_path: Path) -> None:
-    """All that kernels import, except what says that they run in the simulator, how to do without, and needs itself."""
+    """All that kernels import, except what says whether they are compiled, and in which thread."""
     modules: dict[str, Path] = {}
     for name in ("decode", "portable", "portable_backward", "ptx", "tensor_cores", "tensor_cores_backward"):
         imported_by(f"fastattn.cuda.kernels.{name}", modules)
-    for other in ("cuda.available", "call.advice", "machine.objects"):
-        del modules[f"fastattn.{other}"]
+    del modules["fastattn.cuda.available"], modules["fastattn.call.advice"], modules["fastattn.machine"]
+    for name in ("uninterrupted", "os_threads", "interpreter"):
+        del modules[f"fastattn.machine.{name}"]
     assert {"fastattn.call.rounding", "fastattn.cuda.kernels.plan", "fastattn.cuda.kernels.registers"} <= set(modules)
     assert not any("host" in name for name in modules)
     shutil.copytree(processes.PACKAGE, tmp_path / "fastattn", ignore=shutil.ignore_patterns("__pycache__"))
