@@ -138,8 +138,10 @@ class Isa:
         return hash(self.name)  # each call that is planned asks for it
 
     def tile(self, dtype: str) -> TileShape:
-        """The register tile for a dtype."""
-        return self._tile(dtype, self.rows, self.vectors)
+        """The register tile for a dtype, with no more rows than columns: queries of a column are rows elsewhere."""
+        width = self.vector_bytes // ITEMSIZE[dtype] * self.vectors
+        times = 2 if self.rows > width else 1
+        return self._tile(dtype, self.rows // times, self.vectors * times)
 
     def tall_tile(self, dtype: str) -> TileShape:
         """The tile that is one vector wide, for calls with few queries."""

@@ -34,6 +34,15 @@ def _host_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(isa, "host", isa.host.__wrapped__)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("row", isa.TABLE, ids=lambda row: row.name)
+def test_a_tile_has_no_more_rows_than_columns(row: isa.Isa, dtype: str) -> None:
+    """Gradients of queries are added up a tile's width of them at a time, by tiles that have them as rows."""
+    tile = row.tile(dtype)
+    assert tile.width % tile.rows == 0
+    assert tile.rows * tile.vectors == row.rows * row.vectors
+
+
 def test_the_first_row_that_runs_here_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FASTATTN_ISA", raising=False)
     processor = isa.llvm.get_host_cpu_name()
