@@ -32,24 +32,23 @@ def scale_of(place, row, p):
 
 
 @inline
-def scales_of(place, strip, row, p, factor):
-    """The scales of features of a row, times a factor, from p on, as many as a strip has: p is a multiple of that."""
-    return tile_load_scales(place, strip, row + p // BLOCK * SCALE_BYTES, 0, factor)
+def scales_of(place, shape, source, row, p, factor):
+    """The scales of what `load_rows` loads, times a factor: p is a multiple of what a row of a shape has."""
+    return tile_load_scales(place, shape, source + p // BLOCK * SCALE_BYTES, row, factor)
 
 
 @inline
 def load_rows(place, shape, source, row, p, features):
     """Features from p on of rows of any dtype, `row` bytes apart, as many of both as a shape has."""
     if place.storage == "int8":
-        numbers = tile_load_stored(place, shape, source + bytes_of_scales(features) + p, row)
-        return numbers * tile_load_scales(place, shape, source + p // BLOCK * SCALE_BYTES, row, 1.0)
+        return numbers_of(place, shape, source, row, p, features) * scales_of(place, shape, source, row, p, 1.0)
     return tile_load_stored(place, shape, source + p * place.itemsize, row)
 
 
 @inline
-def numbers_of(place, strip, row, p, features):
-    """The whole numbers that features of a row are, divided by their scales."""
-    return tile_load_stored(place, strip, row + bytes_of_scales(features) + p, 0)
+def numbers_of(place, shape, source, row, p, features):
+    """The whole numbers of what `load_rows` loads, not yet times their scales."""
+    return tile_load_stored(place, shape, source + bytes_of_scales(features) + p, row)
 
 
 @jit

@@ -57,8 +57,8 @@ def add_products(place, tile, strip, q, key, row, first, features, present, sums
             if p > 0:
                 total = tile_load(tile.vector, total_at, 0)
             if place.storage == "int8":
-                scales = scales_of(place, strip, at, p, 1.0)
-                total = add_dot_of_blocks(features_of_q, numbers_of(place, strip, at, p, features), scales, total)
+                scales = scales_of(place, strip, at, 0, p, 1.0)
+                total = add_dot_of_blocks(features_of_q, numbers_of(place, strip, at, 0, p, features), scales, total)
             else:
                 total = add_dot(features_of_q, tile_load_stored(place, strip, at + p * place.itemsize, 0), total)
             tile_store(total, total_at, 0)
@@ -174,8 +174,8 @@ def score_rows(kernel, plan, count, queries, key, keys, scores, buffer, wanted):
 def add_weighted(place, plan, weights, strip, value, p, acc):
     """acc[r] += weights[r] · value[p:], for one value; of int8 a single row has its weight times scales."""
     if place.storage == "int8" and strip.rows == 1:
-        factors = scales_of(place, strip, value, p, load_element(strip, weights))
-        return fma(factors, numbers_of(place, strip, value, p, plan.value_dim), acc)
+        factors = scales_of(place, strip, value, 0, p, load_element(strip, weights))
+        return fma(factors, numbers_of(place, strip, value, 0, p, plan.value_dim), acc)
     row = load_rows(place, strip.single, value, 0, p, plan.value_dim)
     return fma(tile_load_column(strip, weights, plan.score_bytes), row, acc)
 
