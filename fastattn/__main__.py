@@ -10,12 +10,10 @@ import io
 import math
 import os
 import platform
-import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -30,6 +28,7 @@ from fastattn.guide import cli as guide
 from fastattn.machine import prebuilt
 from fastattn.machine import table as isa
 from fastattn.machine.libraries import cache_folder, prebuilt_name, why_not_kept
+from fastattn.machine.processor import processor_name
 
 __all__ = ["main"]
 
@@ -108,15 +107,7 @@ def _machine() -> str:
     """The processor's name, as the system and as LLVM call it, and the system's."""
     from llvmlite import binding as llvm  # type: ignore[import-untyped, unused-ignore]
 
-    names = [platform.processor()]
-    with contextlib.suppress(OSError, subprocess.SubprocessError):  # a sandbox may forbid it
-        if sys.platform == "darwin":
-            ask = ["sysctl", "-n", "machdep.cpu.brand_string"]
-            names = [subprocess.check_output(ask, text=True, stderr=subprocess.DEVNULL)]
-        elif sys.platform == "linux":
-            lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-            names = [line.partition(":")[2] for line in lines if line.startswith("model name")]
-    name = printable(names[0]) if names else ""
+    name = printable(processor_name())
     known = ", ".join(dict.fromkeys(filter(None, (name, platform.machine(), f"LLVM: {llvm.get_host_cpu_name()}"))))
     return f"{known}; {platform.system()} {platform.release()}"
 

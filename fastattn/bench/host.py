@@ -5,9 +5,9 @@ from __future__ import annotations
 import datetime
 import platform
 from dataclasses import dataclass
-from pathlib import Path
 
 from fastattn.bench.peers import ENGINES, Unavailable, cores
+from fastattn.machine.processor import processor_name
 
 __all__ = ["Host", "this_host"]
 
@@ -60,14 +60,8 @@ class Host:
 
 def _model() -> str:
     """Return the processor's name as it says itself."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            label, _, text = line.partition(":")
-            if label.strip() == "model name":
-                return " ".join(text.replace("(R)", "").replace("(TM)", "").replace("Processor", "").split())
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    name = processor_name().replace("(R)", "").replace("(TM)", "").replace("Processor", "")
+    return " ".join(name.split()) or platform.machine()
 
 
 def _generation() -> str:

@@ -12,6 +12,8 @@ transformers = pytest.importorskip("transformers", minversion="5.24")
 
 from fastattn.integrations import transformers as ours  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("registered")
+
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 TEXT = {"vocab_size": 50, "max_position_embeddings": 64, "pad_token_id": 0}
 GROUPED = SMALL | TEXT | {"num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
@@ -31,11 +33,6 @@ CONFIGS: dict[str, Any] = {
     ),
 }
 DECODERS = ("GPT-2", "Llama", "Qwen2", "Mistral")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _registered() -> None:
-    ours.register()
 
 
 def models(name: str, kind: str = "AutoModel", others: str = "sdpa", **options: Any) -> tuple[Any, Any]:

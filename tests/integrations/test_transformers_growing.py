@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,23 +10,14 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", minversion="5.24")
 
-import small_models  # noqa: E402
 
 from fastattn.integrations import transformers as ours  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("registered")
 
 SIZES = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 TOKENS = {"bos_token_id": 0, "eos_token_id": 98, "pad_token_id": 98}
 CONFIG = transformers.LlamaConfig(**SIZES, **TOKENS, num_attention_heads=4, num_key_value_heads=2)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _registered() -> Iterator[None]:
-    ours.register()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with small_models.quiet():
-        yield
-    torch.set_num_threads(threads)
 
 
 def model_of(implementation: str = "sdpa", config: Any = CONFIG) -> Any:

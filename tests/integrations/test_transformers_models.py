@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,15 +17,7 @@ import transformers_survey  # noqa: E402
 from fastattn.integrations import masks, model_code  # noqa: E402
 from fastattn.integrations import transformers as ours  # noqa: E402
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _registered() -> Iterator[None]:
-    ours.register()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with small_models.quiet():
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("registered")
 
 
 def build(kind: str, name: str, implementation: Any = "fastattn") -> Any:

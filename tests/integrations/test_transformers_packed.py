@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,14 +15,9 @@ from transformers import masking_utils  # noqa: E402
 from fastattn.integrations import intervals, masks  # noqa: E402
 from fastattn.integrations import transformers as ours  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("registered")
+
 LENGTHS = ((5, 9, 2), (16,), (1, 15))  # of each row of a batch
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _registered() -> Iterator[None]:
-    ours.register()
-    with small_models.quiet():
-        yield
 
 
 def positions(rows: Any = LENGTHS) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,17 +14,9 @@ import small_models  # noqa: E402
 from fastattn.integrations import masks  # noqa: E402
 from fastattn.integrations import transformers as ours  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("registered")
+
 WINDOW = 5  # of a text with 12 tokens
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _registered() -> Iterator[None]:
-    ours.register()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with small_models.quiet():
-        yield
-    torch.set_num_threads(threads)
 
 
 def gpt_oss(name: str = "GptOssModel") -> tuple[Any, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -41,15 +40,9 @@ def exact(
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _registered() -> Iterator[None]:
-    ours.register()
+def _exact(registered: None) -> None:
     transformers.AttentionInterface.register("exact", exact)
     transformers.AttentionMaskInterface.register("exact", masking_utils.eager_mask)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with small_models.quiet():
-        yield
-    torch.set_num_threads(threads)
 
 
 def pair(kind: str, name: str, **options: Any) -> tuple[Any, Any]:
