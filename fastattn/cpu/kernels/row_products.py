@@ -184,16 +184,11 @@ def add_weighted(place, plan, weights, strip, value, p, acc):
 def add_to_columns(place, plan, weights, strip, value, step, p, count, sums, wanted):
     """sums[r][p] += Σ_j weights[r][j] · value[j][p], for as many rows, and columns from p on, as a strip has."""
     acc = tile_load(strip, sums, plan.sum_bytes)
-    for _ in range(count >> 2):
-        for _ in range(4):
-            acc = add_weighted(place, plan, weights, strip, value, p, acc)
-            weights += strip.itemsize
-            value += step
-        ask(wanted)
-    for _ in range(count & 3):
+    for _ in range(count):
         acc = add_weighted(place, plan, weights, strip, value, p, acc)
         weights += strip.itemsize
         value += step
+        ask(wanted)
     tile_store(acc, sums, plan.sum_bytes)
 
 
@@ -317,6 +312,6 @@ def want_keys(kernel, plan, count, keys, source, wanted):
     """List the keys of the next piece, which are asked for while values are added up."""
     tile = kernel.tile
     strips = (count // tile.rows + (count % tile.rows > 1)) * (plan.value_dim // tile.width)
-    want_nothing(wanted, keys // 4 * strips)
+    want_nothing(wanted, keys * strips)
     if plan.prefetch_distance > 0 and strips > 0:
         want(wanted, source, plan.key_row, plan.head_dim * kernel.itemsize, keys)
