@@ -1,13 +1,12 @@
 """All kernels, ahead of their first use."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 from fastattn.call.advice import said
 from fastattn.cpu.host.builtin import in_default_mode
 from fastattn.cpu.host.kernels import every_kernel, load
 from fastattn.machine.table import host
-from fastattn.machine.tile import ITEMSIZE
 
 Storage: TypeAlias = Literal["float16", "bfloat16", "float32", "float64"]
 
@@ -51,8 +50,8 @@ def warmup(
     if not callable(progress):
         raise TypeError(f"progress: {said(progress)}; expected True, False, a callable, or None")
     for dtype in dtypes:
-        if dtype not in ITEMSIZE:
-            raise ValueError(f"dtypes: {dtype!r} among them; expected names of {', '.join(ITEMSIZE)}")
+        if dtype not in get_args(Storage):
+            raise ValueError(f"dtypes: {dtype!r} among them; expected names of {', '.join(get_args(Storage))}")
     kernels = list(every_kernel(host(), dtypes))
     for done, kernel in enumerate(kernels):
         progress(done, len(kernels), kernel.label)

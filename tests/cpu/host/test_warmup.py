@@ -60,7 +60,8 @@ def test_other_progress_is_refused(progress: Any, loaded: list[Any]) -> None:
     assert not loaded
 
 
-def test_other_dtypes_are_refused(loaded: list[Any]) -> None:
-    with pytest.raises(ValueError, match="dtypes: 'float128' among them; expected names of"):
-        fastattn.warmup(True, ["float32", "float128"])
+@pytest.mark.parametrize("dtype", ["float128", "int8"])
+def test_other_dtypes_are_refused(loaded: list[Any], dtype: Any) -> None:
+    with pytest.raises(ValueError, match=f"dtypes: '{dtype}' among them; expected names of float16, bfloat16, "):
+        fastattn.warmup(True, ["float32", dtype])
     assert not loaded
