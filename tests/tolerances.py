@@ -26,8 +26,8 @@ score. Then:
   (`CAP_ROUNDINGS`): the factor 1 / c, the product with it, which tanh makes no worse relative to itself, tanh (2 for
   that of exp(x) - 1, 1 each for the sum and the quotient), and the product with c.
 - Roundings of the terms of a sum go either way, and `ROUNDINGS` stands for what is left of them. Where all keys are one
-  key, as in an array with a stride of 0, terms are alike, and so are their roundings, which add up: to (Lk - 1) / 2 in
-  the sum of the weights, and as many in that of the values. Where the features of each query and of each key are one
+  key, as in an array with a stride of 0, or a scale of 0 makes all scores one, terms are alike, and so are their
+  roundings, which add up: to (Lk - 1) / 2 in the sum of the weights, and as many in that of the values. Where the features of each query and of each key are one
   number, so are the roundings of a score, and results are held to what log-sum-exps are.
 - Dropout multiplies weights, and with them their errors, by 1 / (1 - p).
 - In the backward pass a weight is exp(score - lse) with both rounded, and what is multiplied by it, and summed, is
@@ -139,7 +139,7 @@ def expected(
             added = factor * size_of_added(problem, operands).reshape(undropped.shape)
             added = np.where(undropped > eps**2, added, 0)
             size = size + added.max(axis=-1, initial=0)
-        size = np.broadcast_to(size + alike(operands.key), problem.lse_shape)
+        size = np.broadcast_to(size + alike(operands.key, largest_score <= eps), problem.lse_shape)
         out_bound = eps * size * max(1.0, problem.keep_scale) * max(1.0, largest(operands.value))
         if np.isfinite(terms):
             size = size + error_of_score(problem, worst, largest_score) - error_of_score(problem, terms, largest_score)
@@ -178,13 +178,10 @@ def roundings(dtype: np.dtype[Any]) -> tuple[float, float]:
     return float(finfo(dtype).eps) / 2, float(finfo(dtype).smallest_subnormal) / 2
 
 
-def alike(key: Array) -> int:
-    """Return how many roundings add up where all keys are the same one."""
-    return (
-        key.shape[-2] - 1
-        if key.shape[-2] > 1 and np.array_equal(key, np.broadcast_to(key[..., :1, :], key.shape))
-        else 0
-    )
+def alike(key: Array, level: bool) -> int:
+    """Return how many roundings add up where all keys are the same one, or all scores are `level`."""
+    same = level or np.array_equal(key, np.broadcast_to(key[..., :1, :], key.shape))
+    return key.shape[-2] - 1 if key.shape[-2] > 1 and same else 0
 
 
 def terms_alike(array: Array) -> bool:

@@ -109,7 +109,8 @@ def scores_from(
     scale = check_scale(options.get("scale"))
     left, right = check_window(options.get("window"))
     lengths = _as_lengths(options.get("key_lengths"), batch, keys)
-    offset, offsets = _as_offset(options.get("query_offset"), batch)
+    shift = options.get("first_query", 0) - options.get("first_key", 0)  # positions are held in those of the whole
+    offset, offsets = _as_offset(options.get("query_offset"), batch, shift)
     slopes = _as_slopes(options.get("alibi_slopes"), batch, heads)
     sinks = _as_sinks(options.get("sinks"), batch, heads)
     if causal == "bottom-right":
@@ -118,7 +119,7 @@ def scores_from(
         offset, offsets = (keys - queries, None) if lengths is None else (0, lengths - queries)
     if causal != "no":
         right = 0
-    first, offset = offset, held(offset)
+    first, offset = offset, held(offset - shift) + shift
     left = None if left is None else offset - held(first - left)
     right = None if right is None else held(first + right) - offset
     blocks = options.get("block_mask")
@@ -252,8 +253,8 @@ def _as_lengths(given: IntegerLike | None, batch: Shape, keys: int) -> Array | N
     return _of_rows(lengths, batch)
 
 
-def _as_offset(given: IntegerLike | None, batch: Shape) -> tuple[int, Array | None]:
-    """Return the position of query 0: one for all rows of a batch, or one for each."""
+def _as_offset(given: IntegerLike | None, batch: Shape, shift: int) -> tuple[int, Array | None]:
+    """Return the position of query 0: one for all rows of a batch, or one for each, held within 64 bits."""
     if given is None:
         return 0, None
     if isinstance(given, int) and not isinstance(given, bool):
@@ -262,7 +263,7 @@ def _as_offset(given: IntegerLike | None, batch: Shape) -> tuple[int, Array | No
     check_broadcasts("query_offset", offsets.shape, batch, "the batch")
     if offsets.ndim == 0:
         return int(offsets), None
-    return 0, _of_rows(held_within(offsets), batch)
+    return 0, _of_rows(held_within(offsets, shift), batch)
 
 
 def _as_slopes(given: NumberLike | None, batch: Shape, heads: int) -> Array | None:
@@ -293,11 +294,11 @@ def _of_heads(name: str, given: NumberLike, batch: Shape, heads: int) -> Array:
     return np.broadcast_to(cast(numbers, FLOAT64), (*batch, heads)).reshape(math.prod(batch), heads)
 
 
-def held_within(integers: Array) -> Array:
-    """Return integers of 64 bits, none farther than the farthest position."""
+def held_within(integers: Array, shift: int = 0) -> Array:
+    """Return integers of 64 bits, none farther than the farthest position, counted from a shifted one."""
     if integers.dtype == np.uint64:
-        integers = np.minimum(integers, np.uint64(FARTHEST))
-    return integers.astype(np.int64).clip(-FARTHEST, FARTHEST)
+        integers = np.minimum(integers, np.uint64(2 * FARTHEST))
+    return integers.astype(np.int64).clip(shift - FARTHEST, shift + FARTHEST)
 
 
 def _of_rows(integers: Array, batch: Shape) -> Array:

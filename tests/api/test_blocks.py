@@ -119,6 +119,16 @@ def test_windows_of_queries_that_stand_far_away_end_where_they_do(offset: int, w
     tolerances.check_lse(lse, wanted)
 
 
+@pytest.mark.parametrize("offset", [FAR, -FAR, np.array([-(2**63), 2**63 - 1])], ids=str)
+def test_functions_see_the_positions_that_queries_far_away_have_in_the_whole(offset: Any) -> None:
+    query, key, value = inputs()
+    options: Any = {"enable_gqa": True, "query_offset": offset, "return_lse": True}
+    options["mask_mod"] = lambda batch, head, query, key: (query - key) % 3 < 2
+    wanted = fastattn.attention(query, key, value, **options)
+    for found, exact in zip(attention_blocks(query, (key, value), block_size=13, **options), wanted, strict=True):
+        np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-5)
+
+
 def test_dropout_drops_what_it_drops_of_all_keys() -> None:
     query, key, _ = inputs(61)
     one = np.eye(61, dtype=np.float32)[None, None].repeat(2, 0).repeat(2, 1)  # the result is the weights
