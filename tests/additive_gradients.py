@@ -63,7 +63,8 @@ def bounds(
     slope, blur = tolerances.slope_of_score(problem, operands, of_raw, weight)
     terms = tolerances.error_of_score(problem, of_raw, float(large.sum()))
     terms += 2 * tolerances.ROUNDINGS + np.sqrt(problem.value_dim + problem.queries + problem.keys)
-    whole = lse[..., None] - np.log(np.where(weights > 0, weights, 1))  # no score with what is added to it is larger
+    # no score with what is added to it is larger
+    whole = np.minimum(lse[..., None] - np.log(np.where(weights > 0, weights, 1)), 1e300)
     errors = terms + whole
     if problem.scores.bias or "slope" in problem.scores.own:
         added = np.minimum(tolerances.size_of_added(problem, operands), 1e300)
