@@ -25,10 +25,11 @@ score. Then:
   and no error is above 2 c. The result, no larger than c or than the score, is rounded some times more
   (`CAP_ROUNDINGS`): the factor 1 / c, the product with it, which tanh makes no worse relative to itself, tanh (2 for
   that of exp(x) - 1, 1 each for the sum and the quotient), and the product with c.
-- Roundings of the terms of a sum go either way, and `ROUNDINGS` stands for what is left of them. Where all keys are one
-  key, as in an array with a stride of 0, or a scale of 0 makes all scores one, terms are alike, and so are their
-  roundings, which add up: to (Lk - 1) / 2 in the sum of the weights, and as many in that of the values. Where the features of each query and of each key are one
-  number, so are the roundings of a score, and results are held to what log-sum-exps are.
+- Roundings of the terms of a sum go either way, and `ROUNDINGS` stands for what is left of them. Where all keys are
+  one key, as in an array with a stride of 0, or a scale of 0 makes all scores one, terms are alike, and so are their
+  roundings, which add up: to (Lk - 1) / 2 in the sum of the weights, and as many in that of the values. Where the
+  features of each query and of each key are one number, so are the roundings of a score, and results are held to what
+  log-sum-exps are.
 - Dropout multiplies weights, and with them their errors, by 1 / (1 - p).
 - In the backward pass a weight is exp(score - lse) with both rounded, and what is multiplied by it, and summed, is
   rounded as often as the sum is long. A gradient is a sum of such products: its error is at most eps times the number
