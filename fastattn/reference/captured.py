@@ -88,7 +88,8 @@ def _gradient(function: Function, name: str, array: Array, scores: Array, where:
 
     if reads:
         slopes, _ = derivatives(scores_with, values.reshape(-1)[numbers])
-        np.add.at(gradient.reshape(-1), numbers, slopes * [grads[place] for place, _ in reads])
+        of_reads = slopes * [grads[place] for place, _ in reads]
+        np.add.at(gradient.reshape(-1), numbers, np.where(slopes == 0, 0, of_reads))  # not read: not even NaN
     return gradient
 
 

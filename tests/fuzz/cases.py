@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+import tolerances
 from fuzz.draws import Draws
 from fuzz.paths import FUNCTIONS, PATHS, Draw, Runner, without
 from strategies import Call, bias_in
@@ -28,8 +29,17 @@ class Outcome(NamedTuple):
 
 
 def drawn(draw: Draw, path: str) -> Call:
-    """Draw a call for a path, without what it has no option for."""
-    return without(PATHS[path].strategy(draw), PATHS[path].without)
+    """Draw a call for a path, without what it has no option for.
+
+    Nor with a function that makes infinity of what a mask has made of scores: the wider type has numbers for that.
+    """
+    call = without(PATHS[path].strategy(draw), PATHS[path].without)
+    score_mod, bias = call.options.get("score_mod"), bias_in(call.attn_mask)
+    if score_mod is None or bias is None:
+        return call
+    real = np.float64 if call.query.dtype == np.float64 else np.float32
+    most = tolerances.largest(bias) * max(1.0, score_mod.steepest)
+    return without(call, ("score_mod",)) if most > float(np.finfo(real).max) else call
 
 
 def path_of(seed: int) -> str:
