@@ -149,6 +149,18 @@ def test_pytorch_differentiates_by_sinks_and_slopes(backend: str, dtype: Any, so
     tolerances.check_promise(tuple(found.values()), exact, dtype)
 
 
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_a_slope_has_gradients_of_next_to_no_weights(softcap: float | None) -> None:
+    """In float64 a number of 1e-50 is not small, as it is in float32."""
+    call = inputs((1, 1, 5, 8), (1, 1, 7, 8), (1, 1, 7, 8), dtype=np.float64)
+    options: Any = {"alibi_slopes": [30.0], "sinks": [30.0], "query_offset": 9, "softcap": softcap}
+    out, lse = fastattn.attention(*call, **options, return_lse=True)
+    found = fastattn.attention_backward(call[0], *call, out, lse, **options, grads=("alibi_slopes",))
+    assert 0 < abs(found[0][0]) < 1e-38
+    options["alibi_slopes"], options["sinks"] = (np.array(options[name]) for name in ("alibi_slopes", "sinks"))
+    tolerances.check_head_gradients({"alibi_slopes": found[0]}, call[0], *call, **options)
+
+
 @settings(max_examples=FEW)
 @given(call=calls(masks=(None, "bool", "float"), any_layout=False), dropped=st.booleans(), seed=st.integers(0, 999))
 def test_any_call(call: Call, dropped: bool, seed: int) -> None:

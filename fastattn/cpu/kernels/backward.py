@@ -67,7 +67,7 @@ from fastattn.simd import (
 axis_view, call_view = record_view(GRADIENT_AXIS), record_view(GRADIENT_CALL)
 plan_view = record_view(GRADIENT_PLAN)
 AXIS_BYTES, PLAN_BYTES = GRADIENT_AXIS.itemsize, GRADIENT_PLAN.itemsize
-SMALLEST = 2.0**-126  # of the normal numbers of float32: less than this of a gradient is nothing to a sum
+SMALLEST_FLOAT32, SMALLEST_FLOAT64 = 2.0**-126, 2.0**-1022  # normal numbers: less of a gradient is nothing to a sum
 
 # Where the matrices of a head of queries begin, the number of the head, and where all that it has of its own is.
 Head = namedtuple(
@@ -212,12 +212,13 @@ def add_distances(kernel, plan, head, weights, grads, bare, count, first_query, 
     sums, total = scratch + plan.slope_sums_at + s * tile.row_bytes, tile_fill(tile.single, 0.0)
     lanes = tile_iota(tile.single)
     away = (head.offset + first_query - first_key) * 1.0
+    smallest = SMALLEST_FLOAT32 if tile.itemsize == 4 else SMALLEST_FLOAT64
     for _ in range(count):
         grad = tile_load(tile.single, grads, 0)
         if "softcap" in kernel.steps:
             weight = tile_load(tile.single, weights, 0)
             size = absolute(weight) + absolute(grad)
-            grad = where_greater(SMALLEST, size, 0.0, weight * tile_load(tile.single, bare, 0))
+            grad = where_greater(smallest, size, 0.0, weight * tile_load(tile.single, bare, 0))
             weights += tile.row_bytes
             bare += tile.row_bytes
         total = fma(grad, absolute(lanes + away), total)
