@@ -15,6 +15,7 @@ from fastattn.call.halves import is_floating
 from fastattn.cpu.host import kernels
 
 GENERATION = 100_000  # seeds with the same few functions
+LARGEST_DISTANCE = 1e3  # between positions, but for those that are far away from all
 
 
 class NotCompiledError(Exception):
@@ -31,14 +32,16 @@ class Outcome(NamedTuple):
 def drawn(draw: Draw, path: str) -> Call:
     """Draw a call for a path, without what it has no option for.
 
-    Nor with a function that makes infinity of what a mask has made of scores: the wider type has numbers for that.
+    Nor with a function that makes infinity of what mask and slopes have made of scores: the wider type has numbers
+    for that.
     """
     call = without(PATHS[path].strategy(draw), PATHS[path].without)
-    score_mod, bias = call.options.get("score_mod"), bias_in(call.attn_mask)
-    if score_mod is None or bias is None:
+    score_mod, bias, slopes = call.options.get("score_mod"), bias_in(call.attn_mask), call.options.get("alibi_slopes")
+    if score_mod is None:
         return call
+    added = [tolerances.largest(np.asarray(array)) for array in (bias, slopes) if array is not None]
     real = np.float64 if call.query.dtype == np.float64 else np.float32
-    most = tolerances.largest(bias) * max(1.0, score_mod.steepest)
+    most = LARGEST_DISTANCE * max(added, default=0.0) * max(1.0, score_mod.steepest)
     return without(call, ("score_mod",)) if most > float(np.finfo(real).max) else call
 
 
