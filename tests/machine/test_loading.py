@@ -1,8 +1,9 @@
-"""Object code for other systems than this one: which format it has, and that LLVM's loader takes it."""
+"""Object code is loaded: that for other systems, and wherever there is room."""
 
 from __future__ import annotations
 
 import platform
+import sys
 
 import processes
 import pytest
@@ -37,3 +38,22 @@ def test_the_format_is_one_that_the_loader_takes(system: str, name: str, begins:
     """
     printed = processes.run(ANSWER.replace("SYSTEM", repr(system)).replace("NAME", repr(name)))
     assert printed == f"{begins.hex()} 42\n"
+
+
+FULL = """
+import mmap
+import numpy as np
+import fastattn
+holes = [mmap.mmap(-1, 8192) for _ in range(2000)]
+large = mmap.mmap(-1, 5 << 30, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, 0)
+for hole in holes[::2]:
+    hole.close()
+arrays = np.random.default_rng(0).standard_normal((3, 1, 2, 40, 16), dtype=np.float32)
+print(np.allclose(fastattn.attention(*arrays), fastattn.attention(*arrays, backend="reference"), atol=1e-5))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="maps memory in another way")
+def test_kernels_are_loaded_where_arrays_of_gigabytes_lie_between_small_holes() -> None:
+    """What is a page goes into a hole, what is larger behind the arrays, too far away for a reference of 32 bits."""
+    assert processes.run(FULL) == "True\n"
