@@ -6,7 +6,10 @@ from typing import Any
 
 from llvmlite import binding as llvm
 
+from fastattn.machine.room import room_together
 from fastattn.machine.table import Isa
+
+MORE = 1 << 20  # bytes, for sections that begin on pages of their own
 
 
 def triple() -> str:
@@ -27,12 +30,9 @@ def target_machine(row: Isa, jit: bool = False) -> Any:
 
 
 def load(code: bytes, row: Isa, symbols: Iterable[str]) -> tuple[dict[str, int], Any]:
-    """The addresses of functions in object code, by name, and the engine that keeps them alive.
-
-    llvmlite's memory manager keeps code and its constants together. LLVM's own looks for room for each, which may be
-    gigabytes apart among large arrays, farther than code refers to; that ends the process.
-    """
-    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target_machine(row, jit=True), use_lmm=True)
-    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
-    engine.finalize_object()
+    """The addresses of functions in object code, by name, and the engine that keeps them alive."""
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target_machine(row, jit=True))
+    with room_together(4 * len(code) + MORE):
+        engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+        engine.finalize_object()
     return {symbol: engine.get_function_address(symbol) for symbol in symbols}, engine

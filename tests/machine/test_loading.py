@@ -55,5 +55,5 @@ print(np.allclose(fastattn.attention(*arrays), fastattn.attention(*arrays, backe
 
 @pytest.mark.skipif(sys.platform == "win32", reason="maps memory in another way")
 def test_kernels_are_loaded_where_arrays_of_gigabytes_lie_between_small_holes() -> None:
-    """What is a page goes into a hole, what is larger behind the arrays, too far away for a reference of 32 bits."""
+    """A page of constants would go into a hole, code behind the arrays, too far away for what it refers to it with."""
     assert processes.run(FULL) == "True\n"
