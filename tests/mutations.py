@@ -726,8 +726,8 @@ MUTATIONS = (
     Mutation(
         "the gradient of a slope has the slope of a softcap",
         "cpu/kernels/backward.py",
-        "grad = where_greater(SMALLEST, size, 0.0, weight * tile_load(tile.single, bare, 0))",
-        "grad = where_greater(SMALLEST, size, 0.0, grad)",
+        "grad = where_greater(smallest, size, 0.0, weight * tile_load(tile.single, bare, 0))",
+        "grad = where_greater(smallest, size, 0.0, grad)",
         ("api/test_head_gradients.py", "test_pytorch_differentiates_by_sinks_and_slopes and cpu"),
     ),
     Mutation(
