@@ -32,17 +32,16 @@ def room_together(size: int) -> Iterator[None]:
 def _fill(gaps: ExitStack, pages: int) -> None:
     """Fill the gaps that are smaller than so many pages, but for those near the first that is not."""
     large, place = _mapped(pages)
-    with large:
-        left = MOST
-        while pages > 1:
-            pages = (pages + 1) // 2
-            while left:
-                left -= 1
-                small, address = _mapped(pages)
-                if abs(address - place) < NEAR:
-                    small.close()
-                    break
-                gaps.enter_context(small)
+    large.close()  # so that smaller pieces go there as well, where no gap is left before it
+    for _ in range(MOST):
+        small, address = _mapped(pages)
+        if abs(address - place) >= NEAR:
+            gaps.enter_context(small)
+            continue
+        small.close()
+        if pages == 1:
+            return
+        pages = (pages + 1) // 2
 
 
 def _mapped(pages: int) -> tuple[mmap.mmap, int]:

@@ -10,7 +10,6 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", minversion="5.24")
 
-
 from fastattn.integrations import transformers as ours  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("registered")

@@ -57,3 +57,41 @@ print(np.allclose(fastattn.attention(*arrays), fastattn.attention(*arrays, backe
 def test_kernels_are_loaded_where_arrays_of_gigabytes_lie_between_small_holes() -> None:
     """A page of constants would go into a hole, code behind the arrays, too far away for what it refers to it with."""
     assert processes.run(FULL) == "True\n"
+
+
+TIGHT = """
+import mmap
+from fastattn.cpu.host import kernels
+from fastattn.machine import libraries, loading, room
+from fastattn.machine.table import host
+row = host()
+kernel = kernels.describe("forward", row.tile("float32"), row, steps=kernels.PLAIN)
+code = libraries._code(kernel, kernels.EXPORTS["forward"], kernels.compile_kernel)
+pages = -(-(4 * len(code) + loading.MORE) // mmap.PAGESIZE)
+
+def large():
+    "Map gigabytes, and fill what gaps of three pages and more are left before them."
+    kept = [mmap.mmap(-1, 5 << 30, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, 0)]
+    first = room._mapped(pages)[1]
+    for size in (pages, 64, 16, 8, 4, 3):
+        address = first + 1
+        while address > first:
+            memory, address = room._mapped(size)
+            kept.append(memory)
+    return kept
+
+held = [mmap.mmap(-1, mmap.PAGESIZE * size) for size in (64, 16, 8, 4) for _ in range(1000)]
+holes = [mmap.mmap(-1, 2 * mmap.PAGESIZE) for _ in range(2000)]
+held += large()
+gap = room._mapped(pages)[0]
+held += large()
+for hole in (gap, *holes[::2]):
+    hole.close()
+loading.load(code, row, [])
+print("loaded")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="maps memory in another way")
+def test_a_kernel_is_loaded_where_the_only_large_gap_before_more_gigabytes_just_holds_it() -> None:
+    assert processes.run(TIGHT) == "loaded\n"
