@@ -40,10 +40,11 @@ listen: $(STAMP)/listen
 guide: $(STAMP)/guide
 	$(BIN)/python -m fastattn guide $(ARGS)
 
-# all of it on two cores: what is tested of CUDA, mostly in a simulator, with other libraries, of layers, of what is
-# shown and of what is packed has a process of its own, as nothing there depends on how long it takes; its report comes
-# at the end: a line, or all of it where something failed
-BESIDE := tests/cuda tests/integrations tests/layers tests/guide tests/demo tests/plot \
+# all of it on two cores: what is tested of CUDA, mostly in a simulator, with other libraries, of layers, of caches, of
+# what is shown and of what is packed has a process of its own, as nothing there depends on how long it takes; its report
+# comes at the end: a line, or all of it where something failed
+BESIDE := tests/cuda tests/integrations tests/layers tests/kv_cache tests/api/test_cache.py tests/api/test_cache_rules.py \
+    tests/guide tests/demo tests/plot \
     tests/test_examples_models.py tests/test_examples_text.py tests/test_packaging.py tests/test_types.py
 
 # NumPy and PyTorch multiply with threads that spin while they wait, which is most of what they would do where two
