@@ -296,8 +296,8 @@ MUTATIONS = (
     Mutation(
         "few queries: what a piece leaves counts whatever its maximum is",
         "cpu/kernels/decode.py",
-        "exp2(kernel, (other_m - shift) * to_base_2)",
-        "exp2(kernel, (other_m - other_m) * to_base_2)",
+        "exp2(kernel, (other_m - shift) * factor)",
+        "exp2(kernel, (other_m - other_m) * factor)",
         ("cpu/kernels/test_decode.py", "test_pieces_are_merged and here and float32"),
     ),
     Mutation(
@@ -347,7 +347,7 @@ MUTATIONS = (
         "cpu/kernels/int8.py",
         "tile_load_stored(place, shape, source + p * place.itemsize, row)",
         "tile_load_stored(place, shape, source + p * shape.itemsize, row)",
-        ("cpu/kernels/test_decode.py", "test_half_precision_has_the_bits and here"),
+        ("cpu/kernels/test_decode.py", "test_half_precision_is_computed_with and here and float16"),
     ),
     Mutation(
         "in a call like an earlier one a negative length is taken for one",

@@ -80,6 +80,11 @@ class Kernel:
         return self.place(self.values or self.storage)
 
     @property
+    def key_place(self) -> Kernel | TileShape:
+        """What keys are read from where features are in the lanes: of pairs, words as they are."""
+        return self.tile if self.reads == "pairs" else self
+
+    @property
     def scale_place(self) -> Kernel:
         """The kernel as if its storage were that of the scales of int8."""
         return self.place("float16")

@@ -112,6 +112,10 @@ class TileShape:
         return replace(self, rows=1, vectors=4)
 
     @property
+    def double(self) -> TileShape:
+        return replace(self, rows=1, vectors=2)
+
+    @property
     def block(self) -> TileShape:
         """One row of as many elements as have a scale in common in int8."""
         return replace(self, rows=1, vectors=BLOCK // self.lanes)

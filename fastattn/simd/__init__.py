@@ -73,6 +73,7 @@ from fastattn.simd.memory import (
 )
 from fastattn.simd.philox import keep_rows
 from fastattn.simd.products import (
+    fma_of_pairs,
     tile_rank1,
     tile_rank1_along,
     tile_rank1_packed,
@@ -84,6 +85,7 @@ from fastattn.simd.products import (
 from fastattn.simd.rows import (
     add_dot,
     add_dot_of_blocks,
+    add_dot_of_pairs,
     largest_lane,
     row_sums,
     store_split,
@@ -95,6 +97,8 @@ from fastattn.simd.storage import (
     copy_stored,
     load_stored,
     store_stored,
+    tile_apart,
+    tile_load_apart,
     tile_load_part,
     tile_load_part_stored,
     tile_load_scales,
@@ -103,6 +107,7 @@ from fastattn.simd.storage import (
     tile_round_to_pairs,
     tile_scale_pairs,
     tile_store_stored,
+    tile_together,
 )
 from fastattn.simd.tile import TileType, make_tile
 
@@ -113,6 +118,7 @@ __all__ = [
     "absolute",
     "add_dot",
     "add_dot_of_blocks",
+    "add_dot_of_pairs",
     "all_finite",
     "all_zero",
     "as_element",
@@ -125,6 +131,7 @@ __all__ = [
     "copy_stored",
     "exponent_bits",
     "fma",
+    "fma_of_pairs",
     "fraction",
     "fraction_of_sixteenths",
     "give_way",
@@ -164,9 +171,11 @@ __all__ = [
     "store_u16",
     "sum_lanes",
     "sum_rows",
+    "tile_apart",
     "tile_fill",
     "tile_iota",
     "tile_load",
+    "tile_load_apart",
     "tile_load_bfloat16",
     "tile_load_bool",
     "tile_load_column",
@@ -191,6 +200,7 @@ __all__ = [
     "tile_store",
     "tile_store_stored",
     "tile_stretch",
+    "tile_together",
     "tile_transpose",
     "where_greater",
 ]

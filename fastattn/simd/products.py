@@ -22,6 +22,7 @@ from fastattn.simd.tile import (
     call_llvm,
     call_named,
     element_of,
+    elementwise,
     load_from,
     make_tile,
     shifted,
@@ -33,7 +34,7 @@ from fastattn.simd.tile import (
 STEPS = 4  # that one step along rows takes together
 
 
-class _Elements:
+class Elements:
     """Multiply-adds of elements of the tile's dtype."""
 
     def __init__(self, shape):
@@ -48,7 +49,7 @@ class _Elements:
         return call_llvm(builder, "fmuladd", acc.type, [repeated, vector, acc])
 
 
-class _Pairs(_Elements):
+class Pairs(Elements):
     """Multiply-adds of pairs of bfloat16, in words."""
 
     def __init__(self, shape):
@@ -148,25 +149,25 @@ def _typed(acc, kind_of, steps, arguments):
 @intrinsic
 def tile_rank1(typingctx, acc, column, column_stride, row):
     """acc + column ⊗ row: element m of the column is at `column + m * column_stride`, row is a row in memory."""
-    return _typed(acc, _Elements, _strided, 3)
+    return _typed(acc, Elements, _strided, 3)
 
 
 @intrinsic
 def tile_rank2(typingctx, acc, column, column_stride, row):
     """The same of pairs: pair m of the column is at `column + m * column_stride`, row is a row of pairs."""
-    return _typed(acc, _Pairs, _strided, 3)
+    return _typed(acc, Pairs, _strided, 3)
 
 
 @intrinsic
 def tile_rank1_packed(typingctx, acc, column, row):
     """acc + column ⊗ row, of a column whose elements are neighbours; only for a tile that says `by_element`."""
-    return _typed(acc, _Elements, _packed, 2)
+    return _typed(acc, Elements, _packed, 2)
 
 
 @intrinsic
 def tile_rank2_packed(typingctx, acc, column, row):
     """The same of pairs."""
-    return _typed(acc, _Pairs, _packed, 2)
+    return _typed(acc, Pairs, _packed, 2)
 
 
 @intrinsic
@@ -175,13 +176,23 @@ def tile_rank1_along(typingctx, acc, a, a_row, b):
 
     Rows of a are `a_row` bytes apart; the four rows of b are a tile's, one behind the other.
     """
-    return _typed(acc, _Elements, _along, 3)
+    return _typed(acc, Elements, _along, 3)
 
 
 @intrinsic
 def tile_rank2_along(typingctx, acc, a, a_row, b):
     """The same of pairs."""
-    return _typed(acc, _Pairs, _along, 3)
+    return _typed(acc, Pairs, _along, 3)
+
+
+@intrinsic
+def fma_of_pairs(typingctx, a, b, c):
+    """c + the products of both halves of a and b, element by element."""
+
+    def emit(builder, shape, one, other, acc):
+        return Pairs(shape).multiply_add(builder, one, other, acc)
+
+    return elementwise(emit, a, b, c)
 
 
 @intrinsic

@@ -7,6 +7,7 @@ from numba.extending import intrinsic
 
 from fastattn.machine.tile import BLOCK, TileShape
 from fastattn.simd.arithmetic import select_max
+from fastattn.simd.products import Elements, Pairs
 from fastattn.simd.storage import places_of
 from fastattn.simd.tile import TileType, call_llvm, is_shape, make_tile, pointer_to, vector_of, vectors_of
 
@@ -49,20 +50,31 @@ def _are_rows(a, b, c):
     return isinstance(a, TileType) and a == b and a.shape.rows == 1 and c == TileType(a.shape.vector)
 
 
-@intrinsic
-def add_dot(typingctx, a, b, c):
-    """c plus the sum over the vectors of a * b, one after the other: a and b are rows, c is one vector."""
+def _dot(kind, a, b, c):
+    """Signature and lowering of c plus products of two rows, vector after vector, by a kind of multiply-add."""
     if not _are_rows(a, b, c):
         return None
 
     def codegen(context, builder, sig, values):
         one, other, total = (vectors_of(builder, ty.shape, value) for ty, value in zip(sig.args, values, strict=True))
-        acc = total[0]
+        acc, multiply_add = total[0], kind(c.shape).multiply_add
         for left, right in zip(one, other, strict=True):
-            acc = call_llvm(builder, "fmuladd", acc.type, [left, right, acc])
+            acc = multiply_add(builder, left, right, acc)
         return make_tile(builder, c.shape, [acc])
 
     return signature(c, a, b, c), codegen
+
+
+@intrinsic
+def add_dot(typingctx, a, b, c):
+    """c plus the sum over the vectors of a * b, one after the other: a and b are rows, c is one vector."""
+    return _dot(Elements, a, b, c)
+
+
+@intrinsic
+def add_dot_of_pairs(typingctx, a, b, c):
+    """The same where the elements of a and b are pairs of bfloat16."""
+    return _dot(Pairs, a, b, c)
 
 
 @intrinsic
@@ -86,13 +98,14 @@ def add_dot_of_blocks(typingctx, a, b, scales, c):
 
 
 def _halves(count, width):
-    """Lanes of two vectors side by side: of each run of so many lanes the first half, and the second half.
+    """Lanes of two vectors side by side: of each run of so many lanes one half where it stands, then the other half.
 
-    Where the result is one vector of halves of both, a run of the first, then the same run of the second.
+    Of the first vector the first half of a run stays, of the second the second: a blend, for which machines have more
+    units than for shuffles.
     """
     half = width // 2
-    first = [lane if lane % width < half else count + lane - half for lane in range(count)]
-    return first, [lane + half for lane in first]
+    stay = [lane if lane % width < half else count + lane for lane in range(count)]
+    return stay, [lane + half if lane % width < half else count + lane - half for lane in range(count)]
 
 
 @intrinsic
@@ -109,10 +122,10 @@ def row_sums(typingctx, a):
         lanes, rows = a.shape.lanes, vectors_of(builder, a.shape, values[0])
         width = lanes
         while len(rows) > 1:
-            first, second = (ir.Constant(ir.VectorType(ir.IntType(32), lanes), half) for half in _halves(lanes, width))
+            stay, move = (ir.Constant(ir.VectorType(ir.IntType(32), lanes), half) for half in _halves(lanes, width))
             middle, width = len(rows) // 2, width // 2
             rows = [
-                builder.fadd(builder.shuffle_vector(one, other, first), builder.shuffle_vector(one, other, second))
+                builder.fadd(builder.shuffle_vector(one, other, stay), builder.shuffle_vector(one, other, move))
                 for one, other in zip(rows[:middle], rows[middle:], strict=True)
             ]
         return make_tile(builder, row.shape, rows)

@@ -7,6 +7,8 @@ whose dtype working memory has.
 them pair by pair, and add both products to a float32.
 """
 
+from dataclasses import replace
+
 from llvmlite import ir
 from numba.core import types
 from numba.core.typing.templates import signature
@@ -325,6 +327,58 @@ def tile_load_scales(typingctx, place, shape, address, row_bytes, factor):
         return make_tile(builder, s, vectors)
 
     return signature(tile, place, shape, types.intp, types.intp, factor), codegen
+
+
+@intrinsic
+def tile_load_apart(typingctx, shape, address, row_bytes):
+    """The tile at `address` of numbers that lie there in bfloat16, of each two vectors those of even places first.
+
+    So a word is widened twice, by a shift and by a mask, where vectors of neighbours take two instructions each.
+    """
+    if not (is_shape(shape) and shape.value.vectors % 2 == 0):
+        return None
+
+    def codegen(context, builder, sig, values):
+        s = shape.value
+        words, twos, vectors = ir.VectorType(INT, s.lanes), replace(s, vectors=s.vectors // 2), []
+        for at in places_of(builder, twos, s.itemsize, values[1], values[2]):
+            found = load_from(builder, at, words, SHORT.width // 8)
+            halves = builder.shl(found, constant(words, 16)), builder.and_(found, constant(words, 0xFFFF0000))
+            vectors += [builder.bitcast(half, vector_of(s)) for half in halves]
+        return make_tile(builder, s, vectors)
+
+    return signature(TileType(shape.value), shape, types.intp, types.intp), codegen
+
+
+def _shuffle_twos(tile, orders):
+    """Signature and lowering of a tile of which each two vectors are the elements of two in these orders."""
+    if not (isinstance(tile, TileType) and tile.shape.vectors % 2 == 0):
+        return None
+
+    def codegen(context, builder, sig, values):
+        s, vectors = tile.shape, vectors_of(builder, tile.shape, values[0])
+        lanes = [ir.Constant(ir.VectorType(INT, s.lanes), order) for order in orders(s.lanes)]
+        twos = zip(vectors[::2], vectors[1::2], strict=True)
+        return make_tile(builder, s, [builder.shuffle_vector(*two, order) for two in twos for order in lanes])
+
+    return signature(tile, tile), codegen
+
+
+@intrinsic
+def tile_apart(typingctx, tile):
+    """A tile whose elements stand as `tile_load_apart` has them: of each two vectors those of even places first."""
+    return _shuffle_twos(tile, lambda lanes: (list(range(0, 2 * lanes, 2)), list(range(1, 2 * lanes, 2))))
+
+
+@intrinsic
+def tile_together(typingctx, tile):
+    """The same back again."""
+
+    def orders(lanes):
+        order = [place + half * lanes for place in range(lanes) for half in range(2)]
+        return order[:lanes], order[lanes:]
+
+    return _shuffle_twos(tile, orders)
 
 
 # -- pairs of bfloat16 -------------------------------------------------------------------------------------------------

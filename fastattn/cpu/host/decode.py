@@ -9,14 +9,24 @@ from numpy.typing import NDArray
 
 from fastattn.call.problem import Operands, Problem
 from fastattn.cpu.host.kernels import steps_of
-from fastattn.cpu.host.plan import TASKS_PER_THREAD, Draft, aligned, axes_of, fields_of_scores, share_of_keys, sizes_of
+from fastattn.cpu.host.plan import (
+    TASKS_PER_THREAD,
+    Draft,
+    aligned,
+    axes_of,
+    fields_of_pairs,
+    fields_of_scores,
+    may_be_in_pairs,
+    share_of_keys,
+    sizes_of,
+)
 from fastattn.cpu.host.pool import TURN_FLOPS, concurrency
 from fastattn.cpu.kernels.records import KEYS_AT_ONCE, PLAN
 from fastattn.machine.kernel import Kernel
 from fastattn.machine.table import Isa
 from fastattn.machine.tile import TileShape
 
-__all__ = ["draft_decode", "is_decode", "steps_of_rows"]
+__all__ = ["draft_decode", "is_decode", "may_be_in_words", "steps_of_rows"]
 
 Array = NDArray[Any]
 
@@ -32,6 +42,11 @@ ROW_FLOPS = 2.5
 def is_decode(row: Isa, problem: Problem) -> bool:
     """Whether so few queries look at each key of a head that their features are in the lanes, and not they."""
     return problem.queries <= row.tile(problem.real.type.__name__).lanes // 2
+
+
+def may_be_in_words(problem: Problem) -> bool:
+    """Whether pairs of bfloat16 can be multiplied as they lie: words, of which none is half a pair."""
+    return may_be_in_pairs(problem) and problem.head_dim % 2 == 0
 
 
 def steps_of_rows(problem: Problem) -> tuple[str, ...]:
@@ -55,6 +70,8 @@ def draft_decode(kernel: Kernel, problem: Problem, operands: Operands, out: Arra
     everything = parts * problem.keys * features * kernel.itemsize
     copied = max(sizes["key_bytes"], sizes["value_bytes"])
     fields: dict[str, Any] = {**sizes_of(problem), **fields_of_scores(problem, operands.bias), **sizes}
+    if kernel.reads == "pairs":
+        fields.update(fields_of_pairs(problem, fields))
     axes = axes_of(fields, lead, operands, out)
     fields.update(
         key_block=PIECE,

@@ -15,7 +15,7 @@ from fastattn.call.out import delivered, target_for
 from fastattn.call.problem import Operands, Problem
 from fastattn.cpu.host import session
 from fastattn.cpu.host.calls import Plan
-from fastattn.cpu.host.decode import draft_decode, is_decode, steps_of_rows
+from fastattn.cpu.host.decode import draft_decode, is_decode, may_be_in_words, steps_of_rows
 from fastattn.cpu.host.functions import known_functions, prepared
 from fastattn.cpu.host.kernels import describe, steps_of
 from fastattn.cpu.host.own import own_heads
@@ -138,7 +138,8 @@ def _plan(work: str, problem: Problem, operands: Operands, out: Array, threads: 
     split = out.reshape(*problem.rows_shape, *out.shape[-2:])
     if work == "forward" and score == "dot" and is_decode(row, problem):
         tile = row.wide_tile(problem.real.type.__name__)
-        kernel = describe("decode", tile, row, steps=steps_of_rows(problem), storage=name_of(problem.storage))
+        steps, in_pairs = steps_of_rows(problem), may_be_in_words(problem)
+        kernel = describe("decode", tile, row, steps=steps, storage=name_of(problem.storage), in_pairs=in_pairs)
         return draft_decode(kernel, problem, operands, split, threads).finish(threads)
     steps = steps_of(problem, all_of=work != "forward" or score != "dot")
     tile = choose_tile(row, problem.real, problem.queries)

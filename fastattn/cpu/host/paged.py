@@ -17,7 +17,7 @@ from fastattn.call.problem import Array, Operands, Problem
 from fastattn.call.scores import HEAD
 from fastattn.cpu.host import session, several
 from fastattn.cpu.host.calls import Plan
-from fastattn.cpu.host.decode import PIECE, draft_decode, is_decode, steps_of_rows
+from fastattn.cpu.host.decode import PIECE, draft_decode, is_decode, may_be_in_words, steps_of_rows
 from fastattn.cpu.host.forward import tile_of_functions
 from fastattn.cpu.host.functions import prepared
 from fastattn.cpu.host.kernels import describe, steps_of
@@ -174,7 +174,8 @@ def _plan(problem: Problem, operands: Operands, layout: Layout, out: Array, thre
     tile = row.wide_tile(real.type.__name__) if few else choose_tile(row, real, problem.queries)
     keys, values = map(name_of, layout.dtypes)
     of_memory = {"storage": keys, "values": values, "queries": name_of(problem.storage), "pages": keys}
-    steps, in_pairs = (steps_of_rows if few else steps_of)(problem), may_be_in_pairs(problem)
+    steps = (steps_of_rows if few else steps_of)(problem)
+    in_pairs = (may_be_in_words if few else may_be_in_pairs)(problem)
     kernel = describe("decode" if few else "forward", tile, row, steps=steps, in_pairs=in_pairs, **of_memory)
     block = PIECE if few else choose_key_block(row, problem)
     gathers = layout.page % block != 0

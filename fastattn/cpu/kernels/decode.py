@@ -30,7 +30,7 @@ from fastattn.cpu.kernels.masks import lowest
 from fastattn.cpu.kernels.pack import copy_as_they_lie, copy_rows
 from fastattn.cpu.kernels.pages import behind_gathered, foreseen, with_rows
 from fastattn.cpu.kernels.prefetch import NOTHING, list_memory
-from fastattn.cpu.kernels.row_products import add_values, score_rows, value_step, want_keys, want_values
+from fastattn.cpu.kernels.row_products import add_values, score_rows, value_step, want_keys, want_values, words_of
 from fastattn.cpu.kernels.score_rows import keys_of_row, restrict_row
 from fastattn.cpu.kernels.scores import Part, keys_of_queries, sees
 from fastattn.cpu.kernels.sinks import LN_2, log_sum, sink_of, term_of
@@ -41,6 +41,7 @@ from fastattn.simd import (
     all_finite,
     as_element,
     fma,
+    inline,
     jit,
     keep_rows,
     largest_lane,
@@ -53,6 +54,7 @@ from fastattn.simd import (
     tile_fill,
     tile_load,
     tile_load_part,
+    tile_scale_pairs,
     tile_store,
     tile_store_stored,
     where_greater,
@@ -93,19 +95,31 @@ def head_of(call, plan, rows, r):
 # -- scores ------------------------------------------------------------------------------------------------------------
 
 
+@inline
+def scaled(kernel, part, scale):
+    """Some features of a query, times the scale, of pairs a power of two."""
+    if kernel.reads == "pairs":
+        return tile_scale_pairs(part, scale)
+    return part * scale
+
+
 @jit
 def load_queries(kernel, call, plan, rows, target):
     """target[r][p] = feature p of row r, times the scale; 0 behind the last feature, and in one row behind the last."""
-    tile, features, column = kernel.tile, plan.head_dim, plan.query_column
+    tile, features, column = kernel.tile, words_of(kernel, plan.head_dim), plan.query_column
     for r in range(rows.count):
         source = head_of(call, plan, rows, r).query + (rows.first + r) % plan.queries * plan.query_row
-        if kernel.query_place.storage != tile.dtype or column != tile.itemsize:
+        if kernel.reads == "pairs":
+            if column != kernel.itemsize:
+                copy_as_they_lie(kernel, target, 0, source, 0, column, 1, plan.head_dim)
+                source = target
+        elif kernel.query_place.storage != tile.dtype or column != tile.itemsize:
             copy_rows(kernel.query_place, tile, target, 0, source, 0, column, 1, features)
             source = target
         for p in range(0, features, tile.lanes):
             offset = p * tile.itemsize
             part = tile_load_part(tile.vector, source + offset, 0, 1, min(tile.lanes, features - p))
-            tile_store(part * plan.scale, target + offset, 0)
+            tile_store(scaled(kernel, part, plan.scale), target + offset, 0)
         target += plan.query_bytes
     clear_rows(tile, target, target + plan.query_bytes)
 
@@ -128,6 +142,12 @@ def restrict_rows(kernel, call, plan, rows, piece, scores, buffer):
 # -- weights and values ------------------------------------------------------------------------------------------------
 
 
+@inline
+def to_base_2(kernel, plan):
+    """What differences of scores are multiplied by to be exponents."""
+    return plan.to_base_2 if "mask" in kernel.steps or kernel.reads == "pairs" else 1.0
+
+
 @jit
 def exponentials(kernel, plan, scores, count):
     """Turn a row of scores into weights; their maximum, and the sum of the weights. Hidden keys have a weight of -0."""
@@ -138,10 +158,10 @@ def exponentials(kernel, plan, scores, count):
         best = maximum(tile_load(tile.vector, at, 0), best)
     m = largest_lane(best)
     shift = m if m != MINUS_INFINITY else 0.0
-    to_base_2 = plan.to_base_2 if "mask" in kernel.steps else 1.0
+    factor = to_base_2(kernel, plan)
     for at in range(scores, end, tile.vector_bytes):
         score = tile_load(tile.vector, at, 0)
-        weights = exp2(kernel, (score - shift) * to_base_2)
+        weights = exp2(kernel, (score - shift) * factor)
         total = total + weights
         if "function" in kernel.steps:
             weights = where_greater(lowest(tile), score, -0.0, weights)
@@ -275,12 +295,12 @@ def merge(kernel, plan, rows, state, factors, partial):
     """Add a partial to the state of all rows, which is one as well."""
     tile = kernel.tile
     numbers = plan.row_numbers * tile.itemsize
-    to_base_2 = plan.to_base_2 if "mask" in kernel.steps else 1.0
+    factor = to_base_2(kernel, plan)
     for offset in range(0, numbers, tile.vector_bytes):
         m, other_m = tile_load(tile.vector, state + offset, 0), tile_load(tile.vector, partial + offset, 0)
         best = maximum(m, other_m)
         shift = where_greater(best, MINUS_INFINITY, best, 0.0)
-        own, other = exp2(kernel, (m - shift) * to_base_2), exp2(kernel, (other_m - shift) * to_base_2)
+        own, other = exp2(kernel, (m - shift) * factor), exp2(kernel, (other_m - shift) * factor)
         l_at = offset + numbers
         total = tile_load(tile.vector, state + l_at, 0) * own
         tile_store(best, state + offset, 0)
@@ -289,10 +309,10 @@ def merge(kernel, plan, rows, state, factors, partial):
         tile_store(other, factors + l_at, 0)
     sums, more = sums_of(tile, plan, state), sums_of(tile, plan, partial)
     for r in range(rows.count):
-        factor = load_element(tile, factors + r * tile.itemsize)
+        own_factor = load_element(tile, factors + r * tile.itemsize)
         other_factor = load_element(tile, factors + numbers + r * tile.itemsize)
         for _ in range(0, plan.sum_bytes, tile.vector_bytes):
-            total = tile_load(tile.vector, sums, 0) * factor
+            total = tile_load(tile.vector, sums, 0) * own_factor
             tile_store(fma(tile_load(tile.vector, more, 0), other_factor, total), sums, 0)
             sums += tile.vector_bytes
             more += tile.vector_bytes

@@ -3,34 +3,41 @@
     scores[r][j] = q[r] · key[j]                    q[r][p]: the rows, times the scale
     sums[r][p]  += Σ_j weights[r][j] · value[j][p]
 
-Keys and values are read where they lie, or have been copied to, as they are: half precision is widened in registers. So
-is int8 for up to four rows: with a row or two a scale is multiplied by a sum of whole numbers, or a weight, and not by
-each number. For more rows some keys at a time are widened first, to the first-level cache. `place` is what is read
-from, and says whether it has to be widened. But for int8, what is computed for a row is the same, in the same order,
-whatever other rows there are.
+Keys and values are read where they lie, or have been copied to, as they are: half precision is widened in registers,
+unless pairs of bfloat16 are multiplied with a query of bfloat16, whose rows are words then, each of a pair. So is int8
+for up to four rows: with a row or two a scale is multiplied by a sum of whole numbers, or a weight, and not by each
+number. For more rows some keys at a time are widened first, to the first-level cache. `place` is what is read from, and
+says whether it has to be widened. But for int8, what is computed for a row is the same, in the same order, whatever
+other rows there are.
 """
 
 from fastattn.cpu.kernels.int8 import load_rows, numbers_of, scales_of
 from fastattn.cpu.kernels.pack import copy_rows
-from fastattn.cpu.kernels.prefetch import ask, want, want_nothing
+from fastattn.cpu.kernels.prefetch import NOTHING, ask, want, want_nothing
 from fastattn.cpu.kernels.records import KEYS_AT_ONCE
+from fastattn.machine.kernel import PLAIN
 from fastattn.simd import (
     add_dot,
     add_dot_of_blocks,
+    add_dot_of_pairs,
     fma,
+    fma_of_pairs,
     inline,
     jit,
     load_element,
     row_sums,
     stack_memory,
     store_split,
+    tile_apart,
     tile_fill,
     tile_load,
+    tile_load_apart,
     tile_load_column,
     tile_load_part_stored,
     tile_load_stored,
     tile_store,
     tile_stretch,
+    tile_together,
 )
 
 LESS = 2.0**-12  # times the sum of a block of int8, a number is no more than it was
@@ -41,13 +48,13 @@ memory_of_a_square = stack_memory(16 * 64)  # of the widest vectors
 
 
 @inline
-def add_products(place, tile, strip, q, key, row, first, features, present, sums):
+def add_products(kernel, place, strip, q, key, row, first, features, present, sums):
     """sums[j] += q · key[j] by lanes, for some keys and as many whole strips of features as follow `first`.
 
     Returns where these end. Keys are read row by row: memory is fastest in its own order. Until there are sums, from
     the first strip on, these count as 0.
     """
-    p = first
+    tile, p = kernel.tile, first
     while p + strip.width <= features:
         features_of_q, at, total_at = tile_load(strip, q + p * tile.itemsize, 0), key, sums
         if place.storage == "int8":
@@ -59,6 +66,8 @@ def add_products(place, tile, strip, q, key, row, first, features, present, sums
             if place.storage == "int8":
                 scales = scales_of(place, strip, at, 0, p, 1.0)
                 total = add_dot_of_blocks(features_of_q, numbers_of(place, strip, at, 0, p, features), scales, total)
+            elif kernel.reads == "pairs":
+                total = add_dot_of_pairs(features_of_q, tile_load(strip, at + p * tile.itemsize, 0), total)
             else:
                 total = add_dot(features_of_q, tile_load_stored(place, strip, at + p * place.itemsize, 0), total)
             tile_store(total, total_at, 0)
@@ -68,45 +77,63 @@ def add_products(place, tile, strip, q, key, row, first, features, present, sums
     return p
 
 
+@inline
+def words_of(kernel, features):
+    """How many elements as the tile has them hold some features of a key: a word holds a pair."""
+    return features // 2 if kernel.reads == "pairs" else features
+
+
+@inline
+def multiply_add(kernel, keys, queries, total):
+    """total + keys · queries, by lanes."""
+    if kernel.reads == "pairs":
+        return fma_of_pairs(keys, queries, total)
+    return fma(keys, queries, total)
+
+
 @jit
-def products(place, tile, q, key, row, features, present):
+def products(kernel, place, q, key, row, features, present):
     """q · key[j] for a vector of keys, of which so many are there, and one row."""
-    sums, total, p = memory_of_a_square(), tile_fill(tile.square, 0.0), 0
+    tile, sums, p = kernel.tile, memory_of_a_square(), 0
+    total = tile_fill(tile.square, 0.0)
     if present == tile.lanes or place.storage == "int8":
         for j in range(present, tile.lanes):
             tile_store(tile_fill(tile.vector, 0.0), sums + j * tile.vector_bytes, 0)
-        p = add_products(place, tile, tile.long, q, key, row, p, features, present, sums)
-        p = add_products(place, tile, tile.half_long, q, key, row, p, features, present, sums)
-        p = add_products(place, tile, tile.vector, q, key, row, p, features, present, sums)
+        p = add_products(kernel, place, tile.long, q, key, row, p, features, present, sums)
+        p = add_products(kernel, place, tile.half_long, q, key, row, p, features, present, sums)
+        if kernel.reads == "pairs":
+            p = add_products(kernel, place, tile.double, q, key, row, p, features, present, sums)
+        p = add_products(kernel, place, tile.vector, q, key, row, p, features, present, sums)
     if p > 0:
         total = tile_load(tile.square, sums, tile.vector_bytes)
     if place.storage != "int8":  # of which all features are whole vectors here
         for first in range(p, features, tile.lanes):
             at, columns = key + first * place.itemsize, min(tile.lanes, features - first)
             keys = tile_load_part_stored(place, tile.square, at, row, present, columns)
-            total = fma(keys, tile_load(tile.vector, q + first * tile.itemsize, 0), total)
+            total = multiply_add(kernel, keys, tile_load(tile.vector, q + first * tile.itemsize, 0), total)
         return row_sums(total)
     return row_sums(total) * (1.0 / LESS)
 
 
 @jit
-def crossed_products(place, tile, plan, q, key, row, present, wanted):
+def crossed_products(kernel, place, plan, features, q, key, row, present, wanted):
     """q[r] · key[j] for some rows and some keys, that make a vector together: the keys of the first row come first.
 
     So many of the keys are there.
     """
-    features, columns = plan.head_dim, tile.cofactor.rows
-    whole = features - features % tile.lanes if present >= columns else 0
+    tile = kernel.tile
+    whole = features - features % tile.lanes if present >= tile.cofactor.rows else 0
     total = tile_fill(tile.square, 0.0)
     for p in range(0, whole, tile.lanes):
         queries = tile_stretch(tile.square, tile_load(tile.factor, q + p * tile.itemsize, plan.query_bytes))
-        total = fma(load_rows(place, tile.cofactor, key, row, p, features), queries, total)
+        total = multiply_add(kernel, load_rows(place, tile.cofactor, key, row, p, features), queries, total)
         ask(wanted)
     if place.storage != "int8":  # of which all vectors, and all keys, are whole here
         for p in range(whole, features, tile.lanes):
             queries = tile_stretch(tile.square, tile_load(tile.factor, q + p * tile.itemsize, plan.query_bytes))
             at, columns = key + p * place.itemsize, min(tile.lanes, features - p)
-            total = fma(tile_load_part_stored(place, tile.cofactor, at, row, present, columns), queries, total)
+            keys = tile_load_part_stored(place, tile.cofactor, at, row, present, columns)
+            total = multiply_add(kernel, keys, queries, total)
     return row_sums(total)
 
 
@@ -118,17 +145,19 @@ def crossed_rows(tile, count):
 
 
 @jit
-def score_vector(place, tile, plan, count, queries, key, row, present, scores, wanted):
+def score_vector(kernel, place, plan, features, count, queries, key, row, present, scores, wanted):
     """The scores of `count` rows, or one more, with a vector of keys, of which so many are there."""
+    tile = kernel.tile
     rows, columns, crossed = tile.factor.rows, tile.cofactor.rows, crossed_rows(tile, count)
+    factor = plan.factor if kernel.reads == "pairs" and kernel.steps != PLAIN else 1.0
     for r in range(0, crossed, rows):
         q, at = queries + r * plan.query_bytes, scores + r * plan.score_bytes
         for i in range(0, present, columns):
-            some = crossed_products(place, tile, plan, q, key + i * row, row, present - i, wanted)
-            store_split(tile.cofactor_row, some, at + i * tile.itemsize, plan.score_bytes)
+            some = crossed_products(kernel, place, plan, features, q, key + i * row, row, present - i, wanted)
+            store_split(tile.cofactor_row, some * factor, at + i * tile.itemsize, plan.score_bytes)
     for r in range(crossed, count):
         q, at = queries + r * plan.query_bytes, scores + r * plan.score_bytes
-        tile_store(products(place, tile, q, key, row, plan.head_dim, present), at, 0)
+        tile_store(products(kernel, place, q, key, row, features, present) * factor, at, 0)
 
 
 @jit
@@ -151,19 +180,21 @@ def score_rows(kernel, plan, count, queries, key, keys, scores, buffer, wanted):
     for j in range(0, keys, tile.lanes):
         present, at = min(tile.lanes, keys - j), scores + j * tile.itemsize
         if kernel.storage != "int8":
-            score_vector(kernel, tile, plan, count, queries, key, plan.key_step, present, at, wanted)
+            place, features = kernel.key_place, words_of(kernel, plan.head_dim)
+            score_vector(kernel, place, plan, features, count, queries, key, plan.key_step, present, at, wanted)
             key += tile.lanes * plan.key_step
             continue
         if single:
             for r in range(count):
                 q = queries + r * plan.query_bytes
-                found = products(kernel, tile, q, key, plan.key_row, plan.head_dim, present)
+                found = products(kernel, kernel, q, key, plan.key_row, plan.head_dim, present)
                 tile_store(found, at + r * plan.score_bytes, 0)
         elif crossed and present == tile.lanes:
-            score_vector(kernel, tile, plan, count, queries, key, plan.key_row, present, at, wanted)
+            features = plan.head_dim
+            score_vector(kernel, kernel, plan, features, count, queries, key, plan.key_row, present, at, wanted)
         else:
             copy_rows(kernel, tile, buffer, plan.key_step, key, plan.key_row, 1, present, plan.head_dim)
-            score_vector(tile, tile, plan, count, queries, buffer, plan.key_step, present, at, wanted)
+            score_vector(kernel, tile, plan, plan.head_dim, count, queries, buffer, plan.key_step, present, at, wanted)
         key += tile.lanes * plan.key_row
 
 
@@ -176,19 +207,29 @@ def add_weighted(place, plan, weights, strip, value, p, acc):
     if place.storage == "int8" and strip.rows == 1:
         factors = scales_of(place, strip, value, 0, p, load_element(strip, weights))
         return fma(factors, numbers_of(place, strip, value, 0, p, plan.value_dim), acc)
-    row = load_rows(place, strip.single, value, 0, p, plan.value_dim)
+    if place.storage == "bfloat16" and strip.vectors > 1:
+        row = tile_load_apart(strip.single, value + p * place.itemsize, 0)
+    else:
+        row = load_rows(place, strip.single, value, 0, p, plan.value_dim)
     return fma(tile_load_column(strip, weights, plan.score_bytes), row, acc)
 
 
 @inline
 def add_to_columns(place, plan, weights, strip, value, step, p, count, sums, wanted):
-    """sums[r][p] += Σ_j weights[r][j] · value[j][p], for as many rows, and columns from p on, as a strip has."""
+    """sums[r][p] += Σ_j weights[r][j] · value[j][p], for as many rows, and columns from p on, as a strip has.
+
+    Of bfloat16 the elements of even and of odd places stand apart meanwhile, as they are widened faster that way.
+    """
     acc = tile_load(strip, sums, plan.sum_bytes)
+    if place.storage == "bfloat16" and strip.vectors > 1:
+        acc = tile_apart(acc)
     for _ in range(count):
         acc = add_weighted(place, plan, weights, strip, value, p, acc)
         weights += strip.itemsize
         value += step
         ask(wanted)
+    if place.storage == "bfloat16" and strip.vectors > 1:
+        acc = tile_together(acc)
     tile_store(acc, sums, plan.sum_bytes)
 
 
@@ -282,7 +323,7 @@ def add_values(kernel, plan, together, count, weights, keys, value, sums, buffer
         elif single:
             for r in range(count):
                 total_at = sums + r * plan.sum_bytes
-                add_to_row(place, tile, plan, at + r * plan.score_bytes, value, step, here, total_at, wanted)
+                add_to_row(place, tile, plan, at + r * plan.score_bytes, value, step, here, total_at, NOTHING)
         elif crossed and count == tile.rows:
             add_to_tile(place, tile, plan, at, tile, value, step, here, sums, wanted)
         elif crossed:
@@ -301,7 +342,7 @@ def want_values(kernel, plan, count, keys, values, wanted):
     """List the values of a piece, which are asked for while its scores are computed."""
     tile = kernel.tile
     crossed = crossed_rows(tile, count)
-    steps = crossed * (plan.head_dim // tile.lanes)
+    steps = crossed * (words_of(kernel, plan.head_dim) // tile.lanes)
     want_nothing(wanted, keys // tile.lanes * steps)
     if plan.prefetch_distance > 0 and crossed > 0:
         want(wanted, values, plan.value_row, plan.value_dim * kernel.value_place.itemsize, keys)

@@ -34,6 +34,11 @@ def of_both(*args: Any, **options: Any) -> bytes:
     return b"".join(array.tobytes() for array in fastattn.attention(*args, **options, return_lse=True, enable_gqa=True))
 
 
+def in_pairs(query: Array) -> bool:
+    """Whether pairs of the features of bfloat16 are multiplied."""
+    return session.current.row.pairs and query.dtype == BITS and query.shape[-1] % 2 == 0
+
+
 def plan_of(query: Array, key: Array, value: Array, threads: int) -> Any:
     problem, operands = describe(*as_operands(query, key, value, None), enable_gqa=True)
     return forward.plan_forward(problem, operands, np.empty(problem.out_shape, problem.real), threads)
@@ -165,23 +170,47 @@ def test_a_value_that_is_not_finite_reaches_those_that_look_at_it(lanes: str) ->
 
 @pytest.mark.parametrize("storage", [np.dtype(np.float16), BITS], ids=["float16", "bfloat16"])
 @pytest.mark.parametrize("heads", [1, 2, 7])
-def test_half_precision_has_the_bits_of_its_numbers_in_float32(lanes: str, storage: Any, heads: int) -> None:
-    """It is widened as it is read: nothing else is different, until the result is rounded."""
-    query, key, value = (cast(x, storage) for x in inputs((2, 2 * heads, 2, 100), 2 * PIECE + 21, 2))
+@pytest.mark.parametrize("features", [99, 100])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_half_precision_is_computed_with_as_its_numbers_in_float32(
+    lanes: str, storage: Any, heads: int, features: int, softcap: float | None
+) -> None:
+    """It is widened as it is read: nothing else is different, until the result is rounded.
+
+    Where pairs of bfloat16 are multiplied, scores are summed up in another order: float32's bounds hold, not its bits.
+    """
+    query, key, value = (cast(x, storage) for x in inputs((2, 2 * heads, 2, features), 2 * PIECE + 21, 2))
     lengths = np.array([PIECE + 5, 2 * PIECE + 21])
     value.view(np.uint16)[0, :, lengths[0] :] = 0xFFFF  # NaN
-    options: Any = {"key_lengths": lengths, "is_causal": "bottom-right", "return_lse": True, "enable_gqa": True}
+    options: Any = {"key_lengths": lengths, "is_causal": "bottom-right", "softcap": softcap}
     wide = [cast(x, np.dtype(np.float32)) for x in (query, key, value)]
-    wanted, wanted_lse = fastattn.attention(*wide, **options)
+    right = tolerances.expected(*wide, **options, enable_gqa=True)
+    wanted = b"" if in_pairs(query) else of_both(*wide, **options)
     columns, rows = np.repeat(key, 2, axis=-1)[..., ::2], value[..., ::-1, :].copy()[..., ::-1, :]
     for keys, values in ((key, value), (columns, rows), (columns, np.repeat(value, 2, axis=-1)[..., ::2])):
         problem, operands = describe(*as_operands(query, keys, values), enable_gqa=True)
         record = forward.plan_forward(problem, operands, np.empty(problem.out_shape, storage), 1).record
         assert bool(record[: PLAN.itemsize].view(PLAN)["key_bytes"][0]) == (keys is columns)
-        out = np.empty(wanted.shape, np.float32)
-        _, lse = fastattn.attention(query, keys, values, **options, out=out)
-        assert out.tobytes() == wanted.tobytes()
-        assert lse.tobytes() == wanted_lse.tobytes()
+        out = np.empty((*query.shape[:-1], value.shape[-1]), np.float32)
+        _, lse = fastattn.attention(query, keys, values, **options, enable_gqa=True, out=out, return_lse=True)
+        tolerances.check_out(out, right)
+        tolerances.check_lse(lse, right)
+        wanted = wanted or out.tobytes() + lse.tobytes()
+        assert out.tobytes() + lse.tobytes() == wanted
+
+
+@pytest.mark.parametrize("features", [2, 6, 64, 66, 128, 160, 256, 322])
+@pytest.mark.parametrize("heads", [1, 2, 3, 4, 9])
+def test_a_row_has_the_same_bits_with_others_and_alone_in_bfloat16(lanes: str, heads: int, features: int) -> None:
+    query, key, value = (cast(x, BITS) for x in inputs((1, heads, 2, features), PIECE + 37, 1))
+    scaled = {"scale": 0.3, "softcap": 3.0}
+    for options in ({}, scaled):
+        together = fastattn.attention(query, key, value, **options, enable_gqa=True)
+        for head in range(heads):
+            for i in range(2):
+                row = query[:, head : head + 1, i : i + 1]
+                alone = fastattn.attention(row, key, value, **options)
+                assert alone.tobytes() == together[:, head : head + 1, i : i + 1].tobytes()
 
 
 # -- right results -----------------------------------------------------------------------------------------------------
