@@ -22,6 +22,7 @@ Array: TypeAlias = NDArray[Any]
 BITS = np.dtype([("bfloat16", np.uint16)], align=True)
 
 FLOAT16, FLOAT32 = np.dtype(np.float16), np.dtype(np.float32)
+PIECE = 1 << 15  # numbers that are rounded together
 
 
 class Limits(NamedTuple):
@@ -103,11 +104,25 @@ def _widened(array: Array) -> Array:
     bits = array.view(np.uint16)
     if not array.dtype.isnative:
         bits = bits.byteswap()
-    return np.asarray(bits.astype(np.uint32) << 16).view(np.float32)
+    words = np.asarray(bits.astype(np.uint32))
+    words <<= 16
+    return words.view(np.float32)
 
 
 def _rounded(array: Array) -> Array:
-    """Return the bits of the nearest numbers of bfloat16, of two that are as near the even ones."""
+    """Return the bits of the nearest numbers of bfloat16, of two that are as near the even ones.
+
+    In pieces, so that what comes in between stays in the caches.
+    """
+    if array.size <= PIECE or not array.flags.c_contiguous:
+        return _rounded_piece(array)
+    found, flat = np.empty(array.size, np.uint16), array.reshape(-1)
+    for first in range(0, array.size, PIECE):
+        found[first : first + PIECE] = _rounded_piece(flat[first : first + PIECE])
+    return found.reshape(array.shape)
+
+
+def _rounded_piece(array: Array) -> Array:
     numbers = array.astype(np.float32)
     words = numbers.view(np.uint32)
     nan = np.isnan(numbers)
@@ -120,6 +135,7 @@ def _rounded(array: Array) -> Array:
     nearest &= 1
     nearest += 0x7FFF
     nearest += words
-    np.copyto(nearest, words | 0x400000, where=nan)
+    if nan.any():
+        np.copyto(nearest, words | 0x400000, where=nan)
     nearest >>= 16
     return nearest.astype(np.uint16)
