@@ -9,7 +9,8 @@ from dataclasses import dataclass
 class Mutation:
     """One edit: in `file` of the package, `old`, which stands there exactly once, becomes `new`.
 
-    `tests` is what pytest is given, a file of tests and an expression for its -k.
+    `tests` is what pytest is given, a file of tests and an expression for its -k. `of_pairs`: what it breaks is run on
+    machines alone that multiply pairs of bfloat16.
     """
 
     name: str
@@ -17,6 +18,7 @@ class Mutation:
     old: str
     new: str
     tests: tuple[str, str]
+    of_pairs: bool = False
 
 
 MUTATIONS = (
@@ -350,6 +352,21 @@ MUTATIONS = (
         ("cpu/kernels/test_decode.py", "test_half_precision_is_computed_with and here and float16"),
     ),
     Mutation(
+        "few queries: scores of pairs lack what the scale is besides a power of two",
+        "cpu/kernels/row_products.py",
+        'plan.factor if kernel.reads == "pairs" and kernel.steps != PLAIN else 1.0',
+        "1.0",
+        ("cpu/kernels/test_decode.py", "test_half_precision_is_computed_with and here and bfloat16 and 100"),
+        of_pairs=True,
+    ),
+    Mutation(
+        "few queries: sums of values of bfloat16 stay apart",
+        "cpu/kernels/row_products.py",
+        "acc = tile_together(acc)",
+        "acc = tile_apart(acc)",
+        ("cpu/kernels/test_decode.py", "test_half_precision_is_computed_with and here and bfloat16 and 99"),
+    ),
+    Mutation(
         "in a call like an earlier one a negative length is taken for one",
         "cpu/kernels/own.py",
         "if whole < source.low or whole > source.high:",
@@ -495,6 +512,38 @@ MUTATIONS = (
         "if not finite_keys:",
         "if finite_keys and not finite_keys:",
         ("api/test_backward.py", "test_what_is_masked_leaks_nothing and key"),
+    ),
+    Mutation(
+        "keys in pairs of rows that are not finite are not replaced",
+        "cpu/kernels/panels.py",
+        "if not are_finite(tile, target, panel, count, features):",
+        "if are_finite(tile, target, panel, count, features):",
+        ("api/test_backward.py", "test_what_is_masked_leaks_nothing and key and bfloat16"),
+        of_pairs=True,
+    ),
+    Mutation(
+        "gradients of scores lack what the scale is besides a power of two",
+        "cpu/kernels/gradient_sums.py",
+        "first = tile_load(tile.single, grads, 0) * plan.score_factor",
+        "first = tile_load(tile.single, grads, 0) * 1.0",
+        ("api/test_backward.py", "test_gradients_of_bfloat16_are_no_less_exact_than_pytorchs"),
+        of_pairs=True,
+    ),
+    Mutation(
+        "weights in pairs are not scaled by dropout",
+        "cpu/kernels/gradient_sums.py",
+        "weight = weight * plan.keep_scale\n            tile_store_rounded",
+        "tile_store_rounded",
+        ("api/test_backward.py", "test_dropout"),
+        of_pairs=True,
+    ),
+    Mutation(
+        "what arrives in float32 is rounded to bfloat16",
+        "cpu/host/backward.py",
+        'in_pairs = name_of(upstream.came_in) == name_of(problem.storage) == "bfloat16" and',
+        'in_pairs = name_of(problem.storage) == "bfloat16" and',
+        ("api/test_backward.py", "test_what_arrives_in_float32_is_not_rounded_to_bfloat16"),
+        of_pairs=True,
     ),
     Mutation(
         "the gradient of the log-sum-exp has the other sign",

@@ -13,6 +13,8 @@ import pytest
 from marks import takes_long
 from mutations import MUTATIONS, Mutation
 
+from fastattn.machine.table import host
+
 ROOT = processes.PACKAGE.parent
 in_the_source_tree = pytest.mark.skipif(not (ROOT / "pyproject.toml").exists(), reason="not in the source tree")
 
@@ -38,6 +40,8 @@ def test_a_broken_kernel_fails_a_test(mutation: Mutation, tmp_path: Path) -> Non
         pytest.importorskip("numba_cuda", reason="CUDA's tests need numba-cuda")
     if mutation.file.startswith("integrations/"):
         pytest.importorskip("dask", reason="tests of chunks need Dask")
+    if mutation.of_pairs and not host().pairs:
+        pytest.skip("this machine does not multiply pairs of bfloat16")
     for folder in (processes.PACKAGE, processes.TESTS):
         shutil.copytree(folder, tmp_path / folder.name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
     for settings in ("pyproject.toml", "conftest.py"):

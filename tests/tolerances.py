@@ -44,7 +44,8 @@ score. Then:
   before they are multiplied by the values, where a kernel does that: h · max|v|, as they sum to 1. Sums of weights, and
   so the log-sum-exp, are of those that are not rounded. In the backward pass gradients of scores are rounded likewise
   before they are multiplied, gradients at the end, and the result that arrives has been: the row sum Σ dO out is wrong
-  by h Σ |dO out|. A number near 0 is rounded by half of the least one that there is.
+  by h Σ |dO out|. A number near 0 is rounded by half of the least one that there is. Where pairs of bfloat16 are
+  multiplied, those below 2^-126 count as 0: weights, gradients of scores times the scale, and what sums have come to.
 - A function of the user's makes an error of a score as much larger as its slope is steep, and rounds some times
   (`FUNCTION_ROUNDINGS`) at the size of the score or of what it adds. What these are, and its second derivative, which
   an error of a score changes the slope by, the functions of the tests say (`strategies.of_size`). The reference has the
@@ -69,7 +70,7 @@ from numpy.typing import NDArray
 
 from fastattn import reference
 from fastattn.call.arrays import as_additive_operands, as_operands
-from fastattn.call.halves import cast, finfo, is_floating, native
+from fastattn.call.halves import cast, finfo, is_bfloat16, is_floating, native
 from fastattn.call.problem import Operands, Problem
 from fastattn.call.seeds import seed_from
 from fastattn.call.selection import places_of
@@ -484,17 +485,20 @@ def expected_gradients(
         row = 2 * ROUNDINGS + terms + begins * row + np.minimum(largest_mask, added)
         row = row + problem.head_dim + problem.value_dim + max(problem.queries, problem.keys)
         row = np.where(magnitudes > 0, row, 0)
-        rounded, near_0, arrived = 0.0, 0.0, 0.0
+        rounded, near_0, arrived, lost = 0.0, 0.0, 0.0, 0.0
         if problem.storage != problem.real:
             rounded, near_0 = roundings(problem.storage)
             arrived = whole * (rounded * sums + near_0 * g.sum(-1, keepdims=True))
+            if is_bfloat16(problem.storage):
+                near_0 = lost = float(finfo(problem.storage).tiny)
+                arrived = arrived + whole * lost * problem.value_dim
         scores = (np.minimum(eps * row, 1e30) + rounded) * magnitudes + near_0 * (magnitudes > 0) + arrived
         kept = (np.minimum(eps * row, 1e30) + rounded) * kept + near_0 * (kept > 0)
-        raw = scores * slope + magnitudes * blur
+        raw, seen = scores * slope + magnitudes * blur, (magnitudes > 0) * lost
         bounds = [
-            abs(problem.scores.scale) * (raw @ k),
-            abs(problem.scores.scale) * (raw.swapaxes(-1, -2) @ q),
-            kept.swapaxes(-1, -2) @ g,
+            abs(problem.scores.scale) * (raw @ k) + seen @ k + lost * problem.keys,
+            abs(problem.scores.scale) * (raw.swapaxes(-1, -2) @ q) + seen.swapaxes(-1, -2) @ q + lost * problem.queries,
+            kept.swapaxes(-1, -2) @ g + lost * problem.queries,
             scores * np.abs(of_mask) + magnitudes * unsure,
         ]
         if captured:

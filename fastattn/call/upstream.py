@@ -17,7 +17,7 @@ from fastattn.call.advice import said
 from fastattn.call.arrays import as_upstream, is_pair
 from fastattn.call.halves import cast, is_floating, native
 from fastattn.call.options import check_flag
-from fastattn.call.problem import Array, Captures, Mask, Problem, Shape
+from fastattn.call.problem import FLOAT64, Array, Captures, Mask, Problem, Shape
 from fastattn.call.rounding import coarser, unsaturated
 from fastattn.call.score_options import FurtherOptions
 from fastattn.call.seeds import seed_from
@@ -63,6 +63,8 @@ class Upstream(NamedTuple):
     grad_lse : ndarray, shape (*batch, Hk, G, Lq), or None
     rounded : numpy.dtype
         What `lse` was rounded to, which may be less precise than the call.
+    came_in : numpy.dtype
+        The same of `grad_out`: all of its numbers are numbers of this dtype.
     """
 
     grad_out: Array
@@ -70,6 +72,7 @@ class Upstream(NamedTuple):
     lse: Array
     grad_lse: Array | None
     rounded: np.dtype[Any]
+    came_in: np.dtype[Any] = FLOAT64
 
 
 def describe_upstream(
@@ -122,6 +125,7 @@ def arrived(
         sums("lse", lse),
         None if grad_lse is None else sums("grad_lse", grad_lse),
         coarser(lse, problem.real),
+        coarser(grad_out, problem.real),
     )
     return upstream._replace(lse=unsaturated(upstream.lse, upstream.rounded))
 

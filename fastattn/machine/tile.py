@@ -113,6 +113,7 @@ class TileShape:
 
     @property
     def double(self) -> TileShape:
+        """One row of two."""
         return replace(self, rows=1, vectors=2)
 
     @property

@@ -106,6 +106,7 @@ from fastattn.simd.storage import (
     tile_load_two_rows,
     tile_round_to_pairs,
     tile_scale_pairs,
+    tile_store_rounded,
     tile_store_stored,
     tile_together,
 )
@@ -198,6 +199,7 @@ __all__ = [
     "tile_row_index",
     "tile_scale_pairs",
     "tile_store",
+    "tile_store_rounded",
     "tile_store_stored",
     "tile_stretch",
     "tile_together",

@@ -416,6 +416,24 @@ def tile_round_to_pairs(typingctx, first, second):
 
 
 @intrinsic
+def tile_store_rounded(typingctx, row, address):
+    """Write a row, rounded to bfloat16, its elements next to each other: as pairs of neighbours."""
+    if not isinstance(row, TileType):
+        return None
+
+    def codegen(context, builder, sig, values):
+        s = row.shape
+        for v, vector in enumerate(vectors_of(builder, s, values[0])):
+            rounded = builder.fptrunc(vector, ir.VectorType(BFloat(), s.lanes))
+            rounded = builder.bitcast(rounded, ir.VectorType(SHORT, s.lanes))
+            place = shifted(builder, values[1], v * s.lanes * WORD // 2)
+            builder.store(rounded, pointer_to(builder, place, rounded.type), align=WORD // 2)
+        return context.get_dummy_value()
+
+    return signature(types.none, row, types.intp), codegen
+
+
+@intrinsic
 def tile_scale_pairs(typingctx, pairs, factor):
     """Pairs times a power of two; what becomes subnormal by that is rounded as `store_stored` does it."""
 

@@ -12,7 +12,7 @@ import pytest
 import tolerances
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import LAYOUTS, Call, bias_in, bits_of, calls, each, laid_out, numbers, random_mask
+from strategies import BFLOAT16, LAYOUTS, Call, bias_in, bits_of, calls, each, laid_out, numbers, random_mask
 
 import fastattn
 from fastattn import reference
@@ -25,6 +25,7 @@ from fastattn.machine import table as isa
 Array = np.ndarray[Any, Any]
 Arrays = tuple[Array, ...]
 DTYPES = [np.float32, np.float64]
+AND_PAIRS = [*DTYPES, BFLOAT16]  # of which some machines multiply pairs
 
 
 def inputs(*shapes: tuple[int, ...], dtype: Any = np.float64, seed: int = 0) -> list[Array]:
@@ -90,7 +91,7 @@ def test_axes_of_length_zero(call: Call, seed: int) -> None:
 LENGTHS = ((1, 700), (65, 64), (130, 257), (197, 262), (300, 65))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", AND_PAIRS)
 @pytest.mark.parametrize("kind", [None, "bool", "padding", "float, -inf"])
 @pytest.mark.parametrize("is_causal", [False, True, "bottom-right"])
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
@@ -120,7 +121,7 @@ INTERVALS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", AND_PAIRS)
 @pytest.mark.parametrize("kind", [None, "bool", "float, -inf", "pair"])
 @pytest.mark.parametrize("options", INTERVALS, ids=str)
 @pytest.mark.parametrize("lengths", [(1, 700), (65, 257), (197, 262)], ids=str)
@@ -275,7 +276,7 @@ def test_queries_without_keys_give_and_get_nothing(dtype: Any) -> None:
 ODD = (np.nan, np.inf, -np.inf)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", AND_PAIRS)
 @pytest.mark.parametrize("odd", ODD)
 @pytest.mark.parametrize("which", ["key", "value", "query", "grad_out"])
 @pytest.mark.parametrize("how", ["boolean", "padding", "float", "causal"])
@@ -372,6 +373,29 @@ def test_pieces_of_a_long_sequence() -> None:
     tolerances.check_promise(joined, whole, np.float64)
 
 
+def test_what_arrives_in_float32_is_not_rounded_to_bfloat16() -> None:
+    query, key, value = (array.astype(BFLOAT16) for array in inputs((2, 8), (1, 8), (1, 4)))
+    found = gradients(np.float32([[1 + 2.0**-9] * 4, [-1] * 4]), query, key, value)
+    np.testing.assert_array_equal(found[2].astype(np.float32), 2.0**-9)
+
+
+@pytest.mark.parametrize("scale", [None, 0.3, -2.0, 0.0, 2.0**-17])
+@pytest.mark.parametrize("features", [32, 64, 128])
+def test_gradients_of_bfloat16_are_no_less_exact_than_pytorchs(scale: float | None, features: int) -> None:
+    torch = pytest.importorskip("torch")
+    arrays = inputs(*[(1, 2, n, features) for n in (190, 190, 300, 300)], dtype=BFLOAT16)  # what it computes in blocks
+    found, errors = gradients(*arrays, scale=scale), []
+    for dtype in (torch.float64, torch.bfloat16):
+        grad_out, *leaves = (torch.from_numpy(array.astype(np.float64)).to(dtype) for array in arrays)
+        for leaf in leaves:
+            leaf.requires_grad_()
+        out = torch.nn.functional.scaled_dot_product_attention(*leaves, scale=scale)
+        errors.append([gradient.double().numpy() for gradient in torch.autograd.grad(out, leaves, grad_out)])
+    for own, exact, their in zip(found, *errors, strict=True):
+        rounding = float(np.abs(exact).max()) * 2.0**-8
+        assert np.abs(own.astype(np.float64) - exact).max() <= max(2 * np.abs(their - exact).max(), rounding)
+
+
 def test_scores_of_any_size() -> None:
     # the weight of the greatest score is 1, whatever the roundings of scores of 1e36 say
     query, key, value, grad_out = inputs((40, 8), (60, 8), (60, 8), (40, 8), dtype=np.float32)
@@ -380,7 +404,7 @@ def test_scores_of_any_size() -> None:
     assert np.abs(found[2]).max() <= np.abs(grad_out).sum(axis=0).max()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", AND_PAIRS)
 def test_no_weight_exceeds_one(dtype: Any) -> None:
     # of a single key it is 1, whatever the roundings of a score of 100 and of its logarithm say
     query, key, value, grad_out = (
@@ -407,7 +431,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", AND_PAIRS)
 def test_the_same_bits_however_the_work_is_split(
     monkeypatch: pytest.MonkeyPatch, dtype: Any, options: dict[str, Any]
 ) -> None:
@@ -433,9 +457,10 @@ def test_the_same_bits_however_the_work_is_split(
         same_bits(found[0], others)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, BFLOAT16])
 @pytest.mark.parametrize("options", OPTIONS[:2], ids=str)
-def test_a_row_of_a_batch_alone(options: dict[str, Any]) -> None:
-    arguments = inputs(*[(3, 4, 150, 32)] * 4, dtype=np.float32)
+def test_a_row_of_a_batch_alone(dtype: Any, options: dict[str, Any]) -> None:
+    arguments = inputs(*[(3, 4, 150, 32)] * 4, dtype=dtype)
     found = gradients(*arguments, **options)
     alone = gradients(*(argument[1:2, 2:3] for argument in arguments), **options)
     same_bits(tuple(gradient[1:2, 2:3] for gradient in found), alone)
@@ -577,7 +602,7 @@ def test_the_largest_scales_make_nothing_infinite(scale: float, masked: bool) ->
     np.testing.assert_allclose(summary.entropy, np.log(4), rtol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", AND_PAIRS)
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("mask", [False, True])
 @pytest.mark.parametrize("features", [0, 3, 40])
@@ -595,7 +620,7 @@ def test_values_without_features_have_no_gradients_but_0(dtype: Any, backend: st
         np.testing.assert_array_equal(gradient, 0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", AND_PAIRS)
 @pytest.mark.parametrize("kind", ["bool", "float"])
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_a_row_of_nan_does_not_reach_keys_that_it_may_not_look_at(dtype: Any, kind: str, backend: str) -> None:

@@ -33,6 +33,7 @@ def products(row: str, storage: str, work: str, multiply: str) -> list[str]:
         ("neon", "float64", "peak", "fmla"),
         ("neon_bf16", "bfloat16", "forward", "bfdot"),
         ("neon_bf16", "float32", "backward", "fmla"),
+        ("neon_bf16", "bfloat16", "backward", "bfdot"),
     ],
 )
 def test_the_micro_kernel_multiplies_by_elements_and_stays_in_registers(

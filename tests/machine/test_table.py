@@ -213,6 +213,20 @@ def test_the_micro_kernel_stays_in_registers(name: str) -> None:
 
 
 @on_x86
+def test_all_products_of_the_backward_pass_are_of_pairs() -> None:
+    row = ROWS["zen4"]
+    found = 0
+    for loop in loops(assembly("zen4", "bfloat16", "backward")):
+        text = "\n".join(loop)
+        broadcasts = len(re.findall(r"\tvbroadcastss\t[^.\n]*\(%r(?!ip)|\{1to16\}", text))
+        assert broadcasts < row.rows or "vfmadd" not in text, text
+        if broadcasts >= row.rows and len(re.findall(r"\tvdpbf16ps\t.*%zmm", text)) >= row.rows * row.vectors:
+            found += 1
+            assert not re.search(r"(16|32|64)-byte (Folded )?(Spill|Reload)", text), text
+    assert found >= 4  # those with features in the lanes, and with queries; gradients of keys and values are one
+
+
+@on_x86
 @pytest.mark.parametrize("storage", ["float16", "bfloat16"])
 @pytest.mark.parametrize("name", ["zen4", "avx512", "avx2"])
 def test_few_queries_of_half_precision_are_widened_in_registers(name: str, storage: str) -> None:

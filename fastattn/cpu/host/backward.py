@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -23,9 +23,12 @@ from fastattn.cpu.host.plan import (
     TASKS_PER_THREAD,
     Draft,
     aligned,
+    fields_of_pairs,
     fields_of_scores,
+    may_be_in_pairs,
     share_of_keys,
     sizes_of,
+    split_scale,
 )
 from fastattn.cpu.kernels.records import GRADIENT_ARRAYS, GRADIENT_AXIS, GRADIENT_CALL, GRADIENT_PARTS, GRADIENT_PLAN
 from fastattn.machine.tile import TileShape
@@ -93,33 +96,60 @@ def attention_backward(
     arrays["sink_weights"] = weights = np.full_like(lse, np.nan) if "sinks" in names else None
     arrays["slope_sums"] = sums = np.zeros_like(lse) if "alibi_slopes" in names else None
     numbers = {"seed": seed, "first_batch": problem.scores.first_batch}
-    factor = factor_of_scores(problem, names)
+    arrival = arrival_of(problem, names, upstream)
     rows_suffice = set(names) == {"sinks"} and is_precise(lse, limit_of(dtype, upstream.rounded)).all()
     if problem.keys and lse.size and not rows_suffice:
-        plans = [planned(by_keys, problem, arrays, upstream.rounded, own, factor, threads)]
+        plans = [planned(by_keys, problem, arrays, arrival, own, threads)]
         if "attn_mask" in names:
-            plans.append(planned(_by_rectangles, problem, arrays, upstream.rounded, mask_axes, factor, threads))
+            plans.append(planned(_by_rectangles, problem, arrays, arrival, mask_axes, threads))
         if parts.names:
-            plans.append(planned(by_parts, problem, arrays, upstream.rounded, own, factor, threads, parts.number))
+            plans.append(planned(by_parts, problem, arrays, arrival, own, threads, parts.number))
         with prepared(problem, operands, tile_of(problem), parts) as ready:
             for plan, counters in plans:
                 run(plan, counters, {**arrays, "functions": ready.captured}, numbers)
     with np.errstate(all="ignore"):
-        if factor != problem.scores.scale:
+        if arrival.without_scale:
             grad_query *= problem.scores.scale
             grad_key *= problem.scores.scale
         if sums is not None:
-            found["alibi_slopes"] = gradient_of_slopes(sums, factor)
+            found["alibi_slopes"] = gradient_of_slopes(sums, arrival.factor)
         if weights is not None:
             found["sinks"] = gradient_of_sinks(problem, operands, upstream, weights)
         found |= parts.sums()
     return found
 
 
-def factor_of_scores(problem: Problem, names: Sequence[str]) -> float:
-    """Return what kernels multiply gradients of scores by: the scale, if they can be divided by it again."""
-    scale = problem.scores.scale
-    return 1.0 if "alibi_slopes" in names and abs(scale) < LEAST_FACTOR else scale
+class Arrival(NamedTuple):
+    """How kernels take what arrives.
+
+    Attributes
+    ----------
+    rounded : numpy.dtype
+        What the log-sum-exp was rounded to.
+    in_pairs : bool
+        Whether they may multiply pairs of bfloat16, where arrays are that.
+    factor : float
+        What gradients of scores are multiplied by: the scale, if they can be divided by it again.
+    rest : float
+        By what besides, as they are rounded to bfloat16: the factor is a power of two there.
+    without_scale : bool
+        Whether the gradients of queries and keys have still to be multiplied by the scale.
+    """
+
+    rounded: np.dtype[Any]
+    in_pairs: bool
+    factor: float
+    rest: float
+    without_scale: bool
+
+
+def arrival_of(problem: Problem, names: Sequence[str], upstream: Upstream) -> Arrival:
+    """Return how kernels take what arrives at a backward pass."""
+    in_pairs = name_of(upstream.came_in) == name_of(problem.storage) == "bfloat16" and may_be_in_pairs(problem)
+    in_pairs = in_pairs and session.current.row.pairs
+    factor, rest = split_scale(problem.scores.scale) if in_pairs else (problem.scores.scale, 1.0)
+    without_scale = "alibi_slopes" in names and abs(factor) < LEAST_FACTOR
+    return Arrival(upstream.rounded, in_pairs, *((1.0, 1.0) if without_scale else (factor, rest)), without_scale)
 
 
 def own_axes(problem: Problem, *splits: Shape) -> list[int]:
@@ -139,9 +169,8 @@ def planned(
     make: Callable[..., tuple[Plan, int]],
     problem: Problem,
     arrays: Arrays,
-    rounded: np.dtype[Any],
+    arrival: Arrival,
     own: list[int],
-    factor: float,
     threads: int,
     *further: int,
 ) -> tuple[Plan, int]:
@@ -150,9 +179,8 @@ def planned(
     key = (
         make,
         problem,
-        rounded,
+        arrival,
         tuple(own),
-        factor,
         tuple(None if array is None else array.strides for array in arrays.values()),
         *(None if mask is None else mask.dtype for mask in (arrays["bias"], arrays["keep"])),
         None if grad_bias is None else grad_bias.shape,
@@ -160,14 +188,12 @@ def planned(
         TASK_FLOPS,
         further,
     )
-    return session.current.plans.of(key, lambda: make(problem, arrays, rounded, own, factor, threads, *further))
+    return session.current.plans.of(key, lambda: make(problem, arrays, arrival, own, threads, *further))
 
 
-def by_keys(
-    problem: Problem, arrays: Arrays, rounded: np.dtype[Any], own: list[int], factor: float, threads: int
-) -> tuple[Plan, int]:
+def by_keys(problem: Problem, arrays: Arrays, arrival: Arrival, own: list[int], threads: int) -> tuple[Plan, int]:
     """Plan the backward pass: its tasks own keys of one head, of which some leading axes make one each."""
-    draft = _draft("backward", problem, arrays, rounded, own, factor)
+    draft = _draft("backward", problem, arrays, arrival, own)
     fields, tile, blocking = draft.fields, draft.kernel.tile, draft.kernel.row.blocking
     heads, blocks, query_blocks = fields["outer"] * fields["inner"], fields["blocks"], fields["query_blocks"]
     panels = _panels(tile, problem.head_dim) + _panels(tile, problem.value_dim)
@@ -183,10 +209,10 @@ def by_keys(
 
 
 def _by_rectangles(
-    problem: Problem, arrays: Arrays, rounded: np.dtype[Any], own: list[int], factor: float, threads: int
+    problem: Problem, arrays: Arrays, arrival: Arrival, own: list[int], threads: int
 ) -> tuple[Plan, int]:
     """Plan the gradient of a mask: tasks own rectangles of it, and nobody takes turns."""
-    draft = _draft("mask_gradient", problem, arrays, rounded, own, factor)
+    draft = _draft("mask_gradient", problem, arrays, arrival, own)
     fields = draft.fields
     groups = fields["blocks"] if fields["bias_keys"] > 1 else 1
     parts = fields["query_blocks"] if fields["bias_queries"] > 1 else 1
@@ -197,10 +223,10 @@ def _by_rectangles(
 
 
 def by_parts(
-    problem: Problem, arrays: Arrays, rounded: np.dtype[Any], own: list[int], factor: float, threads: int, parts: int
+    problem: Problem, arrays: Arrays, arrival: Arrival, own: list[int], threads: int, parts: int
 ) -> tuple[Plan, int]:
     """Plan the gradients of captured arrays: so many parts of the work, whatever number of threads there is."""
-    draft = _draft("captured_gradient", problem, arrays, rounded, own, factor)
+    draft = _draft("captured_gradient", problem, arrays, arrival, own)
     draft.flops /= 2.5
     _split(draft, parts, group=1, groups=1, part=1, parts=1)
     return draft.finish(threads), 0
@@ -215,10 +241,11 @@ def tile_of(problem: Problem) -> TileShape:
     return session.current.row.tile(problem.real.type.__name__)
 
 
-def _draft(work: str, problem: Problem, arrays: Arrays, rounded: np.dtype[Any], own: list[int], factor: float) -> Draft:
+def _draft(work: str, problem: Problem, arrays: Arrays, arrival: Arrival, own: list[int]) -> Draft:
     """Write down everything but how the work is split."""
     row = session.current.row
-    kernel = describe(work, tile_of(problem), row, steps=steps_of(problem), storage=name_of(problem.storage))
+    steps, storage = steps_of(problem), name_of(problem.storage)
+    kernel = describe(work, tile_of(problem), row, steps=steps, storage=storage, in_pairs=arrival.in_pairs)
     blocking, tile, lead = row.blocking, kernel.tile, problem.rows_shape
     query_block = -(-blocking.gradient_query_bytes // tile.itemsize // tile.width) * tile.width
     heads, outer = math.prod(lead), math.prod(lead[axis] for axis in own)
@@ -228,9 +255,10 @@ def _draft(work: str, problem: Problem, arrays: Arrays, rounded: np.dtype[Any], 
         **fields_of_scores(problem, arrays["bias"]),
         "bias_queries": grad_bias.shape[-2] if grad_bias is not None else 1,
         "bias_keys": grad_bias.shape[-1] if grad_bias is not None else 1,
-        "score_scale": factor,
-        "precise": limit_of(problem.real, rounded),
-        "slack": slack(rounded, problem.head_dim),
+        "score_scale": arrival.factor,
+        "score_factor": arrival.rest,
+        "precise": limit_of(problem.real, arrival.rounded),
+        "slack": slack(arrival.rounded, problem.head_dim),
         "numbers": heads * problem.queries * tile.itemsize,
         "blocks": -(-problem.keys // blocking.gradient_key_block),
         "key_block": blocking.gradient_key_block,
@@ -239,6 +267,7 @@ def _draft(work: str, problem: Problem, arrays: Arrays, rounded: np.dtype[Any], 
         "outer": outer,
         "inner": heads // outer,
     }
+    fields.update(fields_of_pairs(problem, fields) if kernel.reads == "pairs" else {})
     for name, array in arrays.items():
         for end, stride in zip(("_row", "_column"), array.strides[-2:] if array is not None else (), strict=False):
             if name + end in (GRADIENT_PLAN.names or ()):
@@ -292,7 +321,11 @@ def _split(draft: Draft, heads: int, *, group: int, groups: int, part: int, part
         "clean_keys": keys * score_panel,
         "outs": values * query_panel,
         "raws": score_panel if "function" in draft.kernel.steps else 0,
+        **dict.fromkeys(("key_rows", "weight_rows", "grad_rows", "grad_pairs"), 0),
     }
+    if draft.kernel.reads == "pairs":
+        rows = subs * score_panel // 2
+        sizes |= {"key_rows": keys * panel, "weight_rows": rows, "grad_rows": rows, "grad_pairs": score_panel // 2}
     at = 0
     for name in GRADIENT_PARTS:
         fields[name + "_at"] = at

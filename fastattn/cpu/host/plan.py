@@ -204,12 +204,16 @@ def fields_of_pairs(problem: Problem, fields: dict[str, Any]) -> dict[str, float
     What the scale is besides, a number from 1 to 2, is a factor of the products, where they are to be scores; else it
     is one of the exponents.
     """
-    fraction, exponent = math.frexp(fields["scale"])
-    rest = 2.0 * abs(fraction) or 1.0
-    power = math.copysign(math.ldexp(1.0, exponent - 1), fraction) if fraction else 0.0
+    power, rest = split_scale(fields["scale"])
     if problem.scores.adds or problem.scores.softcap is not None:
         return {"scale": power, "factor": rest}
     return {"scale": power, "factor": 1.0, "to_base_2": fields["to_base_2"] * rest}
+
+
+def split_scale(scale: float) -> tuple[float, float]:
+    """Return a power of two, with the sign of a scale, and what it is besides, a number from 1 to 2; of 0, 0 and 1."""
+    fraction, exponent = math.frexp(scale)
+    return (math.copysign(math.ldexp(1.0, exponent - 1), fraction), 2.0 * abs(fraction)) if fraction else (0.0, 1.0)
 
 
 def share_of_keys(problem: Problem) -> float:

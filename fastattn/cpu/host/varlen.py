@@ -23,7 +23,7 @@ from fastattn.call.shapes import split_shape
 from fastattn.call.upstream import OF_HEADS, Upstream, folded
 from fastattn.cpu.host import several
 from fastattn.cpu.host.backward import CALL_NAMES as GRADIENT_NAMES
-from fastattn.cpu.host.backward import Arrays, by_keys, by_parts, factor_of_scores, own_axes, planned, tile_of
+from fastattn.cpu.host.backward import Arrays, arrival_of, by_keys, by_parts, own_axes, planned, tile_of
 from fastattn.cpu.host.backward import run as run_alone
 from fastattn.cpu.host.calls import Plan
 from fastattn.cpu.host.forward import plan_forward, tile_of_functions
@@ -90,7 +90,7 @@ class _Backward:
         self.packed, self.upstream, self.names, self.seed, self.threads = packed, upstream, names, seed, threads
         self.problem = problem = packed.problem
         real, self.lead = problem.real, problem.rows_shape
-        self.factor = factor_of_scores(problem, names)
+        self.arrival = arrival_of(problem, names, upstream)
         shapes = (heads_first(each).shape for each in (packed.key, packed.value))
         self.own = own_axes(problem, *(split_shape(shape, problem, True) for shape in shapes))
         self.summed = tuple(size if axis in self.own else 1 for axis, size in enumerate(self.lead))
@@ -129,8 +129,7 @@ class _Backward:
             return []
         ready = until_run.enter_context(prepared(_numbered(one, numbers[0]), operands, tile_of(one)))
         arrays = self.arrays(numbers[0], operands)
-        rounded = self.upstream.rounded
-        plan, counters = planned(by_keys, one, arrays, rounded, self.own, self.factor, self.threads)
+        plan, counters = planned(by_keys, one, arrays, self.arrival, self.own, self.threads)
         turns = np.zeros((len(numbers), counters), np.int64)
         objects = {**arrays, "functions": ready.captured, "turns": turns, "seed": self.seed, "first_batch": numbers[0]}
         steps = {**self.steps, "turns": (0, 0, 0, turns.strides[0])}
@@ -159,7 +158,7 @@ class _Backward:
         packed, names, grads = self.packed, self.names, self.gradients
         scale = self.problem.scores.scale
         with np.errstate(all="ignore"):
-            if self.factor != scale:
+            if self.arrival.without_scale:
                 grads["query"] *= scale
                 grads["key"] *= scale
             found = {
@@ -181,7 +180,7 @@ class _Backward:
         assert rows is not None
         if name == "alibi_slopes":
             queries = packed.queries[number]
-            return gradient_of_slopes(rows.reshape(*self.lead, queries.stop - queries.start), self.factor)
+            return gradient_of_slopes(rows.reshape(*self.lead, queries.stop - queries.start), self.arrival.factor)
         return gradient_of_sinks(*packed.sequence(number), packed.upstream(number, self.upstream), rows)
 
     def captured(self, names: tuple[str, ...]) -> dict[str, Array]:
@@ -191,8 +190,8 @@ class _Backward:
             one, operands = self.packed.sequence(number)
             parts = Parts(one, operands, names)
             if one.keys and one.queries and 0 not in self.lead:
-                arrays, rounded = self.arrays(number, operands), self.upstream.rounded
-                call = (one, arrays, rounded, self.own, self.factor, self.threads, parts.number)
+                arrays = self.arrays(number, operands)
+                call = (one, arrays, self.arrival, self.own, self.threads, parts.number)
                 plan, counters = planned(by_parts, *call)
                 with prepared(one, operands, tile_of(one), parts) as ready:
                     functions = {**arrays, "functions": ready.captured}

@@ -11,6 +11,9 @@ A task is a group of key blocks of one head of keys. The blocks of queries that 
             dv[j][:] += Σ_i p[j][i] · do[i][:]
             dk[j][:] += Σ_i ds[j][i] · q[i][:]
 
+Where the machine multiplies pairs of bfloat16, all products are of pairs: of features in the first two, of keys for dq,
+of queries for dv and dk. p and ds are rounded for these three, and whatever acts on them before is as it is elsewhere.
+
 dk and dv stay with the task. dq is in the result and is added to by one group of keys after the other: a counter for
 each block of queries says whose turn it is (`fastattn.cpu.kernels.stages`), and with more heads than threads hardly
 anybody waits. Long sequences, and heads of queries that share a head of keys, are more than one task for a group; these
@@ -32,12 +35,14 @@ from fastattn.cpu.kernels.gradient_rows import (
     load_rows,
     starts_late,
 )
-from fastattn.cpu.kernels.gradient_sums import WORD, add_to_keys, add_visible, note_span, whole_tiles
+from fastattn.cpu.kernels.gradient_sums import WORD, add_to_keys, add_visible, note_span, round_weights, whole_tiles
 from fastattn.cpu.kernels.masks import lowest
 from fastattn.cpu.kernels.panels import (
     add_across,
     are_finite,
     clean_panels,
+    pack_factors,
+    pack_finite_pairs,
     pack_panels,
     product_along,
     unpack_panels,
@@ -121,7 +126,7 @@ def differentiate(kernel, plan, scores, grads, count, hidden, late, start, delta
     tile = kernel.tile
     for _ in range(count):
         score = tile_load(tile.single, scores, 0)
-        if kernel.steps != PLAIN and late:
+        if (kernel.steps != PLAIN or kernel.reads == "pairs") and late:
             exponent = (score - start) * plan.to_base_2
         else:
             exponent = score
@@ -247,16 +252,15 @@ def weigh(kernel, call, plan, head, s, first_query, first_key, offset, lost, scr
     late = starts_late(kernel, plan)
     zero = tile_fill(tile.single, 0.0)
     begin, grad_begin = start, zero - delta
-    if kernel.steps != PLAIN:
-        if late:
-            begin = zero
-        if plan.drop_below > 0:
-            grad_begin = zero
+    if (kernel.steps != PLAIN or kernel.reads == "pairs") and late:
+        begin = zero
+    if kernel.steps != PLAIN and plan.drop_below > 0:
+        grad_begin = zero
     keys, values = scratch + plan.keys_at + offset + before, scratch + plan.values_at + offset + before
     queries = scratch + plan.query_lanes_at + s * plan.head_dim * tile.row_bytes
     grad_lanes = scratch + plan.grad_lanes_at + s * plan.value_dim * tile.row_bytes
-    product_along(tile, begin, count, keys, plan.panel, queries, plan.head_dim, weights)
-    product_along(tile, grad_begin, count, values, plan.panel, grad_lanes, plan.value_dim, grads)
+    product_along(kernel, begin, count, keys, plan.panel, queries, plan.head_dim, plan.factor, weights)
+    product_along(kernel, grad_begin, count, values, plan.panel, grad_lanes, plan.value_dim, 1.0, grads)
     dropping = "dropout" in kernel.steps and plan.drop_below > 0
     if dropping:
         drop(tile, plan, call, grads, count, head.number, first_query, first_key + part.begin)
@@ -303,11 +307,11 @@ Work = namedtuple("Work", "group first_key end first_block last_block")
 @jit
 def load_keys(kernel, plan, key, value, first, count, scratch):
     """Lay out `count` keys and values in panels, from the first on."""
-    tile, keys, values = kernel.tile, scratch + plan.keys_at, scratch + plan.values_at
+    keys, values = scratch + plan.keys_at, scratch + plan.values_at
     key += first * plan.key_row
     value += first * plan.value_row
-    pack_panels(kernel, tile, keys, plan.panel, key, plan.key_row, plan.key_column, count, plan.head_dim)
-    pack_panels(kernel, tile, values, plan.panel, value, plan.value_row, plan.value_column, count, plan.value_dim)
+    pack_factors(kernel, keys, plan.panel, key, plan.key_row, plan.key_column, count, plan.head_dim)
+    pack_factors(kernel, values, plan.panel, value, plan.value_row, plan.value_column, count, plan.value_dim)
 
 
 @jit
@@ -377,7 +381,9 @@ def meet(kernel, call, plan, head, work, block, finite, finite_keys, lost, is_fi
     for first_key in range(work.first_key, work.end, plan.key_block):
         offset = (first_key - work.first_key) * tile.row_bytes
         keys, keys_panel = scratch + plan.keys_at + offset, plan.panel
-        if not finite_keys:
+        if kernel.reads == "pairs":
+            keys = scratch + plan.key_rows_at + offset // 2
+        elif not finite_keys:
             keys, keys_panel = scratch + plan.clean_keys_at, plan.score_panel
             there, source = min(plan.key_block, work.end - first_key), scratch + plan.keys_at + offset
             clean_panels(tile, keys, keys_panel, source, plan.panel, there, plan.head_dim, 1.0)
@@ -395,9 +401,12 @@ def meet(kernel, call, plan, head, work, block, finite, finite_keys, lost, is_fi
                 a = scratch + plan.score_grads_at + s * plan.score_panel + rows
                 c = query_sums + s * tile.width * tile.row_bytes
                 count = part.end - part.begin
-                add_across(tile, c, plan.query_panel, plan.head_dim, a, keys + rows, keys_panel, count)
+                if kernel.reads == "pairs":
+                    round_weights(kernel, plan, part, s, scratch)
+                    a, rows = scratch + plan.grad_pairs_at, rows // 2
+                add_across(kernel, c, plan.query_panel, plan.head_dim, a, keys + rows, keys_panel, count)
         if end > 0:
-            add_to_keys(tile, plan, offset, subs, present, scratch)
+            add_to_keys(kernel, plan, offset, subs, present, scratch)
             if not finite:
                 add_visible(kernel, call, plan, head, first_query, present, first_key, offset, scratch)
 
@@ -411,7 +420,11 @@ def begin_keys(kernel, plan, head, work, grad_key, grad_value, scratch):
     key_sums, value_sums = scratch + plan.key_sums_at, scratch + plan.value_sums_at
     pack_panels(tile, tile, key_sums, plan.panel, grad_key, plan.grad_key_row, element, count, plan.head_dim)
     pack_panels(tile, tile, value_sums, plan.panel, grad_value, plan.grad_value_row, element, count, plan.value_dim)
-    return are_finite(tile, scratch + plan.keys_at, plan.panel, count, plan.head_dim)
+    if kernel.reads != "pairs":
+        return are_finite(tile, scratch + plan.keys_at, plan.panel, count, plan.head_dim)
+    key, rows = head.key + work.first_key * plan.key_row, scratch + plan.key_rows_at
+    pack_finite_pairs(kernel, rows, plan.panel, key, plan.key_row, plan.key_column, count, plan.head_dim)
+    return True
 
 
 @jit

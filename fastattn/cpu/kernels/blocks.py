@@ -134,7 +134,7 @@ def add_values(kernel, plan, weights, count, value, out, wanted, apart):
     features = plan.value_dim
     panel, row, column = value_steps(kernel, plan)
     if kernel.reads == "pairs":
-        pairs.pair_weights(tile, weights, count)
+        pairs.pair_rows(tile, weights, count)
         count = pairs.pairs_of(count)
     if (
         kernel.score == "additive" and tile.vectors == 1 and column == tile.itemsize

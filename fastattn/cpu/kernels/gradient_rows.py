@@ -6,7 +6,8 @@ subtracted from the gradients of its weights.
 
 from fastattn.cpu.kernels.masks import INFINITY
 from fastattn.cpu.kernels.pack import pack_queries
-from fastattn.cpu.kernels.panels import are_finite, clean_panels, clear_row, pack_panels
+from fastattn.cpu.kernels.pairs import pair_rows
+from fastattn.cpu.kernels.panels import are_finite, clean_panels, clear_row, pack_panels, pair_panels
 from fastattn.cpu.kernels.softmax import MINUS_INFINITY
 from fastattn.machine.kernel import PLAIN
 from fastattn.simd import jit, load_element, store_element, tile_load, tile_store
@@ -32,6 +33,8 @@ def row_product(tile, a, b, panel, features, buffer):
 @jit
 def starts_late(kernel, plan):
     """Whether an lse is subtracted from finished scores: what is made of them comes first."""
+    if kernel.reads == "pairs":  # products are not yet times all of the scale
+        return True
     return "softcap" in kernel.steps or (kernel.steps != PLAIN and plan.to_base_2 != 1.0)
 
 
@@ -40,7 +43,7 @@ def load_starts(kernel, plan, lse, present, starts):
     """starts[i] = what sums of products begin with, -lse; or late, what is subtracted. Whether all see a key."""
     tile = kernel.tile
     late = starts_late(kernel, plan)
-    factor = LOG2_E if plan.to_base_2 == 1.0 else 1.0
+    factor = LOG2_E / plan.to_base_2
     full = True
     for i in range(plan.query_block):
         start = INFINITY if late else MINUS_INFINITY  # where nothing is looked at, an exponent of -inf comes out
@@ -66,7 +69,7 @@ def clear_lane(tile, block, i, features):
 def load_lanes(kernel, plan, query, grad_out, lse, present, scale, scratch):
     """Lay out a block of queries, and `scale` times the gradient of its result, with queries in the lanes.
 
-    Those that look at nothing are 0. Whether there are none.
+    Those that look at nothing are 0. Whether there are none. In pairs, scales are powers of two.
     """
     tile = kernel.tile
     queries, grads = scratch + plan.query_lanes_at, scratch + plan.grad_lanes_at
@@ -86,6 +89,12 @@ def load_lanes(kernel, plan, query, grad_out, lse, present, scale, scratch):
             if load_element(tile, lse + i * tile.itemsize) == MINUS_INFINITY:
                 clear_lane(tile, queries, i, plan.head_dim)
                 clear_lane(tile, grads, i, plan.value_dim)
+    if kernel.reads == "pairs":
+        for _ in range(0, present, tile.width):
+            pair_rows(tile, queries, plan.head_dim)
+            pair_rows(tile, grads, plan.value_dim)
+            queries += plan.head_dim * tile.row_bytes
+            grads += plan.value_dim * tile.row_bytes
     return full
 
 
@@ -93,22 +102,28 @@ def load_lanes(kernel, plan, query, grad_out, lse, present, scale, scratch):
 def load_rows(kernel, plan, query, grad_out, lse, present, full, scratch):
     """Lay out the same in panels, for the products with features in the lanes; 0 for what is not finite.
 
-    The gradients are multiplied by what dropout multiplies the weights by. Whether they were finite.
+    The gradients are multiplied by what dropout multiplies the weights by; not in pairs, of which weights are. Whether
+    they were finite.
     """
-    tile = kernel.tile
+    tile, keep_scale = kernel.tile, plan.keep_scale
+    if kernel.reads == "pairs":
+        keep_scale = 1.0
     queries, grads, panel = scratch + plan.queries_at, scratch + plan.grads_at, plan.query_panel
     pack_panels(kernel, tile, queries, panel, query, plan.query_row, plan.query_column, present, plan.head_dim)
     if not are_finite(tile, queries, panel, present, plan.head_dim):
         clean_panels(tile, queries, panel, queries, panel, present, plan.head_dim, 1.0)
     pack_panels(tile, tile, grads, panel, grad_out, plan.grad_out_row, plan.grad_out_column, present, plan.value_dim)
     finite = are_finite(tile, grads, panel, present, plan.value_dim)
-    if not finite or plan.keep_scale != 1.0:
-        clean_panels(tile, grads, panel, grads, panel, present, plan.value_dim, plan.keep_scale)
+    if not finite or keep_scale != 1.0:
+        clean_panels(tile, grads, panel, grads, panel, present, plan.value_dim, keep_scale)
     if not full:
         for i in range(present):
             if load_element(tile, lse + i * tile.itemsize) == MINUS_INFINITY:
                 clear_row(tile, queries, panel, i, plan.head_dim)
                 clear_row(tile, grads, panel, i, plan.value_dim)
+    if kernel.reads == "pairs":
+        pair_panels(tile, queries, panel, present, plan.head_dim)
+        pair_panels(tile, grads, panel, present, plan.value_dim)
     return finite
 
 

@@ -7,7 +7,17 @@ from fastattn.cpu.kernels.functions import has_score_function
 from fastattn.cpu.kernels.panels import add_along
 from fastattn.cpu.kernels.scores import sees
 from fastattn.cpu.kernels.softmax import MINUS_INFINITY
-from fastattn.simd import jit, load_element, load_i64, store_element, store_i64
+from fastattn.simd import (
+    jit,
+    load_element,
+    load_i64,
+    store_element,
+    store_i64,
+    tile_load,
+    tile_round_to_pairs,
+    tile_store,
+    tile_store_rounded,
+)
 
 WORD = 8
 
@@ -50,12 +60,40 @@ def end_of(tile, plan, s, scratch):
 
 
 @jit
-def add_to_keys(tile, plan, offset, subs, present, scratch):
+def round_weights(kernel, plan, part, s, scratch):
+    """Round p and ds of tile width `s` of the queries to bfloat16: rows in which neighbours are pairs, and ds in pairs
+    of rows as well. They are multiplied by what the other factors of their products could not be.
+    """
+    tile, before = kernel.tile, s * plan.score_panel + part.begin * kernel.tile.row_bytes
+    weights, grads = scratch + plan.scores_at + before, scratch + plan.score_grads_at + before
+    weight_rows, grad_rows = scratch + plan.weight_rows_at + before // 2, scratch + plan.grad_rows_at + before // 2
+    grad_pairs = scratch + plan.grad_pairs_at
+    for _ in range(0, whole_tiles(tile, part.end - part.begin), 2):
+        first = tile_load(tile.single, grads, 0) * plan.score_factor
+        second = tile_load(tile.single, grads + tile.row_bytes, 0) * plan.score_factor
+        tile_store(tile_round_to_pairs(first, second), grad_pairs, 0)
+        tile_store_rounded(first, grad_rows)
+        tile_store_rounded(second, grad_rows + tile.row_bytes // 2)
+        for at in range(0, 2 * tile.row_bytes, tile.row_bytes):
+            weight = tile_load(tile.single, weights + at, 0)
+            if "dropout" in kernel.steps:
+                weight = weight * plan.keep_scale
+            tile_store_rounded(weight, weight_rows + at // 2)
+        weights += 2 * tile.row_bytes
+        grads += 2 * tile.row_bytes
+        weight_rows += tile.row_bytes
+        grad_rows += tile.row_bytes
+        grad_pairs += tile.row_bytes
+
+
+@jit
+def add_to_keys(kernel, plan, offset, subs, present, scratch):
     """dv[j] += Σ_i p[j][i] · do[i], dk[j] += Σ_i ds[j][i] · q[i] for the keys of a block, from `offset` on in a panel.
 
     Neither where the keys begin that queries look at, nor where they end, is less for later queries. So there are rows
     of keys that the same tile widths of queries see, from `first` to `last`, and behind them others.
     """
+    tile = kernel.tile
     first = last = row = 0
     while True:
         while first < subs and end_of(tile, plan, first, scratch) <= row:
@@ -69,22 +107,26 @@ def add_to_keys(tile, plan, offset, subs, present, scratch):
         end = end_of(tile, plan, first, scratch)
         if last < subs:
             end = min(end, begin_of(plan, last, scratch))
-        add_rows(tile, plan, offset, row, end - row, first, min(present, last * tile.width), scratch)
+        add_rows(kernel, plan, offset, row, end - row, first, min(present, last * tile.width), scratch)
         row = end
 
 
 @jit
-def add_rows(tile, plan, offset, row, rows, first, present, scratch):
+def add_rows(kernel, plan, offset, row, rows, first, present, scratch):
     """The same for some rows, from `row` on, and the queries from tile width `first` on."""
-    at = row * tile.row_bytes
-    a, b, c = first * plan.score_panel + at, first * tile.width * tile.row_bytes, offset + at
+    tile = kernel.tile
+    at, step = row * tile.row_bytes, plan.score_panel
+    a, b, c = first * step + at, first * tile.width * tile.row_bytes, offset + at
     values, keys = scratch + plan.value_sums_at + c, scratch + plan.key_sums_at + c
     weights, weight_grads = scratch + plan.scores_at + a, scratch + plan.score_grads_at + a
+    if kernel.reads == "pairs":  # half as long, as are columns of queries
+        a, b, step = a // 2, b // 2, step // 2
+        weights, weight_grads = scratch + plan.weight_rows_at + a, scratch + plan.grad_rows_at + a
     grads, queries = scratch + plan.grads_at + b, scratch + plan.queries_at + b
     terms = present - first * tile.width
-    panel, step, inner = plan.panel, plan.score_panel, plan.query_panel
-    add_along(tile, values, panel, plan.value_dim, rows, weights, step, grads, inner, terms)
-    add_along(tile, keys, panel, plan.head_dim, rows, weight_grads, step, queries, inner, terms)
+    panel, inner = plan.panel, plan.query_panel
+    add_along(kernel, values, panel, plan.value_dim, rows, weights, step, grads, inner, terms)
+    add_along(kernel, keys, panel, plan.head_dim, rows, weight_grads, step, queries, inner, terms)
 
 
 @jit

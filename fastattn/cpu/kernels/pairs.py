@@ -77,6 +77,16 @@ def copy_keys(kernel, target, target_row, source, row, column, count, features):
 
 
 @jit
+def copy_panels(kernel, target, panel, source, row, column, count, features):
+    """target[p / width][j][p % width] = source[j][2p] and source[j][2p + 1], which behind the last feature is 0."""
+    tile = kernel.tile
+    for first in range(0, features, 2 * tile.width):
+        some = min(2 * tile.width, features - first)
+        copy_keys(kernel, target, tile.row_bytes, source + first * column, row, column, count, some)
+        target += panel
+
+
+@jit
 def copy_values(kernel, target, target_row, source, row, column, count, features):
     """target[j][p] = source[2j][p] and source[2j + 1][p]; behind the last row 0."""
     tile = kernel.tile
@@ -106,14 +116,14 @@ def clean_values(kernel, values, values_row, count, features):
 
 
 @jit
-def pair_weights(tile, weights, count):
-    """Round weights to bfloat16, in pairs of rows, from the first row on; behind the last row 0."""
-    target = weights
+def pair_rows(tile, rows, count):
+    """Round rows to bfloat16, in pairs, which are in their place from the first row on; behind the last row 0."""
+    target = rows
     for j in range(0, count, 2):
-        first = tile_load(tile.single, weights, 0)
+        first = tile_load(tile.single, rows, 0)
         second = tile_fill(tile.single, 0.0)
         if j + 1 < count:
-            second = tile_load(tile.single, weights + tile.row_bytes, 0)
+            second = tile_load(tile.single, rows + tile.row_bytes, 0)
         tile_store(tile_round_to_pairs(first, second), target, 0)
-        weights += 2 * tile.row_bytes
+        rows += 2 * tile.row_bytes
         target += tile.row_bytes

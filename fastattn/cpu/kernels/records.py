@@ -205,6 +205,11 @@ GRADIENT_PARTS = (
     "clean_keys",  # a block of keys, with 0 for what is not finite
     "outs",  # results of a block of queries
     "raws",  # scores before the user's function; in the plan for the gradients of what that captures
+    # Where pairs of bfloat16 are multiplied:
+    "key_rows",  # keys once more, in pairs of rows, with 0 for what is not finite
+    "weight_rows",  # weights in pairs of queries, and gradients of scores
+    "grad_rows",
+    "grad_pairs",  # these in pairs of keys, of one tile width of the queries
 )
 GRADIENT_PLAN = np.dtype(
     [
@@ -216,6 +221,7 @@ GRADIENT_PLAN = np.dtype(
         ("grad_value_row", i8),
         ("grad_bias_row", i8),
         ("score_scale", f8),  # of the gradients of scores: usually the scale itself, whatever base scores are kept in
+        ("score_factor", f8),  # what these lack besides, in products of pairs
         ("precise", f8),  # below this magnitude an lse has not lost digits that matter
         ("slack", f8),  # how far an lse may be from the sum of its row, relative to its size
         ("numbers", i8),  # bytes of one number for each query of all heads

@@ -16,7 +16,7 @@ import math
 from fastattn.cpu.kernels.blocks import clear
 from fastattn.cpu.kernels.gradient_rows import starts_late
 from fastattn.cpu.kernels.masks import INFINITY, lowest
-from fastattn.cpu.kernels.panels import pack_panels, product_along
+from fastattn.cpu.kernels.panels import pack_factors, product_along
 from fastattn.cpu.kernels.scores import cap, keys_of_block, keys_of_queries, restrict, restrict_with_functions
 from fastattn.cpu.kernels.sinks import LN_2, log_beside, log_sum, share_of_sink, sink_of, term_of
 from fastattn.cpu.kernels.softmax import MINUS_INFINITY, absorb
@@ -91,7 +91,7 @@ def absorb_block(kernel, plan, head, first_query, first_key, keys, s, scratch):
         return
     scores, rows = scratch + plan.scores_at, part.begin * tile.row_bytes
     queries, zero = scratch + plan.query_lanes_at + at * plan.head_dim, tile_fill(tile.single, 0.0)
-    product_along(tile, zero, count, keys + rows, panel, queries, plan.head_dim, scores + rows)
+    product_along(kernel, zero, count, keys + rows, panel, queries, plan.head_dim, plan.factor, scores + rows)
     if "softcap" in kernel.steps and plan.softcap != 0.0:
         cap(tile, plan, scores + rows, count, zero)
     hide_keys(kernel, plan, head, scores, 0, part, first_query, first_key, scratch)
@@ -117,7 +117,7 @@ def find_sums(kernel, plan, head, lse, first_query, present, numbers, sink_weigh
     for first_key in range(begin - begin % plan.key_block, end, plan.key_block):
         there = min(plan.key_block, plan.keys - first_key)
         source = head.key + first_key * plan.key_row
-        pack_panels(kernel, tile, keys, panel, source, plan.key_row, plan.key_column, there, plan.head_dim)
+        pack_factors(kernel, keys, panel, source, plan.key_row, plan.key_column, there, plan.head_dim)
         for s in range(subs):
             absorb_block(kernel, plan, head, first_query + s * tile.width, first_key, keys, s, scratch)
     for offset in range(0, present * tile.itemsize, tile.itemsize):

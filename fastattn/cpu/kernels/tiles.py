@@ -91,7 +91,7 @@ def products(rank, rank_packed, rank_along):
 
 product_across, product_along, four_along = products(tile_rank1, tile_rank1_packed, tile_rank1_along)
 # of pairs, of which `count` is the number
-pairs_across, pairs_along, _ = products(tile_rank2, tile_rank2_packed, tile_rank2_along)
+pairs_across, pairs_along, four_pairs_along = products(tile_rank2, tile_rank2_packed, tile_rank2_along)
 
 
 @inline
