@@ -312,8 +312,8 @@ MUTATIONS = (
     Mutation(
         "few queries: dropout takes the first key of a window for the first of four",
         "cpu/kernels/decode.py",
-        "begin -= begin % 4",
-        "begin -= begin % 1",
+        "for j in range(-(first_key % 4), count, 4):",
+        "for j in range(0, count, 4):",
         ("cpu/kernels/test_decode.py", "test_dropout_under_a_window_is_that_of_its_keys and here"),
     ),
     Mutation(
