@@ -27,7 +27,7 @@ BACKENDS = ("reference", "cpu", *(["cuda"] if HAS_CUDA else []))
 # A first call compiles, which no deadline should count. The default profile tries the same examples every time, so that
 # a failure is somebody's change; the thorough one, FASTATTN_TEST_PROFILE=thorough, looks for new ones.
 _usual: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
-settings.register_profile("default", max_examples=40, derandomize=True, database=None, **_usual)
+settings.register_profile("default", max_examples=25, derandomize=True, database=None, **_usual)
 settings.register_profile("thorough", max_examples=2000, **_usual)
 settings.load_profile(os.environ.get("FASTATTN_TEST_PROFILE", "default"))
 
