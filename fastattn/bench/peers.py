@@ -19,12 +19,12 @@ import fastattn
 from fastattn import reference
 from fastattn.bench.cases import Arguments, Case
 from fastattn.call.halves import BITS, cast, name_of
+from fastattn.call.problem import FLOAT64
 from fastattn.cpu.host import processors
 
 __all__ = ["ENGINES", "OURS", "Call", "Engine", "Unavailable", "check", "cores", "prepare"]
 
 
-FLOAT64 = np.dtype(np.float64)
 #: What a result may be off by, by its dtype: a share. In half precision, two roundings: of weights, and of results.
 LIMITS = {"bfloat16": 2.0**-7, "float16": 2.0**-10, "float32": 2e-5, "float64": 1e-12}
 
@@ -119,11 +119,12 @@ def check(result: NDArray[Any], arguments: Arguments, limit: float | None = None
             mask = below
         q, k, v = (cast(x, FLOAT64) for x in (query[rows], key, value))
         expected, lse = reference.attention(q, k, v, mask, return_lse=True)
-        sizes: Any = reference.attention(q, k, np.abs(v), mask)
-        if arguments.grad_out is not None:
+        sizes: Any = 1.0
+        if arguments.grad_out is None:
+            sizes = reference.attention(q, k, np.abs(v), mask)
+        else:
             grad_out = arguments.grad_out[batch, head][rows]
             expected, *_ = reference.attention_backward(grad_out, q, k, v, expected, lse, mask)
-            sizes = 1.0
         error = float((np.abs(cast(result[batch, head][rows], FLOAT64) - expected) / sizes).max())
         if not error <= limit:
             raise Unavailable(f"its result is off by {error:.1g} of what is added up, where {limit:.0g} is allowed")
