@@ -116,12 +116,12 @@ def products(kernel, place, q, key, row, features, present):
 
 
 @jit
-def crossed_products(kernel, place, plan, features, q, key, row, present, wanted):
+def crossed_products(kernel, place, plan, q, key, row, present, wanted):
     """q[r] · key[j] for some rows and some keys, that make a vector together: the keys of the first row come first.
 
     So many of the keys are there.
     """
-    tile = kernel.tile
+    tile, features = kernel.tile, words_of(kernel, plan.head_dim)
     whole = features - features % tile.lanes if present >= tile.cofactor.rows else 0
     total = tile_fill(tile.square, 0.0)
     for p in range(0, whole, tile.lanes):
@@ -145,15 +145,15 @@ def crossed_rows(tile, count):
 
 
 @jit
-def score_vector(kernel, place, plan, features, count, queries, key, row, present, scores, wanted):
+def score_vector(kernel, place, plan, count, queries, key, row, present, scores, wanted):
     """The scores of `count` rows, or one more, with a vector of keys, of which so many are there."""
-    tile = kernel.tile
+    tile, features = kernel.tile, words_of(kernel, plan.head_dim)
     rows, columns, crossed = tile.factor.rows, tile.cofactor.rows, crossed_rows(tile, count)
     factor = plan.factor if kernel.reads == "pairs" and kernel.steps != PLAIN else 1.0
     for r in range(0, crossed, rows):
         q, at = queries + r * plan.query_bytes, scores + r * plan.score_bytes
         for i in range(0, present, columns):
-            some = crossed_products(kernel, place, plan, features, q, key + i * row, row, present - i, wanted)
+            some = crossed_products(kernel, place, plan, q, key + i * row, row, present - i, wanted)
             store_split(tile.cofactor_row, some * factor, at + i * tile.itemsize, plan.score_bytes)
     for r in range(crossed, count):
         q, at = queries + r * plan.query_bytes, scores + r * plan.score_bytes
@@ -180,8 +180,7 @@ def score_rows(kernel, plan, count, queries, key, keys, scores, buffer, wanted):
     for j in range(0, keys, tile.lanes):
         present, at = min(tile.lanes, keys - j), scores + j * tile.itemsize
         if kernel.storage != "int8":
-            place, features = kernel.key_place, words_of(kernel, plan.head_dim)
-            score_vector(kernel, place, plan, features, count, queries, key, plan.key_step, present, at, wanted)
+            score_vector(kernel, kernel.key_place, plan, count, queries, key, plan.key_step, present, at, wanted)
             key += tile.lanes * plan.key_step
             continue
         if single:
@@ -190,11 +189,10 @@ def score_rows(kernel, plan, count, queries, key, keys, scores, buffer, wanted):
                 found = products(kernel, kernel, q, key, plan.key_row, plan.head_dim, present)
                 tile_store(found, at + r * plan.score_bytes, 0)
         elif crossed and present == tile.lanes:
-            features = plan.head_dim
-            score_vector(kernel, kernel, plan, features, count, queries, key, plan.key_row, present, at, wanted)
+            score_vector(kernel, kernel, plan, count, queries, key, plan.key_row, present, at, wanted)
         else:
             copy_rows(kernel, tile, buffer, plan.key_step, key, plan.key_row, 1, present, plan.head_dim)
-            score_vector(kernel, tile, plan, plan.head_dim, count, queries, buffer, plan.key_step, present, at, wanted)
+            score_vector(kernel, tile, plan, count, queries, buffer, plan.key_step, present, at, wanted)
         key += tile.lanes * plan.key_row
 
 
