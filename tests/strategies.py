@@ -234,7 +234,12 @@ def numbers(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any, size: 
 
 
 def with_odd(rng: np.random.Generator, array: Array, which: tuple[float, ...], share: float = 0.02) -> Array:
-    """Return the array with some elements replaced by odd ones."""
+    """Return the array with some elements replaced by odd ones.
+
+    Of bfloat16 none is subnormal: beside infinities those count as 0 on some machines, and make NaN there.
+    """
+    if array.dtype == BFLOAT16:
+        array = np.where(np.abs(array) < finfo(array.dtype).tiny, array * 0, array)
     odd = cast(np.asarray(rng.choice(np.array(which), size=array.shape)), array.dtype)
     return np.where(rng.random(array.shape) < share, odd, array)
 
@@ -519,7 +524,7 @@ def calls(
     ]
     if odd:
         which, share = draw(st.sets(st.integers(0, 2), min_size=1)), draw(st.sampled_from((1 / 32, 1 / 1024)))
-        arrays = [with_odd(rng, array, ODD, share) if i in which else array for i, array in enumerate(arrays)]
+        arrays = [with_odd(rng, array, ODD, share if i in which else 0) for i, array in enumerate(arrays)]
 
     further = not small if further is None else further
     options: dict[str, Any] = {"enable_gqa": enable_gqa, "is_causal": draw(causal), "scale": draw(scales)}

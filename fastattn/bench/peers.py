@@ -127,7 +127,7 @@ def check(result: NDArray[Any], arguments: Arguments, limit: float | None = None
             expected, *_ = reference.attention_backward(grad_out, q, k, v, expected, lse, mask)
         error = float((np.abs(cast(result[batch, head][rows], FLOAT64) - expected) / sizes).max())
         if not error <= limit:
-            raise Unavailable(f"its result is off by {error:.1g} of what is added up, where {limit:.0g} is allowed")
+            raise Unavailable(f"its result is off by {error:.1g}, where {limit:.0g} is allowed")
 
 
 def prepare(engine: Engine, case: Case, threads: int) -> Call:
