@@ -85,6 +85,11 @@ class Kernel:
         return self.tile if self.reads == "pairs" else self
 
     @property
+    def pairs_of_rows(self) -> bool:
+        """Whether values that lie here are multiplied in pairs, each of two rows, where features are in the lanes."""
+        return self.reads == "pairs" and self.storage == "bfloat16"
+
+    @property
     def scale_place(self) -> Kernel:
         """The kernel as if its storage were that of the scales of int8."""
         return self.place("float16")

@@ -27,6 +27,11 @@ class TileShape:
         return self.dtype
 
     @property
+    def pairs_of_rows(self) -> bool:
+        """As `Kernel` has it: what lies in working memory is multiplied by itself."""
+        return False
+
+    @property
     def itemsize(self) -> int:
         return ITEMSIZE[self.dtype]
 

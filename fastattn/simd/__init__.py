@@ -71,6 +71,15 @@ from fastattn.simd.memory import (
     tile_store,
     tile_transpose,
 )
+from fastattn.simd.pairs import (
+    tile_from_zipped,
+    tile_load_two_rows,
+    tile_load_zipped,
+    tile_round_to_pairs,
+    tile_scale_pairs,
+    tile_store_rounded,
+    tile_to_zipped,
+)
 from fastattn.simd.philox import keep_rows
 from fastattn.simd.products import (
     fma_of_pairs,
@@ -103,10 +112,6 @@ from fastattn.simd.storage import (
     tile_load_part_stored,
     tile_load_scales,
     tile_load_stored,
-    tile_load_two_rows,
-    tile_round_to_pairs,
-    tile_scale_pairs,
-    tile_store_rounded,
     tile_store_stored,
     tile_together,
 )
@@ -174,6 +179,7 @@ __all__ = [
     "sum_rows",
     "tile_apart",
     "tile_fill",
+    "tile_from_zipped",
     "tile_iota",
     "tile_load",
     "tile_load_apart",
@@ -187,6 +193,7 @@ __all__ = [
     "tile_load_scales",
     "tile_load_stored",
     "tile_load_two_rows",
+    "tile_load_zipped",
     "tile_rank1",
     "tile_rank1_along",
     "tile_rank1_packed",
@@ -202,6 +209,7 @@ __all__ = [
     "tile_store_rounded",
     "tile_store_stored",
     "tile_stretch",
+    "tile_to_zipped",
     "tile_together",
     "tile_transpose",
     "where_greater",

@@ -2,9 +2,6 @@
 
 `place` is what a piece of memory belongs to: a kernel, whose `storage` the arrays of a call have, or a tile shape,
 whose dtype working memory has.
-
-*Pairs* are two neighbours of bfloat16 in the place of one float32, the first in its lower half. Some machines multiply
-them pair by pair, and add both products to a float32.
 """
 
 from dataclasses import replace
@@ -22,7 +19,6 @@ from fastattn.simd.tile import (
     call_llvm,
     call_named,
     element_of,
-    elementwise,
     is_shape,
     load_from,
     make_tile,
@@ -350,7 +346,7 @@ def tile_load_apart(typingctx, shape, address, row_bytes):
     return signature(TileType(shape.value), shape, types.intp, types.intp), codegen
 
 
-def _shuffle_twos(tile, orders):
+def shuffle_twos(tile, orders):
     """Signature and lowering of a tile of which each two vectors are the elements of two in these orders."""
     if not (isinstance(tile, TileType) and tile.shape.vectors % 2 == 0):
         return None
@@ -367,7 +363,7 @@ def _shuffle_twos(tile, orders):
 @intrinsic
 def tile_apart(typingctx, tile):
     """A tile whose elements stand as `tile_load_apart` has them: of each two vectors those of even places first."""
-    return _shuffle_twos(tile, lambda lanes: (list(range(0, 2 * lanes, 2)), list(range(1, 2 * lanes, 2))))
+    return shuffle_twos(tile, lambda lanes: (list(range(0, 2 * lanes, 2)), list(range(1, 2 * lanes, 2))))
 
 
 @intrinsic
@@ -378,71 +374,4 @@ def tile_together(typingctx, tile):
         order = [place + half * lanes for place in range(lanes) for half in range(2)]
         return order[:lanes], order[lanes:]
 
-    return _shuffle_twos(tile, orders)
-
-
-# -- pairs of bfloat16 -------------------------------------------------------------------------------------------------
-
-
-@intrinsic
-def tile_load_two_rows(typingctx, shape, first, second):
-    """Pairs of the elements of two rows of bfloat16: one vector."""
-    if not is_shape(shape):
-        return None
-    tile = TileType(shape.value)
-
-    def codegen(context, builder, sig, values):
-        s = shape.value
-        ints = ir.VectorType(INT, s.lanes)
-        low, high = (builder.zext(load_from(builder, at, ir.VectorType(SHORT, s.lanes), 2), ints) for at in values[1:])
-        pairs = builder.or_(low, builder.shl(high, constant(ints, 16)))
-        return make_tile(builder, s, [builder.bitcast(pairs, vector_of(s))])
-
-    return signature(tile, shape, types.intp, types.intp), codegen
-
-
-@intrinsic
-def tile_round_to_pairs(typingctx, first, second):
-    """Pairs of two tiles' elements, rounded to bfloat16."""
-
-    def emit(builder, shape, low, high):
-        shorts, lanes = ir.VectorType(BFloat(), shape.lanes), shape.lanes
-        order = [half * lanes + lane for lane in range(lanes) for half in range(2)]
-        low, high = builder.fptrunc(low, shorts), builder.fptrunc(high, shorts)
-        both = builder.shuffle_vector(low, high, ir.Constant(ir.VectorType(INT, 2 * lanes), order))
-        return builder.bitcast(both, vector_of(shape))
-
-    return elementwise(emit, first, second)
-
-
-@intrinsic
-def tile_store_rounded(typingctx, row, address):
-    """Write a row, rounded to bfloat16, its elements next to each other: as pairs of neighbours."""
-    if not isinstance(row, TileType):
-        return None
-
-    def codegen(context, builder, sig, values):
-        s = row.shape
-        for v, vector in enumerate(vectors_of(builder, s, values[0])):
-            rounded = builder.fptrunc(vector, ir.VectorType(BFloat(), s.lanes))
-            rounded = builder.bitcast(rounded, ir.VectorType(SHORT, s.lanes))
-            place = shifted(builder, values[1], v * s.lanes * WORD // 2)
-            builder.store(rounded, pointer_to(builder, place, rounded.type), align=WORD // 2)
-        return context.get_dummy_value()
-
-    return signature(types.none, row, types.intp), codegen
-
-
-@intrinsic
-def tile_scale_pairs(typingctx, pairs, factor):
-    """Pairs times a power of two; what becomes subnormal by that is rounded as `store_stored` does it."""
-
-    def emit(builder, shape, words, by):
-        ints = ir.VectorType(INT, shape.lanes)
-        words = builder.bitcast(words, ints)
-        halves = builder.shl(words, constant(ints, 16)), builder.and_(words, constant(ints, 0xFFFF0000))
-        products = (builder.fmul(builder.bitcast(half, by.type), by) for half in halves)
-        low, high = (builder.zext(round_to_bfloat16(builder, product), ints) for product in products)
-        return builder.bitcast(builder.or_(low, builder.shl(high, constant(ints, 16))), by.type)
-
-    return elementwise(emit, pairs, factor)
+    return shuffle_twos(tile, orders)

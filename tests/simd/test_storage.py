@@ -154,6 +154,27 @@ def test_pairs_are_laid_out_scaled_and_multiplied() -> None:
     assert (rounded == cast(cast(words.ravel()[: tile.width] + np.float32(0.001), BITS), rounded.dtype)).all()
 
 
+def test_rows_are_zipped() -> None:
+    row = host()
+    strip, rng = row.tile("float32").half_long, np.random.default_rng(3)
+    halves = rng.integers(1 << 16, size=(2, strip.width), dtype=np.uint16)
+    numbers = rng.random(strip.width, np.float32)
+
+    def run(halves, second, numbers, out):
+        zipped = s.tile_load_zipped(strip, halves, second)
+        s.tile_store(s.tile_from_zipped(zipped), out, 0)
+        s.tile_store(s.tile_from_zipped(s.tile_to_zipped(s.tile_load(strip, numbers, 0))), out + strip.row_bytes, 0)
+        s.tile_store(zipped, out + 2 * strip.row_bytes, 0)
+
+    library = Library(build.emit({"run": (s.jit(run), 4)}, row), row, {"run": 4})
+    out = np.empty((3, strip.width), np.float32)
+    library.run(halves.ctypes.data, halves[1:].ctypes.data, numbers.ctypes.data, out.ctypes.data)
+    assert (out[0].view(np.uint16).reshape(-1, 2) == halves.T).all()
+    assert (out[1] == numbers).all()
+    fours = halves.T.reshape(2, -1, 2, 4, 2).swapaxes(1, 2)
+    assert (out[2].view(np.uint16) == fours.ravel()).all()
+
+
 @needs_pairs
 def test_steps_of_pairs() -> None:
     row = host()

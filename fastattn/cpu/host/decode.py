@@ -105,9 +105,12 @@ def room_of_rows(kernel: Kernel, problem: Problem, operands: Operands, rows: int
     tile = kernel.tile
     query_bytes, sum_bytes = (padded(tile, size) * tile.itemsize for size in (problem.head_dim, problem.value_dim))
     row_numbers = padded(tile, rows)
+    weights = PIECE + tile.lanes  # a vector may reach over the end
+    if kernel.value_place.pairs_of_rows:
+        weights += padded(tile, PIECE // 2 + 1 + tile.lanes)  # the same in pairs, and zeros
     sizes = {
         "query_bytes": query_bytes,
-        "score_bytes": (PIECE + tile.lanes) * tile.itemsize,  # a vector may reach over the end
+        "score_bytes": weights * tile.itemsize,
         "sum_bytes": sum_bytes,
         "row_numbers": row_numbers,
         "partial_bytes": 2 * row_numbers * tile.itemsize + rows * sum_bytes,

@@ -30,7 +30,8 @@ from fastattn.cpu.kernels.masks import lowest
 from fastattn.cpu.kernels.pack import copy_as_they_lie, copy_rows
 from fastattn.cpu.kernels.pages import behind_gathered, foreseen, with_rows
 from fastattn.cpu.kernels.prefetch import NOTHING, list_memory
-from fastattn.cpu.kernels.row_products import add_values, score_rows, value_step, want_keys, want_values, words_of
+from fastattn.cpu.kernels.row_keys import score_rows, want_values, words_of
+from fastattn.cpu.kernels.row_values import add_values, round_weights, values_at_once, want_keys
 from fastattn.cpu.kernels.score_rows import keys_of_row, restrict_row
 from fastattn.cpu.kernels.scores import Part, keys_of_queries, sees
 from fastattn.cpu.kernels.sinks import LN_2, log_sum, sink_of, term_of
@@ -196,6 +197,8 @@ def weigh_rows(kernel, call, plan, rows, piece, room, partial):
             a = rows.first + r
             number, query = rows.number + a // plan.queries, a % plan.queries
             drop_row(tile, plan, call, scores, piece.count, number, query, piece.first, room.buffer)
+        if kernel.value_place.pairs_of_rows:
+            round_weights(tile, plan, scores, piece.first % 2, filled)
         scores += plan.score_bytes
 
 
@@ -211,22 +214,36 @@ def looks(kernel, call, plan, rows, r, piece, j, weight):
 @jit
 def add_visible_values(kernel, call, plan, rows, piece, weights, value, sums, buffer):
     """`add_values` where values are not finite, and rows may not look at some of them: 0 · NaN must not reach these."""
-    tile, source, step = kernel.tile, rows.head.value + piece.first * plan.value_row, value_step(kernel, plan)
-    start = 0
-    for j in range(piece.count + 1):
-        if j < piece.count and are_finite(kernel, plan, source + j * plan.value_row, 1):
+    source, odd = rows.head.value + piece.first * plan.value_row, piece.first % 2
+    done, j = 0, 0
+    while j < piece.count:
+        if are_finite(kernel, plan, source + j * plan.value_row, 1):
+            j += 1
             continue
-        at = weights + start * tile.itemsize
-        add_values(kernel, plan, rows.count, rows.count, at, j - start, value + start * step, sums, buffer, NOTHING)
-        start = j + 1
-        if j == piece.count:
-            break
+        at_once = values_at_once(kernel.value_place)
+        begin = max(0, j - (odd + j) % at_once)
+        end = min(piece.count, j - (odd + j) % at_once + at_once)
+        add_values(kernel, plan, rows.count, rows.count, odd, weights, done, begin, value, sums, buffer, NOTHING)
         for r in range(rows.count):
-            at = weights + r * plan.score_bytes + j * tile.itemsize
-            if looks(kernel, call, plan, rows, r, piece, j, load_element(tile, at)):
-                add_values(
-                    kernel, plan, rows.count, 1, at, 1, value + j * step, sums + r * plan.sum_bytes, buffer, NOTHING
-                )
+            add_seen_values(kernel, call, plan, rows, r, piece, weights, begin, end, value, sums, buffer)
+        done, j = end, end
+    add_values(kernel, plan, rows.count, rows.count, odd, weights, done, piece.count, value, sums, buffer, NOTHING)
+
+
+@jit
+def add_seen_values(kernel, call, plan, rows, r, piece, weights, begin, end, value, sums, buffer):
+    """The same for one row and one key, or two."""
+    tile = kernel.tile
+    weights, sums = weights + r * plan.score_bytes, sums + r * plan.sum_bytes
+    first, last = begin, end
+    if not looks(kernel, call, plan, rows, r, piece, first, load_element(tile, weights + first * tile.itemsize)):
+        first += 1
+    if first < last:
+        j = last - 1
+        if not looks(kernel, call, plan, rows, r, piece, j, load_element(tile, weights + j * tile.itemsize)):
+            last -= 1
+    odd = piece.first % 2
+    add_values(kernel, plan, rows.count, 1, odd, weights, first, last, value, sums, buffer, NOTHING)
 
 
 @jit
@@ -284,7 +301,8 @@ def attend(kernel, call, plan, rows, piece, room, partial, ahead):
         copy_as_they_lie(place, room.rows, plan.value_step, values, row, column, piece.count, plan.value_dim)
         values = room.rows
     want_keys(kernel, plan, rows.count, ahead.count, ahead.keys, wanted)
-    add_values(kernel, plan, rows.count, rows.count, room.scores, piece.count, values, sums, room.rows, wanted)
+    odd, weights, end = piece.first % 2, room.scores, piece.count
+    add_values(kernel, plan, rows.count, rows.count, odd, weights, 0, end, values, sums, room.rows, wanted)
     if may_hide(kernel, plan) and not are_sums_finite(tile, plan, rows, sums):
         clear_rows(tile, sums, sums + rows.count * plan.sum_bytes)
         add_visible_values(kernel, call, plan, rows, piece, room.scores, values, sums, room.rows)

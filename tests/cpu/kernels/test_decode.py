@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tolerances
 from numpy.typing import NDArray
+from strategies import BFLOAT16
 
 import fastattn
 from fastattn.call.arrays import as_operands
@@ -20,6 +21,8 @@ from fastattn.cpu.kernels.records import PLAN
 Array = NDArray[Any]
 
 PIECE = decode.PIECE
+DTYPES = (np.float32, np.float64, BFLOAT16)  # of the last some machines multiply pairs
+OR_PAIRS = (np.float32, BFLOAT16)
 
 
 def inputs(shape: tuple[int, ...], keys: int, kv_heads: int, dtype: Any = np.float32, seed: int = 0) -> list[Array]:
@@ -76,7 +79,7 @@ def test_long_sequences_are_shared_by_threads() -> None:
 # -- the same bits -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "queries"), [(1, 1), (2, 1), (8, 1), (6, 3)])
 def test_the_same_bits_in_any_batch_capacity_and_thread_count(lanes: str, dtype: Any, heads: int, queries: int) -> None:
     lengths = np.array([1, 17, PIECE - 1, PIECE, PIECE + 1, 9 * PIECE + 100])
@@ -104,10 +107,11 @@ def test_the_same_bits_in_any_batch_capacity_and_thread_count(lanes: str, dtype:
     assert of_packed.tobytes() == out.swapaxes(1, 2).tobytes()
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("group", [2, 3, 4, 5, 6, 7])
 def test_heads_that_share_keys_are_computed_as_if_they_had_their_own(lanes: str, dtype: Any, group: int) -> None:
-    query, key, value = inputs((2, 2 * group, 1, 67), 2 * PIECE + 9, 2, dtype)
+    features = 66 if dtype == BFLOAT16 else 67
+    query, key, value = inputs((2, 2 * group, 1, features), 2 * PIECE + 9, 2, dtype)
     repeated = [np.repeat(array, group, axis=1) for array in (key, value)]
     assert of_both(query, key, value) == of_both(query, *repeated)
     assert of_both(query, key, value, window=(300, 0), query_offset=500) == of_both(
@@ -127,10 +131,11 @@ def test_heads_that_share_keys_have_empty_blocks_of_their_own(lanes: str, querie
 
 
 @pytest.mark.parametrize("options", [{}, {"window": (PIECE + 3, 0)}, {"softcap": 2.0}, {"sinks": np.arange(4) / 3}])
-def test_queries_together_are_as_one_after_the_other(lanes: str, options: Any) -> None:
+@pytest.mark.parametrize("dtype", OR_PAIRS)
+def test_queries_together_are_as_one_after_the_other(lanes: str, dtype: Any, options: Any) -> None:
     """What is decoded ahead, and checked at once, has the bits of what is decoded step by step."""
     few, keys = session.current.row.tile("float32").lanes // 2, 2 * PIECE + 50
-    query, key, value = inputs((1, 4, few, 64), keys, 2)
+    query, key, value = inputs((1, 4, few, 64), keys, 2, dtype)
     out = fastattn.attention(query, key, value, is_causal="bottom-right", enable_gqa=True, **options)
     for i in range(few):
         seen = keys - few + 1 + i
@@ -140,8 +145,9 @@ def test_queries_together_are_as_one_after_the_other(lanes: str, options: Any) -
 
 
 @pytest.mark.parametrize("first_key", [0, 3, PIECE - 1, PIECE, PIECE + 60])
-def test_hidden_keys_of_a_piece_change_no_bit(lanes: str, first_key: int) -> None:
-    query, key, value = inputs((1, 3, 2, 33), 2 * PIECE + 70, 1)
+@pytest.mark.parametrize("dtype", OR_PAIRS)
+def test_hidden_keys_of_a_piece_change_no_bit(lanes: str, dtype: Any, first_key: int) -> None:
+    query, key, value = inputs((1, 3, 2, 34), 2 * PIECE + 70, 1, dtype)
     keep = np.arange(key.shape[2]) >= first_key
     keep[[first_key + 5, -3]] = False
     keep[len(keep) - first_key :] = False
@@ -157,11 +163,13 @@ def test_hidden_keys_of_a_piece_change_no_bit(lanes: str, first_key: int) -> Non
     assert of_both(query, key, value, mask_mod=seen) == wanted
 
 
-def test_a_value_that_is_not_finite_reaches_those_that_look_at_it(lanes: str) -> None:
-    query, key, value = inputs((1, 2, 2, 16), PIECE + 40, 1)
-    value[0, 0, PIECE + 39, 3] = np.nan
+@pytest.mark.parametrize("dtype", OR_PAIRS)
+@pytest.mark.parametrize("keys", [PIECE + 40, PIECE + 39])
+def test_a_value_that_is_not_finite_reaches_those_that_look_at_it(lanes: str, dtype: Any, keys: int) -> None:
+    query, key, value = inputs((1, 2, 2, 16), keys, 1, dtype)
+    value[0, 0, keys - 1, 3] = np.nan
     value[0, 0, 7, 4] = np.inf
-    out = fastattn.attention(query, key, value, is_causal="bottom-right", enable_gqa=True)
+    out = fastattn.attention(query, key, value, is_causal="bottom-right", enable_gqa=True).astype(np.float32)
     assert np.isnan(out[0, :, 1, 3]).all()
     assert np.isposinf(out[..., 4]).all()
     assert np.isfinite(np.delete(out, (3, 4), axis=-1)).all()
@@ -177,23 +185,24 @@ def test_half_precision_is_computed_with_as_its_numbers_in_float32(
 ) -> None:
     """It is widened as it is read: nothing else is different, until the result is rounded.
 
-    Where pairs of bfloat16 are multiplied, scores are summed up in another order: float32's bounds hold, not its bits.
+    Where pairs of bfloat16 are multiplied, scores are summed up in another order, and weights are rounded.
     """
     query, key, value = (cast(x, storage) for x in inputs((2, 2 * heads, 2, features), 2 * PIECE + 21, 2))
     lengths = np.array([PIECE + 5, 2 * PIECE + 21])
     value.view(np.uint16)[0, :, lengths[0] :] = 0xFFFF  # NaN
     options: Any = {"key_lengths": lengths, "is_causal": "bottom-right", "softcap": softcap}
     wide = [cast(x, np.dtype(np.float32)) for x in (query, key, value)]
-    right = tolerances.expected(*wide, **options, enable_gqa=True)
+    given = [x.view(BFLOAT16) for x in (query, key, value)] if in_pairs(query) else wide
+    right = tolerances.expected(*given, **options, enable_gqa=True)
     wanted = b"" if in_pairs(query) else of_both(*wide, **options)
     columns, rows = np.repeat(key, 2, axis=-1)[..., ::2], value[..., ::-1, :].copy()[..., ::-1, :]
     for keys, values in ((key, value), (columns, rows), (columns, np.repeat(value, 2, axis=-1)[..., ::2])):
         problem, operands = describe(*as_operands(query, keys, values), enable_gqa=True)
         record = forward.plan_forward(problem, operands, np.empty(problem.out_shape, storage), 1).record
         assert bool(record[: PLAN.itemsize].view(PLAN)["key_bytes"][0]) == (keys is columns)
-        out = np.empty((*query.shape[:-1], value.shape[-1]), np.float32)
+        out = np.empty((*query.shape[:-1], value.shape[-1]), storage if in_pairs(query) else np.float32)
         _, lse = fastattn.attention(query, keys, values, **options, enable_gqa=True, out=out, return_lse=True)
-        tolerances.check_out(out, right)
+        tolerances.check_out(out.view(BFLOAT16) if in_pairs(query) else out, right)
         tolerances.check_lse(lse, right)
         wanted = wanted or out.tobytes() + lse.tobytes()
         assert out.tobytes() + lse.tobytes() == wanted
@@ -213,10 +222,23 @@ def test_a_row_has_the_same_bits_with_others_and_alone_in_bfloat16(lanes: str, h
                 assert alone.tobytes() == together[:, head : head + 1, i : i + 1].tobytes()
 
 
+@pytest.mark.parametrize("dtype", OR_PAIRS)
+@pytest.mark.parametrize("first", [1, 2, 15, PIECE - 1, PIECE + 1])
+def test_a_piece_begins_at_any_key(lanes: str, dtype: Any, first: int) -> None:
+    keys = 2 * PIECE
+    query, key, value = inputs((1, 5, 1, 64), keys, 1, dtype)
+    options: Any = {"window": (keys - 1 - first, 0), "query_offset": keys - 1}
+    tolerances.check_call(fastattn.attention, query, key, value, enable_gqa=True, **options)
+    together = fastattn.attention(query, key, value, enable_gqa=True, **options)
+    for head in range(5):
+        alone = fastattn.attention(query[:, head : head + 1], key, value, **options)
+        assert alone.tobytes() == together[:, head : head + 1].tobytes()
+
+
 # -- right results -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("features", [1, 5, 16, 64, 130])
 def test_pieces_are_merged(lanes: str, dtype: Any, features: int) -> None:
     query, key, value = inputs((1, 5, 1, features), 3 * PIECE + 33, 1, dtype)
@@ -240,7 +262,8 @@ def test_pieces_without_a_key_that_is_seen() -> None:
 
 
 @pytest.mark.parametrize("position", [4, 6, PIECE + 2, PIECE + 13])
-def test_dropout_under_a_window_is_that_of_its_keys(lanes: str, position: int) -> None:
-    query, key, value = inputs((2, 4, 2, 8), 2 * PIECE, 2)
+@pytest.mark.parametrize("dtype", OR_PAIRS)
+def test_dropout_under_a_window_is_that_of_its_keys(lanes: str, dtype: Any, position: int) -> None:
+    query, key, value = inputs((2, 4, 2, 8), 2 * PIECE, 2, dtype)
     options: Any = {"window": (3, 1), "query_offset": position, "dropout_p": 0.5, "rng": 1}
     tolerances.check_call(fastattn.attention, query, key, value, enable_gqa=True, **options)

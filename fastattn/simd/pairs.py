@@ -1,0 +1,136 @@
+"""Pairs of bfloat16: two in the place of one float32, the first in its lower half.
+
+Some machines multiply them pair by pair, and add both products to a float32 (`fastattn.simd.products`). Here they are
+loaded, rounded and scaled.
+"""
+
+from llvmlite import ir
+from numba.core import types
+from numba.core.typing.templates import signature
+from numba.extending import intrinsic
+
+from fastattn.simd.storage import INT, SHORT, WORD, BFloat, constant, round_to_bfloat16, shuffle_twos
+from fastattn.simd.tile import (
+    TileType,
+    elementwise,
+    is_shape,
+    load_from,
+    make_tile,
+    pointer_to,
+    shifted,
+    vector_of,
+    vectors_of,
+)
+
+ZIPPED = 4  # neighbours of a row that are next to each other in a vector of pairs of two rows
+
+
+@intrinsic
+def tile_load_zipped(typingctx, shape, first, second):
+    """Pairs of the elements of two rows of bfloat16, of each two vectors by turns: four elements, and four.
+
+    So they are zipped by one instruction, where vectors of neighbours would want their elements to cross registers.
+    """
+    if not (is_shape(shape) and shape.value.rows == 1 and shape.value.vectors % 2 == 0):
+        return None
+
+    def codegen(context, builder, sig, values):
+        s, vectors = shape.value, []
+        shorts, half = ir.VectorType(SHORT, 2 * s.lanes), s.lanes * 2 * SHORT.width // 8
+        for v in range(s.vectors // 2):
+            rows = [load_from(builder, shifted(builder, at, v * half), shorts, SHORT.width // 8) for at in values[1:]]
+            for places in _in_turns(s.lanes):
+                order = [place + row * 2 * s.lanes for place in places for row in range(2)]
+                pairs = builder.shuffle_vector(*rows, ir.Constant(ir.VectorType(INT, 2 * s.lanes), order))
+                vectors.append(builder.bitcast(pairs, vector_of(s)))
+        return make_tile(builder, s, vectors)
+
+    return signature(TileType(shape.value), shape, types.intp, types.intp), codegen
+
+
+def _in_turns(lanes):
+    """Of two vectors' elements, in order, the places of those that are zipped together, and of the others."""
+    starts = range(0, 2 * lanes, 2 * ZIPPED)
+    return [[start + half + i for start in starts for i in range(ZIPPED)] for half in (0, ZIPPED)]
+
+
+@intrinsic
+def tile_to_zipped(typingctx, tile):
+    """A tile whose elements stand as `tile_load_zipped` has them."""
+    return shuffle_twos(tile, _in_turns)
+
+
+@intrinsic
+def tile_from_zipped(typingctx, tile):
+    """The same back again."""
+
+    def orders(lanes):
+        places = [place for vector in _in_turns(lanes) for place in vector]
+        order = [places.index(place) for place in range(2 * lanes)]
+        return order[:lanes], order[lanes:]
+
+    return shuffle_twos(tile, orders)
+
+
+@intrinsic
+def tile_load_two_rows(typingctx, shape, first, second):
+    """Pairs of the elements of two rows of bfloat16: one vector."""
+    if not is_shape(shape):
+        return None
+    tile = TileType(shape.value)
+
+    def codegen(context, builder, sig, values):
+        s = shape.value
+        ints = ir.VectorType(INT, s.lanes)
+        low, high = (builder.zext(load_from(builder, at, ir.VectorType(SHORT, s.lanes), 2), ints) for at in values[1:])
+        pairs = builder.or_(low, builder.shl(high, constant(ints, 16)))
+        return make_tile(builder, s, [builder.bitcast(pairs, vector_of(s))])
+
+    return signature(tile, shape, types.intp, types.intp), codegen
+
+
+@intrinsic
+def tile_round_to_pairs(typingctx, first, second):
+    """Pairs of two tiles' elements, rounded to bfloat16."""
+
+    def emit(builder, shape, low, high):
+        shorts, lanes = ir.VectorType(BFloat(), shape.lanes), shape.lanes
+        order = [half * lanes + lane for lane in range(lanes) for half in range(2)]
+        low, high = builder.fptrunc(low, shorts), builder.fptrunc(high, shorts)
+        both = builder.shuffle_vector(low, high, ir.Constant(ir.VectorType(INT, 2 * lanes), order))
+        return builder.bitcast(both, vector_of(shape))
+
+    return elementwise(emit, first, second)
+
+
+@intrinsic
+def tile_store_rounded(typingctx, row, address):
+    """Write a row, rounded to bfloat16, its elements next to each other: as pairs of neighbours."""
+    if not isinstance(row, TileType):
+        return None
+
+    def codegen(context, builder, sig, values):
+        s = row.shape
+        for v, vector in enumerate(vectors_of(builder, s, values[0])):
+            rounded = builder.fptrunc(vector, ir.VectorType(BFloat(), s.lanes))
+            rounded = builder.bitcast(rounded, ir.VectorType(SHORT, s.lanes))
+            place = shifted(builder, values[1], v * s.lanes * WORD // 2)
+            builder.store(rounded, pointer_to(builder, place, rounded.type), align=WORD // 2)
+        return context.get_dummy_value()
+
+    return signature(types.none, row, types.intp), codegen
+
+
+@intrinsic
+def tile_scale_pairs(typingctx, pairs, factor):
+    """Pairs times a power of two; what becomes subnormal by that is rounded as `store_stored` does it."""
+
+    def emit(builder, shape, words, by):
+        ints = ir.VectorType(INT, shape.lanes)
+        words = builder.bitcast(words, ints)
+        halves = builder.shl(words, constant(ints, 16)), builder.and_(words, constant(ints, 0xFFFF0000))
+        products = (builder.fmul(builder.bitcast(half, by.type), by) for half in halves)
+        low, high = (builder.zext(round_to_bfloat16(builder, product), ints) for product in products)
+        return builder.bitcast(builder.or_(low, builder.shl(high, constant(ints, 16))), by.type)
+
+    return elementwise(emit, pairs, factor)
