@@ -10,6 +10,7 @@ value without the other of its pair is multiplied as if that were 0.
 
 from fastattn.cpu.kernels.int8 import load_rows, numbers_of, scales_of
 from fastattn.cpu.kernels.pack import copy_rows
+from fastattn.cpu.kernels.pairs import HALF
 from fastattn.cpu.kernels.prefetch import NOTHING, ask, want, want_nothing
 from fastattn.cpu.kernels.records import KEYS_AT_ONCE
 from fastattn.cpu.kernels.row_keys import MOST_ASKING, are_crossed, are_single
@@ -34,8 +35,6 @@ from fastattn.simd import (
     tile_to_zipped,
     tile_together,
 )
-
-HALF = 2  # bytes of half a pair
 
 
 @inline
