@@ -39,7 +39,8 @@ def tile_load_zipped(typingctx, shape, first, second):
         shorts, half = ir.VectorType(SHORT, 2 * s.lanes), s.lanes * 2 * SHORT.width // 8
         for v in range(s.vectors // 2):
             rows = [load_from(builder, shifted(builder, at, v * half), shorts, SHORT.width // 8) for at in values[1:]]
-            for places in _in_turns(s.lanes):
+            every = _in_turns(s.lanes)
+            for places in (every[: s.lanes], every[s.lanes :]):
                 order = [place + row * 2 * s.lanes for place in places for row in range(2)]
                 pairs = builder.shuffle_vector(*rows, ir.Constant(ir.VectorType(INT, 2 * s.lanes), order))
                 vectors.append(builder.bitcast(pairs, vector_of(s)))
@@ -51,7 +52,7 @@ def tile_load_zipped(typingctx, shape, first, second):
 def _in_turns(lanes):
     """Of two vectors' elements, in order, the places of those that are zipped together, and of the others."""
     starts = range(0, 2 * lanes, 2 * ZIPPED)
-    return [[start + half + i for start in starts for i in range(ZIPPED)] for half in (0, ZIPPED)]
+    return [start + half + i for half in (0, ZIPPED) for start in starts for i in range(ZIPPED)]
 
 
 @intrinsic
@@ -63,13 +64,7 @@ def tile_to_zipped(typingctx, tile):
 @intrinsic
 def tile_from_zipped(typingctx, tile):
     """The same back again."""
-
-    def orders(lanes):
-        places = [place for vector in _in_turns(lanes) for place in vector]
-        order = [places.index(place) for place in range(2 * lanes)]
-        return order[:lanes], order[lanes:]
-
-    return shuffle_twos(tile, orders)
+    return shuffle_twos(tile, _in_turns, back=True)
 
 
 @intrinsic

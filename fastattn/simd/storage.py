@@ -346,32 +346,34 @@ def tile_load_apart(typingctx, shape, address, row_bytes):
     return signature(TileType(shape.value), shape, types.intp, types.intp), codegen
 
 
-def shuffle_twos(tile, orders):
-    """Signature and lowering of a tile of which each two vectors are the elements of two in these orders."""
+def shuffle_twos(tile, places_of_elements, back=False):
+    """Signature and lowering of a tile of which each two vectors are their elements from these places, or go back."""
     if not (isinstance(tile, TileType) and tile.shape.vectors % 2 == 0):
         return None
 
     def codegen(context, builder, sig, values):
         s, vectors = tile.shape, vectors_of(builder, tile.shape, values[0])
-        lanes = [ir.Constant(ir.VectorType(INT, s.lanes), order) for order in orders(s.lanes)]
+        places = places_of_elements(s.lanes)
+        if back:
+            places = [places.index(place) for place in range(2 * s.lanes)]
+        lanes = [ir.Constant(ir.VectorType(INT, s.lanes), some) for some in (places[: s.lanes], places[s.lanes :])]
         twos = zip(vectors[::2], vectors[1::2], strict=True)
         return make_tile(builder, s, [builder.shuffle_vector(*two, order) for two in twos for order in lanes])
 
     return signature(tile, tile), codegen
 
 
+def _even_first(lanes):
+    return [*range(0, 2 * lanes, 2), *range(1, 2 * lanes, 2)]
+
+
 @intrinsic
 def tile_apart(typingctx, tile):
     """A tile whose elements stand as `tile_load_apart` has them: of each two vectors those of even places first."""
-    return shuffle_twos(tile, lambda lanes: (list(range(0, 2 * lanes, 2)), list(range(1, 2 * lanes, 2))))
+    return shuffle_twos(tile, _even_first)
 
 
 @intrinsic
 def tile_together(typingctx, tile):
     """The same back again."""
-
-    def orders(lanes):
-        order = [place + half * lanes for place in range(lanes) for half in range(2)]
-        return order[:lanes], order[lanes:]
-
-    return shuffle_twos(tile, orders)
+    return shuffle_twos(tile, _even_first, back=True)

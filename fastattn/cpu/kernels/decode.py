@@ -198,14 +198,15 @@ def weigh_rows(kernel, call, plan, rows, piece, room, partial):
             number, query = rows.number + a // plan.queries, a % plan.queries
             drop_row(tile, plan, call, scores, piece.count, number, query, piece.first, room.buffer)
         if kernel.value_place.pairs_of_rows:
-            round_weights(tile, plan, scores, piece.first % 2, filled)
+            round_weights(tile, plan, scores, piece, filled)
         scores += plan.score_bytes
 
 
 @jit
-def looks(kernel, call, plan, rows, r, piece, j, weight):
-    """Whether a row looks at a key of a piece, where it has this weight."""
+def looks(kernel, call, plan, rows, r, piece, j, weights):
+    """Whether a row, which has these weights, looks at a key of a piece."""
     if "function" in kernel.steps and has_score_function(rows.head):
+        weight = load_element(kernel.tile, weights + j * kernel.tile.itemsize)
         return weight != 0.0 or 1.0 / weight > 0.0
     query = (rows.first + r) % plan.queries
     return sees(kernel, plan, head_of(call, plan, rows, r), query, piece.first + j)
@@ -214,36 +215,30 @@ def looks(kernel, call, plan, rows, r, piece, j, weight):
 @jit
 def add_visible_values(kernel, call, plan, rows, piece, weights, value, sums, buffer):
     """`add_values` where values are not finite, and rows may not look at some of them: 0 · NaN must not reach these."""
-    source, odd = rows.head.value + piece.first * plan.value_row, piece.first % 2
+    source, at_once = rows.head.value + piece.first * plan.value_row, values_at_once(kernel.value_place)
     done, j = 0, 0
     while j < piece.count:
         if are_finite(kernel, plan, source + j * plan.value_row, 1):
             j += 1
             continue
-        at_once = values_at_once(kernel.value_place)
-        begin = max(0, j - (odd + j) % at_once)
-        end = min(piece.count, j - (odd + j) % at_once + at_once)
-        add_values(kernel, plan, rows.count, rows.count, odd, weights, done, begin, value, sums, buffer, NOTHING)
+        begin = j - (piece.first + j) % at_once
+        begin, end = max(0, begin), min(piece.count, begin + at_once)
+        add_values(kernel, plan, rows.count, rows.count, piece, weights, done, begin, value, sums, buffer, NOTHING)
         for r in range(rows.count):
             add_seen_values(kernel, call, plan, rows, r, piece, weights, begin, end, value, sums, buffer)
         done, j = end, end
-    add_values(kernel, plan, rows.count, rows.count, odd, weights, done, piece.count, value, sums, buffer, NOTHING)
+    add_values(kernel, plan, rows.count, rows.count, piece, weights, done, piece.count, value, sums, buffer, NOTHING)
 
 
 @jit
 def add_seen_values(kernel, call, plan, rows, r, piece, weights, begin, end, value, sums, buffer):
     """The same for one row and one key, or two."""
-    tile = kernel.tile
     weights, sums = weights + r * plan.score_bytes, sums + r * plan.sum_bytes
-    first, last = begin, end
-    if not looks(kernel, call, plan, rows, r, piece, first, load_element(tile, weights + first * tile.itemsize)):
-        first += 1
-    if first < last:
-        j = last - 1
-        if not looks(kernel, call, plan, rows, r, piece, j, load_element(tile, weights + j * tile.itemsize)):
-            last -= 1
-    odd = piece.first % 2
-    add_values(kernel, plan, rows.count, 1, odd, weights, first, last, value, sums, buffer, NOTHING)
+    while begin < end and not looks(kernel, call, plan, rows, r, piece, begin, weights):
+        begin += 1
+    while begin < end and not looks(kernel, call, plan, rows, r, piece, end - 1, weights):
+        end -= 1
+    add_values(kernel, plan, rows.count, 1, piece, weights, begin, end, value, sums, buffer, NOTHING)
 
 
 @jit
@@ -301,8 +296,8 @@ def attend(kernel, call, plan, rows, piece, room, partial, ahead):
         copy_as_they_lie(place, room.rows, plan.value_step, values, row, column, piece.count, plan.value_dim)
         values = room.rows
     want_keys(kernel, plan, rows.count, ahead.count, ahead.keys, wanted)
-    odd, weights, end = piece.first % 2, room.scores, piece.count
-    add_values(kernel, plan, rows.count, rows.count, odd, weights, 0, end, values, sums, room.rows, wanted)
+    weights, end = room.scores, piece.count
+    add_values(kernel, plan, rows.count, rows.count, piece, weights, 0, end, values, sums, room.rows, wanted)
     if may_hide(kernel, plan) and not are_sums_finite(tile, plan, rows, sums):
         clear_rows(tile, sums, sums + rows.count * plan.sum_bytes)
         add_visible_values(kernel, call, plan, rows, piece, room.scores, values, sums, room.rows)

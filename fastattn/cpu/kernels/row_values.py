@@ -217,12 +217,12 @@ def pairs_of_weights(tile, plan, weights):
 
 
 @jit
-def round_weights(tile, plan, weights, odd, count):
-    """Round a row of weights, of whole vectors, to pairs, of which the second is the first weight if it is `odd`."""
+def round_weights(tile, plan, weights, piece, count):
+    """Round a row of weights of a piece, whole vectors, to pairs; the first is the second of its pair if it is odd."""
     pairs = pairs_of_weights(tile, plan, weights)
     zeros = tile_fill(tile.vector, 0.0)
     tile_store(zeros, pairs, 0)
-    pairs += odd * HALF
+    pairs += piece.first % 2 * HALF
     for at in range(weights, weights + count * tile.itemsize, tile.vector_bytes):
         tile_store_rounded(tile_load(tile.vector, at, 0), pairs)
         pairs += tile.lanes * HALF
@@ -251,27 +251,28 @@ def add_pairs(place, tile, plan, count, pairs, first, last, value, step, sums, w
 
     The keys are those of numbers from `first` on, before `last`; number 0, where a pair begins, would be at `value`.
     """
-    if first % 2 == 1 and first < last:
+    if first == last:
+        return
+    if first % 2 == 1:
         at = pairs + first // 2 * tile.itemsize
         add_half_pairs(place, tile, plan, count, at, value + first * step, True, sums)
     for pair in range((first + 1) // 2, last // 2, KEYS_AT_ONCE):
         here, at = min(KEYS_AT_ONCE, last // 2 - pair), pairs + pair * tile.itemsize
         add_some_values(place, tile, plan, count, at, value + 2 * pair * step, step, here, sums, wanted)
-    if last % 2 == 1 and first < last:
+    if last % 2 == 1:
         at = pairs + last // 2 * tile.itemsize
         add_half_pairs(place, tile, plan, count, at, value + (last - 1) * step, False, sums)
 
 
 @jit
-def add_values(kernel, plan, together, count, odd, weights, begin, end, value, sums, buffer, wanted):
-    """sums[r] += Σ_j weights[r][j] · value[j] for `count` rows and some keys; meanwhile what is listed is asked for.
+def add_values(kernel, plan, together, count, piece, weights, begin, end, value, sums, buffer, wanted):
+    """sums[r] += Σ_j weights[r][j] · value[j] for `count` rows and some keys of a piece, whose first are at `value`.
 
-    Where keys are multiplied in pairs, `odd` says whether key 0 is the second of one. `together`: how many rows there
-    are in all.
+    Meanwhile what is listed is asked for. `together`: how many rows there are in all.
     """
     tile, step = kernel.tile, value_step(kernel, plan)
     if kernel.value_place.pairs_of_rows:
-        pairs = pairs_of_weights(tile, plan, weights)
+        pairs, odd = pairs_of_weights(tile, plan, weights), piece.first % 2
         first, last, value = odd + begin, odd + end, value - odd * step
         add_pairs(kernel.value_place, tile, plan, count, pairs, first, last, value, step, sums, wanted)
     else:
