@@ -11,6 +11,7 @@ from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
+import emulated_amx
 import processes
 import pytest
 from hypothesis import HealthCheck, settings
@@ -36,10 +37,23 @@ WHOLE_SUITE = 6000  # tests: fewer, such as those beside, do not want most of th
 _warmup: list[subprocess.Popen[str]] = []
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let it be asked for that calls on the CPU use a matrix unit."""
+    parser.addoption(
+        "--matrix-unit", action="store_true", help="compute in-process calls on a matrix unit, or emulate one"
+    )
+
+
 def pytest_configure() -> None:
     """Have Ctrl-C interrupt, here and in what tests start: shells have what they start with an ``&`` ignore it."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Have calls on the CPU use a matrix unit, if asked to: now that pytest has set its own handlers of signals."""
+    if session.config.getoption("--matrix-unit"):
+        emulated_amx.use_everywhere()
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -78,6 +92,15 @@ def sixteen_lanes(monkeypatch: pytest.MonkeyPatch) -> isa.Isa:
         row = here  # whose kernels are compiled already
     monkeypatch.setattr(session.current, "_row", row)
     monkeypatch.setattr(session.current, "plans", session.Plans())
+    return row
+
+
+@pytest.fixture(scope="session")
+def amx() -> isa.Isa:
+    """Return the row of machines with a matrix unit, whose instructions are emulated if this one has none."""
+    row = emulated_amx.row()
+    if row is None:
+        pytest.skip("a matrix unit is emulated on a processor that has all else that its row needs")
     return row
 
 

@@ -24,6 +24,8 @@ HOST = architecture(platform.machine())
 
 # Linux: the word of flags that holds it (AT_HWCAP2 of <linux/auxvec.h>), and the flag (HWCAP2_BF16).
 _LINUX_WORD, _LINUX_BF16 = 26, 1 << 14
+# Linux on x86-64: the number of the system call, what is asked for, and of what (<asm/prctl.h>, XFEATURE_XTILE_DATA).
+_ARCH_PRCTL, _REQUEST_PERMISSION, _TILES = 158, 0x1023, 18
 _MACOS_BF16 = b"hw.optional.arm.FEAT_BF16"
 
 
@@ -39,6 +41,20 @@ def host_features() -> frozenset[str]:
         if _multiplies_bfloat16():
             found.add("bf16")
     return frozenset(found)
+
+
+@cache
+def may_use_matrix_unit() -> bool:
+    """Ask Linux to let this process use the tiles of AMX, once for all of its threads; elsewhere there is no asking.
+
+    It refuses where it is too old, or where a thread's stack for signals is too small for what it would save there.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        return ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILES) == 0
+    except (AttributeError, OSError):
+        return False
 
 
 def _multiplies_bfloat16() -> bool:

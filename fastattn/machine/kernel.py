@@ -10,6 +10,7 @@ from fastattn.machine.tile import ITEMSIZE, TileShape
 
 NO_TILE = TileShape("", 0, 0, 0)
 PLAIN: tuple[str, ...] = ()  # steps of a kernel in which nothing more happens to scores
+TERMS = {"bfloat16": 1, "float16": 2, "float32": 3}
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,11 @@ class Kernel:
         numbers in blocks (`fastattn.cpu.kernels.int8`).
     score : {"dot", "additive"}
         What the score of a query and a key is made of.
-    reads : {"strided", "rows", "panels", "pairs"}
+    reads : {"strided", "rows", "panels", "pairs", "matrix"}
         How the micro-kernel finds keys and values: where they lie, with any strides; in rows of which each is
         contiguous, where they lie or copied; or laid out anew in panels, in the order of their use. "pairs" are rows
         of bfloat16 that are multiplied pair by pair: neighbours in the rows of keys, and from two rows of values.
+        "matrix" are tiles of a matrix unit (`fastattn.cpu.kernels.matrix`).
     steps : tuple of str
         What may happen to scores besides: "dropout", "mask", "softcap", "function". (Every kernel knows causality.)
         Code for a step that is not among them is not even typed.
@@ -88,6 +90,16 @@ class Kernel:
     def pairs_of_rows(self) -> bool:
         """Whether values that lie here are multiplied in pairs, each of two rows, where features are in the lanes."""
         return self.reads == "pairs" and self.storage == "bfloat16"
+
+    @property
+    def of_bfloat16(self) -> bool:
+        """Whether what is multiplied are numbers of bfloat16, and queries times a power of two alone."""
+        return self.reads in ("pairs", "matrix")
+
+    @property
+    def terms(self) -> int:
+        """Of how many numbers of bfloat16 an element is the sum, for a matrix unit: of what is computed with."""
+        return TERMS[self.tile.dtype if self.queries or self.values else self.storage]
 
     @property
     def scale_place(self) -> Kernel:

@@ -11,7 +11,7 @@ from functools import cache
 
 from llvmlite import binding as llvm
 
-from fastattn.machine.features import host_features
+from fastattn.machine.features import host_features, may_use_matrix_unit
 from fastattn.machine.tile import ITEMSIZE, TileShape
 from fastattn.machine.uninterrupted import uninterrupted
 
@@ -34,6 +34,8 @@ class Blocking:
     in_place_bytes : int
         From row to row of keys and values that are read in place, at most: farther apart, they fall into few sets of
         the caches.
+    matrix_features : int
+        Of keys, and of values: from so many on a matrix unit is used, where there is one.
     gradient_query_bytes : int
         Backward pass: a row of queries taken together, which a visit adds to a gradient of keys and values at a time.
     gradient_key_block : int
@@ -56,6 +58,7 @@ class Blocking:
     group_bytes: int = 512 << 10
     cached_bytes: int = 1 << 20
     in_place_bytes: int = 3 << 10
+    matrix_features: int = 32
     gradient_query_bytes: int = 256
     gradient_key_block: int = 128
     gradient_state_bytes: int = 1 << 20
@@ -103,6 +106,10 @@ class Isa:
         long).
     halves : bool
         Whether the machine widens and rounds float16 by an instruction (F16C, NEON).
+    matrix : bool
+        Whether the machine has a matrix unit, which multiplies tiles of bfloat16 (AMX).
+    only_named : bool
+        Whether a process uses the row only where ``FASTATTN_ISA`` names it.
     by_element : bool
         Whether a multiply-add takes one factor from an element of a register, whichever (NEON). Elements that lie next
         to each other are loaded together then; elsewhere each is repeated in all lanes as it is loaded.
@@ -129,6 +136,8 @@ class Isa:
     scalef: bool = False
     pairs: bool = False
     halves: bool = False
+    matrix: bool = False
+    only_named: bool = False
     by_element: bool = False
     panels: bool = True
     code_offset: int = 48
@@ -183,9 +192,17 @@ _ZEN4 = replace(
     processors=("znver4", "znver5"),
     pairs=True,
 )
+_AMX = replace(
+    _AVX512,
+    name="amx",
+    needs=(*_AVX512.needs, "avx512bf16", "amx-tile", "amx-bf16"),
+    features=("avx512bf16", "amx-tile", "amx-bf16"),
+    matrix=True,
+    only_named=True,  # it has been timed on no processor yet
+)
 _NEON = replace(_GENERIC, name="neon", needs=("neon",), rows=8, halves=True, by_element=True)
 _NEON_BF16 = replace(_NEON, name="neon_bf16", needs=("neon", "bf16"), features=("bf16",), pairs=True)
-TABLE = (_ZEN4, _AVX512, _AVX2, _NEON_BF16, _NEON, _GENERIC)  # the first that runs here, and is meant for it, is used
+TABLE = (_ZEN4, _AMX, _AVX512, _AVX2, _NEON_BF16, _NEON, _GENERIC)  # the first that is meant for this machine is used
 NAMES = tuple(row.name for row in TABLE)
 
 
@@ -201,13 +218,13 @@ def of_this_architecture() -> tuple[Isa, ...]:
 
 
 def runs_here(row: Isa) -> bool:
-    """Whether this machine executes the row's instructions."""
-    return set(row.needs) <= host_features()
+    """Whether this machine executes the row's instructions, and its system lets it."""
+    return set(row.needs) <= host_features() and (not row.matrix or may_use_matrix_unit())
 
 
 def is_meant_for(row: Isa, processor: str) -> bool:
-    """Whether a row is the right one for a processor that runs it."""
-    return not row.processors or processor in row.processors
+    """Whether a row is the right one for a processor that runs it, unless another is named."""
+    return not row.only_named and (not row.processors or processor in row.processors)
 
 
 @cache
@@ -225,11 +242,11 @@ def host() -> Isa:
 def _chosen() -> Isa:
     forced = os.environ.get("FASTATTN_ISA", "")
     if not forced:
-        return next(row for row in TABLE if runs_here(row) and is_meant_for(row, llvm.get_host_cpu_name()))
+        return next(row for row in TABLE if is_meant_for(row, llvm.get_host_cpu_name()) and runs_here(row))
     for row in TABLE:
         if row.name == forced:
             if not runs_here(row):
-                missing = ", ".join(sorted(set(row.needs) - host_features()))
+                missing = ", ".join(sorted(set(row.needs) - host_features())) or "the system's leave to use amx-tile"
                 raise ValueError(f"FASTATTN_ISA={forced}: this {platform.machine()} machine lacks {missing}")
             return row
     raise ValueError(f"FASTATTN_ISA={forced!r} is unknown, expected one of {', '.join(NAMES)}")

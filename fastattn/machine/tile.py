@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 ITEMSIZE = {"int8": 1, "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+MATRIX_ROWS, MATRIX_DEPTH = 16, 32  # of a tile of a matrix unit: rows, and elements of bfloat16 in each
+MATRIX_TILE = 2 * MATRIX_ROWS * MATRIX_DEPTH  # its bytes
 BLOCK = 32  # numbers of int8 that have a scale in common
 
 

@@ -40,6 +40,22 @@ from fastattn.simd.atomics import (
 )
 from fastattn.simd.bits import lanes_above, lowest_bit
 from fastattn.simd.compiler import inline, jit
+from fastattn.simd.matrix import (
+    matrix_begin,
+    matrix_clear_one,
+    matrix_clear_two,
+    matrix_end,
+    matrix_repeat_one,
+    matrix_repeat_two,
+    matrix_score_one,
+    matrix_score_two,
+    matrix_store_one,
+    matrix_store_two,
+    matrix_value_one,
+    matrix_value_two,
+    nearest_half,
+    upper_half,
+)
 from fastattn.simd.memory import (
     as_element,
     load_element,
@@ -158,8 +174,21 @@ __all__ = [
     "load_u16",
     "lowest_bit",
     "make_tile",
+    "matrix_begin",
+    "matrix_clear_one",
+    "matrix_clear_two",
+    "matrix_end",
+    "matrix_repeat_one",
+    "matrix_repeat_two",
+    "matrix_score_one",
+    "matrix_score_two",
+    "matrix_store_one",
+    "matrix_store_two",
+    "matrix_value_one",
+    "matrix_value_two",
     "maximum",
     "minimum",
+    "nearest_half",
     "pause",
     "pick_sixteenth",
     "prefetch",
@@ -212,5 +241,6 @@ __all__ = [
     "tile_to_zipped",
     "tile_together",
     "tile_transpose",
+    "upper_half",
     "where_greater",
 ]

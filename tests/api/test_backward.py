@@ -319,6 +319,22 @@ def test_what_is_masked_leaks_nothing(dtype: Any, odd: float, which: str, how: s
     assert not wanted[index][touched].any()
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", AND_PAIRS)
+def test_a_log_sum_exp_of_nan_has_nan_for_scores_of_minus_infinity_too(dtype: Any, masked: bool) -> None:
+    """An infinite query makes scores of both signs: of those of -inf, no gradient is 0 as that of a hidden key is."""
+    grad_out, query, key, value = inputs((40, 16), (40, 16), (50, 16), (50, 16), dtype=dtype)
+    query[33, 7] = np.inf
+    mask = np.zeros((40, 50), np.float32) if masked else None
+    out, lse = fastattn.attention(query, key, value, mask, return_lse=True)
+    found = fastattn.attention_backward(grad_out, query, key, value, out, lse, mask)
+    assert np.isnan(lse[33])
+    for gradient, rows in zip(found, ([33], range(50), range(50)), strict=True):
+        touched = np.zeros(gradient.shape, bool)
+        touched[rows] = True
+        assert np.array_equal(np.isnan(gradient.astype(np.float64)), touched)
+
+
 @pytest.mark.parametrize("odd", ODD)
 def test_gradients_that_are_not_finite_go_where_their_query_looks(odd: float) -> None:
     query, key, value, grad_out = inputs((100, 8), (150, 8), (150, 8), (100, 8))

@@ -18,7 +18,7 @@ from fastattn.machine import building as build
 from fastattn.machine import libraries as kernels
 from fastattn.machine import loading as machine
 from fastattn.machine import table as isa
-from fastattn.machine.features import HOST
+from fastattn.machine.features import HOST, may_use_matrix_unit
 
 ROWS = {row.name: row for row in isa.TABLE}
 on_x86 = pytest.mark.skipif(HOST != "x86-64", reason="these are x86 instructions")
@@ -47,7 +47,10 @@ def test_the_first_row_that_runs_here_is_used(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delenv("FASTATTN_ISA", raising=False)
     processor = isa.llvm.get_host_cpu_name()
     assert isa.host() is next(row for row in isa.TABLE if isa.runs_here(row) and isa.is_meant_for(row, processor))
+    monkeypatch.setattr(isa, "may_use_matrix_unit", lambda: True)
     for row in isa.TABLE:
+        if row.only_named:
+            continue
         monkeypatch.setattr(isa, "host_features", lambda features=frozenset(row.needs): features)
         monkeypatch.setattr(isa.llvm, "get_host_cpu_name", lambda names=row.processors: names[0] if names else "other")
         assert isa.host() is row
@@ -64,6 +67,30 @@ def test_pairs_are_multiplied_only_where_that_is_faster(monkeypatch: pytest.Monk
     assert isa.host().name == "zen4"
 
 
+def test_a_matrix_unit_is_used_where_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And where the system lets it be used, which is asked for nowhere else."""
+    asked = []
+    monkeypatch.delenv("FASTATTN_ISA", raising=False)
+    monkeypatch.setattr(isa, "host_features", lambda: frozenset(ROWS["amx"].needs))
+    monkeypatch.setattr(isa, "may_use_matrix_unit", lambda: bool(asked.append(1)))
+    monkeypatch.setattr(isa.llvm, "get_host_cpu_name", lambda: "sapphirerapids")
+    assert isa.host().name == "avx512"
+    assert not asked
+    monkeypatch.setenv("FASTATTN_ISA", "amx")
+    with pytest.raises(
+        ValueError, match="^FASTATTN_ISA=amx: this .* machine lacks the system's leave to use amx-tile$"
+    ):
+        isa.host()
+    monkeypatch.setattr(isa, "may_use_matrix_unit", lambda: True)
+    assert isa.host().name == "amx"
+
+
+def test_a_system_without_tiles_refuses() -> None:
+    """On a processor that has none, and on a system that knows nothing of them, the answer is no."""
+    if "amx-tile" not in isa.host_features():
+        assert not may_use_matrix_unit()
+
+
 def test_a_machine_without_features_runs_the_last_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FASTATTN_ISA", raising=False)
 
@@ -78,7 +105,7 @@ def test_a_machine_without_features_runs_the_last_row(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("name", ["avx1024", "AVX2", "avx2 ", "0"])
 def test_an_unknown_row_is_refused_with_the_list(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv("FASTATTN_ISA", name)
-    message = f"FASTATTN_ISA={name!r} is unknown, expected one of zen4, avx512, avx2, neon_bf16, neon, generic"
+    message = f"FASTATTN_ISA={name!r} is unknown, expected one of {', '.join(isa.NAMES)}"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         isa.host()
 
@@ -249,6 +276,32 @@ def test_few_queries_of_half_precision_are_widened_in_registers(name: str, stora
     in_pairs = storage == "bfloat16" and name == "zen4"
     assert widened >= (2 if in_pairs else 4)
     assert multiplied >= (2 if in_pairs else 0)
+
+
+@on_x86
+@pytest.mark.parametrize("work", ["forward", "backward"])
+@pytest.mark.parametrize(("storage", "products"), [("bfloat16", 1), ("float16", 4), ("float32", 6)])
+def test_products_are_those_of_a_matrix_unit(work: str, storage: str, products: int) -> None:
+    """In its loops nothing but tiles: for two of rows four products a pair of terms, of which one operand is loaded."""
+    lines, pairs = assembly("amx", storage, work), set()
+    for code in map(instructions, loops(lines)):
+        if "tdpbf16ps" in code:
+            assert not re.search(r"%[xyz]mm", code), code
+            if "%tmm5" in code:
+                pairs.add(code.count("tdpbf16ps") // 4)
+                assert code.count("tileloadd") == code.count("tdpbf16ps") // 2 + 2
+    assert pairs == {products, 3 if storage == "float16" else products}  # those of weights
+    code = instructions(lines)
+    assert code.count("ldtilecfg") == code.count("tilerelease") == 1
+    assert not re.search(r"\tvdpbf16ps\t", code)  # slow on Intel's processors
+
+
+@on_x86
+@pytest.mark.parametrize("storage", ["float32", "bfloat16"])
+def test_no_other_row_has_tiles(storage: str) -> None:
+    for name in X86_ROWS:
+        assert "tile" not in instructions(assembly(name, storage))
+    assert "tile" not in instructions(assembly("amx", storage, "decode"))
 
 
 # -- the results -------------------------------------------------------------------------------------------------------

@@ -25,13 +25,14 @@ from fastattn.cpu.host.plan import (
     aligned,
     fields_of_pairs,
     fields_of_scores,
-    may_be_in_pairs,
+    may_be_of_bfloat16,
     share_of_keys,
     sizes_of,
     split_scale,
 )
 from fastattn.cpu.kernels.records import GRADIENT_ARRAYS, GRADIENT_AXIS, GRADIENT_CALL, GRADIENT_PARTS, GRADIENT_PLAN
-from fastattn.machine.tile import TileShape
+from fastattn.machine.kernel import TERMS
+from fastattn.machine.tile import MATRIX_DEPTH, MATRIX_ROWS, MATRIX_TILE, TileShape
 
 Arrays: TypeAlias = "dict[str, Array | None]"
 CALL_NAMES = (GRADIENT_CALL.names or ())[2:]  # behind the plan and the working memory
@@ -127,7 +128,7 @@ class Arrival(NamedTuple):
     rounded : numpy.dtype
         What the log-sum-exp was rounded to.
     in_pairs : bool
-        Whether they may multiply pairs of bfloat16, where arrays are that.
+        Whether they may multiply pairs of bfloat16, where arrays are that, or terms of it on a matrix unit.
     factor : float
         What gradients of scores are multiplied by: the scale, if they can be divided by it again.
     rest : float
@@ -145,8 +146,9 @@ class Arrival(NamedTuple):
 
 def arrival_of(problem: Problem, names: Sequence[str], upstream: Upstream) -> Arrival:
     """Return how kernels take what arrives at a backward pass."""
-    in_pairs = name_of(upstream.came_in) == name_of(problem.storage) == "bfloat16" and may_be_in_pairs(problem)
-    in_pairs = in_pairs and session.current.row.pairs
+    row, storage = session.current.row, name_of(problem.storage)
+    multiplied = storage in TERMS if row.matrix else storage == "bfloat16" and row.pairs
+    in_pairs = multiplied and name_of(upstream.came_in) == storage and may_be_of_bfloat16(row, problem)
     factor, rest = split_scale(problem.scores.scale) if in_pairs else (problem.scores.scale, 1.0)
     without_scale = "alibi_slopes" in names and abs(factor) < LEAST_FACTOR
     return Arrival(upstream.rounded, in_pairs, *((1.0, 1.0) if without_scale else (factor, rest)), without_scale)
@@ -267,7 +269,7 @@ def _draft(work: str, problem: Problem, arrays: Arrays, arrival: Arrival, own: l
         "outer": outer,
         "inner": heads // outer,
     }
-    fields.update(fields_of_pairs(problem, fields) if kernel.reads == "pairs" else {})
+    fields.update(fields_of_pairs(problem, fields) if kernel.of_bfloat16 else {})
     for name, array in arrays.items():
         for end, stride in zip(("_row", "_column"), array.strides[-2:] if array is not None else (), strict=False):
             if name + end in (GRADIENT_PLAN.names or ()):
@@ -275,6 +277,30 @@ def _draft(work: str, problem: Problem, arrays: Arrays, arrival: Arrival, own: l
     # three of the products have the features of a key in them, two those of a value
     flops = 2.0 * heads * problem.queries * problem.keys * (3.0 * problem.head_dim + 2.0 * problem.value_dim)
     return Draft(problem, kernel, GRADIENT_PLAN, fields, _axes(lead, arrays, own), flops * share_of_keys(problem))
+
+
+def _sizes_of_terms(draft: Draft, group: int) -> dict[str, int]:
+    """What a matrix unit wants instead, or besides: as `fastattn.cpu.kernels.matrix` lays it out."""
+    problem, fields, tile = draft.problem, draft.fields, draft.kernel.tile
+    block, key_block, queries = draft.kernel.terms * MATRIX_TILE, fields["key_block"], fields["query_block"]
+    subs, key_tiles = queries // tile.width, key_block // MATRIX_ROWS
+    keys, values = (-(-features // MATRIX_DEPTH) for features in (problem.head_dim, problem.value_dim))
+    rows = {name: key_tiles * deep * block + 8 * key_block for name, deep in (("keys", keys), ("values", values))}
+    columns = -(-problem.head_dim // MATRIX_ROWS) * (key_block // MATRIX_DEPTH) * block
+    one_row = max(problem.head_dim, problem.value_dim) * tile.itemsize
+    return {
+        "keys": group * rows["keys"],
+        "values": group * rows["values"],
+        "clean_keys": rows["keys"],
+        "key_rows": group * columns,
+        "weight_rows": subs * key_tiles * block,
+        "grad_rows": subs * key_tiles * block,
+        "grad_pairs": max(MATRIX_DEPTH * tile.row_bytes + key_block // MATRIX_DEPTH * 2 * block, one_row),
+        "query_lane_terms": subs * (keys * 2 * block + tile.row_bytes),
+        "grad_lane_terms": subs * (values * 2 * block + tile.row_bytes),
+        "query_panel_terms": keys * subs * 2 * block,
+        "grad_panel_terms": values * subs * 2 * block,
+    }
 
 
 def _axes(lead: Shape, arrays: Arrays, own: list[int]) -> list[tuple[int, ...]]:
@@ -321,15 +347,16 @@ def _split(draft: Draft, heads: int, *, group: int, groups: int, part: int, part
         "clean_keys": keys * score_panel,
         "outs": values * query_panel,
         "raws": score_panel if "function" in draft.kernel.steps else 0,
-        **dict.fromkeys(("key_rows", "weight_rows", "grad_rows", "grad_pairs"), 0),
     }
     if draft.kernel.reads == "pairs":
         rows = subs * score_panel // 2
         sizes |= {"key_rows": keys * panel, "weight_rows": rows, "grad_rows": rows, "grad_pairs": score_panel // 2}
+    if draft.kernel.reads == "matrix":
+        sizes |= _sizes_of_terms(draft, group)
     at = 0
     for name in GRADIENT_PARTS:
         fields[name + "_at"] = at
-        at += aligned(sizes[name])
+        at += aligned(sizes.get(name, 0))
     fields["group"], fields["groups"], fields["part"], fields["parts"] = group, groups, part, parts
     fields["panel"], fields["query_panel"], fields["score_panel"] = panel, query_panel, score_panel
     fields["tasks"], draft.scratch_bytes = heads * groups * parts, at

@@ -19,7 +19,7 @@ from fastattn.cpu.host.decode import draft_decode, is_decode, may_be_in_words, s
 from fastattn.cpu.host.functions import known_functions, prepared
 from fastattn.cpu.host.kernels import describe, steps_of
 from fastattn.cpu.host.own import own_heads
-from fastattn.cpu.host.plan import choose_tile, draft_forward, may_be_in_pairs
+from fastattn.cpu.host.plan import choose_tile, draft_forward, may_be_of_bfloat16
 from fastattn.cpu.host.threads import get_num_threads
 from fastattn.machine.tile import TileShape
 
@@ -143,7 +143,7 @@ def _plan(work: str, problem: Problem, operands: Operands, out: Array, threads: 
         return draft_decode(kernel, problem, operands, split, threads).finish(threads)
     steps = steps_of(problem, all_of=work != "forward" or score != "dot")
     tile = choose_tile(row, problem.real, problem.queries)
-    kernel = describe(work, tile, row, score, steps, name_of(problem.storage), may_be_in_pairs(problem))
+    kernel = describe(work, tile, row, score, steps, name_of(problem.storage), may_be_of_bfloat16(row, problem))
     return draft_forward(kernel, problem, operands, split, threads).finish(threads)
 
 

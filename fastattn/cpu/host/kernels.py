@@ -8,7 +8,7 @@ from functools import cache
 from fastattn.call.problem import Problem
 from fastattn.cpu.kernels.exports import EXPORTS
 from fastattn.machine.collector import collector_at_rest
-from fastattn.machine.kernel import PLAIN, Kernel
+from fastattn.machine.kernel import PLAIN, TERMS, Kernel
 from fastattn.machine.libraries import Library, library
 from fastattn.machine.table import Isa
 from fastattn.machine.tile import TileShape
@@ -16,6 +16,7 @@ from fastattn.machine.tile import TileShape
 STEPS = ("dropout", "mask")
 FUNCTION = ("function",)
 ON_PAIRS = ("forward", "decode", "backward", "mask_gradient", "captured_gradient")
+ON_MATRIX = ("forward", "backward", "mask_gradient", "captured_gradient")
 #: These take few queries, or blocks of them one by one: too few to lay out keys for.
 IN_PLACE = ("decode", "weights", "known_weights")
 
@@ -34,8 +35,8 @@ def describe(
 ) -> Kernel:
     """Describe the kernel of some work on scores, for a register tile, and arrays of another dtype than its own.
 
-    `in_pairs`: pairs of bfloat16 may be multiplied, where the machine does that. `queries`, `values` and `pages` are
-    those of a `Kernel`.
+    `in_pairs`: pairs of bfloat16 may be multiplied, where the machine does that, or by its matrix unit. `queries`,
+    `values` and `pages` are those of a `Kernel`.
 
     A kernel for all that may happen to scores does what one without these steps does, more slowly. The forward and the
     backward pass have both: a single one would make a first call wait for what it does not use.
@@ -45,11 +46,18 @@ def describe(
     queries, values = ("" if each == storage else each for each in (queries, values))
     if in_pairs and storage == "bfloat16" and not queries and not values and row.pairs and work in ON_PAIRS:
         reads = "pairs"
+    elif in_pairs and not few and score == "dot" and is_for_matrix(row, work, tile.dtype, storage, values):
+        reads = "matrix"
     elif few and storage == tile.dtype and not values:
         reads = "strided"
     else:
         reads = "panels" if row.panels and not few and "int8" not in (storage, values) else "rows"
     return Kernel(work, row, tile, storage, score, reads, steps, queries, values, pages)
+
+
+def is_for_matrix(row: Isa, work: str, *dtypes: str) -> bool:
+    """Whether a row has a matrix unit, and that does such work on arrays of these dtypes; "" is any."""
+    return row.matrix and work in ON_MATRIX and all(dtype in TERMS for dtype in dtypes if dtype)
 
 
 def steps_of(problem: Problem, all_of: bool = False) -> tuple[str, ...]:
@@ -78,9 +86,11 @@ def kernels_of(row: Isa, storage: str) -> Iterator[Kernel]:
     """Those of them that are for arrays of one dtype; of half precision, those that read it as it lies."""
     real = "float64" if storage == "float64" else "float32"
     tile, is_half = row.tile(real), storage != real
-    of_blocks = ("forward", "weights", "summary", *(() if is_half else ("known_weights",)))
+    of_blocks = ("weights", "summary", *(() if is_half else ("known_weights",)))
     for shape in (tile, row.tall_tile(real)):
-        yield describe("forward", shape, row, steps=PLAIN, storage=storage)
+        for in_pairs in {True, not row.matrix}:  # few features are too few for a matrix unit
+            yield describe("forward", shape, row, steps=PLAIN, storage=storage, in_pairs=in_pairs)
+            yield describe("forward", shape, row, storage=storage, in_pairs=in_pairs)
         for work in of_blocks:
             yield describe(work, shape, row, storage=storage)
     for steps in (PLAIN, STEPS):

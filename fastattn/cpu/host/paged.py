@@ -21,7 +21,7 @@ from fastattn.cpu.host.decode import PIECE, draft_decode, is_decode, may_be_in_w
 from fastattn.cpu.host.forward import tile_of_functions
 from fastattn.cpu.host.functions import prepared
 from fastattn.cpu.host.kernels import describe, steps_of
-from fastattn.cpu.host.plan import Draft, aligned, choose_key_block, choose_tile, draft_forward, may_be_in_pairs
+from fastattn.cpu.host.plan import Draft, aligned, choose_key_block, choose_tile, draft_forward, may_be_of_bfloat16
 from fastattn.cpu.host.varlen import CALL_NAMES, places_of
 
 __all__ = ["attention", "attention_again", "packed", "recalled"]
@@ -175,9 +175,9 @@ def _plan(problem: Problem, operands: Operands, layout: Layout, out: Array, thre
     keys, values = map(name_of, layout.dtypes)
     of_memory = {"storage": keys, "values": values, "queries": name_of(problem.storage), "pages": keys}
     steps = (steps_of_rows if few else steps_of)(problem)
-    in_pairs = (may_be_in_words if few else may_be_in_pairs)(problem)
+    in_pairs = may_be_in_words(problem) if few else may_be_of_bfloat16(row, problem)
     kernel = describe("decode" if few else "forward", tile, row, steps=steps, in_pairs=in_pairs, **of_memory)
-    block = PIECE if few else choose_key_block(row, problem)
+    block = PIECE if few else choose_key_block(kernel, problem)
     gathers = layout.page % block != 0
     placed = operands._replace(key=_rows(operands.key, gathers), value=_rows(operands.value, gathers))
     draft = (draft_decode if few else draft_forward)(kernel, problem, placed, split, threads)

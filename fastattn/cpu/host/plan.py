@@ -28,7 +28,7 @@ from fastattn.cpu.kernels.records import (
 )
 from fastattn.machine.kernel import Kernel
 from fastattn.machine.table import Isa
-from fastattn.machine.tile import TileShape
+from fastattn.machine.tile import MATRIX_DEPTH, MATRIX_ROWS, MATRIX_TILE, TileShape
 
 Array = NDArray[Any]
 
@@ -47,9 +47,10 @@ def choose_tile(row: Isa, dtype: np.dtype[Any], queries: int) -> TileShape:
     return tile if queries <= tile.lanes else row.tile(tile.dtype)
 
 
-def choose_key_block(row: Isa, problem: Problem) -> int:
+def choose_key_block(kernel: Kernel, problem: Problem) -> int:
     """The table's number of keys, halved until their rows leave room in the level-2 cache."""
-    key_block = row.key_block
+    row = kernel.row
+    key_block = row.key_block // 2 if kernel.reads == "matrix" and kernel.terms == 3 else row.key_block
     while (
         key_block > row.blocking.least_rows
         and key_block * (problem.head_dim + problem.value_dim) * problem.real.itemsize > row.blocking.block_bytes
@@ -198,6 +199,13 @@ def may_be_in_pairs(problem: Problem) -> bool:
     return MODERATE <= abs(problem.scores.scale) <= 1 / MODERATE or problem.scores.scale == 0
 
 
+def may_be_of_bfloat16(row: Isa, problem: Problem) -> bool:
+    """The same for a forward pass: with few features, tiles of a matrix unit would be almost empty."""
+    if row.matrix and min(problem.head_dim, problem.value_dim) < row.blocking.matrix_features:
+        return False
+    return may_be_in_pairs(problem)
+
+
 def fields_of_pairs(problem: Problem, fields: dict[str, Any]) -> dict[str, float]:
     """The same where queries are multiplied by a power of two alone.
 
@@ -234,13 +242,13 @@ def draft_forward(kernel: Kernel, problem: Problem, operands: Operands, out: Arr
     heads, blocks = math.prod(lead), -(-problem.queries // tile.width)
     feature_flops = row.blocking.additive_cost if kernel.score == "additive" else 2.0
     flops_per_block = tile.width * problem.keys * (feature_flops * problem.head_dim + 2.0 * problem.value_dim)
-    key_block = choose_key_block(row, problem)
+    key_block = choose_key_block(kernel, problem)
     room = room_of_blocks(kernel, problem, key, value, key_block)
     state = room["query_bytes"] + (problem.value_dim + 2) * tile.row_bytes
     group = group_size(row, blocks, state, flops_per_block, heads, threads)
     groups = -(-blocks // group)
     fields: dict[str, Any] = {**sizes_of(problem), **fields_of_scores(problem, bias), **room}
-    fields.update(fields_of_pairs(problem, fields) if kernel.reads == "pairs" else {}, out_itemsize=out.itemsize)
+    fields.update(fields_of_pairs(problem, fields) if kernel.of_bfloat16 else {}, out_itemsize=out.itemsize)
     axes = axes_of(fields, lead, operands, out)
     everything = heads * (problem.queries + problem.keys) * (problem.head_dim + problem.value_dim) * tile.itemsize
     fields.update(
@@ -251,8 +259,7 @@ def draft_forward(kernel: Kernel, problem: Problem, operands: Operands, out: Arr
         groups=groups,
         tasks=heads * groups,
     )
-    # scores, and sums of values that are not finite
-    work = (WORK_ROWS + key_block + problem.value_dim) * tile.row_bytes + tile.lanes * tile.lanes * 8
+    work = (WORK_ROWS + key_block + rows_behind_scores(kernel, problem, key_block)) * tile.row_bytes + tile.buffer_bytes
     return Draft(
         problem,
         kernel,
@@ -262,6 +269,14 @@ def draft_forward(kernel: Kernel, problem: Problem, operands: Operands, out: Arr
         flops=heads * blocks * flops_per_block * share_of_keys(problem),
         scratch_bytes=aligned(group * (state + ALIGNMENT) + room["key_bytes"] + room["value_bytes"] + work),
     )
+
+
+def rows_behind_scores(kernel: Kernel, problem: Problem, key_block: int) -> int:
+    """Room behind scores, in rows: for sums of values that are not finite, or for what a matrix unit wants."""
+    if kernel.reads != "matrix":
+        return problem.value_dim
+    queries_and_key = problem.head_dim + -(-problem.head_dim // kernel.tile.width)
+    return max(queries_and_key, MATRIX_DEPTH + kernel.terms * key_block // 2)
 
 
 def axes_of(fields: dict[str, Any], lead: Shape, operands: Operands, out: Array) -> list[tuple[int, ...]]:
@@ -286,9 +301,23 @@ def sizes_of(problem: Problem) -> dict[str, int]:
     }
 
 
+def room_of_matrices(kernel: Kernel, problem: Problem, key_block: int) -> dict[str, int]:
+    """The same for a matrix unit: tiles of all terms, and a number for each query, and for each key."""
+    features, values = -(-problem.head_dim // MATRIX_DEPTH), -(-problem.value_dim // MATRIX_ROWS)
+    return {
+        "query_bytes": features * kernel.terms * 2 * MATRIX_TILE + kernel.tile.row_bytes,
+        "key_bytes": key_block // MATRIX_ROWS * features * kernel.terms * MATRIX_TILE + aligned(8 * key_block),
+        "value_bytes": values * (key_block // MATRIX_DEPTH) * kernel.terms * MATRIX_TILE,
+        "key_step": 0,
+        "value_step": 0,
+    }
+
+
 def room_of_blocks(kernel: Kernel, problem: Problem, key: Array, value: Array, key_block: int) -> dict[str, int]:
     """The fields of a plan that say how blocks of queries, keys and values are laid out, and what room they take."""
     tile, features = kernel.tile, problem.head_dim
+    if kernel.reads == "matrix":
+        return room_of_matrices(kernel, problem, key_block)
     if kernel.score == "additive":
         query_bytes = additive_query_bytes(tile, features)
         key_bytes, key_step = additive_key_bytes(tile, features, key_block), 0

@@ -1,7 +1,7 @@
 """Kernels for a wheel, compiled ahead of all calls: ``python -m fastattn.cpu.host.prebuild FOLDER`` writes them.
 
 They are those of all rows of the table of machines that are of this machine's architecture, whether it executes them or
-not. `fastattn.machine.prebuilt` finds them where the wheel was installed.
+not, but for rows that have to be named. `fastattn.machine.prebuilt` finds them where the wheel was installed.
 """
 
 from __future__ import annotations
@@ -34,6 +34,10 @@ IN_PAGES = (
     ("float16", "float16"),
     ("bfloat16", "bfloat16"),
 )
+
+
+#: A row like another that multiplies no bfloat16.
+PLAIN_PRODUCTS: dict[str, Any] = {"pairs": False, "matrix": False, "only_named": False}
 
 
 def of_a_wheel(row: Isa) -> Iterator[Kernel]:
@@ -76,10 +80,10 @@ def compiled(kernel: Kernel) -> bytes:
 
 
 def compiled_as(kernel: Kernel) -> Kernel:
-    """The kernel whose object code this one has: where it multiplies no pairs, that of a row that knows of none."""
+    """The kernel whose object code this one has: where it multiplies no bfloat16, that of a row that does not."""
     for row in TABLE:
-        plain = replace(kernel.row, name=row.name, needs=row.needs, features=(), processors=(), pairs=False)
-        if kernel.reads != "pairs" and plain == row:
+        plain = replace(kernel.row, name=row.name, needs=row.needs, features=(), processors=(), **PLAIN_PRODUCTS)
+        if not kernel.of_bfloat16 and plain == row:
             return replace(kernel, row=row)
     return kernel
 
@@ -91,7 +95,7 @@ def main() -> None:
 
     (folder,) = map(Path, sys.argv[1:])
     start = time.perf_counter()
-    kernels = list(chain.from_iterable(map(of_a_wheel, of_this_architecture())))
+    kernels = list(chain.from_iterable(map(of_a_wheel, (row for row in of_this_architecture() if not row.only_named))))
     distinct = list(dict.fromkeys(map(compiled_as, kernels)))
     codes: dict[Kernel, bytes] = {}
     with (

@@ -26,16 +26,34 @@ are added one by one, where a query may look.
 
 from collections import namedtuple
 
+from fastattn.cpu.kernels import gradient_matrix
 from fastattn.cpu.kernels.blocks import clear
 from fastattn.cpu.kernels.dropout import drop
 from fastattn.cpu.kernels.gradient_rows import (
     copy_numbers,
     find_deltas,
     load_lanes,
-    load_rows,
+    load_panels,
+    load_query_sums,
     starts_late,
+    store_query_sums,
 )
-from fastattn.cpu.kernels.gradient_sums import WORD, add_to_keys, add_visible, note_span, round_weights, whole_tiles
+from fastattn.cpu.kernels.gradient_scores import (
+    add_distances,
+    apply_to_block,
+    cap_block,
+    hide_from_empty,
+    keep_bare,
+    spoil,
+)
+from fastattn.cpu.kernels.gradient_sums import (
+    WORD,
+    add_to_keys,
+    add_visible,
+    note_span,
+    round_weights,
+    whole_tiles,
+)
 from fastattn.cpu.kernels.masks import lowest
 from fastattn.cpu.kernels.panels import (
     add_across,
@@ -49,21 +67,21 @@ from fastattn.cpu.kernels.panels import (
 )
 from fastattn.cpu.kernels.prefetch import prefetch_rows
 from fastattn.cpu.kernels.records import GRADIENT_AXIS, GRADIENT_CALL, GRADIENT_PLAN
-from fastattn.cpu.kernels.scores import cap, cap_with_slope, keys_of_block, keys_of_queries, queries_of_keys
-from fastattn.cpu.kernels.softmax import MINUS_INFINITY, exp2
+from fastattn.cpu.kernels.scores import keys_of_block, keys_of_queries, queries_of_keys
+from fastattn.cpu.kernels.softmax import exp2
 from fastattn.cpu.kernels.stages import finish, wait_for
 from fastattn.cpu.kernels.sums import any_has_lost, find_sums, hide_keys, load_sums, relate
 from fastattn.cpu.kernels.tasks import own_of, own_view
 from fastattn.machine.kernel import PLAIN
 from fastattn.simd import (
-    absolute,
     all_finite,
-    fma,
+    inline,
     jit,
+    matrix_begin,
+    matrix_end,
     minimum,
     record_view,
     tile_fill,
-    tile_iota,
     tile_load,
     tile_store,
     where_greater,
@@ -72,7 +90,6 @@ from fastattn.simd import (
 axis_view, call_view = record_view(GRADIENT_AXIS), record_view(GRADIENT_CALL)
 plan_view = record_view(GRADIENT_PLAN)
 AXIS_BYTES, PLAN_BYTES = GRADIENT_AXIS.itemsize, GRADIENT_PLAN.itemsize
-SMALLEST_FLOAT32, SMALLEST_FLOAT64 = 2.0**-126, 2.0**-1022  # normal numbers: less of a gradient is nothing to a sum
 
 # Where the matrices of a head of queries begin, the number of the head, and where all that it has of its own is.
 Head = namedtuple(
@@ -126,7 +143,7 @@ def differentiate(kernel, plan, scores, grads, count, hidden, late, start, delta
     tile = kernel.tile
     for _ in range(count):
         score = tile_load(tile.single, scores, 0)
-        if (kernel.steps != PLAIN or kernel.reads == "pairs") and late:
+        if (kernel.steps != PLAIN or kernel.of_bfloat16) and late:
             exponent = (score - start) * plan.to_base_2
         else:
             exponent = score
@@ -144,92 +161,20 @@ def differentiate(kernel, plan, scores, grads, count, hidden, late, start, delta
         grads += tile.row_bytes
 
 
-@jit
-def hide_from_empty(kernel, plan, scores, count, start):
-    """Scores of -inf for queries that look at nothing: a query of 0 and a key that is not finite have made NaN."""
-    tile = kernel.tile
-    for _ in range(count):
-        score = tile_load(tile.single, scores, 0)
-        if starts_late(kernel, plan):
-            score = where_greater(start, -lowest(tile), MINUS_INFINITY, score)
-        else:
-            score = where_greater(lowest(tile), start, MINUS_INFINITY, score)
-        tile_store(score, scores, 0)
-        scores += tile.row_bytes
-
-
-@jit
-def cap_block(kernel, plan, scores, grads, count, delta):
-    """Cap a block of scores; what is beside them becomes the gradient of a weight, times the slope of the score.
-
-    The gradients of a mask, and of what a user's function captures, which come behind the softcap, do without.
-    """
-    tile = kernel.tile
-    if plan.drop_below > 0:
-        for offset in range(0, count * tile.row_bytes, tile.row_bytes):
-            grad = tile_load(tile.single, grads + offset, 0) * plan.keep_scale - delta
-            tile_store(grad, grads + offset, 0)
-    if plan.softcap == 0.0:
+@inline
+def multiply_block(kernel, plan, head, s, first_key, offset, part, start, grad_start, scratch):
+    """The scores of `weigh`, and value · do beside them, each from what it starts with for a query."""
+    if kernel.reads == "matrix":
+        gradient_matrix.multiply_block(kernel, plan, head, s, first_key, offset, part, start, grad_start, scratch)
         return
-    if kernel.work != "backward":
-        cap(tile, plan, scores, count, tile_fill(tile.single, MINUS_INFINITY))
-    else:
-        cap_with_slope(tile, plan, scores, grads, count)
-
-
-@jit
-def keep_bare(kernel, plan, grads, count, delta, scratch):
-    """Gradients of weights as they are before a softcap's slope is a factor of them; where that is kept."""
-    tile, bare = kernel.tile, scratch + plan.bare_grads_at
-    for offset in range(0, count * tile.row_bytes, tile.row_bytes):
-        grad = tile_load(tile.single, grads + offset, 0)
-        tile_store(grad * plan.keep_scale - delta if plan.drop_below > 0 else grad, bare + offset, 0)
-    return bare
-
-
-@jit
-def apply_to_block(kernel, plan, head, scores, grads, bare, part, first_query, first_key, scratch):
-    """`hide_keys`, with the user's functions, whose slope is a factor of what is beside the scores, `bare` or not."""
-    tile = kernel.tile
-    before, beside = part.begin * tile.row_bytes, scratch + plan.raws_at
-    if kernel.work == "captured_gradient":  # wants gradients without the slope, and the scores before
-        hide_keys(kernel, plan, head, scores - before, beside, part, first_query, first_key, scratch)
-    elif bare == grads:
-        hide_keys(kernel, plan, head, scores - before, grads - before, part, first_query, first_key, scratch)
-    else:
-        rows = range(0, (part.end - part.begin) * tile.row_bytes, tile.row_bytes)
-        for offset in rows:
-            tile_store(tile_fill(tile.single, 1.0), beside + before + offset, 0)
-        hide_keys(kernel, plan, head, scores - before, beside, part, first_query, first_key, scratch)
-        for offset in rows:
-            slope = tile_load(tile.single, beside + before + offset, 0)
-            tile_store(tile_load(tile.single, grads + offset, 0) * slope, grads + offset, 0)
-            tile_store(tile_load(tile.single, bare + offset, 0) * slope, bare + offset, 0)
-
-
-@jit
-def add_distances(kernel, plan, head, weights, grads, bare, count, first_query, first_key, s, scratch):
-    """Add ds · |position - j| to the sums of tile width `s` of the queries: what the slope of the head gets, negative.
-
-    A softcap's slope is no factor of these ds. So they are the weights times what is `bare`, but for hidden keys.
-    """
-    tile = kernel.tile
-    sums, total = scratch + plan.slope_sums_at + s * tile.row_bytes, tile_fill(tile.single, 0.0)
-    lanes = tile_iota(tile.single)
-    away = (head.offset + first_query - first_key) * 1.0
-    smallest = SMALLEST_FLOAT32 if tile.itemsize == 4 else SMALLEST_FLOAT64
-    for _ in range(count):
-        grad = tile_load(tile.single, grads, 0)
-        if "softcap" in kernel.steps:
-            weight = tile_load(tile.single, weights, 0)
-            size = absolute(weight) + absolute(grad)
-            grad = where_greater(smallest, size, 0.0, weight * tile_load(tile.single, bare, 0))
-            weights += tile.row_bytes
-            bare += tile.row_bytes
-        total = fma(grad, absolute(lanes + away), total)
-        grads += tile.row_bytes
-        away -= 1.0
-    tile_store(tile_load(tile.single, sums, 0) + total, sums, 0)
+    tile, before, count = kernel.tile, part.begin * kernel.tile.row_bytes, part.end - part.begin
+    at = s * plan.score_panel + before
+    scores, grads = scratch + plan.scores_at + at, scratch + plan.score_grads_at + at
+    keys, values = scratch + plan.keys_at + offset + before, scratch + plan.values_at + offset + before
+    queries = scratch + plan.query_lanes_at + s * plan.head_dim * tile.row_bytes
+    grad_lanes = scratch + plan.grad_lanes_at + s * plan.value_dim * tile.row_bytes
+    product_along(kernel, start, count, keys, plan.panel, queries, plan.head_dim, plan.factor, scores)
+    product_along(kernel, grad_start, count, values, plan.panel, grad_lanes, plan.value_dim, 1.0, grads)
 
 
 @jit
@@ -252,15 +197,14 @@ def weigh(kernel, call, plan, head, s, first_query, first_key, offset, lost, scr
     late = starts_late(kernel, plan)
     zero = tile_fill(tile.single, 0.0)
     begin, grad_begin = start, zero - delta
-    if (kernel.steps != PLAIN or kernel.reads == "pairs") and late:
+    if (kernel.steps != PLAIN or kernel.of_bfloat16) and late:
         begin = zero
     if kernel.steps != PLAIN and plan.drop_below > 0:
         grad_begin = zero
-    keys, values = scratch + plan.keys_at + offset + before, scratch + plan.values_at + offset + before
-    queries = scratch + plan.query_lanes_at + s * plan.head_dim * tile.row_bytes
-    grad_lanes = scratch + plan.grad_lanes_at + s * plan.value_dim * tile.row_bytes
-    product_along(kernel, begin, count, keys, plan.panel, queries, plan.head_dim, plan.factor, weights)
-    product_along(kernel, grad_begin, count, values, plan.panel, grad_lanes, plan.value_dim, 1.0, grads)
+    multiply_block(kernel, plan, head, s, first_key, offset, part, begin, grad_begin, scratch)
+    finite = all_finite(start)
+    if late and not finite:
+        spoil(kernel, weights, count, start)
     dropping = "dropout" in kernel.steps and plan.drop_below > 0
     if dropping:
         drop(tile, plan, call, grads, count, head.number, first_query, first_key + part.begin)
@@ -275,7 +219,7 @@ def weigh(kernel, call, plan, head, s, first_query, first_key, offset, lost, scr
     else:
         hide_keys(kernel, plan, head, weights - before, 0, part, first_query, first_key, scratch)
     full, full_end = part.full - part.begin, part.full_end - part.begin
-    if not all_finite(start):
+    if not finite:
         hide_from_empty(kernel, plan, weights, count, start)
         full = full_end = 0
     if lost:
@@ -292,7 +236,7 @@ def weigh(kernel, call, plan, head, s, first_query, first_key, offset, lost, scr
         add_distances(kernel, plan, head, weights, grads, bare, count, first_query, first_key + part.begin, s, scratch)
     if dropping:
         drop(tile, plan, call, weights, count, head.number, first_query, first_key + part.begin)
-    behind = whole_tiles(tile, count) - count
+    behind = whole_tiles(kernel, count) - count
     clear(tile, weights + count * tile.row_bytes, behind)
     clear(tile, grads + count * tile.row_bytes, behind)
     return part
@@ -310,6 +254,9 @@ def load_keys(kernel, plan, key, value, first, count, scratch):
     keys, values = scratch + plan.keys_at, scratch + plan.values_at
     key += first * plan.key_row
     value += first * plan.value_row
+    if kernel.reads == "matrix":
+        gradient_matrix.load_keys(kernel, plan, key, value, count, keys, values)
+        return
     pack_factors(kernel, keys, plan.panel, key, plan.key_row, plan.key_column, count, plan.head_dim)
     pack_factors(kernel, values, plan.panel, value, plan.value_row, plan.value_column, count, plan.value_dim)
 
@@ -359,7 +306,7 @@ def begin_queries(kernel, call, plan, head, first_query, present, is_first, scra
         outs = head.out + first_query * plan.out_row
         find_deltas(tile, plan, grads, outs, lse, grad_lse, present, deltas, scratch)
     full = load_lanes(kernel, plan, queries, grads, lse, present, plan.score_scale, scratch)
-    finite = load_rows(kernel, plan, queries, grads, lse, present, full, scratch)
+    finite = load_panels(kernel, plan, queries, grads, lse, present, full, scratch)
     lost = any_has_lost(tile, plan, lse, present)
     if lost and is_first:
         sink_weights = call.sink_weights + numbers if call.sink_weights != 0 else 0
@@ -401,6 +348,10 @@ def meet(kernel, call, plan, head, work, block, finite, finite_keys, lost, is_fi
                 a = scratch + plan.score_grads_at + s * plan.score_panel + rows
                 c = query_sums + s * tile.width * tile.row_bytes
                 count = part.end - part.begin
+                if kernel.reads == "matrix":
+                    gradient_matrix.round_weights(kernel, plan, part.begin, whole_tiles(kernel, count), s, scratch)
+                    gradient_matrix.add_to_queries(kernel, plan, s, offset, part, scratch)
+                    continue
                 if kernel.reads == "pairs":
                     round_weights(kernel, plan, part, s, scratch)
                     a, rows = scratch + plan.grad_pairs_at, rows // 2
@@ -420,9 +371,12 @@ def begin_keys(kernel, plan, head, work, grad_key, grad_value, scratch):
     key_sums, value_sums = scratch + plan.key_sums_at, scratch + plan.value_sums_at
     pack_panels(tile, tile, key_sums, plan.panel, grad_key, plan.grad_key_row, element, count, plan.head_dim)
     pack_panels(tile, tile, value_sums, plan.panel, grad_value, plan.grad_value_row, element, count, plan.value_dim)
+    key, rows = head.key + work.first_key * plan.key_row, scratch + plan.key_rows_at
+    if kernel.reads == "matrix":
+        gradient_matrix.load_key_columns(kernel, plan, key, count, rows)
+        return True
     if kernel.reads != "pairs":
         return are_finite(tile, scratch + plan.keys_at, plan.panel, count, plan.head_dim)
-    key, rows = head.key + work.first_key * plan.key_row, scratch + plan.key_rows_at
     pack_finite_pairs(kernel, rows, plan.panel, key, plan.key_row, plan.key_column, count, plan.head_dim)
     return True
 
@@ -437,10 +391,12 @@ def differentiate_group(kernel, call, plan, kv_head, group, turn, scratch):
     query_turns = call.turns + number * plan.query_blocks * WORD
     key_turns = call.turns + plan.outer * plan.inner * plan.query_blocks * WORD
     key_turns += (kv_head * plan.groups + group) * WORD
-    element, query_panel, query_sums = tile.itemsize, plan.query_panel, scratch + plan.query_sums_at
+    element = tile.itemsize
     grad_key = head.grad_key + work.first_key * plan.grad_key_row
     grad_value = head.grad_value + work.first_key * plan.grad_value_row
     some, finite_keys = work.first_block < work.last_block, True
+    if kernel.reads == "matrix":
+        matrix_begin()
 
     wait_for(key_turns, turn)
     if some:
@@ -458,7 +414,7 @@ def differentiate_group(kernel, call, plan, kv_head, group, turn, scratch):
             load_sums(kernel, plan, call.lse + numbers, present, deltas, scratch)
         copy_numbers(tile, scratch + plan.deltas_at, deltas, present, plan.query_block, plan.score_scale)
         sums = head.grad_query + first_query * plan.grad_query_row
-        pack_panels(tile, tile, query_sums, query_panel, sums, plan.grad_query_row, element, present, plan.head_dim)
+        load_query_sums(kernel, plan, sums, present, scratch)
         with_slopes = "mask" in kernel.steps and call.slope_sums != 0
         if with_slopes:
             slope_sums = call.slope_sums + numbers
@@ -466,7 +422,7 @@ def differentiate_group(kernel, call, plan, kv_head, group, turn, scratch):
         meet(kernel, call, plan, head, work, block, finite, finite_keys, lost, is_first, scratch)
         if with_slopes:
             copy_numbers(tile, call.slope_sums + numbers, scratch + plan.slope_sums_at, present, present, 1.0)
-        unpack_panels(tile, query_sums, query_panel, sums, plan.grad_query_row, element, present, plan.head_dim)
+        store_query_sums(kernel, plan, sums, present, scratch)
         finish(query_turns + block * WORD)
     if some:
         count = work.end - work.first_key
@@ -474,6 +430,8 @@ def differentiate_group(kernel, call, plan, kv_head, group, turn, scratch):
         unpack_panels(tile, key_sums, plan.panel, grad_key, plan.grad_key_row, element, count, plan.head_dim)
         unpack_panels(tile, value_sums, plan.panel, grad_value, plan.grad_value_row, element, count, plan.value_dim)
     finish(key_turns)
+    if kernel.reads == "matrix":
+        matrix_end()
 
 
 def task_function(kernel):

@@ -4,7 +4,7 @@ scores[j][i] = start[i] + key[j] · q[i]          q[p][i]: the queries, transpos
 out[p][i]   += Σ_j value[j][p] · weights[j][i]
 """
 
-from fastattn.cpu.kernels import additive, pairs
+from fastattn.cpu.kernels import additive, matrix, matrix_products, pairs
 from fastattn.cpu.kernels.functions import has_score_function
 from fastattn.cpu.kernels.int8 import are_scales_finite, load_number
 from fastattn.cpu.kernels.pack import copy_rows, key_steps, pack_keys, pack_queries, pack_values, value_steps
@@ -43,6 +43,8 @@ def load_queries(kernel, call, plan, q, source, present, work):
         additive.load_queries(tile, call, plan, q, source, present, work)
     elif kernel.reads == "pairs":
         pairs.pack_queries(kernel, q, source, plan.query_row, plan.query_column, present, plan.head_dim, plan.scale)
+    elif kernel.reads == "matrix":
+        matrix.load_lanes(kernel, plan, q, source, present)
     else:
         row, column, place = plan.query_row, plan.query_column, kernel.query_place
         pack_queries(place, tile, q, source, row, column, present, plan.head_dim, plan.scale)
@@ -63,12 +65,16 @@ def load_keys(kernel, plan, target, source, count):
     if kernel.reads == "pairs" and plan.key_bytes > 0:
         pairs.copy_keys(kernel, target, plan.key_step, source, plan.key_row, plan.key_column, count, plan.head_dim)
         return target
+    if kernel.reads == "matrix":
+        row, column = plan.key_row, plan.key_column
+        matrix.load_rows(kernel, kernel, plan, target, source, row, column, count, plan.head_dim)
+        return target
     return source
 
 
 @jit
-def load_values(kernel, plan, target, source, count):
-    """The same for values."""
+def load_values(kernel, plan, target, source, count, finite):
+    """The same for values. Of bfloat16, what is not finite is replaced by 0, where they are not all `finite`."""
     tile = kernel.tile
     if kernel.reads == "panels":
         panel, _, _ = value_steps(kernel, plan)
@@ -83,6 +89,12 @@ def load_values(kernel, plan, target, source, count):
     if kernel.reads == "pairs":
         row, column = plan.value_row, plan.value_column
         pairs.copy_values(kernel, target, plan.value_step, source, row, column, count, plan.value_dim)
+        if not finite:
+            pairs.clean_values(kernel, target, plan.value_step, count, plan.value_dim)
+        return target
+    if kernel.reads == "matrix":
+        place, row, column = kernel.value_place, plan.value_row, plan.value_column
+        matrix.load_columns(kernel, place, plan, target, source, row, column, count, plan.value_dim, finite)
         return target
     return source
 
@@ -124,12 +136,15 @@ def score_block(kernel, plan, q, key, first, count, start, scores, best, wanted)
 
 
 @jit
-def add_values(kernel, plan, weights, count, value, out, wanted, apart):
+def add_values(kernel, plan, weights, count, value, out, rest, wanted, apart):
     """out[p][i] += Σ_j value[j][p] · weights[j][i]; meanwhile what is on the list is asked for.
 
-    `apart`: what is added is summed by itself first, as it is of all keys of a block. Of many keys the roundings of one
-    long sum would be most of the error.
+    `rest` is what a matrix unit wants room for. `apart`: what is added is summed by itself first, as it is of all keys
+    of a block. Of many keys the roundings of one long sum would be most of the error.
     """
+    if kernel.reads == "matrix":
+        matrix_products.add_columns(kernel, plan, weights, count, value, plan.value_dim, out, rest, wanted)
+        return
     tile = kernel.tile
     features = plan.value_dim
     panel, row, column = value_steps(kernel, plan)
@@ -190,42 +205,43 @@ def note_seen(tile, scores, count, seen):
 
 
 @jit
-def add_visible_values(kernel, plan, head, weights, count, first_query, first_key, value, out, sums, seen):
+def add_visible_values(kernel, plan, head, weights, count, first_query, first_key, value, out, rest, seen):
     """`add_values` for keys with values that are not finite and queries that may not look at some of them.
 
-    There 0 · NaN must not reach a query. `value` is where the micro-kernel finds the row of the first key; `sums` room
+    There 0 · NaN must not reach a query. `value` is where the micro-kernel finds the row of the first key; `rest` room
     for as many numbers as there are in `out`; `seen` what `note_seen` has noted, where a function of scores has a say.
     """
     tile = kernel.tile
     source, start = head.value + first_key * plan.value_row, 0
-    if kernel.reads == "pairs":  # rows of which cannot be parted: what is not finite there has been replaced by 0
+    if kernel.of_bfloat16:  # rows of which cannot be parted: what is not finite there has been replaced by 0
         for j in range(count):
             at = source + j * plan.value_row
             if not are_finite(kernel, plan, at, 1):
                 weight = weights + j * tile.row_bytes
                 add_visible_row(kernel, plan, head, weight, first_query, first_key + j, at, out, seen + 8 * j)
-        add_values(kernel, plan, weights, count, value, out, NOTHING, True)
+        add_values(kernel, plan, weights, count, value, out, rest, NOTHING, True)
         return
     # Rows of values that are finite throughout take the fast way; in the others a query is added where it may look.
-    clear(tile, sums, plan.value_dim)
+    clear(tile, rest, plan.value_dim)
     _, row, _ = value_steps(kernel, plan)
     for j in range(count + 1):
         at = source + j * plan.value_row
         if j < count and are_finite(kernel, plan, at, 1):
             continue
-        add_values(kernel, plan, weights + start * tile.row_bytes, j - start, value + start * row, sums, NOTHING, False)
+        some = weights + start * tile.row_bytes
+        add_values(kernel, plan, some, j - start, value + start * row, rest, 0, NOTHING, False)
         start = j + 1
         if j < count:
             weight = weights + j * tile.row_bytes
-            add_visible_row(kernel, plan, head, weight, first_query, first_key + j, at, sums, seen + 8 * j)
+            add_visible_row(kernel, plan, head, weight, first_query, first_key + j, at, rest, seen + 8 * j)
     for offset in range(0, plan.value_dim * tile.row_bytes, tile.row_bytes):
-        total = tile_load(tile.single, out + offset, 0) + tile_load(tile.single, sums + offset, 0)
+        total = tile_load(tile.single, out + offset, 0) + tile_load(tile.single, rest + offset, 0)
         tile_store(total, out + offset, 0)
 
 
 @jit
 def add_visible_row(kernel, plan, head, weights, first_query, key, value, out, seen):
-    """Add a row of values to the queries that may look at its key; of pairs, what is not finite in it."""
+    """Add a row of values to the queries that may look at its key; of bfloat16, what is not finite in it."""
     tile = kernel.tile
     for i in range(min(tile.width, plan.queries - first_query)):
         if "function" in kernel.steps and has_score_function(head):
@@ -237,7 +253,7 @@ def add_visible_row(kernel, plan, head, weights, first_query, key, value, out, s
             for p in range(plan.value_dim):
                 place = out + p * tile.row_bytes + i * tile.itemsize
                 element = load_number(kernel.value_place, value, p, plan.value_column, plan.value_dim)
-                if kernel.reads != "pairs" or element * 0.0 != 0.0:
+                if not kernel.of_bfloat16 or element * 0.0 != 0.0:
                     store_element(tile, place, load_element(tile, place) + element * weight)
 
 
@@ -253,12 +269,14 @@ def scores_of(kernel, plan, head, q, m, relative, part, first_query, first_key, 
     if relative:
         start = start - tile_load(tile.single, m, 0)
     best = tile_fill(tile.single, MINUS_INFINITY)
-    best = score_rows(kernel, plan, q, key, part.full, part.full_end, start, best, work, wanted)
+    best = score_rows(
+        kernel, plan, head, first_query, first_key, q, key, part.full, part.full_end, start, best, work, wanted
+    )
     tile_store(best, work, 0)
     for edge in range(2):
         begin, end = (part.begin, part.full) if edge == 0 else (part.full_end, part.end)
         if begin < end:
-            score_rows(kernel, plan, q, key, begin, end, start, best, work, wanted)
+            score_rows(kernel, plan, head, first_query, first_key, q, key, begin, end, start, best, work, wanted)
             rows = place_of_scores(tile, work) + begin * tile.row_bytes
             buffer = work + tile.row_bytes
             restrict(kernel, plan, head, rows, end - begin, first_query, first_key + begin, work, buffer)
@@ -271,14 +289,26 @@ def place_of_scores(tile, work):
 
 
 @jit
-def score_rows(kernel, plan, q, key, begin, end, start, best, work, wanted):
+def place_behind_scores(tile, plan, work):
+    """Where there is room behind those of a block: for sums of values, and for what a matrix unit wants."""
+    return place_of_scores(tile, work) + plan.key_block * tile.row_bytes
+
+
+@jit
+def score_rows(kernel, plan, head, first_query, first_key, q, key, begin, end, start, best, work, wanted):
     """Form the scores of the keys from `begin` to `end` of a block, capped; the maximum of `best` and of them."""
     tile = kernel.tile
-    scores = place_of_scores(tile, work) + begin * tile.row_bytes
+    scores, count = place_of_scores(tile, work) + begin * tile.row_bytes, end - begin
+    if kernel.reads == "matrix":
+        rest = place_behind_scores(tile, plan, work)
+        best_of = matrix_products.score_block(
+            kernel, plan, head, first_query, first_key, q, key, begin, count, start, scores, best, rest, wanted
+        )
+    else:
+        best_of = score_block(kernel, plan, q, key, begin, count, start, scores, best, wanted)
     if "softcap" in kernel.steps and plan.softcap != 0.0:
-        score_block(kernel, plan, q, key, begin, end - begin, start, scores, best, wanted)
-        return cap(tile, plan, scores, end - begin, best)
-    return score_block(kernel, plan, q, key, begin, end - begin, start, scores, best, wanted)
+        return cap(tile, plan, scores, count, best)
+    return best_of
 
 
 @jit

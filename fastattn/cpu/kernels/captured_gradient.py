@@ -15,7 +15,7 @@ from fastattn.cpu.kernels.functions import add_to_captured
 from fastattn.cpu.kernels.gradient_rows import copy_numbers, load_lanes
 from fastattn.cpu.kernels.scores import keys_of_queries
 from fastattn.cpu.kernels.sums import any_has_lost, load_sums
-from fastattn.simd import jit
+from fastattn.simd import jit, matrix_begin, matrix_end
 
 
 @jit
@@ -57,8 +57,12 @@ def task_function(kernel):
         plan = plan_view(call.plan)
         blocks = plan.outer * plan.inner * plan.query_blocks
         scratch = call.scratch + slot * plan.scratch_bytes
+        if kernel.reads == "matrix":
+            matrix_begin()
         for block in range(number * blocks // plan.tasks, (number + 1) * blocks // plan.tasks):
             head = locate(call, plan, block // plan.query_blocks)
             add_block(kernel, call, plan, head, number, block % plan.query_blocks, scratch)
+        if kernel.reads == "matrix":
+            matrix_end()
 
     return task

@@ -12,6 +12,7 @@ from fastattn.cpu.kernels import (
     convert,
     decode,
     mask_gradient,
+    matrix_products,
     schedule,
     several,
 )
@@ -64,6 +65,8 @@ def _of_module(module, kernel):
 
 def _peak(kernel):
     """The micro-kernel alone, over and over."""
+    if kernel.reads == "matrix":
+        return {"run": matrix_products.peak(kernel)}
     tile = kernel.tile
     product = pairs_across if kernel.reads == "pairs" else product_across
 

@@ -28,15 +28,16 @@ from fastattn.cpu.kernels.blocks import (
     load_values,
     memory_of_words,
     note_seen,
+    place_behind_scores,
     place_of_scores,
     scores_of,
 )
 from fastattn.cpu.kernels.dropout import drop
 from fastattn.cpu.kernels.forward_prefetch import Turn, foresee, list_wanted, next_head
 from fastattn.cpu.kernels.functions import seen_keys
+from fastattn.cpu.kernels.matrix import columns_from
 from fastattn.cpu.kernels.pack import unpack_rows, value_steps
 from fastattn.cpu.kernels.pages import behind_gathered, with_rows
-from fastattn.cpu.kernels.pairs import clean_values
 from fastattn.cpu.kernels.prefetch import list_memory
 from fastattn.cpu.kernels.records import ALIGNMENT
 from fastattn.cpu.kernels.scores import keys_of_block, keys_of_queries
@@ -44,7 +45,7 @@ from fastattn.cpu.kernels.sinks import LN_2, log_sum, sink_of, term_of
 from fastattn.cpu.kernels.softmax import MINUS_INFINITY, absorb
 from fastattn.cpu.kernels.tasks import locate
 from fastattn.machine.kernel import PLAIN
-from fastattn.simd import jit, load_element, record_view, store_element, tile_load
+from fastattn.simd import jit, load_element, matrix_begin, matrix_end, record_view, store_element, tile_load
 
 # Where in working memory a task has what: the state of a query block (queries, output, m, l) is repeated for each, and
 # so is its span.
@@ -117,13 +118,22 @@ def begin_blocks(kernel, call, plan, head, group, room):
 
 
 @jit
+def values_from(kernel, plan, values, key):
+    """Where the micro-kernel finds a block's values from one of its keys on."""
+    if kernel.reads == "matrix":
+        return columns_from(kernel, values, key)
+    _, row, _ = value_steps(kernel, plan)
+    return values + (key // 2 if kernel.reads == "pairs" else key) * row
+
+
+@jit
 def attend(kernel, call, plan, head, number, state, room, part, first, first_key, keys, values, finite, wanted):
     """Take one query block through a part of a block of keys: scores, softmax, and the sum of values."""
     tile = kernel.tile
     m, block = state + room.m, state + room.out
     # m may stem from what is added, and be far from the scores; a softcap wants them as they are.
     relative = "softcap" not in kernel.steps and (kernel.steps == PLAIN or not plan.adds)
-    to_base_2 = plan.to_base_2 if kernel.steps != PLAIN or kernel.reads == "pairs" else 1.0
+    to_base_2 = plan.to_base_2 if kernel.steps != PLAIN or kernel.of_bfloat16 else 1.0
     scores_of(kernel, plan, head, state, m, relative, part, first, first_key, keys, room.work, wanted)
     count = part.end - part.begin
     scores = place_of_scores(tile, room.work) + part.begin * tile.row_bytes
@@ -136,13 +146,11 @@ def attend(kernel, call, plan, head, number, state, room, part, first, first_key
     first_key += part.begin
     if "dropout" in kernel.steps and plan.drop_below > 0:
         drop(tile, plan, call, scores, count, number, first, first_key)
-    _, row, _ = value_steps(kernel, plan)
-    values += (part.begin // 2 if kernel.reads == "pairs" else part.begin) * row
-    if not finite and (kernel.reads == "pairs" or part.begin < part.full or part.full_end < part.end):
-        sums = place_of_scores(tile, room.work) + plan.key_block * tile.row_bytes
-        add_visible_values(kernel, plan, head, scores, count, first, first_key, values, block, sums, seen)
+    values, rest = values_from(kernel, plan, values, part.begin), place_behind_scores(tile, plan, room.work)
+    if not finite and (kernel.of_bfloat16 or part.begin < part.full or part.full_end < part.end):
+        add_visible_values(kernel, plan, head, scores, count, first, first_key, values, block, rest, seen)
     else:
-        add_values(kernel, plan, scores, count, values, block, wanted, True)
+        add_values(kernel, plan, scores, count, values, block, rest, wanted, True)
 
 
 @jit
@@ -214,6 +222,8 @@ def forward_group(kernel, call, plan, number, first_block, blocks, scratch):
     group = note_spans(kernel, plan, head, group_of(kernel, plan, head, first_block, blocks), room.spans)
     then = next_head(kernel, call, plan, number, head)
     wanted = list_memory()
+    if kernel.reads == "matrix":
+        matrix_begin()
     foresee(kernel, call, plan, head, group)
     if kernel.score == "additive":  # in working memory that packed keys need later
         begin_blocks(kernel, call, plan, head, group, room)
@@ -223,10 +233,9 @@ def forward_group(kernel, call, plan, number, first_block, blocks, scratch):
         here = with_rows(kernel, call, plan, head, first_key, count, scratch)
         rows = here.value + first_key * plan.value_row
         keys = load_keys(kernel, plan, room.keys, here.key + first_key * plan.key_row, count)
-        values = load_values(kernel, plan, room.values, rows, count)
-        finite = not may_hide(kernel, plan) or are_finite(kernel, plan, rows, count)
-        if kernel.reads == "pairs" and not finite:
-            clean_values(kernel, values, plan.value_step, count, plan.value_dim)
+        looked_at = kernel.reads == "matrix" or may_hide(kernel, plan)  # whether values are finite
+        finite = not looked_at or are_finite(kernel, plan, rows, count)
+        values = load_values(kernel, plan, room.values, rows, count, finite)
         for b in range(blocks):
             span = span_view(room.spans + b * SPAN_BYTES)
             is_first, is_last = first_key == span.begin, first_key + plan.key_block >= span.end
@@ -248,3 +257,5 @@ def forward_group(kernel, call, plan, number, first_block, blocks, scratch):
                 share += 1
             if is_last:
                 finish_block(kernel, call, plan, head, number, state, room, first)
+    if kernel.reads == "matrix":
+        matrix_end()

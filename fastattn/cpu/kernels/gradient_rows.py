@@ -4,13 +4,14 @@ Beside the queries stand the gradients of their results, and for each query what
 subtracted from the gradients of its weights.
 """
 
+from fastattn.cpu.kernels import matrix
 from fastattn.cpu.kernels.masks import INFINITY
-from fastattn.cpu.kernels.pack import pack_queries
+from fastattn.cpu.kernels.pack import pack_queries, unpack_rows
 from fastattn.cpu.kernels.pairs import pair_rows
-from fastattn.cpu.kernels.panels import are_finite, clean_panels, clear_row, pack_panels, pair_panels
+from fastattn.cpu.kernels.panels import are_finite, clean_panels, clear_row, pack_panels, pair_panels, unpack_panels
 from fastattn.cpu.kernels.softmax import MINUS_INFINITY
 from fastattn.machine.kernel import PLAIN
-from fastattn.simd import jit, load_element, store_element, tile_load, tile_store
+from fastattn.simd import jit, load_element, store_element, tile_fill, tile_load, tile_store
 
 LOG2_E = 1.4426950408889634
 
@@ -33,7 +34,7 @@ def row_product(tile, a, b, panel, features, buffer):
 @jit
 def starts_late(kernel, plan):
     """Whether an lse is subtracted from finished scores: what is made of them comes first."""
-    if kernel.reads == "pairs":  # products are not yet times all of the scale
+    if kernel.of_bfloat16:  # products are not yet times all of the scale
         return True
     return "softcap" in kernel.steps or (kernel.steps != PLAIN and plan.to_base_2 != 1.0)
 
@@ -69,7 +70,7 @@ def clear_lane(tile, block, i, features):
 def load_lanes(kernel, plan, query, grad_out, lse, present, scale, scratch):
     """Lay out a block of queries, and `scale` times the gradient of its result, with queries in the lanes.
 
-    Those that look at nothing are 0. Whether there are none. In pairs, scales are powers of two.
+    Those that look at nothing are 0. Whether there are none. Of bfloat16, scales are powers of two.
     """
     tile = kernel.tile
     queries, grads = scratch + plan.query_lanes_at, scratch + plan.grad_lanes_at
@@ -95,18 +96,21 @@ def load_lanes(kernel, plan, query, grad_out, lse, present, scale, scratch):
             pair_rows(tile, grads, plan.value_dim)
             queries += plan.head_dim * tile.row_bytes
             grads += plan.value_dim * tile.row_bytes
+    if kernel.reads == "matrix":
+        matrix.split_all_lanes(kernel, scratch + plan.query_lane_terms_at, queries, present, plan.head_dim)
+        matrix.split_all_lanes(kernel, scratch + plan.grad_lane_terms_at, grads, present, plan.value_dim)
     return full
 
 
 @jit
-def load_rows(kernel, plan, query, grad_out, lse, present, full, scratch):
+def load_panels(kernel, plan, query, grad_out, lse, present, full, scratch):
     """Lay out the same in panels, for the products with features in the lanes; 0 for what is not finite.
 
-    The gradients are multiplied by what dropout multiplies the weights by; not in pairs, of which weights are. Whether
-    they were finite.
+    The gradients are multiplied by what dropout multiplies the weights by; where products are of bfloat16, weights are.
+    Whether they were finite.
     """
     tile, keep_scale = kernel.tile, plan.keep_scale
-    if kernel.reads == "pairs":
+    if kernel.of_bfloat16:
         keep_scale = 1.0
     queries, grads, panel = scratch + plan.queries_at, scratch + plan.grads_at, plan.query_panel
     pack_panels(kernel, tile, queries, panel, query, plan.query_row, plan.query_column, present, plan.head_dim)
@@ -124,6 +128,9 @@ def load_rows(kernel, plan, query, grad_out, lse, present, full, scratch):
     if kernel.reads == "pairs":
         pair_panels(tile, queries, panel, present, plan.head_dim)
         pair_panels(tile, grads, panel, present, plan.value_dim)
+    if kernel.reads == "matrix":
+        matrix.split_panels(kernel, plan, scratch + plan.query_panel_terms_at, queries, present, plan.head_dim)
+        matrix.split_panels(kernel, plan, scratch + plan.grad_panel_terms_at, grads, present, plan.value_dim)
     return finite
 
 
@@ -151,3 +158,31 @@ def copy_numbers(tile, target, source, present, length, factor):
         store_element(tile, target + i * tile.itemsize, load_element(tile, source + i * tile.itemsize) * factor)
     for i in range(present, length):
         store_element(tile, target + i * tile.itemsize, 0.0)
+
+
+@jit
+def load_query_sums(kernel, plan, source, present, scratch):
+    """Lay out the gradients of a block of queries so far: in panels or, for a matrix unit, queries in the lanes."""
+    tile, sums, row = kernel.tile, scratch + plan.query_sums_at, plan.grad_query_row
+    if kernel.reads != "matrix":
+        pack_panels(tile, tile, sums, plan.query_panel, source, row, tile.itemsize, present, plan.head_dim)
+        return
+    for first in range(0, present, tile.width):
+        there = min(tile.width, present - first)
+        pack_queries(tile, tile, sums, source + first * row, row, tile.itemsize, there, plan.head_dim, 1.0)
+        sums += plan.head_dim * tile.row_bytes
+
+
+@jit
+def store_query_sums(kernel, plan, target, present, scratch):
+    """Write them to where they were."""
+    tile, sums, row = kernel.tile, scratch + plan.query_sums_at, plan.grad_query_row
+    if kernel.reads != "matrix":
+        unpack_panels(tile, sums, plan.query_panel, target, row, tile.itemsize, present, plan.head_dim)
+        return
+    ones = scratch + plan.work_at
+    tile_store(tile_fill(tile.single, 1.0), ones, 0)
+    for first in range(0, present, tile.width):
+        there = min(tile.width, present - first)
+        unpack_rows(tile, tile, sums, ones, target + first * row, row, tile.itemsize, there, plan.head_dim)
+        sums += plan.head_dim * tile.row_bytes

@@ -3,6 +3,7 @@
 dv[j][:] += Σ_i p[j][i] · do[i][:]          dk[j][:] += Σ_i ds[j][i] · q[i][:]
 """
 
+from fastattn.cpu.kernels import gradient_matrix
 from fastattn.cpu.kernels.functions import has_score_function
 from fastattn.cpu.kernels.panels import add_along
 from fastattn.cpu.kernels.scores import sees
@@ -23,8 +24,11 @@ WORD = 8
 
 
 @jit
-def whole_tiles(tile, count):
-    """`count`, rounded up to the rows of whole tiles."""
+def whole_tiles(kernel, count):
+    """`count`, rounded up to the rows of whole tiles, or of two of a matrix unit."""
+    tile = kernel.tile
+    if kernel.reads == "matrix":
+        return (count + tile.width - 1) // tile.width * tile.width
     return (count + tile.rows - 1) // tile.rows * tile.rows
 
 
@@ -54,9 +58,9 @@ def stop_of(plan, s, scratch):
 
 
 @jit
-def end_of(tile, plan, s, scratch):
+def end_of(kernel, plan, s, scratch):
     """The same in whole tiles of keys."""
-    return whole_tiles(tile, stop_of(plan, s, scratch))
+    return whole_tiles(kernel, stop_of(plan, s, scratch))
 
 
 @jit
@@ -68,7 +72,7 @@ def round_weights(kernel, plan, part, s, scratch):
     weights, grads = scratch + plan.scores_at + before, scratch + plan.score_grads_at + before
     weight_rows, grad_rows = scratch + plan.weight_rows_at + before // 2, scratch + plan.grad_rows_at + before // 2
     grad_pairs = scratch + plan.grad_pairs_at
-    for _ in range(0, whole_tiles(tile, part.end - part.begin), 2):
+    for _ in range(0, whole_tiles(kernel, part.end - part.begin), 2):
         first = tile_load(tile.single, grads, 0) * plan.score_factor
         second = tile_load(tile.single, grads + tile.row_bytes, 0) * plan.score_factor
         tile_store(tile_round_to_pairs(first, second), grad_pairs, 0)
@@ -96,7 +100,7 @@ def add_to_keys(kernel, plan, offset, subs, present, scratch):
     tile = kernel.tile
     first = last = row = 0
     while True:
-        while first < subs and end_of(tile, plan, first, scratch) <= row:
+        while first < subs and end_of(kernel, plan, first, scratch) <= row:
             first += 1
         if first == subs:
             break
@@ -104,7 +108,7 @@ def add_to_keys(kernel, plan, offset, subs, present, scratch):
         last = max(last, first)
         while last < subs and begin_of(plan, last, scratch) <= row:
             last += 1
-        end = end_of(tile, plan, first, scratch)
+        end = end_of(kernel, plan, first, scratch)
         if last < subs:
             end = min(end, begin_of(plan, last, scratch))
         add_rows(kernel, plan, offset, row, end - row, first, min(present, last * tile.width), scratch)
@@ -118,6 +122,10 @@ def add_rows(kernel, plan, offset, row, rows, first, present, scratch):
     at, step = row * tile.row_bytes, plan.score_panel
     a, b, c = first * step + at, first * tile.width * tile.row_bytes, offset + at
     values, keys = scratch + plan.value_sums_at + c, scratch + plan.key_sums_at + c
+    if kernel.reads == "matrix":
+        deep = (present + tile.width - 1) // tile.width - first
+        gradient_matrix.add_to_keys(kernel, plan, values, keys, row, rows, first, deep, scratch)
+        return
     weights, weight_grads = scratch + plan.scores_at + a, scratch + plan.score_grads_at + a
     if kernel.reads == "pairs":  # half as long, as are columns of queries
         a, b, step = a // 2, b // 2, step // 2

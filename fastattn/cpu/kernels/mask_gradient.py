@@ -17,7 +17,7 @@ from fastattn.cpu.kernels.gradient_rows import copy_numbers, load_lanes
 from fastattn.cpu.kernels.pack import unpack_rows
 from fastattn.cpu.kernels.scores import keys_of_queries
 from fastattn.cpu.kernels.sums import any_has_lost, load_sums
-from fastattn.simd import jit, load_element, store_element, tile_fill, tile_load, tile_store
+from fastattn.simd import jit, load_element, matrix_begin, matrix_end, store_element, tile_fill, tile_load, tile_store
 
 
 @jit
@@ -110,10 +110,14 @@ def differentiate_rectangle(kernel, call, plan, mask_head, query_task, key_task,
     clear(tile, sums, plan.query_block // tile.width * plan.key_block)
     tile_store(tile_fill(tile.single, 1.0), ones, 0)
     target = call.grad_bias
+    if kernel.reads == "matrix":
+        matrix_begin()
     for number in range(mask_head * plan.inner, (mask_head + 1) * plan.inner):
         head = locate(call, plan, number)
         target = head.grad_bias
         add_head(kernel, call, plan, head, own, scratch)
+    if kernel.reads == "matrix":
+        matrix_end()
     first_query = own.first_block * plan.query_block
     target += first_query * plan.grad_bias_row + own.first_key * tile.itemsize
     present, count = min(plan.query_block, plan.queries - first_query), min(plan.key_block, own.end - own.first_key)

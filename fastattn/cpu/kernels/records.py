@@ -209,7 +209,12 @@ GRADIENT_PARTS = (
     "key_rows",  # keys once more, in pairs of rows, with 0 for what is not finite
     "weight_rows",  # weights in pairs of queries, and gradients of scores
     "grad_rows",
-    "grad_pairs",  # these in pairs of keys, of one tile width of the queries
+    "grad_pairs",  # these in pairs of keys, of one tile width of the queries; room, for a matrix unit
+    # Terms of bfloat16, for a matrix unit, which has these four as well, laid out as it wants them:
+    "query_lane_terms",
+    "grad_lane_terms",
+    "query_panel_terms",
+    "grad_panel_terms",
 )
 GRADIENT_PLAN = np.dtype(
     [

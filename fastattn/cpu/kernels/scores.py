@@ -65,9 +65,10 @@ def queries_of_keys(plan, head, start, end):
 
 
 @jit
-def step_of(tile):
+def step_of(kernel):
     """How many keys are restricted together: where a part begins, or becomes full, is a multiple of that."""
-    return max(tile.lanes, tile.rows)
+    tile = kernel.tile
+    return 2 * tile.lanes if kernel.reads == "matrix" else max(tile.lanes, tile.rows)
 
 
 @jit
@@ -101,7 +102,7 @@ def keys_of_block(kernel, plan, head, first_query, first_key):
             full_end = 0
     full_end = min(full_end, end)
     if full > 0 or full_end < end:
-        step = step_of(tile)
+        step = step_of(kernel)
         begin -= begin % step
         full += (step - full % step) % step
         if full_end < end:

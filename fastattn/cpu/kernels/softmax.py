@@ -142,7 +142,7 @@ def absorb(kernel, scores, count, top, relative, to_base_2, m_at, l_at, out, fea
     """Turn a block of scores into weights, bring m and l up to date, and rescale the output if m rose.
 
     `top` is the block's maximum for every query. `relative`: m has been subtracted from the scores, and from top.
-    Differences of scores are times `to_base_2`, which is 1 there, except of pairs of bfloat16; and so is the slack.
+    Differences of scores are times `to_base_2`, which is 1 there, except of products of bfloat16; and so is the slack.
     """
     tile = kernel.tile
     zero = tile_fill(tile.single, 0.0)
@@ -154,7 +154,7 @@ def absorb(kernel, scores, count, top, relative, to_base_2, m_at, l_at, out, fea
     shift = where_greater(top, bound, top, current)
     if all_zero(shift - current):
         if relative:
-            total = total + exponentials(kernel, scores, count, zero, to_base_2 if kernel.reads == "pairs" else 1.0)
+            total = total + exponentials(kernel, scores, count, zero, to_base_2 if kernel.of_bfloat16 else 1.0)
         else:
             total = total + exponentials(kernel, scores, count, m, to_base_2)
     else:

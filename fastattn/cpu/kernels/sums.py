@@ -13,9 +13,11 @@ of more keys than these has no such sum, and is taken as any other.
 
 import math
 
+from fastattn.cpu.kernels import gradient_matrix
 from fastattn.cpu.kernels.blocks import clear
 from fastattn.cpu.kernels.gradient_rows import starts_late
 from fastattn.cpu.kernels.masks import INFINITY, lowest
+from fastattn.cpu.kernels.matrix import load_rows
 from fastattn.cpu.kernels.panels import pack_factors, product_along
 from fastattn.cpu.kernels.scores import cap, keys_of_block, keys_of_queries, restrict, restrict_with_functions
 from fastattn.cpu.kernels.sinks import LN_2, log_beside, log_sum, share_of_sink, sink_of, term_of
@@ -90,8 +92,12 @@ def absorb_block(kernel, plan, head, first_query, first_key, keys, s, scratch):
     if count <= 0:
         return
     scores, rows = scratch + plan.scores_at, part.begin * tile.row_bytes
-    queries, zero = scratch + plan.query_lanes_at + at * plan.head_dim, tile_fill(tile.single, 0.0)
-    product_along(kernel, zero, count, keys + rows, panel, queries, plan.head_dim, plan.factor, scores + rows)
+    zero = tile_fill(tile.single, 0.0)
+    if kernel.reads == "matrix":
+        gradient_matrix.multiply_keys(kernel, plan, head, s, first_key, keys, part, zero, scores + rows, scratch)
+    else:
+        queries = scratch + plan.query_lanes_at + at * plan.head_dim
+        product_along(kernel, zero, count, keys + rows, panel, queries, plan.head_dim, plan.factor, scores + rows)
     if "softcap" in kernel.steps and plan.softcap != 0.0:
         cap(tile, plan, scores + rows, count, zero)
     hide_keys(kernel, plan, head, scores, 0, part, first_query, first_key, scratch)
@@ -117,7 +123,11 @@ def find_sums(kernel, plan, head, lse, first_query, present, numbers, sink_weigh
     for first_key in range(begin - begin % plan.key_block, end, plan.key_block):
         there = min(plan.key_block, plan.keys - first_key)
         source = head.key + first_key * plan.key_row
-        pack_factors(kernel, keys, panel, source, plan.key_row, plan.key_column, there, plan.head_dim)
+        row, column, features = plan.key_row, plan.key_column, plan.head_dim
+        if kernel.reads == "matrix":
+            load_rows(kernel, kernel, plan, keys, source, row, column, there, features)
+        else:
+            pack_factors(kernel, keys, panel, source, row, column, there, features)
         for s in range(subs):
             absorb_block(kernel, plan, head, first_query + s * tile.width, first_key, keys, s, scratch)
     for offset in range(0, present * tile.itemsize, tile.itemsize):
