@@ -354,7 +354,7 @@ MUTATIONS = (
     Mutation(
         "a matrix unit: there are weights behind the last key",
         "cpu/kernels/matrix_products.py",
-        "    clear_rows(tile, weights, count, deep * DEEP)\n",
+        "    clear(tile, weights + count * tile.row_bytes, deep * DEEP - count)\n",
         "",
         ("cpu/kernels/test_matrix.py", "test_lengths_that_fill_tiles_and_that_do_not and float32"),
     ),

@@ -23,6 +23,9 @@ from fastattn.cpu.host.plan import (
     TASKS_PER_THREAD,
     Draft,
     aligned,
+    bytes_of_columns,
+    bytes_of_lanes,
+    bytes_of_rows,
     fields_of_pairs,
     fields_of_scores,
     may_be_of_bfloat16,
@@ -281,23 +284,21 @@ def _draft(work: str, problem: Problem, arrays: Arrays, arrival: Arrival, own: l
 
 def _sizes_of_terms(draft: Draft, group: int) -> dict[str, int]:
     """What a matrix unit wants instead, or besides: as `fastattn.cpu.kernels.matrix` lays it out."""
-    problem, fields, tile = draft.problem, draft.fields, draft.kernel.tile
-    block, key_block, queries = draft.kernel.terms * MATRIX_TILE, fields["key_block"], fields["query_block"]
-    subs, key_tiles = queries // tile.width, key_block // MATRIX_ROWS
+    problem, fields, kernel = draft.problem, draft.fields, draft.kernel
+    key_block, subs, block = fields["key_block"], fields["query_block"] // kernel.tile.width, kernel.terms * MATRIX_TILE
+    weights, one_row = subs * (key_block // MATRIX_ROWS) * block, max(problem.head_dim, problem.value_dim)
     keys, values = (-(-features // MATRIX_DEPTH) for features in (problem.head_dim, problem.value_dim))
-    rows = {name: key_tiles * deep * block + 8 * key_block for name, deep in (("keys", keys), ("values", values))}
-    columns = -(-problem.head_dim // MATRIX_ROWS) * (key_block // MATRIX_DEPTH) * block
-    one_row = max(problem.head_dim, problem.value_dim) * tile.itemsize
+    found, pairs = MATRIX_DEPTH * kernel.tile.row_bytes, key_block // MATRIX_DEPTH * 2 * block
     return {
-        "keys": group * rows["keys"],
-        "values": group * rows["values"],
-        "clean_keys": rows["keys"],
-        "key_rows": group * columns,
-        "weight_rows": subs * key_tiles * block,
-        "grad_rows": subs * key_tiles * block,
-        "grad_pairs": max(MATRIX_DEPTH * tile.row_bytes + key_block // MATRIX_DEPTH * 2 * block, one_row),
-        "query_lane_terms": subs * (keys * 2 * block + tile.row_bytes),
-        "grad_lane_terms": subs * (values * 2 * block + tile.row_bytes),
+        "keys": group * bytes_of_rows(kernel, problem.head_dim, key_block),
+        "values": group * bytes_of_rows(kernel, problem.value_dim, key_block),
+        "clean_keys": bytes_of_rows(kernel, problem.head_dim, key_block),
+        "key_rows": group * bytes_of_columns(kernel, problem.head_dim, key_block),
+        "weight_rows": weights,
+        "grad_rows": weights,
+        "grad_pairs": max(found + pairs, one_row * kernel.tile.itemsize),
+        "query_lane_terms": subs * bytes_of_lanes(kernel, problem.head_dim),
+        "grad_lane_terms": subs * bytes_of_lanes(kernel, problem.value_dim),
         "query_panel_terms": keys * subs * 2 * block,
         "grad_panel_terms": values * subs * 2 * block,
     }

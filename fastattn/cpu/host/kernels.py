@@ -15,8 +15,8 @@ from fastattn.machine.tile import TileShape
 
 STEPS = ("dropout", "mask")
 FUNCTION = ("function",)
-ON_PAIRS = ("forward", "decode", "backward", "mask_gradient", "captured_gradient")
 ON_MATRIX = ("forward", "backward", "mask_gradient", "captured_gradient")
+ON_PAIRS = (*ON_MATRIX, "decode")
 #: These take few queries, or blocks of them one by one: too few to lay out keys for.
 IN_PLACE = ("decode", "weights", "known_weights")
 

@@ -301,13 +301,28 @@ def sizes_of(problem: Problem) -> dict[str, int]:
     }
 
 
+def bytes_of_rows(kernel: Kernel, features: int, key_block: int) -> int:
+    """What rows of a block take for a matrix unit, with a word each, as `fastattn.cpu.kernels.matrix` lays them out."""
+    tiles = key_block // MATRIX_ROWS * -(-features // MATRIX_DEPTH)
+    return tiles * kernel.terms * MATRIX_TILE + aligned(8 * key_block)
+
+
+def bytes_of_columns(kernel: Kernel, features: int, key_block: int) -> int:
+    """The same of columns."""
+    return -(-features // MATRIX_ROWS) * (key_block // MATRIX_DEPTH) * kernel.terms * MATRIX_TILE
+
+
+def bytes_of_lanes(kernel: Kernel, features: int) -> int:
+    """The same of lanes: a tile width of queries, with a number each."""
+    return -(-features // MATRIX_DEPTH) * kernel.terms * 2 * MATRIX_TILE + kernel.tile.row_bytes
+
+
 def room_of_matrices(kernel: Kernel, problem: Problem, key_block: int) -> dict[str, int]:
-    """The same for a matrix unit: tiles of all terms, and a number for each query, and for each key."""
-    features, values = -(-problem.head_dim // MATRIX_DEPTH), -(-problem.value_dim // MATRIX_ROWS)
+    """The same as `room_of_blocks` for a matrix unit."""
     return {
-        "query_bytes": features * kernel.terms * 2 * MATRIX_TILE + kernel.tile.row_bytes,
-        "key_bytes": key_block // MATRIX_ROWS * features * kernel.terms * MATRIX_TILE + aligned(8 * key_block),
-        "value_bytes": values * (key_block // MATRIX_DEPTH) * kernel.terms * MATRIX_TILE,
+        "query_bytes": bytes_of_lanes(kernel, problem.head_dim),
+        "key_bytes": bytes_of_rows(kernel, problem.head_dim, key_block),
+        "value_bytes": bytes_of_columns(kernel, problem.value_dim, key_block),
         "key_step": 0,
         "value_step": 0,
     }

@@ -24,8 +24,7 @@ these are the better part of a round before it, and hardly anybody waits.
 from fastattn.cpu.kernels.additive import copy_row, load_rows, padded, sum_of
 from fastattn.cpu.kernels.additive_sums import absorb_keys, clear_states, store_sums, subtract_from_sums, take_sums
 from fastattn.cpu.kernels.additive_terms import differentiate_vector, places_view
-from fastattn.cpu.kernels.blocks import clear
-from fastattn.cpu.kernels.pack import pack_queries, unpack_rows
+from fastattn.cpu.kernels.pack import clear, pack_queries, unpack_rows
 from fastattn.cpu.kernels.records import ADDITIVE_BACKWARD, ADDITIVE_PLACES, QUERY_NUMBERS
 from fastattn.cpu.kernels.score_rows import fill_row
 from fastattn.cpu.kernels.scores import keys_of_block, restrict

@@ -27,7 +27,6 @@ are added one by one, where a query may look.
 from collections import namedtuple
 
 from fastattn.cpu.kernels import gradient_matrix
-from fastattn.cpu.kernels.blocks import clear
 from fastattn.cpu.kernels.dropout import drop
 from fastattn.cpu.kernels.gradient_rows import (
     copy_numbers,
@@ -55,6 +54,7 @@ from fastattn.cpu.kernels.gradient_sums import (
     whole_tiles,
 )
 from fastattn.cpu.kernels.masks import lowest
+from fastattn.cpu.kernels.pack import clear
 from fastattn.cpu.kernels.panels import (
     add_across,
     are_finite,

@@ -7,7 +7,16 @@ out[p][i]   += Σ_j value[j][p] · weights[j][i]
 from fastattn.cpu.kernels import additive, matrix, matrix_products, pairs
 from fastattn.cpu.kernels.functions import has_score_function
 from fastattn.cpu.kernels.int8 import are_scales_finite, load_number
-from fastattn.cpu.kernels.pack import copy_rows, key_steps, pack_keys, pack_queries, pack_values, value_steps
+from fastattn.cpu.kernels.pack import (
+    add_rows,
+    clear,
+    copy_rows,
+    key_steps,
+    pack_keys,
+    pack_queries,
+    pack_values,
+    value_steps,
+)
 from fastattn.cpu.kernels.prefetch import NOTHING, ask
 from fastattn.cpu.kernels.scores import cap, restrict, sees
 from fastattn.cpu.kernels.softmax import MINUS_INFINITY
@@ -234,9 +243,7 @@ def add_visible_values(kernel, plan, head, weights, count, first_query, first_ke
         if j < count:
             weight = weights + j * tile.row_bytes
             add_visible_row(kernel, plan, head, weight, first_query, first_key + j, at, rest, seen + 8 * j)
-    for offset in range(0, plan.value_dim * tile.row_bytes, tile.row_bytes):
-        total = tile_load(tile.single, out + offset, 0) + tile_load(tile.single, rest + offset, 0)
-        tile_store(total, out + offset, 0)
+    add_rows(tile, out, rest, plan.value_dim)
 
 
 @jit
@@ -309,11 +316,3 @@ def score_rows(kernel, plan, head, first_query, first_key, q, key, begin, end, s
     if "softcap" in kernel.steps and plan.softcap != 0.0:
         return cap(tile, plan, scores, count, best)
     return best_of
-
-
-@jit
-def clear(tile, at, rows):
-    """Fill rows with 0."""
-    for _ in range(rows):
-        tile_store(tile_fill(tile.single, 0.0), at, tile.row_bytes)
-        at += tile.row_bytes

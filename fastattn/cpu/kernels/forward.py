@@ -22,7 +22,6 @@ from fastattn.cpu.kernels.blocks import (
     add_values,
     add_visible_values,
     are_finite,
-    clear,
     load_keys,
     load_queries,
     load_values,
@@ -36,7 +35,7 @@ from fastattn.cpu.kernels.dropout import drop
 from fastattn.cpu.kernels.forward_prefetch import Turn, foresee, list_wanted, next_head
 from fastattn.cpu.kernels.functions import seen_keys
 from fastattn.cpu.kernels.matrix import columns_from
-from fastattn.cpu.kernels.pack import unpack_rows, value_steps
+from fastattn.cpu.kernels.pack import clear, unpack_rows, value_steps
 from fastattn.cpu.kernels.pages import behind_gathered, with_rows
 from fastattn.cpu.kernels.prefetch import list_memory
 from fastattn.cpu.kernels.records import ALIGNMENT

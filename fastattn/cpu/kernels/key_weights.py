@@ -10,9 +10,9 @@ in order, so that each sum has one owner and one order of its terms, and needs n
     key_weights[j] = Σ_i sums[j][i]                  over the lanes, once
 """
 
-from fastattn.cpu.kernels.blocks import clear, load_keys, place_of_scores, scores_of
+from fastattn.cpu.kernels.blocks import load_keys, place_of_scores, scores_of
 from fastattn.cpu.kernels.masks import lowest
-from fastattn.cpu.kernels.pack import pack_queries
+from fastattn.cpu.kernels.pack import clear, pack_queries
 from fastattn.cpu.kernels.prefetch import NOTHING
 from fastattn.cpu.kernels.records import SUMMARY
 from fastattn.cpu.kernels.scores import keys_of_block, queries_of_keys

@@ -12,9 +12,8 @@ one column. Whatever is added there comes by in one order:
 from collections import namedtuple
 
 from fastattn.cpu.kernels.backward import call_view, load_keys, locate, plan_view, weigh
-from fastattn.cpu.kernels.blocks import clear
 from fastattn.cpu.kernels.gradient_rows import copy_numbers, load_lanes
-from fastattn.cpu.kernels.pack import unpack_rows
+from fastattn.cpu.kernels.pack import clear, unpack_rows
 from fastattn.cpu.kernels.scores import keys_of_queries
 from fastattn.cpu.kernels.sums import any_has_lost, load_sums
 from fastattn.simd import jit, load_element, matrix_begin, matrix_end, store_element, tile_fill, tile_load, tile_store

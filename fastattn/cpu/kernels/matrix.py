@@ -18,7 +18,7 @@ than that, infinite or NaN is noted where rows and lanes are laid out; in column
 finite.
 """
 
-from fastattn.cpu.kernels.pack import copy_rows, pack_queries
+from fastattn.cpu.kernels.pack import clear, copy_rows, pack_queries
 from fastattn.machine.tile import MATRIX_DEPTH as DEEP
 from fastattn.machine.tile import MATRIX_ROWS as TILE_ROWS
 from fastattn.machine.tile import MATRIX_TILE as TILE
@@ -145,13 +145,6 @@ def large(row):
     return where_greater(LARGE, absolute(row), 0.0, 1.0)
 
 
-@jit
-def clear_rows(tile, rows, first, end):
-    """Fill some of the rows with 0."""
-    for j in range(first, end):
-        tile_store(tile_fill(tile.single, 0.0), rows + j * tile.row_bytes, 0)
-
-
 @inline
 def split_lanes(kernel, numbers, target):
     """Lay out 32 features with queries in the lanes; the rows of what is odd."""
@@ -172,7 +165,7 @@ def load_lanes(kernel, plan, target, source, present):
     flags = flags_of_lanes(kernel, target, plan.head_dim)
     for first in range(0, plan.head_dim, DEEP):
         some = min(DEEP, plan.head_dim - first)
-        clear_rows(tile, block, some, DEEP)
+        clear(tile, block + some * tile.row_bytes, DEEP - some)
         pack_queries(kernel.query_place, tile, block, source + first * column, row, column, present, some, plan.scale)
         odd = odd + split_lanes(kernel, block, target)
         target += kernel.terms * WIDE
@@ -190,7 +183,7 @@ def split_all_lanes(kernel, target, numbers, present, features):
             if some < DEEP:
                 for offset in range(0, some * tile.row_bytes, tile.row_bytes):
                     tile_store(tile_load(tile.single, at + offset, 0), block + offset, 0)
-                clear_rows(tile, block, some, DEEP)
+                clear(tile, block + some * tile.row_bytes, DEEP - some)
                 at = block
             odd = odd + split_lanes(kernel, at, to)
             to += kernel.terms * WIDE
@@ -213,7 +206,7 @@ def load_rows(kernel, place, plan, target, source, row, column, count, features)
                 tile_store(tile_load(tile.vector, source + first * column, 0), to, 0)
             else:
                 if some < DEEP:
-                    clear_rows(tile, block, 0, 1)
+                    clear(tile, block, 1)
                 copy_rows(place, tile, block, 0, source + first * column, row, column, 1, some)
                 numbers = tile_load(tile.single, block, 0)
                 odd = odd + large(numbers)
@@ -238,7 +231,7 @@ def load_columns(kernel, place, plan, target, source, row, column, count, featur
                     tile_store(tile_load_two_rows(tile.vector, at, at + row), pairs + i * TILE_ROW, 0)
                     at += 2 * row
             else:
-                clear_rows(tile.vector, block, 0, DEEP)
+                clear(tile.vector, block, DEEP)
                 copy_rows(place, tile, block, TILE_ROW, at, row, column, rows, some)
                 for i in range(TILE_ROWS):
                     low = tile_load(tile.vector, block + 2 * i * TILE_ROW, 0)
@@ -261,7 +254,7 @@ def split_panels(kernel, plan, target, numbers, present, features):
     """
     tile, step = kernel.tile, plan.query_block // DEEP * kernel.terms * WIDE
     for _ in range(0, features, tile.width):
-        clear_rows(tile, numbers, present, depth(present) * DEEP)
+        clear(tile, numbers + present * tile.row_bytes, depth(present) * DEEP - present)
         at, to = numbers, target
         for _ in range(depth(present)):
             for i in range(TILE_ROWS):

@@ -9,7 +9,6 @@ multiply-adds (`mend`); values that are not finite are added by themselves, wher
 """
 
 from fastattn.cpu.kernels.matrix import (
-    clear_rows,
     column_step,
     depth,
     flags_of_lanes,
@@ -18,7 +17,7 @@ from fastattn.cpu.kernels.matrix import (
     store_row_of_terms,
     store_terms,
 )
-from fastattn.cpu.kernels.pack import copy_rows, pack_queries
+from fastattn.cpu.kernels.pack import add_rows, clear, copy_rows, pack_queries
 from fastattn.cpu.kernels.prefetch import NOTHING, ask
 from fastattn.cpu.kernels.tiles import product
 from fastattn.machine.kernel import PLAIN
@@ -27,6 +26,7 @@ from fastattn.machine.tile import MATRIX_ROWS as TILE_ROWS
 from fastattn.machine.tile import MATRIX_TILE as TILE
 from fastattn.simd import (
     all_zero,
+    inline,
     jit,
     largest_row,
     load_i64,
@@ -53,6 +53,24 @@ from fastattn.simd.matrix import TILE_ROW, WIDE, WIDE_ROW
 memory_of_row = stack_memory(WIDE_ROW)
 
 
+def over(add):
+    """What adds the products of operands of several tiles in depth: left ones `left_step` apart, right ones in turn."""
+
+    @inline
+    def add_all(kernel, left, left_step, next_rows, right, deep):
+        for _ in range(deep):
+            add(kernel, left, next_rows, right)
+            left += left_step
+            right += kernel.terms * WIDE
+
+    return add_all
+
+
+score_one, score_two, value_one, value_two = map(
+    over, (matrix_score_one, matrix_score_two, matrix_value_one, matrix_value_two)
+)
+
+
 # -- scores ------------------------------------------------------------------------------------------------------------
 
 
@@ -67,20 +85,13 @@ def multiply(kernel, rows, lanes, first, count, start, features, scores, wanted)
     tile_store(start, initial, 0)
     rows += first // TILE_ROWS * step
     for j in range(0, count, 2 * TILE_ROWS):
-        left, right = rows, lanes
         if count - j > TILE_ROWS:
             matrix_repeat_two(initial)
-            for _ in range(deep):
-                matrix_score_two(kernel, left, step, right)
-                left += kernel.terms * TILE
-                right += kernel.terms * WIDE
+            score_two(kernel, rows, kernel.terms * TILE, step, lanes, deep)
             matrix_store_two(scores)
         else:
             matrix_repeat_one(initial)
-            for _ in range(deep):
-                matrix_score_one(kernel, left, step, right)
-                left += kernel.terms * TILE
-                right += kernel.terms * WIDE
+            score_one(kernel, rows, kernel.terms * TILE, step, lanes, deep)
             matrix_store_one(scores)
         for _ in range(0, 2 * TILE_ROWS, tile.rows):
             ask(wanted)
@@ -176,14 +187,6 @@ def score_lanes(
 
 
 @jit
-def add_sums(tile, sums, found, count):
-    """Add so many rows that the unit has written to others."""
-    for offset in range(0, count * tile.row_bytes, tile.row_bytes):
-        total = tile_load(tile.single, sums + offset, 0) + tile_load(tile.single, found + offset, 0)
-        tile_store(total, sums + offset, 0)
-
-
-@jit
 def add_columns(kernel, plan, weights, count, columns, features, sums, rest, wanted):
     """sums[p][i] += Σ_j column[p][j] · weights[j][i] for `count` keys, what is added by itself first.
 
@@ -191,7 +194,7 @@ def add_columns(kernel, plan, weights, count, columns, features, sums, rest, wan
     """
     tile = kernel.tile
     deep, step = depth(count), column_step(kernel, plan)
-    clear_rows(tile, weights, count, deep * DEEP)
+    clear(tile, weights + count * tile.row_bytes, deep * DEEP - count)
     found, pairs = rest, rest + DEEP * tile.row_bytes
     at = pairs
     for _ in range(deep):
@@ -202,22 +205,15 @@ def add_columns(kernel, plan, weights, count, columns, features, sums, rest, wan
             at += WIDE_ROW
         at += (kernel.terms - 1) * WIDE
     for p in range(0, features, 2 * TILE_ROWS):
-        left, right = columns, pairs
         if features - p > TILE_ROWS:
             matrix_clear_two()
-            for _ in range(deep):
-                matrix_value_two(kernel, left, step, right)
-                left += kernel.terms * TILE
-                right += kernel.terms * WIDE
+            value_two(kernel, columns, kernel.terms * TILE, step, pairs, deep)
             matrix_store_two(found)
         else:
             matrix_clear_one()
-            for _ in range(deep):
-                matrix_value_one(kernel, left, step, right)
-                left += kernel.terms * TILE
-                right += kernel.terms * WIDE
+            value_one(kernel, columns, kernel.terms * TILE, step, pairs, deep)
             matrix_store_one(found)
-        add_sums(tile, sums, found, min(2 * TILE_ROWS, features - p))
+        add_rows(tile, sums, found, min(2 * TILE_ROWS, features - p))
         for _ in range(0, 2 * TILE_ROWS, tile.rows):
             ask(wanted)
         columns += 2 * step
@@ -247,14 +243,10 @@ def add_panels(kernel, rows, weights, weight_step, deep, panels, panel_step, fea
     for _ in range(0, features, tile.width):
         to, from_here = sums, weights
         for _ in range(0, rows, 2 * TILE_ROWS):
-            left, right = from_here, panels
             matrix_clear_two()
-            for _ in range(deep):
-                matrix_value_two(kernel, left, step, right)
-                left += weight_step
-                right += kernel.terms * WIDE
+            value_two(kernel, from_here, weight_step, step, panels, deep)
             matrix_store_two(rest)
-            add_sums(tile, to, rest, 2 * TILE_ROWS)
+            add_rows(tile, to, rest, 2 * TILE_ROWS)
             to += 2 * TILE_ROWS * tile.row_bytes
             from_here += 2 * step
         panels += panel_step
@@ -270,8 +262,7 @@ def peak(kernel):
         matrix_begin()
         for _ in range(repeats):
             matrix_clear_two()
-            for d in range(depth(count)):
-                matrix_score_two(kernel, a + 2 * d * step, step, b + 2 * d * step)
+            score_two(kernel, a, 2 * step, step, b, depth(count))
             matrix_store_two(out)
         matrix_end()
 

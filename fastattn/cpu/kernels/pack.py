@@ -22,6 +22,7 @@ from fastattn.simd import (
     load_stored,
     store_element,
     store_stored,
+    tile_fill,
     tile_load,
     tile_load_stored,
     tile_store,
@@ -169,3 +170,19 @@ def pack_values(place, tile, target, source, row, column, count, features, panel
                 store_element(tile, at + r * panel_row, load_stored(place, source + r * row + q * column))
         source += rows * row
         target += rows * panel_row
+
+
+@jit
+def clear(tile, at, rows):
+    """Fill rows with 0."""
+    for _ in range(rows):
+        tile_store(tile_fill(tile.single, 0.0), at, tile.row_bytes)
+        at += tile.row_bytes
+
+
+@jit
+def add_rows(tile, target, source, rows):
+    """Add rows to others."""
+    for offset in range(0, rows * tile.row_bytes, tile.row_bytes):
+        total = tile_load(tile.single, target + offset, 0) + tile_load(tile.single, source + offset, 0)
+        tile_store(total, target + offset, 0)

@@ -20,10 +20,10 @@ taken of a weight, and as x is relative to m nothing large is subtracted. m and 
 
 import math
 
-from fastattn.cpu.kernels.blocks import clear, load_keys, place_of_scores, scores_of
+from fastattn.cpu.kernels.blocks import load_keys, place_of_scores, scores_of
 from fastattn.cpu.kernels.forward import group_of
 from fastattn.cpu.kernels.key_weights import summary_view
-from fastattn.cpu.kernels.pack import pack_queries
+from fastattn.cpu.kernels.pack import clear, pack_queries
 from fastattn.cpu.kernels.prefetch import NOTHING
 from fastattn.cpu.kernels.scores import keys_of_block
 from fastattn.cpu.kernels.sinks import INFINITY, LN_2, log_sum, sink_of, term_of

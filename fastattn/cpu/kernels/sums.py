@@ -14,10 +14,10 @@ of more keys than these has no such sum, and is taken as any other.
 import math
 
 from fastattn.cpu.kernels import gradient_matrix
-from fastattn.cpu.kernels.blocks import clear
 from fastattn.cpu.kernels.gradient_rows import starts_late
 from fastattn.cpu.kernels.masks import INFINITY, lowest
 from fastattn.cpu.kernels.matrix import load_rows
+from fastattn.cpu.kernels.pack import clear
 from fastattn.cpu.kernels.panels import pack_factors, product_along
 from fastattn.cpu.kernels.scores import cap, keys_of_block, keys_of_queries, restrict, restrict_with_functions
 from fastattn.cpu.kernels.sinks import LN_2, log_beside, log_sum, share_of_sink, sink_of, term_of

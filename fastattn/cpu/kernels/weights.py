@@ -1,8 +1,8 @@
 """The matrix of attention weights, for those who ask for it: two passes over the keys, the second knows the sums."""
 
-from fastattn.cpu.kernels.blocks import clear, load_keys, load_queries, place_of_scores, scores_of
+from fastattn.cpu.kernels.blocks import load_keys, load_queries, place_of_scores, scores_of
 from fastattn.cpu.kernels.dropout import drop
-from fastattn.cpu.kernels.pack import unpack_rows
+from fastattn.cpu.kernels.pack import clear, unpack_rows
 from fastattn.cpu.kernels.prefetch import NOTHING
 from fastattn.cpu.kernels.scores import keys_of_block
 from fastattn.cpu.kernels.sinks import add_sinks
