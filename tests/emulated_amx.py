@@ -6,7 +6,7 @@ instruction, does what Intel's manual says of it (Intel 64 and IA-32 Architectur
 microsecond or two for each instruction.
 
 Emulated is what `fastattn.simd.matrix` emits: ldtilecfg, tilerelease, tilezero, tileloadd, tilestored, tdpbf16ps. All
-else that is illegal ends the process, as ever.
+else that is illegal ends the process, as ever, after a line that says what it was.
 """
 
 import ctypes
@@ -25,7 +25,6 @@ from fastattn.cpu.host.session import Session
 from fastattn.machine import table
 
 TILES, ROWS, ROW_BYTES = 8, 16, 64
-THREADS = 1024  # whose state is kept, by the number that the system gives each
 CONFIG = TILES * ROWS * ROW_BYTES  # where the 64 bytes of ldtilecfg are kept, behind the tiles
 STATE = CONFIG + 64
 SMALLEST = np.float32(2.0**-126)  # all that is below counts as 0
@@ -109,14 +108,13 @@ def address_of(code, registers, order, prefix, modrm):
 
 
 @njit
-def execute(registers, order, states, thread):
-    """One instruction; whether it is one of these."""
+def execute(registers, order, state):
+    """One instruction, on the state of the thread it stands in; whether it is one of these."""
     code = carray(pointer(registers[NEXT]), (10,), np.uint8).astype(np.int64)
     prefix, rest, opcode, modrm = code[1], code[2], code[3], code[4]
     if code[0] != VEX or prefix & 0x1F != MAP or rest & 4 != 0:
         return False
     kind, target, length = rest & 3, (modrm >> 3) & 7, 5
-    state = states[thread % THREADS]
     config = state[CONFIG:]
     tiles = state[:CONFIG].reshape(TILES, ROWS, ROW_BYTES)
     in_memory = modrm >> 6 != 3
@@ -155,24 +153,57 @@ def execute(registers, order, states, thread):
     return True
 
 
+def _function(name, *arguments):
+    """A function of the C library whose result is an address or a number."""
+    found = getattr(ctypes.CDLL(None), name)
+    found.restype, found.argtypes = ctypes.c_ssize_t, arguments
+    return found
+
+
+def _state_of_threads():
+    """A function that returns where the calling thread's state is: each has its own, from its first instruction on."""
+    key, end = ctypes.c_uint(), ctypes.cast(ctypes.CDLL(None).free, ctypes.c_void_p)
+    if _function("pthread_key_create", ctypes.c_void_p, ctypes.c_void_p)(ctypes.addressof(key), end) & 0xFFFFFFFF != 0:
+        raise OSError("threads can have no state of their own")
+    number, find = key.value, _function("pthread_getspecific", ctypes.c_uint)
+    keep = _function("pthread_setspecific", ctypes.c_uint, ctypes.c_ssize_t)
+    allocate = _function("calloc", ctypes.c_ssize_t, ctypes.c_ssize_t)
+
+    @njit
+    def state():
+        found = find(number)
+        if found == 0:
+            found = allocate(1, STATE)
+            keep(number, found)
+        return found
+
+    return state
+
+
+@njit
+def spell(code, message):
+    """Bytes as hexadecimal digits, at the end of a message of a line."""
+    for i in range(2 * len(code)):
+        digit = (np.int64(code[i >> 1]) >> (4 - 4 * (i & 1))) & 15
+        message[len(message) - 1 - 2 * len(code) + i] = digit + (48 if digit < 10 else 87)
+
+
 def _handler():
-    """The compiled handler, and what it works on."""
-    system = ctypes.CDLL(None)
-    thread_of = system.gettid
-    thread_of.restype, thread_of.argtypes = ctypes.c_int, []
-    give_up = system.signal
-    give_up.restype, give_up.argtypes = ctypes.c_void_p, [ctypes.c_int, ctypes.c_void_p]
-    states = np.zeros((THREADS, STATE), np.uint8)
-    place, order, illegal = states.ctypes.data, ORDER, int(signal.SIGILL)
+    """The compiled handler."""
+    give_up, write = _function("signal", ctypes.c_int, ctypes.c_ssize_t), _function("write", *[ctypes.c_ssize_t] * 3)
+    state, order, illegal = _state_of_threads(), ORDER, int(signal.SIGILL)
+    told = np.frombuffer(b"\nan instruction that is not emulated: " + b"." * 20 + b"\n", np.uint8)
 
     @cfunc(types.void(types.int32, types.intp, types.intp))
     def handler(number, info, context):
         registers = carray(pointer(context + REGISTERS_AT), (23,), np.int64)
-        every = carray(pointer(place), (THREADS, STATE), np.uint8)
-        if not execute(registers, order, every, thread_of()):
+        if not execute(registers, order, carray(pointer(state()), (STATE,), np.uint8)):
+            message = told.copy()
+            spell(carray(pointer(registers[NEXT]), (10,), np.uint8), message)
+            write(2, message.ctypes.data, len(message))
             give_up(illegal, 0)  # and meet it again
 
-    return handler, states
+    return handler
 
 
 class _Action(ctypes.Structure):
@@ -216,9 +247,9 @@ def use_everywhere():
 
 @cache
 def emulate():
-    """From now on, AMX instructions are emulated in this process. Returns what must be kept."""
-    handler, states = _handler()
+    """From now on, AMX instructions are emulated in this process. Returns its handler, to be kept."""
+    handler = _handler()
     action = _Action(handler=handler.address, flags=WITH_CONTEXT)
     if ctypes.CDLL(None).sigaction(int(signal.SIGILL), ctypes.byref(action), None) != 0:
         raise OSError("no handler of illegal instructions can be had")
-    return handler, states
+    return handler

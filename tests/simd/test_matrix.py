@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ml_dtypes
@@ -35,12 +38,19 @@ TERMS = {"bfloat16": 1, "float16": 2, "float32": 3}
 dtypes = pytest.mark.parametrize("dtype", TERMS)
 
 
+@contextmanager
+def compiled(row: Isa, function: Any, count: int) -> Iterator[Any]:
+    """Give a function of addresses, compiled."""
+    code = building.emit({"run": (jit(function), count)}, row)
+    addresses, engine = loading.load(code, row, ["run"])
+    yield ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * count)(addresses["run"])
+    del engine
+
+
 def run(row: Isa, function: Any, *arrays: Array) -> None:
     """Compile a function of addresses, and run it on arrays."""
-    code = building.emit({"run": (jit(function), len(arrays))}, row)
-    addresses, engine = loading.load(code, row, ["run"])
-    ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * len(arrays))(addresses["run"])(*map(address_of, arrays))
-    del engine
+    with compiled(row, function, len(arrays)) as call:
+        call(*map(address_of, arrays))
 
 
 def terms_of(array: Array, count: int) -> list[Array]:
@@ -66,13 +76,9 @@ def operands(terms: int, tiles: int, seed: int = 0) -> tuple[Array, Array, Array
     return rows, columns, left.copy(), right.copy()
 
 
-@dtypes
-def test_products_of_two_tiles_of_rows(amx: Isa, dtype: str) -> None:
-    """The sums of a row that is repeated, and of all products of terms but the least."""
-    kernel = Kernel("forward", amx, amx.tile("float32"), dtype, reads="matrix")
-    terms = TERMS[dtype]
-    rows, columns, left, right = operands(terms, 2)
-    start, found = np.arange(32, dtype=np.float32), np.empty((32, 32), np.float32)
+def multiply_two(row: Isa, dtype: str, *arrays: Array) -> None:
+    """Of a start, operands as tiles of terms, and room for what they give: the sums of two tiles of rows."""
+    kernel = Kernel("forward", row, row.tile("float32"), dtype, reads="matrix")
 
     def multiply(start, left, right, out):
         matrix_begin()
@@ -81,7 +87,17 @@ def test_products_of_two_tiles_of_rows(amx: Isa, dtype: str) -> None:
         matrix_store_two(out)
         matrix_end()
 
-    run(amx, multiply, start, left, right, found)
+    run(row, multiply, *arrays)
+
+
+@dtypes
+def test_products_of_two_tiles_of_rows(amx: Isa, dtype: str) -> None:
+    """The sums of a row that is repeated, and of all products of terms but the least."""
+    terms = TERMS[dtype]
+    rows, columns, left, right = operands(terms, 2)
+    start, found = np.arange(32, dtype=np.float32), np.empty((32, 32), np.float32)
+
+    multiply_two(amx, dtype, start, left, right, found)
     exact = start + rows.astype(np.float64) @ columns
     # sums of 32, and of three terms what is left out: 2 · 2^-7 · 2^-15 of each product
     size = np.abs(start) + np.abs(rows).astype(np.float64) @ np.abs(columns)
@@ -145,21 +161,42 @@ def test_subnormal_numbers_count_as_0(amx: Isa) -> None:
 
 @pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_stays_in_its_row_and_column(amx: Isa, odd: float) -> None:
-    kernel = Kernel("forward", amx, amx.tile("float32"), "bfloat16", reads="matrix")
     rows, columns, left, right = operands(1, 2)
     left[0, 0, 3, 5] = odd
     right[0, 4, 7, 1] = odd
     found = np.empty((32, 32), np.float32)
 
-    def multiply(start, left, right, out):
-        matrix_begin()
-        matrix_repeat_two(start)
-        matrix_score_two(kernel, left, kernel.terms * 1024, right)
-        matrix_store_two(out)
-        matrix_end()
-
-    run(amx, multiply, np.zeros(32, np.float32), left, right, found)
+    multiply_two(amx, "bfloat16", np.zeros(32, np.float32), left, right, found)
     touched = np.zeros((32, 32), bool)
     touched[3], touched[:, 7] = True, True
     assert not np.isfinite(found[touched]).any()
     assert np.array_equal(found[~touched], (rows @ columns)[~touched])
+
+
+def test_each_thread_has_tiles_of_its_own(amx: Isa) -> None:
+    """One is in the midst of a product while others begin theirs, end them, and come to an end."""
+    start = np.arange(32, dtype=np.float32)
+    opposite, (found, other) = -start, np.empty((2, 32, 32), np.float32)
+
+    def begin(start):
+        matrix_begin()
+        matrix_repeat_two(start)
+
+    def end(out):
+        matrix_store_two(out)
+        matrix_end()
+
+    with compiled(amx, begin, 1) as first, compiled(amx, end, 1) as last:
+
+        def both() -> None:
+            first(address_of(opposite))
+            last(address_of(other))
+
+        first(address_of(start))
+        for _ in range(4):
+            thread = threading.Thread(target=both)
+            thread.start()
+            thread.join()
+        last(address_of(found))
+    assert (found == start).all()
+    assert (other == opposite).all()
