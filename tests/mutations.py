@@ -345,6 +345,13 @@ MUTATIONS = (
         ("cpu/kernels/test_matrix.py", "test_scores_of_huge_and_of_tiny_numbers"),
     ),
     Mutation(
+        "a matrix unit: of whole tiles of rows, features behind those of whole tiles are missing",
+        "cpu/kernels/matrix.py",
+        "for j in range(rows if done == features else 0, count):",
+        "for j in range(rows, count):",
+        ("cpu/kernels/test_matrix.py", "test_lengths_that_fill_tiles_and_that_do_not and bfloat16"),
+    ),
+    Mutation(
         "a matrix unit: a product of the third term is left out",
         "simd/matrix.py",
         "(0, 0), (2, 0))}",
@@ -361,8 +368,8 @@ MUTATIONS = (
     Mutation(
         "a matrix unit: gradients of scores lack what the power of two leaves of the scale",
         "cpu/kernels/gradient_matrix.py",
-        "if plan.score_factor != 1.0:",
-        "if plan.score_factor < 1.0:",
+        "if factor != 1.0:",
+        "if factor < 1.0:",
         ("cpu/kernels/test_matrix.py", "test_gradients and float32"),
     ),
     Mutation(
@@ -597,7 +604,7 @@ MUTATIONS = (
     Mutation(
         "gradients of scores lack what the scale is besides a power of two",
         "cpu/kernels/gradient_sums.py",
-        "first = tile_load(tile.single, grads, 0) * plan.score_factor",
+        "first = tile_load(tile.single, grads, 0) * factor",
         "first = tile_load(tile.single, grads, 0) * 1.0",
         ("api/test_backward.py", "test_gradients_of_bfloat16_are_no_less_exact_than_pytorchs"),
         of_pairs=True,
@@ -605,7 +612,7 @@ MUTATIONS = (
     Mutation(
         "weights in pairs are not scaled by dropout",
         "cpu/kernels/gradient_sums.py",
-        "weight = weight * plan.keep_scale\n            tile_store_rounded",
+        "weight = weight * keep_scale\n            tile_store_rounded",
         "tile_store_rounded",
         ("api/test_backward.py", "test_dropout"),
         of_pairs=True,
@@ -628,7 +635,7 @@ MUTATIONS = (
     Mutation(
         "dropout does not scale the gradients of weights",
         "cpu/kernels/backward.py",
-        "grad = grad * plan.keep_scale - delta",
+        "grad = grad * keep_scale - delta",
         "grad = grad - delta",
         ("api/test_backward.py", "test_dropout"),
     ),

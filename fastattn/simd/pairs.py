@@ -9,9 +9,11 @@ from numba.core import types
 from numba.core.typing.templates import signature
 from numba.extending import intrinsic
 
+from fastattn.machine.features import architecture
 from fastattn.simd.storage import INT, SHORT, WORD, BFloat, constant, round_to_bfloat16, shuffle_twos
 from fastattn.simd.tile import (
     TileType,
+    call_named,
     elementwise,
     is_shape,
     load_from,
@@ -84,16 +86,38 @@ def tile_load_two_rows(typingctx, shape, first, second):
     return signature(tile, shape, types.intp, types.intp), codegen
 
 
+def _rounded(builder, low, high, order):
+    """Two vectors' elements, rounded to bfloat16, in some order. x86 rounds both at once, which LLVM does not know."""
+    lanes = low.type.count
+    lanes_of = ir.Constant(ir.VectorType(INT, 2 * lanes), order)
+    if architecture(builder.module.triple) == "arm64":
+        low, high = (builder.fptrunc(each, ir.VectorType(BFloat(), lanes)) for each in (low, high))
+        return builder.shuffle_vector(low, high, lanes_of)
+    both = ir.VectorType(BFloat(), 2 * lanes)
+    both = call_named(builder, f"llvm.x86.avx512bf16.cvtne2ps2bf16.{2 * lanes * SHORT.width}", both, high, low)
+    return builder.shuffle_vector(both, ir.Constant(both.type, ir.Undefined), lanes_of)
+
+
 @intrinsic
 def tile_round_to_pairs(typingctx, first, second):
     """Pairs of two tiles' elements, rounded to bfloat16."""
 
     def emit(builder, shape, low, high):
-        shorts, lanes = ir.VectorType(BFloat(), shape.lanes), shape.lanes
-        order = [half * lanes + lane for lane in range(lanes) for half in range(2)]
-        low, high = builder.fptrunc(low, shorts), builder.fptrunc(high, shorts)
-        both = builder.shuffle_vector(low, high, ir.Constant(ir.VectorType(INT, 2 * lanes), order))
-        return builder.bitcast(both, vector_of(shape))
+        order = [half * shape.lanes + lane for lane in range(shape.lanes) for half in range(2)]
+        return builder.bitcast(_rounded(builder, low, high, order), vector_of(shape))
+
+    return elementwise(emit, first, second)
+
+
+@intrinsic
+def tile_pair_up(typingctx, first, second):
+    """Pairs of the upper halves of two tiles' elements, which is all that numbers of bfloat16 have."""
+
+    def emit(builder, shape, low, high):
+        ints = ir.VectorType(INT, shape.lanes)
+        low, high = builder.bitcast(low, ints), builder.bitcast(high, ints)
+        low, high = builder.lshr(low, constant(ints, 16)), builder.and_(high, constant(ints, 0xFFFF0000))
+        return builder.bitcast(builder.or_(low, high), vector_of(shape))
 
     return elementwise(emit, first, second)
 
@@ -105,10 +129,13 @@ def tile_store_rounded(typingctx, row, address):
         return None
 
     def codegen(context, builder, sig, values):
-        s = row.shape
-        for v, vector in enumerate(vectors_of(builder, s, values[0])):
-            rounded = builder.fptrunc(vector, ir.VectorType(BFloat(), s.lanes))
-            rounded = builder.bitcast(rounded, ir.VectorType(SHORT, s.lanes))
+        s, vectors = row.shape, vectors_of(builder, row.shape, values[0])
+        for v in range(0, s.vectors, 2):
+            if v + 1 < s.vectors:
+                rounded = _rounded(builder, vectors[v], vectors[v + 1], list(range(2 * s.lanes)))
+            else:
+                rounded = builder.fptrunc(vectors[v], ir.VectorType(BFloat(), s.lanes))
+            rounded = builder.bitcast(rounded, ir.VectorType(SHORT, rounded.type.count))
             place = shifted(builder, values[1], v * s.lanes * WORD // 2)
             builder.store(rounded, pointer_to(builder, place, rounded.type), align=WORD // 2)
         return context.get_dummy_value()

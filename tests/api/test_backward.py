@@ -83,6 +83,15 @@ def test_dropout(call: Call, seed: int, with_lse: bool) -> None:
     check(call, seed, with_lse)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, BFLOAT16])
+def test_dropout_in_each_dtype(dtype: Any) -> None:
+    rng, options = np.random.default_rng(0), {"dropout_p": 0.5, "rng": 3}
+    sizes = ((1, 2, 70, 40), (1, 2, 90, 40), (1, 2, 90, 24), (1, 2, 70, 24))
+    *args, grad_out = (rng.standard_normal(size).astype(dtype) for size in sizes)
+    found = gradients(grad_out, *args, **options)
+    tolerances.check_gradients(found, args, *tolerances.expected_gradients(grad_out, *args, **options))
+
+
 @given(call=calls(empty=True, masks=MASKS), seed=st.integers(0, 99))
 def test_axes_of_length_zero(call: Call, seed: int) -> None:
     check(call, seed, True)

@@ -136,21 +136,23 @@ def test_pairs_are_laid_out_scaled_and_multiplied() -> None:
         out += vector.vector_bytes
         s.tile_store(s.tile_round_to_pairs(s.tile_load(vector, words, 0), s.tile_load(vector, words + size, 0)), out, 0)
         out += vector.vector_bytes
+        s.tile_store(s.tile_pair_up(s.tile_load(vector, words, 0), s.tile_load(vector, words + size, 0)), out, 0)
+        out += vector.vector_bytes
         s.tile_store(s.tile_rank2(s.tile_fill(one, 0.5), column, 4, first), out, 0)
         s.tile_store_rounded(s.tile_load(one, words, 0) + 0.001, out + one.row_bytes)
 
     library = Library(build.emit({"run": (s.jit(run), 5)}, row), row, {"run": 5})
     column, words = halves[2, :2].copy(), np.ascontiguousarray(numbers[2:])
-    out = np.empty(6 * tile.lanes, np.float32)
+    out = np.empty(7 * tile.lanes, np.float32)
     both = np.ascontiguousarray(halves[:2].ravel())  # a row of the tile is two vectors of pairs
     library.run(both.ctypes.data, halves[1:].ctypes.data, words.ctypes.data, column.ctypes.data, out.ctypes.data)
-    pairs = cast(out[: 3 * tile.lanes].view(BITS), np.dtype(np.float32)).reshape(3, tile.lanes, 2)
+    pairs = cast(out[: 4 * tile.lanes].view(BITS), np.dtype(np.float32)).reshape(4, tile.lanes, 2)
     assert (pairs[0] == numbers[:2, : tile.lanes].T).all()
     assert (pairs[1] == -0.5 * numbers[0].reshape(-1, 2)).all()
-    assert (pairs[2] == words.ravel()[: 2 * tile.lanes].reshape(2, -1).T).all()
+    assert (pairs[2:] == words.ravel()[: 2 * tile.lanes].reshape(2, -1).T).all()
     products = numbers[:2].reshape(-1, 2) @ numbers[2, :2] + 0.5
-    assert (out[3 * tile.lanes : 5 * tile.lanes] == products).all()
-    rounded = cast(out[5 * tile.lanes :].view(BITS), np.dtype(np.float32))
+    assert (out[4 * tile.lanes : 6 * tile.lanes] == products).all()
+    rounded = cast(out[6 * tile.lanes :].view(BITS), np.dtype(np.float32))
     assert (rounded == cast(cast(words.ravel()[: tile.width] + np.float32(0.001), BITS), rounded.dtype)).all()
 
 

@@ -140,17 +140,17 @@ def differentiate(kernel, plan, scores, grads, count, hidden, late, start, delta
 
     `hidden`: some may not be looked at. `late`: scores are no exponents yet.
     """
-    tile = kernel.tile
+    tile, to_base_2, keep_scale = kernel.tile, plan.to_base_2, plan.keep_scale
     for _ in range(count):
         score = tile_load(tile.single, scores, 0)
         if (kernel.steps != PLAIN or kernel.of_bfloat16) and late:
-            exponent = (score - start) * plan.to_base_2
+            exponent = (score - start) * to_base_2
         else:
             exponent = score
         weight = exp2(kernel, minimum(0.0, exponent))  # no weight is above 1, whatever the roundings of huge scores
         grad = tile_load(tile.single, grads, 0)
         if "dropout" in kernel.steps and "softcap" not in kernel.steps and plan.drop_below > 0:
-            grad = grad * plan.keep_scale - delta
+            grad = grad * keep_scale - delta
         grad = weight * grad
         if hidden:  # 0, also beside an lse of NaN
             weight = where_greater(lowest(tile), score, 0.0, weight)

@@ -12,6 +12,7 @@ from fastattn.cpu.kernels.pages import foreseen
 from fastattn.cpu.kernels.prefetch import prefetch_rows, want, want_nothing, want_share
 from fastattn.cpu.kernels.records import BIAS_NONE
 from fastattn.cpu.kernels.tasks import locate
+from fastattn.machine.tile import MATRIX_ROWS
 from fastattn.simd import jit
 
 # A query block's turn with a block of keys: the first of these, whether they are the first or the last that it looks
@@ -44,7 +45,8 @@ def list_wanted(kernel, call, plan, head, then, group, wanted, b, part, turn):
     goes_on = then.query != head.query or then.key != head.key
     first = group.first_query + b * tile.width
     key_bytes, value_bytes = plan.head_dim * kernel.itemsize, plan.value_dim * kernel.value_place.itemsize
-    want_nothing(wanted, (part.end - part.begin + plan.value_dim) // tile.rows)
+    rows = 2 * MATRIX_ROWS if kernel.reads == "matrix" else tile.rows
+    want_nothing(wanted, (part.end - part.begin + plan.value_dim) // rows)
     if plan.prefetch_distance > 0:
         if turn.is_last:
             present = min(tile.width, plan.queries - first)

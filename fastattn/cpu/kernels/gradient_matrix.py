@@ -92,9 +92,10 @@ def round_weights(kernel, plan, begin, count, s, scratch):
     """
     tile, before = kernel.tile, s * plan.score_panel + begin * kernel.tile.row_bytes
     weights, grads = scratch + plan.scores_at + before, scratch + plan.score_grads_at + before
-    if plan.score_factor != 1.0:
+    factor = plan.score_factor
+    if factor != 1.0:
         for at in range(grads, grads + count * tile.row_bytes, tile.row_bytes):
-            tile_store(tile_load(tile.single, at, 0) * plan.score_factor, at, 0)
+            tile_store(tile_load(tile.single, at, 0) * factor, at, 0)
     at = s * weights_step(kernel, plan) + begin // MATRIX_ROWS * kernel.terms * MATRIX_TILE
     keep_scale = plan.keep_scale if "dropout" in kernel.steps else 1.0
     split_weights(kernel, weights, count, keep_scale, scratch + plan.weight_rows_at + at)

@@ -71,17 +71,17 @@ def round_weights(kernel, plan, part, s, scratch):
     tile, before = kernel.tile, s * plan.score_panel + part.begin * kernel.tile.row_bytes
     weights, grads = scratch + plan.scores_at + before, scratch + plan.score_grads_at + before
     weight_rows, grad_rows = scratch + plan.weight_rows_at + before // 2, scratch + plan.grad_rows_at + before // 2
-    grad_pairs = scratch + plan.grad_pairs_at
+    grad_pairs, factor, keep_scale = scratch + plan.grad_pairs_at, plan.score_factor, plan.keep_scale
     for _ in range(0, whole_tiles(kernel, part.end - part.begin), 2):
-        first = tile_load(tile.single, grads, 0) * plan.score_factor
-        second = tile_load(tile.single, grads + tile.row_bytes, 0) * plan.score_factor
+        first = tile_load(tile.single, grads, 0) * factor
+        second = tile_load(tile.single, grads + tile.row_bytes, 0) * factor
         tile_store(tile_round_to_pairs(first, second), grad_pairs, 0)
         tile_store_rounded(first, grad_rows)
         tile_store_rounded(second, grad_rows + tile.row_bytes // 2)
         for at in range(0, 2 * tile.row_bytes, tile.row_bytes):
             weight = tile_load(tile.single, weights + at, 0)
             if "dropout" in kernel.steps:
-                weight = weight * plan.keep_scale
+                weight = weight * keep_scale
             tile_store_rounded(weight, weight_rows + at // 2)
         weights += 2 * tile.row_bytes
         grads += 2 * tile.row_bytes

@@ -32,7 +32,9 @@ from fastattn.simd import (
     store_i64,
     tile_fill,
     tile_load,
+    tile_load_stored,
     tile_load_two_rows,
+    tile_pair_up,
     tile_round_to_pairs,
     tile_store,
     tile_store_rounded,
@@ -111,11 +113,11 @@ def storing(half):
         """Write pairs of two rows, term after term, `step` bytes apart."""
         if kernel.terms == 3:
             first, second = half(low), half(high)
-            tile_store(tile_round_to_pairs(first, second), target, 0)
+            tile_store(tile_pair_up(first, second), target, 0)
             low, high, target = low - first, high - second, target + step
         if kernel.terms > 1:
             first, second = half(low), half(high)
-            tile_store(tile_round_to_pairs(first, second), target, 0)
+            tile_store(tile_pair_up(first, second), target, 0)
             low, high, target = low - first, high - second, target + step
         tile_store(tile_round_to_pairs(low, high), target, 0)
 
@@ -193,28 +195,51 @@ def split_all_lanes(kernel, target, numbers, present, features):
 
 
 @jit
+def copy_squares(kernel, plan, target, source, row, count, features):
+    """Lay out 16 rows and 32 features at a time, of bfloat16 in rows without gaps; how many of both then are."""
+    tile, rows, some = kernel.tile, count - count % TILE_ROWS, features - features % DEEP
+    for _ in range(0, rows, TILE_ROWS):
+        for at in range(0, some // DEEP * TILE, TILE):
+            tile_store(tile_load(tile.square, source + at // TILE_ROWS, row), target + at, TILE_ROW)
+        source += TILE_ROWS * row
+        target += row_step(kernel, features)
+    return rows, some
+
+
+@jit
 def load_rows(kernel, place, plan, target, source, row, column, count, features):
     """Lay out a block of rows. `place`: of the source."""
-    tile, block = kernel.tile, memory_of_block()
+    tile, block, rows, done = kernel.tile, memory_of_block(), 0, 0
     flags, step = flags_of_rows(kernel, plan, target, features), row_step(kernel, features)
-    for j in range(count):
-        to = target + j // TILE_ROWS * step + j % TILE_ROWS * TILE_ROW
+    if kernel.terms == 1 and column == place.itemsize:
+        rows, done = copy_squares(kernel, plan, target, source, row, count, features)
+    for j in range(rows if done == features else 0, count):
+        to, begin = target + j // TILE_ROWS * step + j % TILE_ROWS * TILE_ROW, done if j < rows else 0
+        to += begin // DEEP * kernel.terms * TILE
         odd = tile_fill(tile.single, 0.0)
-        for first in range(0, features, DEEP):
-            some = min(DEEP, features - first)
-            if kernel.terms == 1 and column == place.itemsize and some == DEEP:
-                tile_store(tile_load(tile.vector, source + first * column, 0), to, 0)
+        for first in range(begin, features, DEEP):
+            at, some = source + j * row + first * column, min(DEEP, features - first)
+            if column == place.itemsize and some == DEEP:
+                numbers = tile_load_stored(place, tile.single, at, 0)
             else:
-                if some < DEEP:
-                    clear(tile, block, 1)
-                copy_rows(place, tile, block, 0, source + first * column, row, column, 1, some)
+                clear(tile, block, 1)
+                copy_rows(place, tile, block, 0, at, row, column, 1, some)
                 numbers = tile_load(tile.single, block, 0)
+            if kernel.terms > 1:
                 odd = odd + large(numbers)
-                store_row_of_terms(kernel, numbers, to)
+            store_row_of_terms(kernel, numbers, to)
             to += kernel.terms * TILE
         if kernel.terms > 1:
             store_i64(flags + 8 * j, 0 if all_zero(odd) else 1)
-        source += row
+
+
+@inline
+def store_column_terms(kernel, low, high, finite, target):
+    """Write pairs of two keys, with 0 for what is not finite, term after term."""
+    if not finite:
+        low = where_greater(INFINITY, absolute(low), low, 0.0)
+        high = where_greater(INFINITY, absolute(high), high, 0.0)
+    store_cut_terms(kernel, low, high, target, TILE)
 
 
 @jit
@@ -226,19 +251,23 @@ def load_columns(kernel, place, plan, target, source, row, column, count, featur
         some, to = min(TILE_ROWS, features - p), target
         for j in range(0, count, DEEP):
             rows, at = min(DEEP, count - j), source + j * row + p * column
-            if kernel.terms == 1 and finite and column == place.itemsize and some == TILE_ROWS and rows == DEEP:
-                for i in range(TILE_ROWS):
-                    tile_store(tile_load_two_rows(tile.vector, at, at + row), pairs + i * TILE_ROW, 0)
-                    at += 2 * row
-            else:
+            whole = column == place.itemsize and some == TILE_ROWS and rows == DEEP
+            if not whole:
                 clear(tile.vector, block, DEEP)
                 copy_rows(place, tile, block, TILE_ROW, at, row, column, rows, some)
-                for i in range(TILE_ROWS):
-                    low = tile_load(tile.vector, block + 2 * i * TILE_ROW, 0)
-                    high = tile_load(tile.vector, block + (2 * i + 1) * TILE_ROW, 0)
-                    low = where_greater(INFINITY, absolute(low), low, 0.0)
-                    high = where_greater(INFINITY, absolute(high), high, 0.0)
-                    store_cut_terms(kernel, low, high, pairs + i * TILE_ROW, TILE)
+            for i in range(0, TILE_ROWS * TILE_ROW, TILE_ROW):
+                if whole and kernel.terms == 1 and finite:
+                    tile_store(tile_load_two_rows(tile.vector, at, at + row), pairs + i, 0)
+                elif whole:
+                    low = tile_load_stored(place, tile.vector, at, 0)
+                    store_column_terms(
+                        kernel, low, tile_load_stored(place, tile.vector, at + row, 0), finite, pairs + i
+                    )
+                else:
+                    low = tile_load(tile.vector, block + 2 * i, 0)
+                    high = tile_load(tile.vector, block + 2 * i + TILE_ROW, 0)
+                    store_column_terms(kernel, low, high, finite, pairs + i)
+                at += 2 * row
             for term in range(kernel.terms):
                 square = tile_transpose(tile_load(tile.square, pairs + term * TILE, TILE_ROW))
                 tile_store(square, to, TILE_ROW)

@@ -93,8 +93,7 @@ def multiply(kernel, rows, lanes, first, count, start, features, scores, wanted)
             matrix_repeat_one(initial)
             score_one(kernel, rows, kernel.terms * TILE, step, lanes, deep)
             matrix_store_one(scores)
-        for _ in range(0, 2 * TILE_ROWS, tile.rows):
-            ask(wanted)
+        ask(wanted)
         rows += 2 * step
         scores += 2 * TILE_ROWS * tile.row_bytes
 
@@ -214,8 +213,7 @@ def add_columns(kernel, plan, weights, count, columns, features, sums, rest, wan
             value_one(kernel, columns, kernel.terms * TILE, step, pairs, deep)
             matrix_store_one(found)
         add_rows(tile, sums, found, min(2 * TILE_ROWS, features - p))
-        for _ in range(0, 2 * TILE_ROWS, tile.rows):
-            ask(wanted)
+        ask(wanted)
         columns += 2 * step
         sums += 2 * TILE_ROWS * tile.row_bytes
 
@@ -227,10 +225,11 @@ def split_weights(kernel, weights, count, factor, target):
     What weights are rounded to then stays in their place as well, but for that.
     """
     tile = kernel.tile
-    for j in range(count):
-        row = tile_load(tile.single, weights, 0) * factor
-        store_row_of_terms(kernel, row, target + j // TILE_ROWS * kernel.terms * TILE + j % TILE_ROWS * TILE_ROW)
-        weights += tile.row_bytes
+    for j in range(0, count, TILE_ROWS):
+        for at in range(target, target + min(TILE_ROWS, count - j) * TILE_ROW, TILE_ROW):
+            store_row_of_terms(kernel, tile_load(tile.single, weights, 0) * factor, at)
+            weights += tile.row_bytes
+        target += kernel.terms * TILE
 
 
 @jit

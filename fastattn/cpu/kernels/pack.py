@@ -183,6 +183,8 @@ def clear(tile, at, rows):
 @jit
 def add_rows(tile, target, source, rows):
     """Add rows to others."""
-    for offset in range(0, rows * tile.row_bytes, tile.row_bytes):
-        total = tile_load(tile.single, target + offset, 0) + tile_load(tile.single, source + offset, 0)
-        tile_store(total, target + offset, 0)
+    row, whole = tile.row_bytes, (rows - rows % tile.rows) * tile.row_bytes
+    for at in range(0, whole, tile.rows * row):
+        tile_store(tile_load(tile, target + at, row) + tile_load(tile, source + at, row), target + at, row)
+    for at in range(whole, rows * row, row):
+        tile_store(tile_load(tile.single, target + at, 0) + tile_load(tile.single, source + at, 0), target + at, 0)

@@ -67,10 +67,15 @@ def ask(at):
         piece = piece_view(place)
         line, done, lines, skip = piece.next, piece.done, piece.lines, piece.skip
         count = min(piece.each, piece.left)
-        for _ in range(count):
-            prefetch(line)
-            done += 1
-            line += skip if done == lines else LINE
-            done = 0 if done == lines else done
+        if skip == LINE:  # nothing is between the rows
+            for _ in range(count):
+                prefetch(line)
+                line += LINE
+        else:
+            for _ in range(count):
+                prefetch(line)
+                done += 1
+                line += skip if done == lines else LINE
+                done = 0 if done == lines else done
         piece.next, piece.done = line, done
         piece.left -= count

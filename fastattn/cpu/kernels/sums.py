@@ -171,8 +171,9 @@ def relate(tile, plan, scores, count, s, scratch):
     """Make exponents of the scores of a block with tile width `s` of the queries; of a hidden key it remains -inf."""
     shift = tile_load(tile.single, scratch + plan.shifts_at + s * tile.row_bytes, 0)
     rest = tile_load(tile.single, scratch + plan.rests_at + s * tile.row_bytes, 0)
+    to_base_2 = plan.to_base_2
     for _ in range(count):
         score = tile_load(tile.single, scores, 0)
-        exponent = maximum(LOWEST, (score - shift) * plan.to_base_2 - rest)
+        exponent = maximum(LOWEST, (score - shift) * to_base_2 - rest)
         tile_store(where_greater(lowest(tile), score, MINUS_INFINITY, exponent), scores, 0)
         scores += tile.row_bytes
