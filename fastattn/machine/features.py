@@ -28,13 +28,31 @@ _LINUX_WORD, _LINUX_BF16 = 26, 1 << 14
 _ARCH_PRCTL, _REQUEST_PERMISSION, _TILES = 158, 0x1023, 18
 _MACOS_BF16 = b"hw.optional.arm.FEAT_BF16"
 
+_BFLOAT16_SINCE = (
+    16,
+)  # LLVM's version; before, no register of x86 has bfloat16, and its instructions take whole numbers
+
+
+def known_features() -> dict[str, bool]:
+    """The names of the CPU features that LLVM generates code for here, and whether it finds them on this machine.
+
+    Raises
+    ------
+    RuntimeError
+        If LLVM cannot tell on this platform.
+    """
+    found = dict(llvm.get_host_cpu_features())
+    if llvm.llvm_version_info < _BFLOAT16_SINCE:
+        found.pop("avx512bf16", None)
+    return found
+
 
 @cache
 def host_features() -> frozenset[str]:
     """The names of the CPU features that are found on this machine."""
     try:
-        found = {name for name, present in llvm.get_host_cpu_features().items() if present}
-    except RuntimeError:  # LLVM cannot tell on this platform: only the baseline is safe
+        found = {name for name, present in known_features().items() if present}
+    except RuntimeError:  # only the baseline is safe
         found = set()
     if HOST == "arm64":
         found.add("neon")

@@ -11,7 +11,7 @@ from functools import cache
 
 from llvmlite import binding as llvm
 
-from fastattn.machine.features import host_features, may_use_matrix_unit
+from fastattn.machine.features import host_features, known_features, may_use_matrix_unit
 from fastattn.machine.tile import ITEMSIZE, TileShape
 from fastattn.machine.uninterrupted import uninterrupted
 
@@ -213,7 +213,7 @@ def of_this_architecture() -> tuple[Isa, ...]:
     """
     known = set(host_features())
     with suppress(RuntimeError):
-        known |= llvm.get_host_cpu_features().keys()
+        known |= known_features().keys()
     return tuple(row for row in TABLE if known.issuperset(row.needs))
 
 
@@ -247,6 +247,7 @@ def _chosen() -> Isa:
         if row.name == forced:
             if not runs_here(row):
                 missing = ", ".join(sorted(set(row.needs) - host_features())) or "the system's leave to use amx-tile"
-                raise ValueError(f"FASTATTN_ISA={forced}: this {platform.machine()} machine lacks {missing}")
+                here = f"this {platform.machine()} machine with LLVM {llvm.llvm_version_info[0]}"
+                raise ValueError(f"FASTATTN_ISA={forced}: {here} lacks {missing}")
             return row
     raise ValueError(f"FASTATTN_ISA={forced!r} is unknown, expected one of {', '.join(NAMES)}")

@@ -79,7 +79,7 @@ def test_a_matrix_unit_is_used_where_it_is_named(monkeypatch: pytest.MonkeyPatch
     assert not asked
     monkeypatch.setenv("FASTATTN_ISA", "amx")
     with pytest.raises(
-        ValueError, match="^FASTATTN_ISA=amx: this .* machine lacks the system's leave to use amx-tile$"
+        ValueError, match="^FASTATTN_ISA=amx: this .* machine with LLVM .* lacks the system's leave to use amx-tile$"
     ):
         isa.host()
     monkeypatch.setattr(isa, "may_use_matrix_unit", lambda: True)
@@ -90,6 +90,20 @@ def test_a_system_without_tiles_refuses() -> None:
     """On a processor that has none, and on a system that knows nothing of them, the answer is no."""
     if "amx-tile" not in isa.host_features():
         assert not may_use_matrix_unit()
+
+
+@on_x86
+def test_llvm_15_has_no_bfloat16_in_registers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is that of Numba 0.61. Kernels of pairs did not compile: where the row was named, and for wheels."""
+    monkeypatch.setattr(isa.llvm, "get_host_cpu_features", lambda: dict.fromkeys(ROWS["amx"].needs, True))
+    monkeypatch.setattr(isa, "host_features", isa.host_features.__wrapped__)
+    for version, rows in (((15, 0, 7), set()), ((16, 0, 0), {"zen4", "amx"})):
+        monkeypatch.setattr(isa.llvm, "llvm_version_info", version)
+        assert {row.name for row in isa.of_this_architecture()} & {"zen4", "amx"} == rows
+    monkeypatch.setattr(isa.llvm, "llvm_version_info", (15, 0, 7))
+    monkeypatch.setenv("FASTATTN_ISA", "zen4")
+    with pytest.raises(ValueError, match="^FASTATTN_ISA=zen4: this .* machine with LLVM 15 lacks avx512bf16$"):
+        isa.host()
 
 
 def test_a_machine_without_features_runs_the_last_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +129,7 @@ def test_a_row_that_does_not_run_here_is_refused_with_what_is_missing(monkeypatc
     monkeypatch.setenv("FASTATTN_ISA", "avx512")
     features = frozenset(ROWS["avx512"].needs) - {"avx512dq", "fma"}
     monkeypatch.setattr(isa, "host_features", lambda: features)
-    with pytest.raises(ValueError, match="^FASTATTN_ISA=avx512: this .* machine lacks avx512dq, fma$"):
+    with pytest.raises(ValueError, match="^FASTATTN_ISA=avx512: this .* machine with LLVM .* lacks avx512dq, fma$"):
         isa.host()
 
 
