@@ -28,9 +28,8 @@ _LINUX_WORD, _LINUX_BF16 = 26, 1 << 14
 _ARCH_PRCTL, _REQUEST_PERMISSION, _TILES = 158, 0x1023, 18
 _MACOS_BF16 = b"hw.optional.arm.FEAT_BF16"
 
-_BFLOAT16_SINCE = (
-    16,
-)  # LLVM's version; before, no register of x86 has bfloat16, and its instructions take whole numbers
+# LLVM's version from which on registers of x86 have bfloat16. Before, instructions take whole numbers for it.
+_BFLOAT16_SINCE = (16,)
 
 
 def known_features() -> dict[str, bool]:
@@ -52,7 +51,7 @@ def host_features() -> frozenset[str]:
     """The names of the CPU features that are found on this machine."""
     try:
         found = {name for name, present in known_features().items() if present}
-    except RuntimeError:  # only the baseline is safe
+    except RuntimeError:  # LLVM cannot tell on this platform: only the baseline is safe
         found = set()
     if HOST == "arm64":
         found.add("neon")

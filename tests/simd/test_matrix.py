@@ -96,7 +96,6 @@ def test_products_of_two_tiles_of_rows(amx: Isa, dtype: str) -> None:
     terms = TERMS[dtype]
     rows, columns, left, right = operands(terms, 2)
     start, found = np.arange(32, dtype=np.float32), np.empty((32, 32), np.float32)
-
     multiply_two(amx, dtype, start, left, right, found)
     exact = start + rows.astype(np.float64) @ columns
     # sums of 32, and of three terms what is left out: 2 · 2^-7 · 2^-15 of each product
@@ -165,7 +164,6 @@ def test_what_is_not_finite_stays_in_its_row_and_column(amx: Isa, odd: float) ->
     left[0, 0, 3, 5] = odd
     right[0, 4, 7, 1] = odd
     found = np.empty((32, 32), np.float32)
-
     multiply_two(amx, "bfloat16", np.zeros(32, np.float32), left, right, found)
     touched = np.zeros((32, 32), bool)
     touched[3], touched[:, 7] = True, True
