@@ -21,6 +21,7 @@ from numba.core import cgutils
 from numba.core.typing.templates import signature
 from numba.extending import intrinsic
 
+from fastattn.cpu.host import plan
 from fastattn.cpu.host.session import Session
 from fastattn.machine import table
 
@@ -238,11 +239,15 @@ def for_any_features(row):
 
 
 def use_everywhere():
-    """Have all calls in this process use it, but for those of sessions that have a row of their own."""
+    """Have all calls in this process use it, but for those of sessions that have a row of their own.
+
+    Query blocks of short sequences share a task, as those of long ones do: each works for the next one.
+    """
     found = row()
     if found is None:
         raise OSError("this machine can neither run nor emulate the row amx")
     Session.row = property(lambda here: here._row or for_any_features(found))
+    plan.TASKS_PER_THREAD = 1
 
 
 @cache

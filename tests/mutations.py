@@ -123,8 +123,8 @@ MUTATIONS = (
     Mutation(
         "the sum is not rescaled when the maximum rises",
         "cpu/kernels/softmax.py",
-        "fma(total, factor, exponentials(",
-        "fma(total, 1.0, exponentials(",
+        "fma(tile_load(tile.single, l_at, 0), factor, total)",
+        "fma(tile_load(tile.single, l_at, 0), 1.0, total)",
         ("test_properties.py", "test_a_maximum_that_keeps_rising_or_never_does"),
     ),
     Mutation(
@@ -360,10 +360,38 @@ MUTATIONS = (
     ),
     Mutation(
         "a matrix unit: there are weights behind the last key",
+        "cpu/kernels/matrix_softmax.py",
+        "tile_store(tile_fill(tile.single, MINUS_INFINITY), at, 0)",
+        "tile_store(tile_fill(tile.single, 0.0), at, 0)",
+        ("cpu/kernels/test_matrix.py", "test_lengths_that_fill_tiles_and_that_do_not and float32"),
+    ),
+    Mutation(
+        "a matrix unit: there are weights behind the last key, where some are dropped",
         "cpu/kernels/matrix_products.py",
-        "    clear(tile, weights + count * tile.row_bytes, deep * DEEP - count)\n",
+        "    clear(tile, weights + count * tile.row_bytes, depth(count) * DEEP - count)\n",
+        "",
+        ("cpu/kernels/test_matrix.py", "test_dropped_weights and float32"),
+    ),
+    Mutation(
+        "a matrix unit: some weights are never made",
+        "cpu/kernels/matrix_softmax.py",
+        "    while done < weighing.count // 2 * PARTS:\n        done = weigh(kernel, weighing, done)\n",
         "",
         ("cpu/kernels/test_matrix.py", "test_lengths_that_fill_tiles_and_that_do_not and float32"),
+    ),
+    Mutation(
+        "a matrix unit: two query blocks in a row have their scores in one place",
+        "cpu/kernels/forward.py",
+        "other = room.work + room.work + room.work_bytes - block.work",
+        "other = block.work",
+        ("cpu/kernels/test_matrix.py", "test_lengths_that_fill_tiles_and_that_do_not and float32"),
+    ),
+    Mutation(
+        "a matrix unit: behind a query block that looks at none of the keys, one has no products",
+        "cpu/kernels/forward.py",
+        "size_of(part) > 0 and size_of(after.part) > 0",
+        "size_of(after.part) > 0",
+        ("cpu/kernels/test_matrix.py", "test_query_blocks_that_look_at_no_key_of_a_block"),
     ),
     Mutation(
         "a matrix unit: gradients of scores lack what the power of two leaves of the scale",
@@ -389,8 +417,8 @@ MUTATIONS = (
     Mutation(
         "what all blocks of keys add is one long sum",
         "cpu/kernels/forward.py",
-        "scores, count, values, block, rest, wanted, True)",
-        "scores, count, values, block, rest, wanted, False)",
+        "scores, count, values, out, room.rest, wanted, True)",
+        "scores, count, values, out, room.rest, wanted, False)",
         ("test_semantics.py", "test_sums_over_thousands and cpu-float32"),
     ),
     Mutation(

@@ -113,18 +113,21 @@ def _sums(rows):
 
 
 def _products(rows, terms_of):
-    """What adds the products of some tiles of rows and two of columns, over one tile of what is summed over."""
+    """What adds a product of terms, of some tiles of rows and two of columns, over one tile of what is summed over."""
 
-    @intrinsic
-    def add(typingctx, kernel, left, left_step, right):
+    @intrinsic(prefer_literal=True)
+    def add(typingctx, kernel, number, left, left_step, right):
         if not (isinstance(kernel, StaticType) and isinstance(kernel.value, Kernel)):
             return None
+        if not isinstance(number, types.IntegerLiteral):
+            return None
         pairs = terms_of[kernel.value.terms]
+        at = number.literal_value
 
         def codegen(context, builder, sig, values):
-            left, left_step, right = values[1:]
-            before = None, None
-            for term, other in pairs:
+            left, left_step, right = values[2:]
+            before = pairs[at - 1] if 0 < at < len(pairs) else (None, None)
+            for term, other in pairs[at : at + 1]:
                 if term != before[0]:
                     for m, place in enumerate([left, builder.add(left, left_step)][:rows]):
                         place = shifted(builder, place, term * MATRIX_TILE)
@@ -135,10 +138,9 @@ def _products(rows, terms_of):
                         _move(builder, "tileloadd64", RIGHT + n, place, _WORD(WIDE_ROW))
                 for tile, m, n in _each_sum(rows):
                     _call(builder, "tdpbf16ps", tile, LEFT + m, RIGHT + n)
-                before = term, other
             return context.get_dummy_value()
 
-        return signature(types.none, kernel, types.intp, types.intp, types.intp), codegen
+        return signature(types.none, kernel, number, types.intp, types.intp, types.intp), codegen
 
     return add
 
@@ -146,8 +148,9 @@ def _products(rows, terms_of):
 #: Set the sums of one or two tiles of rows to 0; to a row, repeated; write them to rows that are `WIDE_ROW` apart.
 matrix_clear_one, matrix_repeat_one, matrix_store_one = _sums(1)
 matrix_clear_two, matrix_repeat_two, matrix_store_two = _sums(2)
-#: Add products `(kernel, left, left_step, right)`: of one or two tiles of rows, the second `left_step` behind the
-#: first, each with its terms one behind the other; with rows of two tiles side by side, and their terms.
+#: Add one of the products of terms, by its number, the one before having been added just now, or nothing, where there
+#: are not so many: `(kernel, number, left, left_step, right)`, of one or two tiles of rows, the second `left_step`
+#: behind the first, each with its terms one behind the other; with rows of two tiles side by side, and their terms.
 matrix_score_one, matrix_score_two = (_products(rows, OF_SCORES) for rows in (1, 2))
 matrix_value_one, matrix_value_two = (_products(rows, OF_VALUES) for rows in (1, 2))
 

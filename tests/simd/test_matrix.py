@@ -38,6 +38,23 @@ TERMS = {"bfloat16": 1, "float16": 2, "float32": 3}
 dtypes = pytest.mark.parametrize("dtype", TERMS)
 
 
+def all_products(add: Any) -> Any:
+    """What adds all products of terms, of which there are at most six."""
+
+    def add_all(kernel, left, left_step, right):
+        add(kernel, 0, left, left_step, right)
+        add(kernel, 1, left, left_step, right)
+        add(kernel, 2, left, left_step, right)
+        add(kernel, 3, left, left_step, right)
+        add(kernel, 4, left, left_step, right)
+        add(kernel, 5, left, left_step, right)
+
+    return jit(add_all)
+
+
+score_one, score_two, value_one = map(all_products, (matrix_score_one, matrix_score_two, matrix_value_one))
+
+
 @contextmanager
 def compiled(row: Isa, function: Any, count: int) -> Iterator[Any]:
     """Give a function of addresses, compiled."""
@@ -83,7 +100,7 @@ def multiply_two(row: Isa, dtype: str, *arrays: Array) -> None:
     def multiply(start, left, right, out):
         matrix_begin()
         matrix_repeat_two(start)
-        matrix_score_two(kernel, left, kernel.terms * 1024, right)
+        score_two(kernel, left, kernel.terms * 1024, right)
         matrix_store_two(out)
         matrix_end()
 
@@ -115,10 +132,10 @@ def test_products_of_one_tile_of_rows(amx: Isa, dtype: str) -> None:
     def multiply(left, right, out, other):
         matrix_begin()
         matrix_clear_one()
-        matrix_score_one(kernel, left, 0, right)
+        score_one(kernel, left, 0, right)
         matrix_store_one(out)
         matrix_clear_one()
-        matrix_value_one(kernel, left, 0, right)
+        value_one(kernel, left, 0, right)
         matrix_store_one(other)
         matrix_end()
 
@@ -150,7 +167,7 @@ def test_subnormal_numbers_count_as_0(amx: Isa) -> None:
     def multiply(left, right, out):
         matrix_begin()
         matrix_clear_one()
-        matrix_score_one(kernel, left, 0, right)
+        score_one(kernel, left, 0, right)
         matrix_store_one(out)
         matrix_end()
 

@@ -259,7 +259,8 @@ def draft_forward(kernel: Kernel, problem: Problem, operands: Operands, out: Arr
         groups=groups,
         tasks=heads * groups,
     )
-    work = (WORK_ROWS + key_block + rows_behind_scores(kernel, problem, key_block)) * tile.row_bytes + tile.buffer_bytes
+    work = ((WORK_ROWS + key_block) * tile.row_bytes + tile.buffer_bytes) * (2 if kernel.reads == "matrix" else 1)
+    work += rows_behind_scores(kernel, problem, key_block) * tile.row_bytes
     return Draft(
         problem,
         kernel,
@@ -302,9 +303,9 @@ def sizes_of(problem: Problem) -> dict[str, int]:
 
 
 def bytes_of_rows(kernel: Kernel, features: int, key_block: int) -> int:
-    """What rows of a block take for a matrix unit, with a word each, as `fastattn.cpu.kernels.matrix` lays them out."""
+    """What rows of a block take for a matrix unit, as `fastattn.cpu.kernels.matrix` lays them out, and flags."""
     tiles = key_block // MATRIX_ROWS * -(-features // MATRIX_DEPTH)
-    return tiles * kernel.terms * MATRIX_TILE + aligned(8 * key_block)
+    return tiles * kernel.terms * MATRIX_TILE + aligned(8 * (key_block + 1))
 
 
 def bytes_of_columns(kernel: Kernel, features: int, key_block: int) -> int:

@@ -45,6 +45,12 @@ memory_of_words = stack_memory(8 * 512)  # no row of the table has more keys in 
 
 
 @jit
+def begins_together(kernel):
+    """Whether all queries of a task are laid out before the first keys."""
+    return kernel.score == "additive" or kernel.reads == "matrix"
+
+
+@jit
 def load_queries(kernel, call, plan, q, source, present, work):
     """q[p][i] = feature p of query i, times the scale; or what additive attention makes of it."""
     tile = kernel.tile
@@ -268,13 +274,10 @@ def add_visible_row(kernel, plan, head, weights, first_query, key, value, out, s
 def scores_of(kernel, plan, head, q, m, relative, part, first_query, first_key, key, work, wanted):
     """Form the scores of some queries with a part of a block of keys; their maximum over the keys is at `work`.
 
-    They are where `place_of_scores` says, those of key j of the block in row j. `relative`: less m, from which the sums
-    of products then start.
+    They are where `place_of_scores` says, those of key j of the block in row j; a matrix unit's products are there
+    already. `relative`: less m, from which the sums of products then start.
     """
-    tile = kernel.tile
-    start = tile_fill(tile.single, 0.0)
-    if relative:
-        start = start - tile_load(tile.single, m, 0)
+    tile, start = kernel.tile, start_of(kernel, m, relative)
     best = tile_fill(tile.single, MINUS_INFINITY)
     best = score_rows(
         kernel, plan, head, first_query, first_key, q, key, part.full, part.full_end, start, best, work, wanted
@@ -287,6 +290,15 @@ def scores_of(kernel, plan, head, q, m, relative, part, first_query, first_key, 
             rows = place_of_scores(tile, work) + begin * tile.row_bytes
             buffer = work + tile.row_bytes
             restrict(kernel, plan, head, rows, end - begin, first_query, first_key + begin, work, buffer)
+
+
+@jit
+def start_of(kernel, m, relative):
+    """What sums of products start from."""
+    start = tile_fill(kernel.tile.single, 0.0)
+    if relative:
+        start = start - tile_load(kernel.tile.single, m, 0)
+    return start
 
 
 @jit
@@ -307,9 +319,9 @@ def score_rows(kernel, plan, head, first_query, first_key, q, key, begin, end, s
     tile = kernel.tile
     scores, count = place_of_scores(tile, work) + begin * tile.row_bytes, end - begin
     if kernel.reads == "matrix":
-        rest = place_behind_scores(tile, plan, work)
-        best_of = matrix_products.score_block(
-            kernel, plan, head, first_query, first_key, q, key, begin, count, start, scores, best, rest, wanted
+        rest = place_behind_scores(tile, plan, work)  # free until the products of the next query block are formed
+        best_of = matrix_products.finish_scores(
+            kernel, plan, head, first_query, first_key, q, key, begin, count, start, scores, best, rest
         )
     else:
         best_of = score_block(kernel, plan, q, key, begin, count, start, scores, best, wanted)

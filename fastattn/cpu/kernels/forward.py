@@ -9,6 +9,8 @@ that K and V are fetched, and packed, once for all of it:
             scores[j][i] = 2^(scores[j][i] - m[i])
             out[p][i]   += value[j][p] · scores[j][i]
 
+On a matrix unit the scores of the next query block are formed while the exponentials of one are computed.
+
 Which blocks share a group changes no bit of a result: every lane runs the same operations on the same keys in the same
 order, whatever the others hold. (Only how additive attention computes a score depends on the whole block of queries.)
 """
@@ -22,6 +24,7 @@ from fastattn.cpu.kernels.blocks import (
     add_values,
     add_visible_values,
     are_finite,
+    begins_together,
     load_keys,
     load_queries,
     load_values,
@@ -30,25 +33,41 @@ from fastattn.cpu.kernels.blocks import (
     place_behind_scores,
     place_of_scores,
     scores_of,
+    start_of,
 )
 from fastattn.cpu.kernels.dropout import drop
 from fastattn.cpu.kernels.forward_prefetch import Turn, foresee, list_wanted, next_head
 from fastattn.cpu.kernels.functions import seen_keys
 from fastattn.cpu.kernels.matrix import columns_from
+from fastattn.cpu.kernels.matrix_products import add_weighed, multiply, pairs_of_weights, products_of
+from fastattn.cpu.kernels.matrix_softmax import memory_to_weigh, no_weights, to_weigh, weigh_all
 from fastattn.cpu.kernels.pack import clear, unpack_rows, value_steps
 from fastattn.cpu.kernels.pages import behind_gathered, with_rows
 from fastattn.cpu.kernels.prefetch import list_memory
 from fastattn.cpu.kernels.records import ALIGNMENT
-from fastattn.cpu.kernels.scores import keys_of_block, keys_of_queries
+from fastattn.cpu.kernels.scores import Part, keys_of_block, keys_of_queries
 from fastattn.cpu.kernels.sinks import LN_2, log_sum, sink_of, term_of
-from fastattn.cpu.kernels.softmax import MINUS_INFINITY, absorb
+from fastattn.cpu.kernels.softmax import MINUS_INFINITY, absorb, follow
 from fastattn.cpu.kernels.tasks import locate
 from fastattn.machine.kernel import PLAIN
-from fastattn.simd import jit, load_element, matrix_begin, matrix_end, record_view, store_element, tile_load
+from fastattn.simd import (
+    fma,
+    jit,
+    load_element,
+    matrix_begin,
+    matrix_end,
+    record_view,
+    store_element,
+    tile_load,
+    tile_store,
+)
 
 # Where in working memory a task has what: the state of a query block (queries, output, m, l) is repeated for each, and
-# so is its span.
-Room = namedtuple("Room", "states state_bytes out m keys values spans work")
+# so is its span. What the scores of a block of keys need, from `work` to `rest`, is there twice for a matrix unit.
+Room = namedtuple("Room", "states state_bytes out m keys values spans work work_bytes rest")
+# A query block: its number in the group, its first query, its state, which keys of a block it looks at, and the working
+# memory for their scores.
+Block = namedtuple("Block", "number first state part work")
 # What a group of query blocks has in common: the first query, how many blocks, and the keys that any of them looks at.
 Group = namedtuple("Group", "first_query blocks begin end")
 # The keys that a query block of a group looks at, from the first of a block of keys on, to the end of them.
@@ -68,7 +87,10 @@ def lay_out(kernel, plan, blocks, scratch):
     keys = scratch + blocks * state_bytes
     values = keys + plan.key_bytes
     spans = values + plan.value_bytes
-    return Room(scratch, state_bytes, out, m, keys, values, spans, spans + blocks * SPAN_BYTES)
+    work = spans + blocks * SPAN_BYTES
+    work_bytes = place_behind_scores(tile, plan, 0) if kernel.reads == "matrix" else 0
+    rest = place_behind_scores(tile, plan, work + work_bytes)
+    return Room(scratch, state_bytes, out, m, keys, values, spans, work, work_bytes, rest)
 
 
 @jit
@@ -126,30 +148,82 @@ def values_from(kernel, plan, values, key):
 
 
 @jit
-def attend(kernel, call, plan, head, number, state, room, part, first, first_key, keys, values, finite, wanted):
+def is_relative(kernel, plan):
+    """Whether sums of products start from -m.
+
+    m may stem from what is added, and be far from the scores; a softcap wants them as they are.
+    """
+    return "softcap" not in kernel.steps and (kernel.steps == PLAIN or not plan.adds)
+
+
+@jit
+def drops(kernel, plan):
+    """Whether weights are dropped."""
+    return "dropout" in kernel.steps and plan.drop_below > 0
+
+
+@jit
+def size_of(part):
+    """How many keys there are to a part of a block."""
+    return part.end - part.begin
+
+
+@jit
+def multiply_keys(kernel, plan, block, room, keys, wanted, weighing):
+    """Form the products of a query block with keys on a matrix unit, and weights of another; how many of these."""
+    tile, part = kernel.tile, block.part
+    start = start_of(kernel, block.state + room.m, is_relative(kernel, plan))
+    scores = place_of_scores(tile, block.work) + part.begin * tile.row_bytes
+    count, features = size_of(part), plan.head_dim
+    return multiply(kernel, keys, block.state, part.begin, count, start, features, scores, wanted, weighing)
+
+
+@jit
+def absorb_meanwhile(kernel, plan, scores, count, top, relative, to_base_2, block, after, room, keys, wanted):
+    """`absorb`, while a matrix unit forms the products of the next query block, if any; weights are laid out then."""
+    tile, m, ahead, done = kernel.tile, block.state + room.m, size_of(after.part), 0
+    l = m + tile.row_bytes
+    shift, factor = follow(kernel, top, relative, to_base_2, m, l, block.state + room.out, plan.value_dim)
+    steps = max(1, products_of(kernel, ahead, plan.head_dim))
+    pairs = pairs_of_weights(kernel, room.rest)
+    weighing = to_weigh(kernel, scores, count, shift, to_base_2, pairs, memory_to_weigh(), steps)
+    if ahead > 0:
+        done = multiply_keys(kernel, plan, after, room, keys, wanted, weighing)
+    total = weigh_all(kernel, weighing, done)
+    tile_store(fma(tile_load(tile.single, l, 0), factor, total), l, 0)
+
+
+@jit
+def attend(kernel, call, plan, head, number, block, after, room, first_key, keys, values, finite, wanted):
     """Take one query block through a part of a block of keys: scores, softmax, and the sum of values."""
-    tile = kernel.tile
-    m, block = state + room.m, state + room.out
-    # m may stem from what is added, and be far from the scores; a softcap wants them as they are.
-    relative = "softcap" not in kernel.steps and (kernel.steps == PLAIN or not plan.adds)
+    tile, part, first = kernel.tile, block.part, block.first
+    m, out = block.state + room.m, block.state + room.out
+    relative = is_relative(kernel, plan)
     to_base_2 = plan.to_base_2 if kernel.steps != PLAIN or kernel.of_bfloat16 else 1.0
-    scores_of(kernel, plan, head, state, m, relative, part, first, first_key, keys, room.work, wanted)
-    count = part.end - part.begin
-    scores = place_of_scores(tile, room.work) + part.begin * tile.row_bytes
+    scores_of(kernel, plan, head, block.state, m, relative, part, first, first_key, keys, block.work, wanted)
+    count = size_of(part)
+    scores = place_of_scores(tile, block.work) + part.begin * tile.row_bytes
     seen = 0
     if "function" in kernel.steps and not finite:
         seen = memory_of_words()
         note_seen(tile, scores, count, seen)
-    top = tile_load(tile.single, room.work, 0)
-    absorb(kernel, scores, count, top, relative, to_base_2, m, m + tile.row_bytes, block, plan.value_dim)
+    top = tile_load(tile.single, block.work, 0)
+    values = values_from(kernel, plan, values, part.begin)
+    if kernel.reads == "matrix":
+        if finite and not drops(kernel, plan):
+            absorb_meanwhile(kernel, plan, scores, count, top, relative, to_base_2, block, after, room, keys, wanted)
+            add_weighed(kernel, plan, count, values, plan.value_dim, out, room.rest, wanted)
+            return
+        if size_of(after.part) > 0:
+            multiply_keys(kernel, plan, after, room, keys, wanted, no_weights())
+    absorb(kernel, scores, count, top, relative, to_base_2, m, m + tile.row_bytes, out, plan.value_dim)
     first_key += part.begin
-    if "dropout" in kernel.steps and plan.drop_below > 0:
+    if drops(kernel, plan):
         drop(tile, plan, call, scores, count, number, first, first_key)
-    values, rest = values_from(kernel, plan, values, part.begin), place_behind_scores(tile, plan, room.work)
     if not finite and (kernel.of_bfloat16 or part.begin < part.full or part.full_end < part.end):
-        add_visible_values(kernel, plan, head, scores, count, first, first_key, values, block, rest, seen)
+        add_visible_values(kernel, plan, head, scores, count, first, first_key, values, out, room.rest, seen)
     else:
-        add_values(kernel, plan, scores, count, values, block, rest, wanted, True)
+        add_values(kernel, plan, scores, count, values, out, room.rest, wanted, True)
 
 
 @jit
@@ -213,6 +287,21 @@ def looking(kernel, plan, head, group, spans, first_key):
 
 
 @jit
+def block_from(kernel, plan, head, group, room, b, first_key, work):
+    """The first query block of a group, from `b` on, that has to do with a block of keys."""
+    tile = kernel.tile
+    while b < group.blocks:
+        span = span_view(room.spans + b * SPAN_BYTES)
+        if first_key == span.begin or (span.begin < first_key and first_key < span.end):
+            break
+        b += 1
+    first, part = group.first_query + b * tile.width, Part(0, 0, 0, 0)
+    if b < group.blocks:
+        part = keys_of_block(kernel, plan, head, first, first_key)
+    return Block(b, first, room.states + b * room.state_bytes, part, work)
+
+
+@jit
 def forward_group(kernel, call, plan, number, first_block, blocks, scratch):
     """One task: `blocks` query blocks of one head, from `first_block` on, through all keys they look at."""
     tile = kernel.tile
@@ -224,7 +313,7 @@ def forward_group(kernel, call, plan, number, first_block, blocks, scratch):
     if kernel.reads == "matrix":
         matrix_begin()
     foresee(kernel, call, plan, head, group)
-    if kernel.score == "additive":  # in working memory that packed keys need later
+    if begins_together(kernel):  # for additive attention in working memory that packed keys need later
         begin_blocks(kernel, call, plan, head, group, room)
     for first_key in range(group.begin, max(group.end, group.begin + 1), plan.key_block):
         share, shares = 0, looking(kernel, plan, head, group, room.spans, first_key)
@@ -235,26 +324,29 @@ def forward_group(kernel, call, plan, number, first_block, blocks, scratch):
         looked_at = kernel.reads == "matrix" or may_hide(kernel, plan)  # whether values are finite
         finite = not looked_at or are_finite(kernel, plan, rows, count)
         values = load_values(kernel, plan, room.values, rows, count, finite)
-        for b in range(blocks):
-            span = span_view(room.spans + b * SPAN_BYTES)
+        block, is_ahead = block_from(kernel, plan, head, group, room, 0, first_key, room.work), False
+        while block.number < blocks:
+            span = span_view(room.spans + block.number * SPAN_BYTES)
             is_first, is_last = first_key == span.begin, first_key + plan.key_block >= span.end
-            if not is_first and (first_key < span.begin or first_key >= span.end):
-                continue
-            first = group.first_query + b * tile.width
-            state = room.states + b * room.state_bytes
-            if is_first and kernel.score != "additive":
+            first, state, part = block.first, block.state, block.part
+            if is_first and not begins_together(kernel):
                 source, present = head.query + first * plan.query_row, min(tile.width, plan.queries - first)
                 load_queries(kernel, call, plan, state, source, present, 0)
                 clear(tile, state + room.out, plan.value_dim + 2)
-            part = keys_of_block(kernel, plan, head, first, first_key)
-            if part.end > part.begin:
-                turn = Turn(first_key, is_first, is_last, share, shares)
-                list_wanted(kernel, call, plan, head, then, group, wanted, b, part, turn)
-                attend(
-                    kernel, call, plan, here, number, state, room, part, first, first_key, keys, values, finite, wanted
-                )
+            other = room.work + room.work + room.work_bytes - block.work
+            after = block_from(kernel, plan, head, group, room, block.number + 1, first_key, other)
+            if size_of(part) > 0:
+                turn, multiplied = Turn(first_key, is_first, is_last, share, shares), 0 if is_ahead else size_of(part)
+                if kernel.reads == "matrix":
+                    multiplied += size_of(after.part)
+                list_wanted(kernel, call, plan, head, then, group, wanted, block.number, multiplied, turn)
+                if kernel.reads == "matrix" and not is_ahead:
+                    multiply_keys(kernel, plan, block, room, keys, wanted, no_weights())
+                attend(kernel, call, plan, here, number, block, after, room, first_key, keys, values, finite, wanted)
                 share += 1
+            is_ahead = kernel.reads == "matrix" and size_of(part) > 0 and size_of(after.part) > 0
             if is_last:
                 finish_block(kernel, call, plan, head, number, state, room, first)
+            block = after
     if kernel.reads == "matrix":
         matrix_end()

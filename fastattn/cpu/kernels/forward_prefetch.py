@@ -8,6 +8,7 @@ head come the first of the head that this thread is likely to do next.
 
 from collections import namedtuple
 
+from fastattn.cpu.kernels.blocks import begins_together
 from fastattn.cpu.kernels.pages import foreseen
 from fastattn.cpu.kernels.prefetch import prefetch_rows, want, want_nothing, want_share
 from fastattn.cpu.kernels.records import BIAS_NONE
@@ -39,14 +40,17 @@ def foresee(kernel, call, plan, head, group):
 
 
 @jit
-def list_wanted(kernel, call, plan, head, then, group, wanted, b, part, turn):
-    """Write down what query block `b` of a group asks for, what is wanted first before the rest."""
+def list_wanted(kernel, call, plan, head, then, group, wanted, b, multiplied, turn):
+    """Write down what query block `b` of a group asks for, what is wanted first before the rest.
+
+    Meanwhile so many keys are `multiplied`.
+    """
     tile = kernel.tile
     goes_on = then.query != head.query or then.key != head.key
     first = group.first_query + b * tile.width
     key_bytes, value_bytes = plan.head_dim * kernel.itemsize, plan.value_dim * kernel.value_place.itemsize
     rows = 2 * MATRIX_ROWS if kernel.reads == "matrix" else tile.rows
-    want_nothing(wanted, (part.end - part.begin + plan.value_dim) // rows)
+    want_nothing(wanted, (multiplied + plan.value_dim) // rows)
     if plan.prefetch_distance > 0:
         if turn.is_last:
             present = min(tile.width, plan.queries - first)
@@ -54,7 +58,7 @@ def list_wanted(kernel, call, plan, head, then, group, wanted, b, part, turn):
             if b + 1 == group.blocks and goes_on:
                 rows = then.query + group.first_query * plan.query_row
                 want(wanted, rows, plan.query_row, key_bytes, tile.width)
-        if turn.is_first and b + 1 < group.blocks:
+        if turn.is_first and b + 1 < group.blocks and not begins_together(kernel):
             rows = head.query + (first + tile.width) * plan.query_row
             want(wanted, rows, plan.query_row, key_bytes, min(tile.width, plan.queries - first - tile.width))
     source, next_key = head, turn.first_key + plan.key_block

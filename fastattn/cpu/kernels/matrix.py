@@ -43,7 +43,9 @@ from fastattn.simd import (
     where_greater,
 )
 from fastattn.simd.matrix import TILE_ROW, WIDE, WIDE_ROW
+from fastattn.simd.memory import LINE
 
+WORD = 8  # bytes
 INFINITY = float("inf")
 LARGE = 2.0**90  # where D is below 2^12, D · LARGE · 2^-126 · 6 is below 2^-21
 
@@ -65,14 +67,14 @@ def row_step(kernel, features):
 
 @jit
 def flags_of_rows(kernel, plan, rows, features):
-    """Where it is noted which of a block's rows are odd, behind them: a word for each."""
-    return rows + plan.key_block // TILE_ROWS * row_step(kernel, features)
+    """Where it is noted which of a block's rows are odd, behind them: a word for each, before which is one for all."""
+    return rows + plan.key_block // TILE_ROWS * row_step(kernel, features) + WORD
 
 
 @jit
 def bytes_of_rows(kernel, plan, features):
     """What a block of rows takes, with that."""
-    return plan.key_block // TILE_ROWS * row_step(kernel, features) + 8 * plan.key_block
+    return plan.key_block // TILE_ROWS * row_step(kernel, features) + LINE + WORD * plan.key_block
 
 
 @jit
@@ -209,7 +211,7 @@ def copy_squares(kernel, plan, target, source, row, count, features):
 @jit
 def load_rows(kernel, place, plan, target, source, row, column, count, features):
     """Lay out a block of rows. `place`: of the source."""
-    tile, block, rows, done = kernel.tile, memory_of_block(), 0, 0
+    tile, block, rows, done, odd_rows = kernel.tile, memory_of_block(), 0, 0, 0
     flags, step = flags_of_rows(kernel, plan, target, features), row_step(kernel, features)
     if kernel.terms == 1 and column == place.itemsize:
         rows, done = copy_squares(kernel, plan, target, source, row, count, features)
@@ -230,7 +232,11 @@ def load_rows(kernel, place, plan, target, source, row, column, count, features)
             store_row_of_terms(kernel, numbers, to)
             to += kernel.terms * TILE
         if kernel.terms > 1:
-            store_i64(flags + 8 * j, 0 if all_zero(odd) else 1)
+            is_odd = 0 if all_zero(odd) else 1
+            odd_rows |= is_odd
+            store_i64(flags + WORD * j, is_odd)
+    if kernel.terms > 1:
+        store_i64(flags - WORD, odd_rows)
 
 
 @inline

@@ -6,9 +6,13 @@
 
 Operands are as `fastattn.cpu.kernels.matrix` lays them out. Scores of what is odd in them are then computed anew by
 multiply-adds (`mend`); values that are not finite are added by themselves, where they are looked at.
+
+The unit works by itself: while it multiplies, the core may do something else. In the forward pass these are weights of
+other scores (`fastattn.cpu.kernels.matrix_softmax`), some after every four products.
 """
 
 from fastattn.cpu.kernels.matrix import (
+    WORD,
     column_step,
     depth,
     flags_of_lanes,
@@ -17,6 +21,7 @@ from fastattn.cpu.kernels.matrix import (
     store_row_of_terms,
     store_terms,
 )
+from fastattn.cpu.kernels.matrix_softmax import no_weights, weigh
 from fastattn.cpu.kernels.pack import add_rows, clear, copy_rows, pack_queries
 from fastattn.cpu.kernels.prefetch import NOTHING, ask
 from fastattn.cpu.kernels.tiles import product
@@ -48,62 +53,97 @@ from fastattn.simd import (
     tile_store,
     where_greater,
 )
-from fastattn.simd.matrix import TILE_ROW, WIDE, WIDE_ROW
+from fastattn.simd.matrix import OF_SCORES, TILE_ROW, WIDE, WIDE_ROW
+
+PRODUCTS = tuple(len(OF_SCORES.get(terms, ())) for terms in range(4))  # of terms, by how many there are
 
 memory_of_row = stack_memory(WIDE_ROW)
 
 
-def over(add):
-    """What adds the products of operands of several tiles in depth: left ones `left_step` apart, right ones in turn."""
+def over(add, meanwhile):
+    """What adds the products of operands of several tiles in depth: left ones `left_step` apart, right ones in turn.
+
+    After each product of terms, of at most six, some of what there is to do `meanwhile` is done; how much then is.
+    """
 
     @inline
-    def add_all(kernel, left, left_step, next_rows, right, deep):
+    def add_all(kernel, left, left_step, next_rows, right, deep, weighing, done):
         for _ in range(deep):
-            add(kernel, left, next_rows, right)
+            add(kernel, 0, left, next_rows, right)
+            done = meanwhile(kernel, weighing, done)
+            if kernel.terms > 1:
+                add(kernel, 1, left, next_rows, right)
+                done = meanwhile(kernel, weighing, done)
+                add(kernel, 2, left, next_rows, right)
+                done = meanwhile(kernel, weighing, done)
+                add(kernel, 3, left, next_rows, right)
+                done = meanwhile(kernel, weighing, done)
+            if kernel.terms > 2:
+                add(kernel, 4, left, next_rows, right)
+                done = meanwhile(kernel, weighing, done)
+                add(kernel, 5, left, next_rows, right)
+                done = meanwhile(kernel, weighing, done)
             left += left_step
             right += kernel.terms * WIDE
+        return done
 
     return add_all
 
 
-score_one, score_two, value_one, value_two = map(
-    over, (matrix_score_one, matrix_score_two, matrix_value_one, matrix_value_two)
-)
+@inline
+def nothing(kernel, weighing, done):
+    """What there is to do beneath products of values."""
+    return done
+
+
+score_one, score_two = (over(add, weigh) for add in (matrix_score_one, matrix_score_two))
+value_one, value_two = (over(add, nothing) for add in (matrix_value_one, matrix_value_two))
 
 
 # -- scores ------------------------------------------------------------------------------------------------------------
 
 
 @jit
-def multiply(kernel, rows, lanes, first, count, start, features, scores, wanted):
+def products_of(kernel, count, features):
+    """How many products of terms there are to scores of so many rows, after each of which something can be done."""
+    return depth(count) * depth(features) * PRODUCTS[kernel.terms]
+
+
+@jit
+def multiply(kernel, rows, lanes, first, count, start, features, scores, wanted, weighing):
     """scores[j][i] = start[i] + row[first + j] · lane[i] for `count` rows, `first` a multiple of those of a tile.
 
-    What follows the last one, to the end of its tile, is written as well. Meanwhile what is on the list is asked for.
+    What follows the last one, to the end of its tile, is written as well. Meanwhile what is on the list is asked for,
+    and weights are made of other scores; of how many of these.
     """
-    tile, initial = kernel.tile, memory_of_row()
+    tile, initial, done = kernel.tile, memory_of_row(), 0
     deep, step = depth(features), row_step(kernel, features)
     tile_store(start, initial, 0)
     rows += first // TILE_ROWS * step
     for j in range(0, count, 2 * TILE_ROWS):
         if count - j > TILE_ROWS:
             matrix_repeat_two(initial)
-            score_two(kernel, rows, kernel.terms * TILE, step, lanes, deep)
+            done = score_two(kernel, rows, kernel.terms * TILE, step, lanes, deep, weighing, done)
             matrix_store_two(scores)
         else:
             matrix_repeat_one(initial)
-            score_one(kernel, rows, kernel.terms * TILE, step, lanes, deep)
+            done = score_one(kernel, rows, kernel.terms * TILE, step, lanes, deep, weighing, done)
             matrix_store_one(scores)
         ask(wanted)
         rows += 2 * step
         scores += 2 * TILE_ROWS * tile.row_bytes
+    return done
 
 
 @jit
 def is_odd(kernel, plan, rows, lanes, first, count, features):
     """Whether some of the rows, or of the lanes, have numbers that are not multiplied here."""
-    flags, any_row = flags_of_rows(kernel, plan, rows, features) + 8 * first, 0
-    for j in range(count):
-        any_row |= load_i64(flags + 8 * j)
+    flags = flags_of_rows(kernel, plan, rows, features)
+    any_row = load_i64(flags - WORD)
+    if any_row != 0:
+        any_row, flags = 0, flags + WORD * first
+        for j in range(count):
+            any_row |= load_i64(flags + WORD * j)
     return any_row != 0 or not all_zero(tile_load(kernel.tile.single, flags_of_lanes(kernel, lanes, features), 0))
 
 
@@ -113,11 +153,11 @@ def mend(kernel, plan, rows, lanes, numbers, first, count, start, source, row, c
 
     `numbers` are the lanes in float32; `source` is where the first row lies; `buffer` is room for one.
     """
-    tile, flags = kernel.tile, flags_of_rows(kernel, plan, rows, features) + 8 * first
+    tile, flags = kernel.tile, flags_of_rows(kernel, plan, rows, features) + WORD * first
     odd_lanes = tile_load(tile.single, flags_of_lanes(kernel, lanes, features), 0)
     no_lane = all_zero(odd_lanes)
     for j in range(count):
-        odd_row = load_i64(flags + 8 * j) != 0
+        odd_row = load_i64(flags + WORD * j) != 0
         if odd_row or not no_lane:
             copy_rows(kernel, tile, buffer, 0, source, 0, column, 1, features)
             one = product(start, buffer, 0, tile.itemsize, numbers, tile.row_bytes, features)
@@ -151,13 +191,12 @@ def largest_of(kernel, factor, scores, count, best):
 
 
 @jit
-def score_block(kernel, plan, head, first_query, first_key, q, key, first, count, start, scores, best, rest, wanted):
-    """The scores of `count` keys of a block, from key `first` on; the maximum of `best` and of them over the keys.
+def finish_scores(kernel, plan, head, first_query, first_key, q, key, first, count, start, scores, best, rest):
+    """Of products of `count` keys of a block, from key `first` on, make scores; the maximum of `best` and of them.
 
     The block's first key is number `first_key`; `rest` is room.
     """
     tile, features = kernel.tile, plan.head_dim
-    multiply(kernel, key, q, first, count, start, features, scores, wanted)
     if kernel.terms > 1 and is_odd(kernel, plan, key, q, first, count, features):
         source, row, column = head.query + first_query * plan.query_row, plan.query_row, plan.query_column
         present = min(tile.width, plan.queries - first_query)
@@ -174,7 +213,7 @@ def score_lanes(
 ):
     """The same for lanes that there are in float32 as well; where scores lack a factor, they are given it."""
     tile = kernel.tile
-    multiply(kernel, rows, lanes, first, count, start, features, scores, NOTHING)
+    multiply(kernel, rows, lanes, first, count, start, features, scores, NOTHING, no_weights())
     if kernel.terms > 1 and is_odd(kernel, plan, rows, lanes, first, count, features):
         mend(kernel, plan, rows, lanes, numbers, first, count, start, source, row, column, features, scores, buffer)
     if kernel.steps != PLAIN:
@@ -186,31 +225,44 @@ def score_lanes(
 
 
 @jit
+def pairs_of_weights(kernel, rest):
+    """Where weights are laid out in that room: behind what is summed by itself."""
+    return rest + DEEP * kernel.tile.row_bytes
+
+
+@jit
 def add_columns(kernel, plan, weights, count, columns, features, sums, rest, wanted):
     """sums[p][i] += Σ_j column[p][j] · weights[j][i] for `count` keys, what is added by itself first.
 
     `rest` is room. Rows of weights behind the last are set to 0, to the end of a tile.
     """
     tile = kernel.tile
-    deep, step = depth(count), column_step(kernel, plan)
-    clear(tile, weights + count * tile.row_bytes, deep * DEEP - count)
-    found, pairs = rest, rest + DEEP * tile.row_bytes
-    at = pairs
-    for _ in range(deep):
+    clear(tile, weights + count * tile.row_bytes, depth(count) * DEEP - count)
+    at = pairs_of_weights(kernel, rest)
+    for _ in range(depth(count)):
         for _ in range(TILE_ROWS):
             low, high = tile_load(tile.single, weights, 0), tile_load(tile.single, weights + tile.row_bytes, 0)
             store_terms(kernel, low, high, at, WIDE)
             weights += 2 * tile.row_bytes
             at += WIDE_ROW
         at += (kernel.terms - 1) * WIDE
+    add_weighed(kernel, plan, count, columns, features, sums, rest, wanted)
+
+
+@jit
+def add_weighed(kernel, plan, count, columns, features, sums, rest, wanted):
+    """The same for weights that are laid out already."""
+    tile = kernel.tile
+    deep, step = depth(count), column_step(kernel, plan)
+    found, pairs = rest, pairs_of_weights(kernel, rest)
     for p in range(0, features, 2 * TILE_ROWS):
         if features - p > TILE_ROWS:
             matrix_clear_two()
-            value_two(kernel, columns, kernel.terms * TILE, step, pairs, deep)
+            value_two(kernel, columns, kernel.terms * TILE, step, pairs, deep, no_weights(), 0)
             matrix_store_two(found)
         else:
             matrix_clear_one()
-            value_one(kernel, columns, kernel.terms * TILE, step, pairs, deep)
+            value_one(kernel, columns, kernel.terms * TILE, step, pairs, deep, no_weights(), 0)
             matrix_store_one(found)
         add_rows(tile, sums, found, min(2 * TILE_ROWS, features - p))
         ask(wanted)
@@ -243,7 +295,7 @@ def add_panels(kernel, rows, weights, weight_step, deep, panels, panel_step, fea
         to, from_here = sums, weights
         for _ in range(0, rows, 2 * TILE_ROWS):
             matrix_clear_two()
-            value_two(kernel, from_here, weight_step, step, panels, deep)
+            value_two(kernel, from_here, weight_step, step, panels, deep, no_weights(), 0)
             matrix_store_two(rest)
             add_rows(tile, to, rest, 2 * TILE_ROWS)
             to += 2 * TILE_ROWS * tile.row_bytes
@@ -261,7 +313,7 @@ def peak(kernel):
         matrix_begin()
         for _ in range(repeats):
             matrix_clear_two()
-            score_two(kernel, a, 2 * step, step, b, depth(count))
+            score_two(kernel, a, 2 * step, step, b, depth(count), no_weights(), 0)
             matrix_store_two(out)
         matrix_end()
 

@@ -19,7 +19,7 @@ from strategies import BFLOAT16, LAYOUTS, SIZES, Call, calls, laid_out
 
 import fastattn
 from fastattn.call.halves import cast
-from fastattn.cpu.host import peak, pool, session
+from fastattn.cpu.host import peak, plan, pool, session
 from fastattn.cpu.host.kernels import describe
 from fastattn.machine import libraries
 from fastattn.machine.table import Isa
@@ -33,8 +33,9 @@ INF, NAN = np.inf, np.nan
 
 @pytest.fixture(scope="module")
 def on_matrix(amx: Isa) -> Iterator[None]:
-    """Have calls use the matrix unit, however few features they have."""
+    """Have calls use the matrix unit, however few features they have; query blocks of a head share a task."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "TASKS_PER_THREAD", 1)
         patch.setattr(session, "current", session.Session(emulated_amx.for_any_features(amx)))
         yield
 
@@ -127,6 +128,23 @@ def test_windows_begin_at_any_key(on_matrix: None, dtype: Any) -> None:
     for window in ((17, 0), (40, 30), (5, 5)):
         tolerances.check_call(fastattn.attention, query, key, value, window=window, query_offset=80)
         gradients(cast(np.ones(query.shape), query.dtype), query, key, value, window=window, query_offset=80)
+
+
+@dtypes
+def test_dropped_weights(on_matrix: None, dtype: Any) -> None:
+    """Behind the last key that a query block looks at there are others."""
+    arrays = inputs((1, 1, 70, 40), 100, 40, dtype)
+    tolerances.check_call(fastattn.attention, *arrays, is_causal=True, dropout_p=0.4, rng=3)
+
+
+def test_query_blocks_that_look_at_no_key_of_a_block(on_matrix: None) -> None:
+    """Scores of a query block are formed beneath the weights of the one before it, if that has any."""
+    arrays = inputs((1, 2, 200, 32), 400, 32, BFLOAT16)
+
+    def mask_mod(batch: int, head: int, query: int, key: int) -> bool:
+        return (query // 64 * 5 + key // 128 * 3) % 4 != 0  # in the second block only the first and the last queries
+
+    tolerances.check_call(fastattn.attention, *arrays, mask_mod=mask_mod)
 
 
 def test_few_features_are_not_worth_it(amx: Isa, monkeypatch: pytest.MonkeyPatch) -> None:
