@@ -157,12 +157,6 @@ def is_relative(kernel, plan):
 
 
 @jit
-def drops(kernel, plan):
-    """Whether weights are dropped."""
-    return "dropout" in kernel.steps and plan.drop_below > 0
-
-
-@jit
 def size_of(part):
     """How many keys there are to a part of a block."""
     return part.end - part.begin
@@ -209,8 +203,9 @@ def attend(kernel, call, plan, head, number, block, after, room, first_key, keys
         note_seen(tile, scores, count, seen)
     top = tile_load(tile.single, block.work, 0)
     values = values_from(kernel, plan, values, part.begin)
+    dropping = "dropout" in kernel.steps and plan.drop_below > 0
     if kernel.reads == "matrix":
-        if finite and not drops(kernel, plan):
+        if finite and not dropping:
             absorb_meanwhile(kernel, plan, scores, count, top, relative, to_base_2, block, after, room, keys, wanted)
             add_weighed(kernel, plan, count, values, plan.value_dim, out, room.rest, wanted)
             return
@@ -218,7 +213,7 @@ def attend(kernel, call, plan, head, number, block, after, room, first_key, keys
             multiply_keys(kernel, plan, after, room, keys, wanted, no_weights())
     absorb(kernel, scores, count, top, relative, to_base_2, m, m + tile.row_bytes, out, plan.value_dim)
     first_key += part.begin
-    if drops(kernel, plan):
+    if "dropout" in kernel.steps and dropping:
         drop(tile, plan, call, scores, count, number, first, first_key)
     if not finite and (kernel.of_bfloat16 or part.begin < part.full or part.full_end < part.end):
         add_visible_values(kernel, plan, head, scores, count, first, first_key, values, out, room.rest, seen)

@@ -7,7 +7,7 @@ longer runs, of either, the other side would be idle: a processor looks some 500
 
 from collections import namedtuple
 
-from fastattn.cpu.kernels.matrix import store_terms
+from fastattn.cpu.kernels.matrix import depth, store_terms
 from fastattn.cpu.kernels.softmax import MINUS_INFINITY, exp2
 from fastattn.machine.tile import MATRIX_DEPTH as DEEP
 from fastattn.simd import all_zero, inline, jit, stack_memory, tile_fill, tile_load, tile_store
@@ -35,7 +35,7 @@ def to_weigh(kernel, scores, count, shift, to_base_2, pairs, memory, steps):
     `memory`: of `memory_to_weigh`.
     """
     tile = kernel.tile
-    end = (count + DEEP - 1) // DEEP * DEEP
+    end = depth(count) * DEEP
     for at in range(scores + count * tile.row_bytes, scores + end * tile.row_bytes, tile.row_bytes):
         tile_store(tile_fill(tile.single, MINUS_INFINITY), at, 0)
     tile_store(shift, memory, 0)
