@@ -204,8 +204,8 @@ MUTATIONS = (
     Mutation(
         "the rows of a mask are taken for its columns",
         "cpu/kernels/scores.py",
-        "at = head.bias + query * row + key * column\n            bias = square_of(tile, kind",
-        "at = head.bias + query * column + key * column\n            bias = square_of(tile, kind",
+        "head.bias + query * plan.bias_row",
+        "head.bias + query * plan.bias_column",
         ("test_semantics.py", "test_a_floating_mask_is_added_after_the_scale and cpu"),
     ),
     Mutation(
@@ -820,9 +820,23 @@ MUTATIONS = (
     Mutation(
         "a slope is forgotten where a mask lies as scores do",
         "cpu/kernels/scores.py",
-        "plan.right_bound or slope != 0.0)",
-        "plan.right_bound)",
+        "    if own_view(head.own).slope != 0.0:\n        return BIAS_NONE",
+        "    if own_view(head.own).slope != own_view(head.own).slope:\n        return BIAS_NONE",
         ("test_semantics.py", "test_alibi_takes_a_slope and cpu"),
+    ),
+    Mutation(
+        "beside a mask a query looks at one key more than a causal limit lets it",
+        "cpu/kernels/scores.py",
+        "first + plan.right < count - 1:",
+        "first + plan.right < count - 2:",
+        ("cpu/kernels/test_masks.py", "test_masks_and_intervals_meet_in_any_square"),
+    ),
+    Mutation(
+        "a boolean mask is forgotten where a floating one lies as scores do",
+        "cpu/kernels/scores.py",
+        "return KEEP if plan.bias_kind == BIAS_NONE and plan.keep_column == 1 else BIAS_NONE",
+        "return KEEP if plan.bias_kind == BIAS_NONE and plan.keep_column == 1 else plan.bias_kind",
+        ("cpu/kernels/test_masks.py", "test_masks_and_intervals_meet_in_any_square"),
     ),
     Mutation(
         "reference: of a slope the side counts",
@@ -974,8 +988,8 @@ MUTATIONS = (
     Mutation(
         "of a pair of masks the boolean one is not asked for whom a value is",
         "cpu/kernels/scores.py",
-        "    if plan.keep and load_u8(head.keep + query",
-        "    if plan.keep and plan.bias_kind == BIAS_NONE and load_u8(head.keep + query",
+        "    if plan.keep and load_u8(keep_at(plan",
+        "    if plan.keep and plan.bias_kind == BIAS_NONE and load_u8(keep_at(plan",
         ("test_semantics.py", "test_what_lies_outside_of_all_intervals_never_leaks_into_gradients and cpu"),
     ),
     Mutation(

@@ -92,6 +92,11 @@ class Kernel:
         return self.reads == "pairs" and self.storage == "bfloat16"
 
     @property
+    def near(self) -> bool:
+        """Whether what is asked for ahead comes to the first-level cache."""
+        return self.row.near
+
+    @property
     def of_bfloat16(self) -> bool:
         """Whether what is multiplied are numbers of bfloat16, and queries times a power of two alone."""
         return self.reads in ("pairs", "matrix")
@@ -104,7 +109,17 @@ class Kernel:
     @property
     def scale_place(self) -> Kernel:
         """The kernel as if its storage were that of the scales of int8."""
+        return self.half_place
+
+    @property
+    def half_place(self) -> Kernel:
+        """The kernel as if its storage were float16."""
         return self.place("float16")
+
+    @property
+    def bfloat16_place(self) -> Kernel:
+        """The kernel as if its storage were bfloat16."""
+        return self.place("bfloat16")
 
     def place(self, storage: str) -> Kernel:
         """The kernel as if all memory were of one dtype."""

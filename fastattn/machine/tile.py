@@ -34,6 +34,11 @@ class TileShape:
         return False
 
     @property
+    def near(self) -> bool:
+        """As `Kernel` has it: who reads working memory is told of no machine."""
+        return False
+
+    @property
     def itemsize(self) -> int:
         return ITEMSIZE[self.dtype]
 

@@ -7,7 +7,7 @@ from numba.core.typing.templates import signature
 from numba.extending import intrinsic
 from numba.np.numpy_support import from_dtype
 
-from fastattn.simd.storage import places_of, widen_bfloat16, widen_float16
+from fastattn.simd.storage import places_of
 from fastattn.simd.tile import (
     TileType,
     call_llvm,
@@ -151,16 +151,6 @@ def _load_bool(builder, shape, address):
     )
 
 
-def _load_half(builder, shape, address):
-    value = widen_float16(builder, load_from(builder, address, ir.VectorType(ir.IntType(16), shape.lanes), 1))
-    return value if shape.itemsize == 4 else builder.fpext(value, vector_of(shape))
-
-
-def _load_bfloat16(builder, shape, address):
-    value = widen_bfloat16(builder, load_from(builder, address, ir.VectorType(ir.IntType(16), shape.lanes), 1))
-    return value if shape.itemsize == 4 else builder.fpext(value, vector_of(shape))
-
-
 def _load_other(builder, shape, address):
     """float64 for a float32 tile, saturating so that finite stays finite, and float32 for a float64 tile."""
     if shape.itemsize == 8:
@@ -182,18 +172,6 @@ def _load_other(builder, shape, address):
 def tile_load_bool(typingctx, shape, address, row_bytes):
     """Boolean bytes as scores to add: 0 where True, -inf where False. One vector in a row."""
     return _loader(_load_bool)(shape)
-
-
-@intrinsic
-def tile_load_half(typingctx, shape, address, row_bytes):
-    """float16 values. One vector in a row."""
-    return _loader(_load_half)(shape)
-
-
-@intrinsic
-def tile_load_bfloat16(typingctx, shape, address, row_bytes):
-    """bfloat16 values, the upper halves of float32. One vector in a row."""
-    return _loader(_load_bfloat16)(shape)
 
 
 @intrinsic
@@ -317,17 +295,23 @@ def store_element(typingctx, shape, address, value):
     return signature(types.none, shape, types.intp, value), codegen
 
 
-@intrinsic
-def prefetch(typingctx, address):
-    """Ask for the cache line at `address`, which may be anywhere, to be brought near."""
+def _prefetch(locality):
+    """An intrinsic that asks for the cache line at `address`, which may be anywhere."""
 
-    def codegen(context, builder, sig, values):
-        i32, byte = ir.IntType(32), ir.IntType(8).as_pointer()
-        how = (ir.Constant(i32, n) for n in (0, 2, 1))  # to read, into the second-level cache, data
-        call_named(builder, "llvm.prefetch.p0", ir.VoidType(), builder.inttoptr(values[0], byte), *how)
-        return context.get_dummy_value()
+    @intrinsic
+    def ask(typingctx, address):
+        def codegen(context, builder, sig, values):
+            i32, byte = ir.IntType(32), ir.IntType(8).as_pointer()
+            how = (ir.Constant(i32, n) for n in (0, locality, 1))  # to read, how near, data
+            call_named(builder, "llvm.prefetch.p0", ir.VoidType(), builder.inttoptr(values[0], byte), *how)
+            return context.get_dummy_value()
 
-    return signature(types.none, types.intp), codegen
+        return signature(types.none, types.intp), codegen
+
+    return ask
+
+
+prefetch, prefetch_near = _prefetch(2), _prefetch(3)  # into the second-level cache; into the first
 
 
 def record_view(dtype):

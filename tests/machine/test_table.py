@@ -23,7 +23,7 @@ from fastattn.machine.features import HOST, may_use_matrix_unit
 
 ROWS = {row.name: row for row in isa.TABLE}
 on_x86 = pytest.mark.skipif(HOST != "x86-64", reason="these are x86 instructions")
-X86_ROWS = ("zen4", "avx512", "avx2", "generic")  # arm64's: test_neon.py
+X86_ROWS = ("zen5", "zen4", "avx512", "avx2", "generic")  # arm64's: test_neon.py
 PRINT_HOST = "from fastattn.machine.table import host; print(host().name)"
 
 
@@ -63,7 +63,7 @@ def test_pairs_are_multiplied_only_where_that_is_faster(monkeypatch: pytest.Monk
     monkeypatch.setattr(isa, "host_features", lambda: frozenset(ROWS["zen4"].needs))
     for processor in ("znver4", "znver5", "cooperlake", "graniterapids"):
         monkeypatch.setattr(isa.llvm, "get_host_cpu_name", lambda processor=processor: processor)
-        assert isa.host().name == ("zen4" if processor.startswith("znver") else "avx512")
+        assert isa.host().name == {"znver4": "zen4", "znver5": "zen5"}.get(processor, "avx512")
     monkeypatch.setenv("FASTATTN_ISA", "zen4")
     assert isa.host().name == "zen4"
 
@@ -97,9 +97,9 @@ def test_llvm_15_has_no_bfloat16_in_registers(monkeypatch: pytest.MonkeyPatch) -
     """It is that of Numba 0.61. Kernels of pairs did not compile: where the row was named, and for wheels."""
     monkeypatch.setattr(isa.llvm, "get_host_cpu_features", lambda: dict.fromkeys(ROWS["amx"].needs, True))
     monkeypatch.setattr(isa, "host_features", isa.host_features.__wrapped__)
-    for version, rows in (((15, 0, 7), set()), ((16, 0, 0), {"zen4", "amx"})):
+    for version, rows in (((15, 0, 7), set()), ((16, 0, 0), {"zen5", "zen4", "amx"})):
         monkeypatch.setattr(isa.llvm, "llvm_version_info", version)
-        assert {row.name for row in isa.of_this_architecture()} & {"zen4", "amx"} == rows
+        assert {row.name for row in isa.of_this_architecture()} & {"zen5", "zen4", "amx"} == rows
     monkeypatch.setattr(isa.llvm, "llvm_version_info", (15, 0, 7))
     monkeypatch.setenv("FASTATTN_ISA", "zen4")
     with pytest.raises(ValueError, match="^FASTATTN_ISA=zen4: this .* machine with LLVM 15 lacks avx512bf16$"):
@@ -229,7 +229,7 @@ def test_half_precision_is_widened_by_the_instructions_there_are(name: str) -> N
     code = instructions(assembly(name, "float16"))
     assert bool(re.search(r"\tvcvtph2ps\t", code)) == bool(re.search(r"\tvcvtps2ph\t", code)) == (name != "generic")
     code = instructions(assembly(name, "bfloat16"))
-    assert bool(re.search(r"\tvdpbf16ps\t.*%zmm", code)) == (name == "zen4")
+    assert bool(re.search(r"\tvdpbf16ps\t.*%zmm", code)) == ROWS[name].pairs
     assert not re.search("__ext|__trunc", code)  # the compiler's own functions, which no kernel can call
 
 
@@ -288,7 +288,7 @@ def test_few_queries_of_half_precision_are_widened_in_registers(name: str, stora
             sums = set(re.findall(r"\tv(?:fmadd\w+|dpbf16)ps\t.*, (%[yz]mm\d+)", text))
             assert stored <= sums, text  # if anything
             assert not re.search(r"-byte (Folded )?Spill", text), text
-    in_pairs = storage == "bfloat16" and name == "zen4"
+    in_pairs = storage == "bfloat16" and ROWS[name].pairs
     assert widened >= (2 if in_pairs else 4)
     assert multiplied >= (2 if in_pairs else 0)
 

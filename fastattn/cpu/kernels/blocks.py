@@ -136,7 +136,7 @@ def score_block(kernel, plan, q, key, first, count, start, scores, best, wanted)
             acc = acc * plan.factor
         tile_store(acc, scores, tile.row_bytes)
         best = maximum(largest_row(acc), best)
-        ask(wanted)
+        ask(kernel, wanted)
         key += panel
         scores += tile.rows * tile.row_bytes
     for _ in range(whole, count):
@@ -179,7 +179,7 @@ def add_values(kernel, plan, weights, count, value, out, rest, wanted, apart):
         acc = tile_fill(tile, 0.0) if apart else tile_load(tile, out, tile.row_bytes)
         acc = value_product(kernel, acc, value, column, row, weights, count)
         tile_store(tile_load(tile, out, tile.row_bytes) + acc if apart else acc, out, tile.row_bytes)
-        ask(wanted)
+        ask(kernel, wanted)
         value += panel
         out += tile.rows * tile.row_bytes
     for _ in range(whole, features):

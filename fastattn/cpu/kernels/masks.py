@@ -24,10 +24,9 @@ from fastattn.simd import (
     store_u8,
     store_u16,
     tile_load,
-    tile_load_bfloat16,
     tile_load_bool,
-    tile_load_half,
     tile_load_other,
+    tile_load_stored,
     tile_store,
     tile_transpose,
     where_greater,
@@ -39,7 +38,7 @@ LARGEST_FLOAT64 = 1.7976931348623157e308
 
 
 @jit
-def load_mask(shape, kind, at, row):
+def load_mask(kernel, shape, kind, at, row):
     """A square of a mask, [query][key], or a row of one, as values to add: a boolean is 0 or -inf."""
     if kind == KEEP:
         return tile_load_bool(shape, at, row)
@@ -48,12 +47,12 @@ def load_mask(shape, kind, at, row):
     if kind == BIAS_OTHER:
         return tile_load_other(shape, at, row)
     if kind == BIAS_BFLOAT16:
-        return tile_load_bfloat16(shape, at, row)
-    return tile_load_half(shape, at, row)
+        return tile_load_stored(kernel.bfloat16_place, shape, at, row)
+    return tile_load_stored(kernel.half_place, shape, at, row)
 
 
 @jit
-def gather_mask(shape, kind, itemsize, at, row, column, rows, columns, buffer):
+def gather_mask(kernel, shape, kind, itemsize, at, row, column, rows, columns, buffer):
     """The same for one that lies apart in memory, or reaches over an edge: elements are copied together first."""
     for i in range(rows):
         source = at + i * row
@@ -69,7 +68,7 @@ def gather_mask(shape, kind, itemsize, at, row, column, rows, columns, buffer):
                 store_f64(target, load_f64(source))
             source += column
             target += itemsize
-    return load_mask(shape, kind, buffer, shape.lanes * itemsize)
+    return load_mask(kernel, shape, kind, buffer, shape.lanes * itemsize)
 
 
 @jit
@@ -84,7 +83,7 @@ def saturate(tile, x):
     return maximum(lowest(tile), minimum(-lowest(tile), x))
 
 
-@jit
+@inline
 def hide(tile, scores, mask):
     """-inf where the mask is -inf, the score, whatever it is, elsewhere."""
     return where_greater(lowest(tile), mask, MINUS_INFINITY, scores)
@@ -101,9 +100,13 @@ def add_bias(tile, scores, mask):
 
 
 @inline
-def add_square(tile, scores, mask, row, best):
-    """`add_bias` for a whole square of the scores' dtype, where the scores stand; the maximum of `best` and of them."""
-    values = tile_transpose(tile_load(tile.square, mask, row))
+def add_square(kernel, plan, scores, mask, best):
+    """`add_bias` for a square of a floating mask that lies in rows, where the scores stand; the maximum of all."""
+    tile = kernel.tile
+    if plan.bias_kind == BIAS_SAME:
+        values = tile_transpose(tile_load(tile.square, mask, plan.bias_row))
+    else:
+        values = tile_transpose(load_mask(kernel, tile.square, plan.bias_kind, mask, plan.bias_row))
     biased = tile_load(tile.square, scores, tile.row_bytes) + values
     if not all_finite(biased):
         biased = add_bias(tile, tile_load(tile.square, scores, tile.row_bytes), values)
@@ -111,17 +114,29 @@ def add_square(tile, scores, mask, row, best):
     return maximum(largest_row(biased), best)
 
 
+@inline
+def hide_square(kernel, plan, scores, mask, best):
+    """`hide` for a square of a boolean mask that lies in rows, where the scores stand; the maximum of all."""
+    tile = kernel.tile
+    hidden = tile_transpose(tile_load_bool(tile.square, mask, plan.keep_row))
+    seen = hide(tile, tile_load(tile.square, scores, tile.row_bytes), hidden)
+    tile_store(seen, scores, tile.row_bytes)
+    return maximum(largest_row(seen), best)
+
+
 @jit
-def square_of(tile, kind, itemsize, at, row, column, rows, columns, buffer):
+def square_of(kernel, kind, itemsize, at, row, column, rows, columns, buffer):
     """A square of a mask with queries in the lanes, of which so many rows and columns are there."""
+    tile = kernel.tile
     if column == itemsize and rows == tile.lanes and columns == tile.lanes:
-        return tile_transpose(load_mask(tile.square, kind, at, row))
-    return tile_transpose(gather_mask(tile.square, kind, itemsize, at, row, column, rows, columns, buffer))
+        return tile_transpose(load_mask(kernel, tile.square, kind, at, row))
+    return tile_transpose(gather_mask(kernel, tile.square, kind, itemsize, at, row, column, rows, columns, buffer))
 
 
 @jit
-def row_of(tile, kind, itemsize, at, column, columns, buffer):
+def row_of(kernel, kind, itemsize, at, column, columns, buffer):
     """A vector of a row of a mask, of which so many columns are there."""
-    if column == itemsize and columns == tile.lanes:
-        return load_mask(tile.vector, kind, at, 0)
-    return gather_mask(tile.vector, kind, itemsize, at, 0, column, 1, columns, buffer)
+    shape = kernel.tile.vector
+    if column == itemsize and columns == shape.lanes:
+        return load_mask(kernel, shape, kind, at, 0)
+    return gather_mask(kernel, shape, kind, itemsize, at, 0, column, 1, columns, buffer)

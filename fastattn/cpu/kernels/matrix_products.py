@@ -129,7 +129,7 @@ def multiply(kernel, rows, lanes, first, count, start, features, scores, wanted,
             matrix_repeat_one(initial)
             done = score_one(kernel, rows, kernel.terms * TILE, step, lanes, deep, weighing, done)
             matrix_store_one(scores)
-        ask(wanted)
+        ask(kernel, wanted)
         rows += 2 * step
         scores += 2 * TILE_ROWS * tile.row_bytes
     return done
@@ -265,7 +265,7 @@ def add_weighed(kernel, plan, count, columns, features, sums, rest, wanted):
             value_one(kernel, columns, kernel.terms * TILE, step, pairs, deep, no_weights(), 0)
             matrix_store_one(found)
         add_rows(tile, sums, found, min(2 * TILE_ROWS, features - p))
-        ask(wanted)
+        ask(kernel, wanted)
         columns += 2 * step
         sums += 2 * TILE_ROWS * tile.row_bytes
 

@@ -7,7 +7,7 @@ of queries, and every register tile of its work asks for its share.
 
 import numpy as np
 
-from fastattn.simd import jit, prefetch, record_view, stack_memory
+from fastattn.simd import jit, prefetch, prefetch_near, record_view, stack_memory
 from fastattn.simd.memory import LINE
 
 i8 = np.int64
@@ -41,7 +41,8 @@ def want(at, rows, row, length, count):
     """Append `count` rows of `length` bytes to a list."""
     wanted = list_view(at)
     piece = piece_view(at + LIST_BYTES + wanted.pieces * PIECE_BYTES)
-    lines = (length + LINE - 1) // LINE
+    begin = rows % LINE if row > length else 0  # where rows lie apart, one may reach into a line more
+    lines = (begin + length + LINE - 1) // LINE
     total = lines * count
     piece.next, piece.lines, piece.done, piece.left = rows, lines, 0, total
     piece.skip = row - (lines - 1) * LINE
@@ -58,7 +59,16 @@ def want_share(at, rows, row, length, count, share, shares):
 
 
 @jit
-def ask(at):
+def bring(reader, line):
+    """Ask for a cache line."""
+    if reader.near:
+        prefetch_near(line)
+    else:
+        prefetch(line)
+
+
+@jit
+def ask(reader, at):
     """Ask for a step's share of a list, or for what is left. (From row to row without branches: none is foreseen.)"""
     if at == NOTHING:
         return
@@ -69,11 +79,11 @@ def ask(at):
         count = min(piece.each, piece.left)
         if skip == LINE:  # nothing is between the rows
             for _ in range(count):
-                prefetch(line)
+                bring(reader, line)
                 line += LINE
         else:
             for _ in range(count):
-                prefetch(line)
+                bring(reader, line)
                 done += 1
                 line += skip if done == lines else LINE
                 done = 0 if done == lines else done

@@ -118,7 +118,7 @@ def crossed_products(kernel, place, plan, q, key, row, present, wanted):
     for p in range(0, whole, tile.lanes):
         queries = tile_stretch(tile.square, tile_load(tile.factor, q + p * tile.itemsize, plan.query_bytes))
         total = multiply_add(kernel, load_rows(place, tile.cofactor, key, row, p, features), queries, total)
-        ask(wanted)
+        ask(kernel, wanted)
     if place.storage != "int8":  # of which all vectors, and all keys, are whole here
         for p in range(whole, features, tile.lanes):
             queries = tile_stretch(tile.square, tile_load(tile.factor, q + p * tile.itemsize, plan.query_bytes))

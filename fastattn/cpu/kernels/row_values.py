@@ -99,7 +99,7 @@ def add_to_columns(place, plan, weights, strip, value, step, p, count, sums, wan
         acc = add_weighted(place, plan, weights, strip, value, step, p, acc)
         weights += strip.itemsize
         value += values_at_once(place) * step
-        ask(wanted)
+        ask(place, wanted)
     tile_store(in_order(place, strip, acc), sums, plan.sum_bytes)
 
 

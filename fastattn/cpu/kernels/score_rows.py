@@ -7,7 +7,7 @@ function, and what hides keys. A row ends with a whole vector; what stands behin
 from fastattn.cpu.kernels.functions import apply_function, hide_unseen, note_marks, seen_part
 from fastattn.cpu.kernels.masks import add_bias, hide, lowest, row_of, saturate
 from fastattn.cpu.kernels.records import BIAS_NONE, KEEP
-from fastattn.cpu.kernels.scores import capped, keys_of_queries
+from fastattn.cpu.kernels.scores import bias_at, capped, keep_at, keys_of_queries
 from fastattn.cpu.kernels.softmax import MINUS_INFINITY
 from fastattn.cpu.kernels.tasks import own_view
 from fastattn.simd import absolute, jit, store_element, tile_fill, tile_iota, tile_load, tile_store, where_greater
@@ -42,7 +42,7 @@ def cap_row(tile, plan, scores, count):
 def add_to_row(kernel, plan, head, scores, count, query, key, buffer):
     """Add what is added to the scores of a query with `count` keys from `key` on."""
     tile, kind, itemsize = kernel.tile, plan.bias_kind, plan.bias_itemsize
-    bias = head.bias + query * plan.bias_row + key * plan.bias_column
+    bias = bias_at(plan, head, query, key)
     slope = min(max(own_view(head.own).slope, lowest(tile)), -lowest(tile))
     linear = tile_fill(tile.vector, 0.0)
     for j in range(0, count, tile.lanes):
@@ -53,7 +53,7 @@ def add_to_row(kernel, plan, head, scores, count, query, key, buffer):
             linear = saturate(tile, away * -slope)
         if kind != BIAS_NONE:
             at = bias + j * plan.bias_column
-            added = row_of(tile, kind, itemsize, at, plan.bias_column, min(tile.lanes, count - j), buffer)
+            added = row_of(kernel, kind, itemsize, at, plan.bias_column, min(tile.lanes, count - j), buffer)
             if slope != 0.0:
                 added = add_bias(tile, added, linear)
             score = add_bias(tile, score, added)
@@ -66,17 +66,17 @@ def add_to_row(kernel, plan, head, scores, count, query, key, buffer):
 def hide_in_row(kernel, plan, head, scores, count, query, key, buffer):
     """Put -inf where masks say that the query does not look at a key."""
     tile = kernel.tile
-    keep = head.keep + query * plan.keep_row + key * plan.keep_column
-    bias = head.bias + query * plan.bias_row + key * plan.bias_column
+    keep = keep_at(plan, head, query, key)
+    bias = bias_at(plan, head, query, key)
     for j in range(0, count, tile.lanes):
         place, columns = scores + j * tile.itemsize, min(tile.lanes, count - j)
         score = tile_load(tile.vector, place, 0)
         if plan.keep:
             at = keep + j * plan.keep_column
-            score = hide(tile, score, row_of(tile, KEEP, 1, at, plan.keep_column, columns, buffer))
+            score = hide(tile, score, row_of(kernel, KEEP, 1, at, plan.keep_column, columns, buffer))
         if "function" in kernel.steps and plan.bias_kind != BIAS_NONE:  # whatever the function has made of it
             at = bias + j * plan.bias_column
-            added = row_of(tile, plan.bias_kind, plan.bias_itemsize, at, plan.bias_column, columns, buffer)
+            added = row_of(kernel, plan.bias_kind, plan.bias_itemsize, at, plan.bias_column, columns, buffer)
             score = where_greater(lowest(tile), added, MINUS_INFINITY, score)
         tile_store(score, place, 0)
 

@@ -8,8 +8,8 @@ the backward pass (`cap_with_slope`), and whether one query looks at one key (`s
 from collections import namedtuple
 
 from fastattn.cpu.kernels.functions import apply_function, hide_unseen, note_marks, says_yes, seen_part
-from fastattn.cpu.kernels.masks import add_bias, add_square, hide, lowest, saturate, square_of
-from fastattn.cpu.kernels.records import BIAS_BFLOAT16, BIAS_HALF, BIAS_NONE, BIAS_SAME, KEEP
+from fastattn.cpu.kernels.masks import add_bias, add_square, hide, hide_square, lowest, saturate, square_of
+from fastattn.cpu.kernels.records import BIAS_BFLOAT16, BIAS_HALF, BIAS_NONE, KEEP
 from fastattn.cpu.kernels.softmax import MINUS_INFINITY
 from fastattn.cpu.kernels.tanh import tanh_with_slope
 from fastattn.cpu.kernels.tasks import own_view
@@ -90,7 +90,7 @@ def keys_of_block(kernel, plan, head, first_query, first_key):
             return Part(0, 0, 0, 0)
     if "mask" in kernel.steps:
         if plan.keep and plan.keep_row == 0:
-            row = head.keep + first_key * plan.keep_column
+            row = keep_at(plan, head, first_query, first_key)
             while end > begin and load_u8(row + (end - 1) * plan.keep_column) == 0:
                 end -= 1  # padding, usually
         if plan.keep or plan.adds:
@@ -153,45 +153,72 @@ def restrict(kernel, plan, head, scores, count, first_query, first_key, top, buf
     if "function" in kernel.steps:
         restrict_with_functions(kernel, plan, head, scores, 0, count, first_query, first_key, top, buffer)
         return
-    tile = kernel.tile
-    lanes = tile.lanes
+    tile, lanes, alone = kernel.tile, kernel.tile.lanes, BIAS_NONE
     present = min(tile.width, plan.queries - first_query)
-    bias = head.bias + first_query * plan.bias_row + first_key * plan.bias_column
-    plain = "mask" in kernel.steps and plan.bias_kind == BIAS_SAME and plan.bias_column == tile.itemsize
-    slope = own_view(head.own).slope
-    if plain:
-        plain = not (plan.keep or plan.left_bound or plan.right_bound or slope != 0.0)
-    if "mask" in kernel.steps and slope != 0.0 and has_slopes_alone(plan, head, count, first_query, first_key, present):
-        add_slopes(tile, head, scores, count, first_query, first_key, top)
-        return
+    if "mask" in kernel.steps and is_inside(plan, head, count, first_query, first_key, present):
+        alone = mask_alone(plan, head)
+        if has_slopes_alone(plan, head, count, first_query, first_key, present):
+            add_slopes(tile, head, scores, count, first_query, first_key, top)
+            return
     for v in range(tile.vectors):
-        rows = min(lanes, present - v * lanes)
+        first, rows = first_query + v * lanes, min(lanes, present - v * lanes)
         best = tile_load(tile.vector, top + v * tile.vector_bytes, 0)
         for j in range(0, count, lanes):
-            columns = min(lanes, count - j)
+            key, columns = first_key + j, min(lanes, count - j)
             place = scores + j * tile.row_bytes + v * tile.vector_bytes
-            if plain and rows == lanes and columns == lanes:
-                at = bias + v * lanes * plan.bias_row + j * plan.bias_column
-                best = add_square(tile, place, at, plan.bias_row, best)
+            if "mask" in kernel.steps and alone != BIAS_NONE and rows == lanes and columns == lanes:
+                if alone == KEEP:
+                    best = hide_square(kernel, plan, place, keep_at(plan, head, first, key), best)
+                else:
+                    best = add_square(kernel, plan, place, bias_at(plan, head, first, key), best)
                 continue
             square = tile_load(tile.square, place, tile.row_bytes)
-            first = first_query + v * lanes
-            square = restrict_square(kernel, plan, head, square, first, first_key + j, rows, columns, buffer)
+            square = restrict_square(kernel, plan, head, square, first, key, rows, columns, buffer)
             tile_store(square, place, tile.row_bytes)
             best = maximum(largest_row(square), best)
         tile_store(best, top + v * tile.vector_bytes, 0)
 
 
 @jit
+def is_inside(plan, head, count, first_query, first_key, present):
+    """Whether so many queries all look at so many keys, as far as the interval goes."""
+    first = head.offset + first_query - first_key
+    if plan.right_bound and first + plan.right < count - 1:
+        return False
+    return not (plan.left_bound and first + present - 1 > plan.left)
+
+
+@jit
+def mask_alone(plan, head):
+    """The kind of the mask, if there is one alone, its rows lie as they are read, and nothing else is to scores."""
+    if own_view(head.own).slope != 0.0:
+        return BIAS_NONE
+    if plan.keep:
+        return KEEP if plan.bias_kind == BIAS_NONE and plan.keep_column == 1 else BIAS_NONE
+    return plan.bias_kind if plan.bias_column == plan.bias_itemsize else BIAS_NONE
+
+
+@jit
 def has_slopes_alone(plan, head, count, first_query, first_key, present):
     """Whether a slope is all that there is to a block of scores, and no sum with it can become infinite."""
-    if plan.bias_kind != BIAS_NONE or plan.keep:
+    slope = own_view(head.own).slope
+    if slope == 0.0 or plan.bias_kind != BIAS_NONE or plan.keep:
         return False
-    first, last = head.offset + first_query - first_key, head.offset + first_query - first_key + present - 1
-    if (plan.right_bound and first + plan.right < count - 1) or (plan.left_bound and last > plan.left):
-        return False
-    farthest = max(abs(first), abs(last)) + count
-    return farthest < EXACT and abs(own_view(head.own).slope) * farthest < NEGLIGIBLE
+    first = head.offset + first_query - first_key
+    farthest = max(abs(first), abs(first + present - 1)) + count
+    return farthest < EXACT and abs(slope) * farthest < NEGLIGIBLE
+
+
+@jit
+def bias_at(plan, head, query, key):
+    """Where a floating mask has its number for a query and a key."""
+    return head.bias + query * plan.bias_row + key * plan.bias_column
+
+
+@jit
+def keep_at(plan, head, query, key):
+    """The same of a boolean mask."""
+    return head.keep + query * plan.keep_row + key * plan.keep_column
 
 
 @jit
@@ -228,8 +255,8 @@ def add_to_square(kernel, plan, head, square, query, key, rows, columns, buffer)
             away = absolute(distance + (head.offset + query - key) * 1.0)
             linear = saturate(tile, away * -slope)
         if kind != BIAS_NONE:
-            at = head.bias + query * row + key * column
-            bias = square_of(tile, kind, itemsize, at, row, column, rows, columns, buffer)
+            at = bias_at(plan, head, query, key)
+            bias = square_of(kernel, kind, itemsize, at, row, column, rows, columns, buffer)
             if slope != 0.0:
                 bias = add_bias(tile, bias, linear)
             square = add_bias(tile, square, bias)
@@ -245,9 +272,8 @@ def hide_in_square(kernel, plan, head, square, query, key, rows, columns, buffer
     index = tile_row_index(tile.square)
     distance = tile_iota(tile.square) - index
     if "mask" in kernel.steps and rows > 0 and plan.keep:
-        row, column = plan.keep_row, plan.keep_column
-        at = head.keep + query * row + key * column
-        square = hide(tile, square, square_of(tile, KEEP, 1, at, row, column, rows, columns, buffer))
+        at, row, column = keep_at(plan, head, query, key), plan.keep_row, plan.keep_column
+        square = hide(tile, square, square_of(kernel, KEEP, 1, at, row, column, rows, columns, buffer))
     if plan.right_bound:
         last = min(max(head.offset + plan.right + query - key, -FAR), FAR)
         square = where_greater(distance + (last + 0.5), 0.0, square, MINUS_INFINITY)
@@ -284,9 +310,8 @@ def hide_behind_function(kernel, plan, head, square, query, key, rows, columns, 
     """`hide_in_square`, and -inf where a floating mask has it, whatever a function has made of that."""
     square = hide_in_square(kernel, plan, head, square, query, key, rows, columns, buffer)
     if "mask" in kernel.steps and rows > 0 and plan.bias_kind != BIAS_NONE:
-        tile, row, column = kernel.tile, plan.bias_row, plan.bias_column
-        at = head.bias + query * row + key * column
-        bias = square_of(tile, plan.bias_kind, plan.bias_itemsize, at, row, column, rows, columns, buffer)
+        tile, at, row, column = kernel.tile, bias_at(plan, head, query, key), plan.bias_row, plan.bias_column
+        bias = square_of(kernel, plan.bias_kind, plan.bias_itemsize, at, row, column, rows, columns, buffer)
         square = where_greater(lowest(tile), bias, MINUS_INFINITY, square)
     return square
 
@@ -340,11 +365,11 @@ def is_kept(kernel, plan, head, query, key):
         return False
     if "mask" not in kernel.steps:
         return True
-    if plan.keep and load_u8(head.keep + query * plan.keep_row + key * plan.keep_column) == 0:
+    if plan.keep and load_u8(keep_at(plan, head, query, key)) == 0:
         return False
     if plan.bias_kind == BIAS_NONE:
         return True
-    at = head.bias + query * plan.bias_row + key * plan.bias_column
+    at = bias_at(plan, head, query, key)
     if plan.bias_kind == BIAS_HALF:
         return load_u16(at) != HALF_MINUS_INFINITY
     if plan.bias_kind == BIAS_BFLOAT16:
