@@ -18,8 +18,10 @@ from fastattn.cpu.kernels import prefetch as ahead
 from fastattn.cpu.kernels.entry import MOST_OBJECTS
 from fastattn.cpu.kernels.records import PLAN
 from fastattn.machine import building as build
+from fastattn.machine.kernel import Kernel
 from fastattn.machine.libraries import Library
 from fastattn.machine.table import host
+from fastattn.simd import jit
 
 
 def inputs(*shape: int) -> Any:
@@ -447,14 +449,17 @@ def test_asking_ahead_changes_nothing(
         assert record[: PLAN.itemsize].view(PLAN)["prefetch_distance"][0] == threads
 
 
-def test_what_is_wanted_is_asked_for_in_equal_shares() -> None:
+@pytest.mark.parametrize("near", [False, True])
+def test_what_is_wanted_is_asked_for_in_equal_shares(near: bool) -> None:
     counts = {"want_nothing": 2, "want": 5, "want_share": 7, "ask": 1}
     functions = {name: (getattr(ahead, name), count) for name, count in counts.items()}
+    kernel = Kernel("", replace(host(), near=near))
+    functions["ask"] = jit(lambda at: ahead.ask(kernel, at)), 1
     native = Library(build.emit(functions, host()), host(), counts)
     memory = np.zeros(64, np.int64)
     at = memory.ctypes.data
-    rows = np.zeros((40, 1000), np.uint8)
-    place, row = rows.ctypes.data, rows.strides[0]
+    rows = np.zeros((41, 1000), np.uint8)
+    place, row = -(-rows.ctypes.data // 64) * 64, rows.strides[0]
 
     native.want_nothing(at, 7)
     native.want(at, place, row, 500, 10)  # rows of 8 lines
@@ -474,6 +479,11 @@ def test_what_is_wanted_is_asked_for_in_equal_shares() -> None:
     assert pieces["next"][[0, 1, 3]].tolist() == [place + 10 * row, place + 3 * row, place + 40 * row]
     native.ask(at)
     assert not pieces["left"].any()
+
+    native.want_nothing(at, 7)
+    native.want(at, place + 16, row, 512, 10)  # rows that reach into a ninth line
+    native.want(at, place + 16, 512, 512, 10)  # and those that follow each other
+    assert pieces["left"][:2].tolist() == [90, 80]
 
 
 @pytest.mark.parametrize("causal", [False, True])
