@@ -96,6 +96,16 @@ def functions(dtype: str, lanes: int) -> dict[str, tuple[Callable[..., Any], int
         for i in range(0, count, tile.lanes):
             s.tile_store(s.tile_load_bool(tile.vector, source + i, 0), out + i * tile.itemsize, 0)
 
+    def load_half(source, count, out):
+        for i in range(0, count, tile.lanes):
+            widened = s.tile_load_stored(kernel.half_place, tile.vector, source + 2 * i, 0)
+            s.tile_store(widened, out + i * tile.itemsize, 0)
+
+    def load_bfloat16(source, count, out):
+        for i in range(0, count, tile.lanes):
+            widened = s.tile_load_stored(kernel.bfloat16_place, tile.vector, source + 2 * i, 0)
+            s.tile_store(widened, out + i * tile.itemsize, 0)
+
     def load_other(source, count, out):
         for i in range(0, count, tile.lanes):
             s.tile_store(
@@ -134,7 +144,7 @@ def functions(dtype: str, lanes: int) -> dict[str, tuple[Callable[..., Any], int
         f"{function.__name__}_{dtype}_{lanes}": (s.jit(function), function.__code__.co_argcount)
         for function in (
             *(arithmetic, making, neighbours, all_zero, transpose, power, twice),
-            *(load_bool, load_other),
+            *(load_bool, load_half, load_bfloat16, load_other),
             *(load_part, over_lanes, of_factors, dot),
         )
     }
@@ -324,6 +334,23 @@ def test_every_boolean_byte(call: Callable[..., Any], shape: tuple[str, int]) ->
     source, out = np.arange(256, dtype=np.uint8), np.empty(256, shape[0])
     call("load_bool", source, source.size, out)
     np.testing.assert_array_equal(out, np.where(source != 0, 0, -np.inf))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_every_half(call: Callable[..., Any], shape: tuple[str, int]) -> None:
+    source, out = np.arange(1 << 16, dtype=np.uint16).view(np.float16), np.empty(1 << 16, shape[0])
+    call("load_half", source, source.size, out)
+    np.testing.assert_array_equal(out, source.astype(shape[0]))
+    np.testing.assert_array_equal(np.signbit(out), np.signbit(source))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_every_bfloat16(call: Callable[..., Any], shape: tuple[str, int]) -> None:
+    source, out = np.arange(1 << 16, dtype=np.uint16), np.empty(1 << 16, shape[0])
+    call("load_bfloat16", source, source.size, out)
+    wanted = (source.astype(np.uint32) << 16).view(np.float32)
+    np.testing.assert_array_equal(out, wanted.astype(shape[0]))
+    np.testing.assert_array_equal(np.signbit(out), np.signbit(wanted))
 
 
 def test_the_other_dtype_saturates(call: Callable[..., Any], shape: tuple[str, int]) -> None:

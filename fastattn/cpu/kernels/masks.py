@@ -103,7 +103,7 @@ def add_bias(tile, scores, mask):
 def add_square(kernel, plan, scores, mask, best):
     """`add_bias` for a square of a floating mask that lies in rows, where the scores stand; the maximum of all."""
     tile = kernel.tile
-    if plan.bias_kind == BIAS_SAME:
+    if plan.bias_kind == BIAS_SAME:  # which `load_mask` does as well, but hands over in memory
         values = tile_transpose(tile_load(tile.square, mask, plan.bias_row))
     else:
         values = tile_transpose(load_mask(kernel, tile.square, plan.bias_kind, mask, plan.bias_row))
