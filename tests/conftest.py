@@ -87,7 +87,7 @@ def sixteen_lanes(monkeypatch: pytest.MonkeyPatch) -> isa.Isa:
     """Have calls use the lanes, tile and blocks of AVX-512, in whatever vectors this machine has; return the row."""
     here = isa.host()
     wide = next(row for row in isa.TABLE if row.name == "avx512")
-    row = replace(wide, name="wide", cpu=here.cpu, needs=here.needs, scalef=here.scalef)
+    row = replace(wide, name="wide", cpu=here.cpu, needs=here.needs, scalef=here.scalef, halves=here.halves)
     if here.vector_bytes == wide.vector_bytes:
         row = here  # whose kernels are compiled already
     monkeypatch.setattr(session.current, "_row", row)

@@ -251,6 +251,20 @@ MUTATIONS = (
         ("test_semantics.py", "test_large_values_have_as_much_room and cpu"),
     ),
     Mutation(
+        "after the last queries of a block, the backward pass asks for a mask's rows with the same keys",
+        "cpu/kernels/gradient_prefetch.py",
+        "query, key = first_query, first_key + plan.key_block",
+        "query, key = first_query, first_key",
+        ("cpu/kernels/test_prefetch.py", "test_masks_are_asked_for_as_the_backward_pass_reads_them"),
+    ),
+    Mutation(
+        "after the last block of a group, the forward pass asks for a mask of this head",
+        "cpu/kernels/forward_prefetch.py",
+        "want_masks(kernel, plan, source, wanted, group.first_query, next_key, part)",
+        "want_masks(kernel, plan, head, wanted, group.first_query, next_key, part)",
+        ("cpu/kernels/test_prefetch.py", "test_masks_are_asked_for_as_the_forward_pass_reads_them"),
+    ),
+    Mutation(
         "two threads may claim the same task",
         "cpu/kernels/schedule.py",
         "if atomic_replace(pool + OFFER, offer, offer - 1):",

@@ -172,12 +172,13 @@ def test_a_wheel_for_a_platform_has_its_kernels(tmp_path: Path, monkeypatch: pyt
         assert {folder + name for name in listed} == {name for name in wheel.namelist() if name.endswith(".o")}
         for name, digest in listed.items():
             assert hashlib.sha256(wheel.read(folder + name)).hexdigest() == digest
-    assert {name.partition("/")[0] for name in listed} == {row.name for row in isa.of_this_architecture()}
+    rows = [row for row in isa.of_this_architecture() if not row.only_named]
+    assert {name.partition("/")[0] for name in listed} == {row.name for row in rows}
 
     run(sys.executable, "-m", "venv", tmp_path / "venv", cwd=tmp_path)
     python = tmp_path / "venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     run(python, "-m", "pip", "install", "--quiet", path, cwd=tmp_path)
-    for row in filter(isa.runs_here, isa.of_this_architecture()):
+    for row in filter(isa.runs_here, rows):
         monkeypatch.setenv("FASTATTN_ISA", row.name)
         monkeypatch.setenv("FASTATTN_CACHE_DIR", str(tmp_path / row.name))
         printed = run(python, "-W", "error", "-c", FIRST_CALL, cwd=tmp_path).splitlines()

@@ -187,7 +187,7 @@ def test_rows_that_differ_in_what_a_kernel_does_not_use_share_its_code(work: str
     if work == "convert":
         kernel = Kernel(work, zen4, zen4.wide_tile("float32"), storage="float32", queries="bfloat16")
     elif work == "decode":
-        kernel = describe(work, zen4.wide_tile("float32"), zen4, steps=PLAIN, storage="bfloat16")
+        kernel = describe(work, zen4.wide_tile("float32"), zen4, steps=PLAIN, storage="float16")
     assert prebuild.compiled_as(kernel) == replace(kernel, row=avx512)
     if {zen4, avx512} <= set(isa.of_this_architecture()):
         assert prebuild.compiled(kernel) == prebuild.compiled(replace(kernel, row=avx512))

@@ -188,8 +188,13 @@ def fused(a: Array, b: Array, c: Array) -> Array:
     return np.array([float(number) for number in exact]).astype(a.dtype).reshape(a.shape)
 
 
+def is_fused() -> bool:
+    """Whether multiply-adds of the row are rounded once."""
+    return HOST == "arm64" or "fma" in host().needs
+
+
 def multiply_add(a: Array, b: Array, c: Array) -> Array:
-    return fused(a, b, c) if HOST == "arm64" or "fma" in host().needs else a * b + c
+    return fused(a, b, c) if is_fused() else a * b + c
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:divide by zero:RuntimeWarning")
@@ -404,7 +409,8 @@ def test_exp2_is_right_to_some_units_in_the_last_place(call: Callable[..., Any],
     call("power", x, x.size, out)
     exact = np.exp2(x.astype(wider))
     error = np.abs(out - exact) / np.spacing(exact.astype(shape[0]))
-    assert error.max() <= (3 if scalef and single else 2.1), (error.max(), x[error.argmax()])
+    bound = 2.1 if is_fused() else 2.4
+    assert error.max() <= (3 if scalef and single else bound), (error.max(), x[error.argmax()])
     whole = x == np.rint(x)
     np.testing.assert_array_equal(out[whole], exact[whole])  # and 2^0 is 1
 
@@ -418,7 +424,8 @@ def test_exp_twice_is_right_to_some_units_in_the_last_place(call: Callable[..., 
     call("twice", x, x.size, out)
     exact = np.exp(2 * x.astype(wider))
     error = np.abs(out - exact) / np.spacing(exact.astype(shape[0]))
-    assert error.max() <= 2.2, (error.max(), x[error.argmax()])  # what 2^x errs by, and the rounding of its argument
+    bound = 2.2 if is_fused() else 2.5  # what 2^x errs by, and the rounding of its argument
+    assert error.max() <= bound, (error.max(), x[error.argmax()])
 
 
 def test_exp2_at_its_limits(call: Callable[..., Any], shape: tuple[str, int]) -> None:

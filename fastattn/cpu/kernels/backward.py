@@ -28,6 +28,7 @@ from collections import namedtuple
 
 from fastattn.cpu.kernels import gradient_matrix
 from fastattn.cpu.kernels.dropout import drop
+from fastattn.cpu.kernels.gradient_prefetch import list_wanted
 from fastattn.cpu.kernels.gradient_rows import (
     copy_numbers,
     find_deltas,
@@ -65,7 +66,7 @@ from fastattn.cpu.kernels.panels import (
     product_along,
     unpack_panels,
 )
-from fastattn.cpu.kernels.prefetch import prefetch_rows
+from fastattn.cpu.kernels.prefetch import ask_for_all, list_memory
 from fastattn.cpu.kernels.records import GRADIENT_AXIS, GRADIENT_CALL, GRADIENT_PLAN
 from fastattn.cpu.kernels.scores import keys_of_block, keys_of_queries, queries_of_keys
 from fastattn.cpu.kernels.softmax import exp2
@@ -162,10 +163,12 @@ def differentiate(kernel, plan, scores, grads, count, hidden, late, start, delta
 
 
 @inline
-def multiply_block(kernel, plan, head, s, first_key, offset, part, start, grad_start, scratch):
+def multiply_block(kernel, plan, head, s, first_key, offset, part, start, grad_start, scratch, wanted):
     """The scores of `weigh`, and value · do beside them, each from what it starts with for a query."""
     if kernel.reads == "matrix":
-        gradient_matrix.multiply_block(kernel, plan, head, s, first_key, offset, part, start, grad_start, scratch)
+        gradient_matrix.multiply_block(
+            kernel, plan, head, s, first_key, offset, part, start, grad_start, scratch, wanted
+        )
         return
     tile, before, count = kernel.tile, part.begin * kernel.tile.row_bytes, part.end - part.begin
     at = s * plan.score_panel + before
@@ -173,21 +176,23 @@ def multiply_block(kernel, plan, head, s, first_key, offset, part, start, grad_s
     keys, values = scratch + plan.keys_at + offset + before, scratch + plan.values_at + offset + before
     queries = scratch + plan.query_lanes_at + s * plan.head_dim * tile.row_bytes
     grad_lanes = scratch + plan.grad_lanes_at + s * plan.value_dim * tile.row_bytes
-    product_along(kernel, start, count, keys, plan.panel, queries, plan.head_dim, plan.factor, scores)
-    product_along(kernel, grad_start, count, values, plan.panel, grad_lanes, plan.value_dim, 1.0, grads)
+    product_along(kernel, start, count, keys, plan.panel, queries, plan.head_dim, plan.factor, scores, wanted)
+    product_along(kernel, grad_start, count, values, plan.panel, grad_lanes, plan.value_dim, 1.0, grads, wanted)
 
 
 @jit
-def weigh(kernel, call, plan, head, s, first_query, first_key, offset, lost, scratch):
+def weigh(kernel, call, plan, head, s, first_query, first_key, offset, lost, scratch, wanted):
     """The weights p of one tile width of queries, number `s` of its block, and a block of keys, and their ds.
 
     `offset` is where in a panel the block of keys begins; `lost`, whether the lse of a query has lost digits. Returns
     the part of the block that is looked at; p and ds of other keys are 0 in the same tile, and not written elsewhere.
+    Meanwhile what is on the list `wanted` is asked for.
     """
     tile = kernel.tile
     part = keys_of_block(kernel, plan, head, first_query, first_key)
     count = part.end - part.begin
     if count <= 0:
+        ask_for_all(kernel, wanted)
         return part
     before = part.begin * tile.row_bytes
     weights = scratch + plan.scores_at + s * plan.score_panel + before
@@ -201,7 +206,7 @@ def weigh(kernel, call, plan, head, s, first_query, first_key, offset, lost, scr
         begin = zero
     if kernel.steps != PLAIN and plan.drop_below > 0:
         grad_begin = zero
-    multiply_block(kernel, plan, head, s, first_key, offset, part, begin, grad_begin, scratch)
+    multiply_block(kernel, plan, head, s, first_key, offset, part, begin, grad_begin, scratch, wanted)
     finite = all_finite(start)
     if late and not finite:
         spoil(kernel, weights, count, start)
@@ -262,17 +267,6 @@ def load_keys(kernel, plan, key, value, first, count, scratch):
 
 
 @jit
-def ask_for(kernel, plan, head, first, count, with_out):
-    """Prefetch `count` rows of what belongs to queries, from row `first` on."""
-    features, value_features = plan.head_dim * kernel.tile.itemsize, plan.value_dim * kernel.tile.itemsize
-    prefetch_rows(head.query + first * plan.query_row, plan.query_row, count, plan.head_dim * kernel.itemsize)
-    prefetch_rows(head.grad_out + first * plan.grad_out_row, plan.grad_out_row, count, value_features)
-    prefetch_rows(head.grad_query + first * plan.grad_query_row, plan.grad_query_row, count, features)
-    if with_out:
-        prefetch_rows(head.out + first * plan.out_row, plan.out_row, count, value_features)
-
-
-@jit
 def work_of(plan, head, group, part):
     """The keys of a group, and the blocks of queries in a part of them that look at some of these keys."""
     first_key = group * plan.group * plan.key_block
@@ -322,9 +316,7 @@ def meet(kernel, call, plan, head, work, block, finite, finite_keys, lost, is_fi
     present = min(plan.query_block, plan.queries - first_query)
     subs = (present + tile.width - 1) // tile.width
     query_sums = scratch + plan.query_sums_at
-    visits = (work.end - work.first_key + plan.key_block - 1) // plan.key_block * (plan.query_block // tile.width)
-    step = (plan.query_block + visits - 1) // visits  # rows of the next block that are asked for at a time
-    following = first_query + plan.query_block
+    wanted = list_memory()
     for first_key in range(work.first_key, work.end, plan.key_block):
         offset = (first_key - work.first_key) * tile.row_bytes
         keys, keys_panel = scratch + plan.keys_at + offset, plan.panel
@@ -336,11 +328,9 @@ def meet(kernel, call, plan, head, work, block, finite, finite_keys, lost, is_fi
             clean_panels(tile, keys, keys_panel, source, plan.panel, there, plan.head_dim, 1.0)
         end = 0
         for s in range(subs):
-            if block + 1 < work.last_block:
-                ask_for(kernel, plan, head, following, min(step, plan.queries - following), is_first)
-                following += step
             first = first_query + s * tile.width
-            part = weigh(kernel, call, plan, head, s, first, first_key, offset, lost, scratch)
+            list_wanted(kernel, plan, head, work, wanted, block, subs, s, first_key, is_first)
+            part = weigh(kernel, call, plan, head, s, first, first_key, offset, lost, scratch, wanted)
             note_span(plan, part, s, end, scratch)
             end = max(end, part.end)
             if part.end > part.begin:

@@ -13,6 +13,7 @@ So every sum has one order of its terms.
 from fastattn.cpu.kernels.backward import call_view, load_keys, locate, plan_view, weigh
 from fastattn.cpu.kernels.functions import add_to_captured
 from fastattn.cpu.kernels.gradient_rows import copy_numbers, load_lanes
+from fastattn.cpu.kernels.prefetch import NOTHING
 from fastattn.cpu.kernels.scores import keys_of_queries
 from fastattn.cpu.kernels.sums import any_has_lost, load_sums
 from fastattn.simd import jit, matrix_begin, matrix_end
@@ -37,7 +38,7 @@ def add_block(kernel, call, plan, head, own, block, scratch):
         load_keys(kernel, plan, head.key, head.value, start_key, min(plan.key_block, end - start_key), scratch)
         for s in range((present + tile.width - 1) // tile.width):
             first = first_query + s * tile.width
-            part = weigh(kernel, call, plan, head, s, first, start_key, 0, lost, scratch)
+            part = weigh(kernel, call, plan, head, s, first, start_key, 0, lost, scratch, NOTHING)
             count = part.end - part.begin
             if count > 0:
                 rows_at = part.begin * tile.row_bytes

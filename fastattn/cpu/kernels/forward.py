@@ -334,7 +334,7 @@ def forward_group(kernel, call, plan, number, first_block, blocks, scratch):
                 turn, multiplied = Turn(first_key, is_first, is_last, share, shares), 0 if is_ahead else size_of(part)
                 if kernel.reads == "matrix":
                     multiplied += size_of(after.part)
-                list_wanted(kernel, call, plan, head, then, group, wanted, block.number, multiplied, turn)
+                list_wanted(kernel, call, plan, head, then, group, wanted, block, after, multiplied, turn)
                 if kernel.reads == "matrix" and not is_ahead:
                     multiply_keys(kernel, plan, block, room, keys, wanted, no_weights())
                 attend(kernel, call, plan, here, number, block, after, room, first_key, keys, values, finite, wanted)

@@ -2,8 +2,8 @@
 
 While a query block is worked on, every register tile asks for its share of a list (`fastattn.cpu.kernels.prefetch`):
 where the block's result will be written, the queries of the next block, the next block of keys and values, of which
-each query block asks for a share, and below the mask's rows those of the next query block. After the last keys of a
-head come the first of the head that this thread is likely to do next.
+each query block asks for a share, and what masks have for the next query block. After the last keys of a head come the
+first of the head that this thread is likely to do next.
 """
 
 from collections import namedtuple
@@ -11,7 +11,7 @@ from collections import namedtuple
 from fastattn.cpu.kernels.blocks import begins_together
 from fastattn.cpu.kernels.pages import foreseen
 from fastattn.cpu.kernels.prefetch import prefetch_rows, want, want_nothing, want_share
-from fastattn.cpu.kernels.records import BIAS_NONE
+from fastattn.cpu.kernels.scores import keys_of_block, want_masks
 from fastattn.cpu.kernels.tasks import locate
 from fastattn.machine.tile import MATRIX_ROWS
 from fastattn.simd import jit
@@ -40,14 +40,14 @@ def foresee(kernel, call, plan, head, group):
 
 
 @jit
-def list_wanted(kernel, call, plan, head, then, group, wanted, b, multiplied, turn):
-    """Write down what query block `b` of a group asks for, what is wanted first before the rest.
+def list_wanted(kernel, call, plan, head, then, group, wanted, block, after, multiplied, turn):
+    """Write down what a query block of a group asks for, what is wanted first before the rest; who comes `after` it.
 
     Meanwhile so many keys are `multiplied`.
     """
     tile = kernel.tile
     goes_on = then.query != head.query or then.key != head.key
-    first = group.first_query + b * tile.width
+    b, first = block.number, block.first
     key_bytes, value_bytes = plan.head_dim * kernel.itemsize, plan.value_dim * kernel.value_place.itemsize
     rows = 2 * MATRIX_ROWS if kernel.reads == "matrix" else tile.rows
     want_nothing(wanted, (multiplied + plan.value_dim) // rows)
@@ -66,17 +66,15 @@ def list_wanted(kernel, call, plan, head, then, group, wanted, b, multiplied, tu
     if count <= 0 and goes_on:
         source, next_key = then, group.begin
         count = min(plan.key_block, plan.keys - group.begin)
+    if "mask" in kernel.steps:
+        if after.number < group.blocks:
+            want_masks(kernel, plan, head, wanted, after.first, turn.first_key, after.part)
+        elif count > 0:
+            part = keys_of_block(kernel, plan, source, group.first_query, next_key)
+            want_masks(kernel, plan, source, wanted, group.first_query, next_key, part)
     source, count = foreseen(kernel, call, plan, source, next_key, count)
     if count > 0:
         rows = source.key + next_key * plan.key_row
         want_share(wanted, rows, plan.key_row, key_bytes, count, turn.share, turn.shares)
         rows = source.value + next_key * plan.value_row
         want_share(wanted, rows, plan.value_row, value_bytes, count, turn.share, turn.shares)
-    if "mask" in kernel.steps:
-        below = first + tile.width
-        if plan.bias_kind != BIAS_NONE and plan.bias_row != 0:
-            rows = head.bias + below * plan.bias_row + turn.first_key * plan.bias_column
-            want(wanted, rows, plan.bias_row, plan.key_block * plan.bias_itemsize, tile.width)
-        if plan.keep and plan.keep_row != 0:
-            rows = head.keep + below * plan.keep_row + turn.first_key * plan.keep_column
-            want(wanted, rows, plan.keep_row, plan.key_block, tile.width)

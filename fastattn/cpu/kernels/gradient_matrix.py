@@ -42,7 +42,7 @@ def load_key_columns(kernel, plan, key, count, target):
 
 
 @jit
-def multiply_keys(kernel, plan, head, s, first_key, keys, part, start, scores, scratch):
+def multiply_keys(kernel, plan, head, s, first_key, keys, part, start, scores, scratch, wanted):
     """The scores of a part of a block of keys, whose first is number `first_key`, and tile width `s` of the queries."""
     features, row, column = plan.head_dim, plan.key_row, plan.key_column
     numbers = scratch + plan.query_lanes_at + s * features * kernel.tile.row_bytes
@@ -52,20 +52,20 @@ def multiply_keys(kernel, plan, head, s, first_key, keys, part, start, scores, s
     # fmt: off
     score_lanes(
         kernel, plan, keys, lanes, numbers, first, count, start, source, row, column, features, plan.factor, scores,
-        buffer,
+        buffer, wanted,
     )
     # fmt: on
 
 
 @jit
-def multiply_block(kernel, plan, head, s, first_key, offset, part, start, grad_start, scratch):
+def multiply_block(kernel, plan, head, s, first_key, offset, part, start, grad_start, scratch, wanted):
     """The same for a block at `offset` in a panel, with value · do beside the scores."""
     before, features = s * plan.score_panel + part.begin * kernel.tile.row_bytes, plan.value_dim
     number, row, column = offset // plan.score_panel, plan.value_row, plan.value_column
     keys = scratch + plan.keys_at + number * bytes_of_rows(kernel, plan, plan.head_dim)
     values = scratch + plan.values_at + number * bytes_of_rows(kernel, plan, features)
     scores, grads = scratch + plan.scores_at + before, scratch + plan.score_grads_at + before
-    multiply_keys(kernel, plan, head, s, first_key, keys, part, start, scores, scratch)
+    multiply_keys(kernel, plan, head, s, first_key, keys, part, start, scores, scratch, wanted)
     numbers = scratch + plan.grad_lanes_at + s * features * kernel.tile.row_bytes
     lanes = scratch + plan.grad_lane_terms_at + s * bytes_of_lanes(kernel, features)
     source, buffer = head.value + (first_key + part.begin) * row, scratch + plan.grad_pairs_at
@@ -73,7 +73,7 @@ def multiply_block(kernel, plan, head, s, first_key, offset, part, start, grad_s
     # fmt: off
     score_lanes(
         kernel, plan, values, lanes, numbers, first, count, grad_start, source, row, column, features, 1.0, grads,
-        buffer,
+        buffer, wanted,
     )
     # fmt: on
 

@@ -14,6 +14,7 @@ from collections import namedtuple
 from fastattn.cpu.kernels.backward import call_view, load_keys, locate, plan_view, weigh
 from fastattn.cpu.kernels.gradient_rows import copy_numbers, load_lanes
 from fastattn.cpu.kernels.pack import clear, unpack_rows
+from fastattn.cpu.kernels.prefetch import NOTHING
 from fastattn.cpu.kernels.scores import keys_of_queries
 from fastattn.cpu.kernels.sums import any_has_lost, load_sums
 from fastattn.simd import jit, load_element, matrix_begin, matrix_end, store_element, tile_fill, tile_load, tile_store
@@ -94,7 +95,7 @@ def add_head(kernel, call, plan, head, own, scratch):
             load_keys(kernel, plan, head.key, head.value, start_key, min(plan.key_block, end - start_key), scratch)
             for s in range((present + tile.width - 1) // tile.width):
                 first = first_query + s * tile.width
-                part = weigh(kernel, call, plan, head, s, first, start_key, 0, lost, scratch)
+                part = weigh(kernel, call, plan, head, s, first, start_key, 0, lost, scratch, NOTHING)
                 place = s * plan.score_panel + part.begin * tile.row_bytes
                 found = scratch + plan.score_grads_at + place
                 add_block(tile, sums + place, found, part.end - part.begin, plan.queries - first)

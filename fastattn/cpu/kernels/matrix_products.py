@@ -23,7 +23,7 @@ from fastattn.cpu.kernels.matrix import (
 )
 from fastattn.cpu.kernels.matrix_softmax import no_weights, weigh
 from fastattn.cpu.kernels.pack import add_rows, clear, copy_rows, pack_queries
-from fastattn.cpu.kernels.prefetch import NOTHING, ask
+from fastattn.cpu.kernels.prefetch import ask
 from fastattn.cpu.kernels.tiles import product
 from fastattn.machine.kernel import PLAIN
 from fastattn.machine.tile import MATRIX_DEPTH as DEEP
@@ -209,11 +209,26 @@ def finish_scores(kernel, plan, head, first_query, first_key, q, key, first, cou
 
 @jit
 def score_lanes(
-    kernel, plan, rows, lanes, numbers, first, count, start, source, row, column, features, factor, scores, buffer
+    kernel,
+    plan,
+    rows,
+    lanes,
+    numbers,
+    first,
+    count,
+    start,
+    source,
+    row,
+    column,
+    features,
+    factor,
+    scores,
+    buffer,
+    wanted,
 ):
     """The same for lanes that there are in float32 as well; where scores lack a factor, they are given it."""
     tile = kernel.tile
-    multiply(kernel, rows, lanes, first, count, start, features, scores, NOTHING, no_weights())
+    multiply(kernel, rows, lanes, first, count, start, features, scores, wanted, no_weights())
     if kernel.terms > 1 and is_odd(kernel, plan, rows, lanes, first, count, features):
         mend(kernel, plan, rows, lanes, numbers, first, count, start, source, row, column, features, scores, buffer)
     if kernel.steps != PLAIN:

@@ -16,6 +16,7 @@ Of weights, which are added `along`, a row is half as long then.
 
 from fastattn.cpu.kernels import pairs
 from fastattn.cpu.kernels.masks import INFINITY
+from fastattn.cpu.kernels.prefetch import ask
 from fastattn.cpu.kernels.tiles import four_along, four_pairs_along, pairs_across, product_across
 from fastattn.machine.kernel import PLAIN
 from fastattn.simd import (
@@ -69,10 +70,11 @@ def across(kernel, acc, a, b, count):
 
 
 @jit
-def product_along(kernel, start, rows, a, a_panel, b, count, factor, c):
+def product_along(kernel, start, rows, a, a_panel, b, count, factor, c, wanted):
     """c[m][n] = start[n] + Σ_k a[m][k] · b[k][n] for one panel of c: `rows` rows, rounded up to whole tiles.
 
-    Of pairs, sums are multiplied by a factor, where something may happen to them.
+    Of pairs, sums are multiplied by a factor, where something may happen to them. Meanwhile what is on the list
+    `wanted` is asked for.
     """
     tile = kernel.tile
     initial = tile_repeat(tile, start)
@@ -83,6 +85,7 @@ def product_along(kernel, start, rows, a, a_panel, b, count, factor, c):
         if kernel.reads == "pairs" and kernel.steps != PLAIN:
             acc = acc * factor
         tile_store(acc, c, tile.row_bytes)
+        ask(kernel, wanted)
         a += tile.rows * tile.row_bytes
         c += tile.rows * tile.row_bytes
 

@@ -89,3 +89,11 @@ def ask(reader, at):
                 done = 0 if done == lines else done
         piece.next, piece.done = line, done
         piece.left -= count
+
+
+@jit
+def ask_for_all(reader, at):
+    """Ask for what is left of a list, at once."""
+    if at != NOTHING:
+        for _ in range(list_view(at).steps):
+            ask(reader, at)

@@ -9,6 +9,7 @@ from collections import namedtuple
 
 from fastattn.cpu.kernels.functions import apply_function, hide_unseen, note_marks, says_yes, seen_part
 from fastattn.cpu.kernels.masks import add_bias, add_square, hide, hide_square, lowest, saturate, square_of
+from fastattn.cpu.kernels.prefetch import want
 from fastattn.cpu.kernels.records import BIAS_BFLOAT16, BIAS_HALF, BIAS_NONE, KEEP
 from fastattn.cpu.kernels.softmax import MINUS_INFINITY
 from fastattn.cpu.kernels.tanh import tanh_with_slope
@@ -219,6 +220,20 @@ def bias_at(plan, head, query, key):
 def keep_at(plan, head, query, key):
     """The same of a boolean mask."""
     return head.keep + query * plan.keep_row + key * plan.keep_column
+
+
+@jit
+def want_masks(kernel, plan, head, wanted, first_query, first_key, part):
+    """Append to a list of what is wanted what masks have for a block of queries, and such a part of a block of keys."""
+    keys, queries = part.end - part.begin, min(kernel.tile.width, plan.queries - first_query)
+    if keys <= 0:
+        return
+    if plan.bias_kind != BIAS_NONE and plan.bias_row != 0:
+        rows = bias_at(plan, head, first_query, first_key + part.begin)
+        want(wanted, rows, plan.bias_row, keys * plan.bias_itemsize, queries)
+    if plan.keep and plan.keep_row != 0:
+        rows = keep_at(plan, head, first_query, first_key + part.begin)
+        want(wanted, rows, plan.keep_row, keys, queries)
 
 
 @jit

@@ -19,6 +19,7 @@ from fastattn.cpu.kernels.masks import INFINITY, lowest
 from fastattn.cpu.kernels.matrix import load_rows
 from fastattn.cpu.kernels.pack import clear
 from fastattn.cpu.kernels.panels import pack_factors, product_along
+from fastattn.cpu.kernels.prefetch import NOTHING
 from fastattn.cpu.kernels.scores import cap, keys_of_block, keys_of_queries, restrict, restrict_with_functions
 from fastattn.cpu.kernels.sinks import LN_2, log_beside, log_sum, share_of_sink, sink_of, term_of
 from fastattn.cpu.kernels.softmax import MINUS_INFINITY, absorb
@@ -94,10 +95,14 @@ def absorb_block(kernel, plan, head, first_query, first_key, keys, s, scratch):
     scores, rows = scratch + plan.scores_at, part.begin * tile.row_bytes
     zero = tile_fill(tile.single, 0.0)
     if kernel.reads == "matrix":
-        gradient_matrix.multiply_keys(kernel, plan, head, s, first_key, keys, part, zero, scores + rows, scratch)
+        gradient_matrix.multiply_keys(
+            kernel, plan, head, s, first_key, keys, part, zero, scores + rows, scratch, NOTHING
+        )
     else:
         queries = scratch + plan.query_lanes_at + at * plan.head_dim
-        product_along(kernel, zero, count, keys + rows, panel, queries, plan.head_dim, plan.factor, scores + rows)
+        product_along(
+            kernel, zero, count, keys + rows, panel, queries, plan.head_dim, plan.factor, scores + rows, NOTHING
+        )
     if "softcap" in kernel.steps and plan.softcap != 0.0:
         cap(tile, plan, scores + rows, count, zero)
     hide_keys(kernel, plan, head, scores, 0, part, first_query, first_key, scratch)

@@ -1,4 +1,4 @@
-"""How a call reaches compiled code: what it reads of objects, and what it asks of memory ahead."""
+"""How a call reaches compiled code: what it reads of objects."""
 
 from __future__ import annotations
 
@@ -14,14 +14,9 @@ from fastattn.api import additive
 from fastattn.api import attention as api
 from fastattn.call.halves import BITS, cast
 from fastattn.cpu.host import builtin, calls, session
-from fastattn.cpu.kernels import prefetch as ahead
 from fastattn.cpu.kernels.entry import MOST_OBJECTS
 from fastattn.cpu.kernels.records import PLAN
-from fastattn.machine import building as build
-from fastattn.machine.kernel import Kernel
-from fastattn.machine.libraries import Library
 from fastattn.machine.table import host
-from fastattn.simd import jit
 
 
 def inputs(*shape: int) -> Any:
@@ -447,43 +442,6 @@ def test_asking_ahead_changes_nothing(
         np.testing.assert_array_equal(fastattn.attention(query, key, value, is_causal=causal), wanted)
         record = next(iter(plans.values())).record
         assert record[: PLAN.itemsize].view(PLAN)["prefetch_distance"][0] == threads
-
-
-@pytest.mark.parametrize("near", [False, True])
-def test_what_is_wanted_is_asked_for_in_equal_shares(near: bool) -> None:
-    counts = {"want_nothing": 2, "want": 5, "want_share": 7, "ask": 1}
-    functions = {name: (getattr(ahead, name), count) for name, count in counts.items()}
-    kernel = Kernel("", replace(host(), near=near))
-    functions["ask"] = jit(lambda at: ahead.ask(kernel, at)), 1
-    native = Library(build.emit(functions, host()), host(), counts)
-    memory = np.zeros(64, np.int64)
-    at = memory.ctypes.data
-    rows = np.zeros((41, 1000), np.uint8)
-    place, row = -(-rows.ctypes.data // 64) * 64, rows.strides[0]
-
-    native.want_nothing(at, 7)
-    native.want(at, place, row, 500, 10)  # rows of 8 lines
-    native.want(at, place, row, 1, 3)
-    native.want(at, place, row, 64, 0)
-    native.want_share(at, place, row, 65, 40, 2, 3)  # rows 28 to 39
-    native.want_share(at, place, row, 64, 2, 2, 3)  # nothing is left of two for the third
-    pieces = memory[ahead.LIST_BYTES // 8 :][: 5 * ahead.PIECE_BYTES // 8].view(ahead.PIECE)
-    assert memory[:1].tolist() == [5]
-    assert pieces["left"].tolist() == [80, 3, 0, 24, 0]
-    native.ask(at)
-    assert pieces["left"].tolist() == [80 - 12, 3 - 1, 0, 24 - 4, 0]
-    assert pieces["next"][[0, 1, 3]].tolist() == [place + row + 4 * 64, place + row, place + 30 * row]
-    for _ in range(6):
-        native.ask(at)
-    assert not pieces["left"].any()
-    assert pieces["next"][[0, 1, 3]].tolist() == [place + 10 * row, place + 3 * row, place + 40 * row]
-    native.ask(at)
-    assert not pieces["left"].any()
-
-    native.want_nothing(at, 7)
-    native.want(at, place + 16, row, 512, 10)  # rows that reach into a ninth line
-    native.want(at, place + 16, 512, 512, 10)  # and those that follow each other
-    assert pieces["left"][:2].tolist() == [90, 80]
 
 
 @pytest.mark.parametrize("causal", [False, True])
