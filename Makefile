@@ -3,7 +3,7 @@
 #   make demo         what the heads of a real sentence encoder look at; make demo ARGS=chat talks with a language model
 #   make listen       what is said in a wav file; make listen ARGS=talk.wav
 #   make guide        the pages of the guide; make guide ARGS=heads runs one
-#   make test         all tests and doctests; make test ARGS=tests/test_semantics.py runs some
+#   make test         all tests and doctests; make test ARGS=tests/semantics runs some
 #   make fuzz         random calls of everything, ten minutes of them, against the formula; make soak, an hour in threads
 #   make test-arm64   some of them on an emulated arm64 processor
 #   make docs         the site, in build/docs/, with its notebooks run and its links checked
@@ -72,7 +72,7 @@ test-arm64: export FASTATTN_CACHE_DIR ?= $(abspath $(VENV))/arm64/cache
 test-arm64: $(STAMP)/arm64
 ifeq ($(strip $(ARGS)),)
 	$(BIN)/python tests/arm64_kernels.py $$($(VENV)/arm64/python -c "import platform; print(platform.python_version())")
-	@$(ARM64) tests/test_semantics.py >$(STAMP)/arm64.log 2>&1 & beside=$$!; trap 'kill $$beside' INT TERM; \
+	@$(ARM64) tests/semantics >$(STAMP)/arm64.log 2>&1 & beside=$$!; trap 'kill $$beside' INT TERM; \
 	$(ARM64) tests/simd tests/test_properties.py::test_any_call; host=$$?; \
 	wait $$beside; status=$$?; cat $(STAMP)/arm64.log; exit $$((host | status))
 else

@@ -1,7 +1,7 @@
 """The portable kernels against the exact result: whole calls that Hypothesis makes up, and what each sentence says.
 
 Without a GPU the same source runs in Numba's simulator, thread by thread, on tiles of 4 queries and 4 keys: so shapes
-are small here. Where there is a GPU, tests/test_semantics.py runs on it as well.
+are small here. Where there is a GPU, tests/semantics runs on it as well.
 """
 
 from __future__ import annotations
