@@ -33,9 +33,8 @@ score. Then:
 - Dropout multiplies weights, and with them their errors, by 1 / (1 - p).
 - In the backward pass a weight is exp(score - lse) with both rounded, and what is multiplied by it, and summed, is
   rounded as often as the sum is long. A gradient is a sum of such products: its error is at most eps times the number
-  of roundings on the way, times the sum of the magnitudes. `expected_gradients` evaluates just that. The sum of D
-  products that is a score may begin with -lse, at whose size it is then rounded D times. The size of a log-sum-exp is
-  that of a score, which has been counted, and of the logarithm of Lk, unless a sink is far above all scores.
+  of roundings on the way, times the sum of the magnitudes. `expected_gradients` evaluates just that. A
+  log-sum-exp, which is subtracted from a finished score, is rounded at its own size.
 - With a softcap the gradient of a score is multiplied by its slope, 1 - tanh(s / c)². That has the roundings of tanh,
   and an error d of the score changes it by a factor of up to exp(2 d / c), as its logarithm has a slope of up to 2 / c.
   Where tanh is 1 in the call's type, the slope need not become smaller any more (`LEAST_SLOPE`).
@@ -481,8 +480,7 @@ def expected_gradients(
         row = np.where(np.isfinite(upstream.lse), np.abs(upstream.lse), 0)[..., None].astype(np.float64)
         # what is added where a weight is w is at most |lse| + |log w| and the score: beside a sink all may be small
         added = row + terms - np.log(np.where(whole > 0, np.minimum(whole, 1), 1))
-        begins = 1 + problem.head_dim / 2 if "sink" in problem.scores.own else 1
-        row = 2 * ROUNDINGS + terms + begins * row + np.minimum(largest_mask, added)
+        row = 2 * ROUNDINGS + terms + row + np.minimum(largest_mask, added)
         row = row + problem.head_dim + problem.value_dim + max(problem.queries, problem.keys)
         row = np.where(magnitudes > 0, row, 0)
         rounded, near_0, arrived, lost = 0.0, 0.0, 0.0, 0.0

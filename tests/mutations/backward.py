@@ -41,8 +41,8 @@ MUTATIONS = (
     Mutation(
         "the backward pass: a score of -inf beside a log-sum-exp of NaN is a hidden key's",
         "cpu/kernels/backward.py",
-        "if late and not finite:",
-        "if late and finite:",
+        "if not finite:\n        spoil",
+        "if finite:\n        spoil",
         ("api/test_backward.py", "test_a_log_sum_exp_of_nan_has_nan_for_scores_of_minus_infinity_too"),
     ),
     Mutation(

@@ -94,8 +94,8 @@ MUTATIONS = (
     Mutation(
         "weights grow further where something is added to scores",
         "cpu/kernels/softmax.py",
-        "current + SLACK / to_base_2",
-        "current + SLACK",
+        "m + SLACK / to_base_2",
+        "m + SLACK",
         ("semantics/test_types.py", "test_large_values_have_as_much_room and cpu"),
     ),
     Mutation(

@@ -9,6 +9,8 @@ import pytest
 import tolerances
 from semantic_cases import INF, Array, Attention, close, dtypes, grouped, inputs, normal, softmax_attention
 
+import fastattn
+
 
 def torch_attention(query: Array, key: Array, value: Array, mask: Array | None, options: dict[str, Any]) -> Array:
     """Call PyTorch's scaled_dot_product_attention, its causal mask made part of the mask where there is one."""
@@ -60,6 +62,29 @@ def test_coming_from_pytorch_with_groups(attention: Attention, dtype: Any) -> No
     wanted = tolerances.expected(query, key, value, enable_gqa=True, is_causal=True)
     tolerances.check_out(attention(query, key, value, is_causal=True, enable_gqa=True), wanted, peer)
     np.testing.assert_allclose(peer, wanted.out, atol=1e-5)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("features", [64, 128])
+def test_results_and_gradients_of_float32_are_as_exact_as_pytorchs(features: int, size: float, is_causal: bool) -> None:
+    """By the root mean square of their errors, which no few numbers make up; `size` is that of the scores."""
+    torch = pytest.importorskip("torch")
+    query, key, value, grad_out = (normal(1, 2, 600, features, seed=i) for i in range(4))
+    query *= np.float32(size)
+    out, lse = fastattn.attention(query, key, value, is_causal=is_causal, return_lse=True)
+    ours = out, *fastattn.attention_backward(grad_out, query, key, value, out, lse, is_causal=is_causal)
+
+    leaves = [torch.from_numpy(array).requires_grad_() for array in (query, key, value)]
+    result = torch.nn.functional.scaled_dot_product_attention(*leaves, is_causal=is_causal)
+    theirs = result.detach(), *torch.autograd.grad(result, leaves, torch.from_numpy(grad_out))
+
+    wide = [array.astype(np.float64) for array in (grad_out, query, key, value)]
+    exact = fastattn.attention(*wide[1:], is_causal=is_causal, return_lse=True, backend="reference")
+    gradients = fastattn.attention_backward(*wide, *exact, is_causal=is_causal, backend="reference")
+    for our, their, right in zip(ours, theirs, (exact[0], *gradients), strict=True):
+        error, peer = (float(np.sqrt(np.mean((np.asarray(x, np.float64) - right) ** 2))) for x in (our, their))
+        assert error <= 1.25 * peer
 
 
 def test_coming_from_jax_and_flash_attention_axes_are_swapped_without_a_copy(attention: Attention) -> None:

@@ -335,7 +335,7 @@ def _split(draft: Draft, heads: int, *, group: int, groups: int, part: int, part
         "query_sums": max(keys * query_panel, row_bytes),
         "query_lanes": numbers * problem.head_dim,
         "grad_lanes": numbers * problem.value_dim,
-        "starts": numbers,
+        "log_sums": numbers,
         "shifts": numbers,
         "rests": numbers,
         "deltas": numbers,

@@ -237,9 +237,9 @@ def load_many_keys(tile, plan, keys, source, count):
 
 
 @jit
-def near_scores(shape, plan, start, exps, column, q, row_bytes, factors, sums):
-    """start + the scores of the panel's next keys (as many as the shape has rows), which are within reach."""
-    total = start
+def near_scores(shape, plan, exps, column, q, row_bytes, factors, sums):
+    """The scores of the panel's next keys (as many as the shape has rows), which are within reach."""
+    total = tile_fill(shape, 0.0)
     for first in range(0, plan.head_dim, PART):
         part = tile_fill(shape, load_element(shape, sums))
         for _ in range(first, min(first + PART, plan.head_dim), 2):
@@ -255,10 +255,10 @@ def near_scores(shape, plan, start, exps, column, q, row_bytes, factors, sums):
 
 
 @jit
-def distant_scores(kernel, plan, start, raw, q_raws, weights):
-    """start + the scores of one key, with a tanh for each query and feature."""
+def distant_scores(kernel, plan, raw, q_raws, weights):
+    """The scores of one key, with a tanh for each query and feature."""
     tile = kernel.tile
-    total = start
+    total = tile_fill(tile.single, 0.0)
     for first in range(0, plan.head_dim, PART):
         part = tile_fill(tile.pair, 0.0)
         for _ in range(first, min(first + PART, plan.head_dim), 2):
@@ -272,8 +272,8 @@ def distant_scores(kernel, plan, start, raw, q_raws, weights):
 
 
 @jit
-def score_many(kernel, plan, q, keys, first, count, start, scores, best):
-    """scores[j][i] = start[i] + the score of query i and key first + j for `count` keys; `best` and their maximum."""
+def score_many(kernel, plan, q, keys, first, count, scores, best):
+    """scores[j][i] = the score of query i and key first + j for `count` keys; `best` and their maximum."""
     tile = kernel.tile
     q_raws, factors, weights, sums, _ = places(tile, plan, q)
     raws, exps = key_places(tile, plan, keys)
@@ -286,17 +286,16 @@ def score_many(kernel, plan, q, keys, first, count, start, scores, best):
     for j in range(0, count, tile.rows):
         height = min(tile.rows, count - j)
         if height == tile.rows and all_near(tile, largest, height, reach):
-            initial = tile_repeat(tile, start)
-            acc = near_scores(tile, plan, initial, exps, panel_row, q, tile.row_bytes, factors, sums)
+            acc = near_scores(tile, plan, exps, panel_row, q, tile.row_bytes, factors, sums)
             tile_store(acc, scores, tile.row_bytes)
             best = maximum(largest_row(acc), best)
         else:
             for r in range(height):
                 if load_element(tile, largest + r * tile.itemsize) <= reach:
                     at = exps + r * tile.itemsize
-                    one = near_scores(tile.single, plan, start, at, panel_row, q, tile.row_bytes, factors, sums)
+                    one = near_scores(tile.single, plan, at, panel_row, q, tile.row_bytes, factors, sums)
                 else:
-                    one = distant_scores(kernel, plan, start, raws + r * row_bytes, q_raws, weights)
+                    one = distant_scores(kernel, plan, raws + r * row_bytes, q_raws, weights)
                 tile_store(one, scores + r * tile.row_bytes, 0)
                 best = maximum(one, best)
         largest += panel_row
@@ -361,7 +360,7 @@ def sum_of(tile, at):
 
 
 @jit
-def score_by_features(kernel, plan, q, keys, first, count, start, scores, best):
+def score_by_features(kernel, plan, q, keys, first, count, scores, best):
     """`score_many` for at most one vector of queries, whose exponentials and products have features in the lanes."""
     tile = kernel.tile
     q_raws, factors, weights, sums, q_largest = places(tile, plan, q)
@@ -373,24 +372,20 @@ def score_by_features(kernel, plan, q, keys, first, count, start, scores, best):
     raws += first * row_bytes
     exps += first * row_bytes
     quad = tile.quad.rows
-    starts = q_largest + tile.vector_bytes
-    tile_store(start, starts, 0)
-    lanes_at = starts + tile.vector_bytes  # room in which the lanes of a quad are summed
+    lanes_at = q_largest + tile.vector_bytes  # room in which the lanes of a quad are summed
     for j in range(count):
-        tile_store(start, scores + j * tile.row_bytes, 0)
+        tile_store(tile_fill(tile.single, 0.0), scores + j * tile.row_bytes, 0)
     for j in range(0, count, quad):
         height = min(quad, count - j)
         near = height == quad and all_near(tile, largest, height, reach)
         for i in range(plan.queries):
             query = i * row_bytes
-            initial = load_element(tile, starts + i * tile.itemsize)
             place = scores + j * tile.row_bytes + i * tile.itemsize
             if near:
                 acc = near_lanes(tile.quad, plan.head_dim, exps, row_bytes, q + query, factors, sums)
                 tile_store(acc, lanes_at, tile.vector_bytes)
                 for r in range(quad):
-                    total = initial + sum_of(tile, lanes_at + r * tile.vector_bytes)
-                    store_element(tile, place + r * tile.row_bytes, total)
+                    store_element(tile, place + r * tile.row_bytes, sum_of(tile, lanes_at + r * tile.vector_bytes))
                 continue
             for r in range(height):
                 offset = r * row_bytes
@@ -399,7 +394,7 @@ def score_by_features(kernel, plan, q, keys, first, count, start, scores, best):
                 else:
                     one = distant_lanes(kernel, length, raws + offset, q_raws + query, weights)
                 tile_store(one, lanes_at, 0)
-                store_element(tile, place + r * tile.row_bytes, initial + sum_of(tile, lanes_at))
+                store_element(tile, place + r * tile.row_bytes, sum_of(tile, lanes_at))
         largest += quad * tile.itemsize
         raws += quad * row_bytes
         exps += quad * row_bytes
@@ -455,9 +450,9 @@ def load_keys(tile, plan, keys, source, count):
 
 
 @jit
-def score_block(kernel, plan, q, keys, first, count, start, scores, best):
-    """scores[j][i] = start[i] + the score of query i and key first + j for `count` keys; `best` and their maximum."""
+def score_block(kernel, plan, q, keys, first, count, scores, best):
+    """scores[j][i] = the score of query i and key first + j for `count` keys; `best` and their maximum."""
     tile = kernel.tile
     if tile.vectors > 1:
-        return score_many(kernel, plan, q, keys, first, count, start, scores, best)
-    return score_by_features(kernel, plan, q, keys, first, count, start, scores, best)
+        return score_many(kernel, plan, q, keys, first, count, scores, best)
+    return score_by_features(kernel, plan, q, keys, first, count, scores, best)

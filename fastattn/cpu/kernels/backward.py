@@ -4,8 +4,8 @@ A task is a group of key blocks of one head of keys. The blocks of queries that 
 
     for each block of queries:                        laid out both ways: queries in the lanes, and features
         for each block of keys of the group:
-            s[j][i]   = key[j] · q[i] - lse[i]        queries in the lanes, as in the forward pass, masks and all
-            p[j][i]   = 2^s
+            s[j][i]   = key[j] · q[i]                 queries in the lanes, as in the forward pass, masks and all
+            p[j][i]   = 2^(s - lse[i])
             ds[j][i]  = p · (value[j] · do[i] - Σ do · out)
             dq[i][:] += Σ_j ds[j][i] · key[j][:]      from here on features in the lanes
             dv[j][:] += Σ_i p[j][i] · do[i][:]
@@ -35,7 +35,6 @@ from fastattn.cpu.kernels.gradient_rows import (
     load_lanes,
     load_panels,
     load_query_sums,
-    starts_late,
     store_query_sums,
 )
 from fastattn.cpu.kernels.gradient_scores import (
@@ -136,18 +135,17 @@ def locate(call, plan, head):
 
 
 @jit
-def differentiate(kernel, plan, scores, grads, count, hidden, late, start, delta):
+def differentiate(kernel, plan, scores, grads, count, hidden, related, log_sum, delta):
     """Turn a block of scores into weights p, and one of value · do into ds.
 
-    `hidden`: some may not be looked at. `late`: scores are no exponents yet.
+    `hidden`: some may not be looked at. `related`: scores are exponents already.
     """
     tile, to_base_2, keep_scale = kernel.tile, plan.to_base_2, plan.keep_scale
     for _ in range(count):
         score = tile_load(tile.single, scores, 0)
-        if (kernel.steps != PLAIN or kernel.of_bfloat16) and late:
-            exponent = (score - start) * to_base_2
-        else:
-            exponent = score
+        exponent = score if related else score - log_sum
+        if (kernel.steps != PLAIN or kernel.of_bfloat16) and not related:
+            exponent = exponent * to_base_2
         weight = exp2(kernel, minimum(0.0, exponent))  # no weight is above 1, whatever the roundings of huge scores
         grad = tile_load(tile.single, grads, 0)
         if "dropout" in kernel.steps and "softcap" not in kernel.steps and plan.drop_below > 0:
@@ -163,12 +161,10 @@ def differentiate(kernel, plan, scores, grads, count, hidden, late, start, delta
 
 
 @inline
-def multiply_block(kernel, plan, head, s, first_key, offset, part, start, grad_start, scratch, wanted):
-    """The scores of `weigh`, and value · do beside them, each from what it starts with for a query."""
+def multiply_block(kernel, plan, head, s, first_key, offset, part, grad_start, scratch, wanted):
+    """The scores of `weigh`, and value · do beside them, from what that starts with for a query."""
     if kernel.reads == "matrix":
-        gradient_matrix.multiply_block(
-            kernel, plan, head, s, first_key, offset, part, start, grad_start, scratch, wanted
-        )
+        gradient_matrix.multiply_block(kernel, plan, head, s, first_key, offset, part, grad_start, scratch, wanted)
         return
     tile, before, count = kernel.tile, part.begin * kernel.tile.row_bytes, part.end - part.begin
     at = s * plan.score_panel + before
@@ -176,7 +172,8 @@ def multiply_block(kernel, plan, head, s, first_key, offset, part, start, grad_s
     keys, values = scratch + plan.keys_at + offset + before, scratch + plan.values_at + offset + before
     queries = scratch + plan.query_lanes_at + s * plan.head_dim * tile.row_bytes
     grad_lanes = scratch + plan.grad_lanes_at + s * plan.value_dim * tile.row_bytes
-    product_along(kernel, start, count, keys, plan.panel, queries, plan.head_dim, plan.factor, scores, wanted)
+    zero = tile_fill(tile.single, 0.0)
+    product_along(kernel, zero, count, keys, plan.panel, queries, plan.head_dim, plan.factor, scores, wanted)
     product_along(kernel, grad_start, count, values, plan.panel, grad_lanes, plan.value_dim, 1.0, grads, wanted)
 
 
@@ -197,19 +194,16 @@ def weigh(kernel, call, plan, head, s, first_query, first_key, offset, lost, scr
     before = part.begin * tile.row_bytes
     weights = scratch + plan.scores_at + s * plan.score_panel + before
     grads = scratch + plan.score_grads_at + s * plan.score_panel + before
-    start = tile_load(tile.single, scratch + plan.starts_at + s * tile.row_bytes, 0)
+    log_sum = tile_load(tile.single, scratch + plan.log_sums_at + s * tile.row_bytes, 0)
     delta = tile_load(tile.single, scratch + plan.deltas_at + s * tile.row_bytes, 0)
-    late = starts_late(kernel, plan)
     zero = tile_fill(tile.single, 0.0)
-    begin, grad_begin = start, zero - delta
-    if (kernel.steps != PLAIN or kernel.of_bfloat16) and late:
-        begin = zero
+    grad_begin = zero - delta
     if kernel.steps != PLAIN and plan.drop_below > 0:
         grad_begin = zero
-    multiply_block(kernel, plan, head, s, first_key, offset, part, begin, grad_begin, scratch, wanted)
-    finite = all_finite(start)
-    if late and not finite:
-        spoil(kernel, weights, count, start)
+    multiply_block(kernel, plan, head, s, first_key, offset, part, grad_begin, scratch, wanted)
+    finite = all_finite(log_sum)
+    if not finite:
+        spoil(kernel, weights, count, log_sum)
     dropping = "dropout" in kernel.steps and plan.drop_below > 0
     if dropping:
         drop(tile, plan, call, grads, count, head.number, first_query, first_key + part.begin)
@@ -225,18 +219,17 @@ def weigh(kernel, call, plan, head, s, first_query, first_key, offset, lost, scr
         hide_keys(kernel, plan, head, weights - before, 0, part, first_query, first_key, scratch)
     full, full_end = part.full - part.begin, part.full_end - part.begin
     if not finite:
-        hide_from_empty(kernel, plan, weights, count, start)
+        hide_from_empty(kernel, weights, count, log_sum)
         full = full_end = 0
     if lost:
         relate(tile, plan, weights, count, s, scratch)
-        late = False
     if full > 0:
-        differentiate(kernel, plan, weights, grads, full, True, late, start, delta)
+        differentiate(kernel, plan, weights, grads, full, True, lost, log_sum, delta)
     if full_end < count:
         rest = full_end * tile.row_bytes
-        differentiate(kernel, plan, weights + rest, grads + rest, count - full_end, True, late, start, delta)
+        differentiate(kernel, plan, weights + rest, grads + rest, count - full_end, True, lost, log_sum, delta)
     at = full * tile.row_bytes
-    differentiate(kernel, plan, weights + at, grads + at, full_end - full, False, late, start, delta)
+    differentiate(kernel, plan, weights + at, grads + at, full_end - full, False, lost, log_sum, delta)
     if with_slopes:
         add_distances(kernel, plan, head, weights, grads, bare, count, first_query, first_key + part.begin, s, scratch)
     if dropping:

@@ -37,7 +37,6 @@ from fastattn.simd import (
     tile_fill,
     tile_load,
     tile_load_stored,
-    tile_repeat,
     tile_store,
 )
 
@@ -115,23 +114,22 @@ def load_values(kernel, plan, target, source, count, finite):
 
 
 @jit
-def score_block(kernel, plan, q, key, first, count, start, scores, best, wanted):
-    """scores[j][i] = start[i] + key[first + j] · q[i] for `count` keys; the maximum of `best` and of them over j.
+def score_block(kernel, plan, q, key, first, count, scores, best, wanted):
+    """scores[j][i] = key[first + j] · q[i] for `count` keys; the maximum of `best` and of them over j.
 
     Meanwhile what is on the list `wanted` is asked for.
     """
     tile = kernel.tile
     if kernel.score == "additive":
-        return additive.score_block(kernel, plan, q, key, first, count, start, scores, best)
+        return additive.score_block(kernel, plan, q, key, first, count, scores, best)
     features = plan.head_dim
     if kernel.reads == "pairs":
         features = pairs.pairs_of(features)
     panel, row, column = key_steps(kernel, plan)
     key += first // tile.rows * panel
-    initial = tile_repeat(tile, start)
     whole = count - count % tile.rows
     for _ in range(0, whole, tile.rows):
-        acc = key_product(kernel, initial, key, row, column, q, features)
+        acc = key_product(kernel, tile_fill(tile, 0.0), key, row, column, q, features)
         if kernel.reads == "pairs" and kernel.steps != PLAIN:
             acc = acc * plan.factor
         tile_store(acc, scores, tile.row_bytes)
@@ -140,7 +138,7 @@ def score_block(kernel, plan, q, key, first, count, start, scores, best, wanted)
         key += panel
         scores += tile.rows * tile.row_bytes
     for _ in range(whole, count):
-        one = row_product(kernel, start, key, row, column, q, features)
+        one = row_product(kernel, tile_fill(tile.single, 0.0), key, row, column, q, features)
         if kernel.reads == "pairs" and kernel.steps != PLAIN:
             one = one * plan.factor
         tile_store(one, scores, tile.row_bytes)
@@ -271,34 +269,23 @@ def add_visible_row(kernel, plan, head, weights, first_query, key, value, out, s
 
 
 @jit
-def scores_of(kernel, plan, head, q, m, relative, part, first_query, first_key, key, work, wanted):
+def scores_of(kernel, plan, head, q, part, first_query, first_key, key, work, wanted):
     """Form the scores of some queries with a part of a block of keys; their maximum over the keys is at `work`.
 
     They are where `place_of_scores` says, those of key j of the block in row j; a matrix unit's products are there
-    already. `relative`: less m, from which the sums of products then start.
+    already.
     """
-    tile, start = kernel.tile, start_of(kernel, m, relative)
+    tile = kernel.tile
     best = tile_fill(tile.single, MINUS_INFINITY)
-    best = score_rows(
-        kernel, plan, head, first_query, first_key, q, key, part.full, part.full_end, start, best, work, wanted
-    )
+    best = score_rows(kernel, plan, head, first_query, first_key, q, key, part.full, part.full_end, best, work, wanted)
     tile_store(best, work, 0)
     for edge in range(2):
         begin, end = (part.begin, part.full) if edge == 0 else (part.full_end, part.end)
         if begin < end:
-            score_rows(kernel, plan, head, first_query, first_key, q, key, begin, end, start, best, work, wanted)
+            score_rows(kernel, plan, head, first_query, first_key, q, key, begin, end, best, work, wanted)
             rows = place_of_scores(tile, work) + begin * tile.row_bytes
             buffer = work + tile.row_bytes
             restrict(kernel, plan, head, rows, end - begin, first_query, first_key + begin, work, buffer)
-
-
-@jit
-def start_of(kernel, m, relative):
-    """What sums of products start from."""
-    start = tile_fill(kernel.tile.single, 0.0)
-    if relative:
-        start = start - tile_load(kernel.tile.single, m, 0)
-    return start
 
 
 @jit
@@ -314,17 +301,17 @@ def place_behind_scores(tile, plan, work):
 
 
 @jit
-def score_rows(kernel, plan, head, first_query, first_key, q, key, begin, end, start, best, work, wanted):
+def score_rows(kernel, plan, head, first_query, first_key, q, key, begin, end, best, work, wanted):
     """Form the scores of the keys from `begin` to `end` of a block, capped; the maximum of `best` and of them."""
     tile = kernel.tile
     scores, count = place_of_scores(tile, work) + begin * tile.row_bytes, end - begin
     if kernel.reads == "matrix":
         rest = place_behind_scores(tile, plan, work)  # free until the products of the next query block are formed
         best_of = matrix_products.finish_scores(
-            kernel, plan, head, first_query, first_key, q, key, begin, count, start, scores, best, rest
+            kernel, plan, head, first_query, first_key, q, key, begin, count, scores, best, rest
         )
     else:
-        best_of = score_block(kernel, plan, q, key, begin, count, start, scores, best, wanted)
+        best_of = score_block(kernel, plan, q, key, begin, count, scores, best, wanted)
     if "softcap" in kernel.steps and plan.softcap != 0.0:
         return cap(tile, plan, scores, count, best)
     return best_of

@@ -33,7 +33,6 @@ from fastattn.cpu.kernels.blocks import (
     place_behind_scores,
     place_of_scores,
     scores_of,
-    start_of,
 )
 from fastattn.cpu.kernels.dropout import drop
 from fastattn.cpu.kernels.forward_prefetch import Turn, foresee, list_wanted, next_head
@@ -58,6 +57,7 @@ from fastattn.simd import (
     matrix_end,
     record_view,
     store_element,
+    tile_fill,
     tile_load,
     tile_store,
 )
@@ -148,15 +148,6 @@ def values_from(kernel, plan, values, key):
 
 
 @jit
-def is_relative(kernel, plan):
-    """Whether sums of products start from -m.
-
-    m may stem from what is added, and be far from the scores; a softcap wants them as they are.
-    """
-    return "softcap" not in kernel.steps and (kernel.steps == PLAIN or not plan.adds)
-
-
-@jit
 def size_of(part):
     """How many keys there are to a part of a block."""
     return part.end - part.begin
@@ -166,18 +157,18 @@ def size_of(part):
 def multiply_keys(kernel, plan, block, room, keys, wanted, weighing):
     """Form the products of a query block with keys on a matrix unit, and weights of another; how many of these."""
     tile, part = kernel.tile, block.part
-    start = start_of(kernel, block.state + room.m, is_relative(kernel, plan))
+    start = tile_fill(tile.single, 0.0)
     scores = place_of_scores(tile, block.work) + part.begin * tile.row_bytes
     count, features = size_of(part), plan.head_dim
     return multiply(kernel, keys, block.state, part.begin, count, start, features, scores, wanted, weighing)
 
 
 @jit
-def absorb_meanwhile(kernel, plan, scores, count, top, relative, to_base_2, block, after, room, keys, wanted):
+def absorb_meanwhile(kernel, plan, scores, count, top, to_base_2, block, after, room, keys, wanted):
     """`absorb`, while a matrix unit forms the products of the next query block, if any; weights are laid out then."""
     tile, m, ahead, done = kernel.tile, block.state + room.m, size_of(after.part), 0
     l = m + tile.row_bytes
-    shift, factor = follow(kernel, top, relative, to_base_2, m, l, block.state + room.out, plan.value_dim)
+    shift, factor = follow(kernel, top, to_base_2, m, l, block.state + room.out, plan.value_dim)
     steps = max(1, products_of(kernel, ahead, plan.head_dim))
     pairs = pairs_of_weights(kernel, room.rest)
     weighing = to_weigh(kernel, scores, count, shift, to_base_2, pairs, memory_to_weigh(), steps)
@@ -192,9 +183,8 @@ def attend(kernel, call, plan, head, number, block, after, room, first_key, keys
     """Take one query block through a part of a block of keys: scores, softmax, and the sum of values."""
     tile, part, first = kernel.tile, block.part, block.first
     m, out = block.state + room.m, block.state + room.out
-    relative = is_relative(kernel, plan)
     to_base_2 = plan.to_base_2 if kernel.steps != PLAIN or kernel.of_bfloat16 else 1.0
-    scores_of(kernel, plan, head, block.state, m, relative, part, first, first_key, keys, block.work, wanted)
+    scores_of(kernel, plan, head, block.state, part, first, first_key, keys, block.work, wanted)
     count = size_of(part)
     scores = place_of_scores(tile, block.work) + part.begin * tile.row_bytes
     seen = 0
@@ -206,12 +196,12 @@ def attend(kernel, call, plan, head, number, block, after, room, first_key, keys
     dropping = "dropout" in kernel.steps and plan.drop_below > 0
     if kernel.reads == "matrix":
         if finite and not dropping:
-            absorb_meanwhile(kernel, plan, scores, count, top, relative, to_base_2, block, after, room, keys, wanted)
+            absorb_meanwhile(kernel, plan, scores, count, top, to_base_2, block, after, room, keys, wanted)
             add_weighed(kernel, plan, count, values, plan.value_dim, out, room.rest, wanted)
             return
         if size_of(after.part) > 0:
             multiply_keys(kernel, plan, after, room, keys, wanted, no_weights())
-    absorb(kernel, scores, count, top, relative, to_base_2, m, m + tile.row_bytes, out, plan.value_dim)
+    absorb(kernel, scores, count, top, to_base_2, m, m + tile.row_bytes, out, plan.value_dim)
     first_key += part.begin
     if "dropout" in kernel.steps and dropping:
         drop(tile, plan, call, scores, count, number, first, first_key)

@@ -16,7 +16,7 @@ from fastattn.cpu.kernels.matrix import (
 from fastattn.cpu.kernels.matrix_products import add_columns, add_panels, score_lanes, split_weights
 from fastattn.cpu.kernels.prefetch import NOTHING
 from fastattn.machine.tile import MATRIX_DEPTH, MATRIX_ROWS, MATRIX_TILE
-from fastattn.simd import jit, tile_load, tile_store
+from fastattn.simd import jit, tile_fill, tile_load, tile_store
 
 
 @jit
@@ -42,30 +42,30 @@ def load_key_columns(kernel, plan, key, count, target):
 
 
 @jit
-def multiply_keys(kernel, plan, head, s, first_key, keys, part, start, scores, scratch, wanted):
+def multiply_keys(kernel, plan, head, s, first_key, keys, part, scores, scratch, wanted):
     """The scores of a part of a block of keys, whose first is number `first_key`, and tile width `s` of the queries."""
     features, row, column = plan.head_dim, plan.key_row, plan.key_column
     numbers = scratch + plan.query_lanes_at + s * features * kernel.tile.row_bytes
     lanes = scratch + plan.query_lane_terms_at + s * bytes_of_lanes(kernel, features)
     source, buffer = head.key + (first_key + part.begin) * row, scratch + plan.grad_pairs_at
-    first, count = part.begin, part.end - part.begin
+    first, count, zero = part.begin, part.end - part.begin, tile_fill(kernel.tile.single, 0.0)
     # fmt: off
     score_lanes(
-        kernel, plan, keys, lanes, numbers, first, count, start, source, row, column, features, plan.factor, scores,
+        kernel, plan, keys, lanes, numbers, first, count, zero, source, row, column, features, plan.factor, scores,
         buffer, wanted,
     )
     # fmt: on
 
 
 @jit
-def multiply_block(kernel, plan, head, s, first_key, offset, part, start, grad_start, scratch, wanted):
+def multiply_block(kernel, plan, head, s, first_key, offset, part, grad_start, scratch, wanted):
     """The same for a block at `offset` in a panel, with value · do beside the scores."""
     before, features = s * plan.score_panel + part.begin * kernel.tile.row_bytes, plan.value_dim
     number, row, column = offset // plan.score_panel, plan.value_row, plan.value_column
     keys = scratch + plan.keys_at + number * bytes_of_rows(kernel, plan, plan.head_dim)
     values = scratch + plan.values_at + number * bytes_of_rows(kernel, plan, features)
     scores, grads = scratch + plan.scores_at + before, scratch + plan.score_grads_at + before
-    multiply_keys(kernel, plan, head, s, first_key, keys, part, start, scores, scratch, wanted)
+    multiply_keys(kernel, plan, head, s, first_key, keys, part, scores, scratch, wanted)
     numbers = scratch + plan.grad_lanes_at + s * features * kernel.tile.row_bytes
     lanes = scratch + plan.grad_lane_terms_at + s * bytes_of_lanes(kernel, features)
     source, buffer = head.value + (first_key + part.begin) * row, scratch + plan.grad_pairs_at

@@ -1,7 +1,7 @@
 """A block of queries in the backward pass, laid out both ways: queries in the lanes, and features in the lanes.
 
-Beside the queries stand the gradients of their results, and for each query what its exponents start from, and what is
-subtracted from the gradients of its weights.
+Beside the queries stand the gradients of their results, and for each query what is subtracted from its scores, and from
+the gradients of its weights.
 """
 
 from fastattn.cpu.kernels import matrix
@@ -10,7 +10,6 @@ from fastattn.cpu.kernels.pack import pack_queries, unpack_rows
 from fastattn.cpu.kernels.pairs import pair_rows
 from fastattn.cpu.kernels.panels import are_finite, clean_panels, clear_row, pack_panels, pair_panels, unpack_panels
 from fastattn.cpu.kernels.softmax import MINUS_INFINITY
-from fastattn.machine.kernel import PLAIN
 from fastattn.simd import jit, load_element, store_element, tile_fill, tile_load, tile_store
 
 LOG2_E = 1.4426950408889634
@@ -32,29 +31,20 @@ def row_product(tile, a, b, panel, features, buffer):
 
 
 @jit
-def starts_late(kernel, plan):
-    """Whether an lse is subtracted from finished scores: what is made of them comes first."""
-    if kernel.of_bfloat16:  # products are not yet times all of the scale
-        return True
-    return "softcap" in kernel.steps or (kernel.steps != PLAIN and plan.to_base_2 != 1.0)
-
-
-@jit
-def load_starts(kernel, plan, lse, present, starts):
-    """starts[i] = what sums of products begin with, -lse; or late, what is subtracted. Whether all see a key."""
+def load_log_sums(kernel, plan, lse, present, log_sums):
+    """log_sums[i] = what is subtracted from scores, in their base. Whether all queries see a key."""
     tile = kernel.tile
-    late = starts_late(kernel, plan)
     factor = LOG2_E / plan.to_base_2
     full = True
     for i in range(plan.query_block):
-        start = INFINITY if late else MINUS_INFINITY  # where nothing is looked at, an exponent of -inf comes out
+        log_sum = INFINITY  # where nothing is looked at, an exponent of -inf comes out
         if i < present:
             total = load_element(tile, lse + i * tile.itemsize) * 1.0
             if total == MINUS_INFINITY:
                 full = False
             else:
-                start = total * factor if late else -total * factor
-        store_element(tile, starts + i * tile.itemsize, start)
+                log_sum = total * factor
+        store_element(tile, log_sums + i * tile.itemsize, log_sum)
     return full
 
 
@@ -84,7 +74,7 @@ def load_lanes(kernel, plan, query, grad_out, lse, present, scale, scratch):
         grad_out += tile.width * row
         at += plan.head_dim * tile.row_bytes
         grad_at += plan.value_dim * tile.row_bytes
-    full = load_starts(kernel, plan, lse, present, scratch + plan.starts_at)
+    full = load_log_sums(kernel, plan, lse, present, scratch + plan.log_sums_at)
     if not full:
         for i in range(present):
             if load_element(tile, lse + i * tile.itemsize) == MINUS_INFINITY:

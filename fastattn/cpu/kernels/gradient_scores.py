@@ -3,7 +3,6 @@
 Softcaps and the user's functions, whose slopes are factors of a gradient, and what the slopes of ALiBi get of it.
 """
 
-from fastattn.cpu.kernels.gradient_rows import starts_late
 from fastattn.cpu.kernels.masks import lowest
 from fastattn.cpu.kernels.scores import cap, cap_with_slope
 from fastattn.cpu.kernels.softmax import MINUS_INFINITY
@@ -14,27 +13,23 @@ SMALLEST_FLOAT32, SMALLEST_FLOAT64 = 2.0**-126, 2.0**-1022  # normal numbers: le
 
 
 @jit
-def spoil(kernel, scores, count, start):
-    """Scores of NaN for queries that do not start from a finite number: what is subtracted later finds none of -inf.
+def spoil(kernel, scores, count, log_sum):
+    """Scores of NaN for queries whose lse is not finite: what is subtracted later finds none of -inf.
 
     A score of -inf is a hidden key's otherwise, and has no weight, where one of NaN is due beside an lse of NaN.
     """
-    tile, nothing = kernel.tile, start - start
+    tile, nothing = kernel.tile, log_sum - log_sum
     for at in range(scores, scores + count * tile.row_bytes, tile.row_bytes):
         tile_store(tile_load(tile.single, at, 0) + nothing, at, 0)
 
 
 @jit
-def hide_from_empty(kernel, plan, scores, count, start):
+def hide_from_empty(kernel, scores, count, log_sum):
     """Scores of -inf for queries that look at nothing: a query of 0 and a key that is not finite have made NaN."""
     tile = kernel.tile
     for _ in range(count):
         score = tile_load(tile.single, scores, 0)
-        if starts_late(kernel, plan):
-            score = where_greater(start, -lowest(tile), MINUS_INFINITY, score)
-        else:
-            score = where_greater(lowest(tile), start, MINUS_INFINITY, score)
-        tile_store(score, scores, 0)
+        tile_store(where_greater(log_sum, -lowest(tile), MINUS_INFINITY, score), scores, 0)
         scores += tile.row_bytes
 
 

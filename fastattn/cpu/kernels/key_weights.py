@@ -114,7 +114,7 @@ def sum_weights(kernel, call, plan, number, part, scratch):
             if count <= 0:
                 continue
             at = keys + b * block_bytes
-            scores_of(kernel, plan, head, q, state, False, part, first, first_key, at, work, NOTHING)
+            scores_of(kernel, plan, head, q, part, first, first_key, at, work, NOTHING)
             scores = place_of_scores(tile, work) + part.begin * tile.row_bytes
             if present < tile.width:
                 leave_out(tile, scores, count, present)

@@ -49,6 +49,7 @@ from fastattn.simd import (
     matrix_value_two,
     maximum,
     stack_memory,
+    tile_fill,
     tile_load,
     tile_store,
     where_greater,
@@ -191,7 +192,7 @@ def largest_of(kernel, factor, scores, count, best):
 
 
 @jit
-def finish_scores(kernel, plan, head, first_query, first_key, q, key, first, count, start, scores, best, rest):
+def finish_scores(kernel, plan, head, first_query, first_key, q, key, first, count, scores, best, rest):
     """Of products of `count` keys of a block, from key `first` on, make scores; the maximum of `best` and of them.
 
     The block's first key is number `first_key`; `rest` is room.
@@ -203,7 +204,8 @@ def finish_scores(kernel, plan, head, first_query, first_key, q, key, first, cou
         pack_queries(kernel.query_place, tile, rest, source, row, column, present, features, plan.scale)
         buffer, row, column = rest + features * tile.row_bytes, plan.key_row, plan.key_column
         source = head.key + (first_key + first) * row
-        mend(kernel, plan, key, q, rest, first, count, start, source, row, column, features, scores, buffer)
+        zero = tile_fill(tile.single, 0.0)
+        mend(kernel, plan, key, q, rest, first, count, zero, source, row, column, features, scores, buffer)
     return largest_of(kernel, plan.factor, scores, count, best)
 
 

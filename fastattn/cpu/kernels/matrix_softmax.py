@@ -10,7 +10,7 @@ from collections import namedtuple
 from fastattn.cpu.kernels.matrix import depth, store_terms
 from fastattn.cpu.kernels.softmax import MINUS_INFINITY, exp2
 from fastattn.machine.tile import MATRIX_DEPTH as DEEP
-from fastattn.simd import all_zero, inline, jit, stack_memory, tile_fill, tile_load, tile_store
+from fastattn.simd import all_finite, fma, inline, jit, stack_memory, tile_fill, tile_load, tile_store
 from fastattn.simd.matrix import WIDE, WIDE_ROW
 
 PARTS = 512  # of a pair of keys; the smallest step
@@ -45,14 +45,17 @@ def to_weigh(kernel, scores, count, shift, to_base_2, pairs, memory, steps):
 
 
 @inline
-def weights_of(kernel, weighing, begin, end, shift, total):
-    """Those of the scores from `begin` to `end`, and the sum with them."""
-    tile = kernel.tile
+def weights_of(kernel, weighing, begin, end, shift, added, total):
+    """Those of the scores from `begin` to `end`, and the sum with them. `added`: -shift · to_base_2 is given."""
+    tile, to_base_2 = kernel.tile, weighing.to_base_2
     at, rest = weighing.scores + begin * tile.row_bytes, (kernel.terms - 1) * WIDE
     to = weighing.pairs + begin // 2 * WIDE_ROW + begin // DEEP * rest
     for j in range(begin, end, 2):
-        low = exp2(kernel, (tile_load(tile.single, at, 0) - shift) * weighing.to_base_2)
-        high = exp2(kernel, (tile_load(tile.single, at + tile.row_bytes, 0) - shift) * weighing.to_base_2)
+        low, high = tile_load(tile.single, at, 0), tile_load(tile.single, at + tile.row_bytes, 0)
+        if added:
+            low, high = exp2(kernel, fma(low, to_base_2, shift)), exp2(kernel, fma(high, to_base_2, shift))
+        else:
+            low, high = exp2(kernel, (low - shift) * to_base_2), exp2(kernel, (high - shift) * to_base_2)
         total = total + low + high
         store_terms(kernel, low, high, to, WIDE)
         at += 2 * tile.row_bytes
@@ -73,10 +76,11 @@ def weigh(kernel, weighing, done):
     if begin < end:
         tile = kernel.tile
         shift, total = tile_load(tile.single, weighing.shift, 0), tile_load(tile.single, weighing.total, 0)
-        if all_zero(shift):  # there is nothing to subtract
-            total = weights_of(kernel, weighing, begin, end, tile_fill(tile.single, 0.0), total)
+        added = tile_fill(tile.single, 0.0) - shift * weighing.to_base_2
+        if kernel.terms == 1 and all_finite(added):  # an instruction less, and a rounding that bfloat16 does not show
+            total = weights_of(kernel, weighing, begin, end, added, True, total)
         else:
-            total = weights_of(kernel, weighing, begin, end, shift, total)
+            total = weights_of(kernel, weighing, begin, end, shift, False, total)
         tile_store(total, weighing.total, 0)
     return done
 

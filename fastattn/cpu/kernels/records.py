@@ -192,8 +192,8 @@ GRADIENT_PARTS = (
     "query_sums",  # its gradient
     "query_lanes",  # queries once more, and the gradient of their result, with queries in the lanes
     "grad_lanes",
-    "starts",  # a number for each query: what the exponent of a score begins with
-    "shifts",  # where an lse has lost digits: what is subtracted from scores, and then from exponents
+    "log_sums",  # a number for each query: what is subtracted from scores
+    "shifts",  # where an lse has lost digits, instead: what is subtracted from scores, and then from exponents
     "rests",
     "deltas",  # and what is subtracted from the gradient of a weight
     "slope_sums",  # what slopes of ALiBi get from it, with queries in the lanes

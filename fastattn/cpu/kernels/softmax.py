@@ -139,35 +139,32 @@ def rescale(tile, block, features, factor):
 
 
 @jit
-def follow(kernel, top, relative, to_base_2, m_at, l_at, out, features):
+def follow(kernel, top, to_base_2, m_at, l_at, out, features):
     """Bring m up to date, and rescale the output if it rose; what scores then refer to, and the same factor for l.
 
-    `top` is a block's maximum for every query. `relative`: m has been subtracted from the scores, and from top.
-    Differences of scores are times `to_base_2`, which is 1 there, except of products of bfloat16; and so is the slack.
+    `top` is a block's maximum for every query. Differences of scores are times `to_base_2`, and so is the slack.
     """
     tile = kernel.tile
     zero = tile_fill(tile.single, 0.0)
     m = tile_load(tile.single, m_at, tile.row_bytes)
     total = tile_load(tile.single, l_at, tile.row_bytes)
-    current = zero if relative else m
     # A query that has seen no key yet (l = 0) takes whatever maximum comes, unless that is still -inf.
-    bound = where_greater(total, zero, current + SLACK / to_base_2, MINUS_INFINITY)
-    shift, factor = where_greater(top, bound, top, current), tile_fill(tile.single, 1.0)
-    if not all_zero(shift - current):
-        factor = where_greater(total, zero, exp2(kernel, (current - shift) * to_base_2), 1.0)
+    bound = where_greater(total, zero, m + SLACK / to_base_2, MINUS_INFINITY)
+    shift, factor = where_greater(top, bound, top, m), tile_fill(tile.single, 1.0)
+    if not all_zero(shift - m):
+        factor = where_greater(total, zero, exp2(kernel, (m - shift) * to_base_2), 1.0)
         rescale(tile, out, features, factor)
-        tile_store(m + shift if relative else shift, m_at, tile.row_bytes)
+        tile_store(shift, m_at, tile.row_bytes)
     return shift, factor
 
 
 @jit
-def absorb(kernel, scores, count, top, relative, to_base_2, m_at, l_at, out, features):
+def absorb(kernel, scores, count, top, to_base_2, m_at, l_at, out, features):
     """Turn a block of scores into weights, whose sum is added to l; and what `follow` does."""
     tile = kernel.tile
-    shift, factor = follow(kernel, top, relative, to_base_2, m_at, l_at, out, features)
-    if relative and all_zero(shift):
-        zero = tile_fill(tile.single, 0.0)
-        total = exponentials(kernel, scores, count, zero, to_base_2 if kernel.of_bfloat16 else 1.0)
+    shift, factor = follow(kernel, top, to_base_2, m_at, l_at, out, features)
+    if to_base_2 == 1.0:
+        total = exponentials(kernel, scores, count, shift, 1.0)
     else:
         total = exponentials(kernel, scores, count, shift, to_base_2)
     tile_store(fma(tile_load(tile.single, l_at, 0), factor, total), l_at, 0)

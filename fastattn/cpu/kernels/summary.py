@@ -188,7 +188,7 @@ def summarise_group(kernel, call, plan, number, first_block, blocks, scratch):
                 continue
             q = scratch + b * state_bytes
             state = q + q_bytes
-            scores_of(kernel, plan, head, q, state, False, part, first, first_key, keys_at, work, NOTHING)
+            scores_of(kernel, plan, head, q, part, first, first_key, keys_at, work, NOTHING)
             scores = place_of_scores(tile, work) + part.begin * tile.row_bytes
             top = tile_load(tile.single, work, 0)
             if k > 0:
@@ -235,7 +235,7 @@ def weigh_block(kernel, call, plan, head, number, first_query, scratch):
         part = keys_of_block(kernel, plan, head, first_query, first_key)
         count = part.end - part.begin
         if count > 0:
-            scores_of(kernel, plan, head, q, q, False, part, first_query, first_key, keys, work, NOTHING)
+            scores_of(kernel, plan, head, q, part, first_query, first_key, keys, work, NOTHING)
         exponentials(kernel, scores + part.begin * tile.row_bytes, count, m, plan.to_base_2)
         weights = call.weights + row * plan.keys * tile.itemsize
         write_weights(kernel, plan, scores, part, total, factors, weights, first_key, present)

@@ -1,7 +1,7 @@
 """What the backward pass does where a log-sum-exp has lost digits that matter (`fastattn.call.rounding`).
 
-Usually a weight is 2^(score - lse), and the lse is what the sum of products starts from. Where it was rounded to too
-few digits the row's sum is formed again, from the same scores to the bit, by the first group of keys:
+Usually a weight is 2^(score - lse). Where the lse was rounded to too few digits the row's sum is formed again, from the
+same scores to the bit, by the first group of keys:
 
     for each block of keys, of all:
         scores[j][i] = key[j] · q[i]
@@ -14,7 +14,6 @@ of more keys than these has no such sum, and is taken as any other.
 import math
 
 from fastattn.cpu.kernels import gradient_matrix
-from fastattn.cpu.kernels.gradient_rows import starts_late
 from fastattn.cpu.kernels.masks import INFINITY, lowest
 from fastattn.cpu.kernels.matrix import load_rows
 from fastattn.cpu.kernels.pack import clear
@@ -95,9 +94,7 @@ def absorb_block(kernel, plan, head, first_query, first_key, keys, s, scratch):
     scores, rows = scratch + plan.scores_at, part.begin * tile.row_bytes
     zero = tile_fill(tile.single, 0.0)
     if kernel.reads == "matrix":
-        gradient_matrix.multiply_keys(
-            kernel, plan, head, s, first_key, keys, part, zero, scores + rows, scratch, NOTHING
-        )
+        gradient_matrix.multiply_keys(kernel, plan, head, s, first_key, keys, part, scores + rows, scratch, NOTHING)
     else:
         queries = scratch + plan.query_lanes_at + at * plan.head_dim
         product_along(
@@ -108,7 +105,7 @@ def absorb_block(kernel, plan, head, first_query, first_key, keys, s, scratch):
     hide_keys(kernel, plan, head, scores, 0, part, first_query, first_key, scratch)
     top = largest_scores(tile, scores + rows, count)
     tops, totals = scratch + plan.shifts_at + at, scratch + plan.rests_at + at
-    absorb(kernel, scores + rows, count, top, False, plan.to_base_2, tops, totals, 0, 0)
+    absorb(kernel, scores + rows, count, top, plan.to_base_2, tops, totals, 0, 0)
 
 
 @jit
@@ -155,18 +152,15 @@ def find_sums(kernel, plan, head, lse, first_query, present, numbers, sink_weigh
 
 @jit
 def load_sums(kernel, plan, lse, present, numbers, scratch):
-    """Lay out what `relate` takes from the scores of a block of queries; those of queries with a sum start from 0."""
+    """Lay out what `relate` takes from the scores of a block of queries."""
     tile = kernel.tile
-    late = starts_late(kernel, plan)
     for i in range(plan.query_block):
         offset = i * tile.itemsize
-        start = scratch + plan.starts_at + offset
-        shift, rest = load_element(tile, start) * 1.0 if late else 0.0, 0.0
+        shift, rest = load_element(tile, scratch + plan.log_sums_at + offset) * 1.0, 0.0
         if i < present and has_lost(plan, load_element(tile, lse + offset) * 1.0):
             m = load_element(tile, numbers + plan.numbers + offset) * 1.0
             if m != INFINITY:
                 shift, rest = m, load_element(tile, numbers + 2 * plan.numbers + offset) * 1.0
-                store_element(tile, start, 0.0)
         store_element(tile, scratch + plan.shifts_at + offset, shift)
         store_element(tile, scratch + plan.rests_at + offset, rest)
 

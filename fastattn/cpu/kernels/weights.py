@@ -60,11 +60,11 @@ def weigh_block(kernel, call, plan, head, number, first_query, scratch):
             rows, count = scores + part.begin * tile.row_bytes, part.end - part.begin
             if count > 0:
                 keys = load_keys(kernel, plan, packed_keys, head.key + first_key * plan.key_row, part.end)
-                scores_of(kernel, plan, head, q, m, False, part, first_query, first_key, keys, work, NOTHING)
+                scores_of(kernel, plan, head, q, part, first_query, first_key, keys, work, NOTHING)
             if not second:
                 if count > 0:
                     top = tile_load(tile.single, work, 0)
-                    absorb(kernel, rows, count, top, False, plan.to_base_2, m, total, 0, 0)
+                    absorb(kernel, rows, count, top, plan.to_base_2, m, total, 0, 0)
                 continue
             exponentials(kernel, rows, count, tile_load(tile.single, m, 0), plan.to_base_2)
             if plan.drop_below > 0:
