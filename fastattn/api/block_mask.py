@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastattn.call.advice import said
-from fastattn.call.arrays import as_array
+from fastattn.call.arrays import as_array, as_integers
 from fastattn.call.blocks import Blocks
 from fastattn.call.score_options import MaskMod
 from fastattn.call.types import IntegerLike, NumberLike
@@ -150,10 +150,9 @@ class BlockMask(Blocks):
         np.int64(34)
         """
         _check_size("keys", keys)
-        ends = {name: as_array(name, given) for name, given in (("begin", begin), ("end", end))}
-        for name, array in ends.items():
-            if array.dtype.kind not in "iu":
-                raise TypeError(f"{name}: dtype {array.dtype}; expected integers, one for each query")
+        ends = {
+            name: as_integers(name, given, "one for each query") for name, given in (("begin", begin), ("end", end))
+        }
         try:
             first, last = np.broadcast_arrays(*ends.values())
         except ValueError:

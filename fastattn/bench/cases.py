@@ -118,8 +118,10 @@ _FLOAT64 = ((1, 8, 1024, 64), (1, 4, 2048, 128))
 _BACKWARD = ((1, 8, 2048, 64), (1, 8, 2048, 128))
 _BACKWARD_64 = ((1, 8, 1024, 64),)
 _HALF = ((1, 8, 512, 64), (1, 8, 2048, 64), (1, 8, 2048, 128))
+_BFLOAT16 = (*_HALF, (16, 12, 128, 64))
 _MASKED = (1, 8, 2048, 64)
 _TINY = ((1, 4, 8, 32), (1, 1, 16, 64), (1, 8, 64, 64), (2, 4, 128, 32))
+_TINY_BFLOAT16 = ((1, 8, 64, 64), (2, 4, 128, 32))
 _PACED = ((1, 8, 64, 64), (1, 8, 256, 64), (1, 12, 512, 64))
 
 CASES: tuple[Case, ...] = (
@@ -127,17 +129,20 @@ CASES: tuple[Case, ...] = (
     *(Case("float32 causal", *shape, causal=True) for shape in _FLOAT32),
     *(Case("float64", *shape, dtype="float64") for shape in _FLOAT64),
     *(Case("float64 causal", *shape, dtype="float64", causal=True) for shape in _FLOAT64),
-    *(Case("bfloat16", *shape, dtype="bfloat16") for shape in _HALF),
-    *(Case("bfloat16 causal", *shape, dtype="bfloat16", causal=True) for shape in _HALF),
+    *(Case("bfloat16", *shape, dtype="bfloat16") for shape in _BFLOAT16),
+    *(Case("bfloat16 causal", *shape, dtype="bfloat16", causal=True) for shape in _BFLOAT16),
     *(Case("float16", *shape, dtype="float16") for shape in _HALF),
     *(Case("float16 causal", *shape, dtype="float16", causal=True) for shape in _HALF),
     Case("float mask per head", *_MASKED, mask="float"),
     Case("boolean mask", *_MASKED, mask="bool"),
     Case("key padding", *_MASKED, mask="padding"),
     *(Case("tiny, in a loop", *shape, pace="tight") for shape in _TINY),
+    *(Case("tiny bfloat16, in a loop", *shape, dtype="bfloat16", pace="tight") for shape in _TINY_BFLOAT16),
     *(Case("every 20 ms", *shape, pace="paced") for shape in _PACED),
     *(Case("backward", *shape, backward=True) for shape in _BACKWARD),
     *(Case("backward causal", *shape, causal=True, backward=True) for shape in _BACKWARD),
+    *(Case("backward bfloat16", *shape, dtype="bfloat16", backward=True) for shape in _BACKWARD),
+    *(Case("backward bfloat16 causal", *shape, dtype="bfloat16", causal=True, backward=True) for shape in _BACKWARD),
     *(Case("backward 64-bit", *shape, dtype="float64", backward=True) for shape in _BACKWARD_64),
     *(Case("backward 64-bit causal", *shape, dtype="float64", causal=True, backward=True) for shape in _BACKWARD_64),
 )

@@ -29,7 +29,8 @@ FAMILIES = {
     "half precision": ("bfloat16", "bfloat16 causal", "float16", "float16 causal"),
     "masks and padding": ("float mask per head", "boolean mask", "key padding"),
     "gradients": ("backward", "backward causal", "backward 64-bit", "backward 64-bit causal"),
-    "tiny calls in a loop": ("tiny, in a loop",),
+    "gradients, bfloat16": ("backward bfloat16", "backward bfloat16 causal"),
+    "tiny calls in a loop": ("tiny, in a loop", "tiny bfloat16, in a loop"),
     "a call every 20 ms": ("every 20 ms",),
 }
 

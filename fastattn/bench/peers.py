@@ -96,7 +96,8 @@ def cores() -> int:
 def check(result: NDArray[Any], arguments: Arguments, limit: float | None = None) -> None:
     """Compare a result with the reference; `limit` is what it may be off by, unless as much as its dtype explains.
 
-    Of a forward pass it is a share of the values, whatever their signs, times their weights.
+    Of a forward pass it is a share of the values, whatever their signs, times their weights; of a gradient, of the
+    largest number.
 
     Raises
     ------
@@ -119,12 +120,12 @@ def check(result: NDArray[Any], arguments: Arguments, limit: float | None = None
             mask = below
         q, k, v = (cast(x, FLOAT64) for x in (query[rows], key, value))
         expected, lse = reference.attention(q, k, v, mask, return_lse=True)
-        sizes: Any = 1.0
         if arguments.grad_out is None:
             sizes = reference.attention(q, k, np.abs(v), mask)
         else:
-            grad_out = arguments.grad_out[batch, head][rows]
+            grad_out = cast(arguments.grad_out[batch, head][rows], FLOAT64)
             expected, *_ = reference.attention_backward(grad_out, q, k, v, expected, lse, mask)
+            sizes = np.abs(expected).max()
         error = float((np.abs(cast(result[batch, head][rows], FLOAT64) - expected) / sizes).max())
         if not error <= limit:
             raise Unavailable(f"its result is off by {error:.1g}, where {limit:.0g} is allowed")
@@ -224,6 +225,8 @@ def _numpy(arguments: Arguments, threads: int) -> Call:
 
 def _numpy_backward(arguments: Arguments, threads: int) -> Call:
     """Return the usual form, with the weights of the forward pass, which take Lq x Lk numbers, at hand."""
+    if arguments.query.dtype.itemsize == 2:
+        raise Unavailable("it has no matrix product of half precision")
     if threads != cores():
         raise Unavailable("its BLAS has its own threads")
     query, key, value = arguments.query, arguments.key, arguments.value

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fastattn.call.arrays import as_array
+from fastattn.call.arrays import as_array, as_integers
 from fastattn.call.problem import Array, Captures, Operands, Problem, Shape
 from fastattn.call.score_options import FurtherOptions
 from fastattn.call.shapes import describe
@@ -224,12 +224,10 @@ def _check_shapes(query: Array, key: Array, value: Array, enable_gqa: bool) -> N
 
 def as_starts(name: str, given: ArrayLike, of: str, length: int) -> Array:
     """Return where sequences begin, and the end of the last one."""
-    starts = as_array(name, given)
+    starts = as_integers(name, given, "cumulative lengths")
     expected = (
         f"expected cumulative lengths: 0, then the end of each sequence, the last one {length}, the length of {of}"
     )
-    if starts.dtype.kind not in "iu":
-        raise TypeError(f"{name}: dtype {starts.dtype}; expected integers")
     if starts.ndim != 1 or not starts.size:
         raise ValueError(f"{name}: shape {starts.shape}; {expected}")
     starts = starts.astype(np.int64)

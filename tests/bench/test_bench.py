@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from fastattn.bench.cases import CASES, GROUPS, QUICK, Case, select
 from fastattn.bench.host import Host, this_host
 from fastattn.bench.measure import Effort, Result
 from fastattn.bench.peers import ENGINES, OURS, Call, Engine, Unavailable
-from fastattn.call.halves import name_of
+from fastattn.call.halves import cast, name_of
 from fastattn.console import arguments
 from fastattn.console.terminal import Style
 
@@ -99,6 +100,25 @@ def test_every_installed_engine_computes_the_same(one: Engine, causal: bool, mas
     first = call.result().copy()
     call.run()
     np.testing.assert_array_equal(call.result(), first)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("one", [one for one in ENGINES if one.build_backward], ids=lambda one: one.name)
+def test_every_engine_that_differentiates_computes_the_same(one: Engine, dtype: str) -> None:
+    case = Case("small", 2, 3, 40, 16, dtype=dtype, backward=True)
+    try:
+        peers.prepare(one, case, peers.cores())
+    except Unavailable as reason:
+        if "not installed" not in str(reason) and not (one is NUMPY and "half precision" in str(reason)):
+            raise
+        return
+
+    def build(arguments: Any, threads: int) -> Call:
+        right = one.build_backward(arguments, threads)  # type: ignore[misc]
+        return Call(right.run, lambda: cast(right.result(), np.dtype(np.float64)) * 1.02)
+
+    with pytest.raises(Unavailable, match="its result is off by"):
+        peers.prepare(replace(one, build_backward=build), case, peers.cores())
 
 
 @pytest.mark.parametrize("change", [lambda x: x * 1.001, lambda x: np.where(x == x, np.nan, x), lambda x: x[:, ::-1]])
