@@ -156,11 +156,13 @@ def load_sums(kernel, plan, lse, present, numbers, scratch):
     tile = kernel.tile
     for i in range(plan.query_block):
         offset = i * tile.itemsize
-        shift, rest = load_element(tile, scratch + plan.log_sums_at + offset) * 1.0, 0.0
+        log_sum = scratch + plan.log_sums_at + offset
+        shift, rest = load_element(tile, log_sum) * 1.0, 0.0
         if i < present and has_lost(plan, load_element(tile, lse + offset) * 1.0):
             m = load_element(tile, numbers + plan.numbers + offset) * 1.0
             if m != INFINITY:
                 shift, rest = m, load_element(tile, numbers + 2 * plan.numbers + offset) * 1.0
+                store_element(tile, log_sum, 0.0)  # which may be infinite in base 2, and is not subtracted
         store_element(tile, scratch + plan.shifts_at + offset, shift)
         store_element(tile, scratch + plan.rests_at + offset, rest)
 
