@@ -39,6 +39,13 @@ MUTATIONS = (
         ("cpu/kernels/test_matrix.py", "test_gradients and float32"),
     ),
     Mutation(
+        "the backward pass: a log-sum-exp that is infinite in base 2 spoils a row that has its own sum",
+        "cpu/kernels/sums.py",
+        "store_element(tile, log_sum, 0.0)",
+        "store_element(tile, log_sum, load_element(tile, log_sum))",
+        ("call/test_rounding.py", "test_a_log_sum_exp_that_was_saturated and cpu"),
+    ),
+    Mutation(
         "the backward pass: a score of -inf beside a log-sum-exp of NaN is a hidden key's",
         "cpu/kernels/backward.py",
         "if not finite:\n        spoil",
