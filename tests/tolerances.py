@@ -33,8 +33,8 @@ score. Then:
 - Dropout multiplies weights, and with them their errors, by 1 / (1 - p).
 - In the backward pass a weight is exp(score - lse) with both rounded, and what is multiplied by it, and summed, is
   rounded as often as the sum is long. A gradient is a sum of such products: its error is at most eps times the number
-  of roundings on the way, times the sum of the magnitudes. `expected_gradients` evaluates just that. A
-  log-sum-exp, which is subtracted from a finished score, is rounded at its own size.
+  of roundings on the way, times the sum of the magnitudes. `expected_gradients` evaluates just that. A log-sum-exp is
+  subtracted from a finished score, and rounded at its own size.
 - With a softcap the gradient of a score is multiplied by its slope, 1 - tanh(s / c)². That has the roundings of tanh,
   and an error d of the score changes it by a factor of up to exp(2 d / c), as its logarithm has a slope of up to 2 / c.
   Where tanh is 1 in the call's type, the slope need not become smaller any more (`LEAST_SLOPE`).

@@ -195,12 +195,17 @@ def _fastattn_backward(arguments: Arguments, threads: int) -> Call:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _numpy(arguments: Arguments, threads: int) -> Call:
-    """Return the formula as it is usually written."""
+def _check_numpy(arguments: Arguments, threads: int) -> None:
+    """Refuse what it cannot multiply, or not on so many threads."""
     if arguments.query.dtype.itemsize == 2:
         raise Unavailable("it has no matrix product of half precision")
     if threads != cores():
         raise Unavailable("its BLAS has its own threads")
+
+
+def _numpy(arguments: Arguments, threads: int) -> Call:
+    """Return the formula as it is usually written."""
+    _check_numpy(arguments, threads)
     query, key, value, mask = arguments.query, arguments.key, arguments.value, arguments.mask
     scale = query.dtype.type(1 / np.sqrt(query.shape[-1]))
     if arguments.causal:
@@ -225,10 +230,7 @@ def _numpy(arguments: Arguments, threads: int) -> Call:
 
 def _numpy_backward(arguments: Arguments, threads: int) -> Call:
     """Return the usual form, with the weights of the forward pass, which take Lq x Lk numbers, at hand."""
-    if arguments.query.dtype.itemsize == 2:
-        raise Unavailable("it has no matrix product of half precision")
-    if threads != cores():
-        raise Unavailable("its BLAS has its own threads")
+    _check_numpy(arguments, threads)
     query, key, value = arguments.query, arguments.key, arguments.value
     grad_out: Any = arguments.grad_out
     scale = query.dtype.type(1 / np.sqrt(query.shape[-1]))

@@ -316,9 +316,8 @@ def test_products_are_those_of_a_matrix_unit(work: str, storage: str, products: 
                 assert code.count("tileloadd") == code.count("tdpbf16ps") // 2 + 2
     code, of_weights = instructions(lines), 3 if storage == "float16" else products
     assert pairs == ({of_weights} if work == "forward" else {products, of_weights})
-    assert code.count("tdpbf16ps") >= 6 * (
-        products + of_weights
-    )  # weights are made in the forward pass's loop of scores
+    # the forward pass makes weights in its loop of scores
+    assert code.count("tdpbf16ps") >= 6 * (products + of_weights)
     assert code.count("ldtilecfg") == code.count("tilerelease") == 1
     assert not re.search(r"\tvdpbf16ps\t", code)  # slow on Intel's processors
 

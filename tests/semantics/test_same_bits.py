@@ -7,7 +7,7 @@ from typing import Any
 import floating_modes
 import numpy as np
 import pytest
-from semantic_cases import NAN, Attention, dtypes, grouped, halves, halves_of, inputs, normal
+from semantic_cases import NAN, Array, Attention, dtypes, grouped, halves, halves_of, inputs, normal
 from strategies import LAYOUTS, each, laid_out
 
 import fastattn
@@ -78,6 +78,16 @@ PADDED = (
 )
 
 
+def alone_and_padded(queries: int, keys: int, capacity: int, dtype: Any) -> tuple[list[Array], list[Array], Array]:
+    """Return a sequence, the same with NaN behind it, in a batch with others, and a mask of all that capacity."""
+    arrays = grouped(((1, 4), (1, 2), (queries, capacity)), dtype)
+    others = [np.concatenate([array, array[:, ::-1], array]) for array in arrays]
+    for array in others[1:]:
+        array[0, :, keys:] = NAN
+    short = [arrays[0], *(array[..., :keys, :] for array in arrays[1:])]
+    return short, others, normal(1, queries, capacity, seed=4)
+
+
 @dtypes
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("lengths", PADDED, ids=str)
@@ -85,12 +95,7 @@ def test_a_padded_sequence_has_the_bits_of_the_same_sequence_alone(
     cpu_attention: Attention, dtype: Any, options: dict[str, Any], lengths: Any
 ) -> None:
     (queries, keys), (_, capacity) = lengths
-    arrays = grouped(((1, 4), (1, 2), (queries, capacity)), dtype)
-    mask = normal(1, queries, capacity, seed=4)
-    others = [np.concatenate([array, array[:, ::-1], array]) for array in arrays]  # in a batch, beside others
-    short = [arrays[0], *(array[..., :keys, :] for array in arrays[1:])]
-    for array in others[1:]:
-        array[0, :, keys:] = NAN
+    short, others, mask = alone_and_padded(queries, keys, capacity, dtype)
     options = {**options, "enable_gqa": True, "return_lse": True, "return_weights": True}
     for masks in (None, mask, mask > 0, (mask, mask > -1)):
         cut = each(lambda given: given[..., :keys], masks)
@@ -109,12 +114,7 @@ def test_a_padded_sequence_has_the_gradients_of_the_same_sequence_alone(
     cpu_attention: Attention, dtype: Any, options: dict[str, Any], lengths: Any
 ) -> None:
     (queries, keys), (_, capacity) = lengths
-    arrays = grouped(((1, 4), (1, 2), (queries, capacity)), dtype)
-    mask = normal(1, queries, capacity, seed=4)
-    others = [np.concatenate([array, array[:, ::-1], array]) for array in arrays]
-    short = [arrays[0], *(array[..., :keys, :] for array in arrays[1:])]
-    for array in others[1:]:
-        array[0, :, keys:] = NAN
+    short, others, mask = alone_and_padded(queries, keys, capacity, dtype)
     options = {**options, "enable_gqa": True}
 
     def gradients(args: Any, masks: Any, **lengths: Any) -> Any:

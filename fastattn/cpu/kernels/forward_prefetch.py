@@ -10,10 +10,9 @@ from collections import namedtuple
 
 from fastattn.cpu.kernels.blocks import begins_together
 from fastattn.cpu.kernels.pages import foreseen
-from fastattn.cpu.kernels.prefetch import prefetch_rows, want, want_nothing, want_share
+from fastattn.cpu.kernels.prefetch import prefetch_rows, rows_of_step, want, want_nothing, want_share
 from fastattn.cpu.kernels.scores import keys_of_block, want_masks
 from fastattn.cpu.kernels.tasks import locate
-from fastattn.machine.tile import MATRIX_ROWS
 from fastattn.simd import jit
 
 # A query block's turn with a block of keys: the first of these, whether they are the first or the last that it looks
@@ -49,8 +48,7 @@ def list_wanted(kernel, call, plan, head, then, group, wanted, block, after, mul
     goes_on = then.query != head.query or then.key != head.key
     b, first = block.number, block.first
     key_bytes, value_bytes = plan.head_dim * kernel.itemsize, plan.value_dim * kernel.value_place.itemsize
-    rows = 2 * MATRIX_ROWS if kernel.reads == "matrix" else tile.rows
-    want_nothing(wanted, (multiplied + plan.value_dim) // rows)
+    want_nothing(wanted, (multiplied + plan.value_dim) // rows_of_step(kernel))
     if plan.prefetch_distance > 0:
         if turn.is_last:
             present = min(tile.width, plan.queries - first)

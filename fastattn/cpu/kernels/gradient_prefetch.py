@@ -3,18 +3,15 @@
 Every register tile of its first two products asks for its share of a list (`fastattn.cpu.kernels.prefetch`).
 """
 
-from fastattn.cpu.kernels.prefetch import want_nothing, want_share
+from fastattn.cpu.kernels.prefetch import rows_of_step, want_nothing, want_share
 from fastattn.cpu.kernels.scores import keys_of_block, want_masks
-from fastattn.machine.tile import MATRIX_ROWS
 from fastattn.simd import jit
 
 
 @jit
-def want_queries(kernel, plan, head, work, wanted, first_query, share, with_out):
-    """Append a share of the rows that belong to a block of queries: one for each tile width and block of keys."""
+def want_queries(kernel, plan, head, wanted, first_query, share, shares, with_out):
+    """Append one of `shares` parts of the rows that belong to a block of queries."""
     tile, count = kernel.tile, min(plan.query_block, plan.queries - first_query)
-    blocks = (work.end - work.first_key + plan.key_block - 1) // plan.key_block
-    shares = blocks * (plan.query_block // tile.width)
     features, value_features = plan.head_dim * tile.itemsize, plan.value_dim * tile.itemsize
     rows = head.query + first_query * plan.query_row
     want_share(wanted, rows, plan.query_row, plan.head_dim * kernel.itemsize, count, share, shares)
@@ -34,12 +31,13 @@ def list_wanted(kernel, plan, head, work, wanted, block, subs, s, first_key, wit
     `with_out`: results are wanted as well as their gradients.
     """
     tile, first_query = kernel.tile, block * plan.query_block
-    rows = 2 * MATRIX_ROWS if kernel.reads == "matrix" else tile.rows
-    want_nothing(wanted, 2 * plan.key_block // rows)
+    want_nothing(wanted, 2 * plan.key_block // rows_of_step(kernel))
     goes_on, following = block + 1 < work.last_block, first_query + plan.query_block
     if goes_on:
-        share = (first_key - work.first_key) // plan.key_block * (plan.query_block // tile.width) + s
-        want_queries(kernel, plan, head, work, wanted, following, share, with_out)
+        widths = plan.query_block // tile.width  # each asks for a share, with each block of keys
+        shares = (work.end - work.first_key + plan.key_block - 1) // plan.key_block * widths
+        share = (first_key - work.first_key) // plan.key_block * widths + s
+        want_queries(kernel, plan, head, wanted, following, share, shares, with_out)
     if "mask" in kernel.steps:
         query, key = first_query + (s + 1) * tile.width, first_key
         if s + 1 == subs:

@@ -7,6 +7,7 @@ of queries, and every register tile of its work asks for its share.
 
 import numpy as np
 
+from fastattn.machine.tile import MATRIX_ROWS
 from fastattn.simd import jit, prefetch, prefetch_near, record_view, stack_memory
 from fastattn.simd.memory import LINE
 
@@ -27,6 +28,12 @@ def prefetch_rows(rows, row, count, length):
     for j in range(count):
         for offset in range(0, length, LINE):
             prefetch(rows + j * row + offset)
+
+
+@jit
+def rows_of_step(kernel):
+    """After how many rows of a product something is asked for: those of a register tile, or two of a matrix unit."""
+    return 2 * MATRIX_ROWS if kernel.reads == "matrix" else kernel.tile.rows
 
 
 @jit
